@@ -1,0 +1,295 @@
+"""The configuration of a classification run, as types.
+
+A configuration file is a tree of these dataclasses written as YAML. The type hints are the truth:
+:mod:`kw.config.checking` walks them to check a file, and :func:`kw.config.reference` writes the
+reference from them. Every setting carries its meaning, its unit and the values that it may take.
+
+``None`` (``null`` in YAML) turns an optional part off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EmaConfig",
+    "KernelWarehouseConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RandomErasingConfig",
+    "ScheduleConfig",
+    "WarehouseConfig",
+    "setting",
+    "table",
+]
+
+_REQUIRED = object()
+
+
+def setting(
+    default: Any = _REQUIRED,
+    doc: str = "",
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    length: int | None = None,
+    example: Any = None,
+) -> Any:
+    """A field with its meaning and its bounds. Bounds on a list hold for each of its elements.
+
+    Args:
+        default: value when the file leaves the key out; without one the key is required. A list
+            default is copied for every configuration.
+        doc: one line: meaning and unit.
+        minimum: smallest value allowed.
+        maximum: largest value allowed.
+        above: value that the setting must exceed.
+        below: value that the setting must stay under.
+        choices: the only strings allowed.
+        length: number of elements of a list.
+        example: a sensible value of a required key, shown where the file leaves it out.
+    """
+    metadata = {
+        "doc": doc,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "choices": choices,
+        "length": length,
+        "example": example,
+    }
+    if default is _REQUIRED:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def table(factory: type, doc: str) -> Any:
+    """A nested group of settings that is there with its defaults when the file leaves it out."""
+    return field(default_factory=factory, metadata={"doc": doc})
+
+
+@dataclass
+class _PlanConfig:
+    # A base class of its own only so that `plan` comes first and needs no default.
+    plan: str | dict[str, Any] = setting(
+        doc="which layer joins which warehouse: a name known to kw.convert, or a mapping of rules",
+        example="resnet18",
+    )
+
+
+@dataclass
+class WarehouseConfig:
+    """Settings of one warehouse; null leaves the plan's own value."""
+
+    cell_num_ratio: float | None = setting(
+        None, "b: cells per mixture, the convolutional parameter budget", above=0
+    )
+    cell_inplane_ratio: float | None = setting(
+        None, "input channels of a cell / greatest common divisor of the layers'", above=0
+    )
+    cell_outplane_ratio: float | None = setting(
+        None, "output channels of a cell / greatest common divisor of the layers'", above=0
+    )
+    nonlocal_basis_ratio: float | None = setting(
+        None,
+        "rank / number of the cells that are not a layer's own; 1 = full attention",
+        above=0,
+        maximum=1,
+    )
+    reduction: float | None = setting(
+        None, "hidden width of the attention / input channels", above=0
+    )
+    norm: str | None = setting(
+        None, "normalisation inside the attention", choices=("batch", "layer")
+    )
+    attention: str | None = setting(
+        None,
+        "attention function; contrasting is the papers'",
+        choices=("contrasting", "softmax", "sigmoid", "rectified"),
+    )
+    spatial_partition: bool | None = setting(
+        None, "true: cells are 1 x 1; false: cells keep the kernel's spatial size"
+    )
+
+
+@dataclass
+class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
+    """The conversion to a KernelWarehouse network: the plan, and what differs from its values."""
+
+    warehouses: dict[str, WarehouseConfig] = setting(
+        {}, "settings of single warehouses by their names, over those of all"
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The network: a timm backbone, and how it is converted."""
+
+    name: str = setting(doc="timm model name of the static network", example="resnet18")
+    num_classes: int = setting(1000, "classes of the classifier", minimum=1)
+    drop_rate: float = setting(0.0, "dropout before the classifier", minimum=0, maximum=0.99)
+    drop_path_rate: float = setting(
+        0.0, "probability that a residual branch is dropped", minimum=0, maximum=0.99
+    )
+    drop_path_decay: str = setting(
+        "linear",
+        "linear: the rate grows from 0 to drop_path_rate with depth (timm); "
+        "constant: every block has it (the papers' ResNets)",
+        choices=("linear", "constant"),
+    )
+    timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
+    kernel_warehouse: KernelWarehouseConfig | None = setting(
+        None, "conversion, e.g. {plan: resnet18, cell_num_ratio: 4}; null = the static network"
+    )
+
+
+@dataclass
+class RandomErasingConfig:
+    """Random erasing (Zhong et al., 2020), on the device, after normalisation."""
+
+    probability: float = setting(0.25, "probability per image", minimum=0, maximum=1)
+    mode: str = setting(
+        "pixel", "what the rectangle is filled with", choices=("pixel", "rand", "const")
+    )
+    count: int = setting(1, "rectangles per erased image, at most", minimum=1)
+
+
+@dataclass
+class DataConfig:
+    """Images, augmentation, and how they are loaded."""
+
+    root: str = setting(
+        doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
+    )
+    input_size: int = setting(224, "side of the square network input, pixels", minimum=1)
+    workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
+    mean: list[float] = setting(
+        [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
+    )
+    std: list[float] = setting(
+        [0.229, 0.224, 0.225], "channel deviations of inputs in [0, 1]", above=0, length=3
+    )
+    interpolation: str = setting(
+        "bicubic", "resampling", choices=("bilinear", "bicubic", "nearest", "lanczos")
+    )
+    test_crop_ratio: float = setting(
+        0.875, "test images are resized to input_size / ratio, then cropped", above=0, maximum=1
+    )
+    crop_scale: list[float] = setting(
+        [0.08, 1.0],
+        "area range of the random resized crop, fractions",
+        above=0,
+        maximum=1,
+        length=2,
+    )
+    crop_ratio: list[float] = setting(
+        [0.75, 1.3333], "aspect range of the random resized crop, width / height", above=0, length=2
+    )
+    horizontal_flip: float = setting(0.5, "probability of a mirror image", minimum=0, maximum=1)
+    color_jitter: float | None = setting(
+        None, "strength of brightness, contrast and saturation jitter", minimum=0
+    )
+    auto_augment: str | None = setting(
+        None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
+    )
+    random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
+    mixup: float = setting(0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0)
+    cutmix: float = setting(0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0)
+    mix_probability: float = setting(
+        1.0, "probability that a batch is mixed at all", minimum=0, maximum=1
+    )
+    mix_switch_probability: float = setting(
+        0.5, "probability of cutmix where both are on", minimum=0, maximum=1
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
+
+    name: str = setting("adamw", "optimizer", choices=("adamw", "sgd"))
+    lr: float = setting(doc="learning rate after warm-up", above=0, example=0.1)
+    weight_decay: float = setting(0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0)
+    decay_norm_and_bias: bool = setting(
+        False, "apply the decay to 1-D parameters and biases as well"
+    )
+    betas: list[float] = setting(
+        [0.9, 0.999], "adamw: decay of the moment estimates", minimum=0, below=1, length=2
+    )
+    eps: float = setting(1e-8, "adamw: added to the denominator", above=0)
+    momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
+    nesterov: bool = setting(False, "sgd: Nesterov's form")
+    clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over time; it changes with every optimizer update."""
+
+    name: str = setting("cosine", "shape after warm-up", choices=("cosine", "step"))
+    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0)
+    final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0)
+    milestones: list[float] = setting([], "step: epochs at which the rate is multiplied", above=0)
+    gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights, evaluated beside the model."""
+
+    decay: float = setting(0.9999, "share of the old average kept per update", above=0, below=1)
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written; the best and the last are always kept."""
+
+    interval: int = setting(1, "epochs between checkpoints", minimum=1)
+    keep: int = setting(2, "newest epoch checkpoints kept", minimum=1)
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(metadata={"doc": "the network"})
+    data: DataConfig = field(metadata={"doc": "images and augmentation"})
+    optimizer: OptimizerConfig = field(metadata={"doc": "the optimizer"})
+    epochs: int = setting(doc="passes over the training images", minimum=1, example=100)
+    total_batch_size: int = setting(
+        doc="images per optimizer update, over all devices and accumulation steps",
+        minimum=1,
+        example=256,
+    )
+    batch_size: int = setting(doc="images per device and forward pass", minimum=1, example=32)
+    seed: int = setting(0, "seed of every random choice", minimum=0)
+    schedule: ScheduleConfig = table(ScheduleConfig, "the learning rate over time")
+    temperature_epochs: float = setting(
+        0.0, "epochs over which the attention temperature falls from 1 to 0", minimum=0
+    )
+    label_smoothing: float = setting(
+        0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
+    )
+    ema: EmaConfig | None = setting(None, "average of the weights")
+    precision: str = setting(
+        "fp32", "autocast type of forward and loss", choices=("fp32", "bf16", "fp16")
+    )
+    sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
+    channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
+    compile: bool = setting(False, "compile the network with torch.compile")
+    eval_interval: int = setting(1, "epochs between evaluations", minimum=1)
+    eval_batch_size: int | None = setting(
+        None, "images per device in evaluation; null = batch_size", minimum=1
+    )
+    log_interval: int = setting(50, "updates between log lines", minimum=1)
+    checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")

@@ -1,0 +1,185 @@
+"""The attention branch: from a layer's input to the coefficients of its mixtures.
+
+Paper: KernelWarehouse (ICML 2024, arXiv 2406.07879), contrasting-driven attention function, Eq. 5;
+the other attention functions are those of its ablation.
+
+Legend: B samples, C input channels, h hidden units, m mixtures, n cells (the null cell not
+    counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .partition import CellSlice
+
+__all__ = ["ATTENTION_FUNCTIONS", "KernelAttention"]
+
+_EPS = 1e-3
+
+
+def contrasting(logits: Tensor) -> Tensor:
+    """``z_j / (sum_p |z_p| + 1e-3)``: signed, so that cells can be subtracted."""
+    return logits / (logits.abs().sum(-1, keepdim=True) + _EPS)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Positive coefficients that compete and sum to one."""
+    return logits.softmax(-1)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """Independent coefficients in (0, 1)."""
+    return logits.sigmoid()
+
+
+def rectified(logits: Tensor) -> Tensor:
+    """``max(z_j, 0) / (sum_p |z_p| + 1e-3)``: the contrasting function without its negatives."""
+    return logits.relu() / (logits.abs().sum(-1, keepdim=True) + _EPS)
+
+
+ATTENTION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    function.__name__: function for function in (contrasting, softmax, sigmoid, rectified)
+}
+
+
+class KernelAttention(nn.Module):
+    """Mixture coefficients ``alpha = (1 - tau) * f(z) + tau * beta`` of one layer.
+
+    ``z`` are the logits over the warehouse's cells and the null cell, which takes part in ``f`` and
+    is then dropped; ``beta`` gives every mixture its own cell. The branch computes in float32
+    whatever autocast says, since hundreds of signed coefficients of a mixture share one
+    normalisation.
+
+    Args:
+        in_channels: channels C of the layer's input.
+        cells: cells n of the warehouse.
+        own: the cells that the layer starts on, and which mixture owns which.
+        reduction: ``h = max(int(C * reduction), 16)``.
+        norm: ``"batch"`` (BatchNorm1d) or ``"layer"`` (LayerNorm).
+        function: a key of :data:`ATTENTION_FUNCTIONS`.
+        nonlocal_basis_ratio: below 1, the logits of cells that are not the layer's own go through a
+            shared map of rank ``q = max(int((n - own) * ratio), 16)``.
+        nonlocal_own: number of own cells with direct logits, where the ratio is below 1.
+
+    Raises:
+        ValueError: an unknown ``norm`` or ``function``, or a ratio out of (0, 1].
+    """
+
+    one_hot: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        cells: int,
+        own: CellSlice,
+        *,
+        reduction: float = 0.0625,
+        norm: str = "batch",
+        function: str = "contrasting",
+        nonlocal_basis_ratio: float = 1.0,
+        nonlocal_own: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if function not in ATTENTION_FUNCTIONS:
+            choices = ", ".join(ATTENTION_FUNCTIONS)
+            raise ValueError(f"attention {function!r} is unknown; choose one of {choices}")
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"attention norm {norm!r} is unknown; choose 'batch' or 'layer'")
+        if not 0 < nonlocal_basis_ratio <= 1:
+            raise ValueError(f"nonlocal_basis_ratio is {nonlocal_basis_ratio}; expected (0, 1]")
+        self.function = function
+        self.cells = cells
+        self.own = own
+        self.mixtures = len(own.owners)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden = max(int(in_channels * reduction), 16)
+        self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **factory)
+        self.norm1 = (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **factory)
+        self.fc3: nn.Linear | None = None
+        if nonlocal_basis_ratio == 1:
+            self.fc2 = nn.Linear(hidden, self.mixtures * (cells + 1), **factory)
+            self.register_parameter("basis_bias", None)
+        else:
+            foreign = cells - nonlocal_own
+            rank = max(int(foreign * nonlocal_basis_ratio), 16)
+            self.nonlocal_split = (nonlocal_own, rank, 1)
+            self.fc2 = nn.Linear(hidden, self.mixtures * sum(self.nonlocal_split), False, **factory)
+            self.fc3 = nn.Linear(rank, foreign, bias=False, **factory)
+            self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (cells + 1), **factory))
+        # beta follows from the partition, so it is no part of a checkpoint; it is made anew
+        # whenever weights are loaded, because a model built on the meta device has none until then.
+        one_hot = torch.empty(self.mixtures, cells, **factory)
+        self.register_buffer("one_hot", one_hot, persistent=False)
+        self.register_load_state_dict_post_hook(_restore_one_hot)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the one-hot start."""
+        for linear in (self.fc1, self.fc2, self.fc3):
+            if linear is not None:
+                nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        if self.basis_bias is not None:
+            nn.init.zeros_(self.basis_bias)
+        self.norm1.reset_parameters()
+        _restore_one_hot(self)
+
+    def forward(self, pooled: Tensor, temperature: Tensor) -> Tensor:
+        """Coefficients of every mixture.
+
+        Args:
+            pooled: the layer's input averaged over positions, ``[B, C]``, float32.
+            temperature: scalar tau in [0, 1].
+
+        Returns:
+            ``[B, m, n]``, float32.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            logits = self._logits(pooled.to(self.fc1.weight.dtype))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            alpha = ATTENTION_FUNCTIONS[self.function](logits)[..., :-1]  # the null cell is dropped
+            return torch.lerp(alpha, self.one_hot.to(alpha), temperature.to(alpha))
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        hidden = self._normalise(self.fc1(pooled)).relu()
+        logits = self.fc2(hidden).unflatten(-1, (self.mixtures, -1))  # [B, m, n + 1 or own + q + 1]
+        if self.fc3 is None:
+            return logits
+        own, shared, null = logits.split(self.nonlocal_split, dim=-1)
+        foreign = self.fc3(shared)
+        start = self.own.start
+        parts = (foreign[..., :start], own, foreign[..., start:], null)
+        return torch.cat(parts, dim=-1) + self.basis_bias.view(self.mixtures, -1)
+
+    def _normalise(self, hidden: Tensor) -> Tensor:
+        norm = self.norm1
+        if self.training and len(hidden) == 1 and isinstance(norm, nn.BatchNorm1d):
+            # One sample has no variance over the batch: the running statistics stand in for it.
+            return F.batch_norm(
+                hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+        return norm(hidden)
+
+    def extra_repr(self) -> str:
+        return f"mixtures={self.mixtures}, cells={self.cells}, function={self.function}"
+
+
+@torch.no_grad()
+def _restore_one_hot(attention: KernelAttention, _incompatible_keys: object = None) -> None:
+    weight, one_hot = attention.fc1.weight, attention.one_hot
+    if one_hot.device != weight.device:
+        attention.one_hot = one_hot = torch.empty_like(one_hot, device=weight.device)
+    if one_hot.is_meta:
+        return
+    owned = [(i, cell) for i, cell in enumerate(attention.own.owners) if cell is not None]
+    rows, columns = torch.tensor(owned, device=one_hot.device).unbind(1)
+    one_hot.zero_()[rows, columns] = 1

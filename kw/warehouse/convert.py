@@ -1,0 +1,246 @@
+"""``convert``: from a static network to its KernelWarehouse form, by a plan.
+
+The network keeps its class, its attributes and its module names: only the layers that the plan
+names are replaced, and their warehouses join it as ``model.warehouses``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
+from .partition import KernelShape
+from .plan import Plan, Rule, nearest
+from .plans import PLANS
+from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
+
+__all__ = ["convert", "resolve_plan", "set_backend"]
+
+_CONVOLUTIONS: dict[type[nn.Module], type[KWConvNd]] = {
+    nn.Conv1d: KWConv1d,
+    nn.Conv2d: KWConv2d,
+    nn.Conv3d: KWConv3d,
+}
+_RESERVED = frozenset(dir(nn.ModuleDict)) | {"training"}
+
+
+@dataclass
+class _Group:
+    """The layers of one warehouse to be, in module order."""
+
+    name: str
+    settings: WarehouseSettings
+    layers: list[tuple[str, nn.Module]]
+
+
+def convert(model: nn.Module, plan: str | Plan | Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """Replace the layers that a plan names by KernelWarehouse layers, in place.
+
+    New parameters take the device and dtype of the old ones and a fresh initialisation; biases are
+    kept. The temperature is 0 until :func:`kw.set_temperature` sets it. A model is converted as a
+    whole or, when anything is refused, left as it was.
+
+    Args:
+        model: any network; its class and module names stay.
+        plan: the name of a released plan, a :class:`Plan`, or a mapping of rules.
+        **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown plan or setting; a rule that matches no layer; a layer that two rules
+            claim or that stands in the network twice; a layer that cannot be converted; a warehouse
+            whose layers cannot be partitioned as set. The message names layer, warehouse and
+            remedy.
+    """
+    resolved = resolve_plan(plan).with_overrides(overrides)
+    groups = _group_layers(model, resolved)
+    present = getattr(model, "warehouses", None)
+    if present is not None and not isinstance(present, WarehouseDict):
+        raise ValueError(
+            f"{type(model).__name__} has an attribute 'warehouses' of its own; rename it"
+        )
+    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"a {type(model).__name__} cannot hold warehouses; convert the module that contains it"
+        )
+    for name in groups:
+        if present is not None and name in present:
+            raise ValueError(
+                f"the model already has a warehouse {name!r}; name the new one otherwise"
+            )
+    warehouses, layers = WarehouseDict(), {}
+    for group in groups.values():
+        shapes = [_kernel_shape(name, module) for name, module in group.layers]
+        weight = group.layers[0][1].get_parameter("weight")
+        warehouses[group.name] = warehouse = Warehouse(
+            shapes, group.settings, name=group.name, device=weight.device, dtype=weight.dtype
+        )
+        for slot, (name, module) in enumerate(group.layers):
+            layers[name] = _dynamic_layer(module, warehouse, slot)
+
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    if present is None:
+        model.add_module("warehouses", warehouses)
+    else:
+        for name, added in warehouses.items():
+            present[name] = added
+    return model
+
+
+def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
+    """A plan from its name or its mapping.
+
+    Raises:
+        ValueError: an unknown name, with the nearest ones, or a mapping that is no plan.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, str):
+        if plan not in PLANS:
+            raise ValueError(f"plan {plan!r} is unknown; {nearest(plan, PLANS)}")
+        return PLANS[plan]
+    return Plan.from_mapping(plan)
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Force one contraction on every layer of a model, or leave the choice with ``"auto"``.
+
+    Raises:
+        ValueError: it does not exist or cannot do one of the layers, or there are no layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
+    for layer in layers:
+        layer.set_backend(backend)
+
+
+def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
+    """Which layer joins which warehouse; warehouses in the order of rules, then of first use."""
+    candidates = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and _has_kernel(module)
+    }
+    taken: dict[str, Rule] = {}
+    seen: dict[int, str] = {}
+    groups: dict[str, _Group] = {}
+    for rule in plan.rules:
+        matched = [name for name in candidates if re.fullmatch(rule.match, name)]
+        if not matched:
+            raise ValueError(
+                f"plan: rule {rule.match!r} matches no layer of {type(model).__name__}; "
+                f"{nearest(rule.match, candidates)}"
+            )
+        opened: list[str] = []
+        for name in matched:
+            claimed = taken.setdefault(name, rule)
+            if claimed.warehouse is None or rule.warehouse is None:
+                if claimed is not rule and claimed.warehouse is not None:
+                    raise ValueError(
+                        f"plan: layer {name!r} goes to warehouse {claimed.warehouse_of(name)!r} by "
+                        f"rule {claimed.match!r} and is static by {rule.match!r} after it; put the "
+                        "static rule first"
+                    )
+                continue
+            own = str(rule.warehouse_of(name))
+            if claimed is not rule:
+                raise ValueError(
+                    f"plan: layer {name!r} goes to warehouse {claimed.warehouse_of(name)!r} by "
+                    f"rule {claimed.match!r} and to {own!r} by {rule.match!r}; narrow one of them"
+                )
+            if (twin := seen.setdefault(id(candidates[name]), name)) != name:
+                raise ValueError(
+                    f"plan: layer {name!r} (warehouse {own!r}) is the same module as {twin!r}; a "
+                    "layer can join a warehouse once: leave shared modules static"
+                )
+            if rule.handover is not None and re.fullmatch(rule.handover, name):
+                before = [w for w in opened if w != own]
+                if not before:
+                    raise ValueError(
+                        f"plan: layer {name!r} is handed over to the warehouse before {own!r}, but "
+                        f"rule {rule.match!r} has opened none before it; narrow 'handover'"
+                    )
+                own = before[-1]
+            elif own not in opened:
+                opened.append(own)
+            if own not in groups:
+                _check_name(own)
+                groups[own] = _Group(own, plan.settings_of(own, rule), [])
+            groups[own].layers.append((name, candidates[name]))
+
+    for name in plan.warehouses:
+        if name not in groups:
+            raise ValueError(f"plan: settings for warehouse {name!r}; {nearest(name, groups)}")
+    order = {name: i for i, name in enumerate(candidates)}
+    for group in groups.values():
+        group.layers.sort(key=lambda layer: order[layer[0]])
+    return groups
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    """A leaf with a weight of at least two axes: what a plan may name, convertible or not."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())
+
+
+def _check_name(name: str) -> None:
+    if "." in name or not name or name in _RESERVED:
+        raise ValueError(
+            f"plan: {name!r} cannot name a warehouse (a name without dots that nn.ModuleDict does "
+            "not use)"
+        )
+
+
+def _kernel_shape(name: str, module: nn.Module) -> KernelShape:
+    if type(module) in _CONVOLUTIONS:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        kernel = tuple(module.kernel_size)
+        return KernelShape(module.out_channels, module.in_channels, kernel, module.groups, name)
+    if type(module) is nn.Linear:
+        return KernelShape(module.out_features, module.in_features, (1,), 1, name)
+    known = ", ".join(t.__name__ for t in (*_CONVOLUTIONS, nn.Linear))
+    raise ValueError(
+        f"plan: layer {name!r} is a {type(module).__name__}, which cannot be converted (only "
+        f"{known} can, not their subclasses); add a rule {{match: ..., static: true}} before the "
+        "one that matches it"
+    )
+
+
+def _dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer:
+    """The KernelWarehouse layer in place of a static one; the bias is kept."""
+    shared: dict[str, Any] = {
+        "warehouse": warehouse,
+        "slot": slot,
+        "name": warehouse.shapes[slot].name,
+    }
+    has_bias = module.bias is not None
+    layer: KWLayer
+    if isinstance(module, nn.Linear):
+        layer = KWLinear(module.in_features, module.out_features, has_bias, **shared)
+    else:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        layer = _CONVOLUTIONS[type(module)](
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            has_bias,
+            module.padding_mode,
+            **shared,
+        )
+    if has_bias:
+        layer.bias = module.get_parameter("bias")
+    return layer.train(module.training)

@@ -1,0 +1,278 @@
+"""Layers whose kernels are assembled per sample: ``KWConv1d/2d/3d`` and ``KWLinear``.
+
+Paper: KernelWarehouse (ICML 2024, arXiv 2406.07879), Eqs. 1-2: ``y_b = conv(x_b, kernel(x_b)) +
+    bias``.
+A linear layer is a convolution of kernel 1 over tokens.
+
+Legend: B samples, I and O input and output channels, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import ConvSpec, check_backend, dynamic_conv
+from .partition import KernelShape
+from .warehouse import Warehouse, WarehouseSettings
+
+__all__ = ["KWConv1d", "KWConv2d", "KWConv3d", "KWConvNd", "KWLayer", "KWLinear"]
+
+Size = int | Sequence[int]
+
+
+class KWLayer(nn.Module):
+    """What all dynamic layers share: a warehouse, an attention branch, a bias.
+
+    A layer made on its own registers the warehouse that it makes for itself. One that shares a
+    warehouse only refers to it, so that cells stand once among a model's parameters.
+
+    Args:
+        shape: the layer's kernel.
+        bias: whether an output bias is added.
+        warehouse: the warehouse to share; ``None`` makes one.
+        slot: the layer's place among the warehouse's layers.
+        settings: :class:`WarehouseSettings` of the warehouse to make.
+        device: of a warehouse to make; a shared one decides for itself.
+        dtype: likewise.
+
+    Raises:
+        ValueError: groups that do not divide the channels, a slot that was laid out for another
+            kernel, settings beside a given warehouse, or settings that cannot be.
+    """
+
+    warehouse: Warehouse
+
+    def __init__(
+        self,
+        shape: KernelShape,
+        bias: bool,
+        warehouse: Warehouse | None,
+        slot: int,
+        settings: dict[str, Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if shape.in_channels % shape.groups or shape.out_channels % shape.groups:
+            raise ValueError(
+                f"{shape.groups} groups do not divide {shape.in_channels} input channels and "
+                f"{shape.out_channels} output channels"
+            )
+        if warehouse is None:
+            own = WarehouseSettings().with_overrides(settings, type(self).__name__)
+            self.warehouse = Warehouse([shape], own, device=device, dtype=dtype)
+        else:
+            if settings:
+                raise ValueError(
+                    f"{', '.join(settings)}: settings of the warehouse, which is given already"
+                )
+            laid_out = warehouse.shapes[slot]
+            if replace(laid_out, name=shape.name) != shape:
+                raise ValueError(
+                    f"slot {slot} of warehouse {warehouse.name!r} is for {laid_out}, not {shape}"
+                )
+            self.__dict__["warehouse"] = warehouse  # past nn.Module: referred to, not registered
+        self.shape = shape
+        self.backend = "auto"
+        cells = self.warehouse.cells
+        self.attention = self.warehouse.build_attention(slot)
+        self.partition = self.warehouse.partition.layers[slot]
+        self.bias: nn.Parameter | None = None
+        if bias:
+            zeros = torch.zeros(shape.out_channels, device=cells.device, dtype=cells.dtype)
+            self.bias = nn.Parameter(zeros)
+
+    def reset_parameters(self) -> None:
+        """Zero bias; attention and warehouse reset their own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def set_backend(self, backend: str) -> None:
+        """Force a contraction of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice:
+        ``"auto"``.
+
+        Raises:
+            ValueError: it does not exist or cannot do this layer.
+        """
+        if backend != "auto":
+            check_backend(backend, self.spec)
+        self.backend = backend
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The layer as its contraction sees it."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        shape = self.shape
+        kernel = "x".join(map(str, shape.kernel))
+        return (
+            f"{shape.in_channels}, {shape.out_channels}, kernel={kernel}, groups={shape.groups}, "
+            f"bias={self.bias is not None}, warehouse={self.warehouse.name!r}"
+        )
+
+
+class KWConvNd(KWLayer):
+    """A convolution over ``dims`` spatial axes."""
+
+    dims: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        warehouse: Warehouse | None = None,
+        slot: int = 0,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        kernel = self._per_axis(kernel_size)
+        shape = KernelShape(out_channels, in_channels, kernel, groups, name)
+        super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
+        dilations = self._per_axis(dilation)
+        strides = self._per_axis(stride)
+        sides = self._padding_sides(padding, kernel, dilations, strides)
+        symmetric = all(low == high for low, high in sides)
+        # What the convolution itself cannot pad is padded before it.
+        self._pad_before: tuple[int, ...] | None = None
+        if padding_mode != "zeros" or not symmetric:
+            self._pad_before = tuple(p for side in reversed(sides) for p in side)
+            sides = [(0, 0)] * self.dims
+        self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
+        self._spec = ConvSpec(
+            self.partition, strides, tuple(low for low, _ in sides), dilations, groups
+        )
+
+    @property
+    def spec(self) -> ConvSpec:
+        return self._spec
+
+    def _per_axis(self, size: Size) -> tuple[int, ...]:
+        sizes = (size,) * self.dims if isinstance(size, int) else tuple(size)
+        if len(sizes) != self.dims:
+            raise ValueError(f"{type(self).__name__}: {size!r} is not one size per axis")
+        return sizes
+
+    def _padding_sides(
+        self,
+        padding: Size | str,
+        kernel: tuple[int, ...],
+        dilation: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> list[tuple[int, int]]:
+        if padding == "valid":
+            return [(0, 0)] * self.dims
+        if padding == "same":
+            if any(s != 1 for s in stride):
+                raise ValueError("padding='same' is defined for stride 1 only")
+            spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            return [(span // 2, span - span // 2) for span in spans]
+        if isinstance(padding, str):
+            raise ValueError(f"padding {padding!r} is unknown; give sizes, 'same' or 'valid'")
+        return [(p, p) for p in self._per_axis(padding)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, I, *space]`` -> ``[B, O, *space']``.
+
+        Raises:
+            ValueError: an input without a batch axis: kernels belong to samples.
+        """
+        if x.dim() != self.dims + 2:
+            raise ValueError(
+                f"{type(self).__name__} takes [batch, {self.shape.in_channels}, *space] with "
+                f"{self.dims} spatial axes, got {list(x.shape)}"
+            )
+        alpha = self.attention(_pool(x, tuple(range(2, x.dim()))), self.warehouse.temperature)
+        if self._pad_before is not None:
+            x = F.pad(x, self._pad_before, self._pad_mode)
+        y = dynamic_conv(x, alpha, self.warehouse.cells, self._spec, self.backend)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+
+
+class KWConv1d(KWConvNd):
+    """``nn.Conv1d`` with kernels assembled per sample; the same arguments, then keywords:
+
+    Args:
+        warehouse: a warehouse to share, with ``slot``, the layer's place in it; without one the
+            layer makes its own, and further keywords are its :class:`WarehouseSettings`.
+        name: the layer's name, for messages.
+    """
+
+    dims = 1
+
+
+class KWConv2d(KWConvNd):
+    """``nn.Conv2d`` with kernels assembled per sample; arguments as for :class:`KWConv1d`."""
+
+    dims = 2
+
+
+class KWConv3d(KWConvNd):
+    """``nn.Conv3d`` with kernels assembled per sample; arguments as for :class:`KWConv1d`."""
+
+    dims = 3
+
+
+class KWLinear(KWLayer):
+    """``nn.Linear`` with a weight assembled per sample, shared by all its tokens.
+
+    Keywords as for :class:`KWConv1d`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        warehouse: Warehouse | None = None,
+        slot: int = 0,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        shape = KernelShape(out_features, in_features, (1,), 1, name)
+        super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
+
+    @property
+    def spec(self) -> ConvSpec:
+        return ConvSpec(self.partition, (1,), (0,), (1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, ..., I]`` -> ``[B, ..., O]``; the axes between are tokens, the first is the sample.
+
+        Raises:
+            ValueError: an input without a batch axis: weights belong to samples.
+        """
+        if x.dim() < 2:
+            raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
+        tokens = x.reshape(len(x), -1, x.shape[-1])  # [B, N, I]
+        alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
+        cells = self.warehouse.cells
+        y = dynamic_conv(tokens.transpose(1, 2), alpha, cells, self.spec, self.backend)
+        y = y.transpose(1, 2).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Global average over positions, in float32 at least: ``[B, I]``."""
+    return x.mean(dims, dtype=torch.promote_types(x.dtype, torch.float32))

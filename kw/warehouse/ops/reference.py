@@ -1,0 +1,64 @@
+"""The definition of a dynamic convolution, written to be read: one sample, one block at a time.
+
+Every other back end is tested against this one.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import ConvSpec
+
+__all__ = ["assemble_reference", "conv_reference"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def assemble_reference(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """One sample's kernel from its coefficients.
+
+    Args:
+        alpha: ``[m, n]``.
+        cells: ``[n, cell]``.
+        spec: the layer.
+
+    Returns:
+        ``[O, I / g, k_1 .. k_d]``.
+    """
+    part = spec.partition
+    cells = cells.view(-1, part.cell_out, part.cell_in, *part.cell_kernel)  # [n, c_out, c_in, ck..]
+    kernel = cells.new_zeros(part.kernel_shape)
+    corners = [range(0, k, c) for k, c in zip(part.kernel, part.cell_kernel, strict=True)]
+    positions = itertools.product(*corners)
+    _, out_blocks, in_blocks = part.grid
+    blocks = itertools.product(positions, range(out_blocks), range(in_blocks))
+    for i, (corner, go, gi) in enumerate(blocks):
+        mixture = torch.einsum("n,n...->...", alpha[i].to(cells.dtype), cells)
+        space = tuple(slice(c, c + s) for c, s in zip(corner, part.cell_kernel, strict=True))
+        rows = slice(go * part.cell_out, (go + 1) * part.cell_out)
+        columns = slice(gi * part.cell_in, (gi + 1) * part.cell_in)
+        index: tuple[slice, ...] = (rows, columns, *space)
+        kernel[index] = mixture
+    return kernel
+
+
+def conv_reference(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """Every sample convolved with its own kernel; see :func:`kw.warehouse.ops.dynamic_conv`."""
+    conv = _CONV[len(spec.partition.kernel)]
+    outputs = [
+        conv(
+            x[b : b + 1],
+            assemble_reference(alpha[b], cells, spec),
+            None,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            spec.groups,
+        )
+        for b in range(len(x))
+    ]
+    return torch.cat(outputs)

@@ -1,0 +1,152 @@
+"""Plans: which layer joins which warehouse, by ordered rules on module names.
+
+A plan is data. The released networks' plans are in :mod:`kw.warehouse.plans`; one's own may be a
+:class:`Plan` or the same as a mapping, for instance in a configuration file::
+
+    rules:
+      - {match: conv1, static: true}
+      - match: layer(?P<stage>\\d)\\..*conv\\d
+        warehouse: layer{stage}
+        handover: layer[234]\\.0\\.conv1
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .warehouse import WarehouseSettings
+
+__all__ = ["Plan", "Rule", "nearest"]
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The valid names nearest to a wrong one, as the end of a message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, count, cutoff=0.4) or known[:count]
+    return f"nearest: {', '.join(map(repr, near))}" if near else "there are none"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: the layers whose whole name matches, and where they go.
+
+    Attributes:
+        match: regular expression that the layer's whole name must match.
+        warehouse: the warehouse's name; ``{group}`` stands for what a named group of ``match``
+            caught. ``None`` leaves the layers static, out of reach of all later rules.
+        handover: regular expression; layers of this rule whose whole name matches it join the
+            warehouse that the rule opened before their own (paper: a stage's last cells are shared
+            with the first layers of the next).
+        settings: settings of this rule's warehouses that differ from the plan's.
+    """
+
+    match: str
+    warehouse: str | None = None
+    handover: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, pattern in (("match", self.match), ("handover", self.handover)):
+            try:
+                compiled = re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(
+                    f"plan: {key} {pattern!r} is no regular expression: {error}"
+                ) from None
+            if key == "match" and self.warehouse is not None:
+                for group in re.findall(r"{(.*?)}", self.warehouse):
+                    if group not in compiled.groupindex:
+                        raise ValueError(
+                            f"plan: warehouse {self.warehouse!r} uses {{{group}}}, but {pattern!r} "
+                            f"has no group (?P<{group}>...)"
+                        )
+        if self.handover is not None and self.warehouse is None:
+            raise ValueError(f"plan: rule {self.match!r} has a handover but no warehouse")
+
+    def warehouse_of(self, name: str) -> str | None:
+        """The warehouse of a layer by this rule alone; ``None`` where the name does not match."""
+        found = re.fullmatch(self.match, name)
+        if found is None or self.warehouse is None:
+            return None
+        return self.warehouse.format(**found.groupdict())
+
+    @classmethod
+    def from_mapping(cls, rule: Mapping[str, Any]) -> Rule:
+        """A rule from ``{match, warehouse | static: true, handover, ...settings}``.
+
+        Raises:
+            ValueError: an unknown key, or neither or both of ``warehouse`` and ``static``.
+        """
+        rest = dict(rule)
+        match, warehouse = rest.pop("match", None), rest.pop("warehouse", None)
+        static, handover = rest.pop("static", False), rest.pop("handover", None)
+        if not isinstance(match, str):
+            raise ValueError(
+                f"plan: rule {dict(rule)} has no 'match', a regular expression on names"
+            )
+        if not isinstance(static, bool) or static == (warehouse is not None):
+            raise ValueError(
+                f"plan: rule {match!r} needs either 'warehouse: NAME' or 'static: true'"
+            )
+        WarehouseSettings().with_overrides(rest, f"plan rule {match!r}")
+        return cls(match, warehouse, handover, rest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rules in the order in which warehouses are numbered, and settings.
+
+    Attributes:
+        rules: a static rule keeps its layers from the rules after it; two rules that send one layer
+            to warehouses contradict each other and are refused.
+        settings: for all warehouses.
+        warehouses: for single ones, by name; they come before the rules' and the plan's.
+    """
+
+    rules: tuple[Rule, ...]
+    settings: WarehouseSettings = field(default_factory=WarehouseSettings)
+    warehouses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, plan: Mapping[str, Any]) -> Plan:
+        """A plan from ``{rules: [...], warehouses: {...}, ...settings}``.
+
+        Raises:
+            ValueError: an unknown key or a rule that is none.
+        """
+        rest = dict(plan)
+        rules, warehouses = rest.pop("rules", None), rest.pop("warehouses", None) or {}
+        if not isinstance(rules, (list, tuple)) or not rules:
+            raise ValueError("plan: 'rules' must be a list of at least one rule")
+        settings = WarehouseSettings().with_overrides(rest, "plan")
+        return cls(tuple(Rule.from_mapping(rule) for rule in rules), settings, warehouses)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Plan:
+        """The plan with settings replaced; ``warehouses`` adds to or replaces single warehouses'.
+
+        Raises:
+            ValueError: an unknown setting.
+        """
+        rest = dict(overrides)
+        single = {name: dict(own) for name, own in self.warehouses.items()}
+        for name, own in (rest.pop("warehouses", None) or {}).items():
+            single[name] = {**single.get(name, {}), **own}
+        rules = tuple(
+            replace(rule, settings={k: v for k, v in rule.settings.items() if k not in rest})
+            for rule in self.rules
+        )
+        return Plan(rules, self.settings.with_overrides(rest, "convert"), single)
+
+    def settings_of(self, warehouse: str, rule: Rule) -> WarehouseSettings:
+        """Settings of one warehouse: its own before its rule's before the plan's.
+
+        Raises:
+            ValueError: an unknown setting.
+        """
+        settings = self.settings.with_overrides(rule.settings, f"plan rule {rule.match!r}")
+        own = self.warehouses.get(warehouse, {})
+        return settings.with_overrides(own, f"plan, warehouse {warehouse!r}")

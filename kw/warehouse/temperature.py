@@ -1,0 +1,83 @@
+"""The attention temperature: one-hot kernels at 1, learned mixtures at 0.
+
+Paper: KernelWarehouse (ICML 2024, arXiv 2406.07879), Eq. 5: tau falls linearly from 1 to 0 over the
+first epochs of training and is 0 afterwards, in evaluation and in finetuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .warehouse import Warehouse
+
+__all__ = ["annealed_temperature", "find_warehouses", "get_temperature", "set_temperature"]
+
+
+def find_warehouses(model: nn.Module) -> list[Warehouse]:
+    """Every warehouse that the model holds or that one of its layers uses, each once.
+
+    Looks through any wrapper that registers the model as a submodule (DDP, ``torch.compile``,
+    averaged models).
+    """
+
+    def used() -> Iterator[nn.Module]:
+        for module in model.modules():
+            yield module
+            # A part of a model, e.g. one stage, uses warehouses that the whole model registers.
+            if isinstance(warehouse := module.__dict__.get("warehouse"), Warehouse):
+                yield warehouse
+
+    return [module for module in dict.fromkeys(used()) if isinstance(module, Warehouse)]
+
+
+@torch.no_grad()
+def set_temperature(model: nn.Module, tau: float) -> None:
+    """Set the temperature of every warehouse of a model, through any wrapper.
+
+    Writes into the buffers on their device: no synchronisation, no recompilation.
+
+    Args:
+        model: a model with KernelWarehouse layers.
+        tau: temperature in [0, 1].
+
+    Raises:
+        ValueError: ``tau`` is out of range, or the model has no KernelWarehouse layer: a
+            temperature that reaches nothing would go unnoticed.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"temperature is {tau}; expected a value in [0, 1]")
+    warehouses = find_warehouses(model)
+    if not warehouses:
+        raise ValueError(
+            f"{type(model).__name__} has no KernelWarehouse layer whose temperature could be set; "
+            "convert it first: kw.convert(model, plan)"
+        )
+    for warehouse in warehouses:
+        warehouse.temperature.fill_(tau)
+
+
+def get_temperature(model: nn.Module) -> float:
+    """The temperature of a model's warehouses. Reads from the device: not for use in a training
+    step.
+
+    Raises:
+        ValueError: the model has no KernelWarehouse layer, or warehouses at different temperatures.
+    """
+    values = {float(warehouse.temperature) for warehouse in find_warehouses(model)}
+    if len(values) != 1:
+        found = sorted(values) or "none, for want of a KernelWarehouse layer"
+        raise ValueError(f"{type(model).__name__} has no single temperature; found {found}")
+    return values.pop()
+
+
+def annealed_temperature(step: int, steps: float) -> float:
+    """tau of an update: 1 at step 0, falling linearly to 0 at ``steps`` and staying there.
+
+    Args:
+        step: optimizer updates done so far.
+        steps: updates over which the temperature falls; 0 = no annealing.
+    """
+    return max(0.0, 1.0 - step / steps) if steps > 0 else 0.0
