@@ -7,10 +7,13 @@ reference from them. Every setting carries its meaning, its unit and the values 
 ``None`` (``null`` in YAML) turns an optional part off.
 """
 
+# ruff: noqa: RUF009 -- setting() and table() return dataclasses.field()
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from .fields import setting, table
 
 __all__ = [
     "CheckpointConfig",
@@ -23,59 +26,7 @@ __all__ = [
     "RandomErasingConfig",
     "ScheduleConfig",
     "WarehouseConfig",
-    "setting",
-    "table",
 ]
-
-_REQUIRED = object()
-
-
-def setting(
-    default: Any = _REQUIRED,
-    doc: str = "",
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    length: int | None = None,
-    example: Any = None,
-) -> Any:
-    """A field with its meaning and its bounds. Bounds on a list hold for each of its elements.
-
-    Args:
-        default: value when the file leaves the key out; without one the key is required. A list
-            default is copied for every configuration.
-        doc: one line: meaning and unit.
-        minimum: smallest value allowed.
-        maximum: largest value allowed.
-        above: value that the setting must exceed.
-        below: value that the setting must stay under.
-        choices: the only strings allowed.
-        length: number of elements of a list.
-        example: a sensible value of a required key, shown where the file leaves it out.
-    """
-    metadata = {
-        "doc": doc,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-        "choices": choices,
-        "length": length,
-        "example": example,
-    }
-    if default is _REQUIRED:
-        return field(metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def table(factory: type, doc: str) -> Any:
-    """A nested group of settings that is there with its defaults when the file leaves it out."""
-    return field(default_factory=factory, metadata={"doc": doc})
 
 
 @dataclass
@@ -129,6 +80,14 @@ class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
     warehouses: dict[str, WarehouseConfig] = setting(
         {}, "settings of single warehouses by their names, over those of all"
     )
+
+    def overrides(self) -> dict[str, Any]:
+        """What differs from the plan, as keyword arguments of :func:`kw.convert`."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        del given["plan"]
+        for name, own in given["warehouses"].items():
+            given["warehouses"][name] = {k: v for k, v in own.items() if v is not None}
+        return given
 
 
 @dataclass
@@ -213,7 +172,7 @@ class DataConfig:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
 

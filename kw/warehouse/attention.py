@@ -10,6 +10,7 @@ Legend: B samples, C input channels, h hidden units, m mixtures, n cells (the nu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -64,11 +65,12 @@ class KernelAttention(nn.Module):
         norm: ``"batch"`` (BatchNorm1d) or ``"layer"`` (LayerNorm).
         function: a key of :data:`ATTENTION_FUNCTIONS`.
         nonlocal_basis_ratio: below 1, the logits of cells that are not the layer's own go through a
-            shared map of rank ``q = max(int((n - own) * ratio), 16)``.
+            shared map of rank ``q = max(int((n - own) * ratio), 16)``; without such cells it has no
+            effect.
         nonlocal_own: number of own cells with direct logits, where the ratio is below 1.
 
     Raises:
-        ValueError: an unknown ``norm`` or ``function``, or a ratio out of (0, 1].
+        ValueError: an unknown ``norm`` or ``function``, or a ratio out of its range.
     """
 
     one_hot: Tensor
@@ -95,6 +97,8 @@ class KernelAttention(nn.Module):
             raise ValueError(f"attention norm {norm!r} is unknown; choose 'batch' or 'layer'")
         if not 0 < nonlocal_basis_ratio <= 1:
             raise ValueError(f"nonlocal_basis_ratio is {nonlocal_basis_ratio}; expected (0, 1]")
+        if not reduction > 0:
+            raise ValueError(f"reduction is {reduction}; it must be above 0")
         self.function = function
         self.cells = cells
         self.own = own
@@ -104,7 +108,7 @@ class KernelAttention(nn.Module):
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **factory)
         self.norm1 = (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **factory)
         self.fc3: nn.Linear | None = None
-        if nonlocal_basis_ratio == 1:
+        if nonlocal_basis_ratio == 1 or nonlocal_own == cells:
             self.fc2 = nn.Linear(hidden, self.mixtures * (cells + 1), **factory)
             self.register_parameter("basis_bias", None)
         else:
@@ -143,11 +147,15 @@ class KernelAttention(nn.Module):
         Returns:
             ``[B, m, n]``, float32.
         """
-        with torch.autocast(pooled.device.type, enabled=False):
+        device = pooled.device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             alpha = ATTENTION_FUNCTIONS[self.function](logits)[..., :-1]  # the null cell is dropped
-            return torch.lerp(alpha, self.one_hot.to(alpha), temperature.to(alpha))
+            # A copy, since the buffer may be set anew before the backward pass reads it.
+            tau = temperature.to(alpha).clone()
+            return torch.lerp(alpha, self.one_hot.to(alpha), tau)
 
     def _logits(self, pooled: Tensor) -> Tensor:
         hidden = self._normalise(self.fc1(pooled)).relu()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
@@ -27,7 +29,7 @@ _CONVOLUTIONS: dict[type[nn.Module], type[KWConvNd]] = {
     nn.Conv2d: KWConv2d,
     nn.Conv3d: KWConv3d,
 }
-_RESERVED = frozenset(dir(nn.ModuleDict)) | {"training"}
+_RESERVED = frozenset(dir(nn.ModuleDict())) | {"training"}
 
 
 @dataclass
@@ -131,8 +133,10 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
         for name, module in model.named_modules(remove_duplicate=False)
         if name and _has_kernel(module)
     }
+    names: dict[int, list[str]] = {}
+    for name, module in candidates.items():
+        names.setdefault(id(module), []).append(name)
     taken: dict[str, Rule] = {}
-    seen: dict[int, str] = {}
     groups: dict[str, _Group] = {}
     for rule in plan.rules:
         matched = [name for name in candidates if re.fullmatch(rule.match, name)]
@@ -158,10 +162,10 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                     f"plan: layer {name!r} goes to warehouse {claimed.warehouse_of(name)!r} by "
                     f"rule {claimed.match!r} and to {own!r} by {rule.match!r}; narrow one of them"
                 )
-            if (twin := seen.setdefault(id(candidates[name]), name)) != name:
+            if twins := [twin for twin in names[id(candidates[name])] if twin != name]:
                 raise ValueError(
-                    f"plan: layer {name!r} (warehouse {own!r}) is the same module as {twin!r}; a "
-                    "layer can join a warehouse once: leave shared modules static"
+                    f"plan: layer {name!r} (warehouse {own!r}) is the same module as {twins[0]!r}; "
+                    "a layer can join a warehouse once: leave shared modules static"
                 )
             if rule.handover is not None and re.fullmatch(rule.handover, name):
                 before = [w for w in opened if w != own]
@@ -173,11 +177,23 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                 own = before[-1]
             elif own not in opened:
                 opened.append(own)
+            settings = plan.settings_of(own, rule)
             if own not in groups:
                 _check_name(own)
-                groups[own] = _Group(own, plan.settings_of(own, rule), [])
+                groups[own] = _Group(own, settings, [])
+            first = groups[own].settings
+            if any(getattr(first, key) != getattr(settings, key) for key in rule.settings):
+                raise ValueError(
+                    f"plan: rule {rule.match!r} has other settings for warehouse {own!r} than the "
+                    "rule that opened it; give them once, under 'warehouses'"
+                )
             groups[own].layers.append((name, candidates[name]))
 
+    if not groups:
+        raise ValueError(
+            f"plan: every layer of {type(model).__name__} that it names is static; add a rule with "
+            "'warehouse'"
+        )
     for name in plan.warehouses:
         if name not in groups:
             raise ValueError(f"plan: settings for warehouse {name!r}; {nearest(name, groups)}")
@@ -189,7 +205,11 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
 
 def _has_kernel(module: nn.Module) -> bool:
     """A leaf with a weight of at least two axes: what a plan may name, convertible or not."""
+    if is_parametrized(module, "weight"):
+        return True
     weight = getattr(module, "weight", None)
+    if isinstance(weight, UninitializedParameter):
+        return True
     return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())
 
 
@@ -202,6 +222,11 @@ def _check_name(name: str) -> None:
 
 
 def _kernel_shape(name: str, module: nn.Module) -> KernelShape:
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"plan: the weight of layer {name!r} is no parameter but computed (by weight or "
+            "spectral normalisation, pruning, ...); remove that first, or keep the layer static"
+        )
     if type(module) in _CONVOLUTIONS:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         kernel = tuple(module.kernel_size)

@@ -24,6 +24,7 @@ from .warehouse import Warehouse, WarehouseSettings
 __all__ = ["KWConv1d", "KWConv2d", "KWConv3d", "KWConvNd", "KWLayer", "KWLinear"]
 
 Size = int | Sequence[int]
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class KWLayer(nn.Module):
@@ -71,6 +72,11 @@ class KWLayer(nn.Module):
             if settings:
                 raise ValueError(
                     f"{', '.join(settings)}: settings of the warehouse, which is given already"
+                )
+            if not 0 <= slot < len(warehouse.shapes):
+                raise ValueError(
+                    f"warehouse {warehouse.name!r} has {len(warehouse.shapes)} layers; there is no "
+                    f"slot {slot}"
                 )
             laid_out = warehouse.shapes[slot]
             if replace(laid_out, name=shape.name) != shape:
@@ -142,6 +148,9 @@ class KWConvNd(KWLayer):
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> None:
+        if padding_mode not in _PADDING_MODES:
+            modes = ", ".join(map(repr, _PADDING_MODES))
+            raise ValueError(f"padding_mode {padding_mode!r} is unknown; choose one of {modes}")
         kernel = self._per_axis(kernel_size)
         shape = KernelShape(out_channels, in_channels, kernel, groups, name)
         super().__init__(shape, bias, warehouse, slot, settings, device, dtype)

@@ -184,26 +184,35 @@ def partition_kernels(
         layers.append(Partition(shape.kernel, cell_kernel, cell_out, cell_in, grid))
 
     mixtures = [layer.mixtures for layer in layers]
-    cells = max(int(sum(mixtures) * cell_num_ratio), 1)
-    slices = _assign_cells(mixtures, cells, cell_num_ratio, name, [s.name for s in shapes])
+    names = [s.name for s in shapes]
+    budget = _exact_budget(cell_num_ratio, name, names)
+    cells = max(int(sum(mixtures) * budget), 1)
+    slices = _assign_cells(mixtures, cells, budget, name, names)
     cell_shape = (cell_out, cell_in, *layers[0].cell_kernel)
     return WarehousePartition(cells, cell_shape, tuple(layers), slices)
 
 
 def _cell_channels(channels: Sequence[int], ratio: float) -> int:
-    return max(int(math.gcd(*channels) * ratio), 1)
+    # int(), but for the rounding of a ratio such as 1 / 49, times 49 just below 1.
+    return max(int(math.gcd(*channels) * ratio + 1e-9), 1)
 
 
-def _assign_cells(
-    mixtures: Sequence[int], cells: int, ratio: float, name: str, layers: Sequence[str]
-) -> tuple[CellSlice, ...]:
-    """Give every mixture its cell at temperature 1 (the one-hot start beta, Eq. 5)."""
+def _exact_budget(ratio: float, name: str, layers: Sequence[str]) -> Fraction:
+    """The ratio as the integer or 1 / integer that it has to be."""
     budget = Fraction(ratio).limit_denominator(1 << 16)
     if 1 not in (budget.numerator, budget.denominator) or not math.isclose(float(budget), ratio):
         raise ValueError(
-            f"warehouse {name!r}: cell_num_ratio {ratio:g} cannot give every mixture its own cell; "
-            "only an integer or 1 / integer can (..., 0.25, 0.5, 1, 2, 4, ...)"
+            f"warehouse {name!r} (layers {', '.join(map(repr, layers))}): cell_num_ratio {ratio:g} "
+            "cannot give every mixture its own cell; only an integer or 1 / integer can "
+            "(..., 0.25, 0.5, 1, 2, 4, ...)"
         )
+    return budget
+
+
+def _assign_cells(
+    mixtures: Sequence[int], cells: int, budget: Fraction, name: str, layers: Sequence[str]
+) -> tuple[CellSlice, ...]:
+    """Give every mixture its cell at temperature 1 (the one-hot start beta, Eq. 5)."""
     slices, start = [], 0
     for count in mixtures:
         owners: list[int | None]
@@ -222,9 +231,9 @@ def _assign_cells(
     if start != cells:
         counts = ", ".join(f"{layer!r} {m}" for layer, m in zip(layers, mixtures, strict=True))
         raise ValueError(
-            f"warehouse {name!r}: with cell_num_ratio {ratio:g} its layers take {start} cells of "
-            f"{cells} (mixtures: {counts}); choose cell_inplane_ratio and cell_outplane_ratio so "
-            f"that every layer's mixtures are a multiple of {budget.denominator**2}, or a larger "
-            "cell_num_ratio"
+            f"warehouse {name!r}: with cell_num_ratio {float(budget):g} its layers take {start} "
+            f"cells of {cells} (mixtures: {counts}); choose cell_inplane_ratio and "
+            "cell_outplane_ratio so that every layer's mixtures are a multiple of "
+            f"{budget.denominator**2}, or a larger cell_num_ratio"
         )
     return tuple(slices)

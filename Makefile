@@ -1,0 +1,44 @@
+# make demo and make test each install what they need into .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := work_dirs/demo
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
+	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
+	@echo "make test     run the tests"
+	@echo "make lint     check style and types"
+	@echo "make format   rewrite the sources in the house style"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m kw.data.digits $(DEMO)/digits
+	$(BIN)/python tools/train.py configs/demo/resnet18.yaml --work-dir $(DEMO)/resnet18
+	$(BIN)/python tools/train.py configs/demo/kw_resnet18_1x.yaml --work-dir $(DEMO)/kw_resnet18_1x
+	$(BIN)/python tools/test.py configs/demo/resnet18.yaml $(DEMO)/resnet18/best.pth
+	$(BIN)/python tools/test.py configs/demo/kw_resnet18_1x.yaml $(DEMO)/kw_resnet18_1x/best.pth
+	$(BIN)/python tools/compare_runs.py $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x --plot $(DEMO)/curves.png
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,248 @@
+"""From a tree of values to a :class:`Config`: every value against the schema's types and bounds.
+
+One walk collects all problems, so that a user corrects a file once and not once per mistake. A
+value that is wrong is stood in for by its default or example, which lets the rules between settings
+(:mod:`kw.config.rules`) run all the same; what they say of a wrong setting is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .describe import UNIONS, allowed, default_of, is_required, key_hints
+from .loading import OPTIONS
+from .rules import check_rules, ignored_settings
+from .schema import Config
+from .tree import ConfigError, Entry, join, show
+
+__all__ = ["check"]
+
+_BAD = object()
+_TESTS = {
+    "minimum": operator.ge,
+    "above": operator.gt,
+    "maximum": operator.le,
+    "below": operator.lt,
+}
+
+
+def check(root: Entry, check_model_name: bool = True) -> Config:
+    """The configuration that a tree describes.
+
+    Warns of settings without effect that the user's own file or options set.
+
+    Args:
+        root: the merged tree of a file.
+        check_model_name: look ``model.name`` up in timm, whose import takes seconds.
+
+    Raises:
+        ConfigError: with one line for every problem.
+    """
+    checker = _Checker(root)
+    config: Config = checker.table(Config, root, "")
+    check_rules(config, checker.report, check_model_name)
+    if checker.problems:
+        raise ConfigError(*checker.problems)
+    for key, reason in ignored_settings(config):
+        entry, _ = root.find(key)
+        if _get(config, key) != default_of(key) and _is_deliberate(entry, root):
+            message = f"{entry.origin}: {key} = {show(entry.plain())} has no effect: {reason}"
+            warnings.warn(message, stacklevel=3)  # the caller of load_config
+    return config
+
+
+class _Checker:
+    def __init__(self, root: Entry) -> None:
+        self.root = root
+        self.problems: list[str] = []
+        self.wrong: set[str] = set()
+
+    def problem(self, entry: Entry, key: str, message: str) -> Any:
+        self.wrong.add(key)
+        self.problems.append(f"{entry.origin}: {key}{message}")
+        return _BAD
+
+    def expect(self, entry: Entry, key: str, expected: str) -> Any:
+        return self.problem(entry, key, f" = {show(entry.plain())}: expected {expected}")
+
+    def report(self, config: Config, keys: tuple[str, ...], expected: str) -> None:
+        """A broken rule between settings; the first key is the one to look at."""
+        if any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in self.wrong):
+            return
+        others = []
+        for key in keys[1:]:
+            entry, own = self.root.find(key)
+            source = f"{entry.origin}" if own else "the default"
+            others.append(f"{key} = {show(_plain(_get(config, key)))} ({source})")
+        entry, _ = self.root.find(keys[0])
+        message = f" = {show(_plain(_get(config, keys[0])))}: expected {expected}"
+        self.problems.append(
+            f"{entry.origin}: {keys[0]}{message}" + (f"; {', '.join(others)}" if others else "")
+        )
+
+    def table(self, cls: Any, entry: Entry, key: str) -> Any:
+        """An instance of a dataclass from a mapping."""
+        hints = typing.get_type_hints(cls)
+        for name, child in entry.value.items():
+            if name not in hints:
+                self._unknown(child, key, name, list(hints))
+        values = {}
+        for field in dataclasses.fields(cls):
+            child_key = join(key, field.name)
+            if field.name in entry.value:
+                value = self.value(
+                    hints[field.name], entry.value[field.name], child_key, field.metadata
+                )
+                if value is not _BAD:
+                    values[field.name] = value
+            elif is_required(field):
+                if dataclasses.is_dataclass(hints[field.name]):
+                    missing = Entry({}, entry.origin)
+                    values[field.name] = self.table(hints[field.name], missing, child_key)
+                else:
+                    self._missing(entry, child_key, hints[field.name], field.metadata)
+            if field.name not in values and is_required(field):
+                values[field.name] = _stand_in(hints[field.name], field)
+        return cls(**values)
+
+    def value(self, hint: Any, entry: Entry, key: str, metadata: Mapping[str, Any]) -> Any:
+        """A value converted to its type hint, or _BAD once its problem is noted."""
+        expected = allowed(hint, metadata)
+        if typing.get_origin(hint) in UNIONS:
+            options = typing.get_args(hint)
+            if entry.value is None and type(None) in options:
+                return None
+            options = tuple(option for option in options if option is not type(None))
+            # No union in the schema has two members for one kind of YAML node.
+            is_mapping = isinstance(entry.value, dict)
+            hint = next((o for o in options if _is_mapping(o) == is_mapping), options[0])
+        if _is_mapping(hint):
+            if not isinstance(entry.value, dict):
+                return self.expect(entry, key, expected)
+            if dataclasses.is_dataclass(hint):
+                return self.table(hint, entry, key)
+            return self._mapping(typing.get_args(hint)[1], entry, key)
+        if typing.get_origin(hint) is list:
+            return self._list(hint, entry, key, metadata, expected)
+        value = _scalar(hint, entry.value)
+        if value is not _BAD and _within(value, metadata):
+            return value
+        if isinstance(entry.value, float) and not math.isfinite(entry.value):
+            expected = expected.replace("a number", "a finite number")
+        if metadata.get("choices") and isinstance(entry.value, str):
+            near = difflib.get_close_matches(entry.value, metadata["choices"], 1)
+            expected += f"; did you mean {near[0]!r}?" if near else ""
+        return self.expect(entry, key, expected)
+
+    def _mapping(self, item_hint: Any, entry: Entry, key: str) -> Any:
+        values = {}
+        for name, child in entry.value.items():
+            if item_hint is not Any:
+                values[name] = self.value(item_hint, child, join(key, name), {})
+                continue
+            values[name] = child.plain()
+            if not _is_plain(values[name]):
+                expected = "plain values: text, finite numbers, true, false, null, lists, mappings"
+                values[name] = self.expect(child, join(key, name), expected)
+        return _BAD if any(value is _BAD for value in values.values()) else values
+
+    def _list(
+        self, hint: Any, entry: Entry, key: str, metadata: Mapping[str, Any], expected: str
+    ) -> Any:
+        if isinstance(entry.value, dict):
+            return self.expect(entry, key, f"{expected}, set as a whole")
+        items = entry.value if isinstance(entry.value, list) else [_BAD]
+        values = [_scalar(typing.get_args(hint)[0], item) for item in items]
+        right = all(value is not _BAD and _within(value, metadata) for value in values)
+        if not right or metadata["length"] not in (None, len(values)):
+            return self.expect(entry, key, expected)
+        return values
+
+    def _unknown(self, entry: Entry, key: str, name: str, known: list[str]) -> None:
+        wrong, keys = join(key, name), list(key_hints())
+        siblings = difflib.get_close_matches(name, known, 1)
+        siblings = siblings or [other for other in known if other.startswith(name)]
+        near = [join(key, other) for other in siblings]
+        near = near or [other for other in keys if other.split(".")[-1] == name]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if wrong in keys:
+            hint = f"; write {name.replace('.', ': {')}: ...{'}' * name.count('.')}"
+        valid = f"valid {f'in {key}' if key else 'here'}: {', '.join(known)}"
+        value = show(entry.plain())
+        self.problem(entry, wrong, f" = {value}: expected a known key{hint} ({valid})")
+
+    def _missing(self, entry: Entry, key: str, hint: Any, metadata: Mapping[str, Any]) -> None:
+        example = f"{key}: {metadata['example']}"
+        expected = f"expected {allowed(hint, metadata)} ({metadata['doc']}), e.g. {example}"
+        self.problem(entry, key, f" is missing: {expected}")
+
+
+def _is_mapping(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+
+
+def _scalar(hint: Any, value: Any) -> Any:
+    if hint is float and type(value) in (int, float) and _is_finite(value):
+        return float(value)
+    return value if hint is not float and type(value) is hint else _BAD
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, bool, int) or _scalar(float, value) is not _BAD
+
+
+def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
+    if isinstance(value, str):
+        return not metadata.get("choices") or value in metadata["choices"]
+    bounds = ((test, metadata.get(name)) for name, test in _TESTS.items())
+    return all(bound is None or test(value, bound) for test, bound in bounds)
+
+
+def _stand_in(hint: Any, field: dataclasses.Field[Any]) -> Any:
+    if not dataclasses.is_dataclass(hint):
+        return field.metadata["example"]
+    hints = typing.get_type_hints(hint)
+    required = [f for f in dataclasses.fields(hint) if is_required(f)]
+    return typing.cast(Any, hint)(**{f.name: _stand_in(hints[f.name], f) for f in required})
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _is_deliberate(entry: Entry, root: Entry) -> bool:
+    """Whether a user chose this value by hand.
+
+    A recipe carries settings for choices that its child may replace, and a resolved configuration
+    has every setting; neither says that the user expects an effect.
+    """
+    if entry.origin.source == OPTIONS:
+        return True
+    is_resolved = all(field.name in root.value for field in dataclasses.fields(Config))
+    return not entry.origin.inherited and not is_resolved
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value

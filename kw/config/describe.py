@@ -1,0 +1,84 @@
+"""The schema in words and by key, for error messages and the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from .schema import Config
+from .tree import join
+
+__all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "members"]
+
+UNIONS = (typing.Union, types.UnionType)
+_NUMBERS = {int: "an integer", float: "a number"}
+_BOUNDS = (("minimum", ">="), ("above", ">"), ("maximum", "<="), ("below", "<"))
+
+
+def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """The values that a setting may take, in words, e.g. ``a number > 0 or null``."""
+    if typing.get_origin(hint) in UNIONS:
+        options = [h for h in typing.get_args(hint) if h is not type(None)]
+        null = ["null"] if len(options) < len(typing.get_args(hint)) else []
+        return " or ".join([allowed(option, metadata) for option in options] + null)
+    bounds = [
+        f"{sign} {metadata[name]}" for name, sign in _BOUNDS if metadata.get(name) is not None
+    ]
+    limits = " " + " and ".join(bounds) if bounds else ""
+    if hint in _NUMBERS:
+        return _NUMBERS[hint] + limits
+    if hint is bool:
+        return "true or false"
+    if hint is str:
+        choices = metadata.get("choices")
+        return f"one of {', '.join(map(repr, choices))}" if choices else "a string"
+    if typing.get_origin(hint) is list:
+        length = f"{metadata['length']} " if metadata["length"] else ""
+        return f"a list of {length}numbers" + (f", each{limits}" if limits else "")
+    if typing.get_origin(hint) is dict:
+        inner = typing.get_args(hint)[1]
+        of = " of names to settings" if dataclasses.is_dataclass(inner) else ""
+        return f"a mapping{of}"
+    return f"a mapping of settings ({', '.join(field.name for field in dataclasses.fields(hint))})"
+
+
+def members(hint: Any) -> tuple[str, Any] | None:
+    """The group of settings inside a type hint: what its key is followed by, and its dataclass."""
+    for option in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
+        if dataclasses.is_dataclass(option):
+            return "", option
+        if typing.get_origin(option) is dict and dataclasses.is_dataclass(
+            inner := typing.get_args(option)[1]
+        ):
+            return ".<name>", inner
+    return None
+
+
+def key_hints(cls: Any = Config, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Type hint and field of every setting, by dotted key; groups come before their members."""
+    found = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        child_key = join(key, field.name)
+        found[child_key] = (hints[field.name], field)
+        if group := members(hints[field.name]):
+            suffix, inner = group
+            found.update(key_hints(inner, child_key + suffix))
+    return found
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a file must set this."""
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def default_of(key: str) -> Any:
+    """The default of the setting at a dotted key."""
+    _, field = key_hints()[key]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

@@ -1,0 +1,253 @@
+"""Reading configuration files: safe YAML, ``_base_`` inheritance, ``--cfg-options``.
+
+The YAML read here is the plain part of YAML 1.2. PyYAML's own loaders are not used as they stand
+because the unsafe ones run code that a file names, and the safe one reads ``4e-3`` as a string,
+``on`` as a boolean and takes the last of two equal keys without a word.
+
+How files combine:
+
+- ``_base_`` (a file or a list of files, relative to the file that names them) is read first; later
+  bases override earlier ones, and the file itself overrides its bases.
+- Mappings merge key by key. Everything else is replaced: lists as a whole, and ``null`` replaces a
+  mapping.
+- A mapping with ``_delete_: true`` replaces the inherited one.
+- ``--cfg-options a.b=value`` is one more file on top, ``{a: {b: value}}``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .tree import ConfigError, Entry, Origin, join, merge, show
+
+__all__ = ["OPTIONS", "SCALARS", "read_config"]
+
+OPTIONS = "--cfg-options"
+BASE = "_base_"
+DELETE = "_delete_"
+
+_TAG = "tag:yaml.org,2002:"
+# Which plain scalars are not strings, in order of trial. The dumper of resolved configurations uses
+# the same table, so that it quotes exactly the strings that would be read as something else.
+SCALARS = [
+    (_TAG + "null", re.compile(r"(?:~|null|)\Z")),
+    (_TAG + "bool", re.compile(r"(?:true|True|false|False)\Z")),
+    (_TAG + "int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")),
+    (
+        _TAG + "float",
+        re.compile(
+            r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)\Z"
+        ),
+    ),
+]
+_PLAIN_TAGS = {tag for tag, _ in SCALARS} | {_TAG + "str", _TAG + "map", _TAG + "seq"}
+
+
+class _Loader(yaml.SafeLoader):
+    # Without aliases a file can neither contain itself nor grow without bound when it is expanded.
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            message = f"anchors and aliases (&, *) are not supported; share settings through {BASE}"
+            raise yaml.MarkedYAMLError(problem=message, problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in SCALARS:
+    _Loader.add_implicit_resolver(_tag, _pattern, None)
+
+
+class _Reader:
+    """One YAML text turned into a tree of entries; its problems are collected, not raised."""
+
+    def __init__(self, source: str, inherited: bool = False, numbered: bool = True) -> None:
+        self.source = source
+        self.inherited = inherited
+        self.numbered = numbered
+        self.problems: list[str] = []
+
+    def read(self, text: str, key: str = "") -> Entry:
+        """The tree of ``text``, which is the value of ``key``; an empty text is null.
+
+        Raises:
+            ConfigError: the text is not YAML, or uses what is refused here.
+        """
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            entry = (
+                Entry(None, self._origin(None)) if node is None else self._entry(loader, node, key)
+            )
+        except yaml.MarkedYAMLError as error:
+            where = self._origin(error.problem_mark or error.context_mark)
+            raise ConfigError(
+                f"{where}: {self._quote(key, text)}not valid: {error.problem}"
+            ) from None
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{self.source}: {self._quote(key, text)}not valid: {reason}"
+            ) from None
+        if self.problems:
+            raise ConfigError(*self.problems)
+        return entry
+
+    def _quote(self, key: str, text: str) -> str:
+        return f"{key} = {text}: " if key else ""
+
+    def _origin(self, mark: yaml.Mark | None) -> Origin:
+        line = mark.line + 1 if self.numbered and mark is not None else None
+        return Origin(self.source, line, self.inherited)
+
+    def _problem(self, node: yaml.Node, key: str, message: str) -> None:
+        where = self._origin(node.start_mark)
+        self.problems.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
+
+    def _entry(self, loader: _Loader, node: yaml.Node, key: str) -> Entry:
+        origin = self._origin(node.start_mark)
+        if node.tag not in _PLAIN_TAGS:
+            tag = node.tag.replace(_TAG, "!!")
+            expected = "expected a plain value; tags that construct objects are refused"
+            self._problem(node, key, f"{tag}: {expected}")
+            return Entry(None, origin)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(loader, node, key)
+        if isinstance(node, yaml.SequenceNode):
+            return Entry([self._entry(loader, item, key).plain() for item in node.value], origin)
+        try:
+            return Entry(loader.construct_object(node), origin)
+        except (ValueError, KeyError, IndexError):  # an explicit tag that the text does not fit
+            self._problem(node, key, f"{node.value!r} is no {node.tag.replace(_TAG, '!!')}")
+            return Entry(None, origin)
+
+    def _mapping(self, loader: _Loader, node: yaml.MappingNode, key: str) -> Entry:
+        children: dict[str, Entry] = {}
+        lines: dict[str, int] = {}
+        complete = False
+        for name_node, value_node in node.value:
+            name: str = name_node.value
+            child_key = join(key, name)
+            if name_node.tag != _TAG + "str":
+                self._problem(name_node, child_key, "keys are strings: put this one in quotes")
+                continue
+            if name in lines:
+                message = f"set twice in one mapping, first on line {lines[name]}"
+                self._problem(name_node, child_key, message)
+                continue
+            lines[name] = name_node.start_mark.line + 1
+            child = self._entry(loader, value_node, child_key)
+            if name == BASE and (key or not self.numbered):
+                self._problem(name_node, child_key, f"{BASE} belongs at the top of a file")
+            elif name == DELETE:
+                complete = True
+                if child.value is not True:
+                    self._problem(
+                        name_node, child_key, f"expected true, found {show(child.plain())}"
+                    )
+            else:
+                # A reader looks for the line of the key: a nested value starts a line later.
+                children[name] = Entry(
+                    child.value, self._origin(name_node.start_mark), child.complete
+                )
+        return Entry(children, self._origin(node.start_mark), complete)
+
+
+def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Entry:
+    """The merged tree of a file, its bases and the options; nothing in it is checked yet.
+
+    Args:
+        path: the YAML file.
+        options: ``a.b=value`` strings, the value in YAML's flow style; later ones override.
+
+    Raises:
+        ConfigError: a file is missing or not valid, its inheritance goes in a circle, or an option
+            cannot be read.
+    """
+    tree = _read_file(os.fspath(path), named_by=None, chain=())
+    problems: list[str] = []
+    for option in options:
+        try:
+            tree = merge(tree, _read_option(option))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(*problems)
+    return tree
+
+
+def _read_file(path: str, named_by: Origin | None, chain: tuple[str, ...]) -> Entry:
+    where = f"{named_by}: {BASE} = {path!r}" if named_by else path
+    steps = [os.path.realpath(step) for step in chain]
+    if os.path.realpath(path) in steps:
+        raise ConfigError(f"{where}: inheritance goes in a circle: {' -> '.join((*chain, path))}")
+    text = _read_text(path, where)
+    tree = _Reader(path, inherited=bool(chain)).read(text)
+    if tree.value is None:
+        tree = Entry({}, tree.origin)
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {show(tree.value)}")
+    own = dict(tree.value)
+    merged = Entry({}, Origin(path, None, bool(chain)))
+    if BASE in own:
+        base = own.pop(BASE)
+        for name in _base_names(base):
+            base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            merged = merge(merged, _read_file(base_path, base.origin, (*chain, path)))
+    merged = merge(merged, Entry(own, tree.origin, tree.complete))
+    # What is missing is missing from the whole file, not from one of its lines.
+    return Entry(merged.value, Origin(path, None, bool(chain)))
+
+
+def _base_names(base: Entry) -> list[str]:
+    value = base.plain()
+    names: list[Any] = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        expected = "expected a file name or a list of file names"
+        raise ConfigError(f"{base.origin}: {BASE} = {show(value)}: {expected}")
+    return names
+
+
+def _read_text(path: str, where: str) -> str:
+    if path.endswith(".py"):
+        raise ConfigError(
+            f"{where}: Python configurations are for detection, which is not built yet; "
+            "a classification configuration is a .yaml file"
+        )
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = Path(path).parent
+        names = [str(f) for f in folder.glob("*.y*ml")] if folder.is_dir() else []
+        near = difflib.get_close_matches(path, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        found = "" if folder.is_dir() else f" (nor a folder {folder})"
+        raise ConfigError(f"{where}: no such file: {path}{found}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: expected a YAML file, found one that is not text") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+
+
+def _read_option(option: str) -> Entry:
+    key, equals, text = option.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"{OPTIONS}: {option!r}: expected KEY=VALUE, e.g. optimizer.lr=0.1")
+    if BASE in names or DELETE in names:
+        raise ConfigError(f"{OPTIONS}: {option!r}: {BASE} and {DELETE} belong in files")
+    key = ".".join(names)
+    if not text.strip():
+        raise ConfigError(f"{OPTIONS}: {key}: no value after '='; for none write {key}=null")
+    entry = _Reader(OPTIONS, numbered=False).read(text, key)
+    for name in reversed(names):
+        entry = Entry({name: entry}, entry.origin)
+    return entry

@@ -1,0 +1,64 @@
+"""Configurations as text: a resolved one as YAML, and the reference of all settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import yaml
+
+from .describe import allowed, key_hints, members
+from .loading import SCALARS
+from .schema import Config
+from .tree import show
+
+__all__ = ["reference", "to_dict", "to_yaml"]
+
+
+class _Dumper(yaml.SafeDumper):
+    # The reader refuses aliases.
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    scalars = not any(isinstance(value, (list, dict)) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=scalars)
+
+
+_Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern in SCALARS:
+    _Dumper.add_implicit_resolver(_tag, _pattern, None)
+_Dumper.add_representer(list, _represent_list)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """A configuration as dictionaries, lists and scalars, every setting in it."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as one YAML text with every setting; reading it gives an equal one."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def reference() -> str:
+    """Every setting as a Markdown table: key, values allowed, default, meaning."""
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, (hint, field) in key_hints().items():
+        value = allowed(hint, field.metadata)
+        if members(hint):
+            value = re.sub(r" \(.*\)", "", value)  # its settings follow in lines of their own
+        cells = [f"`{key}`", value, _default_text(field), field.metadata["doc"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        made = field.default_factory()
+        return "as below" if dataclasses.is_dataclass(made) else f"`{show(made)}`"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return f"`{yaml.dump(field.default, Dumper=_Dumper).splitlines()[0]}`"

@@ -1,0 +1,133 @@
+"""Rules between settings: what no single setting's type and bounds can say."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from .schema import Config
+
+__all__ = ["check_rules", "ignored_settings"]
+
+Report = Callable[[Config, tuple[str, ...], str], None]
+
+_NUMBER = r"\d+(\.\d+)?"
+# timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
+_POLICIES = re.compile(
+    rf"rand(-(m|n|mmax)\d+|-(p|mstd){_NUMBER}|-inc[01]|-t(weights|3aw|3a))*"
+    rf"|augmix(-(m|w|d)\d+|-(a|mstd){_NUMBER}|-b[01])*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
+_OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
+
+
+def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
+    """Report every rule that a configuration breaks.
+
+    Args:
+        config: settings of the right types and within their own bounds.
+        report: called with the configuration, the keys concerned, the one to look at first, and
+            what was expected of it.
+        check_model_name: look ``model.name`` up in timm.
+    """
+
+    def expect(right: bool, expected: str, *keys: str) -> None:
+        if not right:
+            report(config, keys, expected)
+
+    model, data, optimizer, schedule = config.model, config.data, config.optimizer, config.schedule
+    epochs, batch_size = config.epochs, config.batch_size
+
+    expect(
+        config.total_batch_size % batch_size == 0,
+        "a multiple of batch_size",
+        "total_batch_size",
+        "batch_size",
+    )
+    expect(
+        batch_size % 2 == 0 or not (data.mixup or data.cutmix),
+        "an even number, because mixup and cutmix pair the images of a batch",
+        "batch_size",
+        "data.mixup",
+        "data.cutmix",
+    )
+
+    key = "schedule.warmup_epochs"
+    expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
+    if schedule.name == "cosine":
+        key = "schedule.final_lr"
+        expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
+    else:
+        steps, key = schedule.milestones, "schedule.milestones"
+        expected = "at least one epoch, e.g. [30, 60, 90], because schedule.name is 'step'"
+        expect(bool(steps), expected, key)
+        expect(all(a < b for a, b in pairwise(steps)), "epochs in rising order, none twice", key)
+        expect(all(m < epochs for m in steps), "each less than epochs", key, "epochs")
+
+    key = "temperature_epochs"
+    expect(config.temperature_epochs <= epochs, "at most epochs", key, "epochs")
+    expect(
+        config.temperature_epochs == 0 or model.kernel_warehouse is not None,
+        "0 for a static network, which has no attention temperature",
+        key,
+        "model.kernel_warehouse",
+    )
+
+    for name in ("crop_scale", "crop_ratio"):
+        low, high = getattr(data, name)
+        expect(low <= high, "[low, high] with low <= high", f"data.{name}")
+    expect(
+        data.auto_augment is None or _POLICIES.fullmatch(data.auto_augment) is not None,
+        "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
+        "data.auto_augment",
+    )
+    expect(
+        optimizer.momentum > 0 or not (optimizer.nesterov and optimizer.name == "sgd"),
+        "false, because Nesterov's form needs a momentum",
+        "optimizer.nesterov",
+        "optimizer.momentum",
+    )
+    for name in _OF_THE_MODEL:
+        expected = f"no {name} among them: set model.{name}"
+        expect(name not in model.timm_args, expected, "model.timm_args")
+    expected = _model_name_expected(model.name, check_model_name)
+    expect(not expected, expected, "model.name")
+
+
+def _model_name_expected(name: str, in_timm: bool) -> str:
+    """What was expected of a model name; empty where it is right or cannot be looked up."""
+    if name.startswith("kw_"):
+        static = name[3:].rpartition("_")[0]
+        return f"the static network, e.g. {static!r}: model.kernel_warehouse converts it"
+    if not in_timm:
+        return ""
+    try:
+        import timm  # only here: it takes seconds
+    except ImportError:
+        return ""
+    if timm.is_model(name):
+        return ""
+    near = difflib.get_close_matches(name, timm.list_models(), 3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"the name of a timm model{hint}"
+
+
+def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that have no effect beside the others, each with the reason."""
+    optimizer, schedule, data = config.optimizer, config.schedule, config.data
+    other = {"adamw": ("momentum", "nesterov"), "sgd": ("betas", "eps")}
+    for name in other[optimizer.name]:
+        yield f"optimizer.{name}", f"optimizer.name is {optimizer.name!r}"
+    for name in {"cosine": ("milestones", "gamma"), "step": ("final_lr",)}[schedule.name]:
+        yield f"schedule.{name}", f"schedule.name is {schedule.name!r}"
+    mixes = [alpha for alpha in (data.mixup, data.cutmix) if alpha > 0]
+    if not mixes:
+        yield "data.mix_probability", "data.mixup and data.cutmix are both 0"
+    if len(mixes) < 2:
+        yield "data.mix_switch_probability", "data.mixup and data.cutmix are not both on"
+    if data.auto_augment is not None and "3a" not in data.auto_augment:
+        yield "data.color_jitter", "data.auto_augment replaces it"
+    if config.model.drop_path_rate == 0:
+        yield "model.drop_path_decay", "model.drop_path_rate is 0"

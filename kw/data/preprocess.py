@@ -1,0 +1,135 @@
+"""What happens to a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
+
+Legend: B batch, S input size, C classes.
+
+Random erasing: Zhong et al., AAAI 2020. Mixup: Zhang et al., ICLR 2018. CutMix: Yun et al., ICCV
+2019. All three are timm's. Images are erased before they are mixed, as in the training codes of
+DeiT and ConvNeXt, from which the 300-epoch recipe comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from kw.config.schema import DataConfig
+from kw.data.seeding import seeded
+
+__all__ = ["BatchPreprocessor"]
+
+
+class BatchPreprocessor(nn.Module):
+    """A loader's batch -> what the network and the loss take, on this module's device.
+
+    Nothing here waits for the device: every random choice that decides about control flow is drawn
+    on the host.
+
+    Args:
+        config: the data settings.
+        num_classes: C, classes of the classifier.
+        label_smoothing: probability mass spread evenly over all classes, in training.
+        seed: seed of erasing and mixing.
+        channels_last: return images in NHWC memory layout.
+
+    Raises:
+        ValueError: ``mean`` or ``std`` has not three values, or a deviation is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        config: DataConfig,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for key, values in (("mean", config.mean), ("std", config.std)):
+            if len(values) != 3:
+                raise ValueError(f"data.{key} is {values}: expected three values, one per channel")
+        if min(config.std) <= 0:
+            raise ValueError(f"data.std is {config.std}: expected values above 0")
+        # In units of bytes, so that images need no division by 255 first.
+        for key, values in (("mean", config.mean), ("std", config.std)):
+            buffer = torch.tensor(values).mul_(255).view(1, 3, 1, 1)
+            self.register_buffer(key, buffer, persistent=False)
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.erasing = config.random_erasing
+        self.mixup: Mixup | None = None
+        if config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0):
+            self.mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                prob=config.mix_probability,
+                switch_prob=config.mix_switch_probability,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def forward(
+        self, batch: dict[str, Any], training: bool, key: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Move, normalise and, in training, erase and mix.
+
+        Args:
+            batch: from a loader; ``images`` is uint8 [B, 3, S, S] and is not changed.
+            training: whether to erase, mix and smooth.
+            key: what this batch's random choices belong to. Left out, it is the batch's own
+                ``key``, its epoch and first index: no other batch of the run, on any process, has
+                the same.
+
+        Returns:
+            Images, float32 [B, 3, S, S], and targets: int64 labels [B], or float32 probabilities
+            [B, C] where training mixes or smooths.
+
+        Raises:
+            ValueError: mixing was asked for and B is odd.
+        """
+        device = self.mean.device
+        # The bytes are reordered while they are bytes; the subtraction then writes the only float
+        # copy, in the layout of its input.
+        images = batch["images"].to(device, non_blocking=True)
+        images = images.contiguous(memory_format=self.memory_format)
+        images = torch.sub(images, self.mean).div_(self.std)
+        labels = batch["labels"].to(device, non_blocking=True)
+        if not training:
+            return images, labels
+        if self.erasing is not None or self.mixup is not None:
+            key = key or batch["key"]
+            with seeded("batch", self.seed, *key, device=device):
+                return self._augment(images, labels)
+        return images, self._targets(labels)
+
+    def _augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.erasing is not None:
+            erase = RandomErasing(
+                self.erasing.probability,
+                mode=self.erasing.mode,
+                max_count=self.erasing.count,
+                device=images.device,
+            )
+            images = erase(images)
+        if self.mixup is None:
+            return images, self._targets(labels)
+        if len(images) % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a batch: batch_size is {len(images)}, "
+                "expected an even number (or data.mixup and data.cutmix 0)"
+            )
+        return self.mixup(images, labels)
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        if not self.label_smoothing:
+            return labels
+        return mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)  # [B, C]

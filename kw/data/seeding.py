@@ -1,0 +1,62 @@
+"""Random choices as a function of a key.
+
+Augmentation libraries draw from three process-wide generators: Python's, NumPy's and torch's. What
+an image looks like would then depend on every draw before it, and so on the number of loader
+workers and processes. Here the generators are set from a hash of what the draw belongs to (seed,
+epoch, image) for as long as the draw takes, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["derive_seed", "seeded"]
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 64-bit seed from a key; keys that differ in any part or in length give unrelated seeds.
+
+    Args:
+        key: integers, and strings that keep the draws of one purpose apart from those of another.
+    """
+    # NumPy's SeedSequence is no substitute: it cannot tell (1,) from (1, 0).
+    text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's default generators from a key; restore them on exit.
+
+    Costs about 0.1 ms. Nothing here waits for a GPU: the state of a CUDA generator (a seed and an
+    offset) lives on the host.
+
+    Args:
+        key: what the draws inside belong to, see :func:`derive_seed`.
+        device: where a CUDA device is given, its default generator is seeded and restored as well.
+    """
+    seed = derive_seed(*key)
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_states = [generator.get_state() for generator in generators]
+    try:
+        random.seed(seed)
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in zip(generators, torch_states, strict=True):
+            generator.set_state(state)

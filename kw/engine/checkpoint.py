@@ -1,0 +1,117 @@
+"""Checkpoints: tensors and plain types only, written whole or not at all, read without code.
+
+A checkpoint is a mapping:
+
+- ``state_dict``: the network's parameters and buffers, under the names of ``kw.build_model``;
+- ``ema_state_dict``: the same of its moving average, where there is one;
+- ``optimizer``, ``rng``: what resuming needs besides, ``rng`` per process;
+- ``meta``: ``epoch`` and ``iter`` done, ``config`` as YAML, ``classes``, ``best``, ``metrics``,
+  versions.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = [
+    "CheckpointError",
+    "load_checkpoint",
+    "load_network",
+    "restore_rng_state",
+    "rng_state",
+    "save_checkpoint",
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its final name and rename it: half of one is never seen."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, running no code of its own.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, it holds more than tensors and plain
+            types, or it has no ``state_dict``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))) or "none"
+        raise CheckpointError(f"checkpoint {path}: no such file; *.pth in {path.parent}: {found}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"checkpoint {path}: expected a mapping with 'state_dict', as tools/train.py writes it"
+        )
+    return checkpoint
+
+
+def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a network's state, all of it or nothing.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or of another shape; all are listed.
+    """
+    own = network.state_dict()
+    faults = [f"missing {key}" for key in own if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in own]
+    faults += [
+        f"{key} is {list(state[key].shape)}, the model's is {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:20])
+        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise CheckpointError(
+            f"{source} is of another model ({len(faults)} differences):\n  {shown}{more}"
+        )
+    network.load_state_dict(state)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of this process's generators, as tensors and plain types."""
+    words: Any
+    _, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, gauss_next = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss_next],
+        "numpy": [torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore :func:`rng_state`."""
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+    words, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

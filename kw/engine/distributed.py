@@ -1,0 +1,124 @@
+"""Processes: how a run joins its group, and what it keeps equal across it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..config import ConfigError
+
+__all__ = ["LAUNCHERS", "Process", "average_batch_norm", "join_group", "leave_group"]
+
+LAUNCHERS = ("none", "pytorch", "slurm")
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run.
+
+    Attributes:
+        rank: from 0; rank 0 writes logs and checkpoints.
+        world_size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+
+def join_group(launcher: str) -> Process:
+    """Join the run's process group: nccl where there are GPUs, gloo on CPU.
+
+    Args:
+        launcher: ``"none"`` for one process, ``"pytorch"`` under torchrun, ``"slurm"`` under srun.
+
+    Raises:
+        ConfigError: the launcher's environment variables are missing, or there are fewer GPUs than
+            processes on this machine.
+    """
+    if launcher == "none":
+        return Process(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU)
+    if launcher == "slurm":
+        _translate_slurm()
+    missing = [key for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if key not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"--launcher {launcher}: {', '.join(missing)} not set; start the run as "
+            "torchrun --nproc-per-node GPUS tools/train.py CONFIG --launcher pytorch"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = _CPU
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this machine has no GPU: it has "
+                f"{torch.cuda.device_count()}; lower --nproc-per-node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        bound = None if device.type == "cpu" else device
+        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_group() -> None:
+    """Leave the group, so that the process ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def average_batch_norm(model: nn.Module) -> None:
+    """Average the running statistics of BatchNorm over all processes; a collective call.
+
+    Every process sees other images, so their statistics differ until this is called: before an
+    evaluation or a checkpoint, or each process would evaluate another model.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    if not buffers:
+        return
+    flat = torch.cat([b.flatten() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean)
+
+
+def _translate_slurm() -> None:
+    """What srun calls its processes, in torchrun's words."""
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for key, source in names.items():
+        if source not in os.environ:
+            raise ConfigError(f"--launcher slurm: {source} is not set; start the run with srun")
+        os.environ[key] = os.environ[source]
+    if "MASTER_ADDR" not in os.environ:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+    # Jobs that share a node must not meet at one port.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+
+
+_CPU = torch.device("cpu")

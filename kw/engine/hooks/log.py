@@ -1,0 +1,131 @@
+"""What a run says: a progress line, ``log.jsonl`` and TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.hooks import Hook
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ...registry import HOOKS
+from ...warehouse import find_warehouses
+
+__all__ = ["LogHook"]
+
+
+@HOOKS.register_module()
+class LogHook(Hook):
+    """Sums losses on the device and reads them when a line is due: no update waits for the device.
+
+    Args:
+        interval: updates between lines; an epoch's last update always gives one.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def before_train(self, runner: Any) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._updates = 0
+        self._dynamic = bool(find_warehouses(runner.classifier))
+        self._seconds = 0.0  # of training alone, since this process started
+        self._updates_timed = 0
+        self._file: Path | None = None
+        self._board: SummaryWriter | None = None
+        if runner.process.is_main:
+            self._file = Path(runner.work_dir, "log.jsonl")
+            _forget_after(self._file, runner.iter)
+            self._board = SummaryWriter(
+                str(Path(runner.work_dir, "tensorboard")), purge_step=runner.iter or None
+            )
+
+    def before_train_epoch(self, runner: Any) -> None:
+        self._start_clock(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any, outputs: dict[str, Tensor]
+    ) -> None:
+        if runner.optim_wrapper.grad_norm is not None:
+            outputs = {**outputs, "grad_norm": runner.optim_wrapper.grad_norm}
+        for key, value in outputs.items():
+            self._sums[key] = value + self._sums[key] if key in self._sums else value
+        self._updates += 1
+        done = batch_idx + 1
+        if done % self.interval == 0 or done == runner.train_loop.updates_per_epoch:
+            self._write_training(runner, done)
+
+    def after_epoch(self, runner: Any, metrics: dict[str, float] | None) -> None:
+        if metrics is None:
+            return
+        parts = [
+            f"{key} {value:.{0 if key.endswith('images') else 3}f}"
+            for key, value in metrics.items()
+        ]
+        runner.logger.info(
+            f"epoch {runner.epoch}/{runner.max_epochs} evaluated: {', '.join(parts)}"
+        )
+        self._record("val", runner.epoch, runner.iter, metrics)
+
+    def after_train(self, runner: Any) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _start_clock(self, runner: Any) -> None:
+        self._started = time.perf_counter()
+        runner.train_loop.data_seconds = 0.0
+
+    def _write_training(self, runner: Any, done: int) -> None:
+        means = torch.stack([v.float() for v in self._sums.values()]) / self._updates
+        if runner.process.world_size > 1:
+            dist.all_reduce(means)
+            means /= runner.process.world_size
+        # The only place where training waits for the device.
+        values = dict(zip(self._sums, means.tolist(), strict=True))
+        seconds = time.perf_counter() - self._started
+        self._seconds += seconds
+        self._updates_timed += self._updates
+        update = runner.iter + 1
+        values["lr"] = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
+        if self._dynamic:
+            values["temperature"] = runner.schedule.temperature(runner.iter)
+        values["images_per_second"] = (
+            self._updates * runner.config.total_batch_size / max(seconds, 1e-9)
+        )
+        values["seconds"] = seconds
+        values["data_time"] = runner.train_loop.data_seconds / self._updates
+        remaining = (runner.max_iters - update) * self._seconds / self._updates_timed
+        runner.logger.info(
+            f"epoch {runner.epoch + 1}/{runner.max_epochs} "
+            f"[{done}/{runner.train_loop.updates_per_epoch}] "
+            + " ".join(f"{key} {value:.4g}" for key, value in values.items())
+            + f" eta {timedelta(seconds=round(remaining))}"
+        )
+        self._record("train", runner.epoch + 1, update, values)
+        self._sums, self._updates = {}, 0
+        self._start_clock(runner)
+
+    def _record(self, mode: str, epoch: int, update: int, values: dict[str, float]) -> None:
+        if self._file is None or self._board is None:
+            return
+        line = {"mode": mode, "epoch": epoch, "iter": update, **values}
+        with open(self._file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            self._board.add_scalar(f"{mode}/{key}", value, update)
+
+
+def _forget_after(path: Path, update: int) -> None:
+    """Drop lines of updates that a resumed run makes again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["iter"] <= update))

@@ -1,0 +1,158 @@
+"""The loops: what an epoch of training and an evaluation do.
+
+One iteration of a run is one optimizer update. Accumulation happens inside it, so that schedules,
+logs and checkpoints count the same thing on one GPU and on a hundred.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..evaluation import Accuracy
+from ..registry import LOOPS
+from .distributed import average_batch_norm
+from .optim import autocast
+
+__all__ = ["EvalLoop", "TrainLoop", "evaluate"]
+
+
+@LOOPS.register_module()
+class TrainLoop(EpochBasedTrainLoop):
+    """Epochs of updates, and an evaluation every few epochs.
+
+    Hooks see ``runner.iter`` as the number of updates done. After every epoch, and after its
+    evaluation where there is one, ``after_epoch(runner, metrics)`` is called.
+
+    Attributes:
+        updates_per_epoch: optimizer updates in an epoch.
+        data_seconds: time spent waiting for batches since the log hook last reset it.
+    """
+
+    def __init__(
+        self, runner: Any, dataloader: DataLoader[Any], max_epochs: int, val_interval: int = 1
+    ) -> None:
+        super().__init__(runner, dataloader, max_epochs, val_interval=val_interval)
+        sampler: Any = dataloader.batch_sampler
+        self.sampler = sampler
+        self.updates_per_epoch = sampler.updates_per_epoch
+        self._max_iters = self._max_epochs * self.updates_per_epoch
+        self.data_seconds = 0.0
+
+    def resume_from(self, epoch: int, update: int) -> None:
+        """Continue a run: ``epoch`` epochs and ``update`` updates are done."""
+        self._epoch, self._iter = epoch, update
+
+    def run(self) -> nn.Module:
+        """Train to the last epoch."""
+        self.runner.call_hook("before_train")
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            metrics = None
+            due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+            if self.runner.val_loop is not None and due:
+                metrics = self.runner.val_loop.run()
+            self.runner.call_hook("after_epoch", metrics=metrics)
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        """One pass over the training images."""
+        start = self._iter - self._epoch * self.updates_per_epoch
+        self.sampler.set_epoch(self._epoch, start)
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        batches = iter(self.dataloader)
+        for update in range(start, self.updates_per_epoch):
+            self.run_update(update, batches)
+        average_batch_norm(self.runner.model)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def run_update(self, update: int, batches: Iterator[Any]) -> None:
+        """One optimizer update from ``accumulation`` micro-batches."""
+        self.runner.call_hook("before_train_iter", batch_idx=update, data_batch=None)
+        sums: dict[str, Tensor] = {}
+        for _ in range(self.sampler.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self.data_seconds += time.perf_counter() - waiting
+            losses = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
+            for key, value in losses.items():
+                sums[key] = value.detach() + sums.get(key, 0)
+        outputs = {key: value / self.sampler.accumulation for key, value in sums.items()}
+        self.runner.call_hook(
+            "after_train_iter", batch_idx=update, data_batch=None, outputs=outputs
+        )
+        self._iter += 1
+
+
+@LOOPS.register_module()
+class EvalLoop(BaseLoop):
+    """Evaluation of the model and, where there is one, of its moving average."""
+
+    def __init__(self, runner: Any, dataloader: DataLoader[Any], evaluator: type[Accuracy]) -> None:
+        super().__init__(runner, dataloader)
+        self.meter = evaluator
+
+    def run(self) -> dict[str, float]:
+        """Evaluate.
+
+        Returns:
+            ``top1``, ``top5``, ``loss`` and ``images`` of the model, and with the prefix ``ema_``
+            of its average.
+        """
+        self.runner.call_hook("before_val")
+        metrics: dict[str, float] = {}
+        for prefix, network in self.runner.networks().items():
+            found = evaluate(
+                network,
+                self.runner.classifier.data_preprocessor,
+                self.dataloader,
+                self.runner.config.precision,
+                self.meter,
+            )
+            metrics.update({prefix + key: value for key, value in found.items()})
+        self.runner.call_hook("after_val")
+        self.runner.last_metrics = metrics
+        return metrics
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    preprocess: nn.Module,
+    loader: DataLoader[Any],
+    precision: str,
+    meter: type[Accuracy] = Accuracy,
+) -> dict[str, float]:
+    """Evaluate a network on this process's share of a data set: exact on any number of processes.
+
+    Args:
+        network: images -> logits; evaluated at the temperature that it has, left in the mode that
+            it was in.
+        preprocess: ``(batch, training) -> (images, labels)``.
+        loader: disjoint shares over the processes, without padding.
+        precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        meter: counts and reduces.
+
+    Returns:
+        See :meth:`kw.evaluation.Accuracy.compute`.
+    """
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    accuracy = meter(device)
+    for batch in loader:
+        images, labels = preprocess(batch, False)
+        with autocast(precision, device.type):
+            logits = network(images)
+        accuracy.update(logits, labels)
+    network.train(training)
+    return accuracy.compute()

@@ -1,0 +1,122 @@
+"""Optimizers, and mmengine's optimizer wrapper without its host synchronisations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config.schema import OptimizerConfig
+from ..registry import OPTIM_WRAPPERS
+
+__all__ = ["UpdateWrapper", "autocast", "build_optimizer"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device_type: str) -> AbstractContextManager[Any]:
+    """The context of forward and loss: autocast to bf16 or fp16, or none for fp32."""
+    dtype = _DTYPES[precision]
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
+    """AdamW or SGD with two groups: what decays, and 1-D parameters and biases, which do not.
+
+    Args:
+        network: the network whose parameters are trained; frozen ones are left out.
+        config: the optimizer's settings.
+        device: of the parameters; on CUDA the fused form is used, which needs no synchronisation
+            with a gradient scaler.
+    """
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        small = parameter.ndim <= 1 or name.endswith(".bias")
+        (exempt if small and not config.decay_norm_and_bias else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if exempt:
+        groups.append({"params": exempt, "weight_decay": 0.0})
+    fused = True if device.type == "cuda" else None
+    if config.name == "adamw":
+        beta1, beta2 = config.betas
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
+        )
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+    )
+
+
+@OPTIM_WRAPPERS.register_module()
+class UpdateWrapper(OptimWrapper):
+    """Accumulation, clipping, autocast and loss scaling of one optimizer update.
+
+    Gradients are reduced over processes in an update's last micro-step only. Nothing is read from
+    the device: the gradient's norm stays a tensor in :attr:`grad_norm`.
+
+    Args:
+        optimizer: the optimizer.
+        accumulation: micro-steps per update; each contributes the same share.
+        clip_grad: largest global L2 norm of the gradient, or ``None``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with dynamic loss scaling).
+        device_type: where autocast applies.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        accumulation: int = 1,
+        clip_grad: float | None = None,
+        precision: str = "fp32",
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__(optimizer, accumulative_counts=accumulation)
+        self.max_norm = clip_grad
+        self.grad_norm: Tensor | None = None
+        self.precision = precision
+        self.device_type = device_type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        """Start counting micro-steps at update ``init_counts`` of ``max_counts``."""
+        self._inner_count = init_counts * self._accumulative_counts
+        self._max_counts = max_counts * self._accumulative_counts
+        self._remainder_counts = 0
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast, and no gradient reduction in inner micro-steps."""
+        with super().optim_context(model), autocast(self.precision, self.device_type):
+            yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Back-propagate the scaled loss."""
+        self.scaler.scale(loss).backward(**kwargs)
+        self._inner_count += 1
+
+    def step(self, **kwargs: Any) -> None:
+        """Clip and update."""
+        if self.max_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        self.scaler.step(self.optimizer, **kwargs)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of optimizer and loss scaler: tensors and plain types."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])

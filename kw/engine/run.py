@@ -1,0 +1,211 @@
+"""Training and testing a classifier: from a configuration to a finished run."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner import set_random_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..config import ConfigError
+from ..config.schema import Config
+from ..data import (
+    BatchPreprocessor,
+    ImageFolder,
+    build_eval_loader,
+    build_train_loader,
+    build_transform,
+    check_data_root,
+)
+from ..evaluation import Accuracy, headline
+from ..models import ImageClassifier, build_network
+from .checkpoint import load_checkpoint, load_network
+from .distributed import Process, join_group, leave_group
+from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook, latest_checkpoint
+from .loops import EvalLoop, TrainLoop, evaluate
+from .optim import UpdateWrapper, build_optimizer
+from .runner import Runner
+from .schedule import Schedule
+
+__all__ = ["build_runner", "evaluate_checkpoint", "train"]
+
+_runs = itertools.count()
+
+
+def train(
+    config: Config,
+    work_dir: str | Path,
+    *,
+    resume: bool | str | Path = False,
+    launcher: str = "none",
+) -> dict[str, float]:
+    """Train and evaluate as a configuration says.
+
+    Args:
+        config: the run.
+        work_dir: where configuration, logs, checkpoints and results go.
+        resume: ``True`` continues from the newest checkpoint of ``work_dir``, if there is one; a
+            path continues from that file.
+        launcher: ``"none"``, ``"pytorch"`` (torchrun) or ``"slurm"``.
+
+    Returns:
+        The last evaluation: ``top1`` and ``top5`` in percent, ``loss``, ``images``; with the prefix
+        ``ema_`` those of the moving average.
+
+    Raises:
+        ConfigError: a setting does not fit the data, the devices or the number of processes.
+        DataError: the data folder is not as expected.
+        CheckpointError: the checkpoint cannot be read or is of another model.
+    """
+    process = join_group(launcher)
+    try:
+        runner = build_runner(config, Path(work_dir), process, resume)
+        runner.train()
+        return runner.last_metrics
+    finally:
+        leave_group()
+
+
+def build_runner(
+    config: Config, work_dir: Path, process: Process, resume: bool | str | Path = False
+) -> Runner:
+    """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
+    _check_devices(config, process)
+    check_data_root(config.data.root, config.model.num_classes)
+    data = config.data
+    train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
+    place = {"workers": data.workers, "rank": process.rank, "world_size": process.world_size}
+    try:
+        train_loader = build_train_loader(
+            train_set,
+            batch_size=config.batch_size,
+            total_batch_size=config.total_batch_size,
+            **place,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    sampler: Any = train_loader.batch_sampler
+
+    set_random_seed(config.seed)
+    network = build_network(config.model)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if config.sync_bn and process.world_size > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(process.device)
+    preprocessor = BatchPreprocessor(
+        data, config.model.num_classes, config.label_smoothing, config.seed, config.channels_last
+    )
+    hooks = [
+        ScheduleHook(),
+        LogHook(config.log_interval),
+        CheckpointHook(config.checkpoint.interval, config.checkpoint.keep),
+    ]
+    if config.ema is not None:
+        hooks.append(EmaHook(config.ema.decay))
+    if config.compile:
+        network.compile()
+    optim_wrapper = UpdateWrapper(
+        build_optimizer(network, config.optimizer, process.device),
+        sampler.accumulation,
+        config.optimizer.clip_grad,
+        config.precision,
+        process.device.type,
+    )
+    return Runner(
+        config=config,
+        process=process,
+        schedule=Schedule(config, sampler.updates_per_epoch),
+        resume_from=_resume_from(resume, work_dir),
+        model=ImageClassifier(network, preprocessor),
+        work_dir=str(work_dir),
+        train_dataloader=train_loader,
+        train_cfg={
+            "type": TrainLoop,
+            "max_epochs": config.epochs,
+            "val_interval": config.eval_interval,
+        },
+        optim_wrapper=optim_wrapper,
+        val_dataloader=_eval_loader(config, process),
+        val_cfg={"type": EvalLoop},
+        val_evaluator=Accuracy,
+        custom_hooks=hooks,
+        # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
+        randomness={"seed": config.seed, "diff_rank_seed": True},
+        experiment_name=f"{work_dir.name}_{next(_runs)}",
+        default_scope=None,
+        visualizer={"type": "Visualizer", "vis_backends": None},
+    )
+
+
+def evaluate_checkpoint(
+    config: Config, checkpoint: str | Path, *, launcher: str = "none"
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on ``data.root``/val, exactly, on any number of processes.
+
+    Args:
+        config: model and data.
+        checkpoint: a file that :func:`train` wrote.
+        launcher: as for :func:`train`.
+
+    Returns:
+        The headline figures (see :func:`kw.evaluation.headline`), ``epoch`` and ``checkpoint``.
+
+    Raises:
+        ConfigError: a setting does not fit the devices.
+        DataError: the data folder is not as expected.
+        CheckpointError: the checkpoint cannot be read or is of another model.
+    """
+    state = load_checkpoint(checkpoint)
+    process = join_group(launcher)
+    try:
+        _check_devices(config, process)
+        check_data_root(config.data.root, config.model.num_classes)
+        loader = _eval_loader(config, process)
+        network = build_network(config.model)
+        preprocess = BatchPreprocessor(
+            config.data, config.model.num_classes, channels_last=config.channels_last
+        ).to(process.device)
+        network.to(process.device)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if config.compile:
+            network.compile()
+        metrics: dict[str, float] = {}
+        for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
+            if key in state:
+                load_network(network, state[key], str(checkpoint))
+                found = evaluate(network, preprocess, loader, config.precision)
+                metrics.update({prefix + name: value for name, value in found.items()})
+    finally:
+        leave_group()
+    epoch = state.get("meta", {}).get("epoch")
+    return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
+
+
+def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
+    data = config.data
+    dataset = ImageFolder(data.root, "val", build_transform(data, False), config.seed)
+    return build_eval_loader(
+        dataset,
+        batch_size=config.eval_batch_size or config.batch_size,
+        workers=data.workers,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+
+
+def _check_devices(config: Config, process: Process) -> None:
+    """Refuse settings that these devices cannot follow, before anything is built."""
+    if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
+        raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
+
+
+def _resume_from(resume: bool | str | Path, work_dir: Path) -> Path | None:
+    if isinstance(resume, bool):
+        return latest_checkpoint(work_dir) if resume else None
+    return Path(resume)

@@ -1,0 +1,175 @@
+"""mmengine's Runner with the parts replaced that current torch or exact training does not allow.
+
+What is replaced, and why: checkpoints (mmengine's cannot be read with ``weights_only=True``), the
+default hooks (they read the loss in every iteration), the DDP wrapper (it fails on CPU), the
+environment report and the configuration dump (kw's is YAML).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.runner import Runner as _Runner
+from torch import nn
+
+from ..config import to_yaml
+from ..config.schema import Config
+from ..models import ImageClassifier
+from ..version import __version__
+from .checkpoint import (
+    load_checkpoint,
+    load_network,
+    restore_rng_state,
+    rng_state,
+    save_checkpoint,
+)
+from .distributed import Process
+from .schedule import Schedule
+
+__all__ = ["Runner"]
+
+
+class Runner(_Runner):
+    """A training run of a classifier.
+
+    Args:
+        config: the run's configuration.
+        process: this process.
+        schedule: learning rate and temperature.
+        resume_from: checkpoint to continue from.
+        **kwargs: what mmengine's Runner takes.
+
+    Attributes:
+        ema: the moving average's holder, set by its hook.
+        best: best top-1 so far, in percent.
+        last_metrics: what the last evaluation found.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        process: Process,
+        schedule: Schedule,
+        resume_from: Path | None,
+        **kwargs: Any,
+    ) -> None:
+        self.config = config
+        self.process = process
+        self.schedule = schedule
+        self.resume_from = resume_from
+        self.ema: nn.Module | None = None
+        self.best = -1.0
+        self.last_metrics: dict[str, float] = {}
+        self._has_loaded = False
+        super().__init__(launcher="none" if process.world_size == 1 else "pytorch", **kwargs)
+
+    @property
+    def classifier(self) -> ImageClassifier:
+        """The model without its DDP wrapper."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to evaluate, by the prefix of their metrics."""
+        networks = {"": self.classifier.network}
+        if self.ema is not None:
+            networks["ema_"] = self.ema
+        return networks
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """To the device, and into DDP where there are several processes."""
+        model = model.to(self.process.device)
+        if self.process.world_size == 1:
+            return model
+        device = self.process.device
+        return MMDistributedDataParallel(
+            module=model,
+            device_ids=None if device.type == "cpu" else [device.index],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def register_default_hooks(self, hooks: Any = None) -> None:
+        """None: every hook of a run is given."""
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        device = self.process.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.logger.info(
+            f"kernelwarehouse {__version__}, torch {torch.__version__}, "
+            f"mmengine {mmengine.__version__}, {self.process.world_size} process(es) on {name}"
+        )
+
+    def dump_config(self) -> None:
+        """Write the resolved configuration, from which the run can be repeated."""
+        if self.process.is_main:
+            Path(self.work_dir, "config.yaml").write_text(to_yaml(self.config))
+
+    def load_or_resume(self) -> None:
+        """Continue from ``resume_from``, where it is given."""
+        if self.resume_from is None or self._has_loaded:
+            return
+        checkpoint = load_checkpoint(self.resume_from)
+        self.restore(checkpoint, str(self.resume_from))
+        self._has_loaded = True
+        self.logger.info(f"resumed {self.resume_from}: epoch {self.epoch}, update {self.iter}")
+
+    def state(self, metrics: dict[str, float] | None) -> dict[str, Any]:
+        """The run as a checkpoint; a collective call (see :mod:`kw.engine.checkpoint`)."""
+        states: list[Any] = [rng_state(self.process.device)]
+        if self.process.world_size > 1:
+            own, states = states[0], [None] * self.process.world_size
+            dist.all_gather_object(states, own)
+        checkpoint = {
+            "meta": {
+                "epoch": self.epoch,
+                "iter": self.iter,
+                "config": to_yaml(self.config),
+                "classes": list(self.train_dataloader.dataset.classes),
+                "best": self.best,
+                "metrics": metrics,
+                "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
+            },
+            "state_dict": self.classifier.network.state_dict(),
+            "optimizer": self.optim_wrapper.state_dict(),
+            "rng": states,
+        }
+        if self.ema is not None:
+            checkpoint["ema_state_dict"] = self.ema.state_dict()
+        return checkpoint
+
+    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Continue where :meth:`state` was taken.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        load_network(self.classifier.network, checkpoint["state_dict"], source)
+        if self.ema is not None:
+            average = checkpoint.get("ema_state_dict")
+            if average is None:
+                self.logger.warning(f"{source} has no EMA: the average starts from its weights")
+                average = checkpoint["state_dict"]
+            load_network(self.ema, average, source)
+        self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        meta = checkpoint["meta"]
+        self.best = meta["best"]
+        self.train_loop.resume_from(meta["epoch"], meta["iter"])
+        if len(checkpoint["rng"]) == self.process.world_size:
+            restore_rng_state(checkpoint["rng"][self.process.rank], self.process.device)
+        else:
+            self.logger.warning(
+                f"{source} was written by {len(checkpoint['rng'])} process(es): the recipe goes on "
+                f"with {self.process.world_size}, but drop path draws other numbers"
+            )
+
+    def save(self, path: Path, metrics: dict[str, float] | None) -> None:
+        """Write a checkpoint; a collective call, rank 0 writes."""
+        checkpoint = self.state(metrics)
+        if self.process.is_main:
+            save_checkpoint(checkpoint, path)

@@ -1,0 +1,88 @@
+"""Exact classification metrics: sums and counts, reduced over processes, divided once.
+
+Legend: B samples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Accuracy", "headline"]
+
+
+class Accuracy:
+    """Top-1, top-5 and cross-entropy over a set that processes share out among them.
+
+    Batches may differ in size, and processes in their number of batches: nothing is averaged before
+    the end. Sums stay on the device until :meth:`compute`.
+
+    Args:
+        device: where the logits are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        # images, top-1 hits, top-5 hits, summed loss
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            logits: ``[B, C]``, any floating type.
+            labels: ``[B]``, class indices.
+        """
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices  # [B, 5], best first
+        hits = best.eq(labels[:, None])
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        self.sums[0] += len(labels)
+        self.sums[1] += hits[:, 0].sum()
+        self.sums[2] += hits.any(1).sum()
+        self.sums[3] += loss.double().sum()
+
+    def compute(self) -> dict[str, float]:
+        """Reduce over all processes and read: a collective call.
+
+        Returns:
+            ``top1`` and ``top5`` in percent (top-5 of fewer than five classes counts all of them),
+            ``loss`` in nats per image, and ``images``, the number of images counted.
+
+        Raises:
+            ValueError: no image was counted on any process.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+        images, top1, top5, loss = self.sums.tolist()
+        if images == 0:
+            raise ValueError("nothing was evaluated: the loader gave no image on any process")
+        return {
+            "top1": 100 * top1 / images,
+            "top5": 100 * top5 / images,
+            "loss": loss / images,
+            "images": int(images),
+        }
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The figures that stand for a run: the moving average's where there is one, else the model's.
+
+    Args:
+        metrics: ``top1``, ``top5``, ``loss`` and ``images`` of the model, and with the prefix
+            ``ema_`` those of its average.
+
+    Returns:
+        The same four without prefix, ``weights`` (``"ema"`` or ``"model"``), and beside an average
+        the model's own figures with the prefix ``model_``.
+    """
+    names = ("top1", "top5", "loss", "images")
+    if "ema_top1" not in metrics:
+        return {**{name: metrics[name] for name in names}, "weights": "model"}
+    average = {name: metrics["ema_" + name] for name in names}
+    return {**average, "weights": "ema", **{"model_" + name: metrics[name] for name in names}}

@@ -1,0 +1,106 @@
+"""What finished runs say about themselves: a table, and their curves.
+
+Reads work directories as the engine writes them (``results.json``, ``log.jsonl``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Run", "plot_runs", "read_run", "render_table", "summary_table"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One work directory.
+
+    Attributes:
+        name: the directory's name.
+        results: ``results.json``.
+        log: the lines of ``log.jsonl``.
+    """
+
+    name: str
+    results: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    def curve(self, mode: str, key: str) -> list[tuple[int, float]]:
+        """``(epoch, value)`` of a logged figure; the last value of each epoch."""
+        points = {line["epoch"]: line[key] for line in self.log if line["mode"] == mode}
+        return sorted(points.items())
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Training time per epoch, evaluation not counted, averaged over the logged epochs."""
+        training = [line for line in self.log if line["mode"] == "train"]
+        return sum(line["seconds"] for line in training) / len({line["epoch"] for line in training})
+
+
+def read_run(work_dir: str | Path) -> Run:
+    """Read a work directory.
+
+    Raises:
+        ValueError: it has no results: the run has not evaluated yet.
+    """
+    work_dir = Path(work_dir)
+    for name in ("results.json", "log.jsonl"):
+        if not (work_dir / name).is_file():
+            raise ValueError(
+                f"{work_dir} has no {name}: not a work directory, or not evaluated yet"
+            )
+    results = json.loads((work_dir / "results.json").read_text())
+    log = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+    return Run(work_dir.name, results, log)
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, aligned for reading as text; the first column to the left."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def summary_table(runs: Sequence[Run]) -> str:
+    """Model, parameters in millions, top-1 of the best epoch in percent, seconds per epoch."""
+    rows = [
+        (
+            run.name,
+            f"{run.results['params'] / 1e6:.2f}M",
+            f"{run.results['top1']:.2f}",
+            f"{run.seconds_per_epoch:.1f}",
+        )
+        for run in runs
+    ]
+    return render_table(("model", "parameters", "top-1 (%)", "seconds per epoch"), rows)
+
+
+def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
+    """Training loss and validation top-1 over epochs, one line a run, as a picture.
+
+    Raises:
+        ImportError: matplotlib is missing; it comes with the extra ``demo``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for run in runs:
+        loss.plot(*zip(*run.curve("train", "loss"), strict=True), label=run.name)
+        prefix = "ema_" if run.results["weights"] == "ema" else ""
+        accuracy.plot(*zip(*run.curve("val", prefix + "top1"), strict=True), label=run.name)
+    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,58 @@
+"""From a configuration to a network: timm's backbone, converted if the configuration says so."""
+
+from __future__ import annotations
+
+import timm
+from timm.layers import DropPath
+from torch import nn
+
+from ..config import ConfigError
+from ..config.schema import ModelConfig
+from ..warehouse import convert
+
+__all__ = ["build_network"]
+
+
+def build_network(config: ModelConfig) -> nn.Module:
+    """Build the classifier that a configuration's ``model`` describes, with fresh weights.
+
+    Args:
+        config: the network's settings.
+
+    Returns:
+        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
+
+    Raises:
+        ConfigError: timm refuses its arguments, or the plan does not fit the network.
+    """
+    try:
+        network = timm.create_model(
+            config.name,
+            num_classes=config.num_classes,
+            drop_rate=config.drop_rate,
+            drop_path_rate=config.drop_path_rate,
+            **config.timm_args,
+        )
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"model.name {config.name!r}, model.timm_args: {error}") from error
+    if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
+        _set_constant_drop_path(network, config)
+    if config.kernel_warehouse is None:
+        return network
+    settings = config.kernel_warehouse.overrides()
+    try:
+        return convert(network, config.kernel_warehouse.plan, **settings)
+    except ValueError as error:
+        raise ConfigError(f"model.kernel_warehouse: {error}") from error
+
+
+def _set_constant_drop_path(network: nn.Module, config: ModelConfig) -> None:
+    """The same rate for every residual block, where timm's grows from zero with depth."""
+    blocks = [module for module in network.modules() if hasattr(module, "drop_path")]
+    if not blocks:
+        raise ConfigError(
+            f"model.drop_path_rate {config.drop_path_rate}: {config.name} has no residual blocks "
+            "with drop path; set it to 0"
+        )
+    for block in blocks:
+        block.drop_path = DropPath(config.drop_path_rate)

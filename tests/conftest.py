@@ -1,0 +1,60 @@
+"""Small data sets and configurations that tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The networks of tests are tiny: threads would only wait for one another.
+torch.set_num_threads(1)
+
+CLASSES = ("bird", "cat", "dog", "fish")
+
+
+def write_images(root: Path, split: str, counts: tuple[int, ...], seed: int) -> None:
+    """Noise around a level of grey that tells the class."""
+    rng = np.random.default_rng(seed)
+    for label, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(40 + 55 * label, 12, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of four classes: 64 training images and an odd number, 19, to validate."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root, "train", (16, 16, 16, 16), seed=0)
+    write_images(root, "val", (5, 5, 5, 4), seed=1)
+    return root
+
+
+@pytest.fixture
+def settings(images: Path) -> dict[str, Any]:
+    """A run of seconds: a narrow ResNet18 without BatchNorm, converted, two epochs of four updates.
+
+    Without BatchNorm an update does not depend on how its images are dealt out.
+    """
+    return {
+        "model": {
+            "name": "resnet18",
+            "num_classes": 4,
+            "timm_args": {"channels": [8, 8, 16, 16], "norm_layer": "groupnorm1"},
+            "kernel_warehouse": {"plan": "resnet18", "norm": "layer"},
+        },
+        "data": {"root": str(images), "input_size": 32, "workers": 0},
+        "optimizer": {"name": "adamw", "lr": 0.002, "weight_decay": 0.05},
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+        "temperature_epochs": 1,
+        "epochs": 2,
+        "total_batch_size": 16,
+        "batch_size": 16,
+        "log_interval": 1,
+    }

@@ -1,0 +1,332 @@
+"""Reading, merging and printing configurations, and those that are shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kw.config import Config, config_from_mapping, load_config, reference, to_dict, to_yaml
+
+ROOT = Path(__file__).parents[1]
+RESNET18 = ROOT / "configs/imagenet/resnet18"
+MINIMAL = {
+    "model": {"name": "resnet18"},
+    "data": {"root": "images"},
+    "optimizer": {"lr": 0.1},
+    "epochs": 10,
+    "total_batch_size": 8,
+    "batch_size": 8,
+}
+MINIMAL_YAML = """\
+model: {name: resnet18}
+data: {root: images}
+optimizer: {lr: 0.1}
+epochs: 10
+total_batch_size: 8
+batch_size: 8
+"""
+# name -> cell_num_ratio, ratio of the cell's sides, drop path in 300 epochs
+BUDGETS = {
+    "resnet18": (None, None, 0),
+    "kw_resnet18_1d4x": (0.25, 0.5, 0),
+    "kw_resnet18_1d2x": (0.5, 0.5, 0),
+    "kw_resnet18_1x": (1, 1, 0.1),
+    "kw_resnet18_2x": (2, 1, 0.1),
+    "kw_resnet18_4x": (4, 1, 0.1),
+}
+SHIPPED_300 = list(BUDGETS)
+SHIPPED_100 = [f"{name}_100ep" for name in BUDGETS if name != "kw_resnet18_1d4x"]
+
+
+def load(path: Path, *options: str) -> Config:
+    # timm's list of models takes seconds to import; one test below looks names up.
+    return load_config(path, options, check_model_name=False)
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write NAME.yaml for every argument; the path of the last one."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("name", SHIPPED_300 + SHIPPED_100)
+def test_shipped_config_round_trips(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = load(RESNET18 / f"{name}.yaml")
+    resolved = write(tmp_path, resolved=to_yaml(config))
+    assert "_base_" not in resolved.read_text()
+    assert load(resolved) == config
+    assert config_from_mapping(to_dict(config), check_model_name=False) == config
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", SHIPPED_300 + SHIPPED_100)
+def test_shipped_config_has_its_budget(name: str) -> None:
+    config = load(RESNET18 / f"{name}.yaml")
+    cells, side, drop_path = BUDGETS[name.removesuffix("_100ep")]
+    assert config.model.name == "resnet18"
+    assert config.model.num_classes == 1000
+    assert config.model.drop_path_decay == "constant"
+    assert config.model.drop_path_rate == (0 if name.endswith("_100ep") else drop_path)
+    assert config.model.drop_rate == (0.2 if name == "kw_resnet18_4x_100ep" else 0)
+    kernel_warehouse = config.model.kernel_warehouse
+    if cells is None:
+        assert kernel_warehouse is None
+    else:
+        assert kernel_warehouse is not None
+        assert kernel_warehouse.plan == "resnet18"
+        assert kernel_warehouse.overrides() == {
+            "cell_num_ratio": cells,
+            "cell_inplane_ratio": side,
+            "cell_outplane_ratio": side,
+            "reduction": 1 / 16,
+            "warehouses": {},
+        }
+
+
+@pytest.mark.parametrize("name", SHIPPED_300)
+def test_300_epoch_recipe(name: str) -> None:
+    config = load(RESNET18 / f"{name}.yaml")
+    assert (config.epochs, config.total_batch_size, config.batch_size) == (300, 4096, 128)
+    assert config.temperature_epochs == (20 if name.startswith("kw_") else 0)
+    assert config.label_smoothing == 0.1
+    assert config.precision == "fp32"
+    optimizer, schedule, data = config.optimizer, config.schedule, config.data
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 4e-3, 0.05)
+    assert (optimizer.eps, optimizer.clip_grad) == (1e-8, None)
+    assert not optimizer.decay_norm_and_bias
+    assert (schedule.name, schedule.warmup_epochs, schedule.final_lr) == ("cosine", 20, 1e-6)
+    assert (data.root, data.input_size, data.interpolation) == ("data/imagenet", 224, "bicubic")
+    assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0.4)
+    assert (data.mixup, data.cutmix) == (0.8, 1.0)
+    assert (data.mix_probability, data.mix_switch_probability) == (1.0, 0.5)
+    assert data.random_erasing is not None
+    assert dataclasses.astuple(data.random_erasing) == (0.25, "pixel", 1)
+    assert data.test_crop_ratio == 224 / 256
+
+
+@pytest.mark.parametrize("name", SHIPPED_100)
+def test_100_epoch_recipe(name: str) -> None:
+    config = load(RESNET18 / f"{name}.yaml")
+    assert (config.epochs, config.total_batch_size, config.batch_size) == (100, 256, 32)
+    assert config.temperature_epochs == (10 if name.startswith("kw_") else 0)
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.1, 1e-4)
+    assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
+    assert (schedule.name, schedule.milestones, schedule.gamma) == ("step", [30, 60, 90], 0.1)
+    assert_plain_augmentation(config)
+
+
+def test_150_epoch_recipe(tmp_path: Path) -> None:
+    text = f"_base_: {ROOT}/configs/_base_/recipes/imagenet_150ep_kw.yaml\n"
+    text += "model: {name: mobilenetv2_100, kernel_warehouse: {plan: some}}\ndata: {root: images}\n"
+    config = load(write(tmp_path, mine=text))
+    assert (config.epochs, config.total_batch_size) == (150, 256)
+    assert config.temperature_epochs == 15
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.05, 4e-5)
+    assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
+    assert (schedule.name, schedule.warmup_epochs, schedule.final_lr) == ("cosine", 0, 1e-6)
+    assert_plain_augmentation(config)
+
+
+def assert_plain_augmentation(config: Config) -> None:
+    data = config.data
+    assert (data.interpolation, data.horizontal_flip) == ("bilinear", 0.5)
+    assert data.test_crop_ratio == 224 / 256
+    assert (data.auto_augment, data.color_jitter, data.random_erasing) == (None, None, None)
+    assert (data.mixup, data.cutmix, config.label_smoothing) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/imagenet").rglob("*.yaml")), ids=str)
+def test_head_says_what_the_file_claims(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0]
+    command = " ".join(head.replace("\\\n#", "").split())
+    name = path.relative_to(ROOT).as_posix()
+    assert f"torchrun --nproc-per-node 8 tools/train.py {name} --launcher pytorch" in command
+    assert re.search(r"# Expect +top-1 \d\d\.\d\d, top-5 \d\d\.\d\d \(.+\)\.\n", head)
+    assert re.search(r"# Parameters +\d+\.\d\dM as published\.", head)
+
+
+# Inheritance and options
+
+
+@pytest.mark.parametrize(
+    ("child", "expected"),
+    [
+        ("optimizer: {lr: 1}", {"lr": 1.0, "weight_decay": 0.3, "betas": [0.8, 0.9]}),
+        ("optimizer: {betas: [0.5, 0.6]}", {"lr": 0.1, "betas": [0.5, 0.6]}),
+        (
+            "optimizer: {_delete_: true, lr: 1}",
+            {"lr": 1.0, "weight_decay": 0.0, "betas": [0.9, 0.999]},
+        ),
+    ],
+    ids=["mappings merge", "lists are replaced", "_delete_ replaces"],
+)
+def test_child_over_base(child: str, expected: dict[str, object], tmp_path: Path) -> None:
+    base = MINIMAL_YAML + "# base\n"
+    base = base.replace("lr: 0.1", "lr: 0.1, weight_decay: 0.3, betas: [0.8, 0.9]")
+    config = load(write(tmp_path, base=base, child=f"_base_: base.yaml\n{child}\n"))
+    assert expected.items() <= dataclasses.asdict(config.optimizer).items()
+
+
+def test_later_bases_override_and_paths_are_relative_to_their_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/mixin.yaml").write_text("_base_: ../seed.yaml\nepochs: 3\n")
+    child = "_base_: [minimal.yaml, deep/mixin.yaml]\nbatch_size: 4\n"
+    path = write(tmp_path, minimal=MINIMAL_YAML, seed="seed: 7\nepochs: 99\n", child=child)
+    config = load(path)
+    assert (config.epochs, config.seed, config.batch_size) == (3, 7, 4)
+
+
+def test_null_replaces_a_mapping_and_a_mapping_null(tmp_path: Path) -> None:
+    base = MINIMAL_YAML + "ema: {decay: 0.5}\n"
+    off = "_base_: base.yaml\nema: null\n"
+    assert load(write(tmp_path, base=base, off=off)).ema is None
+    again = load(write(tmp_path, on="_base_: off.yaml\nema: {}\n")).ema
+    assert again is not None
+    assert again.decay == 0.9999
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "expected"),
+    [
+        ("epochs=3", "epochs", 3),
+        ("optimizer.lr=4e-3", "optimizer.lr", 0.004),
+        ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", [0.8, 0.9]),
+        ("ema={decay: 0.5}", "ema.decay", 0.5),
+        ("ema.decay=0.5", "ema.decay", 0.5),
+        ("data.root=/a=b", "data.root", "/a=b"),
+        ("data.root='3'", "data.root", "3"),
+        ("model.timm_args={in_chans: 1}", "model.timm_args", {"in_chans": 1}),
+    ],
+)
+def test_options(option: str, key: str, expected: object, tmp_path: Path) -> None:
+    value: object = load(write(tmp_path, minimal=MINIMAL_YAML), "epochs=11", option)
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == expected
+
+
+def test_option_turns_a_group_off() -> None:
+    path = RESNET18 / "kw_resnet18_1x.yaml"
+    config = load(path, "model.kernel_warehouse=null", "temperature_epochs=0")
+    assert config.model.kernel_warehouse is None
+
+
+# Scalars
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4e-3", 4e-3), ("3e-4", 3e-4), ("1E5", 1e5), ("1.", 1.0), (".5", 0.5), ("+2e+1", 20.0)],
+)
+def test_floats(text: str, value: float, tmp_path: Path) -> None:
+    config = load(write(tmp_path, minimal=MINIMAL_YAML.replace("lr: 0.1", f"lr: {text}")))
+    assert isinstance(config.optimizer.lr, float)
+    assert config.optimizer.lr == value
+
+
+def test_integers_become_floats_where_floats_are_meant(tmp_path: Path) -> None:
+    config = load(write(tmp_path, minimal=MINIMAL_YAML.replace("lr: 0.1", "lr: 1")))
+    assert isinstance(config.optimizer.lr, float)
+
+
+@pytest.mark.parametrize("text", ["4e-3", "null", "true", "on", "12", "2026-11-22", "0x1F", "a: b"])
+def test_strings_that_look_like_something_else_round_trip(text: str, tmp_path: Path) -> None:
+    config = config_from_mapping({**MINIMAL, "data": {"root": text}}, check_model_name=False)
+    assert load(write(tmp_path, resolved=to_yaml(config))).data.root == text
+
+
+def test_plan_as_rules_and_settings_of_single_warehouses(tmp_path: Path) -> None:
+    plan = {"rules": [{"match": "layer1", "warehouse": "one"}]}
+    conversion = {"plan": plan, "warehouses": {"one": {"cell_num_ratio": 2}}}
+    mapping = {**MINIMAL, "model": {"name": "resnet18", "kernel_warehouse": conversion}}
+    config = config_from_mapping(mapping, check_model_name=False)
+    kernel_warehouse = config.model.kernel_warehouse
+    assert kernel_warehouse is not None
+    assert kernel_warehouse.plan == plan
+    assert kernel_warehouse.overrides() == {"warehouses": {"one": {"cell_num_ratio": 2.0}}}
+    assert load(write(tmp_path, resolved=to_yaml(config))) == config
+
+
+def test_configurations_share_no_defaults() -> None:
+    one, two = (config_from_mapping(MINIMAL, check_model_name=False) for _ in range(2))
+    one.data.mean.append(1.0)
+    one.model.timm_args["in_chans"] = 1
+    assert len(two.data.mean) == 3
+    assert two.model.timm_args == {}
+
+
+# Reference and command line
+
+
+def test_reference_has_every_key() -> None:
+    text = reference()
+    lr = "| `optimizer.lr` | a number > 0 | required | learning rate after warm-up |"
+    assert lr in text
+    assert "| `data.random_erasing.mode` | one of 'pixel', 'rand', 'const' | `pixel` |" in text
+    assert "`model.kernel_warehouse.warehouses.<name>.cell_num_ratio`" in text
+    cells = {line.count(" | ") for line in text.splitlines()[2:]}
+    assert cells == {3}
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["print_config.py", *arguments])
+    runpy.run_path(str(ROOT / "tools/print_config.py"), run_name="__main__")
+
+
+def test_tool_prints_the_resolved_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = RESNET18 / "kw_resnet18_1x.yaml"
+    run_tool(monkeypatch, str(path), "--cfg-options", "seed=3", "epochs=30")
+    resolved = write(tmp_path, resolved=capsys.readouterr().out)
+    assert load(resolved) == load(path, "seed=3", "epochs=30")
+
+
+def test_tool_answers_mistakes_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(RESNET18 / "kw_resnet18_1x.yaml")
+    options = ["model.name=resnet81", "seed=-1"]
+    with pytest.raises(SystemExit) as exit_info:
+        run_tool(monkeypatch, path, "--cfg-options", *options)
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 2
+    assert "model.name = 'resnet81': expected the name of a timm model; did you mean " in err
+    assert "'resnet18'" in err
+    assert "seed = -1: expected an integer >= 0" in err
+
+
+def test_tool_prints_the_reference_without_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_tool(monkeypatch, "--reference")
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == reference()
+
+
+def test_configs_load_without_timm() -> None:
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "from kw.config import load_config\n"
+        f"print(load_config({str(RESNET18 / 'resnet18.yaml')!r}).epochs)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "300\n"

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint on the validation images.
+
+python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from kw.cli import add_config_options, run_tool
+from kw.config import load_config
+from kw.engine import evaluate_checkpoint
+from kw.engine.distributed import LAUNCHERS
+from kw.engine.hooks.checkpoint import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_options(parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that train.py wrote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
+    args = parser.parse_args()
+    config = load_config(args.config, args.cfg_options)
+    results = evaluate_checkpoint(config, args.checkpoint, launcher=args.launcher)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for key, value in results.items():
+        print(f"{key:12s} {value:.4f}" if isinstance(value, float) else f"{key:12s} {value}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(results, args.json)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Train and evaluate a classifier.
+
+python tools/train.py configs/imagenet/resnet18/kw_resnet18_1x.yaml
+torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
+"""
+
+import argparse
+from pathlib import Path
+
+from kw.cli import add_config_options, run_tool
+from kw.config import load_config
+from kw.engine import train
+from kw.engine.distributed import LAUNCHERS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_options(parser)
+    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/CONFIG's name")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="continue from CHECKPOINT, or from the newest one of the work directory",
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
+    args = parser.parse_args()
+    config = load_config(args.config, args.cfg_options)
+    work_dir = args.work_dir or Path("work_dirs", Path(args.config).stem)
+    train(config, work_dir, resume=args.resume, launcher=args.launcher)
+
+
+if __name__ == "__main__":
+    run_tool(main)
