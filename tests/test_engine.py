@@ -245,9 +245,9 @@ def test_decay_spares_vectors_and_biases(settings: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    three, config = Process(0, 3, CPU.device), config_from_mapping(changed(settings, batch_size=8))
     with pytest.raises(ConfigError, match="total_batch_size 16"):
-        process = Process(0, 3, torch.device("cpu"))
-        build_runner(config_from_mapping(changed(settings, batch_size=8)), tmp_path, process)
+        build_runner(config, tmp_path, three)
     with pytest.raises(DataError, match="train"):
         run(changed(settings, data__root=str(tmp_path / "nowhere")), tmp_path)
     with pytest.raises(DataError, match="num_classes"):

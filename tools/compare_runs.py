@@ -19,7 +19,8 @@ def main() -> None:
     try:
         runs = [read_run(work_dir) for work_dir in args.work_dirs]
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(summary_table(runs))
     if args.plot is not None:
         plot_runs(runs, args.plot)

@@ -97,6 +97,10 @@ class Runner(_Runner):
     def register_default_hooks(self, hooks: Any = None) -> None:
         """None: every hook of a run is given."""
 
+    def get_hooks_info(self) -> str:
+        """The hooks by name, in the order in which they run."""
+        return ", ".join(type(hook).__name__ for hook in self._hooks)
+
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         device = self.process.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -29,9 +29,12 @@ class Run:
     log: list[dict[str, Any]]
 
     def curve(self, mode: str, key: str) -> list[tuple[int, float]]:
-        """``(epoch, value)`` of a logged figure; the last value of each epoch."""
-        points = {line["epoch"]: line[key] for line in self.log if line["mode"] == mode}
-        return sorted(points.items())
+        """``(epoch, value)`` of a logged figure; the mean over an epoch's lines."""
+        points: dict[int, list[float]] = {}
+        for line in self.log:
+            if line["mode"] == mode:
+                points.setdefault(line["epoch"], []).append(line[key])
+        return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
 
     @property
     def seconds_per_epoch(self) -> float:
