@@ -242,3 +242,26 @@ def test_roots_that_cannot_hold_warehouses(kind):
 
 def test_a_single_layer_cannot_be_converted():
     assert "matches no layer of Conv2d" in refusal(nn.Conv2d(4, 4, 1), plan_of((".*", "w")))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"rules": [{"match": "0", "warehouse": 3}]}, "warehouse is 3, expected a string"),
+        ({"rules": [{"match": "0", "warehouse": "w", "handover": ["1"]}]}, "handover is"),
+        ({"rules": ["0"]}, "every rule must be a mapping"),
+        ({"rules": [{"match": "0", "warehouse": "w"}], "warehouses": [3]}, "must map names"),
+        ({"rules": [{"match": "0", "warehouse": "w"}], "warehouses": {"w": 3}}, "must map names"),
+        ({"rules": [{"match": "0", "warehouse": "w"}], "cell_num_ratio": "4"}, "a number"),
+        ({"rules": [{"match": "0", "warehouse": "w"}], "spatial_partition": "no"}, "true or false"),
+        ({"rules": [{"match": "(?P<s>x)?0", "warehouse": "w{s}"}]}, "does not catch in '0'"),
+        (
+            {"rules": [{"match": "0", "static": True}, {"match": "0", "warehouse": "w"}]},
+            "reaches no layer",
+        ),
+        (None, "expected a name"),
+    ],
+)
+def test_plans_of_wrong_form_are_refused(plan: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(nn.Sequential(nn.Conv2d(4, 4, 3)), plan)

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
+from .ops import check_backend
 from .partition import KernelShape
 from .plan import Plan, Rule, nearest
 from .plans import PLANS
@@ -106,6 +107,8 @@ def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
     """
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, str | Mapping):
+        raise ValueError(f"plan is {plan!r}; expected a name, a Plan or a mapping of rules")
     if isinstance(plan, str):
         if plan not in PLANS:
             raise ValueError(f"plan {plan!r} is unknown; {nearest(plan, PLANS)}")
@@ -122,8 +125,11 @@ def set_backend(model: nn.Module, backend: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, KWLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
+    if backend != "auto":
+        for layer in layers:
+            check_backend(backend, layer.spec)
     for layer in layers:
-        layer.set_backend(backend)
+        layer.backend = backend
 
 
 def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
@@ -144,6 +150,13 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
             raise ValueError(
                 f"plan: rule {rule.match!r} matches no layer of {type(model).__name__}; "
                 f"{nearest(rule.match, candidates)}"
+            )
+        if rule.warehouse is not None and all(
+            name in taken and taken[name].warehouse is None for name in matched
+        ):
+            raise ValueError(
+                f"plan: rule {rule.match!r} reaches no layer: static rules before it keep "
+                f"{', '.join(map(repr, matched[:3]))}; narrow those, or drop this one"
             )
         opened: list[str] = []
         for name in matched:

@@ -163,6 +163,9 @@ class KWConvNd(KWLayer):
         if padding_mode != "zeros" or not symmetric:
             self._pad_before = tuple(p for side in reversed(sides) for p in side)
             sides = [(0, 0)] * self.dims
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = kernel, strides, dilations
+        self.padding, self.padding_mode, self.groups = padding, padding_mode, groups
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         self._spec = ConvSpec(
             self.partition, strides, tuple(low for low, _ in sides), dilations, groups
@@ -261,6 +264,7 @@ class KWLinear(KWLayer):
     ) -> None:
         shape = KernelShape(out_features, in_features, (1,), 1, name)
         super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
 
     @property
     def spec(self) -> ConvSpec:

@@ -72,6 +72,13 @@ class Rule:
         found = re.fullmatch(self.match, name)
         if found is None or self.warehouse is None:
             return None
+        absent = [group for group, text in found.groupdict().items() if text is None]
+        for group in absent:
+            if f"{{{group}}}" in self.warehouse:
+                raise ValueError(
+                    f"plan: warehouse {self.warehouse!r} uses {{{group}}}, which {self.match!r} "
+                    f"does not catch in {name!r}; let the group match always"
+                )
         return self.warehouse.format(**found.groupdict())
 
     @classmethod
@@ -88,6 +95,9 @@ class Rule:
             raise ValueError(
                 f"plan: rule {dict(rule)} has no 'match', a regular expression on names"
             )
+        for key, text in (("warehouse", warehouse), ("handover", handover)):
+            if not isinstance(text, str | None):
+                raise ValueError(f"plan: rule {match!r}: {key} is {text!r}, expected a string")
         if not isinstance(static, bool) or static == (warehouse is not None):
             raise ValueError(
                 f"plan: rule {match!r} needs either 'warehouse: NAME' or 'static: true'"
@@ -122,6 +132,9 @@ class Plan:
         rules, warehouses = rest.pop("rules", None), rest.pop("warehouses", None) or {}
         if not isinstance(rules, (list, tuple)) or not rules:
             raise ValueError("plan: 'rules' must be a list of at least one rule")
+        if not all(isinstance(rule, Mapping) for rule in rules):
+            raise ValueError("plan: every rule must be a mapping, {match: ..., warehouse: ...}")
+        _check_single(warehouses)
         settings = WarehouseSettings().with_overrides(rest, "plan")
         return cls(tuple(Rule.from_mapping(rule) for rule in rules), settings, warehouses)
 
@@ -133,7 +146,9 @@ class Plan:
         """
         rest = dict(overrides)
         single = {name: dict(own) for name, own in self.warehouses.items()}
-        for name, own in (rest.pop("warehouses", None) or {}).items():
+        added = rest.pop("warehouses", None) or {}
+        _check_single(added)
+        for name, own in added.items():
             single[name] = {**single.get(name, {}), **own}
         rules = tuple(
             replace(rule, settings={k: v for k, v in rule.settings.items() if k not in rest})
@@ -150,3 +165,10 @@ class Plan:
         settings = self.settings.with_overrides(rule.settings, f"plan rule {rule.match!r}")
         own = self.warehouses.get(warehouse, {})
         return settings.with_overrides(own, f"plan, warehouse {warehouse!r}")
+
+
+def _check_single(warehouses: Any) -> None:
+    if not isinstance(warehouses, Mapping) or not all(
+        isinstance(own, Mapping) for own in warehouses.values()
+    ):
+        raise ValueError("plan: 'warehouses' must map names of warehouses to their settings")

@@ -48,7 +48,8 @@ class WarehouseSettings:
         """A copy with some settings replaced.
 
         Raises:
-            ValueError: an unknown setting; the message names ``source`` and the nearest valid one.
+            ValueError: an unknown setting or a value of another type; the message names ``source``
+                and the nearest valid setting.
         """
         known = [f.name for f in fields(self)]
         for key in overrides:
@@ -56,6 +57,11 @@ class WarehouseSettings:
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise ValueError(f"{source}: unknown warehouse setting {key!r}{hint}")
+            kind, value = type(getattr(self, key)), overrides[key]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number if kind is float else isinstance(value, kind)):
+                expected = {float: "a number", str: "a string", bool: "true or false"}[kind]
+                raise ValueError(f"{source}: {key} is {value!r}, expected {expected}")
         return replace(self, **overrides)
 
 
