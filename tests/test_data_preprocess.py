@@ -154,16 +154,7 @@ def test_on_a_gpu_nothing_is_waited_for_and_choices_depend_on_the_key() -> None:
     assert torch.equal(state, torch.cuda.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ("settings", "size", "message"),
-    [
-        ({"mixup": 0.8}, 5, "batch_size is 5, expected an even number"),
-        ({"mean": [0.5]}, 4, r"data.mean is \[0.5\]: expected three values"),
-        ({"std": [0.1, 0.0, 0.1]}, 4, "data.std is .*above 0"),
-    ],
-)
-def test_impossible_preprocessing_is_refused(
-    settings: dict[str, Any], size: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        BatchPreprocessor(make_config(**settings), 10)(make_batch(size), training=True)
+def test_mixing_an_odd_batch_is_refused() -> None:
+    preprocess = BatchPreprocessor(make_config(mixup=0.8), 10)
+    with pytest.raises(ValueError, match="batch_size is 5, expected an even number"):
+        preprocess(make_batch(5), training=True)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
@@ -18,7 +21,7 @@ from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
 from kw.engine import CheckpointError, build_runner, evaluate_checkpoint, load_checkpoint, train
 from kw.engine.distributed import Process, join_group
-from kw.engine.optim import build_optimizer
+from kw.engine.optim import UpdateWrapper, build_optimizer
 from kw.engine.schedule import Schedule
 
 CPU = Process(0, 1, torch.device("cpu"))
@@ -56,9 +59,13 @@ def test_a_run_leaves_what_is_promised(settings: dict[str, Any], tmp_path: Path)
     assert metrics["images"] == metrics["ema_images"] == 19
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.yaml", "log.jsonl", "tensorboard", "best.pth", "results.json"} <= names
-    assert {"epoch_1.pth", "epoch_2.pth"} <= names
+    assert {"epoch_1.pth", "epoch_2.pth", "last.pth"} <= names
     assert not [name for name in names if name.endswith(".partial")]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = {"train/" + k for k in ("loss", "lr", "temperature", "images_per_second", "data_time")}
+    tags |= {"val/" + k for k in ("top1", "top5", "loss", "ema_top1")}
+    assert tags <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
 
     assert len(log_of(tmp_path, "train", "loss")) == 8
     assert log_of(tmp_path, "train", "temperature") == [1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
@@ -137,6 +144,44 @@ def test_resuming_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
 
 def test_resuming_without_a_checkpoint_starts(settings: dict[str, Any], tmp_path: Path) -> None:
     assert run(changed(settings, epochs=1), tmp_path, resume=True)["images"] == 19
+
+
+def test_resuming_with_other_updates_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(changed(settings, epochs=1), tmp_path)
+    with pytest.raises(CheckpointError, match=r"4 updates in 1 epochs.*makes 8 an epoch"):
+        run(changed(settings, total_batch_size=8, batch_size=8), tmp_path, resume=True)
+
+
+def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
+    """Three micro-batches give the gradient of the whole batch, reduced in the last of them."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        network = nn.Linear(4, 1)
+        model = DistributedDataParallel(network)
+        reductions = []
+
+        def count(state: None, bucket: Any) -> Any:
+            reductions.append(micro)
+            future: Any = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        count.__annotations__.clear()  # torch compares them with types, not with their names
+        model.register_comm_hook(None, count)
+        wrapper = UpdateWrapper(torch.optim.SGD(network.parameters(), lr=0.1), accumulation=3)
+        wrapper.initialize_count_status(model, 0, 2)
+        images = torch.randn(12, 4)
+        before = network.weight.detach().clone()
+        for micro in range(3):
+            with wrapper.optim_context(model):
+                loss = model(images[4 * micro : 4 * micro + 4]).mean()
+            wrapper.update_params(loss)
+        assert reductions == [2]
+        assert torch.allclose(network.weight, before - 0.1 * images.mean(0), atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def config(settings: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_two_processes_follow_the_recipe_of_one(config: Path, tmp_path: Path) -> None:
-    """Two of batch 8 and one of 16: equal losses (1e-3: summation order) and every image counted."""
+    """Two of batch 8 and one of 16: the same losses up to summation order, 1e-3."""
     one, two = tmp_path / "one", tmp_path / "two"
     call("tools/train.py", config, "--work-dir", one)
     options = ["--cfg-options", "batch_size=8"]

@@ -30,14 +30,11 @@ class BatchPreprocessor(nn.Module):
     on the host.
 
     Args:
-        config: the data settings.
+        config: the data settings, checked (:mod:`kw.config.rules`).
         num_classes: C, classes of the classifier.
         label_smoothing: probability mass spread evenly over all classes, in training.
         seed: seed of erasing and mixing.
         channels_last: return images in NHWC memory layout.
-
-    Raises:
-        ValueError: ``mean`` or ``std`` has not three values, or a deviation is not positive.
     """
 
     mean: Tensor
@@ -52,11 +49,6 @@ class BatchPreprocessor(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        for key, values in (("mean", config.mean), ("std", config.std)):
-            if len(values) != 3:
-                raise ValueError(f"data.{key} is {values}: expected three values, one per channel")
-        if min(config.std) <= 0:
-            raise ValueError(f"data.std is {config.std}: expected values above 0")
         # In units of bytes, so that images need no division by 255 first.
         for key, values in (("mean", config.mean), ("std", config.std)):
             buffer = torch.tensor(values).mul_(255).view(1, 3, 1, 1)

@@ -20,6 +20,7 @@ from ..data import (
     build_train_loader,
     build_transform,
     check_data_root,
+    stop_workers,
 )
 from ..evaluation import Accuracy, headline
 from ..models import ImageClassifier, build_network
@@ -64,7 +65,11 @@ def train(
     process = join_group(launcher)
     try:
         runner = build_runner(config, Path(work_dir), process, resume)
-        runner.train()
+        try:
+            runner.train()
+        finally:
+            stop_workers(runner.train_dataloader)
+            stop_workers(runner.val_dataloader)
         return runner.last_metrics
     finally:
         leave_group()
@@ -181,6 +186,7 @@ def evaluate_checkpoint(
                 load_network(network, state[key], str(checkpoint))
                 found = evaluate(network, preprocess, loader, config.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
+        stop_workers(loader)
     finally:
         leave_group()
     epoch = state.get("meta", {}).get("epoch")

@@ -22,6 +22,7 @@ from ..config.schema import Config
 from ..models import ImageClassifier
 from ..version import __version__
 from .checkpoint import (
+    CheckpointError,
     load_checkpoint,
     load_network,
     restore_rng_state,
@@ -151,8 +152,16 @@ class Runner(_Runner):
         """Continue where :meth:`state` was taken.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or of a run with other updates.
         """
+        meta = checkpoint["meta"]
+        done, per_epoch = meta["iter"], self.schedule.updates_per_epoch
+        if done != meta["epoch"] * per_epoch:
+            raise CheckpointError(
+                f"{source}: {done} updates in {meta['epoch']} epochs, where this run makes "
+                f"{per_epoch} an epoch; resume with the total_batch_size and the images that it "
+                "was trained with"
+            )
         load_network(self.classifier.network, checkpoint["state_dict"], source)
         if self.ema is not None:
             average = checkpoint.get("ema_state_dict")
@@ -161,7 +170,6 @@ class Runner(_Runner):
                 average = checkpoint["state_dict"]
             load_network(self.ema, average, source)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-        meta = checkpoint["meta"]
         self.best = meta["best"]
         self.train_loop.resume_from(meta["epoch"], meta["iter"])
         if len(checkpoint["rng"]) == self.process.world_size:

@@ -19,7 +19,7 @@ __all__ = ["CheckpointHook", "latest_checkpoint"]
 
 @HOOKS.register_module()
 class CheckpointHook(Hook):
-    """Writes ``epoch_N.pth`` every few epochs and keeps the newest, with ``best.pth`` beside them.
+    """Writes ``epoch_N.pth`` every few epochs and keeps the newest, ``last.pth`` and ``best.pth``.
 
     The best epoch is that of the highest top-1; of the moving average's where there is one.
     ``results.json`` holds its figures.
@@ -47,6 +47,7 @@ class CheckpointHook(Hook):
         runner.save(path, metrics)
         if not runner.process.is_main:
             return
+        _link(path, work_dir / "last.pth")
         if metrics is not None and is_best:
             _link(path, work_dir / "best.pth")
             results = {
