@@ -1,9 +1,8 @@
-"""Reading, merging and printing configurations, and those that are shipped."""
+"""Reading, merging and printing configurations."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import runpy
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kw.config import Config, config_from_mapping, load_config, reference, to_dict, to_yaml
+from kw.config import Config, config_from_mapping, load_config, reference, to_yaml
 
 ROOT = Path(__file__).parents[1]
 RESNET18 = ROOT / "configs/imagenet/resnet18"
@@ -31,17 +30,6 @@ epochs: 10
 total_batch_size: 8
 batch_size: 8
 """
-# name -> cell_num_ratio, ratio of the cell's sides, drop path in 300 epochs
-BUDGETS = {
-    "resnet18": (None, None, 0),
-    "kw_resnet18_1d4x": (0.25, 0.5, 0),
-    "kw_resnet18_1d2x": (0.5, 0.5, 0),
-    "kw_resnet18_1x": (1, 1, 0.1),
-    "kw_resnet18_2x": (2, 1, 0.1),
-    "kw_resnet18_4x": (4, 1, 0.1),
-}
-SHIPPED_300 = list(BUDGETS)
-SHIPPED_100 = [f"{name}_100ep" for name in BUDGETS if name != "kw_resnet18_1d4x"]
 
 
 def load(path: Path, *options: str) -> Config:
@@ -54,109 +42,6 @@ def write(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder / f"{name}.yaml"
-
-
-# What is shipped
-
-
-@pytest.mark.parametrize("name", SHIPPED_300 + SHIPPED_100)
-def test_shipped_config_round_trips(
-    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    config = load(RESNET18 / f"{name}.yaml")
-    resolved = write(tmp_path, resolved=to_yaml(config))
-    assert "_base_" not in resolved.read_text()
-    assert load(resolved) == config
-    assert config_from_mapping(to_dict(config), check_model_name=False) == config
-    assert not recwarn.list
-
-
-@pytest.mark.parametrize("name", SHIPPED_300 + SHIPPED_100)
-def test_shipped_config_has_its_budget(name: str) -> None:
-    config = load(RESNET18 / f"{name}.yaml")
-    cells, side, drop_path = BUDGETS[name.removesuffix("_100ep")]
-    assert config.model.name == "resnet18"
-    assert config.model.num_classes == 1000
-    assert config.model.drop_path_decay == "constant"
-    assert config.model.drop_path_rate == (0 if name.endswith("_100ep") else drop_path)
-    assert config.model.drop_rate == (0.2 if name == "kw_resnet18_4x_100ep" else 0)
-    kernel_warehouse = config.model.kernel_warehouse
-    if cells is None:
-        assert kernel_warehouse is None
-    else:
-        assert kernel_warehouse is not None
-        assert kernel_warehouse.plan == "resnet18"
-        assert kernel_warehouse.overrides() == {
-            "cell_num_ratio": cells,
-            "cell_inplane_ratio": side,
-            "cell_outplane_ratio": side,
-            "reduction": 1 / 16,
-            "warehouses": {},
-        }
-
-
-@pytest.mark.parametrize("name", SHIPPED_300)
-def test_300_epoch_recipe(name: str) -> None:
-    config = load(RESNET18 / f"{name}.yaml")
-    assert (config.epochs, config.total_batch_size, config.batch_size) == (300, 4096, 128)
-    assert config.temperature_epochs == (20 if name.startswith("kw_") else 0)
-    assert config.label_smoothing == 0.1
-    assert config.precision == "fp32"
-    optimizer, schedule, data = config.optimizer, config.schedule, config.data
-    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 4e-3, 0.05)
-    assert (optimizer.eps, optimizer.clip_grad) == (1e-8, None)
-    assert not optimizer.decay_norm_and_bias
-    assert (schedule.name, schedule.warmup_epochs, schedule.final_lr) == ("cosine", 20, 1e-6)
-    assert (data.root, data.input_size, data.interpolation) == ("data/imagenet", 224, "bicubic")
-    assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0.4)
-    assert (data.mixup, data.cutmix) == (0.8, 1.0)
-    assert (data.mix_probability, data.mix_switch_probability) == (1.0, 0.5)
-    assert data.random_erasing is not None
-    assert dataclasses.astuple(data.random_erasing) == (0.25, "pixel", 1)
-    assert data.test_crop_ratio == 224 / 256
-
-
-@pytest.mark.parametrize("name", SHIPPED_100)
-def test_100_epoch_recipe(name: str) -> None:
-    config = load(RESNET18 / f"{name}.yaml")
-    assert (config.epochs, config.total_batch_size, config.batch_size) == (100, 256, 32)
-    assert config.temperature_epochs == (10 if name.startswith("kw_") else 0)
-    optimizer, schedule = config.optimizer, config.schedule
-    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.1, 1e-4)
-    assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
-    assert (schedule.name, schedule.milestones, schedule.gamma) == ("step", [30, 60, 90], 0.1)
-    assert_plain_augmentation(config)
-
-
-def test_150_epoch_recipe(tmp_path: Path) -> None:
-    text = f"_base_: {ROOT}/configs/_base_/recipes/imagenet_150ep_kw.yaml\n"
-    text += "model: {name: mobilenetv2_100, kernel_warehouse: {plan: some}}\ndata: {root: images}\n"
-    config = load(write(tmp_path, mine=text))
-    assert (config.epochs, config.total_batch_size) == (150, 256)
-    assert config.temperature_epochs == 15
-    optimizer, schedule = config.optimizer, config.schedule
-    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.05, 4e-5)
-    assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
-    assert (schedule.name, schedule.warmup_epochs, schedule.final_lr) == ("cosine", 0, 1e-6)
-    assert_plain_augmentation(config)
-
-
-def assert_plain_augmentation(config: Config) -> None:
-    data = config.data
-    assert (data.interpolation, data.horizontal_flip) == ("bilinear", 0.5)
-    assert data.test_crop_ratio == 224 / 256
-    assert (data.auto_augment, data.color_jitter, data.random_erasing) == (None, None, None)
-    assert (data.mixup, data.cutmix, config.label_smoothing) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/imagenet").rglob("*.yaml")), ids=str)
-def test_head_says_what_the_file_claims(path: Path) -> None:
-    head = path.read_text().split("\n\n")[0]
-    command = " ".join(head.replace("\\\n#", "").split())
-    name = path.relative_to(ROOT).as_posix()
-    assert f"torchrun --nproc-per-node 8 tools/train.py {name} --launcher pytorch" in command
-    assert re.search(r"# Expect +top-1 \d\d\.\d\d, top-5 \d\d\.\d\d \(.+\)\.\n", head)
-    assert re.search(r"# Parameters +\d+\.\d\dM as published\.", head)
 
 
 # Inheritance and options
