@@ -9,8 +9,8 @@ Importing this module registers them; :mod:`kw.models.registration` does so once
     weights = {"file": "best.pth"}
     timm.create_model("kw_resnet50_4x", pretrained=True, pretrained_cfg_overlay=weights)
 
-No weights are hosted: ``pretrained=True`` needs a file, for instance a checkpoint of a training run,
-of which timm reads ``state_dict``. A network is at temperature 0 until the weights or
+No weights are hosted: ``pretrained=True`` needs a file, e.g. a checkpoint of a training run, of
+which timm reads ``state_dict``. A network is at temperature 0 until the weights or
 :func:`kw.set_temperature` set another.
 """
 
