@@ -10,7 +10,7 @@ help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
 	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
 	@echo "make test     run the tests"
-	@echo "make lint     check style and types"
+	@echo "make lint     check style, types and generated tables"
 	@echo "make format   rewrite the sources in the house style"
 
 install: $(VENV)/installed
@@ -36,6 +36,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/render_tables.py --check
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,17 +1,30 @@
 """KernelWarehouse: dynamic convolution with cells that layers share.
 
 ``kw.warehouse`` needs torch alone; :func:`build_model` brings in timm when it is first called.
+Where timm is imported, before or after, ``timm.create_model`` knows the models of
+:func:`list_models`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from .models.registration import register_with_timm
+from .models.released import list_models
 from .version import __version__
 from .warehouse import convert, get_temperature, set_temperature
 
 if TYPE_CHECKING:
     from .models import build_model
 
-__all__ = ["__version__", "build_model", "convert", "get_temperature", "set_temperature"]
+__all__ = [
+    "__version__",
+    "build_model",
+    "convert",
+    "get_temperature",
+    "list_models",
+    "set_temperature",
+]
+
+register_with_timm()
 
 
 def __getattr__(name: str) -> Any:

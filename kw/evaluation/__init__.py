@@ -2,13 +2,17 @@
 
 from .accuracy import Accuracy, headline
 from .report import Run, plot_runs, read_run, render_table, summary_table
+from .tables import read_metafile, render_readme, render_tables
 
 __all__ = [
     "Accuracy",
     "Run",
     "headline",
     "plot_runs",
+    "read_metafile",
     "read_run",
+    "render_readme",
     "render_table",
+    "render_tables",
     "summary_table",
 ]

@@ -1,6 +1,6 @@
 """The method, on torch alone: cells, warehouses, attention, dynamic layers, plans, conversion."""
 
-from .convert import convert, resolve_plan, set_backend
+from .convert import convert, drop_unused_warehouses, resolve_plan, set_backend
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import KernelShape, partition_kernels
 from .plan import Plan, Rule
@@ -23,6 +23,7 @@ __all__ = [
     "WarehouseSettings",
     "annealed_temperature",
     "convert",
+    "drop_unused_warehouses",
     "find_warehouses",
     "get_temperature",
     "partition_kernels",

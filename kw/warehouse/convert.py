@@ -23,7 +23,7 @@ from .plan import Plan, Rule, nearest
 from .plans import PLANS
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
-__all__ = ["convert", "resolve_plan", "set_backend"]
+__all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
 
 _CONVOLUTIONS: dict[type[nn.Module], type[KWConvNd]] = {
     nn.Conv1d: KWConv1d,
@@ -114,6 +114,21 @@ def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
             raise ValueError(f"plan {plan!r} is unknown; {nearest(plan, PLANS)}")
         return PLANS[plan]
     return Plan.from_mapping(plan)
+
+
+def drop_unused_warehouses(model: nn.Module) -> nn.Module:
+    """Remove the warehouses that no layer uses any more, in place.
+
+    After layers were cut off a converted network, its last stages or its classifier, say: cells
+    that get no gradient are refused by DDP.
+    """
+    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
+    for module in list(model.modules()):
+        if isinstance(module, WarehouseDict):
+            for name, warehouse in list(module.items()):
+                if warehouse not in used:
+                    del module[name]
+    return model
 
 
 def set_backend(model: nn.Module, backend: str) -> None:

@@ -1,0 +1,123 @@
+"""The papers' models under their own names in timm.
+
+Importing this module registers them; :mod:`kw.models.registration` does so once timm is imported::
+
+    import kw, timm
+
+    timm.create_model("kw_resnet50_4x", num_classes=10)
+    timm.create_model("kw_resnet50_4x", features_only=True)
+    weights = {"file": "best.pth"}
+    timm.create_model("kw_resnet50_4x", pretrained=True, pretrained_cfg_overlay=weights)
+
+No weights are hosted: ``pretrained=True`` needs a file, e.g. a checkpoint of a training run, of
+which timm reads ``state_dict``. A network is at temperature 0 until the weights or
+:func:`kw.set_temperature` set another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
+from torch import Tensor, nn
+
+from ..warehouse import convert, drop_unused_warehouses
+from .released import RELEASED, ReleasedModel
+
+# Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
+_OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
+
+
+def _default_cfg(released: ReleasedModel) -> dict[str, Any]:
+    """The static network's data about itself, without its weights and their test settings."""
+    static = get_pretrained_cfg(released.backbone, allow_unregistered=False)
+    of_the_network = ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    return {
+        "input_size": (3, 224, 224),
+        "num_classes": 1000,
+        "crop_pct": 0.875,
+        "interpolation": "bilinear" if "mobilenet" in released.backbone else "bicubic",
+        **{key: getattr(static, key) for key in of_the_network},
+    }
+
+
+def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
+    """What ``timm.create_model`` calls for a name."""
+
+    def converted(**kwargs: Any) -> nn.Module:
+        return convert(
+            timm.create_model(released.backbone, **kwargs), released.plan, **released.settings
+        )
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if (wrapper := kwargs.pop("feature_cls", "getter")) != "getter":
+            raise ValueError(
+                f"{name}: feature_cls is {wrapper!r}, which takes layers out of the network and "
+                "loses the warehouses that they share; only 'getter', the default, keeps them"
+            )
+        feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
+        if released.plan in _OUT_INDICES:
+            feature_cfg["out_indices"] = _OUT_INDICES[released.plan]
+        model = build_model_with_cfg(
+            converted,
+            name,
+            pretrained,
+            feature_cfg=feature_cfg,
+            pretrained_filter_fn=_checked_weights,
+            **kwargs,
+        )
+        # features_only cuts off the last stages.
+        return drop_unused_warehouses(model)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"timm's {released.backbone}, converted by the plan {released.plan!r}."
+    return create
+
+
+def _checked_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights that fit, but for a classifier of other classes.
+
+    timm loads leniently when the number of classes differs, so that a file of another model would
+    load in part.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or tensors have other shapes.
+    """
+    expected = model.state_dict()
+    config: Any = model.pretrained_cfg
+    head = (f"{config['classifier']}.", "warehouses.classifier.")
+    other_head = {
+        key
+        for key in expected
+        if key.startswith(head) and key in state and state[key].shape != expected[key].shape
+    }
+    if other_head:
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
+    body = {key for key in expected if not key.startswith(head)}
+    first = f"{config['first_conv']}.weight"  # timm adapts it to other numbers of channels
+    faults = {
+        "missing": sorted(key for key in body if key not in state),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "of another shape": sorted(
+            key
+            for key in body
+            if key in state and key != first and state[key].shape != expected[key].shape
+        ),
+    }
+    if any(faults.values()):
+        lists = "; ".join(
+            f"{len(keys)} {fault}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            for fault, keys in faults.items()
+            if keys
+        )
+        raise ValueError(f"these weights are not those of {config['architecture']}: {lists}")
+    return state
+
+
+# timm looks a model's configuration up in its module, under this name.
+default_cfgs = {name: _default_cfg(released) for name, released in RELEASED.items()}
+
+for _name, _released in RELEASED.items():
+    register_model(_entrypoint(_name, _released))

@@ -1,0 +1,161 @@
+"""The papers' models through timm: names, features, weights from a file."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import kw
+from kw.models import RELEASED
+from kw.warehouse import find_warehouses
+
+SMALL = "kw_resnet18_1d4x"
+# One a family; the third converts its classifier.
+FAMILIES = [SMALL, "kw_resnet50_1x", "kw_mobilenetv2_050_1d2x", "kw_convnext_tiny_1x"]
+
+
+def test_names() -> None:
+    assert timm.list_models("kw_*") == kw.list_models() == sorted(RELEASED)
+    assert kw.list_models("kw_resnet50_*") == [f"kw_resnet50_{b}" for b in ("1d2x", "1x", "4x")]
+    assert timm.list_models("kw_*", pretrained=True) == []
+    assert all(timm.get_pretrained_cfg(name).first_conv for name in RELEASED)
+
+
+@pytest.mark.parametrize(
+    "imports", ["import kw, timm", "import timm, kw", "import kw\nfrom timm.models import resnet"]
+)
+def test_either_import_may_come_first(imports: str) -> None:
+    """Also where somebody has only asked whether timm is there; nothing else is imported."""
+    code = (
+        "import sys, importlib.util\n"
+        f"{imports}\n"
+        "import timm\n"
+        "assert not any('kw' in type(f).__module__ for f in sys.meta_path)\n"
+        "assert 'mmengine' not in sys.modules\n"
+        "print(type(timm.create_model('kw_resnet18_1d4x', num_classes=10)).__name__)\n"
+    )
+    if imports.startswith("import kw"):
+        code = "import kw, importlib.util\nassert importlib.util.find_spec('timm')\n" + code
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "ResNet"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_create(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10, drop_rate=0.1)
+        static = timm.create_model(RELEASED[name].backbone)
+        expected = kw.convert(
+            timm.create_model(RELEASED[name].backbone, num_classes=10),
+            RELEASED[name].plan,
+            **RELEASED[name].settings,
+        )
+    assert type(model) is type(static)
+    assert model.num_classes == 10
+    shapes = {key: tensor.shape for key, tensor in expected.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes
+    assert model.pretrained_cfg["architecture"] == name
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "kw_deit_tiny_1x"])
+def test_features_only(name: str) -> None:
+    """The static network's features, by shape; all cells are registered, none is without use."""
+    size = {"img_size": 64} if "deit" in name else {}
+    model = timm.create_model(name, features_only=True, **size)
+    static = timm.create_model(RELEASED[name].backbone, features_only=True, **size)
+    images = torch.randn(2, 3, 64, 64)
+    features = model(images)
+    assert [f.shape for f in features] == [f.shape for f in static(images)]
+    assert model.feature_info.channels() == static.feature_info.channels()
+    registered = {id(parameter) for parameter in model.parameters()}
+    assert all(id(warehouse.cells) in registered for warehouse in find_warehouses(model))
+    kw.set_temperature(model, 0.5)
+    sum(f.square().mean() for f in model(images)).backward()
+    assert all(w.cells.grad is not None for w in find_warehouses(model))
+
+
+def test_features_of_early_stages_drop_the_late_warehouses() -> None:
+    model = timm.create_model(SMALL, features_only=True, out_indices=(1, 2))
+    assert list(model.model.warehouses) == ["layer1", "layer2"]
+    assert [f.shape[1] for f in model(torch.randn(1, 3, 64, 64))] == [64, 128]
+
+
+def test_feature_wrappers_that_lose_the_warehouses_are_refused() -> None:
+    with pytest.raises(ValueError, match="feature_cls is 'list'"):
+        timm.create_model(SMALL, features_only=True, feature_cls="list")
+
+
+# Weights from a file
+
+
+def disturbed(name: str, **settings: object) -> torch.nn.Module:
+    torch.manual_seed(1)
+    model = timm.create_model(name, **settings).eval()
+    kw.set_temperature(model, 0.25)
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "checkpoint"])
+@pytest.mark.parametrize("way", ["overlay", "checkpoint_path"])
+def test_weights_from_a_file(way: str, wrapped: bool, tmp_path: Path) -> None:
+    trained, path = disturbed(SMALL), tmp_path / "best.pth"
+    state = trained.state_dict()
+    torch.save({"state_dict": state, "meta": {"epoch": 3}} if wrapped else state, path)
+    if way == "overlay":
+        overlay = {"file": str(path)}
+        model = timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay)
+    else:
+        model = timm.create_model(SMALL, checkpoint_path=path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(images), trained(images))
+    assert kw.get_temperature(model) == 0.25
+
+
+@pytest.mark.parametrize("name", [SMALL, "kw_mobilenetv2_050_1d2x"])
+@pytest.mark.parametrize("settings", [{"num_classes": 5}, {"features_only": True}], ids=str)
+def test_finetuning_keeps_all_but_the_classifier(
+    name: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    state, path = disturbed(name).state_dict(), tmp_path / "best.pth"
+    torch.save(state, path)
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **settings
+    )
+    compared = 0
+    for key, tensor in model.state_dict().items():
+        key = key.removeprefix("model.")
+        if not key.startswith(("fc.", "classifier.", "warehouses.classifier.")):
+            torch.testing.assert_close(tensor, state[key], rtol=0, atol=0)
+            compared += 1
+    assert compared > 100
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_classes": 5}, {"features_only": True}], ids=str)
+@pytest.mark.parametrize("other", ["resnet18", "kw_resnet18_1d2x"])
+def test_weights_of_another_model_are_refused(
+    other: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(timm.create_model(other).state_dict(), path)
+    overlay = {"file": str(path)}
+    with pytest.raises(ValueError, match=f"not those of {SMALL}: .*(missing|of another shape): "):
+        timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+
+
+def test_pretrained_without_a_file_says_so() -> None:
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {SMALL}"):
+        timm.create_model(SMALL, pretrained=True)
+
+
+def test_copies_keep_their_warehouses() -> None:
+    model = copy.deepcopy(timm.create_model(SMALL, features_only=True))
+    used = {w.cells.data_ptr() for w in find_warehouses(model)}
+    assert used == {w.cells.data_ptr() for w in model.model.warehouses.values()}

@@ -1,0 +1,129 @@
+"""Metafiles agree with configurations and models; READMEs with metafiles; mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kw.evaluation import read_metafile, render_readme
+from kw.evaluation.tables import BEGIN, END, SOURCES
+
+ROOT = Path(__file__).parents[1]
+METAFILES = sorted((ROOT / "configs/imagenet").glob("*/metafile.yml"))
+CHECKPOINTS = json.loads((ROOT / "tests/fixtures/released_models.json").read_text())["models"]
+# What a head says of a figure's source.
+SAID = {**SOURCES, "repo": "the authors' results page", "recalled": "unconfirmed: "}
+every_family = pytest.mark.parametrize("path", METAFILES, ids=lambda path: path.parent.name)
+
+
+def models(path: Path) -> list[dict[str, Any]]:
+    return [model for table in read_metafile(path) for model in table["models"]]
+
+
+@every_family
+def test_metafile_agrees_with_configurations_and_checkpoints(path: Path) -> None:
+    assert {m["config"] for m in models(path)} == {p.name for p in path.parent.glob("*.yaml")}
+    for model in models(path):
+        head = (path.parent / model["config"]).read_text().split("\n\n")[0]
+        published, name = model["published"], model["name"]
+        assert f"# Reproduces  {name} of" in head
+        assert f"top-1 {published['top1']:.2f}, top-5 {published['top5']:.2f}" in head
+        assert f"# Parameters  {published['params_m']:.2f}M as published." in head
+        assert f"({SAID[published['source']]}" in head
+        if name in CHECKPOINTS:
+            assert model["parameters"] == CHECKPOINTS[name]["parameters"]
+        assert abs(model["parameters"] / 1e6 - published["params_m"]) < 0.06
+        assert (model["macs_assembly"] > 0) == name.startswith("kw_")
+
+
+@every_family
+def test_readme_is_up_to_date(path: Path) -> None:
+    readme = path.with_name("README.md")
+    assert render_readme(readme) == readme.read_text(), "run python tools/render_tables.py"
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A family of one model with figures, measured ones among them."""
+    folder = tmp_path / "net"
+    folder.mkdir()
+    (folder / "net.yaml").touch()
+    model = {
+        "name": "net",
+        "config": "net.yaml",
+        "parameters": 1_234_567,
+        "macs": 10**9,
+        "macs_assembly": 0,
+        "published": {"params_m": 1.2, "top1": 70, "top5": 90.5, "source": "recalled"},
+        "measured": {"top1": 69.5, "top5": 90, "note": "one run"},
+    }
+    metafile = {"tables": [{"title": "A table", "models": [model]}]}
+    (folder / "metafile.yml").write_text(yaml.safe_dump(metafile))
+    (folder / "README.md").write_text(f"# Net\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    return folder
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["render_tables.py", "--root", str(root), *options])
+    try:
+        runpy.run_path(str(ROOT / "tools/render_tables.py"), run_name="__main__")
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def test_tool_writes_and_checks(
+    family: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, readme = family.parent, family / "README.md"
+    assert run_tool(monkeypatch, root, "--check") == 1
+    assert f"not up to date: {readme}" in capsys.readouterr().err
+    assert "old" in readme.read_text()
+    assert run_tool(monkeypatch, root) == 0
+    text = readme.read_text()
+    assert text.startswith(f"# Net\n\n{BEGIN}\n\n### A table\n\n| Model")
+    assert text.endswith(f"|\n\n{END}\n\nAfter.\n")
+    row = [cell.strip() for cell in text.splitlines()[8].strip("|").split("|")]
+    assert row == [
+        "[net](net.yaml)",
+        "1.23M",
+        "1.00G",
+        "-",
+        "1.20M",
+        "70.00 / 90.50",
+        "unconfirmed",
+        "69.50 / 90.00",
+    ]
+    assert run_tool(monkeypatch, root, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("metafile.yml", "macs:", "mac:", "'A table', model 'net': missing ['macs'], unknown"),
+        ("metafile.yml", "recalled", "rumour", "published.source is 'rumour', expected one of"),
+        ("metafile.yml", "net.yaml", "nat.yaml", "config 'nat.yaml' is not beside"),
+        ("README.md", END, "", "expected once, in this order, the lines"),
+    ],
+)
+def test_mistakes_are_named(
+    family: Path,
+    file: str,
+    old: str,
+    new: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = family / file
+    path.write_text(path.read_text().replace(old, new))
+    assert run_tool(monkeypatch, family.parent) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error
