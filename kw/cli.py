@@ -9,10 +9,11 @@ from collections.abc import Callable
 from .config import ConfigError
 from .data import DataError
 from .engine import CheckpointError
+from .models.released import ReleasedError
 
 __all__ = ["add_config_options", "add_options", "run_tool"]
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, ReleasedError)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
