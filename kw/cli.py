@@ -9,7 +9,7 @@ from collections.abc import Callable
 from .config import ConfigError
 from .data import DataError
 from .engine import CheckpointError
-from .models.released import ReleasedError
+from .models.released_weights import ReleasedError
 
 __all__ = ["add_config_options", "add_options", "run_tool"]
 

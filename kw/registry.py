@@ -16,7 +16,7 @@ __all__ = ["DATASETS", "HOOKS", "LOOPS", "MODELS", "OPTIM_WRAPPERS"]
 DATASETS = Registry("dataset", parent=_DATASETS, scope="kw", locations=["kw.data"])
 HOOKS = Registry("hook", parent=_HOOKS, scope="kw", locations=["kw.engine.hooks"])
 LOOPS = Registry("loop", parent=_LOOPS, scope="kw", locations=["kw.engine.loops"])
-MODELS = Registry("model", parent=_MODELS, scope="kw", locations=["kw.models"])
+MODELS = Registry("model", parent=_MODELS, scope="kw", locations=["kw.models.classifier"])
 OPTIM_WRAPPERS = Registry(
     "optim_wrapper", parent=_OPTIM_WRAPPERS, scope="kw", locations=["kw.engine.optim"]
 )

@@ -21,7 +21,7 @@ from kw.config import load_config, to_yaml
 from kw.engine import CheckpointError
 from kw.engine.checkpoint import save_checkpoint
 from kw.models import build_network
-from kw.models.released import ReleasedError, read_released, translate
+from kw.models.released_weights import ReleasedError, read_released, translate
 
 
 def main() -> None:

@@ -1,32 +1,33 @@
-"""Backbones and classifiers."""
+"""Backbones, classifiers, and the names of the papers' models.
 
-from __future__ import annotations
+Imported when first used: the list of models needs neither timm nor mmengine.
+"""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from .released import RELEASED, ReleasedModel, list_models
 
-from ..config import config_from_mapping, load_config
-from .build import build_network
-from .classifier import ImageClassifier
+if TYPE_CHECKING:
+    from .build import build_model, build_network
+    from .classifier import ImageClassifier
 
-__all__ = ["ImageClassifier", "build_model", "build_network"]
+__all__ = [
+    "RELEASED",
+    "ImageClassifier",
+    "ReleasedModel",
+    "build_model",
+    "build_network",
+    "list_models",
+]
 
 
-def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
-    """Build the network of a configuration, with fresh weights.
+def __getattr__(name: str) -> Any:
+    if name in ("build_model", "build_network"):
+        from . import build
 
-    Args:
-        config: a configuration file, or a mapping with its keys.
+        return getattr(build, name)
+    if name == "ImageClassifier":
+        from .classifier import ImageClassifier
 
-    Returns:
-        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``; a KernelWarehouse
-        network is at temperature 0.
-
-    Raises:
-        kw.config.ConfigError: the configuration is wrong; the message names file, key and remedy.
-    """
-    loaded = config_from_mapping(config) if isinstance(config, Mapping) else load_config(config)
-    return build_network(loaded.model)
+        return ImageClassifier
+    raise AttributeError(f"module 'kw.models' has no attribute {name!r}")

@@ -146,6 +146,8 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     groups: dict[str, _Group] = {}
     for rule in plan.rules:
         matched = [name for name in candidates if re.fullmatch(rule.match, name)]
+        if not matched and rule.optional:
+            continue
         if not matched:
             raise ValueError(
                 f"plan: rule {rule.match!r} matches no layer of {type(model).__name__}; "

@@ -42,12 +42,15 @@ class Rule:
             warehouse that the rule opened before their own (paper: a stage's last cells are shared
             with the first layers of the next).
         settings: settings of this rule's warehouses that differ from the plan's.
+        optional: whether the rule may match no layer, as a classifier's in a backbone without one;
+            otherwise that is taken for a mistake.
     """
 
     match: str
     warehouse: str | None = None
     handover: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for key, pattern in (("match", self.match), ("handover", self.handover)):
@@ -83,7 +86,8 @@ class Rule:
 
     @classmethod
     def from_mapping(cls, rule: Mapping[str, Any]) -> Rule:
-        """A rule from ``{match, warehouse | static: true, handover, ...settings}``.
+        """A rule from ``{match, warehouse | static: true, handover, optional,
+        ...settings}``.
 
         Raises:
             ValueError: an unknown key, or neither or both of ``warehouse`` and ``static``.
@@ -91,6 +95,7 @@ class Rule:
         rest = dict(rule)
         match, warehouse = rest.pop("match", None), rest.pop("warehouse", None)
         static, handover = rest.pop("static", False), rest.pop("handover", None)
+        optional = rest.pop("optional", False)
         if not isinstance(match, str):
             raise ValueError(
                 f"plan: rule {dict(rule)} has no 'match', a regular expression on names"
@@ -102,8 +107,12 @@ class Rule:
             raise ValueError(
                 f"plan: rule {match!r} needs either 'warehouse: NAME' or 'static: true'"
             )
+        if not isinstance(optional, bool):
+            raise ValueError(
+                f"plan: rule {match!r}: optional is {optional!r}, expected true or false"
+            )
         WarehouseSettings().with_overrides(rest, f"plan rule {match!r}")
-        return cls(match, warehouse, handover, rest)
+        return cls(match, warehouse, handover, rest, optional)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,124 @@
 """Plans of the released networks, for the module names of timm's backbones.
 
-Source of the layouts: the authors' release as restated in the paper's appendix; the sizes that they
-lead to are tested against the released checkpoints.
+Source of the layouts: the authors' release; the sizes that they lead to are tested against the
+parameter counts and warehouses of the released checkpoints. DeiT's is this project's own.
+
+A plan holds what all models of its name share; the ratios of a budget that it does not fix are
+given to :func:`kw.convert`. Layers that no rule names stay static: stems of the ResNets,
+classifiers, the depthwise or pointwise layers that a budget leaves out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .plan import Plan, Rule
+from .warehouse import WarehouseSettings
 
 __all__ = ["PLANS"]
 
-# One warehouse a stage with all its 3x3 and 1x1 convolutions. The first convolution and the strided
-# shortcut of a stage still belong to the stage before: their input has its width.
-RESNET_BASIC = Plan(
-    (
-        Rule(r"conv1"),
-        Rule(
-            r"layer(?P<stage>\d)\.\d+\.(conv\d|downsample\.0)",
-            warehouse="layer{stage}",
-            handover=r"layer[234]\.0\.(conv1|downsample\.0)",
-        ),
-        Rule(r"fc"),
-    )
-)
 
-PLANS: dict[str, Plan] = {"resnet18": RESNET_BASIC}
+def _resnet(*static: str) -> Plan:
+    """One warehouse a stage with all its 3x3 and 1x1 convolutions.
+
+    The first convolution and the strided shortcut of a stage still belong to the stage before:
+    their input has its width.
+    """
+    rule = Rule(
+        r"layer(?P<stage>\d)\.\d+\.(conv\d|downsample\.0)",
+        warehouse="layer{stage}",
+        handover=r"layer[234]\.0\.(conv1|downsample\.0)",
+    )
+    return Plan((*map(Rule, static), rule))
+
+
+def _mobilenet_blocks(stage: int, kind: str) -> str:
+    """The layers of one kind in stage 1 to 6, as a pattern on timm's names.
+
+    The seven settings of inverted residuals are timm's ``blocks.0`` to ``blocks.6``. A stage holds
+    one of them without its first block, which the stage before has, and the first block of the
+    next; the last stage holds two settings.
+    """
+    own = r"0\.0" if stage == 1 else rf"{stage - 1}\.[1-9]"
+    return rf"blocks\.({own}|{stage}\.0)\.{kind}"
+
+
+# timm calls the pointwise layer after a depthwise one conv_pwl, but in the first block, which has
+# no other, conv_pw.
+_EXPAND, _DEPTHWISE, _PROJECT = r"(?<!blocks\.0\.0\.)conv_pw", r"conv_dw", r"conv_pwl"
+_FIRST_PROJECT = r"blocks\.0\.0\.conv_pw"
+
+
+def _mobilenetv2_1x() -> Iterator[Rule]:
+    """Both pointwise kinds of a stage share a warehouse; the last 1x1 joins the last stage."""
+    yield Rule(r"conv_stem", "stem")
+    for stage in range(1, 7):
+        pointwise = _mobilenet_blocks(stage, "conv_pwl?") + (r"|conv_head" if stage == 6 else "")
+        rules = [
+            Rule(pointwise, f"stage{stage}_pointwise"),
+            Rule(_mobilenet_blocks(stage, _DEPTHWISE), f"stage{stage}_depthwise"),
+        ]
+        # Warehouses are numbered in the order of first use, and the first block does not expand.
+        yield from reversed(rules) if stage == 1 else rules
+
+
+def _mobilenetv2_4x() -> Iterator[Rule]:
+    """Pointwise layers that expand, those that project, and depthwise layers apart."""
+    yield Rule(r"conv_stem", "stem")
+    for stage in range(1, 7):
+        more = {1: rf"|{_FIRST_PROJECT}", 6: r"|conv_head"}.get(stage, "")
+        expand = Rule(_mobilenet_blocks(stage, _EXPAND), f"stage{stage}_expand")
+        depthwise = Rule(_mobilenet_blocks(stage, _DEPTHWISE), f"stage{stage}_depthwise")
+        project = Rule(_mobilenet_blocks(stage, _PROJECT) + more, f"stage{stage}_project")
+        order = [depthwise, project, expand] if stage == 1 else [expand, depthwise, project]
+        yield from order
+
+
+def _mobilenetv2_1d2x() -> Iterator[Rule]:
+    """Few parameters are in the early pointwise layers: they stay static, the classifier does not.
+
+    Half the cells where the parameters are, as many as static ones elsewhere.
+    """
+    half = {"cell_num_ratio": 0.5, "cell_inplane_ratio": 0.5, "cell_outplane_ratio": 0.5}
+    yield Rule(r"conv_stem", "stem")
+    for stage in range(1, 6):
+        yield Rule(_mobilenet_blocks(stage, _DEPTHWISE), f"stage{stage}_depthwise")
+    yield Rule(_mobilenet_blocks(6, _EXPAND), "stage6_expand", settings=half)
+    yield Rule(_mobilenet_blocks(6, _DEPTHWISE), "stage6_depthwise")
+    project = _mobilenet_blocks(6, _PROJECT) + r"|conv_head"
+    yield Rule(project, "stage6_project", settings=half)
+    # 0.025 of 1280 features: cells of 32. A backbone without a classifier is converted as well.
+    cells = {"cell_num_ratio": 0.5, "cell_inplane_ratio": 0.025}
+    yield Rule(r"classifier", "classifier", settings=cells, optional=True)
+
+
+def _convnext() -> Iterator[Rule]:
+    """Per stage a warehouse for both pointwise layers and one for the depthwise; no handover."""
+    yield Rule(r"stem\.0", "stem")
+    yield Rule(r"stages\.(?P<stage>[1-9])\.downsample\.1", "stage{stage}_downsample")
+    for stage in range(4):
+        blocks = rf"stages\.{stage}\.blocks\.\d+\."
+        yield Rule(blocks + r"conv_dw", f"stage{stage}_depthwise")
+        yield Rule(blocks + r"mlp\.fc[12]", f"stage{stage}_pointwise")
+
+
+def _deit() -> Iterator[Rule]:
+    """Every four blocks share a warehouse; the projection after the attention stays static.
+
+    The paper reports DeiT, but neither code nor layout are public. This one was chosen because its
+    sizes agree with the reported ones: within 0.05M for DeiT-Tiny 1x and 4x and DeiT-Small 1x.
+    """
+    for stage, blocks in enumerate(("[0-3]", "[4-7]", "8|9|10|11")):
+        yield Rule(rf"blocks\.({blocks})\.(attn\.qkv|mlp\.fc[12])", f"stage{stage}")
+
+
+PLANS: dict[str, Plan] = {
+    "resnet18": _resnet(),
+    # The first 1x1 and the stride-1 shortcut have no stage before that could hand cells over.
+    "resnet50": _resnet(r"layer1\.0\.(conv1|downsample\.0)"),
+    "mobilenetv2_1d2x": Plan(tuple(_mobilenetv2_1d2x()), WarehouseSettings(reduction=1 / 32)),
+    "mobilenetv2_1x": Plan(tuple(_mobilenetv2_1x())),
+    "mobilenetv2_4x": Plan(tuple(_mobilenetv2_4x()), WarehouseSettings(cell_num_ratio=4)),
+    "convnext_tiny": Plan(tuple(_convnext()), WarehouseSettings(norm="layer")),
+    "deit": Plan(tuple(_deit()), WarehouseSettings(norm="layer")),
+}
