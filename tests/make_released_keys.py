@@ -5,8 +5,8 @@
 ``SOURCE`` holds one ``CONFIG.json`` for each configuration that they released (github.com/OSVAI/
 KernelWarehouse; 15 KernelWarehouse networks and 5 static ones), written with their public code:
 ``parameters``, their number; ``warehouse_names``, in the order in which the cells are numbered;
-``state``, the shape of every tensor by its name, in the order of their ``state_dict()``. The fixture
-is all of them in one file, xz-compressed JSON.
+``state``, the shape of every tensor by its name, in the order of their ``state_dict()``. The
+fixture is all of them in one file, xz-compressed JSON.
 """
 
 from __future__ import annotations

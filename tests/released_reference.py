@@ -199,13 +199,13 @@ class Reference:
         out_blocks = mixtures // in_blocks // size**2
         kernels = []
         for alpha in self.attention(name, x.mean((2, 3))):
-            kernel = torch.zeros(out_blocks * c_out, in_blocks * c_in, size, size)
-            for i in range(mixtures):
+            kernel = cells.new_zeros(out_blocks * c_out, in_blocks * c_in, size, size)
+            for i, block in enumerate((alpha @ cells.flatten(1)).view(-1, c_out, c_in)):
                 i_out, i_in = i // in_blocks % out_blocks, i % in_blocks
                 row, column = divmod(i // in_blocks // out_blocks, size)
                 out = slice(i_out * c_out, (i_out + 1) * c_out)
                 into = slice(i_in * c_in, (i_in + 1) * c_in)
-                kernel[out, into, row, column] = torch.einsum("n,noi->oi", alpha[i], cells)
+                kernel[out, into, row, column] = block
             kernels.append(kernel)
         return kernels
 
@@ -221,7 +221,7 @@ class Reference:
         assert 1 in (budget.numerator, budget.denominator)
         cell = 0
         for layer, mixtures in sharing.items():
-            first, beta = cell, torch.zeros(mixtures, n + 1)
+            first, beta = cell, self.cells(name).new_zeros(mixtures, n + 1)
             for i in range(mixtures):
                 period = budget.denominator
                 if i % period == (i // period) % period:

@@ -8,26 +8,33 @@ from typing import Any
 
 import pytest
 import torch
-from test_tools import ROOT, call
+from test_tools import call
 from torch import nn
 
-from kw.config import ConfigError, config_from_mapping, load_config
-from kw.models import build_network
+from kw.config import ConfigError, config_from_mapping
+from kw.models import RELEASED, build_network
 from kw.models.complexity import analyze, count_macs
 from kw.warehouse import set_backend
 
-# Multiply-adds in 10^9 and the assembled kernels in 10^6 bytes of float32, per image of 224 x 224:
-# static network, assembly, kernels. A network of another budget differs in the assembly alone.
+# Multiply-adds in 10^9 and the assembled kernels in 10^6 bytes of float32, for one image of 224 x
+# 224: static network, assembly, kernels.
 KNOWN = {
-    "resnet18/resnet18": (1.81, 0, 0),
-    "resnet18/kw_resnet18_1x": (1.81, 0.385, 45),
-    "resnet18/kw_resnet18_1d2x": (1.81, 0.77, 45),
-    "resnet18/kw_resnet18_4x": (1.81, 1.54, 45),
+    "resnet18": (1.81, 0, 0),
+    "kw_resnet18_1d4x": (1.81, 0.385, 45),
+    "kw_resnet18_1d2x": (1.81, 0.77, 45),
+    "kw_resnet18_1x": (1.81, 0.385, 45),
+    "kw_resnet18_4x": (1.81, 1.54, 45),
+    "resnet50": (4.09, 0, 0),
+    "kw_resnet50_1d2x": (4.09, 4.07, 94),
+    "kw_resnet50_1x": (4.09, 2.04, 94),
+    "kw_resnet50_4x": (4.09, 8.14, 94),
+    "convnext_tiny": (4.46, 0, 0),
+    "kw_convnext_tiny_1x": (4.46, 1.23, 111),
 }
 
 
 def small(size: int = 32, **model: Any) -> dict[str, Any]:
-    """A ResNet of one block a stage, with 8, 8, 16 and 16 channels."""
+    """A configuration: of a ResNet of one block a stage, with 8, 8, 16 and 16 channels."""
     network = {
         "name": "resnet18",
         "num_classes": 10,
@@ -122,12 +129,18 @@ def test_parts_sum_to_what_a_forward_pass_does(settings):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_figures(name):
-    """The published order of size: to the last digit that is given."""
-    cost = analyze(load_config(ROOT / f"configs/imagenet/{name}.yaml"))
+    """To the last digit that is given."""
+    model: dict[str, Any] = {"name": name}
+    if name in RELEASED:
+        released = RELEASED[name]
+        warehouse = {"plan": released.plan, **released.settings}
+        model = {"name": released.backbone, "kernel_warehouse": warehouse}
+    cost = analyze(config_from_mapping(small(224, num_classes=1000, timm_args={}, **model)))
     static, assembly, kernels = KNOWN[name]
-    assert cost.macs_static / 1e9 == pytest.approx(static, abs=0.006)
+    assert cost.macs_static / 1e9 == pytest.approx(static, abs=0.005)
     assert cost.macs_assembly / 1e9 == pytest.approx(assembly, abs=0.005)
-    assert cost.kernel_bytes / 1e6 == pytest.approx(kernels, abs=0.6)
+    assert cost.kernel_bytes / 1e6 == pytest.approx(kernels, abs=0.5)
+    assert cost.macs_attention < 0.01 * cost.macs_static
 
 
 def test_products_of_queries_and_keys_count():
@@ -161,8 +174,10 @@ def test_tool(tmp_path: Path):
         assert f"| {warehouse['name']}" in table
 
 
-def test_tool_checks_every_file_first(tmp_path: Path):
-    done = call("tools/analyze.py", "configs/demo/resnet18.yaml", tmp_path / "no.yaml", status=2)
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert "no such file" in done.stderr
+def test_tool_checks_every_file_first(tool, capsys, tmp_path: Path):
+    with pytest.raises(SystemExit, match="2"):
+        tool("tools/analyze.py", "configs/demo/resnet18.yaml", tmp_path / "no.yaml")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert "no such file" in printed.err

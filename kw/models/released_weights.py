@@ -210,6 +210,8 @@ def translate(
             continue
         translated[name] = value.reshape(target.shape).to(target.dtype)
     unexpected = list(unused.values())
+    # Cells tell most about which network it is.
+    misshaped.sort(key=lambda difference: _CELLS.match(difference) is None)
     if missing or unexpected or misshaped:
         kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
         lists = "\n".join(f"  {kind} ({len(k)}): {_list(k)}" for kind, k in kinds.items() if k)
