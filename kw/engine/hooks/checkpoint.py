@@ -68,7 +68,7 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return next(reversed(_epoch_checkpoints(work_dir).values()), None)
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     """Write a JSON file whole."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
