@@ -220,10 +220,14 @@ class KWConvNd(KWLayer):
             ValueError: an input without a batch axis: kernels belong to samples.
         """
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
-        y = dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
+        y = self.convolve(x, alpha)
         if self.bias is None:
             return y
         return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+
+    def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """The convolution with coefficients ``[B, m, n]``, without the bias."""
+        return dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
 
     def pooled(self, x: Tensor) -> Tensor:
         """What the attention sees: the input averaged over positions, ``[B, I]``.
