@@ -42,6 +42,15 @@ BUDGETS = {
 }
 SHIPPED_300 = list(BUDGETS)
 SHIPPED_100 = [f"{name}_100ep" for name in BUDGETS if name != "kw_resnet18_1d4x"]
+# name -> epochs over which the temperature falls
+PEERS_100 = {
+    "resnet18_se_100ep": 0,
+    "resnet18_cbam_100ep": 0,
+    "resnet18_eca_100ep": 0,
+    "resnet18_condconv8x_100ep": 0,
+    "resnet18_dyconv4x_100ep": 10,
+    "resnet18_odconv4x_100ep": 10,
+}
 
 
 def load(path: Path, *options: str) -> Config:
@@ -59,7 +68,7 @@ def write(folder: Path, **files: str) -> Path:
 # What is shipped
 
 
-@pytest.mark.parametrize("name", SHIPPED_300 + SHIPPED_100)
+@pytest.mark.parametrize("name", [*SHIPPED_300, *SHIPPED_100, *PEERS_100])
 def test_shipped_config_round_trips(
     name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -116,11 +125,12 @@ def test_300_epoch_recipe(name: str) -> None:
     assert data.test_crop_ratio == 224 / 256
 
 
-@pytest.mark.parametrize("name", SHIPPED_100)
+@pytest.mark.parametrize("name", [*SHIPPED_100, *PEERS_100])
 def test_100_epoch_recipe(name: str) -> None:
     config = load(RESNET18 / f"{name}.yaml")
     assert (config.epochs, config.total_batch_size, config.batch_size) == (100, 256, 32)
-    assert config.temperature_epochs == (10 if name.startswith("kw_") else 0)
+    anneals = PEERS_100.get(name, 10 if name.startswith("kw_") else 0)
+    assert config.temperature_epochs == anneals
     optimizer, schedule = config.optimizer, config.schedule
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.1, 1e-4)
     assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
