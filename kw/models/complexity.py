@@ -107,7 +107,7 @@ def analyze(config: Config) -> Complexity:
     )
 
 
-def count_macs(module: nn.Module, *inputs: torch.Tensor) -> int:
+def count_macs(module: nn.Module, *inputs: torch.Tensor | None) -> int:
     """Multiply-adds of one forward pass: of its convolutions and matrix products.
 
     Args:
