@@ -19,7 +19,8 @@ __all__ = ["register_with_timm"]
 def register_with_timm() -> None:
     """Make ``timm.create_model("kw_...")`` work: now, or as soon as timm is imported."""
     if "timm" in sys.modules:
-        from . import entrypoints  # noqa: F401
+        if sys.modules["timm"] is not None:  # None is how an import is forbidden
+            from . import entrypoints  # noqa: F401
     elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTimm())
 
