@@ -21,6 +21,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: install
+	rm -rf $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x
 	$(BIN)/python -m kw.data.digits $(DEMO)/digits
 	$(BIN)/python tools/train.py configs/demo/resnet18.yaml --work-dir $(DEMO)/resnet18
 	$(BIN)/python tools/train.py configs/demo/kw_resnet18_1x.yaml --work-dir $(DEMO)/kw_resnet18_1x

@@ -1,12 +1,13 @@
 """KernelWarehouse: dynamic convolution with cells that layers share.
 
-``kw.warehouse`` needs torch alone; :func:`build_model` brings in timm when it is first called.
-Where timm is imported, before or after, ``timm.create_model`` knows the models of
+``kw.warehouse`` and ``kw.peers`` need torch alone; :func:`build_model` brings in timm when it is
+first called. Where timm is imported, before or after, ``timm.create_model`` knows the models of
 :func:`list_models`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from . import peers
 from .models.registration import register_with_timm
 from .models.released import list_models
 from .version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "convert",
     "get_temperature",
     "list_models",
+    "peers",
     "set_temperature",
 ]
 

@@ -9,15 +9,21 @@ from collections.abc import Callable
 from .config import ConfigError
 from .data import DataError
 from .engine import CheckpointError
+from .models.released_weights import ReleasedError
 
-__all__ = ["add_config_options", "run_tool"]
+__all__ = ["add_config_options", "add_options", "run_tool"]
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, ReleasedError)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """``CONFIG`` and ``--cfg-options``."""
     parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",

@@ -194,6 +194,22 @@ def test_missing_keys_come_with_examples(tmp_path: Path) -> None:
             "temperature_epochs = 5.0: expected 0 for a static network, which has no attention "
             "temperature; model.kernel_warehouse = null (the default)",
         ),
+        (
+            {"temperature_epochs": 5, "model.peer": {"method": "condconv"}},
+            "temperature_epochs = 5.0: expected 0 for CondConv, whose gates have no temperature",
+        ),
+        (
+            {"model.peer": {"method": "condconv", "reduction": 0.25}},
+            "model.peer.reduction = 0.25: expected null for CondConv",
+        ),
+        (
+            {"model.peer": {"method": "dyconv"}, "model.kernel_warehouse": KERNEL_WAREHOUSE},
+            "expected null beside model.kernel_warehouse: a network is converted to one method",
+        ),
+        (
+            {"model.peer": {"method": "dyconf"}},
+            "'dyconf': expected one of 'condconv', 'dyconv', 'odconv'; did you mean 'dyconv'?",
+        ),
         ({"data.crop_scale": [1, 0.5]}, "data.crop_scale = [1.0, 0.5]: expected [low, high]"),
         ({"data.crop_ratio": [2, 1]}, "data.crop_ratio = [2.0, 1.0]: expected [low, high]"),
         ({"data.auto_augment": "rand-n2x"}, "expected a timm policy such as 'rand-m9-mstd0.5"),

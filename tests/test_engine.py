@@ -146,8 +146,21 @@ def test_resuming_without_a_checkpoint_starts(settings: dict[str, Any], tmp_path
     assert run(changed(settings, epochs=1), tmp_path, resume=True)["images"] == 19
 
 
+def test_going_back_to_an_earlier_epoch_keeps_later_checkpoints(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = changed(settings, epochs=4, checkpoint={"keep": 2})
+    kept = ["epoch_3.pth", "epoch_4.pth"]
+    run(settings, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("epoch_*")) == kept
+    run(settings, tmp_path, resume=tmp_path / "epoch_3.pth")
+    assert sorted(p.name for p in tmp_path.glob("epoch_*")) == kept
+
+
 def test_resuming_with_other_updates_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     run(changed(settings, epochs=1), tmp_path)
+    with pytest.raises(ConfigError, match=r"holds a run already \(epoch_1.pth\).*--resume"):
+        run(settings, tmp_path)
     with pytest.raises(CheckpointError, match=r"4 updates in 1 epochs.*makes 8 an epoch"):
         run(changed(settings, total_batch_size=8, batch_size=8), tmp_path, resume=True)
 

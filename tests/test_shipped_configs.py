@@ -145,7 +145,8 @@ def test_300_epoch_recipe(name: str) -> None:
 def test_100_epoch_recipe(name: str) -> None:
     config = load(name)
     assert (config.epochs, config.total_batch_size, config.batch_size) == (100, 256, 32)
-    assert config.temperature_epochs == (10 if name.startswith("kw_") else 0)
+    anneals = name.startswith("kw_") or "dyconv" in name or "odconv" in name
+    assert config.temperature_epochs == (10 if anneals else 0)
     optimizer, schedule = config.optimizer, config.schedule
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.1, 1e-4)
     assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)

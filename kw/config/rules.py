@@ -68,12 +68,34 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
 
     key = "temperature_epochs"
     expect(config.temperature_epochs <= epochs, "at most epochs", key, "epochs")
+    if model.peer is None or model.kernel_warehouse is not None:
+        expect(
+            config.temperature_epochs == 0 or model.kernel_warehouse is not None,
+            "0 for a static network, which has no attention temperature",
+            key,
+            "model.kernel_warehouse",
+            "model.peer",
+        )
+    else:
+        expect(
+            config.temperature_epochs == 0 or model.peer.method != "condconv",
+            "0 for CondConv, whose gates have no temperature",
+            key,
+            "model.peer.method",
+        )
     expect(
-        config.temperature_epochs == 0 or model.kernel_warehouse is not None,
-        "0 for a static network, which has no attention temperature",
-        key,
+        model.peer is None or model.kernel_warehouse is None,
+        "null beside model.kernel_warehouse: a network is converted to one method",
+        "model.peer",
         "model.kernel_warehouse",
     )
+    if model.peer is not None:
+        expect(
+            model.peer.reduction is None or model.peer.method != "condconv",
+            "null for CondConv, whose gates have no hidden units",
+            "model.peer.reduction",
+            "model.peer.method",
+        )
 
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(data, name)

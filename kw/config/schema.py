@@ -23,6 +23,7 @@ __all__ = [
     "KernelWarehouseConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PeerConfig",
     "RandomErasingConfig",
     "ScheduleConfig",
     "WarehouseConfig",
@@ -91,6 +92,28 @@ class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
 
 
 @dataclass
+class PeerConfig:
+    """The conversion to one of the methods compared with; null leaves the method's own value."""
+
+    method: str = setting(
+        doc="method of kw.peers", choices=("condconv", "dyconv", "odconv"), example="dyconv"
+    )
+    kernels: int | None = setting(None, "kernels of every converted layer", minimum=1)
+    reduction: float | None = setting(
+        None, "dyconv, odconv: hidden width of the attention / input channels", above=0
+    )
+    layers: str | None = setting(
+        None, "regular expression on the whole names of the layers to convert"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What differs from the method's own, as keyword arguments of :func:`kw.peers.convert`."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        del given["method"]
+        return given
+
+
+@dataclass
 class ModelConfig:
     """The network: a timm backbone, and how it is converted."""
 
@@ -109,6 +132,9 @@ class ModelConfig:
     timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
     kernel_warehouse: KernelWarehouseConfig | None = setting(
         None, "conversion, e.g. {plan: resnet18, cell_num_ratio: 4}; null = the static network"
+    )
+    peer: PeerConfig | None = setting(
+        None, "conversion to another method instead, e.g. {method: dyconv, kernels: 4}"
     )
 
 

@@ -58,7 +58,8 @@ def train(
         ``ema_`` those of the moving average.
 
     Raises:
-        ConfigError: a setting does not fit the data, the devices or the number of processes.
+        ConfigError: a setting does not fit the data, the devices or the number of processes, or
+            ``work_dir`` holds a run that is not to be resumed.
         DataError: the data folder is not as expected.
         CheckpointError: the checkpoint cannot be read or is of another model.
     """
@@ -80,6 +81,7 @@ def build_runner(
 ) -> Runner:
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
     _check_devices(config, process)
+    resume_from = _resume_from(resume, work_dir)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
     train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
@@ -125,7 +127,7 @@ def build_runner(
         config=config,
         process=process,
         schedule=Schedule(config, sampler.updates_per_epoch),
-        resume_from=_resume_from(resume, work_dir),
+        resume_from=resume_from,
         model=ImageClassifier(network, preprocessor),
         work_dir=str(work_dir),
         train_dataloader=train_loader,
@@ -212,6 +214,12 @@ def _check_devices(config: Config, process: Process) -> None:
 
 
 def _resume_from(resume: bool | str | Path, work_dir: Path) -> Path | None:
-    if isinstance(resume, bool):
-        return latest_checkpoint(work_dir) if resume else None
-    return Path(resume)
+    if not isinstance(resume, bool):
+        return Path(resume)
+    latest = latest_checkpoint(work_dir)
+    if not resume and latest is not None:
+        raise ConfigError(
+            f"--work-dir {work_dir} holds a run already ({latest.name}); continue it with "
+            "--resume, or choose another folder"
+        )
+    return latest

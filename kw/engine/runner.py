@@ -152,8 +152,13 @@ class Runner(_Runner):
         """Continue where :meth:`state` was taken.
 
         Raises:
-            CheckpointError: it is of another model, or of a run with other updates.
+            CheckpointError: it is of another model, or of a run with other updates, or it holds
+                weights alone.
         """
+        if "optimizer" not in checkpoint:
+            raise CheckpointError(
+                f"{source} holds weights alone: it can be evaluated (tools/test.py), not resumed"
+            )
         meta = checkpoint["meta"]
         done, per_epoch = meta["iter"], self.schedule.updates_per_epoch
         if done != meta["epoch"] * per_epoch:

@@ -10,6 +10,7 @@ import timm
 from timm.layers import DropPath
 from torch import nn
 
+from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import ModelConfig
 from ..warehouse import convert
@@ -44,7 +45,7 @@ def build_network(config: ModelConfig) -> nn.Module:
         A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
     Raises:
-        ConfigError: timm refuses its arguments, or the plan does not fit the network.
+        ConfigError: timm refuses its arguments, or the conversion does not fit the network.
     """
     try:
         network = timm.create_model(
@@ -58,13 +59,21 @@ def build_network(config: ModelConfig) -> nn.Module:
         raise ConfigError(f"model.name {config.name!r}, model.timm_args: {error}") from error
     if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
         _set_constant_drop_path(network, config)
-    if config.kernel_warehouse is None:
-        return network
-    settings = config.kernel_warehouse.overrides()
+    return _convert(network, config)
+
+
+def _convert(network: nn.Module, config: ModelConfig) -> nn.Module:
+    """The network in the dynamic form that the configuration asks for, if any."""
+    warehouse, peer = config.kernel_warehouse, config.peer
     try:
-        return convert(network, config.kernel_warehouse.plan, **settings)
+        if warehouse is not None:
+            return convert(network, warehouse.plan, **warehouse.overrides())
+        if peer is not None:
+            return peers.convert(network, peer.method, **peer.settings())
     except ValueError as error:
-        raise ConfigError(f"model.kernel_warehouse: {error}") from error
+        key = "model.peer" if warehouse is None else "model.kernel_warehouse"
+        raise ConfigError(f"{key}: {error}") from error
+    return network
 
 
 def _set_constant_drop_path(network: nn.Module, config: ModelConfig) -> None:

@@ -5,7 +5,13 @@ from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import KernelShape, partition_kernels
 from .plan import Plan, Rule
 from .plans import PLANS
-from .temperature import annealed_temperature, find_warehouses, get_temperature, set_temperature
+from .temperature import (
+    annealed_temperature,
+    find_warehouses,
+    get_temperature,
+    has_temperature,
+    set_temperature,
+)
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "drop_unused_warehouses",
     "find_warehouses",
     "get_temperature",
+    "has_temperature",
     "partition_kernels",
     "resolve_plan",
     "set_backend",

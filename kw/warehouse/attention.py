@@ -10,7 +10,7 @@ Legend: B samples, C input channels, h hidden units, m mixtures, n cells (the nu
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .partition import CellSlice
 
-__all__ = ["ATTENTION_FUNCTIONS", "KernelAttention"]
+__all__ = ["ATTENTION_FUNCTIONS", "KernelAttention", "full_precision", "normalise"]
 
 _EPS = 1e-3
 
@@ -147,9 +147,7 @@ class KernelAttention(nn.Module):
         Returns:
             ``[B, m, n]``, float32.
         """
-        device = pooled.device.type
-        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        with full_precision(pooled):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             alpha = ATTENTION_FUNCTIONS[self.function](logits)[..., :-1]  # the null cell is dropped
@@ -158,7 +156,7 @@ class KernelAttention(nn.Module):
             return torch.lerp(alpha, self.one_hot.to(alpha), tau)
 
     def _logits(self, pooled: Tensor) -> Tensor:
-        hidden = self._normalise(self.fc1(pooled)).relu()
+        hidden = normalise(self.norm1, self.fc1(pooled)).relu()
         logits = self.fc2(hidden).unflatten(-1, (self.mixtures, -1))  # [B, m, n + 1 or own + q + 1]
         if self.fc3 is None:
             return logits
@@ -168,17 +166,25 @@ class KernelAttention(nn.Module):
         parts = (foreign[..., :start], own, foreign[..., start:], null)
         return torch.cat(parts, dim=-1) + self.basis_bias.view(self.mixtures, -1)
 
-    def _normalise(self, hidden: Tensor) -> Tensor:
-        norm = self.norm1
-        if self.training and len(hidden) == 1 and isinstance(norm, nn.BatchNorm1d):
-            # One sample has no variance over the batch: the running statistics stand in for it.
-            return F.batch_norm(
-                hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-            )
-        return norm(hidden)
-
     def extra_repr(self) -> str:
         return f"mixtures={self.mixtures}, cells={self.cells}, function={self.function}"
+
+
+def full_precision(pooled: Tensor) -> AbstractContextManager[Any]:
+    """A context in which a branch computes in the type of its weights, whatever autocast says."""
+    device = pooled.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    return torch.autocast(device, enabled=False) if has_autocast else nullcontext()
+
+
+def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden units ``[B, h]`` through a branch's normalisation, for a batch of any size."""
+    if norm.training and len(hidden) == 1 and isinstance(norm, nn.BatchNorm1d):
+        # One sample has no variance over the batch: the running statistics stand in for it.
+        return F.batch_norm(
+            hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+    return norm(hidden)
 
 
 @torch.no_grad()

@@ -66,8 +66,7 @@ class KWLayer(nn.Module):
                 f"{shape.out_channels} output channels"
             )
         if warehouse is None:
-            own = WarehouseSettings().with_overrides(settings, type(self).__name__)
-            self.warehouse = Warehouse([shape], own, device=device, dtype=dtype)
+            self.warehouse = self.own_warehouse(shape, settings, device, dtype)
         else:
             if settings:
                 raise ValueError(
@@ -93,6 +92,21 @@ class KWLayer(nn.Module):
         if bias:
             zeros = torch.zeros(shape.out_channels, device=cells.device, dtype=cells.dtype)
             self.bias = nn.Parameter(zeros)
+
+    def own_warehouse(
+        self,
+        shape: KernelShape,
+        settings: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Warehouse:
+        """The warehouse of a layer that shares none; other methods override it with theirs.
+
+        Raises:
+            ValueError: settings that are none of its own, or that cannot be.
+        """
+        own = WarehouseSettings().with_overrides(settings, type(self).__name__)
+        return Warehouse([shape], own, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Zero bias; attention and warehouse reset their own."""
@@ -205,18 +219,32 @@ class KWConvNd(KWLayer):
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        alpha = self.attention(self.pooled(x), self.warehouse.temperature)
+        y = self.convolve(x, alpha)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+
+    def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """The convolution with coefficients ``[B, m, n]``, without the bias."""
+        return dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the attention sees: the input averaged over positions, ``[B, I]``.
+
+        Raises:
+            ValueError: an input without a batch axis.
+        """
         if x.dim() != self.dims + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [batch, {self.shape.in_channels}, *space] with "
                 f"{self.dims} spatial axes, got {list(x.shape)}"
             )
-        alpha = self.attention(_pool(x, tuple(range(2, x.dim()))), self.warehouse.temperature)
-        if self._pad_before is not None:
-            x = F.pad(x, self._pad_before, self._pad_mode)
-        y = dynamic_conv(x, alpha, self.warehouse.cells, self._spec, self.backend)
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+        return _pool(x, tuple(range(2, x.dim())))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """What the convolution itself cannot pad."""
+        return x if self._pad_before is None else F.pad(x, self._pad_before, self._pad_mode)
 
 
 class KWConv1d(KWConvNd):

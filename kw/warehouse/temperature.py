@@ -13,7 +13,13 @@ from torch import nn
 
 from .warehouse import Warehouse
 
-__all__ = ["annealed_temperature", "find_warehouses", "get_temperature", "set_temperature"]
+__all__ = [
+    "annealed_temperature",
+    "find_warehouses",
+    "get_temperature",
+    "has_temperature",
+    "set_temperature",
+]
 
 
 def find_warehouses(model: nn.Module) -> list[Warehouse]:
@@ -33,6 +39,16 @@ def find_warehouses(model: nn.Module) -> list[Warehouse]:
     return [module for module in dict.fromkeys(used()) if isinstance(module, Warehouse)]
 
 
+def has_temperature(model: nn.Module) -> bool:
+    """Whether a model has a temperature to anneal: static networks and CondConv have none."""
+    return bool(_temperatures(model))
+
+
+def _temperatures(model: nn.Module) -> list[torch.Tensor]:
+    found = (warehouse.temperature for warehouse in find_warehouses(model))
+    return [temperature for temperature in found if temperature is not None]
+
+
 @torch.no_grad()
 def set_temperature(model: nn.Module, tau: float) -> None:
     """Set the temperature of every warehouse of a model, through any wrapper.
@@ -40,7 +56,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     Writes into the buffers on their device: no synchronisation, no recompilation.
 
     Args:
-        model: a model with KernelWarehouse layers.
+        model: a model with KernelWarehouse layers, or with those of a peer that has a temperature.
         tau: temperature in [0, 1].
 
     Raises:
@@ -49,14 +65,14 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"temperature is {tau}; expected a value in [0, 1]")
-    warehouses = find_warehouses(model)
-    if not warehouses:
+    temperatures = _temperatures(model)
+    if not temperatures:
         raise ValueError(
             f"{type(model).__name__} has no KernelWarehouse layer whose temperature could be set; "
             "convert it first: kw.convert(model, plan)"
         )
-    for warehouse in warehouses:
-        warehouse.temperature.fill_(tau)
+    for temperature in temperatures:
+        temperature.fill_(tau)
 
 
 def get_temperature(model: nn.Module) -> float:
@@ -66,7 +82,7 @@ def get_temperature(model: nn.Module) -> float:
     Raises:
         ValueError: the model has no KernelWarehouse layer, or warehouses at different temperatures.
     """
-    values = {float(warehouse.temperature) for warehouse in find_warehouses(model)}
+    values = {float(temperature) for temperature in _temperatures(model)}
     if len(values) != 1:
         found = sorted(values) or "none, for want of a KernelWarehouse layer"
         raise ValueError(f"{type(model).__name__} has no single temperature; found {found}")

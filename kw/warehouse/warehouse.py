@@ -72,6 +72,7 @@ class Warehouse(nn.Module):
     ``.to(memory_format=torch.channels_last)``, and mixing is one matrix product with it.
     The temperature is a buffer here, once for all layers that use the warehouse: checkpoints carry
     it, copies and averages receive it, and changing it neither recompiles nor copies to the device.
+    It is ``None`` where a method's attention has no temperature (:mod:`kw.peers`).
 
     Args:
         shapes: kernels of the layers, in module order.
@@ -82,7 +83,7 @@ class Warehouse(nn.Module):
         ValueError: the kernels cannot be partitioned as set (see :func:`partition_kernels`).
     """
 
-    temperature: Tensor
+    temperature: Tensor | None
 
     def __init__(
         self,
@@ -121,9 +122,10 @@ class Warehouse(nn.Module):
         for own in self.partition.slices:
             kernel = self.cells.detach()[own.start : own.stop].view(-1, *rest)
             nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.temperature)
+        if self.temperature is not None:
+            nn.init.zeros_(self.temperature)
 
-    def build_attention(self, slot: int) -> KernelAttention:
+    def build_attention(self, slot: int) -> nn.Module:
         """The attention branch of the layer that was given as ``shapes[slot]``."""
         settings, shape = self.settings, self.shapes[slot]
         mixtures = self.partition.layers[slot].mixtures

@@ -57,30 +57,31 @@ class CheckpointHook(Hook):
                 "params": sum(p.numel() for p in runner.classifier.network.parameters()),
             }
             write_json(results, work_dir / "results.json")
-        for old in _epoch_checkpoints(work_dir)[: -self.keep]:
+        # A run that went back to an earlier epoch leaves later ones alone until it passes them.
+        written = [p for n, p in _epoch_checkpoints(work_dir).items() if n <= runner.epoch]
+        for old in written[: -self.keep]:
             old.unlink()
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
     """The newest ``epoch_N.pth`` of a work directory."""
-    found = _epoch_checkpoints(work_dir)
-    return found[-1] if found else None
+    return next(reversed(_epoch_checkpoints(work_dir).values()), None)
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     """Write a JSON file whole."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 
 
-def _epoch_checkpoints(work_dir: Path) -> list[Path]:
-    """``epoch_N.pth``, oldest first."""
+def _epoch_checkpoints(work_dir: Path) -> dict[int, Path]:
+    """``epoch_N.pth`` by N, oldest first."""
     numbered = {}
     for path in work_dir.glob("epoch_*.pth"):
         if match := re.fullmatch(r"epoch_(\d+)\.pth", path.name):
             numbered[int(match[1])] = path
-    return [numbered[number] for number in sorted(numbered)]
+    return dict(sorted(numbered.items()))
 
 
 def _link(source: Path, target: Path) -> None:

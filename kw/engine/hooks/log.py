@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ...registry import HOOKS
-from ...warehouse import find_warehouses
+from ...warehouse import has_temperature
 
 __all__ = ["LogHook"]
 
@@ -36,7 +36,7 @@ class LogHook(Hook):
     def before_train(self, runner: Any) -> None:
         self._sums: dict[str, Tensor] = {}
         self._updates = 0
-        self._dynamic = bool(find_warehouses(runner.classifier))
+        self._anneals = has_temperature(runner.classifier)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
         self._file: Path | None = None
@@ -95,7 +95,7 @@ class LogHook(Hook):
         self._updates_timed += self._updates
         update = runner.iter + 1
         values["lr"] = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
-        if self._dynamic:
+        if self._anneals:
             values["temperature"] = runner.schedule.temperature(runner.iter)
         values["images_per_second"] = (
             self._updates * runner.config.total_batch_size / max(seconds, 1e-9)

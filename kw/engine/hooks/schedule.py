@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.hooks import Hook
 
 from ...registry import HOOKS
-from ...warehouse import find_warehouses, set_temperature
+from ...warehouse import has_temperature, set_temperature
 
 __all__ = ["ScheduleHook"]
 
@@ -25,13 +25,13 @@ class ScheduleHook(Hook):
         self._temperature: float | None = None
 
     def before_train(self, runner: Any) -> None:
-        self._dynamic = bool(find_warehouses(runner.classifier))
+        self._anneals = has_temperature(runner.classifier)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         lr = runner.schedule.lr(runner.iter)
         for group in runner.optim_wrapper.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         tau = runner.schedule.temperature(runner.iter)
-        if self._dynamic and tau != self._temperature:
+        if self._anneals and tau != self._temperature:
             set_temperature(runner.classifier, tau)
             self._temperature = tau

@@ -1,0 +1,143 @@
+"""What a network costs for one image: parameters, multiply-adds, assembled kernels; no computing.
+
+The multiply-adds of a KernelWarehouse network fall into three disjoint parts, whose sum is what one
+image costs when kernels are assembled and then applied:
+
+- ``macs_static``: the network with every dynamic layer replaced by the static one whose place it
+  takes, counted by PyTorch's own counter: convolutions and all matrix products, those between
+  queries, keys and values among them; not norms, activations, biases and pooling;
+- ``macs_assembly``: ``sum_l n * |kernel_l|``, every cell into every mixture of every layer
+  (KernelWarehouse, ICML 2024, arXiv 2406.07879, Eq. 2);
+- ``macs_attention``: the linear layers of the attention branches (Eq. 5).
+
+Everything runs on the meta device, which knows shapes and has no data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import ConfigError
+from ..config.schema import Config, ModelConfig
+from ..warehouse import KWLayer, Warehouse, find_warehouses
+from .build import build_network
+
+__all__ = ["Complexity", "WarehouseSize", "analyze"]
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class WarehouseSize:
+    """One warehouse of a network.
+
+    Attributes:
+        name: its name in the model.
+        cells: number of cells n.
+        cell_shape: ``[c_out, c_in, *kernel]`` of a cell.
+        mixtures: mixtures m of all its layers together: ``cells / mixtures`` is the budget b.
+        layers: names of its layers, in the order in which they take their own cells.
+    """
+
+    name: str
+    cells: int
+    cell_shape: list[int]
+    mixtures: int
+    layers: list[str]
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Costs of a network, exact.
+
+    Attributes:
+        params: parameters; a shared cell counts once.
+        macs_static: multiply-adds an image, every dynamic layer counted as its static counterpart.
+        macs_assembly: multiply-adds an image of assembling the kernels.
+        macs_attention: multiply-adds an image of the attention branches.
+        kernel_bytes: memory of the kernels assembled for an image, in bytes of float32.
+        warehouses: in their order in the model; none in a static network.
+    """
+
+    params: int
+    macs_static: int
+    macs_assembly: int
+    macs_attention: int
+    kernel_bytes: int
+    warehouses: list[WarehouseSize]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+def analyze(config: Config) -> Complexity:
+    """Count what the network of a configuration costs at its ``data.input_size``.
+
+    Args:
+        config: a checked configuration, of a static or a converted network.
+
+    Raises:
+        ConfigError: the network cannot be built, or refuses images of this size.
+    """
+    network = _build(config.model)
+    static = _build(replace(config.model, kernel_warehouse=None))
+    size = config.data.input_size
+    try:
+        macs_static = count_macs(static, torch.empty(1, 3, size, size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"data.input_size {size}: {config.model.name} refuses such images: {error}"
+        ) from error
+    layers = [module for module in network.modules() if isinstance(module, KWLayer)]
+    kernels = [torch.Size(layer.partition.kernel_shape).numel() for layer in layers]
+    cells = [layer.warehouse.partition.cells for layer in layers]
+    return Complexity(
+        params=sum(parameter.numel() for parameter in network.parameters()),
+        macs_static=macs_static,
+        macs_assembly=sum(n * kernel for n, kernel in zip(cells, kernels, strict=True)),
+        macs_attention=sum(map(_attention_macs, layers)),
+        kernel_bytes=FLOAT32_BYTES * sum(kernels),
+        warehouses=[_size_of(warehouse) for warehouse in find_warehouses(network)],
+    )
+
+
+def count_macs(module: nn.Module, *inputs: torch.Tensor | None) -> int:
+    """Multiply-adds of one forward pass: of its convolutions and matrix products.
+
+    Args:
+        module: any module, on the device of its inputs.
+        *inputs: what its forward pass takes; their data are not read on the meta device.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        module(*inputs)
+    return counter.get_total_flops() // 2  # the counter's unit: 2 operations a multiply-add
+
+
+def _build(config: ModelConfig) -> nn.Module:
+    with torch.device("meta"):
+        network = build_network(config)
+    # The counter follows gradients through modules where there are any, and stumbles over some.
+    return network.eval().requires_grad_(False)
+
+
+def _attention_macs(layer: KWLayer) -> int:
+    pooled = torch.empty(1, layer.shape.in_channels, device="meta")
+    return count_macs(layer.attention, pooled, layer.warehouse.temperature)
+
+
+def _size_of(warehouse: Warehouse) -> WarehouseSize:
+    partition = warehouse.partition
+    return WarehouseSize(
+        name=warehouse.name,
+        cells=partition.cells,
+        cell_shape=list(partition.cell_shape),
+        mixtures=sum(layer.mixtures for layer in partition.layers),
+        layers=[shape.name for shape in warehouse.shapes],
+    )

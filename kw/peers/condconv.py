@@ -1,0 +1,124 @@
+"""CondConv: kernels mixed by independent gates.
+
+Paper: CondConv: Conditionally Parameterized Convolutions for Efficient Inference (Yang et al.,
+NeurIPS 2019, arXiv 1904.04971), layer and routing function::
+
+    y = sigma((alpha_1 W_1 + ... + alpha_K W_K) * x)
+    alpha = sigmoid(GlobalAveragePool(x) R)
+
+There is no temperature: the gates do not compete. A linear layer is a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..warehouse import KernelShape, KWConv2d, KWLinear
+from ..warehouse.layers import Size
+from .mixture import MixtureAttention, MixtureLayer
+
+__all__ = ["CondConv2d", "CondLinear"]
+
+
+class Routing(MixtureAttention):
+    """Gates of K kernels from a pooled input, one linear map.
+
+    Args:
+        shape: the layer's kernel.
+        kernels: number K of kernels ("experts").
+    """
+
+    has_temperature = False
+
+    def __init__(
+        self,
+        shape: KernelShape,
+        kernels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # nn.Linear's own initialisation: all gates start near one half.
+        self.fc = nn.Linear(shape.in_channels, kernels, device=device, dtype=dtype)
+
+    def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
+        """``[B, I]`` -> ``[B, 1, K]``."""
+        return self.fc(pooled).sigmoid().unsqueeze(1)
+
+
+class CondConv2d(MixtureLayer, KWConv2d):
+    """``nn.Conv2d`` with K kernels mixed by sigmoid gates; the same arguments, then keywords:
+
+    Args:
+        kernels: number K of kernels; 8 in the paper.
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+
+    branch = Routing
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        kernels: int = 8,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            kernels=kernels,
+            **place,
+        )
+
+
+class CondLinear(MixtureLayer, KWLinear):
+    """``nn.Linear`` with K weights mixed by sigmoid gates; the same arguments, then keywords:
+
+    Args:
+        kernels: number K of weights; 8 in the paper.
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+
+    branch = Routing
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        kernels: int = 8,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
+        super().__init__(in_features, out_features, bias, kernels=kernels, **place)

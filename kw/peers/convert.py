@@ -1,0 +1,208 @@
+"""``kw.peers.convert``: a static network to one of the methods that the paper compares with.
+
+The network keeps its class, its attributes and its module names, as with :func:`kw.convert`; every
+new layer holds its kernels itself. Which layers each method converts by default is what leads to
+the published sizes:
+
+========  =================================================================  =====================
+method    layers                                                             sizes
+========  =================================================================  =====================
+condconv  the classifier and the convolutions of the last residual blocks,   ResNet18 8x 81.36M
+          3 of a ResNet and 6 of a MobileNetV2, without the shortcuts'       (published: 81.35M)
+dyconv    all convolutions but the first                                     ResNet18 4x 45.47M,
+                                                                             ResNet50 4x 100.88M
+odconv    all convolutions but the first and the shortcuts'                  ResNet18 4x 44.90M,
+                                                                             ResNet50 4x 90.67M
+========  =================================================================  =====================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..warehouse import KWLayer
+from ..warehouse.plan import nearest
+from .condconv import CondConv2d, CondLinear
+from .dyconv import DyConv2d
+from .mixture import MixtureLayer
+from .odconv import ODConv2d
+
+__all__ = ["METHODS", "Method", "convert"]
+
+Layers = dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the methods.
+
+    Attributes:
+        conv: its convolution.
+        linear: its linear layer, where it has one.
+        choose: the names of the layers that it converts by default, from the model and its
+            convolutions and linear layers.
+        settings: keywords of :func:`convert` that it knows.
+    """
+
+    conv: type[MixtureLayer]
+    linear: type[MixtureLayer] | None
+    choose: Callable[[nn.Module, Layers], list[str]]
+    settings: tuple[str, ...]
+
+
+def convert(
+    model: nn.Module, method: str, *, layers: str | None = None, **settings: Any
+) -> nn.Module:
+    """Replace layers by those of another method, in place.
+
+    New parameters take the device and dtype of the old ones and a fresh initialisation; biases are
+    kept. The temperature, of methods that have one, is that of :func:`kw.set_temperature`. A model
+    is converted as a whole or, when anything is refused, left as it was.
+
+    Args:
+        model: any network with the names of timm's; with others, give ``layers``.
+        method: ``"condconv"``, ``"dyconv"`` or ``"odconv"``.
+        layers: regular expression; the layers whose whole name matches it are converted, in place
+            of those that the method converts by default.
+        **settings: ``kernels`` (K), and the ``reduction`` of DY-Conv and ODConv.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown method or setting; no layer to convert; a layer that cannot be
+            converted or stands in the network twice; a model that is converted already.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; {nearest(str(method), METHODS)}")
+    chosen = METHODS[method]
+    for key in settings:
+        if key not in chosen.settings:
+            raise ValueError(
+                f"{method}: unknown setting {key!r}; {nearest(key, (*chosen.settings, 'layers'))}"
+            )
+    if any(isinstance(module, KWLayer) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has dynamic layers already; convert a static one")
+    candidates = dict(_candidates(model))
+    if layers is None:
+        names = chosen.choose(model, candidates)
+    else:
+        names = _matching(layers, model, candidates)
+    if not names:
+        raise ValueError(
+            f"{method}: {type(model).__name__} has no convolution besides its first; nothing to "
+            "convert"
+        )
+    made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
+    for name, layer in made.items():
+        model.set_submodule(name, layer)
+    return model
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions and linear layers in module order, those that cannot be converted among them."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            yield name, module
+
+
+def _matching(layers: str, model: nn.Module, candidates: Layers) -> list[str]:
+    try:
+        names = [name for name in candidates if re.fullmatch(layers, name)]
+    except (re.error, TypeError) as error:
+        raise ValueError(f"layers {layers!r} is no regular expression: {error}") from None
+    if not names:
+        raise ValueError(
+            f"layers {layers!r} matches no layer of {type(model).__name__}; "
+            f"{nearest(layers, candidates)}"
+        )
+    return names
+
+
+def _dynamic(
+    name: str, candidates: Layers, method: Method, title: str, settings: dict[str, Any]
+) -> MixtureLayer:
+    module = candidates[name]
+    twins = [other for other, m in candidates.items() if m is module and other != name]
+    if twins:
+        raise ValueError(
+            f"{title}: layer {name!r} is the same module as {twins[0]!r}; leave shared modules "
+            "static by 'layers'"
+        )
+    computed = is_parametrized(module) or not isinstance(
+        module._parameters.get("weight"), nn.Parameter
+    )
+    cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
+    if computed or cls is None:
+        known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
+        reason = "with a computed weight" if computed else f"a {type(module).__name__}"
+        raise ValueError(
+            f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
+            "not their subclasses); leave it static by 'layers', a regular expression on names"
+        )
+    weight = module.get_parameter("weight")
+    bias = module._parameters.get("bias")
+    place = {"name": name, "device": weight.device, "dtype": weight.dtype}
+    has_bias = bias is not None
+    make: Any = cls  # the signatures of convolutions and linear layers differ
+    if isinstance(module, nn.Linear):
+        layer = make(module.in_features, module.out_features, has_bias, **settings, **place)
+    else:
+        assert isinstance(module, nn.Conv2d)
+        layer = make(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            has_bias,
+            module.padding_mode,
+            **settings,
+            **place,
+        )
+    if bias is not None:
+        layer.take_bias(bias)
+    return layer.train(module.training)
+
+
+def _all_but_the_first(model: nn.Module, candidates: Layers) -> list[str]:
+    names = [name for name, module in candidates.items() if not isinstance(module, nn.Linear)]
+    return names[1:]
+
+
+def _without_shortcuts(model: nn.Module, candidates: Layers) -> list[str]:
+    names = _all_but_the_first(model, candidates)
+    return [name for name in names if "downsample" not in name.split(".")]
+
+
+# Residual blocks by timm's names, and how many of the last ones are converted.
+_LAST_BLOCKS = ((r"layer\d\.\d+", 3), (r"blocks\.\d+\.\d+", 6))
+
+
+def _last_blocks(model: nn.Module, candidates: Layers) -> list[str]:
+    names = _without_shortcuts(model, candidates)
+    for pattern, count in _LAST_BLOCKS:
+        blocks = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+        if blocks:
+            last = tuple(f"{name}." for name in blocks[-count:])
+            linear = [n for n, module in candidates.items() if isinstance(module, nn.Linear)]
+            return [name for name in names if name.startswith(last)] + linear[-1:]
+    raise ValueError(
+        f"condconv: {type(model).__name__} has no residual blocks with the names of a ResNet or a "
+        "MobileNetV2; give 'layers', a regular expression on the names of layers"
+    )
+
+
+METHODS: dict[str, Method] = {
+    "condconv": Method(CondConv2d, CondLinear, _last_blocks, ("kernels",)),
+    "dyconv": Method(DyConv2d, None, _all_but_the_first, ("kernels", "reduction")),
+    "odconv": Method(ODConv2d, None, _without_shortcuts, ("kernels", "reduction")),
+}

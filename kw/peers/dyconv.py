@@ -1,0 +1,129 @@
+"""DY-Conv: kernels mixed by squeeze-and-excitation and a softmax.
+
+Paper: Dynamic Convolution: Attention over Convolution Kernels (Chen et al., CVPR 2020,
+arXiv 1912.03458), dynamic convolution and its attention::
+
+    y = W(x) * x + b(x),  W(x) = sum_k pi_k(x) W_k,  b(x) = sum_k pi_k(x) b_k
+    pi = softmax(z / T),  z = fc2(relu(fc1(GlobalAveragePool(x))))
+
+T falls linearly from 30 to 1 over the first 10 epochs: nearly uniform coefficients train all
+kernels early on. ``T = 1 + 29 tau`` (:mod:`kw.peers.mixture`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..warehouse import KernelShape, KWConv2d
+from ..warehouse.layers import Size
+from .mixture import MixtureAttention, MixtureLayer, logit_scale
+
+__all__ = ["DyConv2d"]
+
+
+class SqueezeSoftmax(MixtureAttention):
+    """Coefficients of K kernels that compete.
+
+    Args:
+        shape: the layer's kernel.
+        kernels: number K of kernels.
+        reduction: ``h = max(int(I * reduction), 1)`` hidden units.
+    """
+
+    def __init__(
+        self,
+        shape: KernelShape,
+        kernels: int,
+        reduction: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = max(int(shape.in_channels * reduction), 1)
+        self.fc = nn.Linear(shape.in_channels, hidden, device=device, dtype=dtype)
+        self.kernel_fc = nn.Linear(hidden, kernels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal (fan out, ReLU) weights, zero biases."""
+        for linear in (self.fc, self.kernel_fc):
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+
+    def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
+        """``[B, I]`` -> ``[B, 1, K]``."""
+        assert tau is not None
+        logits = self.kernel_fc(self.fc(pooled).relu())
+        return (logits / logit_scale(tau)).softmax(-1).unsqueeze(1)
+
+
+class DyConv2d(MixtureLayer, KWConv2d):
+    """``nn.Conv2d`` with K kernels mixed by a softmax; the same arguments, then keywords:
+
+    Args:
+        kernels: number K of kernels; 4 in the paper.
+        reduction: hidden units of the attention per input channel.
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+
+    branch = SqueezeSoftmax
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        kernels: int = 4,
+        reduction: float = 0.25,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            kernels=kernels,
+            reduction=reduction,
+            **place,
+        )
+        if self.bias is not None:
+            self.take_bias(self.bias)
+
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Give every kernel a bias ``b_k`` of its own, ``[K, O]``, that starts as the given one."""
+        self.bias = nn.Parameter(bias.detach().repeat(self.warehouse.kernels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
+
+        Raises:
+            ValueError: an input without a batch axis: kernels belong to samples.
+        """
+        pi = self.attention(self.pooled(x), self.warehouse.temperature)
+        y = self.convolve(x, pi)
+        if self.bias is None:
+            return y
+        bias = pi[:, 0].to(self.bias.dtype) @ self.bias  # [B, O]
+        return y + bias.to(y.dtype)[..., None, None]

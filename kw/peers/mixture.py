@@ -1,0 +1,140 @@
+"""What the peers have in common: whole kernels of a layer's own, mixed per sample.
+
+In KernelWarehouse's terms each of them is a warehouse that one layer has for itself: without
+spatial partition a kernel is one block, its ``m = 1`` mixture combines ``n = K`` cells, and a cell
+is a whole kernel. Partition, contraction back ends, padding and temperature are therefore those of
+:mod:`kw.warehouse`; a peer only brings another attention.
+
+**Temperature.** The peers divide logits by a temperature T that falls from 30 to 1. It is the same
+annealing in other units, so one buffer and one schedule drive all methods:
+``T = 1 + (30 - 1) * tau`` with KernelWarehouse's ``tau`` from 1 to 0.
+
+Legend: B samples, I, O input and output channels, K kernels, S positions of a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..warehouse import KernelShape, KWLayer, Warehouse, WarehouseSettings
+from ..warehouse.attention import full_precision
+
+__all__ = ["MixtureAttention", "MixtureLayer", "PrivateKernels", "check_settings", "logit_scale"]
+
+MAX_TEMPERATURE = 30.0
+
+
+def logit_scale(tau: Tensor) -> Tensor:
+    """The divisor T of the logits at KernelWarehouse's temperature ``tau`` in [0, 1]."""
+    return 1 + (MAX_TEMPERATURE - 1) * tau
+
+
+class MixtureAttention(nn.Module):
+    """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
+
+    Subclasses take the layer's kernel, the number of kernels and settings of their own, and define
+    :meth:`attend`.
+    """
+
+    has_temperature: ClassVar[bool] = True
+    by_position: ClassVar[bool] = False
+    """Whether every position of a kernel is a mixture of its own."""
+
+    fc: nn.Linear
+
+    def forward(self, pooled: Tensor, temperature: Tensor | None) -> Any:
+        """What :meth:`attend` gives for the pooled input ``[B, I]`` and tau."""
+        with full_precision(pooled):
+            pooled = pooled.to(self.fc.weight.dtype)
+            # A copy, since the buffer may be set anew before the backward pass reads it.
+            return self.attend(pooled, None if temperature is None else temperature.clone())
+
+    def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
+        raise NotImplementedError
+
+
+class PrivateKernels(Warehouse):
+    """The K kernels of one layer, as a warehouse.
+
+    Args:
+        shape: the layer's kernel.
+        branch: class of the layer's attention.
+        kernels: K.
+        settings: the attention's own.
+
+    Raises:
+        ValueError: a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        shape: KernelShape,
+        branch: type[MixtureAttention],
+        kernels: int,
+        settings: dict[str, Any],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_settings(kernels, **settings)
+        whole = WarehouseSettings(cell_num_ratio=kernels, spatial_partition=branch.by_position)
+        super().__init__([shape], whole, name=shape.name, device=device, dtype=dtype)
+        self.kernels = kernels
+        self._branch, self._branch_settings = branch, settings
+        if not branch.has_temperature:
+            self.temperature = None
+
+    def reset_parameters(self) -> None:
+        """Every kernel as a static one: Kaiming normal, fan out, ReLU; temperature 0."""
+        (shape,) = self.shapes
+        fan_out = shape.out_channels * math.prod(shape.kernel)
+        nn.init.normal_(self.cells, std=math.sqrt(2 / fan_out))
+        if self.temperature is not None:
+            nn.init.zeros_(self.temperature)
+
+    def build_attention(self, slot: int) -> nn.Module:
+        """The layer's attention branch."""
+        factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
+        return self._branch(self.shapes[slot], self.kernels, **self._branch_settings, **factory)
+
+
+class MixtureLayer(KWLayer):
+    """A dynamic layer whose warehouse is its own; it names its attention's class."""
+
+    branch: ClassVar[type[MixtureAttention]]
+    warehouse: PrivateKernels
+
+    def own_warehouse(
+        self,
+        shape: KernelShape,
+        settings: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> PrivateKernels:
+        kernels, rest = settings["kernels"], {k: v for k, v in settings.items() if k != "kernels"}
+        return PrivateKernels(shape, self.branch, kernels, rest, device=device, dtype=dtype)
+
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Keep the bias of the static layer whose place this one takes."""
+        self.bias = bias
+
+    def extra_repr(self) -> str:
+        kernels = self.warehouse.kernels
+        return f"{super().extra_repr().rpartition(', warehouse')[0]}, kernels={kernels}"
+
+
+def check_settings(kernels: int, reduction: float = 1.0) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        ValueError: ``kernels`` is no positive integer or ``reduction`` no positive number.
+    """
+    if not isinstance(kernels, int) or isinstance(kernels, bool) or kernels < 1:
+        raise ValueError(f"kernels is {kernels!r}; expected an integer >= 1")
+    is_number = isinstance(reduction, int | float) and not isinstance(reduction, bool)
+    if not is_number or not (math.isfinite(reduction) and reduction > 0):
+        raise ValueError(f"reduction is {reduction!r}; expected a number > 0")

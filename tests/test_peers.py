@@ -1,0 +1,454 @@
+"""The methods compared with: against their papers' equations, and as conversions."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from networks import assert_trains, disturb, narrow_resnet
+from torch import nn
+
+import kw
+from kw.config import ConfigError, config_from_mapping
+from kw.engine import train
+from kw.peers import CondConv2d, CondLinear, DyConv2d, ODConv2d
+from kw.warehouse import KWLayer, find_warehouses, has_temperature, set_backend
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"condconv": CondConv2d, "dyconv": DyConv2d, "odconv": ODConv2d}
+every_method = pytest.mark.parametrize("method", METHODS)
+SHAPES = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": (2, 1), "bias": False},
+    "grouped": {"kernel_size": (3, 2), "dilation": 2, "groups": 2, "padding": 1},
+    "pointwise": {"kernel_size": 1, "stride": 2},
+    "depthwise": {"kernel_size": 3, "groups": 6, "out_channels": 6, "padding": 1, "bias": False},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def build(method, shape, kernels=3, **factory):
+    torch.manual_seed(0)
+    settings = {"out_channels": 8, **SHAPES[shape], "kernels": kernels, **factory}
+    layer = disturb(METHODS[method](6, **settings))
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer.eval()
+
+
+def inputs(batch=3, **factory):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 6, 9, 8, generator=generator).to(**factory)
+
+
+# --- the papers' equations, in float64 --------------------------------------------------------
+
+
+def linear(fc, x):
+    y = torch.einsum("oi,bi->bo", fc.weight, x)
+    return y if fc.bias is None else y + fc.bias
+
+
+def squashed(logits):
+    return 1 / (1 + torch.exp(-logits))
+
+
+def competing(logits):
+    powers = torch.exp(logits - logits.amax(1, keepdim=True))
+    return powers / powers.sum(1, keepdim=True)
+
+
+def convolved(x, kernels, layer):
+    """Every sample with its own kernel ``[B, O, I / g, h, w]``, as a sum over patches."""
+    batch, groups, (height, width) = len(x), layer.groups, layer.kernel_size
+    patches = F.unfold(x, (height, width), layer.dilation, layer.padding, layer.stride)
+    patches = patches.view(batch, groups, -1, height, width, patches.shape[-1])
+    kernels = kernels.view(batch, groups, -1, *kernels.shape[2:])
+    y = torch.einsum("bgoihw,bgihwp->bgop", kernels, patches).flatten(1, 2)
+    spans = [
+        x.shape[2 + axis] + 2 * pad - dilation * (size - 1) - 1
+        for axis, (pad, dilation, size) in enumerate(
+            zip(layer.spec.padding, layer.dilation, layer.kernel_size, strict=True)
+        )
+    ]
+    return y.unflatten(2, [s // step + 1 for s, step in zip(spans, layer.stride, strict=True)])
+
+
+def whole_kernels(layer):
+    height, width = layer.kernel_size
+    return layer.warehouse.cells.view(-1, layer.out_channels, 6 // layer.groups, height, width)
+
+
+def condconv(layer, x, temperature):
+    alpha = squashed(linear(layer.attention.fc, x.mean((2, 3))))
+    kernels = torch.einsum("bk,koihw->boihw", alpha, whole_kernels(layer))
+    y = convolved(x, kernels, layer)
+    return y if layer.bias is None else y + layer.bias[:, None, None]
+
+
+def dyconv(layer, x, temperature):
+    hidden = linear(layer.attention.fc, x.mean((2, 3))).clamp(min=0)
+    pi = competing(linear(layer.attention.kernel_fc, hidden) / temperature)
+    y = convolved(x, torch.einsum("bk,koihw->boihw", pi, whole_kernels(layer)), layer)
+    if layer.bias is None:
+        return y
+    return y + torch.einsum("bk,ko->bo", pi, layer.bias)[..., None, None]
+
+
+def odconv(layer, x, temperature):
+    """All four attentions on the kernels, as the paper writes it."""
+    branch, (height, width) = layer.attention, layer.kernel_size
+    norm = branch.norm
+    hidden = linear(branch.fc, x.mean((2, 3))) - norm.running_mean
+    hidden = hidden / torch.sqrt(norm.running_var + norm.eps) * norm.weight + norm.bias
+    hidden = hidden.clamp(min=0)
+
+    def attention(fc, function, size):
+        if fc is None:
+            return torch.ones(len(x), size, dtype=x.dtype)
+        return function(linear(fc, hidden) / temperature)
+
+    cells = layer.warehouse.cells.view(height, width, -1, layer.out_channels, 6 // layer.groups)
+    per_kernel = attention(branch.kernel_fc, competing, 1)
+    per_position = attention(branch.spatial_fc, squashed, 1).view(-1, height, width)
+    per_filter = attention(branch.filter_fc, squashed, layer.out_channels)
+    per_channel = attention(branch.channel_fc, squashed, 6)
+    # A kernel sees the channels of its group only.
+    own = per_channel.view(len(x), layer.groups, -1)
+    own = own.repeat_interleave(layer.out_channels // layer.groups, 1)  # [B, O, I / g]
+    kernels = torch.einsum(
+        "bk,bhw,bo,boi,hwkoi->boihw", per_kernel, per_position, per_filter, own, cells
+    )
+    y = convolved(x, kernels, layer)
+    return y if layer.bias is None else y + layer.bias[:, None, None]
+
+
+DEFINITIONS = {"condconv": condconv, "dyconv": dyconv, "odconv": odconv}
+
+
+@pytest.mark.parametrize(("tau", "temperature"), [(0, 1), (0.5, 15.5), (1, 30)])
+@pytest.mark.parametrize("kernels", [1, 3])
+@every_shape
+@every_method
+def test_values_and_gradients_are_the_papers(method, shape, kernels, tau, temperature):
+    layer = build(method, shape, kernels, dtype=torch.float64)
+    if method != "condconv":
+        kw.set_temperature(layer, tau)
+    x = inputs(dtype=torch.float64).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    expected = DEFINITIONS[method](layer, x, temperature)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    for backend in ("auto", "reference", "grouped"):
+        layer.set_backend(backend)
+        y = layer(x)
+        torch.testing.assert_close(y, expected)
+        found, defined = (
+            torch.autograd.grad(
+                (result * weights).sum(), leaves, retain_graph=True, materialize_grads=True
+            )
+            for result in (y, expected)
+        )
+        for mine, theirs in zip(found, defined, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_linear_layer_is_a_pointwise_convolution():
+    torch.manual_seed(0)
+    layer = CondLinear(6, 5, kernels=3)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(4, 6)
+    alpha = squashed(linear(layer.attention.fc, x))
+    weight = torch.einsum("bk,koi->boi", alpha, layer.warehouse.cells.view(3, 5, 6))
+    torch.testing.assert_close(layer(x), torch.einsum("boi,bi->bo", weight, x) + layer.bias)
+
+
+def test_batch_norm_of_odconv_trains_on_the_batch():
+    layer = build("odconv", "3x3").train()
+    x = inputs()
+    pooled = layer.attention.fc(x.mean((2, 3)))
+    before = layer.attention.norm.running_mean.clone()
+    layer(x)
+    expected = torch.lerp(before, pooled.mean(0), 0.1)
+    torch.testing.assert_close(layer.attention.norm.running_mean, expected)
+
+
+def test_kernels_start_as_static_ones():
+    """Kaiming normal with the fan of one kernel, not of all."""
+    for cls in METHODS.values():
+        cells = cls(64, 64, 3, kernels=4).warehouse.cells
+        assert float(cells.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+# --- temperature ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_temperature_levels_the_coefficients():
+    layer = build("dyconv", "3x3", 4)
+    pooled = inputs().mean((2, 3)) * 10
+    spreads = []
+    for tau in (1, 0.5, 0):
+        kw.set_temperature(layer, tau)
+        pi = layer.attention(pooled, layer.warehouse.temperature)
+        torch.testing.assert_close(pi.sum(-1), torch.ones(3, 1))
+        spreads.append(float((pi - 0.25).abs().max()))
+    assert spreads[0] < 0.1 < spreads[2]
+    assert spreads == sorted(spreads)
+
+
+@pytest.mark.parametrize("method", ["dyconv", "odconv"])
+def test_one_call_sets_it_everywhere(method):
+    model = kw.peers.convert(narrow_resnet(), method)
+    assert has_temperature(model)
+    assert kw.get_temperature(model) == 0
+    kw.set_temperature(nn.Sequential(model), 0.25)
+    assert {float(w.temperature) for w in find_warehouses(model)} == {0.25}
+    assert kw.get_temperature(copy.deepcopy(model)) == 0.25
+
+
+def test_condconv_has_none():
+    model = kw.peers.convert(narrow_resnet(), "condconv")
+    assert not has_temperature(model)
+    assert not [name for name in model.state_dict() if "temperature" in name]
+    with pytest.raises(ValueError, match="temperature could be set"):
+        kw.set_temperature(model, 0)
+
+
+# --- conversion -------------------------------------------------------------------------------
+
+SIZES = [  # millions, as published; the unnamed ones follow from the same layouts
+    ("resnet18", "condconv", 8, 81.35, 1e-3),
+    ("resnet18", "dyconv", 4, 45.47, 2e-4),
+    ("resnet18", "odconv", 1, 11.94, 5e-4),
+    ("resnet18", "odconv", 4, 44.90, 2e-4),
+    ("resnet50", "dyconv", 4, 100.88, 1e-4),
+    ("resnet50", "odconv", 1, 28.64, 2e-4),
+    ("resnet50", "odconv", 4, 90.67, 1e-4),
+    ("mobilenetv2_100", "odconv", 1, 4.94, 1e-3),
+    ("mobilenetv2_100", "odconv", 4, 11.51, 1e-3),
+    ("mobilenetv2_050", "odconv", 1, 2.43, 2e-3),
+    ("mobilenetv2_050", "odconv", 4, 4.44, 2e-3),
+]
+
+
+@pytest.mark.parametrize(("network", "method", "kernels", "size", "tolerance"), SIZES)
+def test_sizes_are_the_published_ones(network, method, kernels, size, tolerance):
+    with torch.device("meta"):
+        model = kw.peers.convert(timm.create_model(network), method, kernels=kernels)
+    assert all(p.is_meta for p in model.parameters())
+    params = sum(p.numel() for p in model.parameters())
+    assert params / 1e6 == pytest.approx(size, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("network", "method", "some", "static"),
+    [
+        ("resnet18", "dyconv", "layer2.0.downsample.0", ["conv1", "fc"]),
+        ("resnet18", "odconv", "layer1.0.conv1", ["conv1", "layer2.0.downsample.0", "fc"]),
+        ("resnet18", "condconv", "fc", ["layer3.0.conv2", "layer4.0.downsample.0"]),
+        ("resnet50", "condconv", "layer4.0.conv1", ["layer3.5.conv3", "layer4.0.downsample.0"]),
+        ("mobilenetv2_050", "condconv", "blocks.4.1.conv_pw", ["blocks.4.0.conv_pw", "conv_head"]),
+        ("mobilenetv2_050", "dyconv", "conv_head", ["conv_stem", "classifier"]),
+    ],
+)
+def test_layouts(network, method, some, static):
+    with torch.device("meta"):
+        model = kw.peers.convert(timm.create_model(network), method)
+    dynamic = {name for name, module in model.named_modules() if isinstance(module, KWLayer)}
+    assert some in dynamic
+    assert not dynamic & set(static)
+
+
+@every_method
+@pytest.mark.parametrize("network", ["resnet18", "mobilenetv2_050"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_networks_train(network, method, batch):
+    torch.manual_seed(0)
+    model = timm.create_model(network, num_classes=5)
+    assert kw.peers.convert(model, method, kernels=2) is model
+    if has_temperature(model):
+        kw.set_temperature(model, 0.5)
+    assert_trains(model.eval() if batch == 1 else model, torch.randn(batch, 3, 64, 64))
+
+
+@every_method
+def test_one_sample_trains(method):
+    """The branch's BatchNorm has no variance over one sample."""
+    layer = build(method, "3x3").train()
+    assert_trains(layer, inputs(1))
+
+
+@torch.no_grad()
+@every_method
+@pytest.mark.parametrize("batch", [1, 3])
+def test_back_ends_agree_on_a_network(method, batch):
+    model = kw.peers.convert(narrow_resnet(), method, kernels=3).eval()
+    x = torch.randn(batch, 3, 32, 32)
+    expected = model(x)
+    for backend in ("reference", "grouped"):
+        set_backend(model, backend)
+        torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+@every_method
+def test_samples_do_not_meet(method):
+    layer, x = build(method, "3x3"), inputs()
+    alone = torch.cat([layer(x[b : b + 1]) for b in range(len(x))])
+    torch.testing.assert_close(layer(x), alone)
+
+
+@torch.no_grad()
+@every_method
+def test_copies_and_files(method):
+    model = disturb(kw.peers.convert(narrow_resnet(), method)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for parameter in model.parameters():
+            assert not any(parameter is other for other in twin.parameters())
+        assert torch.equal(twin(x), expected)
+    with torch.device("meta"):
+        other = kw.peers.convert(narrow_resnet(), method)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other.eval()(x), expected)
+
+
+@every_method
+@pytest.mark.parametrize("shape", ["3x3", "pointwise"])
+def test_autocast(method, shape):
+    layer, x = build(method, shape), inputs()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.1)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@every_method
+def test_place_mode_and_bias_are_kept(method):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)).double().eval()
+    nn.init.normal_(model[1].bias)
+    bias = model[1].bias.detach().clone()
+    kw.peers.convert(model, method, layers="1", kernels=4)
+    assert type(model[0]) is nn.Conv2d
+    assert not model[1].training
+    assert not model[1].attention.training
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    kept = model[1].bias.detach()
+    assert kept.shape == ((4, 6) if method == "dyconv" else (6,))
+    assert (kept == bias).all()
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
+def twice():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    return model.append(model[1])
+
+
+class Odd(nn.Conv2d):
+    """A subclass, which may compute something else."""
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (narrow_resnet, {"method": "dyconf"}, "'dyconf' is unknown; nearest: 'dyconv'"),
+        (narrow_resnet, {"method": "dyconv", "kernel": 4}, "unknown setting 'kernel'.*'kernels'"),
+        (narrow_resnet, {"method": "condconv", "reduction": 1}, "unknown setting 'reduction'"),
+        (narrow_resnet, {"method": "dyconv", "kernels": 0}, "kernels is 0; expected an integer"),
+        (narrow_resnet, {"method": "dyconv", "kernels": 2.5}, "kernels is 2.5"),
+        (narrow_resnet, {"method": "odconv", "reduction": 0}, "reduction is 0; expected a number"),
+        (narrow_resnet, {"method": "odconv", "layers": "layer9"}, "matches no layer.*'layer"),
+        (narrow_resnet, {"method": "odconv", "layers": "("}, "no regular expression"),
+        (narrow_resnet, {"method": "dyconv", "layers": "fc"}, "'fc' is a Linear.*only nn.Conv2d"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), {"method": "dyconv"}, "nothing to convert"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), {"method": "condconv"}, "give 'layers'"),
+        (twice, {"method": "dyconv"}, "'1' is the same module as '2'"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Odd(4, 4, 3)),
+            {"method": "odconv"},
+            "layer '1' is a Odd, which cannot be converted",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+            ),
+            {"method": "dyconv"},
+            "layer '1' is with a computed weight",
+        ),
+        (
+            lambda: kw.convert(narrow_resnet(), "resnet18"),
+            {"method": "dyconv"},
+            "has dynamic layers already",
+        ),
+    ],
+)
+def test_mistakes_leave_the_model_alone(model, arguments, message):
+    network = model()
+    before = list(network.named_modules())
+    with pytest.raises(ValueError, match=message):
+        kw.peers.convert(network, **arguments)
+    assert list(network.named_modules()) == before
+
+
+def test_an_input_without_batch_is_refused():
+    with pytest.raises(ValueError, match="ODConv2d takes"):
+        ODConv2d(3, 4, 3)(torch.randn(3, 8, 8))
+
+
+# --- configurations and runs ------------------------------------------------------------------
+
+
+SHIPPED = [
+    path
+    for path in sorted((ROOT / "configs/imagenet").rglob("*.yaml"))
+    if "  peer:" in path.read_text() or "attn_layer:" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_peers_have_the_sizes_of_their_heads(path: Path) -> None:
+    published = float(path.read_text().split("# Parameters")[1].split("M as published")[0])
+    with torch.device("meta"):
+        model = kw.build_model(path)
+    params = sum(p.numel() for p in model.parameters())
+    assert params / 1e6 == pytest.approx(published, abs=0.0101)
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "expected"),
+    [("dyconv", 1, [1, 0.5, 0, 0]), ("odconv", 1, [1, 0.5, 0, 0]), ("condconv", 0, None)],
+)
+def test_the_schedule_drives_them(
+    settings: dict[str, Any], tmp_path: Path, method: str, epochs: float, expected: Any
+) -> None:
+    settings["model"]["peer"] = {"method": method, "kernels": 2}
+    del settings["model"]["kernel_warehouse"]
+    settings.update(temperature_epochs=epochs, total_batch_size=32)
+    train(config_from_mapping(settings), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [line.get("temperature") for line in lines if line["mode"] == "train"]
+    assert found == (expected or [None] * 4)
+    model = kw.build_model(tmp_path / "config.yaml")
+    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
+    model.load_state_dict(checkpoint["state_dict"])
+
+
+def test_a_conversion_that_does_not_fit_is_a_mistake_in_the_configuration(
+    settings: dict[str, Any],
+) -> None:
+    settings["model"]["peer"] = {"method": "dyconv", "layers": "stage1"}
+    del settings["model"]["kernel_warehouse"]
+    with pytest.raises(ConfigError, match=r"model\.peer: layers 'stage1' matches no layer"):
+        kw.build_model(settings)
