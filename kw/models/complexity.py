@@ -86,7 +86,7 @@ def analyze(config: Config) -> Complexity:
         ConfigError: the network cannot be built, or refuses images of this size.
     """
     network = _build(config.model)
-    static = _build(replace(config.model, kernel_warehouse=None))
+    static = _build(replace(config.model, kernel_warehouse=None, peer=None))
     size = config.data.input_size
     try:
         macs_static = count_macs(static, torch.empty(1, 3, size, size, device="meta"))
