@@ -1,17 +1,22 @@
 """The method, on torch alone: cells, warehouses, attention, dynamic layers, plans, conversion."""
 
+from .auto import AutoReport, auto_plan
 from .convert import convert, resolve_plan, set_backend
+from .convertible import register_convertible
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import KernelShape, partition_kernels
 from .plan import Plan, Rule
 from .plans import PLANS
+from .same import KWConv2dSame
 from .temperature import annealed_temperature, find_warehouses, get_temperature, set_temperature
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
 __all__ = [
     "PLANS",
+    "AutoReport",
     "KWConv1d",
     "KWConv2d",
+    "KWConv2dSame",
     "KWConv3d",
     "KWLayer",
     "KWLinear",
@@ -22,10 +27,12 @@ __all__ = [
     "WarehouseDict",
     "WarehouseSettings",
     "annealed_temperature",
+    "auto_plan",
     "convert",
     "find_warehouses",
     "get_temperature",
     "partition_kernels",
+    "register_convertible",
     "resolve_plan",
     "set_backend",
     "set_temperature",

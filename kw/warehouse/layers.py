@@ -211,12 +211,14 @@ class KWConvNd(KWLayer):
                 f"{self.dims} spatial axes, got {list(x.shape)}"
             )
         alpha = self.attention(_pool(x, tuple(range(2, x.dim()))), self.warehouse.temperature)
-        if self._pad_before is not None:
-            x = F.pad(x, self._pad_before, self._pad_mode)
-        y = dynamic_conv(x, alpha, self.warehouse.cells, self._spec, self.backend)
+        y = dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
         if self.bias is None:
             return y
         return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """What the convolution itself cannot pad."""
+        return x if self._pad_before is None else F.pad(x, self._pad_before, self._pad_mode)
 
 
 class KWConv1d(KWConvNd):
