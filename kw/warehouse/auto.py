@@ -8,15 +8,16 @@ Nothing is known of the network but its layers and how one example passes throug
 2. *Which should stay as they are?* The stem, the classifier, and the small layers of gates
    (squeeze-excitation and the like): they are **left** static, as in the paper's networks.
 3. *Which share a warehouse?* Layers of one stage and of one kind. A **stage** is the layers whose
-   inputs have the same number of positions, which also hands a stage's cells over to the layers
-   that lead to the next one (paper, Section 4: warehouse sharing). **Kinds** are dense
-   convolutions (pointwise and spatial), depthwise, grouped, and linear.
+   inputs have about the same number of positions, which also hands a stage's cells over to the
+   layers that lead to the next one (paper: warehouse construction-with-sharing). **Kinds** are
+   dense convolutions (pointwise and spatial), depthwise, grouped, and linear.
 
 Layers whose channels have little in common would be cut into thousands of tiny cells, and their
 attention branches would outgrow the network. A stage that exceeds :data:`MAX_BLOCKS`,
-:data:`MAX_CELLS` or the bound on attention branches is therefore split: by width, else by shape,
-else into a first and a second half; until every part fits. The bounds are taken at the settings'
-defaults, so that the layers of 1/2x, 1x and 4x models share alike.
+:data:`MAX_CELLS` or the bound on attention branches is therefore split: by width, by shape,
+or into a first and a second half, whichever leaves fewest weights static, until every part fits;
+what remains alone in its stage is tried once more together with its like in other stages. The
+bounds are taken at the settings' defaults, so that layers share alike in 1/2x, 1x and 4x models.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = ["MAX_BLOCKS", "MAX_CELLS", "MIN_CELLS", "MIN_CHANNELS", "AutoReport",
 MAX_BLOCKS = 32  # blocks of channels that a kernel is cut into; ResNet50's shortcuts have 32
 MAX_CELLS = 512  # of a warehouse at ratio 1
 MIN_CELLS = 4  # fewer leave nothing to mix; ConvNeXt's 2x2 downsampling has a warehouse of 4
-MIN_CHANNELS = 8  # a layer that reads or writes fewer makes a map or reads the image
+MIN_CHANNELS = 8  # a layer that reads or writes fewer makes or reads a map
 MAX_STEM_LAYERS = 4
 
 
@@ -77,7 +78,7 @@ class AutoReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     name: str
     shape: KernelShape
@@ -120,11 +121,21 @@ def auto_plan(
     resolved = WarehouseSettings(norm=norm).with_overrides(settings, "auto")
     report = AutoReport()
     layers = _usable_layers(model, example_input, report)
-    layers = _without_stem(layers, report)
     mean = sum(layer.weights for layer in layers) / max(len(layers), 1)
-    for name, group in _stages(layers).items():
-        for suffix, part in _split(group, resolved, mean, report):
-            report.warehouses[name + suffix] = [layer.name for layer in part]
+    splitter = _Splitter(resolved, mean)
+    groups = _stages(layers)
+    # What is alone in its stage may yet share with the like of it in others.
+    for last in (False, True):
+        alone: dict[str, list[_Layer]] = {}
+        for name, group in groups.items():
+            sharing = splitter.split(tuple(group))
+            for suffix, part in sharing.parts:
+                report.warehouses[name + suffix] = [layer.name for layer in part]
+            for layer, obstacle in sharing.rest:
+                alone.setdefault(f"stages_{layer.kind}", []).append(layer)
+                if last:
+                    report.left[layer.name] = obstacle
+        groups = {name: sorted(group, key=_order) for name, group in alone.items()}
     if not report.warehouses:
         raise ValueError(
             f"auto: no layer of {type(model).__name__} can be converted:\n"
@@ -169,6 +180,7 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
     folded = {_pattern(name) for name, use in uses.items() if use.calls and not use.by_sample}
     get_classifier = getattr(model, "get_classifier", None)
     head = {id(part) for root in _roots(get_classifier) for part in root.modules()}
+    stem = _stem(uses)
     layers = []
     for name, use in uses.items():
         shape = kernel_shape(name, watched[name])
@@ -185,13 +197,19 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
             )
         elif id(watched[name]) in head:
             report.left[name] = "classifier"
+        elif name in stem:
+            report.left[name] = "stem"
         elif use.positions == 1 or use.positions_out == 1:
             report.left[name] = "works on pooled features: a gate or a head"
         elif min(shape.out_channels, shape.in_channels) < MIN_CHANNELS:
-            report.left[name] = f"fewer than {MIN_CHANNELS} channels: a stem, map or gate"
+            report.left[name] = f"fewer than {MIN_CHANNELS} channels: a map or a gate"
         else:
             layers.append(_Layer(name, shape, use, _kind(watched[name], shape)))
-    return sorted(layers, key=lambda layer: layer.use.order)
+    return sorted(layers, key=_order)
+
+
+def _order(layer: _Layer) -> int:
+    return layer.use.order
 
 
 def _roots(get_classifier: Callable[[], Any] | None) -> list[nn.Module]:
@@ -210,66 +228,97 @@ def _kind(module: nn.Module, shape: KernelShape) -> str:
     return f"depthwise{dims}" if shape.in_per_group == 1 else f"grouped{dims}"
 
 
-def _without_stem(layers: list[_Layer], report: AutoReport) -> list[_Layer]:
-    """Take out the rest of a stem: what stands beside the layer that reads the image.
+def _stem(uses: Mapping[str, Use]) -> set[str]:
+    """The first layer that is called, and what stands beside it.
 
-    The stem is the outermost module around that layer that holds at most
-    :data:`MAX_STEM_LAYERS` layers, below what all layers have in common.
+    That is the outermost module around it with at most :data:`MAX_STEM_LAYERS` layers and at most a
+    quarter of the network's: a deep stem, but not a whole stage.
     """
-    known = [*report.left, *(layer.name for layer in layers)]
-    firsts = [name for name, reason in report.left.items() if reason.startswith("fewer than")]
-    for first in firsts[:1]:
-        path = first.split(".")
-        for depth in range(1, len(path)):
-            prefix = ".".join(path[:depth]) + "."
-            inside = {name for name in known if name.startswith(prefix)}
-            if len(inside) <= MAX_STEM_LAYERS:
-                report.left.update({layer.name: "stem" for layer in layers if layer.name in inside})
-                return [layer for layer in layers if layer.name not in inside]
-    return layers
+    called = {name: use.order for name, use in uses.items() if use.calls}
+    if not called:
+        return set()
+    first = min(called, key=lambda name: called[name])
+    path = first.split(".")
+    for depth in range(1, len(path)):
+        prefix = ".".join(path[:depth]) + "."
+        inside = {name for name in called if name.startswith(prefix)}
+        if len(inside) <= min(MAX_STEM_LAYERS, len(called) // 4):
+            return inside
+    return {first}
 
 
 def _stages(layers: Sequence[_Layer]) -> dict[str, list[_Layer]]:
-    """Layers by resolution and kind; stages are numbered in the order of their first call."""
+    """Layers by resolution and kind; stages are numbered in the order of their first call.
+
+    Resolutions are told apart by powers of two: a convolution without padding, or a class token, is
+    no new stage.
+    """
+    most = max((layer.use.positions for layer in layers), default=1)
     numbers: dict[int, int] = {}
     stages: dict[str, list[_Layer]] = {}
     for layer in layers:
-        number = numbers.setdefault(layer.use.positions, len(numbers) + 1)
+        reduction = round(math.log2(most / layer.use.positions))
+        number = numbers.setdefault(reduction, len(numbers) + 1)
         stages.setdefault(f"stage{number}_{layer.kind}", []).append(layer)
     return stages
 
 
-def _split(
-    layers: list[_Layer], settings: WarehouseSettings, mean: float, report: AutoReport
-) -> Iterable[tuple[str, list[_Layer]]]:
-    """Parts of a stage that fit into a warehouse each, with what tells their names apart."""
-    obstacle = _obstacle(layers, settings, mean)
-    if obstacle is None:
-        yield "", layers
-        return
-    if len(layers) == 1 or _cells(layers) < MIN_CELLS:
-        report.left.update({layer.name: obstacle for layer in layers})
-        return
-    for key in (_by_width, _by_shape):
-        parts: dict[str, list[_Layer]] = {}
-        for layer in layers:
-            parts.setdefault(key(layer), []).append(layer)
-        # Layers whose width or shape is theirs alone share with their neighbours instead.
-        if len(parts) > 1 and all(_cells(part) >= MIN_CELLS for part in parts.values()):
-            break
-    else:
+@dataclass(frozen=True)
+class _Sharing:
+    """How layers of one kind share warehouses: parts, each with a suffix to its name, and the
+    layers that fit in none, each with the obstacle."""
+
+    parts: tuple[tuple[str, tuple[_Layer, ...]], ...]
+    rest: tuple[tuple[_Layer, str], ...] = ()
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Weights that stay static, then the number of warehouses."""
+        return sum(layer.weights for layer, _ in self.rest), len(self.parts)
+
+
+class _Splitter:
+    """The best way to split layers until each part fits in a warehouse."""
+
+    def __init__(self, settings: WarehouseSettings, mean: float) -> None:
+        self.settings, self.mean = settings, mean
+        self.known: dict[tuple[_Layer, ...], _Sharing] = {}
+
+    def split(self, layers: tuple[_Layer, ...]) -> _Sharing:
+        """By width, by shape or in halves, whichever leaves fewest weights static."""
+        if layers not in self.known:
+            self.known[layers] = self._split(layers)
+        return self.known[layers]
+
+    def _split(self, layers: tuple[_Layer, ...]) -> _Sharing:
+        obstacle = _obstacle(layers, self.settings, self.mean)
+        if obstacle is None:
+            return _Sharing((("", layers),))
+        if len(layers) == 1 or _cells(layers) < MIN_CELLS:
+            return _Sharing((), tuple((layer, obstacle) for layer in layers))
         half = (len(layers) + 1) // 2
-        parts = {"_a": layers[:half], "_b": layers[half:]}
-    for suffix, part in parts.items():
-        for further, piece in _split(part, settings, mean, report):
-            yield suffix + further, piece
+        options = [{"_a": layers[:half], "_b": layers[half:]}]
+        for label in (_shape_label, _width_label):
+            groups: dict[str, tuple[_Layer, ...]] = {}
+            for layer in layers:
+                groups[label(layer)] = (*groups.get(label(layer), ()), layer)
+            if len(groups) > 1:
+                options.insert(0, groups)
+        return min((self._join(option) for option in options), key=lambda found: found.cost)
+
+    def _join(self, groups: Mapping[str, tuple[_Layer, ...]]) -> _Sharing:
+        found = {suffix: self.split(group) for suffix, group in groups.items()}
+        return _Sharing(
+            tuple((a + b, part) for a, sharing in found.items() for b, part in sharing.parts),
+            tuple(pair for sharing in found.values() for pair in sharing.rest),
+        )
 
 
-def _by_width(layer: _Layer) -> str:
+def _width_label(layer: _Layer) -> str:
     return f"_w{layer.width}"
 
 
-def _by_shape(layer: _Layer) -> str:
+def _shape_label(layer: _Layer) -> str:
     return f"_{layer.shape.out_channels}x{layer.shape.in_per_group}"
 
 
