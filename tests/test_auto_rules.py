@@ -24,7 +24,7 @@ from kw.warehouse import (
     auto_plan,
     register_convertible,
 )
-from kw.warehouse.auto import MAX_BLOCKS, MAX_CELLS, MIN_CELLS
+from kw.warehouse.sharing import MAX_BLOCKS, MAX_CELLS, MIN_CELLS
 
 
 class Net(nn.Module):

@@ -7,24 +7,14 @@ Nothing is known of the network but its layers and how one example passes throug
    called once a pass, with samples along the first axis. Others are **refused**, with the reason.
 2. *Which should stay as they are?* The stem, the classifier, and the small layers of gates
    (squeeze-excitation and the like): they are **left** static, as in the paper's networks.
-3. *Which share a warehouse?* Layers of one stage and of one kind. A **stage** is the layers whose
-   inputs have about the same number of positions, which also hands a stage's cells over to the
-   layers that lead to the next one (paper: warehouse construction-with-sharing). **Kinds** are
-   dense convolutions (pointwise and spatial), depthwise, grouped, and linear.
-
-Layers whose channels have little in common would be cut into thousands of tiny cells, and their
-attention branches would outgrow the network. A stage that exceeds :data:`MAX_BLOCKS`,
-:data:`MAX_CELLS` or the bound on attention branches is therefore split: by width, by shape,
-or into a first and a second half, whichever leaves fewest weights static, until every part fits;
-what remains alone in its stage is tried once more together with its like in other stages. The
-bounds are taken at the settings' defaults, so that layers share alike in 1/2x, 1x and 4x models.
+3. *Which share a warehouse?* Layers of one stage and of one kind; see
+   :mod:`kw.warehouse.sharing`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,16 +22,14 @@ from torch import nn
 
 from .convertible import has_kernel, kernel_shape, why_static
 from .layers import KWLayer
-from .partition import KernelShape, partition_kernels
+from .partition import KernelShape
 from .plan import Plan, Rule
 from .probe import Use, probe
+from .sharing import Candidate, share
 from .warehouse import WarehouseSettings
 
-__all__ = ["MAX_BLOCKS", "MAX_CELLS", "MIN_CELLS", "MIN_CHANNELS", "AutoReport", "auto_plan"]
+__all__ = ["MAX_STEM_LAYERS", "MIN_CHANNELS", "AutoReport", "auto_plan"]
 
-MAX_BLOCKS = 32  # blocks of channels that a kernel is cut into; ResNet50's shortcuts have 32
-MAX_CELLS = 512  # of a warehouse at ratio 1
-MIN_CELLS = 4  # fewer leave nothing to mix; ConvNeXt's 2x2 downsampling has a warehouse of 4
 MIN_CHANNELS = 8  # a layer that reads or writes fewer makes or reads a map
 MAX_STEM_LAYERS = 4
 
@@ -78,24 +66,6 @@ class AutoReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    name: str
-    shape: KernelShape
-    use: Use
-    kind: str
-
-    @property
-    def width(self) -> int:
-        """The narrower side: the trunk of a block that widens or narrows inside."""
-        return min(self.shape.out_channels, self.shape.in_channels)
-
-    @property
-    def weights(self) -> int:
-        shape = self.shape
-        return shape.out_channels * shape.in_per_group * math.prod(shape.kernel)
-
-
 def auto_plan(
     model: nn.Module, example_input: Any = None, **settings: Any
 ) -> tuple[Plan, AutoReport]:
@@ -121,21 +91,9 @@ def auto_plan(
     resolved = WarehouseSettings(norm=norm).with_overrides(settings, "auto")
     report = AutoReport()
     layers = _usable_layers(model, example_input, report)
-    mean = sum(layer.weights for layer in layers) / max(len(layers), 1)
-    splitter = _Splitter(resolved, mean)
-    groups = _stages(layers)
-    # What is alone in its stage may yet share with the like of it in others.
-    for last in (False, True):
-        alone: dict[str, list[_Layer]] = {}
-        for name, group in groups.items():
-            sharing = splitter.split(tuple(group))
-            for suffix, part in sharing.parts:
-                report.warehouses[name + suffix] = [layer.name for layer in part]
-            for layer, obstacle in sharing.rest:
-                alone.setdefault(f"stages_{layer.kind}", []).append(layer)
-                if last:
-                    report.left[layer.name] = obstacle
-        groups = {name: sorted(group, key=_order) for name, group in alone.items()}
+    warehouses, rest = share(layers, resolved)
+    report.warehouses.update(warehouses)
+    report.left.update(rest)
     if not report.warehouses:
         raise ValueError(
             f"auto: no layer of {type(model).__name__} can be converted:\n"
@@ -149,8 +107,8 @@ def auto_plan(
     return Plan(rules, resolved), report
 
 
-def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> list[_Layer]:
-    """Layers that can have kernels for every sample, in the order of their first call."""
+def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> list[Candidate]:
+    """Layers that can have kernels for every sample; the others are entered in the report."""
     inside = {
         id(part)
         for module in model.modules()
@@ -204,12 +162,9 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
         elif min(shape.out_channels, shape.in_channels) < MIN_CHANNELS:
             report.left[name] = f"fewer than {MIN_CHANNELS} channels: a map or a gate"
         else:
-            layers.append(_Layer(name, shape, use, _kind(watched[name], shape)))
-    return sorted(layers, key=_order)
-
-
-def _order(layer: _Layer) -> int:
-    return layer.use.order
+            kind = _kind(watched[name], shape)
+            layers.append(Candidate(shape, kind, use.order, use.positions))
+    return layers
 
 
 def _roots(get_classifier: Callable[[], Any] | None) -> list[nn.Module]:
@@ -245,117 +200,6 @@ def _stem(uses: Mapping[str, Use]) -> set[str]:
         if len(inside) <= min(MAX_STEM_LAYERS, len(called) // 4):
             return inside
     return {first}
-
-
-def _stages(layers: Sequence[_Layer]) -> dict[str, list[_Layer]]:
-    """Layers by resolution and kind; stages are numbered in the order of their first call.
-
-    Resolutions are told apart by powers of two: a convolution without padding, or a class token, is
-    no new stage.
-    """
-    most = max((layer.use.positions for layer in layers), default=1)
-    numbers: dict[int, int] = {}
-    stages: dict[str, list[_Layer]] = {}
-    for layer in layers:
-        reduction = round(math.log2(most / layer.use.positions))
-        number = numbers.setdefault(reduction, len(numbers) + 1)
-        stages.setdefault(f"stage{number}_{layer.kind}", []).append(layer)
-    return stages
-
-
-@dataclass(frozen=True)
-class _Sharing:
-    """How layers of one kind share warehouses: parts, each with a suffix to its name, and the
-    layers that fit in none, each with the obstacle."""
-
-    parts: tuple[tuple[str, tuple[_Layer, ...]], ...]
-    rest: tuple[tuple[_Layer, str], ...] = ()
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        """Weights that stay static, then the number of warehouses."""
-        return sum(layer.weights for layer, _ in self.rest), len(self.parts)
-
-
-class _Splitter:
-    """The best way to split layers until each part fits in a warehouse."""
-
-    def __init__(self, settings: WarehouseSettings, mean: float) -> None:
-        self.settings, self.mean = settings, mean
-        self.known: dict[tuple[_Layer, ...], _Sharing] = {}
-
-    def split(self, layers: tuple[_Layer, ...]) -> _Sharing:
-        """By width, by shape or in halves, whichever leaves fewest weights static."""
-        if layers not in self.known:
-            self.known[layers] = self._split(layers)
-        return self.known[layers]
-
-    def _split(self, layers: tuple[_Layer, ...]) -> _Sharing:
-        obstacle = _obstacle(layers, self.settings, self.mean)
-        if obstacle is None:
-            return _Sharing((("", layers),))
-        if len(layers) == 1 or _cells(layers) < MIN_CELLS:
-            return _Sharing((), tuple((layer, obstacle) for layer in layers))
-        half = (len(layers) + 1) // 2
-        options = [{"_a": layers[:half], "_b": layers[half:]}]
-        for label in (_shape_label, _width_label):
-            groups: dict[str, tuple[_Layer, ...]] = {}
-            for layer in layers:
-                groups[label(layer)] = (*groups.get(label(layer), ()), layer)
-            if len(groups) > 1:
-                options.insert(0, groups)
-        return min((self._join(option) for option in options), key=lambda found: found.cost)
-
-    def _join(self, groups: Mapping[str, tuple[_Layer, ...]]) -> _Sharing:
-        found = {suffix: self.split(group) for suffix, group in groups.items()}
-        return _Sharing(
-            tuple((a + b, part) for a, sharing in found.items() for b, part in sharing.parts),
-            tuple(pair for sharing in found.values() for pair in sharing.rest),
-        )
-
-
-def _width_label(layer: _Layer) -> str:
-    return f"_w{layer.width}"
-
-
-def _shape_label(layer: _Layer) -> str:
-    return f"_{layer.shape.out_channels}x{layer.shape.in_per_group}"
-
-
-def _cells(layers: Sequence[_Layer]) -> int:
-    return partition_kernels([layer.shape for layer in layers]).cells
-
-
-def _obstacle(layers: Sequence[_Layer], settings: WarehouseSettings, mean: float) -> str | None:
-    """Why these layers cannot share a warehouse; ``None`` where they can.
-
-    The second linear layer of an attention branch has ``hidden * m * (n + 1)`` weights. It may not
-    outgrow the layer's own kernel or, where this is small as in a depthwise convolution, the
-    network's mean one: attention branches then have at most twice the weights of all kernels.
-    """
-    shapes = [layer.shape for layer in layers]
-    partition = partition_kernels(shapes)
-    if partition.cells < MIN_CELLS:
-        return f"would mix fewer than {MIN_CELLS} cells: it shares its stage and shape with none"
-    if partition.cells > MAX_CELLS:
-        return f"would need more than {MAX_CELLS} cells"
-    for layer, part in zip(layers, partition.layers, strict=True):
-        if part.mixtures > MAX_BLOCKS * math.prod(part.kernel):
-            return f"would be cut into more than {MAX_BLOCKS} blocks of channels"
-        hidden = max(int(layer.shape.in_channels / 16), 16)
-        if hidden * part.mixtures * (partition.cells + 1) > max(layer.weights, mean):
-            return "would have an attention branch larger than its kernel"
-    try:
-        partition_kernels(
-            shapes,
-            cell_num_ratio=settings.cell_num_ratio,
-            cell_inplane_ratio=settings.cell_inplane_ratio,
-            cell_outplane_ratio=settings.cell_outplane_ratio,
-            spatial_partition=settings.spatial_partition,
-        )
-    except ValueError:
-        return "cannot be partitioned with these ratios"
-    return None
 
 
 def _pattern(name: str) -> str:

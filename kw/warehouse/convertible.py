@@ -96,7 +96,7 @@ def kernel_shape(name: str, module: nn.Module) -> KernelShape:
 
 
 def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer:
-    """The KernelWarehouse layer in place of a static one; the bias is kept."""
+    """The KernelWarehouse layer in place of a static one; bias, mode and hooks are kept."""
     shared: dict[str, Any] = {
         "warehouse": warehouse,
         "slot": slot,
@@ -124,6 +124,12 @@ def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer
         )
     if has_bias:
         layer.bias = module.get_parameter("bias")
+    # The dictionaries themselves, which the handles that remove hooks refer to: timm's feature
+    # extractors, for one, hook onto layers.
+    for attribute, value in vars(module).items():
+        if "_hooks" in attribute and "state_dict" not in attribute:
+            setattr(layer, attribute, value)
+    layer._is_full_backward_hook = module._is_full_backward_hook
     return layer.train(module.training)
 
 
