@@ -181,6 +181,23 @@ def test_bias_is_the_same_parameter():
     assert not model[0].bias.requires_grad
 
 
+def test_hooks_are_kept():
+    model, seen = nn.Sequential(nn.Conv2d(4, 8, 3)), []
+    handles = [
+        model[0].register_forward_pre_hook(lambda *_: seen.append("before")),
+        model[0].register_forward_hook(lambda *_, **__: seen.append("after"), with_kwargs=True),
+        model[0].register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    convert(model, plan_of(("0", "w")))
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_dtype_and_device_are_kept(dtype, device):

@@ -1,10 +1,13 @@
 """The method, on torch alone: cells, warehouses, attention, dynamic layers, plans, conversion."""
 
+from .auto import AutoReport, auto_plan
 from .convert import convert, drop_unused_warehouses, resolve_plan, set_backend
+from .convertible import register_convertible
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import KernelShape, partition_kernels
 from .plan import Plan, Rule
 from .plans import PLANS
+from .same import KWConv2dSame
 from .temperature import (
     annealed_temperature,
     find_warehouses,
@@ -16,8 +19,10 @@ from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
 __all__ = [
     "PLANS",
+    "AutoReport",
     "KWConv1d",
     "KWConv2d",
+    "KWConv2dSame",
     "KWConv3d",
     "KWLayer",
     "KWLinear",
@@ -28,12 +33,14 @@ __all__ = [
     "WarehouseDict",
     "WarehouseSettings",
     "annealed_temperature",
+    "auto_plan",
     "convert",
     "drop_unused_warehouses",
     "find_warehouses",
     "get_temperature",
     "has_temperature",
     "partition_kernels",
+    "register_convertible",
     "resolve_plan",
     "set_backend",
     "set_temperature",

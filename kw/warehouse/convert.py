@@ -7,29 +7,23 @@ names are replaced, and their warehouses join it as ``model.warehouses``.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
-from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
+from .auto import auto_plan
+from .convertible import dynamic_layer, has_kernel, kernel_shape
+from .layers import KWLayer
 from .ops import check_backend
-from .partition import KernelShape
 from .plan import Plan, Rule, nearest
 from .plans import PLANS
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
 __all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
 
-_CONVOLUTIONS: dict[type[nn.Module], type[KWConvNd]] = {
-    nn.Conv1d: KWConv1d,
-    nn.Conv2d: KWConv2d,
-    nn.Conv3d: KWConv3d,
-}
 _RESERVED = frozenset(dir(nn.ModuleDict())) | {"training"}
 
 
@@ -42,7 +36,12 @@ class _Group:
     layers: list[tuple[str, nn.Module]]
 
 
-def convert(model: nn.Module, plan: str | Plan | Mapping[str, Any], **overrides: Any) -> nn.Module:
+def convert(
+    model: nn.Module,
+    plan: str | Plan | Mapping[str, Any],
+    example_input: Any = None,
+    **overrides: Any,
+) -> nn.Module:
     """Replace the layers that a plan names by KernelWarehouse layers, in place.
 
     New parameters take the device and dtype of the old ones and a fresh initialisation; biases are
@@ -51,7 +50,10 @@ def convert(model: nn.Module, plan: str | Plan | Mapping[str, Any], **overrides:
 
     Args:
         model: any network; its class and module names stay.
-        plan: the name of a released plan, a :class:`Plan`, or a mapping of rules.
+        plan: the name of a released plan, a :class:`Plan`, a mapping of rules, or ``"auto"`` to
+            derive a plan (:func:`auto_plan`); a warning then names what cannot be converted.
+        example_input: for ``"auto"``, a batch of at least two samples to run the network on: a
+            tensor, or a tuple or mapping of arguments. Default: images of the network's size.
         **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
 
     Returns:
@@ -63,14 +65,19 @@ def convert(model: nn.Module, plan: str | Plan | Mapping[str, Any], **overrides:
             whose layers cannot be partitioned as set. The message names layer, warehouse and
             remedy.
     """
-    resolved = resolve_plan(plan).with_overrides(overrides)
+    if plan == "auto":
+        resolved = _derive_plan(model, example_input, overrides)
+    elif example_input is not None:
+        raise ValueError(f"example_input is for the plan 'auto'; the plan is {plan!r}")
+    else:
+        resolved = resolve_plan(plan).with_overrides(overrides)
     groups = _group_layers(model, resolved)
     present = getattr(model, "warehouses", None)
     if present is not None and not isinstance(present, WarehouseDict):
         raise ValueError(
             f"{type(model).__name__} has an attribute 'warehouses' of its own; rename it"
         )
-    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+    if isinstance(model, nn.ModuleList | nn.ModuleDict) and not _has_forward(model):
         raise ValueError(
             f"a {type(model).__name__} cannot hold warehouses; convert the module that contains it"
         )
@@ -81,13 +88,13 @@ def convert(model: nn.Module, plan: str | Plan | Mapping[str, Any], **overrides:
             )
     warehouses, layers = WarehouseDict(), {}
     for group in groups.values():
-        shapes = [_kernel_shape(name, module) for name, module in group.layers]
+        shapes = [kernel_shape(name, module) for name, module in group.layers]
         weight = group.layers[0][1].get_parameter("weight")
         warehouses[group.name] = warehouse = Warehouse(
             shapes, group.settings, name=group.name, device=weight.device, dtype=weight.dtype
         )
         for slot, (name, module) in enumerate(group.layers):
-            layers[name] = _dynamic_layer(module, warehouse, slot)
+            layers[name] = dynamic_layer(module, warehouse, slot)
 
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -111,7 +118,7 @@ def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
         raise ValueError(f"plan is {plan!r}; expected a name, a Plan or a mapping of rules")
     if isinstance(plan, str):
         if plan not in PLANS:
-            raise ValueError(f"plan {plan!r} is unknown; {nearest(plan, PLANS)}")
+            raise ValueError(f"plan {plan!r} is unknown; {nearest(plan, [*PLANS, 'auto'])}")
         return PLANS[plan]
     return Plan.from_mapping(plan)
 
@@ -129,6 +136,22 @@ def drop_unused_warehouses(model: nn.Module) -> nn.Module:
                 if warehouse not in used:
                     del module[name]
     return model
+
+
+def _derive_plan(model: nn.Module, example_input: Any, overrides: Mapping[str, Any]) -> Plan:
+    common = {key: value for key, value in overrides.items() if key != "warehouses"}
+    plan, report = auto_plan(model, example_input, **common)
+    if report.refused:
+        warnings.warn(
+            f"{len(report.refused)} layers of {type(model).__name__} cannot be converted and stay "
+            f"static:\n{report.refusals()}",
+            stacklevel=3,
+        )
+    return plan.with_overrides({"warehouses": overrides.get("warehouses") or {}})
+
+
+def _has_forward(model: nn.Module) -> bool:
+    return type(model).forward is not nn.Module.forward
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -152,7 +175,7 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     candidates = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and _has_kernel(module)
+        if name and has_kernel(module)
     }
     names: dict[int, list[str]] = {}
     for name, module in candidates.items():
@@ -233,69 +256,9 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     return groups
 
 
-def _has_kernel(module: nn.Module) -> bool:
-    """A leaf with a weight of at least two axes: what a plan may name, convertible or not."""
-    if is_parametrized(module, "weight"):
-        return True
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, UninitializedParameter):
-        return True
-    return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())
-
-
 def _check_name(name: str) -> None:
     if "." in name or not name or name in _RESERVED:
         raise ValueError(
             f"plan: {name!r} cannot name a warehouse (a name without dots that nn.ModuleDict does "
             "not use)"
         )
-
-
-def _kernel_shape(name: str, module: nn.Module) -> KernelShape:
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        raise ValueError(
-            f"plan: the weight of layer {name!r} is no parameter but computed (by weight or "
-            "spectral normalisation, pruning, ...); remove that first, or keep the layer static"
-        )
-    if type(module) in _CONVOLUTIONS:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        kernel = tuple(module.kernel_size)
-        return KernelShape(module.out_channels, module.in_channels, kernel, module.groups, name)
-    if type(module) is nn.Linear:
-        return KernelShape(module.out_features, module.in_features, (1,), 1, name)
-    known = ", ".join(t.__name__ for t in (*_CONVOLUTIONS, nn.Linear))
-    raise ValueError(
-        f"plan: layer {name!r} is a {type(module).__name__}, which cannot be converted (only "
-        f"{known} can, not their subclasses); add a rule {{match: ..., static: true}} before the "
-        "one that matches it"
-    )
-
-
-def _dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer:
-    """The KernelWarehouse layer in place of a static one; the bias is kept."""
-    shared: dict[str, Any] = {
-        "warehouse": warehouse,
-        "slot": slot,
-        "name": warehouse.shapes[slot].name,
-    }
-    has_bias = module.bias is not None
-    layer: KWLayer
-    if isinstance(module, nn.Linear):
-        layer = KWLinear(module.in_features, module.out_features, has_bias, **shared)
-    else:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        layer = _CONVOLUTIONS[type(module)](
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            has_bias,
-            module.padding_mode,
-            **shared,
-        )
-    if has_bias:
-        layer.bias = module.get_parameter("bias")
-    return layer.train(module.training)

@@ -1,0 +1,137 @@
+"""Which static layers have a KernelWarehouse counterpart, and how one is made from the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
+from .partition import KernelShape
+from .same import KWConv2dSame
+from .warehouse import Warehouse
+
+__all__ = ["dynamic_layer", "has_kernel", "kernel_shape", "register_convertible", "why_static"]
+
+# By qualified name, so that a library's subclasses can stand here without being imported. Exact
+# classes: a subclass may compute something else (standardise its weights, for one).
+_COUNTERPARTS: dict[str, type[KWConvNd] | type[KWLinear]] = {
+    "torch.nn.modules.conv.Conv1d": KWConv1d,
+    "torch.nn.modules.conv.Conv2d": KWConv2d,
+    "torch.nn.modules.conv.Conv3d": KWConv3d,
+    "torch.nn.modules.linear.Linear": KWLinear,
+    "timm.layers.conv2d_same.Conv2dSame": KWConv2dSame,
+    "timm.layers.linear.Linear": KWLinear,  # casts by hand where a script would not
+}
+_PLAIN = "Conv1d, Conv2d, Conv3d, Linear"
+
+
+def register_convertible(
+    kind: type[nn.Module], counterpart: type[KWConvNd] | type[KWLinear]
+) -> None:
+    """Let plans convert a class of layers of one's own.
+
+    Args:
+        kind: a subclass of ``nn.Conv1d/2d/3d`` or ``nn.Linear`` with their attributes; only this
+            very class is meant, not its subclasses.
+        counterpart: what replaces it: ``KWConv2d`` where the subclass computes a plain convolution,
+            otherwise a subclass of it with the same arguments.
+
+    Raises:
+        ValueError: ``kind`` is no convolution and no linear layer, or the counterpart is of the
+            other sort.
+    """
+    wanted = KWLinear if issubclass(kind, nn.Linear) else KWConvNd
+    if not issubclass(kind, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        raise ValueError(f"{kind.__name__} is not a subclass of one of {_PLAIN}")
+    if not issubclass(counterpart, wanted):
+        raise ValueError(
+            f"{kind.__name__} needs a subclass of {wanted.__name__}, got {counterpart.__name__}"
+        )
+    _COUNTERPARTS[_qualified(kind)] = counterpart
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """A leaf with a weight of at least two axes: what a plan may name, convertible or not."""
+    if is_parametrized(module, "weight"):
+        return True
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, UninitializedParameter):
+        return True
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())
+
+
+def why_static(name: str, module: nn.Module) -> str | None:
+    """Why a layer cannot be converted; ``None`` where it can."""
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return (
+            f"the weight of layer {name!r} is no parameter but computed (by weight or spectral "
+            "normalisation, pruning, ...); remove that first, or keep the layer static"
+        )
+    if _qualified(type(module)) not in _COUNTERPARTS:
+        return (
+            f"layer {name!r} is a {type(module).__name__}, which cannot be converted (only "
+            f"{_PLAIN} can, not their subclasses); add a rule {{match: ..., static: true}} before "
+            "the one that matches it, or register_convertible(...) if it computes the same"
+        )
+    return None
+
+
+def kernel_shape(name: str, module: nn.Module) -> KernelShape:
+    """The kernel of a layer that a plan names.
+
+    Raises:
+        ValueError: it cannot be converted.
+    """
+    if reason := why_static(name, module):
+        raise ValueError(f"plan: {reason}")
+    if isinstance(module, nn.Linear):
+        return KernelShape(module.out_features, module.in_features, (1,), 1, name)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    kernel = tuple(module.kernel_size)
+    return KernelShape(module.out_channels, module.in_channels, kernel, module.groups, name)
+
+
+def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer:
+    """The KernelWarehouse layer in place of a static one; bias, mode and hooks are kept."""
+    shared: dict[str, Any] = {
+        "warehouse": warehouse,
+        "slot": slot,
+        "name": warehouse.shapes[slot].name,
+    }
+    has_bias = module.bias is not None
+    counterpart = _COUNTERPARTS[_qualified(type(module))]
+    layer: KWLayer
+    if issubclass(counterpart, KWLinear):
+        assert isinstance(module, nn.Linear)
+        layer = counterpart(module.in_features, module.out_features, has_bias, **shared)
+    else:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        layer = counterpart(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            has_bias,
+            module.padding_mode,
+            **shared,
+        )
+    if has_bias:
+        layer.bias = module.get_parameter("bias")
+    # The dictionaries themselves, which the handles that remove hooks refer to: timm's feature
+    # extractors, for one, hook onto layers.
+    for attribute, value in vars(module).items():
+        if "_hooks" in attribute and "state_dict" not in attribute:
+            setattr(layer, attribute, value)
+    layer._is_full_backward_hook = module._is_full_backward_hook
+    return layer.train(module.training)
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,210 @@
+"""One pass of an example through a network, to learn how its layers are used.
+
+Names tell little about a network that was never seen. What decides whether a layer can have kernels
+of its own for every sample is how it is called: once a pass, as a module, and with samples along
+its input's first axis.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Use", "default_example", "probe"]
+
+_BATCH = 3  # seldom the size of anything else, as 2 and 4 are
+
+
+@dataclass
+class Use:
+    """How one layer is used in a pass.
+
+    Attributes:
+        order: its place among the layers, by first call; -1 = it is not called.
+        calls: number of calls.
+        by_sample: whether the first axis of its input and output was the sample in every call.
+        positions: positions (pixels, tokens) a sample at the input of the last call.
+        positions_out: the same at the output.
+        read: whether its weight is read outside its own forward method.
+    """
+
+    order: int = -1
+    calls: int = 0
+    by_sample: bool = True
+    positions: int = 0
+    positions_out: int = 0
+    read: bool = False
+
+
+def default_example(model: nn.Module) -> Tensor:
+    """Images of the size that a timm model names in its ``pretrained_cfg``, else 3 x 224 x 224."""
+    size: Sequence[int] = (3, 224, 224)
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, attribute, None)
+        found = config.get("input_size") if isinstance(config, Mapping) else None
+        size = found or size
+    parameter = next(model.parameters(), torch.empty(0))
+    return torch.zeros(_BATCH, *size, dtype=parameter.dtype, device=parameter.device)
+
+
+def probe(
+    model: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None
+) -> dict[str, Use]:
+    """Run a copy of the network on an example and watch some of its layers.
+
+    The copy is in evaluation mode and on the meta device, where a pass takes no arithmetic and next
+    to no memory; a network whose forward method needs values is copied and run as it is.
+
+    Args:
+        model: the network; it is not touched.
+        layers: the layers to watch, by name.
+        example_input: a batch of at least two samples: a tensor, or a tuple or mapping of arguments
+            of ``forward``. ``None``: :func:`default_example`.
+
+    Returns:
+        Every layer's use.
+
+    Raises:
+        ValueError: an example without a batch, or one on which the network cannot run.
+    """
+    example = default_example(model) if example_input is None else example_input
+    args, kwargs = _arguments(example)
+    batch = _batch_size(args, kwargs)
+    try:
+        return _run(_copy(model, "meta"), layers, _to(args, "meta"), _to(kwargs, "meta"), batch)
+    except Exception as on_meta:  # whatever a foreign forward method raises
+        try:
+            device = next(model.parameters(), torch.empty(0)).device
+            if device.type == "meta":
+                raise on_meta
+            return _run(_copy(model), layers, _to(args, device), _to(kwargs, device), batch)
+        except Exception as error:
+            shapes = [list(t.shape) for t in _tensors((args, kwargs))]
+            raise ValueError(
+                f"auto: {type(model).__name__} could not be run on an example of {shapes} to see "
+                f"how its layers are used ({type(error).__name__}: {error}); give an input that it "
+                "takes: convert(model, 'auto', example_input=...), or a plan of your own"
+            ) from error
+
+
+class _WeightReads(TorchFunctionMode):
+    """Notes which weights torch's functions are given while their layer is not running."""
+
+    def __init__(self, owners: Mapping[int, Use], running: list[Use]) -> None:
+        super().__init__()
+        self.owners, self.running = owners, running
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        for tensor in _tensors((args, kwargs or {})):
+            use = self.owners.get(id(tensor))
+            if use is not None and not any(use is other for other in self.running):
+                use.read = True
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: int,
+) -> dict[str, Use]:
+    uses = {name: Use() for name in layers}
+    running: list[Use] = []
+    called: list[Use] = []
+    owners: dict[int, Use] = {}
+
+    def watch(module: nn.Module, use: Use) -> None:
+        space = getattr(module, "kernel_size", None)  # a convolution: channels come second
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            running.append(use)
+
+        def after(_module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            running.pop()
+            x = next(iter(_tensors((inputs, named))))
+            if not use.calls:
+                use.order = len(called)
+                called.append(use)
+            use.calls += 1
+            batched = x.dim() > 1 if space is None else x.dim() == len(space) + 2
+            use.by_sample &= batched and len(x) == len(output) == batch
+            axes = slice(1, -1) if space is None else slice(2, None)
+            use.positions = math.prod(x.shape[axes])
+            use.positions_out = math.prod(output.shape[axes])
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, with_kwargs=True)
+
+    for name, use in uses.items():
+        module = model.get_submodule(name)
+        watch(module, use)
+        if isinstance(weight := module._parameters.get("weight"), Tensor):
+            owners[id(weight)] = use
+    model.eval()
+    with ExitStack() as stack:
+        if all(device.type == "cpu" for device in {t.device for t in _tensors((args, kwargs))}):
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_WeightReads(owners, running))
+        model(*args, **kwargs)
+    return uses
+
+
+def _copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """A copy of a network; with a device, one whose tensors were never allocated elsewhere."""
+    memo: dict[int, Any] = {}
+    if device is not None:
+        for parameter in model.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        for buffer in model.buffers():
+            memo[id(buffer)] = buffer.to(device)
+    return copy.deepcopy(model, memo)
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    first = next(iter(_tensors((args, kwargs))), None)
+    if first is None or first.dim() < 2 or len(first) < 2:
+        found = "no tensor" if first is None else f"a tensor of {list(first.shape)}"
+        raise ValueError(
+            f"auto: example_input has {found}; give a batch of at least two samples, so that the "
+            "axis of samples can be told from others"
+        )
+    return len(first)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _to(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(part, device) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_to(part, device) for part in value)
+    return value

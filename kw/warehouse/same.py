@@ -1,0 +1,46 @@
+"""Convolution padded as TensorFlow pads: by the size of the input, at run time.
+
+timm's ``tf_*`` networks have it (``timm.layers.Conv2dSame``). ``padding="same"`` of torch is
+another thing: it is defined for stride 1 only and does not depend on the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import KWConv2d
+
+__all__ = ["KWConv2dSame"]
+
+
+class KWConv2dSame(KWConv2d):
+    """:class:`KWConv2d` whose output has ``ceil(size / stride)`` positions along every axis.
+
+    The zeros that this needs are shared out between both ends; an odd one goes to the far end.
+
+    Args:
+        padding: must be 0, the sizes follow from the input.
+
+    Raises:
+        ValueError: another ``padding``, or a ``padding_mode`` other than zeros.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if any(self.spec.padding) or self._pad_before is not None:
+            raise ValueError(
+                f"KWConv2dSame pads by its input's size; give padding 0, not {self.padding!r} "
+                f"({self.padding_mode})"
+            )
+
+    def pad(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        axes = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        for size, kernel, stride, dilation in axes:
+            outputs = -(-size // stride)
+            missing = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides = [missing // 2, missing - missing // 2, *sides]  # F.pad begins with the last
+        return F.pad(x, sides)
