@@ -141,7 +141,7 @@ class _Splitter:
         obstacle = _obstacle(layers, self.settings, self.mean)
         if obstacle is None:
             return _Sharing((("", layers),))
-        if len(layers) == 1 or _cells(layers) < MIN_CELLS:
+        if len(layers) == 1 or sum(_mixtures(layers)) < MIN_CELLS:
             return _Sharing((), tuple((layer, obstacle) for layer in layers))
         half = (len(layers) + 1) // 2
         options = [{"_a": layers[:half], "_b": layers[half:]}]
@@ -173,8 +173,12 @@ def _kernel_label(layer: Candidate) -> str:
     return f"_k{'x'.join(map(str, layer.shape.kernel))}"
 
 
-def _cells(layers: Sequence[Candidate]) -> int:
-    return partition_kernels([layer.shape for layer in layers]).cells
+def _mixtures(layers: Sequence[Candidate]) -> list[int]:
+    """Mixtures of each layer with cells as large as all have in common; their sum is the number of
+    cells at ratio 1. Counted only: layers with little in common have millions."""
+    cell_out = math.gcd(*(layer.shape.out_channels for layer in layers))
+    cell_in = math.gcd(*(layer.shape.in_per_group for layer in layers))
+    return [layer.weights // (cell_out * cell_in) for layer in layers]
 
 
 def _obstacle(layers: Sequence[Candidate], settings: WarehouseSettings, mean: float) -> str | None:
@@ -184,21 +188,21 @@ def _obstacle(layers: Sequence[Candidate], settings: WarehouseSettings, mean: fl
     outgrow the layer's own kernel or, where this is small as in a depthwise convolution, the
     network's mean one: attention branches then have at most twice the weights of all kernels.
     """
-    shapes = [layer.shape for layer in layers]
-    partition = partition_kernels(shapes)
-    if partition.cells < MIN_CELLS:
+    mixtures = _mixtures(layers)
+    cells = sum(mixtures)
+    if cells < MIN_CELLS:
         return f"would mix fewer than {MIN_CELLS} cells: it shares its stage and shape with none"
-    if partition.cells > MAX_CELLS:
+    if cells > MAX_CELLS:
         return f"would need more than {MAX_CELLS} cells"
-    for layer, part in zip(layers, partition.layers, strict=True):
-        if part.mixtures > MAX_BLOCKS * math.prod(part.kernel):
+    for layer, count in zip(layers, mixtures, strict=True):
+        if count > MAX_BLOCKS * math.prod(layer.shape.kernel):
             return f"would be cut into more than {MAX_BLOCKS} blocks of channels"
         hidden = max(int(layer.shape.in_channels / 16), 16)
-        if hidden * part.mixtures * (partition.cells + 1) > max(layer.weights, mean):
+        if hidden * count * (cells + 1) > max(layer.weights, mean):
             return "would have an attention branch larger than its kernel"
     try:
         partition_kernels(
-            shapes,
+            [layer.shape for layer in layers],
             cell_num_ratio=settings.cell_num_ratio,
             cell_inplane_ratio=settings.cell_inplane_ratio,
             cell_outplane_ratio=settings.cell_outplane_ratio,
