@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..partition import Partition
 
@@ -26,3 +28,65 @@ class ConvSpec:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.partition.kernel_shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        """I, over all groups."""
+        return self.partition.kernel_shape[1] * self.groups
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every position of the output reads one position of the input."""
+        return all(k == 1 for k in self.partition.kernel)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel reads one input channel of several."""
+        return self.groups > 1 and self.partition.kernel_shape[1] == 1
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Spatial size of the output for an input of that size.
+
+        Raises:
+            ValueError: the kernel is larger than the padded input.
+        """
+        axes = zip(
+            size, self.partition.kernel, self.stride, self.padding, self.dilation, strict=True
+        )
+        out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+        if any(n < 1 for n in out):
+            kernel = "x".join(map(str, self.partition.kernel))
+            raise ValueError(
+                f"kernel {kernel} (dilation {self.dilation}) is larger than the input {tuple(size)} "
+                f"with padding {self.padding}"
+            )
+        return out
+
+    def encode(self) -> list[int]:
+        """The spec as integers, the form in which it passes through ``torch.library``."""
+        part = self.partition
+        dims = len(part.kernel)
+        head = [dims, self.groups, part.cell_out, part.cell_in, *part.grid]
+        axes = (part.kernel, part.cell_kernel, self.stride, self.padding, self.dilation)
+        return [*head, *(value for axis in axes for value in axis)]
+
+    @staticmethod
+    def decode(code: Sequence[int]) -> ConvSpec:
+        """The spec that :meth:`encode` wrote."""
+        return _decode(tuple(code))
+
+
+@lru_cache(maxsize=None)
+def _decode(code: tuple[int, ...]) -> ConvSpec:
+    dims, groups, cell_out, cell_in, *rest = code
+    spatial, out_blocks, in_blocks, *axes = rest
+    kernel, cell_kernel, stride, padding, dilation = (
+        tuple(axes[i : i + dims]) for i in range(0, 5 * dims, dims)
+    )
+    part = Partition(kernel, cell_kernel, cell_out, cell_in, (spatial, out_blocks, in_blocks))
+    return ConvSpec(part, stride, padding, dilation, groups)
