@@ -114,14 +114,14 @@ class KWLayer(nn.Module):
             nn.init.zeros_(self.bias)
 
     def set_backend(self, backend: str) -> None:
-        """Force a contraction of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice:
-        ``"auto"``.
+        """Force a back end of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice to the
+        planner: ``"auto"``.
 
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
         if backend != "auto":
-            check_backend(backend, self.spec)
+            check_backend(backend, self.spec, self.warehouse.cells)
         self.backend = backend
 
     @property
