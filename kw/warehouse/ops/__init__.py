@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .kernels import assemble, conv_bmm, conv_grouped
+from .grouped import assemble, conv_bmm, conv_grouped
 from .reference import conv_reference
 from .spec import ConvSpec
 
