@@ -15,7 +15,7 @@ from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
 from .bmm import conv_bmm
 from .contraction import Contraction, Cost, Problem
 from .function import contract
-from .grouped import assemble
+from .assembly import assemble
 from .precision import assembly_precision, compute_types, set_assembly_precision
 from .spec import ConvSpec
 

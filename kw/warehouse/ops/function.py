@@ -186,7 +186,7 @@ def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -
         x.device.type,
         training,
         lies_channels_last(x),
-        cells.dtype,
+        None if cells.dtype == x.dtype else cells.dtype,
     )
 
 
