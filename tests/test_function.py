@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from convolutions import CASES, Case
 from torch import nn
 
 from kw.warehouse import KWConv2d, KWLinear
@@ -15,8 +16,6 @@ from kw.warehouse.ops import (
     planner,
     set_assembly_precision,
 )
-
-from convolutions import CASES, Case
 
 POINTWISE = Case((1, 1), (5, 7))
 SPATIAL = Case((3, 3), (5, 7), stride=2, padding=1)
@@ -117,7 +116,7 @@ class Network(nn.Module):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_into_one_graph(autocast):
-    """Forward and backward, with a batch that changes."""
+    """Forward and backward; a batch of another size does not compile anew."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = Network()
@@ -127,7 +126,10 @@ def test_compiles_into_one_graph(autocast):
         results = []
         for module in (net, compiled):
             net.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with (
+                torch._dynamo.config.patch(error_on_recompile=True),
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            ):
                 y = module(x)
             y.float().square().sum().backward()
             results.append([y, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
@@ -180,9 +182,7 @@ def test_float32_assembly_in_every_back_end(name):
     """Forward and all gradients; those that cannot mix types say so."""
     set_assembly_precision("float32")
     x, alpha, cells, spec = inputs(SPATIAL, torch.float32)
-    problem = Problem(
-        spec, len(cells), 3, (5, 7), torch.bfloat16, "cpu", cells_dtype=torch.float32
-    )
+    problem = Problem(spec, len(cells), 3, (5, 7), torch.bfloat16, "cpu", cells_dtype=torch.float32)
     refusal = CONTRACTIONS[name].refusal(problem)
     with torch.autocast("cpu", torch.bfloat16):
         if refusal:
@@ -202,7 +202,9 @@ def test_float32_assembly_in_every_back_end(name):
 
 def test_types_that_do_not_match_are_refused():
     x, alpha, cells, spec = inputs(SPATIAL, torch.float32)
-    with pytest.raises(ValueError, match=r"input is torch.bfloat16 and the layer's cells are torch"):
+    with pytest.raises(
+        ValueError, match=r"input is torch.bfloat16 and the layer's cells are torch"
+    ):
         dynamic_conv(x.bfloat16(), alpha, cells, spec)
 
 

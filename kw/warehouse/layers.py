@@ -306,7 +306,7 @@ class KWLinear(KWLayer):
         """
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
-        tokens = x.reshape(len(x), -1, x.shape[-1])  # [B, N, I]
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, N, I]
         alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
         y = dynamic_conv(tokens.transpose(1, 2), alpha, cells, self.spec, self.backend)

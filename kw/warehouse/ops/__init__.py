@@ -11,11 +11,11 @@ import difflib
 import torch
 from torch import Tensor
 
+from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
 from .bmm import conv_bmm
 from .contraction import Contraction, Cost, Problem
 from .function import contract
-from .assembly import assemble
 from .precision import assembly_precision, compute_types, set_assembly_precision
 from .spec import ConvSpec
 
@@ -23,8 +23,8 @@ __all__ = [
     "BACKENDS",
     "CONTRACTIONS",
     "YARDSTICKS",
-    "ConvSpec",
     "Contraction",
+    "ConvSpec",
     "Cost",
     "Problem",
     "assemble",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -43,7 +43,7 @@ def device_profile(device: str) -> DeviceProfile:
     return _cpu_profile(torch.get_num_threads())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cpu_profile(threads: int) -> DeviceProfile:
     # Seen with oneDNN on AVX-512 cores: 75 to 90 G multiply-adds a second and core in float32,
     # 25 to 50 GB/s from memory for two of them, about 8 us for a call through the dispatcher.
@@ -57,7 +57,7 @@ def _cpu_profile(threads: int) -> DeviceProfile:
 _TENSOR_MACS = {(7, 0): 512, (7, 5): 512, (8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_profile(index: int, reduced_float32: bool) -> DeviceProfile:
     properties = torch.cuda.get_device_properties(index)
     clock = getattr(properties, "clock_rate", 1_500_000) * 1e3  # kHz

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import planner
 from .bmm import conv_bmm
 from .contraction import Needs, Problem
-from .backends import planner
 from .spec import ConvSpec
 
 __all__ = ["contract", "lies_channels_last"]
@@ -90,8 +90,8 @@ def _(x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str
     decoded = ConvSpec.decode(spec)
     size = decoded.output_size(x.shape[2:])
     if lies_channels_last(x):
-        return x.new_empty(len(x), *size, decoded.out_channels).movedim(-1, 1)
-    return x.new_empty(len(x), decoded.out_channels, *size)
+        return x.new_empty(x.shape[0], *size, decoded.out_channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], decoded.out_channels, *size)
 
 
 @torch.library.custom_op(
@@ -142,20 +142,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs, spec = ctx.needs_input_grad[:3], ctx.spec
-    if not torch.is_grad_enabled():
-        if isinstance(spec, ConvSpec):
-            results = _run_backward(grad, *ctx.saved_tensors, spec, ctx.backend, needs)
-            return *results, None, None
+    x, alpha, cells = ctx.saved_tensors
+    needs, spec, backend = ctx.needs_input_grad[:3], ctx.spec, ctx.backend
+    if torch.is_grad_enabled():
+        # create_graph: the gradient is to be differentiated again, so it is ordinary code's.
+        decoded = spec if isinstance(spec, ConvSpec) else ConvSpec.decode(spec)
+        wanted = [t for t, needed in zip((x, alpha, cells), needs, strict=True) if needed]
+        y = conv_bmm(x, alpha, cells, decoded)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        gradients = [next(found) if needed else None for needed in needs]
+    elif isinstance(spec, ConvSpec):
+        gradients = list(_run_backward(grad, x, alpha, cells, spec, backend, needs))
+    else:
         op = torch.ops.kw.dynamic_conv_backward
-        found = op(grad, *ctx.saved_tensors, spec, ctx.backend, list(needs))
-        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
-    # create_graph: the gradient is to be differentiated again, so it is ordinary code's.
-    decoded = spec if isinstance(spec, ConvSpec) else ConvSpec.decode(spec)
-    wanted = [tensor for tensor, needed in zip(ctx.saved_tensors, needs, strict=True) if needed]
-    y = conv_bmm(*ctx.saved_tensors, decoded)
-    gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return *(next(gradients) if needed else None for needed in needs), None, None
+        results = op(grad, x, alpha, cells, spec, backend, list(needs))
+        gradients = [g if needed else None for g, needed in zip(results, needs, strict=True)]
+    return *gradients, None, None
 
 
 _dynamic_conv.register_autograd(_backward, setup_context=_setup_context)

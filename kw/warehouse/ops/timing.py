@@ -69,9 +69,7 @@ class TimingCache:
             return measure()
 
 
-def time_contraction(
-    contractions: Mapping[str, Contraction], problem: Problem
-) -> dict[str, float]:
+def time_contraction(contractions: Mapping[str, Contraction], problem: Problem) -> dict[str, float]:
     """Median seconds of one pass by each back end, taken in turn on random tensors.
 
     One that runs out of memory is left out.
@@ -88,9 +86,7 @@ def time_contraction(
     alpha = draw(problem.batch, part.mixtures, problem.cells, dtype=torch.float32)
     cell = problem.cells_numel // problem.cells
     cells = draw(problem.cells, cell, dtype=problem.cells_dtype or problem.dtype)
-    grad = draw(
-        problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size)
-    )
+    grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
 
     def run(contraction: Contraction) -> None:
         if problem.training:
