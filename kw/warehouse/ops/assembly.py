@@ -72,9 +72,13 @@ def assemble(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     return to_kernels(alpha.to(cells.dtype) @ cells, spec.partition)
 
 
-def mix(alpha: Tensor, cells: Tensor) -> Tensor:
-    """Blocks ``[b, m, cell]`` of samples with coefficients ``[b, m, n]``; not differentiable."""
-    return matmul(alpha.to(cells.dtype).flatten(0, 1), cells).view(*alpha.shape[:2], -1)
+def mix(alpha: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks ``[b, m, cell]`` of samples with coefficients ``[b, m, n]``; not differentiable.
+
+    Mixed in the cells' type and then rounded to ``dtype``.
+    """
+    blocks = matmul(alpha.to(cells.dtype).flatten(0, 1), cells)
+    return blocks.to(dtype).view(*alpha.shape[:2], -1)
 
 
 def to_kernels(blocks: Tensor, part: Partition, channels_last: bool = False) -> Tensor:
@@ -141,7 +145,7 @@ class BlockGradients:
             values: which values of the cells.
         """
         alpha, cells = self._inputs
-        rows = blocks.flatten(0, 1)
+        rows = blocks.flatten(0, 1).to(cells.dtype)
         if self._alpha is not None:
             product = matmul(rows, cells[:, values].t())
             self._alpha[samples] += product.view(-1, *alpha.shape[1:])

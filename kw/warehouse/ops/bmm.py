@@ -61,7 +61,7 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         windows.append(x[met].flatten(2))  # [B, g I, P]
     columns = torch.stack(windows, 2).unflatten(1, (spec.groups, -1))  # [B, g, I, K, P]
     columns = columns.flatten(2, 3)  # [B, g, I K, P]
-    kernels = assemble(alpha, cells, spec)  # [B, g O, I, k..]
+    kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, g O, I, k..]
     kernels = kernels.flatten(2).unflatten(1, (spec.groups, -1))  # [B, g, O, I K]
     return (kernels @ columns).flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
 
@@ -78,7 +78,7 @@ class Bmm(Contraction):
         parts = []
         for samples, rows in _chunks(x, cells, spec, training=False):
             some, values = _take_rows(spec, rows)
-            taps = _group_taps(mix(alpha[samples], cells[:, values]), some)  # [b, K, O, I]
+            taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)  # [b, K, O, I]
             part = _forward(x[samples], taps, some)
             if rows == slice(0, spec.partition.cell_out):
                 parts.append(part)
@@ -104,7 +104,7 @@ class Bmm(Contraction):
             some, values = _take_rows(spec, rows)
             part = _output_rows(grad[samples], rows, spec).flatten(1, 2)
             if needs[0]:
-                taps = _group_taps(mix(alpha[samples], cells[:, values]), some)
+                taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)
                 into = _backward_input(part, taps, some, x.shape[2:])
                 del taps
                 if rows.start == 0:

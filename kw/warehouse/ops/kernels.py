@@ -40,7 +40,7 @@ class Kernels(Contraction):
         convolve = _convolve_each if last else _convolve
         parts = []
         for chunk in sample_chunks(len(x), _COPIES[False] * _kernel_numel(spec), x):
-            kernels = to_kernels(mix(alpha[chunk], cells), spec.partition, last)
+            kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), spec.partition, last)
             parts.append(convolve(x[chunk], kernels, spec))
         return join(parts)
 
@@ -61,7 +61,7 @@ class Kernels(Contraction):
         gradients = BlockGradients(alpha, cells, needs)
         for chunk in sample_chunks(len(x), _COPIES[True] * _kernel_numel(spec), x):
             if needs[0]:
-                kernels = to_kernels(mix(alpha[chunk], cells), part, last)
+                kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), part, last)
             else:  # only its shape is read
                 kernels = cells.new_empty(1).expand(len(x[chunk]), *part.kernel_shape)
             into_x, into_kernels = back(grad[chunk], x[chunk], kernels, spec, mask)
