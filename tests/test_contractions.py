@@ -7,13 +7,8 @@ import torch
 from convolutions import CASES
 from torch import Tensor
 
-<<<<<<< HEAD
-from kw.warehouse.ops import ConvSpec, assembly, bmm
-from kw.warehouse.ops.bmm import Bmm
-=======
 from kw.warehouse.ops import CONTRACTIONS as REGISTERED
-from kw.warehouse.ops import ConvSpec
->>>>>>> main
+from kw.warehouse.ops import ConvSpec, assembly, bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
 from kw.warehouse.ops.reference import conv_reference
 
