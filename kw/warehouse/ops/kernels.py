@@ -71,7 +71,7 @@ class Kernels(Contraction):
             if into_kernels is not None:
                 blocks = to_blocks(into_kernels.flatten(3).movedim(3, 1), part)
                 del into_kernels
-                gradients.add(chunk, blocks)
+                gradients.add(blocks, chunk)
         return join(parts) if needs[0] else None, gradients.alpha, gradients.cells
 
     def cost(self, problem: Problem) -> Cost:
