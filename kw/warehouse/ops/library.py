@@ -11,7 +11,14 @@ from torch import Tensor
 
 from .spec import ConvSpec
 
-__all__ = ["convolve", "convolve_backward", "convolve_each", "convolve_each_backward"]
+__all__ = [
+    "convolve",
+    "convolve_backward",
+    "convolve_each",
+    "convolve_each_backward",
+    "convolve_shared",
+    "convolve_shared_backward",
+]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -71,3 +78,29 @@ def convolve_each_backward(
         for side, wanted in zip(zip(*parts, strict=True), mask, strict=True)
     )
     return into_x, into_kernels
+
+
+def convolve_shared(x: Tensor, kernel: Tensor, spec: ConvSpec) -> Tensor:
+    """One ungrouped kernel ``[O, I, k..]`` for all samples."""
+    conv = _CONV[len(spec.stride)]
+    return conv(x, kernel, None, spec.stride, spec.padding, spec.dilation)
+
+
+def convolve_shared_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`convolve_shared`'s input and kernel, where the mask asks for them."""
+    into_x, into_kernel, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        kernel,
+        None,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        False,
+        (0,) * len(spec.stride),
+        1,
+        (*mask, False),
+    )
+    return into_x, into_kernel
