@@ -18,6 +18,7 @@ from .fields import setting, table
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "ContractionConfig",
     "DataConfig",
     "EmaConfig",
     "KernelWarehouseConfig",
@@ -244,6 +245,34 @@ class CheckpointConfig:
 
 
 @dataclass
+class ContractionConfig:
+    """How dynamic layers compute: speed, and with the precisions its price in accuracy
+    (docs/benchmarks.md)."""
+
+    backend: str = setting(
+        "auto", "back end of every dynamic layer; auto = the planner's choice for each"
+    )
+    planner: str = setting(
+        "model",
+        "model: by predicted cost; measure: time the likely ones once per shape and keep the "
+        "result in $KW_CACHE_DIR; off: always the same one",
+        choices=("model", "measure", "off"),
+    )
+    assembly_precision: str = setting(
+        "autocast",
+        "under bf16 and fp16, autocast: mix cells in 16 bit; float32: mix them in float32 and "
+        "round the assembled kernel",
+        choices=("autocast", "float32"),
+    )
+    float32_matmul_precision: str = setting(
+        "highest",
+        "torch.set_float32_matmul_precision: high lets NVIDIA GPUs multiply float32 matrices in "
+        "TF32 (10 mantissa bits), medium in bf16",
+        choices=("highest", "high", "medium"),
+    )
+
+
+@dataclass
 class Config:
     """One training run."""
 
@@ -272,6 +301,7 @@ class Config:
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
     compile: bool = setting(False, "compile the network with torch.compile")
+    contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
     eval_interval: int = setting(1, "epochs between evaluations", minimum=1)
     eval_batch_size: int | None = setting(
         None, "images per device in evaluation; null = batch_size", minimum=1

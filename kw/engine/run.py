@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import ConfigError
-from ..config.schema import Config
+from ..config.schema import Config, ContractionConfig
 from ..data import (
     BatchPreprocessor,
     ImageFolder,
@@ -24,6 +24,8 @@ from ..data import (
 )
 from ..evaluation import Accuracy, headline
 from ..models import ImageClassifier, build_network
+from ..warehouse import KWLayer, set_backend
+from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network
 from .distributed import Process, join_group, leave_group
 from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook, latest_checkpoint
@@ -99,6 +101,7 @@ def build_runner(
 
     set_random_seed(config.seed)
     network = build_network(config.model)
+    _set_contraction(config.contraction, network)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if config.sync_bn and process.world_size > 1:
@@ -174,6 +177,7 @@ def evaluate_checkpoint(
         check_data_root(config.data.root, config.model.num_classes)
         loader = _eval_loader(config, process)
         network = build_network(config.model)
+        _set_contraction(config.contraction, network)
         preprocess = BatchPreprocessor(
             config.data, config.model.num_classes, channels_last=config.channels_last
         ).to(process.device)
@@ -205,6 +209,19 @@ def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
         rank=process.rank,
         world_size=process.world_size,
     )
+
+
+def _set_contraction(config: ContractionConfig, network: nn.Module) -> None:
+    """Make dynamic layers compute as configured; a static network has none to be told."""
+    planner.mode = config.planner
+    set_assembly_precision(config.assembly_precision)
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
+    has_layers = any(isinstance(module, KWLayer) for module in network.modules())
+    if has_layers and config.backend != "auto":
+        try:
+            set_backend(network, config.backend)
+        except ValueError as error:
+            raise ConfigError(f"contraction.backend: {error}") from error
 
 
 def _check_devices(config: Config, process: Process) -> None:

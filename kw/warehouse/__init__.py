@@ -3,6 +3,7 @@
 from .auto import AutoReport, auto_plan
 from .convert import convert, drop_unused_warehouses, resolve_plan, set_backend
 from .convertible import register_convertible
+from .explain import LayerChoice, explain
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import KernelShape, partition_kernels
 from .plan import Plan, Rule
@@ -27,6 +28,7 @@ __all__ = [
     "KWLayer",
     "KWLinear",
     "KernelShape",
+    "LayerChoice",
     "Plan",
     "Rule",
     "Warehouse",
@@ -36,6 +38,7 @@ __all__ = [
     "auto_plan",
     "convert",
     "drop_unused_warehouses",
+    "explain",
     "find_warehouses",
     "get_temperature",
     "has_temperature",

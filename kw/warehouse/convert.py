@@ -165,7 +165,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
     if backend != "auto":
         for layer in layers:
-            check_backend(backend, layer.spec)
+            check_backend(backend, layer.spec, layer.warehouse.cells)
     for layer in layers:
         layer.backend = backend
 

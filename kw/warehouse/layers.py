@@ -114,14 +114,14 @@ class KWLayer(nn.Module):
             nn.init.zeros_(self.bias)
 
     def set_backend(self, backend: str) -> None:
-        """Force a contraction of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice:
-        ``"auto"``.
+        """Force a back end of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice to the
+        planner: ``"auto"``.
 
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
         if backend != "auto":
-            check_backend(backend, self.spec)
+            check_backend(backend, self.spec, self.warehouse.cells)
         self.backend = backend
 
     @property
@@ -306,7 +306,7 @@ class KWLinear(KWLayer):
         """
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
-        tokens = x.reshape(len(x), -1, x.shape[-1])  # [B, N, I]
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, N, I]
         alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
         y = dynamic_conv(tokens.transpose(1, 2), alpha, cells, self.spec, self.backend)

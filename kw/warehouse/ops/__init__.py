@@ -1,23 +1,39 @@
-"""Contractions of inputs, coefficients and cells, and the choice among them."""
+"""Contractions of inputs, coefficients and cells, and the choice among them.
+
+``dynamic_conv`` is the way in. Back ends are in a file each: the yardsticks ``reference`` (the
+definition) and ``grouped`` (what everyone does), then those that the planner chooses from.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from .kernels import assemble, conv_bmm, conv_grouped
-from .reference import conv_reference
+from .assembly import assemble
+from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
+from .bmm import conv_bmm
+from .contraction import Contraction, Cost, Problem
+from .function import contract
+from .precision import assembly_precision, compute_types, set_assembly_precision
 from .spec import ConvSpec
 
-__all__ = ["BACKENDS", "ConvSpec", "assemble", "check_backend", "choose_backend", "dynamic_conv"]
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
-    "reference": conv_reference,
-    "grouped": conv_grouped,
-    "bmm": conv_bmm,
-}
+__all__ = [
+    "BACKENDS",
+    "CONTRACTIONS",
+    "YARDSTICKS",
+    "Contraction",
+    "ConvSpec",
+    "Cost",
+    "Problem",
+    "assemble",
+    "assembly_precision",
+    "check_backend",
+    "dynamic_conv",
+    "planner",
+    "set_assembly_precision",
+]
 
 
 def dynamic_conv(
@@ -25,45 +41,61 @@ def dynamic_conv(
 ) -> Tensor:
     """Convolve every sample with the kernel that its coefficients assemble from the cells.
 
-    ``y_b = conv(x_b, assemble(alpha_b, cells))``: linear in each of its three tensors.
+    ``y_b = conv(x_b, assemble(alpha_b, cells))``: linear in each of its three tensors. Under
+    autocast inputs and cells are rounded to its type first (:func:`set_assembly_precision`).
 
     Args:
         x: input ``[B, I, *space]``.
         alpha: coefficients ``[B, m, n]``.
         cells: ``[n, c_out * c_in * cell_kernel]``.
         spec: partition, stride, padding, dilation, groups.
-        backend: a key of :data:`BACKENDS`, or ``"auto"``.
+        backend: one of :data:`BACKENDS`, or ``"auto"``: the planner's choice for these shapes.
 
     Returns:
         ``[B, O, *output space]``, without the bias.
 
     Raises:
-        ValueError: an unknown back end, or one that cannot do this layer.
+        ValueError: an unknown back end, or one that cannot do this layer; input and cells of
+            different types.
     """
-    name = choose_backend(spec) if backend == "auto" else backend
-    check_backend(name, spec)
-    return BACKENDS[name](x, alpha, cells, spec)
+    if backend in YARDSTICKS:
+        return YARDSTICKS[backend](x, alpha, cells, spec)
+    if backend != "auto" and backend not in CONTRACTIONS:
+        check_backend(backend, spec)
+    x, cells = compute_types(x, cells)
+    if _is_exporting():
+        # A graph for other runtimes is made of operators that they know.
+        return conv_bmm(x, alpha, cells, spec)
+    return contract(x, alpha, cells, spec, backend)
 
 
-def choose_backend(spec: ConvSpec) -> str:
-    """The back end that ``"auto"`` stands for."""
-    return "bmm" if _is_pointwise(spec) else "grouped"
-
-
-def check_backend(name: str, spec: ConvSpec) -> None:
+def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> None:
     """Refuse a back end that does not exist or cannot do this layer.
 
+    Args:
+        name: one of :data:`BACKENDS`.
+        spec: the layer.
+        cells: its warehouse's cells, for device and type; default: on the CPU, float32.
+
     Raises:
-        ValueError: naming the valid ones.
+        ValueError: naming the valid ones, or saying why.
     """
     if name not in BACKENDS:
         near = difflib.get_close_matches(name, BACKENDS, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"back end {name!r} is unknown; {hint}known: auto, {', '.join(BACKENDS)}")
-    if name == "bmm" and not _is_pointwise(spec):
-        size = "x".join(map(str, spec.partition.kernel))
-        raise ValueError(f"back end 'bmm' does pointwise kernels only, not {size}; use 'grouped'")
+    if name in YARDSTICKS:
+        return
+    # The least input that the kernel fits on: what depends on more is refused when it is seen.
+    part = spec.partition
+    size = tuple(d * (k - 1) + 1 for d, k in zip(spec.dilation, part.kernel, strict=True))
+    dtype = torch.float32 if cells is None else cells.dtype
+    device = "cpu" if cells is None else cells.device.type
+    number = part.mixtures if cells is None else len(cells)
+    planner.choose(Problem(spec, number, 2, size, dtype, device), name)
 
 
-def _is_pointwise(spec: ConvSpec) -> bool:
-    return all(k == 1 for k in spec.partition.kernel)
+def _is_exporting() -> bool:
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
+    exporting = is_exporting is not None and is_exporting()
+    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()

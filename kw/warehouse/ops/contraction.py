@@ -34,6 +34,8 @@ class Problem:
         device: device type, ``"cpu"`` or ``"cuda"``, ...
         training: whether gradients will be asked for.
         channels_last: whether the input lies channels last.
+        cells_dtype: of the cells, where it is not the input's: float32 under 16-bit inputs, for
+            kernels that are assembled in float32 and rounded once.
     """
 
     spec: ConvSpec
@@ -44,6 +46,7 @@ class Problem:
     device: str = "cpu"
     training: bool = False
     channels_last: bool = False
+    cells_dtype: torch.dtype | None = None
 
     @cached_property
     def positions(self) -> int:
@@ -115,8 +118,9 @@ class Cost:
 class Contraction:
     """One way of computing ``y_b = conv(x_b, assemble(alpha_b, cells))`` and its gradients.
 
-    Both methods run without autograd and outside of autocast. ``x`` and ``cells`` have one dtype,
-    in which results are returned; ``alpha`` has that or float32, and its gradient alpha's dtype.
+    Both methods run without autograd and outside of autocast. ``x`` has the dtype in which the
+    output is returned; ``cells`` has the same or, for kernels that are assembled in float32 and
+    rounded once, float32; ``alpha`` has that or float32. Gradients have their tensor's dtype.
     The output may lie contiguous or channels last; the caller brings it into the input's layout.
     Between forward and backward nothing is kept but the three inputs: assembled kernels are larger
     than the activations that they make, so the backward pass assembles them again.

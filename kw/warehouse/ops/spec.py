@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from ..partition import Partition
 
@@ -62,7 +62,7 @@ class ConvSpec:
         if any(n < 1 for n in out):
             kernel = "x".join(map(str, self.partition.kernel))
             raise ValueError(
-                f"kernel {kernel} (dilation {self.dilation}) is larger than the input {tuple(size)} "
+                f"kernel {kernel} (dilation {self.dilation}) exceeds the input {tuple(size)} "
                 f"with padding {self.padding}"
             )
         return out
@@ -81,7 +81,7 @@ class ConvSpec:
         return _decode(tuple(code))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _decode(code: tuple[int, ...]) -> ConvSpec:
     dims, groups, cell_out, cell_in, *rest = code
     spatial, out_blocks, in_blocks, *axes = rest

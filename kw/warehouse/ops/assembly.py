@@ -1,0 +1,164 @@
+"""What the back ends share: mixing cells to blocks, blocks to kernels and back, chunks of samples.
+
+Legend: B samples (b of a chunk), m mixtures, n cells, S, GO, GI blocks along space, output and
+input channels, O, I channels, g groups, K kernel positions, P output positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..partition import Partition
+from .contraction import Needs
+from .matmul import accumulate, matmul
+from .spec import ConvSpec
+
+__all__ = [
+    "BlockGradients",
+    "assemble",
+    "even_chunks",
+    "join",
+    "mix",
+    "sample_chunks",
+    "scratch_bytes",
+    "to_blocks",
+    "to_kernels",
+    "to_taps",
+]
+
+# Scratch memory of a chunk of samples, in bytes. On CPU glibc maps fresh pages for larger ones at
+# every call, and clearing them takes longer than the work; a GPU's allocator keeps its memory, and
+# larger chunks fill the device.
+CPU_SCRATCH = 32 << 20
+GPU_SCRATCH = 256 << 20
+
+
+def scratch_bytes(device: str) -> int:
+    """Scratch memory that a chunk may take on such a device."""
+    return CPU_SCRATCH if device == "cpu" else GPU_SCRATCH
+
+
+def sample_chunks(batch: int, values: int, like: Tensor) -> list[slice]:
+    """Samples in chunks of even size whose scratch, ``values`` a sample, stays in bounds."""
+    most = scratch_bytes(like.device.type) // max(values * like.element_size(), 1)
+    return even_chunks(batch, max(most, 1))
+
+
+def even_chunks(count: int, most: int) -> list[slice]:
+    """``count`` things in as few chunks as it takes for none to exceed ``most``, about equal."""
+    size = math.ceil(count / math.ceil(count / most)) if count > most else max(count, 1)
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+
+
+def join(chunks: list[Tensor]) -> Tensor:
+    """The chunks' results as one; a copy only if there are several."""
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def assemble(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """All samples' kernels, differentiably: one matrix product, then every block to its place.
+
+    Args:
+        alpha: ``[B, m, n]``.
+        cells: ``[n, cell]``.
+        spec: the layer.
+
+    Returns:
+        ``[B, O, I / g, k_1 .. k_d]``.
+    """
+    return to_kernels(alpha.to(cells.dtype) @ cells, spec.partition)
+
+
+def mix(alpha: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks ``[b, m, cell]`` of samples with coefficients ``[b, m, n]``; not differentiable.
+
+    Mixed in the cells' type and then rounded to ``dtype``.
+    """
+    blocks = matmul(alpha.to(cells.dtype).flatten(0, 1), cells)
+    return blocks.to(dtype).view(*alpha.shape[:2], -1)
+
+
+def to_kernels(blocks: Tensor, part: Partition, channels_last: bool = False) -> Tensor:
+    """Blocks ``[b, m, cell]`` in their places: ``[b, O, I / g, k_1 .. k_d]``.
+
+    Args:
+        blocks: ``[b, m, cell]``.
+        part: the kernel's partition.
+        channels_last: lay input channels innermost, which moves whole rows of the cells.
+    """
+    blocks = _grid(blocks, part)
+    if not channels_last:
+        return blocks.permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, *part.kernel_shape)
+    out, in_, *size = part.kernel_shape
+    return blocks.permute(0, 2, 4, 1, 6, 3, 5).reshape(-1, out, *size, in_).movedim(-1, 2)
+
+
+def to_taps(blocks: Tensor, part: Partition) -> Tensor:
+    """Blocks ``[b, m, cell]`` as one matrix a kernel position: ``[b, K, O, I / g]``.
+
+    That is the order in which blocks lie, so nothing moves unless cells are cut along input
+    channels or span space.
+    """
+    out, in_ = part.kernel_shape[:2]
+    taps = _grid(blocks, part).permute(0, 1, 6, 2, 4, 3, 5)  # [b, S, ck, GO, c_out, GI, c_in]
+    return taps.reshape(-1, math.prod(part.kernel), out, in_)
+
+
+def to_blocks(taps: Tensor, part: Partition) -> Tensor:
+    """Kernels by position, ``[b, K, O, I / g]``, as blocks ``[b, m, cell]``; undoes
+    :func:`to_taps`, and takes a kernel ``[b, O, I / g, k..]`` as ``flatten(3).movedim(3, 1)``."""
+    spatial, out_blocks, in_blocks = part.grid
+    shape = (spatial, -1, out_blocks, part.cell_out, in_blocks, part.cell_in)
+    grid = taps.unflatten(3, shape[4:]).unflatten(2, shape[2:4]).unflatten(1, shape[:2])
+    return grid.permute(0, 1, 3, 5, 4, 6, 2).reshape(len(taps), part.mixtures, -1)
+
+
+def _grid(blocks: Tensor, part: Partition) -> Tensor:
+    # Either the grid or the cell spans space: S or ck is 1.
+    cell_kernel = math.prod(part.cell_kernel)
+    # [b, S, GO, GI, c_out, c_in, ck]
+    return blocks.view(-1, *part.grid, part.cell_out, part.cell_in, cell_kernel)
+
+
+class BlockGradients:
+    """Gradients of coefficients and cells, summed from those of the blocks chunk by chunk.
+
+    With blocks ``W = alpha E``: ``d alpha = dW E^T`` and ``dE = alpha^T dW``.
+    """
+
+    def __init__(self, alpha: Tensor, cells: Tensor, needs: Needs) -> None:
+        self._inputs = alpha, cells
+        # What several chunks add up to has to be wider than half precision.
+        wide = torch.promote_types(cells.dtype, torch.float32)
+        self._alpha = torch.zeros_like(alpha, dtype=wide) if needs[1] else None
+        self._cells = torch.zeros_like(cells, dtype=wide) if needs[2] else None
+
+    def add(self, blocks: Tensor, samples: slice, values: slice = slice(None)) -> None:
+        """Take in gradients ``[b, m, values]`` of the blocks of some samples, or a part of them.
+
+        Args:
+            blocks: the gradient.
+            samples: which samples.
+            values: which values of the cells.
+        """
+        alpha, cells = self._inputs
+        rows = blocks.flatten(0, 1).to(cells.dtype)
+        if self._alpha is not None:
+            product = matmul(rows, cells[:, values].t())
+            self._alpha[samples] += product.view(-1, *alpha.shape[1:])
+        if self._cells is not None:
+            mixing = alpha[samples].flatten(0, 1).to(rows.dtype)
+            accumulate(self._cells[:, values], mixing.t(), rows)
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """The gradient ``[B, m, n]``, or ``None`` if it is not wanted."""
+        return None if self._alpha is None else self._alpha.to(self._inputs[0].dtype)
+
+    @property
+    def cells(self) -> Tensor | None:
+        """The gradient ``[n, cell]``, or ``None`` if it is not wanted."""
+        return None if self._cells is None else self._cells.to(self._inputs[1].dtype)

@@ -1,0 +1,312 @@
+"""Every sample's kernel, assembled, and batched matrix products: one matrix a kernel position.
+
+The matrices of a kernel's positions lie as blocks do, so kernels are consumed where the assembling
+product wrote them (unless cells are cut along input channels, span space, or the layer is grouped).
+
+- Stride 1: every matrix is multiplied with the whole input, in one product a sample; the products
+  are then shifted and summed. Nothing is unfolded, and the input is read once.
+- Other strides: every matrix is multiplied with the positions that it meets.
+
+Legend: B samples, b of a chunk times g groups, K taps (kernel positions), O, I channels of a group,
+Q input and P output positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .assembly import (
+    BlockGradients,
+    assemble,
+    even_chunks,
+    join,
+    mix,
+    sample_chunks,
+    scratch_bytes,
+    to_blocks,
+    to_taps,
+)
+from .contraction import Contraction, Cost, Needs, Problem
+from .matmul import batch_matmul
+from .spec import ConvSpec
+from .windows import fold, gather, scatter, unfold
+
+__all__ = ["Bmm", "conv_bmm"]
+
+LEAST_ROWS = 32
+
+
+def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """The convolution as one batched matrix product, of ordinary differentiable operations.
+
+    Traced and exported with any number of samples, and differentiated any number of times; spatial
+    sizes are fixed. Every other back end is faster or takes less memory.
+    """
+    size = spec.output_size(x.shape[2:])
+    if any(spec.padding):
+        x = F.pad(x, [p for p in reversed(spec.padding) for _ in range(2)])
+    windows = []
+    for tap in itertools.product(*map(range, spec.partition.kernel)):
+        starts = [t * d for t, d in zip(tap, spec.dilation, strict=True)]
+        axes = zip(starts, spec.stride, size, strict=True)
+        steps = [slice(start, start + s * (n - 1) + 1, s) for start, s, n in axes]
+        met = (slice(None), slice(None), *steps)
+        windows.append(x[met].flatten(2))  # [B, g I, P]
+    columns = torch.stack(windows, 2).unflatten(1, (spec.groups, -1))  # [B, g, I, K, P]
+    columns = columns.flatten(2, 3)  # [B, g, I K, P]
+    kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, g O, I, k..]
+    kernels = kernels.flatten(2).unflatten(1, (spec.groups, -1))  # [B, g, O, I K]
+    return (kernels @ columns).flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+
+
+class Bmm(Contraction):
+    """Assemble, then one matrix product a sample, or a sample and tap when strided."""
+
+    name = "bmm"
+
+    def refusal(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+        parts = []
+        for samples, rows in _chunks(x, cells, spec, training=False):
+            some, values = _take_rows(spec, rows)
+            taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)  # [b, K, O, I]
+            part = _forward(x[samples], taps, some)
+            if rows == slice(0, spec.partition.cell_out):
+                parts.append(part)
+                continue
+            if not parts or rows.start == 0:
+                parts.append(_empty_output(part, spec))
+            _output_rows(parts[-1], rows, spec).copy_(_output_rows(part, slice(None), some))
+        return join(parts)
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parts: list[Tensor] = []
+        gradients = BlockGradients(alpha, cells, needs)
+        for samples, rows in _chunks(x, cells, spec, training=True):
+            some, values = _take_rows(spec, rows)
+            part = _output_rows(grad[samples], rows, spec).flatten(1, 2)
+            if needs[0]:
+                taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)
+                into = _backward_input(part, taps, some, x.shape[2:])
+                del taps
+                if rows.start == 0:
+                    whole = rows.stop == spec.partition.cell_out
+                    parts.append(into if whole else into.to(wide))
+                else:
+                    parts[-1] += into
+            if needs[1] or needs[2]:
+                taps = _backward_taps(part, x[samples], some)
+                gradients.add(_ungroup_taps(taps, some), samples, values)
+        into_x = join(parts).to(x.dtype) if needs[0] else None
+        return into_x, gradients.alpha, gradients.cells
+
+    def cost(self, problem: Problem) -> Cost:
+        spec, each = problem.spec, problem.kernel_numel
+        folded = _is_folded(spec) and not spec.is_pointwise
+        passes = 3 if problem.training else 1  # y; dX and dW
+        products = 4 if problem.training else 1  # the kernels twice, d alpha, d cells
+        scratch = _scratch(spec, problem.size, problem.training)
+        chunks = math.ceil(
+            problem.batch * scratch * problem.itemsize / scratch_bytes(problem.device)
+        )
+        macs = problem.conv_macs
+        if folded:
+            macs = macs * math.prod(problem.size) // problem.positions
+        # A product writes or reads the blocks, and each of the convolution's reads or writes them;
+        # the taps' inputs or outputs are written and read once a pass.
+        moved = 0 if _in_place(spec) else 2 * (2 if problem.training else 1) * each
+        values = (products + passes) * each + moved
+        values += passes * (problem.input_numel + problem.output_numel)
+        values += 2 * passes * (scratch - each)
+        calls = passes * (1 if problem.device != "cpu" else problem.batch / chunks)
+        if not folded and not spec.is_pointwise:
+            calls *= math.prod(spec.partition.kernel) if problem.device == "cpu" else 1
+        copies = 0 if spec.is_pointwise else passes * math.prod(spec.partition.kernel)
+        cells = products * chunks * problem.cells_numel
+        return Cost(
+            dense_macs=passes * macs + products * problem.assembly_macs,
+            bytes=problem.itemsize * (problem.batch * values + cells),
+            launches=chunks * (products + calls + copies + 2),
+        )
+
+
+def _chunks(
+    x: Tensor, cells: Tensor, spec: ConvSpec, training: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Samples and rows (output channels of a cell) to work on at a time.
+
+    Every chunk of samples reads all cells, every chunk of rows all inputs: the smaller of the two
+    is read again. Below a vector's width of rows, products are inefficient.
+    """
+    scratch = _scratch(spec, x.shape[2:], training)
+    part, batch = spec.partition, len(x)
+    out_per_group = part.kernel_shape[0] // spec.groups
+    rows = part.cell_out
+    if cells.numel() > x.numel() and out_per_group % part.cell_out == 0:
+        most = scratch_bytes(x.device.type) // (scratch * batch * x.element_size() // rows + 1)
+        least = -(-LEAST_ROWS // part.grid[1])
+        rows = min(max(most, least), rows)
+    for samples in sample_chunks(batch, scratch * rows // part.cell_out, x):
+        for some in even_chunks(part.cell_out, rows):
+            yield samples, some
+
+
+def _take_rows(spec: ConvSpec, rows: slice) -> tuple[ConvSpec, slice]:
+    """The layer with these rows of every cell only, and the values of a cell that they are."""
+    part, count = spec.partition, rows.stop - rows.start
+    if count == part.cell_out:
+        return spec, slice(None)
+    each = part.cell_in * math.prod(part.cell_kernel)
+    values = slice(rows.start * each, rows.stop * each)
+    return replace(spec, partition=replace(part, cell_out=count)), values
+
+
+def _output_rows(y: Tensor, rows: slice, spec: ConvSpec) -> Tensor:
+    """``[b, O, *size]`` -> the output channels ``[b, GO, rows, *size]``, a view."""
+    return y.unflatten(1, (spec.partition.grid[1], -1))[:, :, rows]
+
+
+def _empty_output(like: Tensor, spec: ConvSpec) -> Tensor:
+    """For all output channels, lying as some of them do."""
+    if like.stride(1) == 1:  # channels last
+        size = like.movedim(1, -1).shape[:-1]
+        return like.new_empty(*size, spec.out_channels).movedim(-1, 1)
+    return like.new_empty(len(like), spec.out_channels, *like.shape[2:])
+
+
+def _is_folded(spec: ConvSpec) -> bool:
+    return all(s == 1 for s in spec.stride)
+
+
+def _is_direct(spec: ConvSpec) -> bool:
+    """Whether inputs and outputs take part as they lie, position by position."""
+    return spec.is_pointwise and _is_folded(spec) and not any(spec.padding)
+
+
+def _in_place(spec: ConvSpec) -> bool:
+    part = spec.partition
+    return part.grid[2] == 1 and spec.groups == 1 and math.prod(part.cell_kernel) == 1
+
+
+def _scratch(spec: ConvSpec, size: Sequence[int], training: bool) -> int:
+    """Values of a sample beyond its input and output: its kernel, and what every tap makes of the
+    input or reads from it."""
+    out, in_, *kernel = spec.partition.kernel_shape
+    kernel_numel = out * in_ * math.prod(kernel)
+    if _is_direct(spec):
+        taps = 0
+    elif _is_folded(spec):
+        taps = math.prod(size) * math.prod(kernel) * out
+    else:
+        taps = math.prod(spec.output_size(size)) * math.prod(kernel) * max(out, in_ * spec.groups)
+    return kernel_numel * (1 if _in_place(spec) else 2) + taps * (2 if training else 1)
+
+
+def _group_taps(blocks: Tensor, spec: ConvSpec) -> Tensor:
+    """Blocks as matrices ``[b, K, O, I]``, a group being a sample of its own."""
+    taps = to_taps(blocks, spec.partition)
+    if spec.groups == 1:
+        return taps
+    # [samples, K, g, O, I] -> [samples, g, K, O, I]
+    return taps.unflatten(2, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _ungroup_taps(taps: Tensor, spec: ConvSpec) -> Tensor:
+    """Undoes :func:`_group_taps`."""
+    if spec.groups > 1:
+        taps = taps.unflatten(0, (-1, spec.groups)).transpose(1, 2).flatten(2, 3)
+    return to_blocks(taps, spec.partition)
+
+
+def _rows(x: Tensor, spec: ConvSpec) -> Tensor:
+    """``[samples, g C, *size]`` with channels last and groups as samples: ``[b, *size, C]``."""
+    rows = x.movedim(1, -1)
+    if spec.groups == 1:
+        return rows
+    return rows.unflatten(-1, (spec.groups, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def _from_rows(rows: Tensor, spec: ConvSpec) -> Tensor:
+    """Undoes :func:`_rows`; channels stay last in memory if there are no groups."""
+    if spec.groups > 1:
+        rows = rows.unflatten(0, (-1, spec.groups)).movedim(1, -2).flatten(-2)
+    return rows.movedim(-1, 1)
+
+
+def _forward(x: Tensor, taps: Tensor, spec: ConvSpec) -> Tensor:
+    size = x.shape[2:]
+    if _is_direct(spec):
+        return _pointwise(x, taps[:, 0], spec)
+    _, count, out, in_ = taps.shape
+    rows = _rows(x, spec)
+    if _is_folded(spec):
+        rows = rows.reshape(len(rows), -1, in_)  # [b, Q, I]
+        products = batch_matmul(rows, taps.reshape(len(taps), -1, in_).mT)  # [b, Q, K O]
+        y = fold(products.view(len(rows), *size, count, out), spec, size)
+    else:
+        windows = gather(rows, spec, size).view(len(rows) * count, -1, in_)  # [b K, P, I]
+        products = batch_matmul(windows, taps.flatten(0, 1).mT)  # [b K, P, O]
+        y = products.view(len(rows), count, -1, out)
+        y = (y.sum(1) if count > 1 else y[:, 0]).view(len(rows), *spec.output_size(size), out)
+    return _from_rows(y, spec)
+
+
+def _backward_input(grad: Tensor, taps: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
+    if _is_direct(spec):
+        return _pointwise(grad, taps[:, 0].mT, spec)
+    _, count, out, in_ = taps.shape
+    rows = _rows(grad, spec)
+    if _is_folded(spec):
+        spread = unfold(rows, spec, size).view(len(rows), -1, count * out)  # [b, Q, K O]
+        into = batch_matmul(spread, taps.reshape(len(taps), -1, in_))  # [b, Q, I]
+        return _from_rows(into.view(len(rows), *size, in_), spec)
+    rows = rows.reshape(len(rows), 1, -1, out).expand(-1, count, -1, -1).flatten(0, 1)
+    into = batch_matmul(rows, taps.flatten(0, 1))  # [b K, P, I]
+    into = into.view(-1, count, *spec.output_size(size), in_)
+    return _from_rows(scatter(into, spec, size), spec)
+
+
+def _backward_taps(grad: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
+    """Gradient ``[b, K, O, I]`` of the matrices."""
+    size, count = x.shape[2:], math.prod(spec.partition.kernel)
+    rows, into = _rows(x, spec), _rows(grad, spec)
+    in_, out = rows.shape[-1], into.shape[-1]
+    if _is_direct(spec):
+        rows, into = (t.movedim(-1, 1).flatten(2) for t in (rows, into))  # [b, C, P]
+        return batch_matmul(into, rows.mT).unsqueeze(1)
+    if _is_folded(spec):
+        spread = unfold(into, spec, size).view(len(into), -1, count * out)  # [b, Q, K O]
+        taps = batch_matmul(spread.mT, rows.reshape(len(rows), -1, in_))  # [b, K O, I]
+        return taps.view(-1, count, out, in_)
+    windows = gather(rows, spec, size).view(len(rows) * count, -1, in_)  # [b K, P, I]
+    into = into.reshape(len(into), 1, -1, out).expand(-1, count, -1, -1).flatten(0, 1)
+    return batch_matmul(into.mT, windows).view(-1, count, out, in_)
+
+
+def _pointwise(x: Tensor, matrices: Tensor, spec: ConvSpec) -> Tensor:
+    """``matrices [b, O, I]`` times every position of ``x [samples, g I, *size]``."""
+    size = x.shape[2:]
+    if x.dim() > 2 and x.stride(1) == 1 and spec.groups == 1:  # channels last
+        rows = x.movedim(1, -1).reshape(len(x), -1, x.shape[1])
+        y = batch_matmul(rows, matrices.mT)  # [b, P, O]
+        return y.view(len(x), *size, -1).movedim(-1, 1)
+    columns = x.reshape(len(matrices), matrices.shape[2], -1)  # [b, I, P]
+    return batch_matmul(matrices, columns).view(len(x), -1, *size)

@@ -1,0 +1,74 @@
+"""What a device can do, as far as the cost model needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .contraction import Cost
+
+__all__ = ["DeviceProfile", "device_profile"]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Rates of one device.
+
+    Attributes:
+        dense: multiply-adds a second in matrix products, by dtype.
+        slow: multiply-adds a second outside of them.
+        bandwidth: bytes a second.
+        launch: seconds a call.
+    """
+
+    dense: dict[torch.dtype, float]
+    slow: float
+    bandwidth: float
+    launch: float
+
+    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
+        """Predicted time: arithmetic or memory, whichever takes longer, and the calls."""
+        dense = self.dense.get(dtype, self.dense[torch.float32])
+        arithmetic = cost.dense_macs / dense + cost.slow_macs / self.slow
+        return max(arithmetic, cost.bytes / self.bandwidth) + cost.launches * self.launch
+
+
+def device_profile(device: str) -> DeviceProfile:
+    """The profile of a device type: of the current CUDA device, of the CPU's threads in use."""
+    if device == "cuda" and torch.cuda.is_available():
+        high = torch.get_float32_matmul_precision() != "highest"
+        return _cuda_profile(torch.cuda.current_device(), high)
+    return _cpu_profile(torch.get_num_threads())
+
+
+@cache
+def _cpu_profile(threads: int) -> DeviceProfile:
+    # Seen with oneDNN on AVX-512 cores: 75 to 90 G multiply-adds a second and core in float32,
+    # 25 to 50 GB/s from memory for two of them, about 8 us for a call through the dispatcher.
+    float32 = 75e9 * threads
+    dense = {torch.float32: float32, torch.float64: float32 / 2}
+    dense |= {torch.bfloat16: float32 / 2, torch.float16: float32 / 4}
+    return DeviceProfile(dense, slow=4e9 * threads, bandwidth=30e9, launch=8e-6)
+
+
+# Multiply-adds a clock and multiprocessor in 16 bit on the tensor cores (vendor's data sheets).
+_TENSOR_MACS = {(7, 0): 512, (7, 5): 512, (8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048}
+
+
+@cache
+def _cuda_profile(index: int, reduced_float32: bool) -> DeviceProfile:
+    properties = torch.cuda.get_device_properties(index)
+    clock = getattr(properties, "clock_rate", 1_500_000) * 1e3  # kHz
+    per_clock = properties.multi_processor_count * clock
+    # A compute capability that is not known yet is taken for the newest that is.
+    tensor = _TENSOR_MACS.get((properties.major, properties.minor), max(_TENSOR_MACS.values()))
+    half = 0.6 * per_clock * tensor  # what large matrix products reach of the peak
+    single = half / 2 if reduced_float32 else 0.7 * per_clock * 128
+    dense = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
+    dense[torch.float64] = per_clock * 32
+    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
+    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
+    bandwidth = 0.8 * (2 * memory_clock * bus_bytes or 2e12)
+    return DeviceProfile(dense, slow=0.3 * per_clock * 128, bandwidth=bandwidth, launch=4e-6)

@@ -1,0 +1,200 @@
+"""The autograd function around all back ends: nothing is kept but the three inputs.
+
+Under ``torch.compile`` it is an operator of ``torch.library``: one node instead of the planner's
+branches (one graph, no breaks), and CUDA graphs capture what the chosen back end launches. Outside
+of it the same two functions stand in a ``torch.autograd.Function``, whose calls are cheaper.
+
+The back end is looked up when the work is done, from real shapes; it may be another one in the
+backward pass, because what the forward pass computed on its way is not used there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import planner
+from .bmm import conv_bmm
+from .contraction import Needs, Problem
+from .spec import ConvSpec
+
+__all__ = ["contract", "lies_channels_last"]
+
+
+def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+    """The contraction by a back end of :data:`CONTRACTIONS` or by the planner's choice.
+
+    Args:
+        x: ``[B, I, *space]``.
+        alpha: ``[B, m, n]``.
+        cells: ``[n, cell]``, of x's dtype or float32.
+        spec: the layer.
+        backend: a name, or ``"auto"``.
+
+    Returns:
+        ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(x):
+        return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
+        return _DynamicConv.apply(x, alpha, cells, spec, backend)
+    return _run(x, alpha, cells, spec, backend)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+
+
+def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+    with torch.no_grad(), _outside_autocast(x):
+        contraction = planner.choose(_problem(x, cells, spec), backend)
+        return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: ConvSpec,
+    backend: str,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    with torch.no_grad(), _outside_autocast(x):
+        contraction = planner.choose(_problem(x, cells, spec, training=True), backend)
+        dx, dalpha, dcells = contraction.backward(grad, x, alpha, cells, spec, needs)
+    return (
+        None if dx is None else _laid_out(dx, lies_channels_last(x)),
+        None if dalpha is None else dalpha.contiguous(),
+        None if dcells is None else dcells.contiguous(),
+    )
+
+
+@torch.library.custom_op(
+    "kw::dynamic_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor alpha, Tensor cells, int[] spec, str backend) -> Tensor",
+)
+def _dynamic_conv(
+    x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str
+) -> Tensor:
+    return _run(x, alpha, cells, ConvSpec.decode(spec), backend)
+
+
+@_dynamic_conv.register_fake
+def _(x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str) -> Tensor:
+    decoded = ConvSpec.decode(spec)
+    size = decoded.output_size(x.shape[2:])
+    if lies_channels_last(x):
+        return x.new_empty(x.shape[0], *size, decoded.out_channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], decoded.out_channels, *size)
+
+
+@torch.library.custom_op(
+    "kw::dynamic_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor alpha, Tensor cells, int[] spec, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def _dynamic_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: Sequence[int],
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = x.new_empty(0)
+    wanted = (needs[0], needs[1], needs[2])
+    results = _run_backward(grad, x, alpha, cells, ConvSpec.decode(spec), backend, wanted)
+    dx, dalpha, dcells = (none.clone() if result is None else result for result in results)
+    return dx, dalpha, dcells
+
+
+@_dynamic_conv_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: Sequence[int],
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    if lies_channels_last(x):
+        dx = torch.empty_like(x.movedim(1, -1)).movedim(-1, 1)
+    return (
+        dx if needs[0] else x.new_empty(0),
+        alpha.new_empty(alpha.shape) if needs[1] else x.new_empty(0),
+        cells.new_empty(cells.shape) if needs[2] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, alpha, cells, ctx.spec, ctx.backend = inputs
+    ctx.save_for_backward(x, alpha, cells)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, alpha, cells = ctx.saved_tensors
+    needs, spec, backend = ctx.needs_input_grad[:3], ctx.spec, ctx.backend
+    if torch.is_grad_enabled():
+        # create_graph: the gradient is to be differentiated again, so it is ordinary code's.
+        decoded = spec if isinstance(spec, ConvSpec) else ConvSpec.decode(spec)
+        wanted = [t for t, needed in zip((x, alpha, cells), needs, strict=True) if needed]
+        y = conv_bmm(x, alpha, cells, decoded)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        gradients = [next(found) if needed else None for needed in needs]
+    elif isinstance(spec, ConvSpec):
+        gradients = list(_run_backward(grad, x, alpha, cells, spec, backend, needs))
+    else:
+        op = torch.ops.kw.dynamic_conv_backward
+        results = op(grad, x, alpha, cells, spec, backend, list(needs))
+        gradients = [g if needed else None for g, needed in zip(results, needs, strict=True)]
+    return *gradients, None, None
+
+
+_dynamic_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _DynamicConv(torch.autograd.Function):
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether ``[B, C, *space]`` lies in memory as ``[B, *space, C]`` and not as it is written."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _laid_out(y: Tensor, channels_last: bool) -> Tensor:
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else y.contiguous()
+
+
+def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -> Problem:
+    return Problem(
+        spec,
+        len(cells),
+        len(x),
+        tuple(x.shape[2:]),
+        x.dtype,
+        x.device.type,
+        training,
+        lies_channels_last(x),
+        None if cells.dtype == x.dtype else cells.dtype,
+    )
+
+
+def _outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # A back end is given the types that it shall compute in; autocast would change them again.
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

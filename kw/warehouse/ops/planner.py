@@ -1,0 +1,161 @@
+"""Which back end does a layer, for its shapes, types and device: the planner.
+
+A cost model predicts each back end's time from its multiply-adds, the bytes it moves and the calls
+it makes; the quickest is taken. The model is arithmetic on shapes: it reads nothing from the device
+during a step, and equal machines choose equally. Where prediction is not enough, ``measure`` times
+the likely ones once per shape and keeps the result in a file that all processes of the machine
+read.
+
+Forward and backward pass are chosen apart, since they share nothing but the layer's inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .contraction import Contraction, Problem
+from .device import DeviceProfile, device_profile
+from .timing import TimingCache, time_contraction
+
+__all__ = ["MODES", "Planner", "Prediction"]
+
+MODES = ("model", "measure", "off")
+_CANDIDATES = 3.0
+"""Back ends predicted within this factor of the quickest are timed."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner thinks of one back end for one problem.
+
+    Attributes:
+        name: the back end.
+        seconds: predicted time; ``None`` where it cannot do the problem.
+        refusal: why it cannot, or an empty string.
+    """
+
+    name: str
+    seconds: float | None
+    refusal: str = ""
+
+
+class Planner:
+    """Chooses among back ends; one instance serves the process.
+
+    Args:
+        contractions: back ends by name, the preferred first where predictions are equal.
+        fallback: the one that is taken without planning; it must do every problem.
+
+    Attributes:
+        mode: ``"model"`` predicts; ``"measure"`` times the likely ones at a shape's first use;
+            ``"off"`` always takes ``fallback``.
+    """
+
+    def __init__(self, contractions: Mapping[str, Contraction], fallback: str) -> None:
+        self.contractions = dict(contractions)
+        self.fallback = fallback
+        self.timings = TimingCache()
+        self._mode = "model"
+        self._recorders: list[list[tuple[Problem, str]]] = []
+        self._chosen: dict[tuple[Problem, int], Contraction] = {}
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            near = difflib.get_close_matches(str(mode), MODES, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"planner mode {mode!r} is unknown; {hint}known: {', '.join(MODES)}")
+        self._mode = mode
+        self._chosen.clear()
+
+    def choose(self, problem: Problem, backend: str = "auto") -> Contraction:
+        """The back end for a problem: the one named, or the planner's choice for ``"auto"``.
+
+        Raises:
+            ValueError: the one named cannot do the problem; the message says why.
+        """
+        if backend != "auto":
+            contraction = self.contractions[backend]
+            reason = contraction.refusal(problem)
+            if reason:
+                raise ValueError(f"back end {backend!r} {reason}")
+            self._record(problem, backend)
+            return contraction
+        # The number of threads is part of what a CPU is; nothing else can change in a process.
+        key = (problem, torch.get_num_threads() if problem.device == "cpu" else 0)
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self.contractions[self._plan(problem)]
+        self._record(problem, chosen.name)
+        return chosen
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[tuple[Problem, str]]]:
+        """A list to which every problem is added with its back end while the context lasts."""
+        recorder: list[tuple[Problem, str]] = []
+        self._recorders.append(recorder)
+        try:
+            yield recorder
+        finally:
+            self._recorders.remove(recorder)
+
+    def _record(self, problem: Problem, name: str) -> None:
+        for recorder in self._recorders:
+            recorder.append((problem, name))
+
+    def predict(self, problem: Problem) -> list[Prediction]:
+        """Every back end's predicted time for the pass that the problem stands for, quickest
+        first; those that cannot do it last."""
+        profile = device_profile(problem.device)
+        predictions = [self._predict(name, problem, profile) for name in self.contractions]
+        return sorted(predictions, key=lambda p: (p.seconds is None, p.seconds or 0.0))
+
+    def _predict(self, name: str, problem: Problem, profile: DeviceProfile) -> Prediction:
+        contraction = self.contractions[name]
+        reason = contraction.refusal(problem)
+        if reason:
+            return Prediction(name, None, reason)
+        seconds = profile.seconds(contraction.cost(problem), problem.dtype)
+        if problem.training:  # the backward pass is what both passes take beyond the forward one
+            forward = contraction.cost(replace(problem, training=False))
+            seconds = max(seconds - profile.seconds(forward, problem.dtype), 0.0)
+        return Prediction(name, seconds)
+
+    def _plan(self, problem: Problem) -> str:
+        if self.mode == "off":
+            return self.fallback
+        possible = [p for p in self.predict(problem) if p.seconds is not None]
+        if self.mode == "model" or len(possible) == 1 or not _may_measure(problem):
+            return possible[0].name
+        assert possible[0].seconds is not None
+        limit = possible[0].seconds * _CANDIDATES
+        likely = [p.name for p in possible if p.seconds is not None and p.seconds <= limit]
+        return self._measure(replace(problem, batch=_bucket(problem.batch)), likely)
+
+    def _measure(self, problem: Problem, names: Iterable[str]) -> str:
+        def measure() -> dict[str, float]:
+            contractions = {name: self.contractions[name] for name in names}
+            return time_contraction(contractions, problem)
+
+        times = self.timings.get(problem, measure)
+        known = {name: seconds for name, seconds in times.items() if name in self.contractions}
+        return min(known, key=lambda name: known[name]) if known else self.fallback
+
+
+def _bucket(batch: int) -> int:
+    """The next power of two: shapes that are timed once for all batches up to it."""
+    return 1 << max(batch - 1, 0).bit_length()
+
+
+def _may_measure(problem: Problem) -> bool:
+    # Timing waits for the device, which a stream that is being captured cannot.
+    return problem.device != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,154 @@
+"""Timing back ends once per shape, and remembering the result across processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contraction import Contraction, Problem
+
+__all__ = ["TimingCache", "cache_folder", "time_contraction"]
+
+_ROUNDS = 5
+
+
+def cache_folder() -> Path:
+    """Where timings are kept: ``$KW_CACHE_DIR``, else ``kernelwarehouse`` in the user's cache."""
+    given = os.environ.get("KW_CACHE_DIR")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kernelwarehouse"
+
+
+class TimingCache:
+    """Times by shape, in one JSON file for a kind of device and a version of torch.
+
+    A process that needs a time holds the file's lock while it measures, so that the others wait
+    and then choose as it did.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Problem, dict[str, float]] = {}
+
+    def get(self, problem: Problem, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Seconds by back end; ``measure`` is called where nobody has measured yet."""
+        if problem not in self._known:
+            self._known[problem] = self._from_file(problem, measure)
+        return self._known[problem]
+
+    def clear(self) -> None:
+        """Forget what this process knows; the file stays."""
+        self._known.clear()
+
+    def _from_file(
+        self, problem: Problem, measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        path = cache_folder() / f"timings-{_machine(problem.device)}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                times = _read(path)
+                key = _key(problem)
+                if key not in times:
+                    times[key] = measure()
+                    partial = path.with_suffix(f".{os.getpid()}")
+                    partial.write_text(json.dumps(times, indent=1, sort_keys=True))
+                    partial.replace(path)
+                return times[key]
+        except OSError:  # nowhere to write: this process measures for itself
+            return measure()
+
+
+def time_contraction(contractions: Mapping[str, Contraction], problem: Problem) -> dict[str, float]:
+    """Median seconds of one pass by each back end, taken in turn on random tensors.
+
+    One that runs out of memory is left out.
+    """
+    part, device = problem.spec.partition, problem.device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    x = draw(problem.batch, problem.spec.in_channels, *problem.size)
+    if problem.channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    alpha = draw(problem.batch, part.mixtures, problem.cells, dtype=torch.float32)
+    cell = problem.cells_numel // problem.cells
+    cells = draw(problem.cells, cell, dtype=problem.cells_dtype or problem.dtype)
+    grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
+
+    def run(contraction: Contraction) -> None:
+        if problem.training:
+            contraction.backward(grad, x, alpha, cells, problem.spec, (True, True, True))
+        else:
+            contraction.forward(x, alpha, cells, problem.spec)
+
+    times: dict[str, list[float]] = {name: [] for name in contractions}
+    for i in range(_ROUNDS + 1):
+        for name in list(times):
+            try:
+                start = _now(device)
+                run(contractions[name])
+                seconds = _now(device) - start
+            except torch.OutOfMemoryError:
+                del times[name]
+                continue
+            if i:  # the first round compiles and warms caches
+                times[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+        name += f"-{torch.get_num_threads()}threads"
+    words = "".join(c if c.isalnum() else " " for c in f"{name} torch {torch.__version__}").split()
+    return "-".join(words).lower()
+
+
+def _key(problem: Problem) -> str:
+    code = "-".join(map(str, problem.spec.encode()))
+    size = "x".join(map(str, problem.size))
+    phase = "backward" if problem.training else "forward"
+    layout = "channels_last" if problem.channels_last else "contiguous"
+    types = str(problem.dtype) + (f"/{problem.cells_dtype}" if problem.cells_dtype else "")
+    return f"{code} n{problem.cells} b{problem.batch} {size} {types} {layout} {phase}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or cut off by a crash: measured anew
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: without a lock processes may measure the same thing
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,216 @@
+"""The Triton back end: assembled kernels consumed where one matrix product left them, in chunks.
+
+Legend: B samples, m mixtures, n cells, S, GO, GI blocks along space, output and input channels,
+ck kernel positions inside of a cell, O, I channels, P positions, rows output channels of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import triton_launch as launch
+from .contraction import Contraction, Cost, Needs, Problem
+from .spec import ConvSpec
+from .triton_launch import Chunk
+from .triton_tiles import tiles_of_convolution
+
+__all__ = ["TritonConv"]
+
+SCRATCH = 256 << 20
+"""Bytes of assembled kernels at a time. Enough that a chunk fills any GPU several times over."""
+
+LEAST_ROWS = 16
+"""Rows of a chunk below which samples are divided instead: the narrowest tile of channels."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TritonConv(Contraction):
+    """Assemble with one library matrix product, convolve with kernels that read its result.
+
+    Work is cut into chunks of rows of a cell, all samples at once: a slice of the cells' columns,
+    so that the cells are read once however many chunks there are and nothing is copied to slice
+    them. Only when that does not suffice are samples divided too. The backward pass goes through
+    the same chunks: it assembles one, takes the input's gradient through it, overwrites it with
+    the kernels' gradient and contracts that with cells and coefficients.
+
+    Bytes beyond activations: the forward pass writes and reads every sample's kernel once; the
+    backward pass twice, and reads the second, its gradient, once more. None of it is kept.
+
+    Args:
+        scratch: bytes of assembled kernels at a time.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, scratch: int = SCRATCH) -> None:
+        self.scratch = scratch
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.device != "cuda" and not launch.interpreted():
+            return f"runs on CUDA devices, not on {problem.device!r}"
+        if problem.spec.groups > 1:
+            return f"does ungrouped convolutions only, not {problem.spec.groups} groups"
+        if problem.dtype not in _DTYPES:
+            known = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES)
+            return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
+        if len(problem.size) > launch.AXES:
+            return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+        found = launch.kernel_module()
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+        x = _readable(x, spec)
+        y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
+        columns = _columns(cells, spec)
+        with torch.cuda.device_of(x):
+            for samples, rows in self._chunks(spec, len(x), x.itemsize):
+                chunk = _assemble(alpha[samples], columns, spec, rows)
+                launch.convolve(chunk, x[samples], y[samples])
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_x, need_alpha, need_cells = needs
+        x, grad = _readable(x, spec), _readable(grad, spec)
+        chunks = list(self._chunks(spec, len(x), x.itemsize))
+        columns = _columns(cells, spec)
+        width = columns.shape[1] // spec.partition.cell_out  # [n, rows * width]
+        several = len(chunks) > 1
+        summed = torch.float32 if several else x.dtype
+        # Chunks of rows each add what their output channels give; positions no tap meets stay 0.
+        dx = _empty_like(x, x.shape[1], x.shape[2:], summed).zero_() if need_x else None
+        dalpha = torch.zeros_like(alpha, dtype=torch.float32) if need_alpha else None
+        dcolumns = torch.zeros_like(columns, dtype=summed) if need_cells else None
+        with torch.cuda.device_of(x):
+            for samples, rows in chunks:
+                part = slice(rows.start * width, rows.stop * width)
+                if dx is not None:
+                    chunk = _assemble(alpha[samples], columns, spec, rows)
+                    launch.convolve_transposed(chunk, grad[samples], dx[samples], several)
+                else:
+                    chunk = _assemble_nothing(alpha[samples], columns, spec, rows)
+                if dalpha is None and dcolumns is None:
+                    continue
+                launch.kernel_gradient(chunk, grad[samples], x[samples])
+                dw = chunk.blocks.view(-1, part.stop - part.start)  # [B * m, rows * width]
+                if dalpha is not None:
+                    dalpha[samples] += (dw @ columns[:, part].t()).view_as(dalpha[samples])
+                if dcolumns is not None:
+                    mixed = alpha[samples].flatten(0, 1).to(dw.dtype)  # [B * m, n]
+                    dcolumns[:, part] += mixed.t() @ dw
+        return (
+            None if dx is None else dx.to(x.dtype),
+            None if dalpha is None else dalpha.to(alpha.dtype),
+            None if dcolumns is None else _cells(dcolumns.to(cells.dtype), spec),
+        )
+
+    def cost(self, problem: Problem) -> Cost:
+        part = problem.spec.partition
+        out, inner = part.kernel_shape[:2]
+        tile = tiles_of_convolution(problem.positions, out, inner, problem.itemsize)
+        rounded = -(-problem.positions // tile.rows) * tile.rows
+        conv = problem.batch * problem.kernel_numel * rounded
+        kernels = problem.batch * problem.kernel_numel
+        activations = problem.batch * (problem.input_numel + problem.output_numel)
+        chunks = len(list(self._chunks(problem.spec, problem.batch, problem.itemsize)))
+        # Taps find the input in the caches, whose traffic is not counted here.
+        forward = Cost(
+            dense_macs=problem.assembly_macs + conv,
+            bytes=problem.itemsize * (2 * kernels + activations + problem.cells_numel),
+            launches=2 * chunks,
+        )
+        if not problem.training:
+            return forward
+        residues = math.prod(problem.spec.stride)
+        backward = Cost(
+            dense_macs=3 * problem.assembly_macs + 2 * conv,
+            bytes=problem.itemsize * (5 * kernels + 2 * activations + 3 * problem.cells_numel),
+            launches=(6 + residues) * chunks + 4,
+        )
+        return forward + backward
+
+    def _chunks(self, spec: ConvSpec, batch: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+        """Samples and rows of a cell whose kernels fit into the scratch, as even as can be."""
+        part = spec.partition
+        kernel = math.prod(part.kernel_shape) * itemsize
+        row = kernel // part.cell_out  # of every block, one sample
+        least = min(LEAST_ROWS, part.cell_out)
+        samples = min(max(self.scratch // (row * least), 1), batch)
+        rows = part.cell_out
+        while rows > least and rows * row * samples > self.scratch:
+            rows = -(-rows // 2)
+        for b in range(0, batch, samples):
+            for r in range(0, part.cell_out, rows):
+                yield slice(b, min(b + samples, batch)), slice(r, min(r + rows, part.cell_out))
+
+
+def _columns(cells: Tensor, spec: ConvSpec) -> Tensor:
+    """Cells with input channels innermost, ``[n, c_out * ck * c_in]``.
+
+    Whole cells are permuted, once for all samples, so that assembled kernels need not be.
+    """
+    part = spec.partition
+    inside = math.prod(part.cell_kernel)
+    cells = cells.contiguous()
+    if inside == 1:
+        return cells
+    return cells.view(len(cells), part.cell_out, part.cell_in, inside).transpose(2, 3).flatten(1)
+
+
+def _cells(columns: Tensor, spec: ConvSpec) -> Tensor:
+    """The inverse of :func:`_columns`."""
+    part = spec.partition
+    inside = math.prod(part.cell_kernel)
+    if inside == 1:
+        return columns
+    columns = columns.view(len(columns), part.cell_out, inside, part.cell_in)
+    return columns.transpose(2, 3).flatten(1)
+
+
+def _assemble(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
+    """Kernels of some samples and rows: one matrix product, nothing moved."""
+    width = columns.shape[1] // spec.partition.cell_out
+    part = columns[:, rows.start * width : rows.stop * width]
+    blocks = alpha.flatten(0, 1).to(columns.dtype) @ part  # [B * m, rows * width]
+    return Chunk(blocks, spec, rows.start, rows.stop - rows.start)
+
+
+def _assemble_nothing(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
+    """The same chunk with its values left open, for a gradient to be written to."""
+    width = columns.shape[1] // spec.partition.cell_out
+    count = rows.stop - rows.start
+    blocks = columns.new_empty(alpha.shape[0] * alpha.shape[1], count * width)
+    return Chunk(blocks, spec, rows.start, count)
+
+
+def _readable(x: Tensor, spec: ConvSpec) -> Tensor:
+    """``x`` channels last, or contiguous where that is read as fast.
+
+    It is where positions are read as they lie and rows of them begin aligned. Otherwise every value
+    is read once per tap and alone: bringing channels together costs less than that.
+    """
+    if x.movedim(1, -1).is_contiguous():
+        return x
+    if x.is_contiguous() and launch.is_plain(spec) and x[0, 0].numel() % 16 == 0:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _empty_like(x: Tensor, channels: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``[B, channels, *size]`` in the layout of ``x``."""
+    if x.is_contiguous():
+        return x.new_empty(len(x), channels, *size, dtype=dtype)
+    return x.new_empty(len(x), *size, channels, dtype=dtype).movedim(-1, 1)

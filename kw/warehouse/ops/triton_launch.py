@@ -1,0 +1,294 @@
+"""How the Triton kernels are launched: tiles, positions axis by axis, strides.
+
+Legend: B samples, O, I channels, P positions, S, GO, GI blocks along space, output and input
+channels, ck kernel positions inside of a cell, rows output channels of a cell in the chunk at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import ConvSpec
+from .triton_tiles import tiles_of_convolution, tiles_of_gradient
+
+__all__ = [
+    "convolve",
+    "convolve_transposed",
+    "interpreted",
+    "is_plain",
+    "kernel_gradient",
+    "kernel_module",
+]
+
+AXES = 3
+
+
+def interpreted() -> bool:
+    """Whether Triton is told to interpret kernels, which it then does on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def kernel_module() -> ModuleType | str:
+    """The kernels or, as text, why there are none; imported when first wanted."""
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        return f"needs Triton, which cannot be imported ({error})"
+    return triton_kernels
+
+
+def is_plain(spec: ConvSpec) -> bool:
+    """Whether every output position reads the input at the same position only."""
+    return spec.is_pointwise and not any(spec.padding) and all(s == 1 for s in spec.stride)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How positions of a launch relate along one axis.
+
+    Position p is written at ``write_start + p * write_step``; its tap t reads ``p * step + start +
+    t * hop`` and takes kernel position ``first + t * every``.
+    """
+
+    count: int
+    size: int
+    step: int
+    start: int
+    hop: int
+    taps: int
+    first: int = 0
+    every: int = 1
+    write_start: int = 0
+    write_step: int = 1
+
+
+def forward_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[Axis]:
+    """The convolution from input to output."""
+    part = spec.partition
+    axes = zip(
+        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
+        strict=True,
+    )  # fmt: skip
+    return [Axis(out, n, s, -p, d, k) for out, n, s, p, d, k in axes]
+
+
+def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
+    """The gradient of the input, per axis one entry for every residue of the stride.
+
+    Input position i meets output ``(i + p - k d) / s`` where that is whole. For inputs ``i_0 + j
+    s`` these are the taps k of one arithmetic progression.
+    """
+    part = spec.partition
+    axes = zip(
+        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
+        strict=True,
+    )  # fmt: skip
+    result = []
+    for out, n, s, p, d, kernel in axes:
+        residues = []
+        for start in range(min(s, n)):
+            taps = [k for k in range(kernel) if (start + p - k * d) % s == 0]
+            first = taps[0] if taps else 0
+            every = taps[1] - first if len(taps) > 1 else 1
+            residues.append(
+                Axis(
+                    count=-(-(n - start) // s),
+                    size=out,
+                    step=1,
+                    start=(start + p - first * d) // s,
+                    hop=-(every * d) // s if len(taps) > 1 else 0,
+                    taps=len(taps),
+                    first=first,
+                    every=every,
+                    write_start=start,
+                    write_step=s,
+                )
+            )
+        result.append(residues)
+    return result
+
+
+class Chunk(NamedTuple):
+    """Kernels of a chunk: ``[B, S, GO, GI, rows, ck, c_in]`` for rows ``start ..`` of a cell."""
+
+    blocks: Tensor
+    spec: ConvSpec
+    start: int
+    rows: int
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Of samples, kernel positions, output blocks, rows, input blocks; input channels have 1.
+
+        Kernel positions are blocks or lie inside of a cell, whichever there are several of.
+        """
+        part = self.spec.partition
+        spatial, out_blocks, in_blocks = part.grid
+        inside = math.prod(part.cell_kernel)
+        block = self.rows * inside * part.cell_in
+        return {
+            "b": spatial * out_blocks * in_blocks * block,
+            "tap": out_blocks * in_blocks * block if spatial > 1 else part.cell_in,
+            "o_block": in_blocks * block,
+            "o": inside * part.cell_in,
+            "i_block": block,
+        }
+
+
+def convolve(chunk: Chunk, x: Tensor, y: Tensor) -> None:
+    """Write the chunk's output channels of ``y [B, O, *space]``."""
+    spec, part = chunk.spec, chunk.spec.partition
+    axes = forward_axes(spec, tuple(x.shape[2:]))
+    x, y, axes = _collapse(spec, x, y, axes)
+    w = chunk.strides
+    _launch_convolution(
+        chunk, x, y[:, chunk.start :], axes, False,
+        n=(part.grid[1], chunk.rows, w["o_block"], w["o"], part.cell_out),
+        k=(part.grid[2], part.cell_in, w["i_block"], 1, part.cell_in),
+    )  # fmt: skip
+
+
+def convolve_transposed(chunk: Chunk, dy: Tensor, dx: Tensor, add: bool) -> None:
+    """Write, or add to, ``dx [B, I, *space]`` what the chunk's output channels of ``dy`` give.
+
+    Positions of ``dx`` that no tap meets are left alone.
+    """
+    spec, part = chunk.spec, chunk.spec.partition
+    w = chunk.strides
+    for axes in itertools.product(*transposed_axes(spec, tuple(dx.shape[2:]))):
+        if all(axis.taps for axis in axes):
+            read, written, flat = _collapse(spec, dy, dx, list(axes))
+            _launch_convolution(
+                chunk, read[:, chunk.start :], written, flat, add,
+                n=(part.grid[2], part.cell_in, w["i_block"], 1, part.cell_in),
+                k=(part.grid[1], chunk.rows, w["o_block"], w["o"], part.cell_out),
+            )  # fmt: skip
+
+
+def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
+    """Write the chunk's kernel gradients into its blocks."""
+    kernels = kernel_module()
+    assert isinstance(kernels, ModuleType)
+    spec, part = chunk.spec, chunk.spec.partition
+    axes = forward_axes(spec, tuple(x.shape[2:]))
+    x, dy, axes = _collapse(spec, x, dy, axes)
+    dy = dy[:, chunk.start :]
+    w = chunk.strides
+    axes = _pad_axes(axes)
+    outputs, inputs = part.grid[1] * chunk.rows, part.kernel_shape[1]
+    positions = math.prod(axis.count for axis in axes)
+    tiles = tiles_of_gradient(positions, outputs, inputs, x.itemsize)
+    programs = -(-outputs // tiles.rows) * -(-inputs // tiles.columns)
+    programs *= len(x) * math.prod(part.kernel)
+    kernels.kernel_gradient[(programs,)](
+        x, dy, chunk.blocks,
+        *_strides(x), *_strides(dy),
+        w["b"], w["tap"], w["o_block"], w["o"], w["i_block"],
+        outputs, inputs, part.cell_out,
+        *_positions(axes),
+        *(axis.taps for axis in axes),
+        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **_arithmetic(x),
+        TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **tiles.options,
+    )  # fmt: skip
+
+
+def _launch_convolution(
+    chunk: Chunk,
+    x: Tensor,
+    y: Tensor,
+    axes: list[Axis],
+    add: bool,
+    n: tuple[int, int, int, int, int],
+    k: tuple[int, int, int, int, int],
+) -> None:
+    """``n`` and ``k`` tell of written and read channels: blocks, channels of a block, strides of
+    either in the kernels, channels between blocks in ``y`` and ``x``."""
+    kernels = kernel_module()
+    assert isinstance(kernels, ModuleType)
+    axes = _pad_axes(axes)
+    write_start = [axis.write_start for axis in axes]
+    y_b, y_c, *y_space = _strides(y)
+    for start, stride in zip(write_start, y_space, strict=True):
+        y = _shift(y, start * stride)
+    y_space = [s * axis.write_step for s, axis in zip(y_space, axes, strict=True)]
+
+    tap = chunk.strides["tap"]
+    kernel = _pad(chunk.spec.partition.kernel, 1)
+    per_axis = [tap * math.prod(kernel[i + 1 :]) for i in range(AXES)]
+    offset = sum(axis.first * s for axis, s in zip(axes, per_axis, strict=True))
+    w = _shift(chunk.blocks, offset)
+    w_taps = [axis.every * s for axis, s in zip(axes, per_axis, strict=True)]
+
+    n_blocks, n_block, w_n_block, w_n, y_block = n
+    k_blocks, k_block, w_k_block, w_k, x_block = k
+    channels, inner = n_blocks * n_block, k_blocks * k_block
+    positions = math.prod(axis.count for axis in axes)
+    tiles = tiles_of_convolution(positions, channels, inner, x.itemsize)
+    programs = -(-positions // tiles.rows) * -(-channels // tiles.columns) * len(x)
+    kernels.convolve[(programs,)](
+        x, w, y,
+        *_strides(x), y_b, y_c, *y_space,
+        chunk.strides["b"], *w_taps, w_n_block, w_n, w_k_block, w_k,
+        channels, y_block, x_block,
+        *_positions(axes),
+        *(axis.taps for axis in axes),
+        N_BLOCK=n_block, K_BLOCK=k_block, K=inner, ADD=add, **_arithmetic(x),
+        TILE_P=tiles.rows, TILE_N=tiles.columns, TILE_K=tiles.inner, **tiles.options,
+    )  # fmt: skip
+
+
+def _collapse(
+    spec: ConvSpec, x: Tensor, y: Tensor, axes: list[Axis]
+) -> tuple[Tensor, Tensor, list[Axis]]:
+    """One axis for all positions where every position reads itself: addresses stay consecutive."""
+    if not is_plain(spec):
+        return x, y, axes
+    x, y = x.view(*x.shape[:2], -1), y.view(*y.shape[:2], -1)  # [B, C, P]
+    return x, y, [Axis(x.shape[2], x.shape[2], 1, 0, 0, 1)]
+
+
+def _pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    return (fill,) * (AXES - len(values)) + values
+
+
+def _pad_axes(axes: list[Axis]) -> list[Axis]:
+    return [Axis(1, 1, 1, 0, 0, 1)] * (AXES - len(axes)) + axes
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Of samples, channels and three axes of space."""
+    return (*t.stride()[:2], *_pad(t.stride()[2:], 0))
+
+
+def _shift(t: Tensor, offset: int) -> Tensor:
+    """A tensor that starts there, for its address only."""
+    return t.as_strided((1,), (1,), t.storage_offset() + offset) if offset else t
+
+
+def _positions(axes: list[Axis]) -> list[int]:
+    """The kernels' arguments from ``count_0`` to ``hop_2``."""
+    columns = ("count", "size", "step", "start", "hop")
+    return [getattr(axis, name) for name in columns for axis in axes]
+
+
+def _arithmetic(x: Tensor) -> dict[str, Any]:
+    """What products are taken in; sums are always in float32."""
+    kernels = kernel_module()
+    assert isinstance(kernels, ModuleType)
+    # The interpreter multiplies bfloat16 as if its bits were integers.
+    dtype = torch.float32 if interpreted() else x.dtype
+    strict = interpreted() or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "DOT": getattr(kernels.tl, str(dtype).removeprefix("torch.")),
+        "PRECISION": "ieee" if strict else "tf32",
+    }

@@ -1,0 +1,241 @@
+"""The Triton back end against the reference: values and all three gradients.
+
+Kernels run on a GPU where there is one. Elsewhere they go through Triton's interpreter, which must
+be asked for before Triton is imported: the last test runs this file again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_ops import CASES, HALVES, WHOLE, Case
+
+from kw.warehouse.ops import triton_conv, triton_launch
+from kw.warehouse.ops.contraction import Problem
+from kw.warehouse.ops.reference import conv_reference
+from kw.warehouse.ops.triton_conv import TritonConv
+from kw.warehouse.ops.triton_tiles import Tiles
+
+INTERPRETED = triton_launch.interpreted()
+TRITON = importlib.util.find_spec("triton") is not None
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+runs_kernels = pytest.mark.skipif(
+    not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter"
+)
+gpu_only = pytest.mark.skipif(not (TRITON and GPU), reason="needs Triton and a GPU")
+
+# The interpreter is slow: two samples at most, and not the case of forty-nine taps.
+UNGROUPED = {
+    name: replace(case, batch=min(case.batch, 2))
+    for name, case in CASES.items()
+    if case.groups == 1 and name != "2d larger than its input"
+}
+SMALL = {
+    "uneven": Case((3, 2), (5, 6), (18, 20), (2, 1), (2, 0), (1, 2), 1, 2, HALVES),
+    "whole cells": Case((2, 2), (5, 4), (18, 20), batch=2, settings={**WHOLE, **HALVES}),
+    "stride beyond kernel": Case((2, 1), (7, 7), (20, 18), stride=3, padding=(1, 0), batch=2),
+    "dilation shares the stride": Case((3, 3), (9, 8), stride=2, dilation=2, padding=2, batch=1),
+    "aligned pointwise": Case((1, 1), (4, 8), (32, 16), batch=2, settings=HALVES),
+}
+SMALLEST_TILES = Tiles(16, 16, 16, 4, 2)
+
+
+def layout(x, channels_last):
+    x = x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+
+def compare(case, scratch, channels_last=False, dtype=torch.float32, tolerance=1e-5):
+    """Relative errors against the reference in float64, on inputs rounded to ``dtype``."""
+    *tensors, spec = case.make()
+    tensors = [t.detach().to(dtype).double().requires_grad_() for t in tensors]
+    expected = conv_reference(*tensors, spec)
+    weight = torch.randn_like(expected).to(dtype).double()
+    expected_gradients = torch.autograd.grad(expected, tensors, weight)
+
+    x, alpha, cells, grad = (t.detach().to(DEVICE, dtype) for t in (*tensors, weight))
+    x, grad, alpha = layout(x, channels_last), layout(grad, channels_last), alpha.float()
+    backend = TritonConv(scratch)
+    actual = backend.forward(x, alpha, cells, spec)
+    gradients = backend.backward(grad, x, alpha, cells, spec, (True, True, True))
+    dtypes = (dtype, dtype, torch.float32, dtype)
+    for name, ours, theirs, kind in zip(
+        ("y", "x", "alpha", "cells"),
+        (actual, *gradients),
+        (expected, *expected_gradients),
+        dtypes,
+        strict=True,
+    ):
+        assert (ours.dtype, ours.shape) == (kind, theirs.shape), name
+        error = (ours.cpu().double() - theirs).norm() / theirs.norm()
+        assert error < tolerance, f"{name} is off by {error:.1e}"  # NaN is not below
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", UNGROUPED.values(), ids=UNGROUPED)
+def test_equals_reference(case):
+    compare(case, scratch=1 << 28)
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+def test_many_tiles_and_chunks(case, monkeypatch):
+    """Several tiles along every side, several chunks of rows and of samples."""
+    for name in ("tiles_of_convolution", "tiles_of_gradient"):
+        monkeypatch.setattr(triton_launch, name, lambda *_: SMALLEST_TILES)
+    monkeypatch.setattr(triton_conv, "LEAST_ROWS", 4)
+    spec = case.make()[-1]
+    scratch = 4 * math.prod(spec.partition.kernel_shape) // 3
+    chunks = list(TritonConv(scratch)._chunks(spec, case.batch, 4))
+    assert len({rows.start for _, rows in chunks}) > 1
+    compare(case, scratch, channels_last=True)
+    if case.kernel == (1, 1):  # read as it lies; others are brought into the one layout
+        compare(case, scratch, channels_last=False)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("name", ["1d", "2d few cells", "2d pointwise strided"])
+def test_half_precision(name, dtype, tolerance):
+    """Kernels, their gradients and results are rounded, 2^-9 each in bfloat16; sums are not."""
+    for scratch in (1 << 28, 64):
+        compare(UNGROUPED[name], scratch, dtype=dtype, tolerance=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_what_is_wanted(wanted):
+    *tensors, spec = CASES["2d pointwise"].make()
+    x, alpha, cells = (t.detach().to(DEVICE, torch.float32) for t in tensors)
+    backend = TritonConv()
+    grad = torch.randn_like(backend.forward(x, alpha, cells, spec))
+    everything = backend.backward(grad, x, alpha, cells, spec, (True, True, True))
+    needs = (wanted == 0, wanted == 1, wanted == 2)
+    gradients = backend.backward(grad, x, alpha, cells, spec, needs)
+    assert [g is not None for g in gradients] == list(needs)
+    assert torch.equal(gradients[wanted], everything[wanted])
+
+
+@runs_kernels
+@pytest.mark.parametrize("strange", ["sliced", "expanded"])
+def test_input_of_any_strides(strange):
+    *tensors, spec = Case((2, 2), (4, 4), batch=2).make()
+    x, alpha, cells = (t.detach().to(DEVICE, torch.float32) for t in tensors)
+    x = torch.stack([x, x + 1], -1)[..., 0] if strange == "sliced" else x[:1].expand_as(x)
+    expected = conv_reference(x.double(), alpha.double(), cells.double(), spec)
+    actual = TritonConv().forward(x, alpha, cells, spec)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+LARGE = {
+    "late": Case((3, 3), (7, 7), (512, 512), padding=1, batch=16),
+    "early": Case((3, 3), (56, 56), (64, 64), padding=1, batch=4, settings={"cell_num_ratio": 4}),
+    "strided": Case((3, 3), (28, 28), (128, 256), 2, 1, batch=4, settings=HALVES),
+    "pointwise": Case((1, 1), (14, 14), (1024, 256), batch=8),
+    "uneven": Case((3, 3), (13, 17), (96, 160), padding=1, batch=5, settings=WHOLE),
+}
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_layers_of_networks(case, channels_last, dtype):
+    tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-5
+    for scratch in (1 << 28, 1 << 23):
+        compare(case, scratch, channels_last, dtype, tolerance)
+
+
+@gpu_only
+def test_is_captured_by_a_graph():
+    """Launches alone: nothing waits for the device, and a replay gives the same bits."""
+    *tensors, spec = LARGE["uneven"].make()
+    x, alpha, cells = (t.detach().to("cuda", torch.bfloat16) for t in tensors)
+    backend = TritonConv(1 << 20)
+    expected = backend.forward(x, alpha, cells, spec)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.forward(x, alpha, cells, spec)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+# --- what needs no kernel -----------------------------------------------------------------------
+
+
+def problem(case=CASES["2d"], **changes):
+    *_, spec = case.make()
+    settings = {"dtype": torch.float32, "device": "cuda", **changes}
+    return Problem(spec, cells=54, batch=128, size=case.size, **settings)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on CPU tensors")
+def test_refuses_other_devices():
+    assert TritonConv().refusal(problem(device="cpu")) == "runs on CUDA devices, not on 'cpu'"
+
+
+def test_refuses_what_it_cannot_do():
+    refusal = TritonConv().refusal
+    assert "float64" in refusal(problem(dtype=torch.float64))
+    assert refusal(problem(CASES["2d grouped"])) == "does ungrouped convolutions only, not 2 groups"
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_accepts_the_rest():
+    assert TritonConv().refusal(problem(dtype=torch.bfloat16)) is None
+
+
+def test_refuses_without_triton(monkeypatch):
+    """An import that fails is told as the reason, and is not raised."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kw.warehouse.ops.triton_kernels", raising=False)
+    monkeypatch.delattr("kw.warehouse.ops.triton_kernels", raising=False)
+    triton_launch.kernel_module.cache_clear()
+    try:
+        assert TritonConv().refusal(problem()).startswith("needs Triton, which cannot be imported")
+    finally:
+        triton_launch.kernel_module.cache_clear()
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 16, 1 << 22, 1 << 40])
+def test_chunks_cover_everything_within_the_scratch(scratch):
+    case = Case((3, 3), (7, 7), (48, 40), batch=6)
+    *_, spec = case.make()
+    seen = torch.zeros(6, 40, dtype=torch.int)
+    chunks = list(TritonConv(scratch)._chunks(spec, 6, 2))
+    row = 9 * 48 * 2
+    for samples, rows in chunks:
+        seen[samples, rows] += 1
+        size = (samples.stop - samples.start) * (rows.stop - rows.start) * row
+        assert size <= scratch or (samples.stop - samples.start, rows.stop - rows.start) <= (1, 16)
+    assert (seen == 1).all()
+    assert (len(chunks) == 1) == (scratch >= 6 * 40 * row)
+
+
+def test_cost_counts_what_is_assembled():
+    """Training assembles twice and contracts the kernels' gradient twice."""
+    layer = Case((3, 3), (7, 7), (512, 512), padding=1)
+    forward, both = (TritonConv().cost(problem(layer, training=t)) for t in (False, True))
+    kernels = 128 * 512 * 512 * 9
+    assert forward.dense_macs == kernels * (54 + 64)  # 49 positions are computed as 64
+    assert both.dense_macs == kernels * (4 * 54 + 3 * 64)
+    assert 2 * 4 * kernels < forward.bytes < 2.1 * 4 * kernels
+    assert both.launches > forward.launches
+
+
+@pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton; or this is that process")
+def test_in_the_interpreter():
+    """Everything above on the CPU, also where there is a GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

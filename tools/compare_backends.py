@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Train with every back end from one start on the same batches, and compare the loss curves.
+
+python tools/compare_backends.py --steps 200 --dtype float32 bfloat16 --json curves.json
+
+Rounding alone makes curves drift apart: read each back end's distance from the reference beside
+that of ``grouped``, which is ordinary code.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from kw.benchmark.curves import CurveSettings, compare, deviations
+from kw.cli import run_tool
+from kw.engine.hooks.checkpoint import write_json
+from kw.evaluation import render_table
+from kw.warehouse.ops import BACKENDS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2"])
+    parser.add_argument("--backends", nargs="+", default=[*BACKENDS, "auto"], metavar="NAME")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="TYPE")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer updates")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write curves and distances")
+    args = parser.parse_args()
+
+    report = []
+    for model in args.models:
+        for dtype in args.dtype:
+            settings = CurveSettings(steps=args.steps, model=model)
+            curves = compare(args.backends, settings, getattr(torch, dtype), args.device)
+            found = deviations(curves)
+            reference = curves["reference"]
+            print(
+                f"{model}, {dtype}, {args.device}: reference loss {reference[0]:.4f} -> "
+                f"{sum(reference[-10:]) / len(reference[-10:]):.4f}"
+            )
+            header = ("back end", "after 1 update", "mean", "worst", "last tenth")
+            rows = [
+                (name, *(f"{v:.1e}" for v in dataclasses.astuple(d))) for name, d in found.items()
+            ]
+            print(render_table(header, rows), flush=True)
+            report.append(
+                {
+                    "settings": dataclasses.asdict(settings),
+                    "dtype": dtype,
+                    "device": args.device,
+                    "curves": curves,
+                    "deviations": {k: dataclasses.asdict(d) for k, d in found.items()},
+                }
+            )
+    if args.json is not None:
+        write_json(report, args.json)
+
+
+if __name__ == "__main__":
+    run_tool(main)
