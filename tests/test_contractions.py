@@ -10,9 +10,12 @@ from torch import Tensor
 from kw.warehouse.ops import CONTRACTIONS as REGISTERED
 from kw.warehouse.ops import ConvSpec, assembly, bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
+from kw.warehouse.ops.depthwise import Depthwise
+from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
 
-CONTRACTIONS: list[Contraction] = list(REGISTERED.values())
+CONTRACTIONS: list[Contraction] = [*REGISTERED.values()]
+CONTRACTIONS += [op for op in (Depthwise(), MixInputs()) if op.name not in REGISTERED]
 ALL = (True, True, True)
 NAMES = ("x", "alpha", "cells")
 
