@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from . import triton_launch as launch
+from .assembly import GPU_SCRATCH
 from .contraction import Contraction, Cost, Needs, Problem
+from .matmul import matmul
 from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
 
 __all__ = ["TritonConv"]
-
-SCRATCH = 256 << 20
-"""Bytes of assembled kernels at a time. Enough that a chunk fills any GPU several times over."""
 
 LEAST_ROWS = 16
 """Rows of a chunk below which samples are divided instead: the narrowest tile of channels."""
@@ -48,7 +47,7 @@ class TritonConv(Contraction):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, scratch: int = SCRATCH) -> None:
+    def __init__(self, scratch: int = GPU_SCRATCH) -> None:
         self.scratch = scratch
 
     def refusal(self, problem: Problem) -> str | None:
@@ -61,6 +60,10 @@ class TritonConv(Contraction):
             return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
         if len(problem.size) > launch.AXES:
             return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+        if problem.device == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if major < 8:
+                return f"needs a device of compute capability 8.0, not {major}.{minor}"
         found = launch.kernel_module()
         return found if isinstance(found, str) else None
 
@@ -69,8 +72,8 @@ class TritonConv(Contraction):
         y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
         columns = _columns(cells, spec)
         with torch.cuda.device_of(x):
-            for samples, rows in self._chunks(spec, len(x), x.itemsize):
-                chunk = _assemble(alpha[samples], columns, spec, rows)
+            for samples, rows in self._chunks(spec, len(x), _itemsize(x, cells)):
+                chunk = _assemble(alpha[samples], columns, spec, rows, x.dtype)
                 launch.convolve(chunk, x[samples], y[samples])
         return y
 
@@ -85,32 +88,34 @@ class TritonConv(Contraction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_alpha, need_cells = needs
         x, grad = _readable(x, spec), _readable(grad, spec)
-        chunks = list(self._chunks(spec, len(x), x.itemsize))
+        chunks = list(self._chunks(spec, len(x), _itemsize(x, cells)))
         columns = _columns(cells, spec)
         width = columns.shape[1] // spec.partition.cell_out  # [n, rows * width]
         several = len(chunks) > 1
-        summed = torch.float32 if several else x.dtype
+        wide = torch.float32
         # Chunks of rows each add what their output channels give; positions no tap meets stay 0.
-        dx = _empty_like(x, x.shape[1], x.shape[2:], summed).zero_() if need_x else None
-        dalpha = torch.zeros_like(alpha, dtype=torch.float32) if need_alpha else None
-        dcolumns = torch.zeros_like(columns, dtype=summed) if need_cells else None
+        kind = wide if several else x.dtype
+        dx = _empty_like(x, x.shape[1], x.shape[2:], kind).zero_() if need_x else None
+        dalpha = torch.zeros_like(alpha, dtype=wide) if need_alpha else None
+        kind = wide if several else cells.dtype
+        dcolumns = torch.zeros_like(columns, dtype=kind) if need_cells else None
         with torch.cuda.device_of(x):
             for samples, rows in chunks:
                 part = slice(rows.start * width, rows.stop * width)
                 if dx is not None:
-                    chunk = _assemble(alpha[samples], columns, spec, rows)
+                    chunk = _assemble(alpha[samples], columns, spec, rows, x.dtype)
                     launch.convolve_transposed(chunk, grad[samples], dx[samples], several)
                 else:
-                    chunk = _assemble_nothing(alpha[samples], columns, spec, rows)
+                    chunk = _assemble_nothing(alpha[samples], columns, spec, rows, x.dtype)
                 if dalpha is None and dcolumns is None:
                     continue
                 launch.kernel_gradient(chunk, grad[samples], x[samples])
-                dw = chunk.blocks.view(-1, part.stop - part.start)  # [B * m, rows * width]
+                dw = chunk.blocks.to(cells.dtype)  # [B * m, rows * width]
                 if dalpha is not None:
-                    dalpha[samples] += (dw @ columns[:, part].t()).view_as(dalpha[samples])
+                    dalpha[samples] += matmul(dw, columns[:, part].t()).view_as(dalpha[samples])
                 if dcolumns is not None:
                     mixed = alpha[samples].flatten(0, 1).to(dw.dtype)  # [B * m, n]
-                    dcolumns[:, part] += mixed.t() @ dw
+                    dcolumns[:, part] += matmul(mixed.t(), dw)
         return (
             None if dx is None else dx.to(x.dtype),
             None if dalpha is None else dalpha.to(alpha.dtype),
@@ -118,29 +123,35 @@ class TritonConv(Contraction):
         )
 
     def cost(self, problem: Problem) -> Cost:
-        part = problem.spec.partition
-        out, inner = part.kernel_shape[:2]
-        tile = tiles_of_convolution(problem.positions, out, inner, problem.itemsize)
-        rounded = -(-problem.positions // tile.rows) * tile.rows
-        conv = problem.batch * problem.kernel_numel * rounded
+        out, inner = problem.spec.partition.kernel_shape[:2]
+        tiles = tiles_of_convolution(problem.batch, problem.positions, out, inner, problem.itemsize)
+        rounded = -(-problem.positions // tiles.rows) * tiles.rows
         kernels = problem.batch * problem.kernel_numel
+        conv = kernels * rounded
         activations = problem.batch * (problem.input_numel + problem.output_numel)
-        chunks = len(list(self._chunks(problem.spec, problem.batch, problem.itemsize)))
+        mixed = problem.cells_dtype or problem.dtype
+        size = problem.itemsize + (mixed.itemsize if mixed != problem.dtype else 0)
+        # What rounding float32 kernels reads and writes counts with every product.
+        moved = 2 * size - problem.itemsize  # per value that a product writes or reads
+        chunks = len(list(self._chunks(problem.spec, problem.batch, size)))
+        cells = problem.cells_numel * mixed.itemsize
         # Taps find the input in the caches, whose traffic is not counted here.
-        forward = Cost(
+        cost = Cost(
             dense_macs=problem.assembly_macs + conv,
-            bytes=problem.itemsize * (2 * kernels + activations + problem.cells_numel),
+            bytes=kernels * (moved + problem.itemsize) + activations * problem.itemsize + cells,
             launches=2 * chunks,
         )
-        if not problem.training:
-            return forward
-        residues = math.prod(problem.spec.stride)
-        backward = Cost(
-            dense_macs=3 * problem.assembly_macs + 2 * conv,
-            bytes=problem.itemsize * (5 * kernels + 2 * activations + 3 * problem.cells_numel),
-            launches=(6 + residues) * chunks + 4,
-        )
-        return forward + backward
+        if problem.training:
+            cost += Cost(
+                dense_macs=3 * problem.assembly_macs + 2 * conv,
+                bytes=kernels * (3 * moved + 2 * problem.itemsize)
+                + 2 * activations * problem.itemsize
+                + 3 * cells,
+                launches=(6 + math.prod(problem.spec.stride)) * chunks + 4,
+            )
+        if problem.device == "cpu":  # interpreted: right, and thousands of times slower
+            return Cost(slow_macs=1000 * cost.dense_macs)
+        return cost
 
     def _chunks(self, spec: ConvSpec, batch: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """Samples and rows of a cell whose kernels fit into the scratch, as even as can be."""
@@ -148,7 +159,7 @@ class TritonConv(Contraction):
         kernel = math.prod(part.kernel_shape) * itemsize
         row = kernel // part.cell_out  # of every block, one sample
         least = min(LEAST_ROWS, part.cell_out)
-        samples = min(max(self.scratch // (row * least), 1), batch)
+        samples = max(min(self.scratch // (row * least), batch), 1)
         rows = part.cell_out
         while rows > least and rows * row * samples > self.scratch:
             rows = -(-rows // 2)
@@ -180,20 +191,29 @@ def _cells(columns: Tensor, spec: ConvSpec) -> Tensor:
     return columns.transpose(2, 3).flatten(1)
 
 
-def _assemble(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
-    """Kernels of some samples and rows: one matrix product, nothing moved."""
+def _assemble(
+    alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice, dtype: torch.dtype
+) -> Chunk:
+    """Kernels of some samples and rows: one matrix product in the cells' type, nothing moved."""
     width = columns.shape[1] // spec.partition.cell_out
     part = columns[:, rows.start * width : rows.stop * width]
-    blocks = alpha.flatten(0, 1).to(columns.dtype) @ part  # [B * m, rows * width]
-    return Chunk(blocks, spec, rows.start, rows.stop - rows.start)
+    blocks = matmul(alpha.flatten(0, 1).to(columns.dtype), part)  # [B * m, rows * width]
+    return Chunk(blocks.to(dtype), spec, rows.start, rows.stop - rows.start)
 
 
-def _assemble_nothing(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
+def _assemble_nothing(
+    alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice, dtype: torch.dtype
+) -> Chunk:
     """The same chunk with its values left open, for a gradient to be written to."""
     width = columns.shape[1] // spec.partition.cell_out
     count = rows.stop - rows.start
-    blocks = columns.new_empty(alpha.shape[0] * alpha.shape[1], count * width)
+    blocks = columns.new_empty(alpha.shape[0] * alpha.shape[1], count * width, dtype=dtype)
     return Chunk(blocks, spec, rows.start, count)
+
+
+def _itemsize(x: Tensor, cells: Tensor) -> int:
+    """Bytes of scratch for a value of a kernel, which may be mixed in float32 and then rounded."""
+    return x.itemsize + (cells.itemsize if cells.dtype != x.dtype else 0)
 
 
 def _readable(x: Tensor, spec: ConvSpec) -> Tensor:

@@ -187,9 +187,10 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     axes = _pad_axes(axes)
     outputs, inputs = part.grid[1] * chunk.rows, part.kernel_shape[1]
     positions = math.prod(axis.count for axis in axes)
-    tiles = tiles_of_gradient(positions, outputs, inputs, x.itemsize)
+    taps = math.prod(part.kernel)
+    tiles = tiles_of_gradient(len(x) * taps, positions, outputs, inputs, x.itemsize)
     programs = -(-outputs // tiles.rows) * -(-inputs // tiles.columns)
-    programs *= len(x) * math.prod(part.kernel)
+    programs *= len(x) * taps
     kernels.kernel_gradient[(programs,)](
         x, dy, chunk.blocks,
         *_strides(x), *_strides(dy),
@@ -233,7 +234,7 @@ def _launch_convolution(
     k_blocks, k_block, w_k_block, w_k, x_block = k
     channels, inner = n_blocks * n_block, k_blocks * k_block
     positions = math.prod(axis.count for axis in axes)
-    tiles = tiles_of_convolution(positions, channels, inner, x.itemsize)
+    tiles = tiles_of_convolution(len(x), positions, channels, inner, x.itemsize)
     programs = -(-positions // tiles.rows) * -(-channels // tiles.columns) * len(x)
     kernels.convolve[(programs,)](
         x, w, y,
