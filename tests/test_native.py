@@ -80,7 +80,7 @@ CASES = {
     "2d several slices": Case((3, 3), (15, 17), (520, 33), padding=1, batch=2),
     "2d large map": Case((3, 3), (40, 41), (5, 33), padding=1, batch=2),
     "2d deep, many blocks": Case(
-        (1, 1), (9, 9), (256, 256), 2, settings={k: 0.125 for k in HALVES}
+        (1, 1), (9, 9), (256, 256), 2, settings=dict.fromkeys(HALVES, 0.125)
     ),
     "3d": Case((3, 1, 2), (5, 4, 3), stride=(1, 2, 1), padding=(1, 0, 1), settings=HALVES),
     "3d whole cells": Case((2, 3, 3), (4, 5, 5), stride=2, padding=1, settings=WHOLE),

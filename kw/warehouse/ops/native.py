@@ -93,7 +93,7 @@ class Native(Contraction):
         return Cost(dense_macs=macs, bytes=values * problem.itemsize, launches=passes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library() -> ctypes.CDLL:
     loaded = compiled.library()
     for name, (pointers, integers) in _ARGUMENTS.items():
@@ -103,7 +103,7 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _no_library() -> str | None:
     try:
         _library()
