@@ -8,11 +8,14 @@ from convolutions import CASES
 from torch import Tensor
 
 from kw.warehouse.ops import CONTRACTIONS as REGISTERED
-from kw.warehouse.ops import ConvSpec
+from kw.warehouse.ops import ConvSpec, assembly, bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
+from kw.warehouse.ops.depthwise import Depthwise
+from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
 
-CONTRACTIONS: list[Contraction] = list(REGISTERED.values())
+CONTRACTIONS: list[Contraction] = [*REGISTERED.values()]
+CONTRACTIONS += [op for op in (Depthwise(), MixInputs()) if op.name not in REGISTERED]
 ALL = (True, True, True)
 NAMES = ("x", "alpha", "cells")
 
@@ -56,3 +59,13 @@ def test_values_and_gradients(case, op):
         torch.testing.assert_close(op.forward(x, alpha, cells, spec), y, rtol=1e-10, atol=1e-10)
         ours = op.backward(grad, x, alpha, cells, spec, ALL)
     assert_gradients(ours, gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scratch", [1, 3000])
+@every_contraction
+@every_case
+def test_little_scratch_changes_nothing(case, op, scratch, monkeypatch):
+    """Samples one by one, or some at a time; cells in slices, which would be at least 32 rows."""
+    monkeypatch.setattr(assembly, "CPU_SCRATCH", scratch)
+    monkeypatch.setattr(bmm, "LEAST_ROWS", 1)
+    test_values_and_gradients(case, op)

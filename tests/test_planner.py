@@ -84,7 +84,7 @@ def test_predictions_are_sorted_and_refusals_last(fakes):
 
 def test_forced_and_refused(fakes):
     assert fakes.choose(problem(), "b").name == "b"
-    with pytest.raises(ValueError, match="back end 'c' is for Tuesdays"):
+    with pytest.raises(ValueError, match="back end 'c' cannot do this: is for Tuesdays"):
         fakes.choose(problem(), "c")
 
 

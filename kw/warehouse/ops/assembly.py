@@ -19,6 +19,7 @@ from .spec import ConvSpec
 __all__ = [
     "BlockGradients",
     "assemble",
+    "even_chunks",
     "join",
     "mix",
     "sample_chunks",
@@ -42,11 +43,14 @@ def scratch_bytes(device: str) -> int:
 
 def sample_chunks(batch: int, values: int, like: Tensor) -> list[slice]:
     """Samples in chunks of even size whose scratch, ``values`` a sample, stays in bounds."""
-    most = max(scratch_bytes(like.device.type) // max(values * like.element_size(), 1), 1)
-    if batch <= most:
-        return [slice(0, batch)]
-    size = math.ceil(batch / math.ceil(batch / most))
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+    most = scratch_bytes(like.device.type) // max(values * like.element_size(), 1)
+    return even_chunks(batch, max(most, 1))
+
+
+def even_chunks(count: int, most: int) -> list[slice]:
+    """``count`` things in as few chunks as it takes for none to exceed ``most``, about equal."""
+    size = math.ceil(count / math.ceil(count / most)) if count > most else max(count, 1)
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def join(chunks: list[Tensor]) -> Tensor:
@@ -126,26 +130,35 @@ class BlockGradients:
     """
 
     def __init__(self, alpha: Tensor, cells: Tensor, needs: Needs) -> None:
-        self._alpha, self._cells = alpha, cells
-        self.alpha = torch.empty_like(alpha) if needs[1] else None
-        self._needs_cells = needs[2]
-        self._sum: Tensor | None = None
+        self._inputs = alpha, cells
+        # What several chunks add up to has to be wider than half precision.
+        wide = torch.promote_types(cells.dtype, torch.float32)
+        self._alpha = torch.zeros_like(alpha, dtype=wide) if needs[1] else None
+        self._cells = torch.zeros_like(cells, dtype=wide) if needs[2] else None
 
-    def add(self, chunk: slice, blocks: Tensor) -> None:
-        """Take in the gradient ``[b, m, cell]`` of the blocks of a chunk of samples."""
-        rows = blocks.flatten(0, 1).to(self._cells.dtype)
-        if self.alpha is not None:
-            part = matmul(rows, self._cells.t())
-            self.alpha[chunk] = part.view(-1, *self._alpha.shape[1:]).to(self.alpha.dtype)
-        if self._needs_cells:
-            alpha = self._alpha[chunk].flatten(0, 1).to(rows.dtype)
-            self._sum = accumulate(self._sum, alpha.t(), rows)
+    def add(self, blocks: Tensor, samples: slice, values: slice = slice(None)) -> None:
+        """Take in gradients ``[b, m, values]`` of the blocks of some samples, or a part of them.
+
+        Args:
+            blocks: the gradient.
+            samples: which samples.
+            values: which values of the cells.
+        """
+        alpha, cells = self._inputs
+        rows = blocks.flatten(0, 1).to(cells.dtype)
+        if self._alpha is not None:
+            product = matmul(rows, cells[:, values].t())
+            self._alpha[samples] += product.view(-1, *alpha.shape[1:])
+        if self._cells is not None:
+            mixing = alpha[samples].flatten(0, 1).to(rows.dtype)
+            accumulate(self._cells[:, values], mixing.t(), rows)
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """The gradient ``[B, m, n]``, or ``None`` if it is not wanted."""
+        return None if self._alpha is None else self._alpha.to(self._inputs[0].dtype)
 
     @property
     def cells(self) -> Tensor | None:
         """The gradient ``[n, cell]``, or ``None`` if it is not wanted."""
-        if not self._needs_cells:
-            return None
-        if self._sum is None:  # no samples
-            return torch.zeros_like(self._cells)
-        return self._sum.to(self._cells.dtype)
+        return None if self._cells is None else self._cells.to(self._inputs[1].dtype)

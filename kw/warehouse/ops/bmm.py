@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor
 from .assembly import (
     BlockGradients,
     assemble,
+    even_chunks,
     join,
     mix,
     sample_chunks,
@@ -37,6 +39,8 @@ from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
 __all__ = ["Bmm", "conv_bmm"]
+
+LEAST_ROWS = 32
 
 
 def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
@@ -71,11 +75,17 @@ class Bmm(Contraction):
         return None
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        size = x.shape[2:]
         parts = []
-        for chunk in sample_chunks(len(x), _scratch(spec, size, training=False), x):
-            taps = _group_taps(mix(alpha[chunk], cells, x.dtype), spec)  # [b, K, O, I]
-            parts.append(_forward(x[chunk], taps, spec))
+        for samples, rows in _chunks(x, cells, spec, training=False):
+            some, values = _take_rows(spec, rows)
+            taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)  # [b, K, O, I]
+            part = _forward(x[samples], taps, some)
+            if rows == slice(0, spec.partition.cell_out):
+                parts.append(part)
+                continue
+            if not parts or rows.start == 0:
+                parts.append(_empty_output(part, spec))
+            _output_rows(parts[-1], rows, spec).copy_(_output_rows(part, slice(None), some))
         return join(parts)
 
     def backward(
@@ -87,17 +97,26 @@ class Bmm(Contraction):
         spec: ConvSpec,
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        parts = []
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parts: list[Tensor] = []
         gradients = BlockGradients(alpha, cells, needs)
-        for chunk in sample_chunks(len(x), _scratch(spec, x.shape[2:], training=True), x):
+        for samples, rows in _chunks(x, cells, spec, training=True):
+            some, values = _take_rows(spec, rows)
+            part = _output_rows(grad[samples], rows, spec).flatten(1, 2)
             if needs[0]:
-                taps = _group_taps(mix(alpha[chunk], cells, x.dtype), spec)
-                parts.append(_backward_input(grad[chunk], taps, spec, x.shape[2:]))
+                taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)
+                into = _backward_input(part, taps, some, x.shape[2:])
                 del taps
+                if rows.start == 0:
+                    whole = rows.stop == spec.partition.cell_out
+                    parts.append(into if whole else into.to(wide))
+                else:
+                    parts[-1] += into
             if needs[1] or needs[2]:
-                taps = _backward_taps(grad[chunk], x[chunk], spec)
-                gradients.add(chunk, _ungroup_taps(taps, spec))
-        return join(parts) if needs[0] else None, gradients.alpha, gradients.cells
+                taps = _backward_taps(part, x[samples], some)
+                gradients.add(_ungroup_taps(taps, some), samples, values)
+        into_x = join(parts).to(x.dtype) if needs[0] else None
+        return into_x, gradients.alpha, gradients.cells
 
     def cost(self, problem: Problem) -> Cost:
         spec, each = problem.spec, problem.kernel_numel
@@ -105,7 +124,9 @@ class Bmm(Contraction):
         passes = 3 if problem.training else 1  # y; dX and dW
         products = 4 if problem.training else 1  # the kernels twice, d alpha, d cells
         scratch = _scratch(spec, problem.size, problem.training)
-        chunks = -(-problem.batch // max(_most(scratch, problem), 1))
+        chunks = math.ceil(
+            problem.batch * scratch * problem.itemsize / scratch_bytes(problem.device)
+        )
         macs = problem.conv_macs
         if folded:
             macs = macs * math.prod(problem.size) // problem.positions
@@ -127,8 +148,48 @@ class Bmm(Contraction):
         )
 
 
-def _most(scratch: int, problem: Problem) -> int:
-    return scratch_bytes(problem.device) // (scratch * problem.itemsize)
+def _chunks(
+    x: Tensor, cells: Tensor, spec: ConvSpec, training: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Samples and rows (output channels of a cell) to work on at a time.
+
+    Every chunk of samples reads all cells, every chunk of rows all inputs: the smaller of the two
+    is read again. Below a vector's width of rows, products are inefficient.
+    """
+    scratch = _scratch(spec, x.shape[2:], training)
+    part, batch = spec.partition, len(x)
+    out_per_group = part.kernel_shape[0] // spec.groups
+    rows = part.cell_out
+    if cells.numel() > x.numel() and out_per_group % part.cell_out == 0:
+        most = scratch_bytes(x.device.type) // (scratch * batch * x.element_size() // rows + 1)
+        least = -(-LEAST_ROWS // part.grid[1])
+        rows = min(max(most, least), rows)
+    for samples in sample_chunks(batch, scratch * rows // part.cell_out, x):
+        for some in even_chunks(part.cell_out, rows):
+            yield samples, some
+
+
+def _take_rows(spec: ConvSpec, rows: slice) -> tuple[ConvSpec, slice]:
+    """The layer with these rows of every cell only, and the values of a cell that they are."""
+    part, count = spec.partition, rows.stop - rows.start
+    if count == part.cell_out:
+        return spec, slice(None)
+    each = part.cell_in * math.prod(part.cell_kernel)
+    values = slice(rows.start * each, rows.stop * each)
+    return replace(spec, partition=replace(part, cell_out=count)), values
+
+
+def _output_rows(y: Tensor, rows: slice, spec: ConvSpec) -> Tensor:
+    """``[b, O, *size]`` -> the output channels ``[b, GO, rows, *size]``, a view."""
+    return y.unflatten(1, (spec.partition.grid[1], -1))[:, :, rows]
+
+
+def _empty_output(like: Tensor, spec: ConvSpec) -> Tensor:
+    """For all output channels, lying as some of them do."""
+    if like.stride(1) == 1:  # channels last
+        size = like.movedim(1, -1).shape[:-1]
+        return like.new_empty(*size, spec.out_channels).movedim(-1, 1)
+    return like.new_empty(len(like), spec.out_channels, *like.shape[2:])
 
 
 def _is_folded(spec: ConvSpec) -> bool:

@@ -6,16 +6,14 @@ Legend: B samples (b of a chunk), m mixtures, n cells, O, I channels, g groups, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .assembly import BlockGradients, join, mix, sample_chunks, scratch_bytes, to_blocks, to_kernels
 from .contraction import Contraction, Cost, Needs, Problem
+from .library import convolve, convolve_backward, convolve_each, convolve_each_backward
 from .spec import ConvSpec
 
 __all__ = ["Kernels"]
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Blocks, the kernels that they are moved to, and in the backward pass the kernels' gradients too.
 _COPIES = {False: 2, True: 3}
@@ -37,11 +35,11 @@ class Kernels(Contraction):
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         last = _by_sample(x, spec)
-        convolve = _convolve_each if last else _convolve
+        apply = convolve_each if last else convolve
         parts = []
         for chunk in sample_chunks(len(x), _COPIES[False] * _kernel_numel(spec), x):
             kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), spec.partition, last)
-            parts.append(convolve(x[chunk], kernels, spec))
+            parts.append(apply(x[chunk], kernels, spec))
         return join(parts)
 
     def backward(
@@ -56,7 +54,7 @@ class Kernels(Contraction):
         part = spec.partition
         last = _by_sample(x, spec) and _kernel_numel(spec) <= max(x[0].numel(), grad[0].numel())
         mask = (needs[0], needs[1] or needs[2])
-        back = _convolve_each_backward if last else _convolve_backward
+        back = convolve_each_backward if last else convolve_backward
         parts = []
         gradients = BlockGradients(alpha, cells, needs)
         for chunk in sample_chunks(len(x), _COPIES[True] * _kernel_numel(spec), x):
@@ -71,7 +69,7 @@ class Kernels(Contraction):
             if into_kernels is not None:
                 blocks = to_blocks(into_kernels.flatten(3).movedim(3, 1), part)
                 del into_kernels
-                gradients.add(chunk, blocks)
+                gradients.add(blocks, chunk)
         return join(parts) if needs[0] else None, gradients.alpha, gradients.cells
 
     def cost(self, problem: Problem) -> Cost:
@@ -110,56 +108,3 @@ def _by_sample(x: Tensor, spec: ConvSpec) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
     )
-
-
-def _convolve(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
-    batch = len(x)
-    y = _CONV[len(spec.stride)](
-        x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x,  # [1, b * I, ...]
-        kernels.flatten(0, 1),  # [b * O, I / g, k..]
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        batch * spec.groups,
-    )
-    return y.view(batch, -1, *y.shape[2:]) if batch > 1 else y  # [b, O, ...]
-
-
-def _convolve_each(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
-    return torch.cat([_convolve(x[i : i + 1], kernels[i : i + 1], spec) for i in range(len(x))])
-
-
-def _convolve_backward(
-    grad: Tensor, x: Tensor, kernels: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    batch, dims = len(x), len(spec.stride)
-    into_x, into_kernels, _ = torch.ops.aten.convolution_backward(
-        grad.reshape(1, -1, *grad.shape[2:]) if batch > 1 else grad,
-        x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x,
-        kernels.flatten(0, 1),
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        (0,) * dims,
-        batch * spec.groups,
-        (*mask, False),
-    )
-    return (
-        into_x.reshape(x.shape) if mask[0] and batch > 1 else into_x,
-        into_kernels.unflatten(0, (batch, -1)) if mask[1] else None,
-    )
-
-
-def _convolve_each_backward(
-    grad: Tensor, x: Tensor, kernels: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    ones = [slice(i, i + 1) for i in range(len(x))]
-    parts = [_convolve_backward(grad[i], x[i], kernels[i], spec, mask) for i in ones]
-    into_x, into_kernels = (
-        torch.cat([p for p in side if p is not None]) if wanted else None
-        for side, wanted in zip(zip(*parts, strict=True), mask, strict=True)
-    )
-    return into_x, into_kernels

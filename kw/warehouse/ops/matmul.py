@@ -42,14 +42,12 @@ def batch_matmul(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def accumulate(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a @ b``, in float32 at least; writes to ``total`` where there is one."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if total is None:
-        return matmul(a, b).to(wide)
-    if a.device.type != "cpu" and a.dtype == wide:
-        return total.addmm_(a, b)
-    return total.add_(matmul(a, b))
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total``."""
+    if _is_candidate(a, b) or total.dtype != a.dtype:
+        total += matmul(a, b)
+    else:
+        total.addmm_(a, b)
 
 
 def _is_candidate(a: Tensor, b: Tensor) -> bool:

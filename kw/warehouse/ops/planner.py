@@ -87,7 +87,7 @@ class Planner:
             contraction = self.contractions[backend]
             reason = contraction.refusal(problem)
             if reason:
-                raise ValueError(f"back end {backend!r} {reason}")
+                raise ValueError(f"back end {backend!r} cannot do this: {reason}")
             self._record(problem, backend)
             return contraction
         # The number of threads is part of what a CPU is; nothing else can change in a process.

@@ -62,7 +62,7 @@ class ConvSpec:
         if any(n < 1 for n in out):
             kernel = "x".join(map(str, self.partition.kernel))
             raise ValueError(
-                f"kernel {kernel} (dilation {self.dilation}) is larger than the input {tuple(size)} "
+                f"kernel {kernel} (dilation {self.dilation}) exceeds the input {tuple(size)} "
                 f"with padding {self.padding}"
             )
         return out

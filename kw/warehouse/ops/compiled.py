@@ -1,0 +1,140 @@
+"""Compiling this package's C++ for the machine at hand, once, and loading it.
+
+The machine's own compiler and instruction set are worth a factor of several over portable code,
+so nothing is built beforehand. The library is kept in the user's cache directory under a name that
+fixes sources, compiler, flags and processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+__all__ = ["CompileError", "cache_folder", "compiler", "library"]
+
+SOURCES = Path(__file__).with_name("cpp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
+SECONDS = 120
+
+_lock = threading.Lock()
+_loaded: ctypes.CDLL | CompileError | None = None
+
+
+class CompileError(RuntimeError):
+    """Why there is no library, as the end of a sentence."""
+
+
+def library() -> ctypes.CDLL:
+    """The library, compiled if need be; the outcome is remembered by the process.
+
+    Raises:
+        CompileError: no compiler, or it failed.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            try:
+                _loaded = _load()
+            except CompileError as error:
+                _loaded = error
+            except (OSError, subprocess.SubprocessError) as error:
+                _loaded = CompileError(f"its C++ could not be compiled or loaded: {error}")
+        if isinstance(_loaded, CompileError):
+            raise _loaded
+        return _loaded
+
+
+def compiler() -> list[str]:
+    """The command that compiles: ``$CXX``, or the first of c++, g++, clang++ that exists.
+
+    Raises:
+        CompileError: there is none.
+    """
+    chosen = os.environ.get("CXX", "").split()
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        path = shutil.which(command[0])
+        if path:
+            return [path, *command[1:]]
+    what = (
+        f"CXX={' '.join(chosen)} is not there" if chosen else "none of c++, g++, clang++ is there"
+    )
+    raise CompileError(f"it needs a C++ compiler, and {what}")
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/kernelwarehouse``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kernelwarehouse"
+
+
+def _load() -> ctypes.CDLL:
+    if sys.platform == "win32":
+        raise CompileError("it is not built on Windows")
+    command = compiler()
+    sources = sorted(SOURCES.iterdir())
+    target = [flag for flag in ("-march=native", "-mcpu=native") if _accepts(command, flag)][
+        :1
+    ]  # x86 has the first, older ARM compilers only the second
+    system = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    arguments = [*command, *FLAGS, *target, *system]
+    version = subprocess.run([*command, "--version"], capture_output=True, timeout=SECONDS).stdout
+    digest = hashlib.sha256("\0".join([*arguments, _processor()]).encode() + version)
+    for source in sources:
+        digest.update(source.read_bytes())
+    name = f"native-{digest.hexdigest()[:20]}.so"
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        folder = Path(tempfile.mkdtemp(prefix="kernelwarehouse-"))  # for this process only
+    path = folder / name
+    if not path.exists():
+        _compile(arguments, path)
+    return ctypes.CDLL(str(path))
+
+
+def _accepts(command: list[str], flag: str) -> bool:
+    arguments = [*command, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return not subprocess.run(arguments, capture_output=True, timeout=SECONDS).returncode
+
+
+def _compile(arguments: list[str], path: Path) -> None:
+    """Under another name first: processes that compile at once each put a whole file there."""
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*arguments, "-o", temporary, str(SOURCES / "native.cpp")],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), "")
+            raise CompileError(
+                f"{arguments[0]} could not compile it: {first or f'exit status {done.returncode}'}"
+            )
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache folder may be shared by unlike machines."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(
+            next((line for line in lines if line.startswith(key)), "")
+            for key in ("vendor_id", "cpu family", "model\t", "flags", "CPU part", "Features")
+        )
+    return f"{platform.machine()} {platform.processor()}"

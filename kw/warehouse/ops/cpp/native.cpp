@@ -1,0 +1,80 @@
+// Dynamic convolution in float32 on a CPU; see mix.h and gradients.h. Called through ctypes.
+#include "common.h"
+#include "gradients.h"
+#include "mix.h"
+
+namespace kw {
+
+// Samples whose activations are brought into another order at a time: bounds scratch memory.
+inline Index chunk_of(Index sample_floats, Index batch) {
+  return std::clamp<Index>((Index(64) << 20) / 4 / std::max<Index>(sample_floats, 1), 1, batch);
+}
+
+}  // namespace kw
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// result = conv(source, assemble(alpha, cells)), or its gradient: source that of the output.
+void kw_mix(const int64_t* layer, const float* source, const float* alpha, const float* cells,
+            float* result, int64_t backward, int64_t source_last, int64_t result_last,
+            int64_t threads) {
+  using namespace kw;
+  const Layer& l = *reinterpret_cast<const Layer*>(layer);
+  static thread_local std::vector<Phase> phases;
+  static thread_local Scratch lines;
+  make_phases(l, backward, phases);
+  const Index channels = backward ? l.out_channels() : l.in_channels();
+  const Index results = backward ? l.in_channels() : l.out_channels();
+  const Index from = backward ? l.outputs() : l.inputs();
+  const Index to = backward ? l.inputs() : l.outputs();
+  const Index chunk = source_last ? l.batch : chunk_of(channels * from, l.batch);
+  float* buffer = source_last ? nullptr : lines.get(chunk * channels * from);
+  for (Index b = 0; b < l.batch; b += chunk) {
+    const Index count = std::min(chunk, l.batch - b);
+    const Rows rows = as_rows(source + b * channels * from, source_last, count, from, 1, channels,
+                              channels, buffer, threads);
+    const Mix m{l, alpha + b * l.mixtures() * l.cells, cells, rows, result + b * results * to,
+                backward != 0, result_last != 0, phases};
+    mix(m, count, threads);
+  }
+}
+
+// Gradients of the coefficients and of the cells; null where not wanted.
+void kw_gradients(const int64_t* layer, const float* x, const float* grad, const float* alpha,
+                  const float* cells, float* alpha_grad, float* cells_grad, int64_t x_last,
+                  int64_t grad_last, int64_t threads) {
+  using namespace kw;
+  const Layer& l = *reinterpret_cast<const Layer*>(layer);
+  static thread_local std::vector<Phase> phases;
+  static thread_local Scratch x_lines, grad_lines, partial;
+  make_phases(l, false, phases);
+  const Index width = (l.cell_out + T - 1) / T * T, channels = l.in_channels();
+  const Index in = channels * l.inputs(), out = l.out_channels() * l.outputs();
+  const Index padded = l.out_blocks * width * l.outputs(), rows = l.mixtures() * l.cells;
+  const Parts parts = parts_of(l);
+  const bool copied = !grad_last || width != l.cell_out;
+  const Index chunk = chunk_of(std::max({in, padded, parts.count() * rows}), l.batch);
+  float* x_to = x_last ? nullptr : x_lines.get(chunk * in);
+  float* grad_to = copied ? grad_lines.get(chunk * padded) : nullptr;
+  float* sums = alpha_grad ? partial.get(parts.count() * chunk * rows) : nullptr;
+  for (Index b = 0; b < l.batch; b += chunk) {
+    const Index count = std::min(chunk, l.batch - b);
+    const Gradients g{
+        l,
+        alpha + b * rows,
+        cells,
+        as_rows(x + b * in, x_last, count, l.inputs(), 1, channels, channels, x_to, threads),
+        as_rows(grad + b * out, grad_last, count, l.outputs(), l.out_blocks, l.cell_out, width,
+                grad_to, threads),
+        width,
+        sums,
+        alpha_grad ? alpha_grad + b * rows : nullptr,
+        cells_grad,
+        b > 0,
+        phases[0]};
+    gradients(g, parts, count, threads);
+  }
+}
+}
+#pragma GCC visibility pop

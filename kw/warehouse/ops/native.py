@@ -1,0 +1,158 @@
+"""Back end ``native``: kernels assembled in cache by compiled code and used at once, on a CPU.
+
+A sample's kernel is larger than its activations in late layers; written to memory and read back it
+costs more than the convolution. Here no more than a slice of some samples' kernels exists at any
+time, in the second-level cache. The C++ in ``cpp/`` is compiled when the back end is first wanted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import compiled
+from .contraction import Contraction, Cost, Needs, Problem
+from .spec import ConvSpec
+
+__all__ = ["Native"]
+
+log = logging.getLogger(__name__)
+
+_ARGUMENTS = {"kw_mix": (5, 4), "kw_gradients": (7, 3)}  # pointers, integers
+
+
+class Native(Contraction):
+    """Compiled for this machine; float32 on a CPU, kernels without groups, up to three axes.
+
+    Without a compiler, or with ``KW_NATIVE=0`` in the environment, it refuses.
+    """
+
+    name: ClassVar[str] = "native"
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Compiles, if nothing else speaks against it."""
+        if problem.device != "cpu":
+            return f"it runs on a CPU, not on {problem.device}"
+        if problem.dtype != torch.float32:
+            return f"it computes in float32, not {str(problem.dtype).removeprefix('torch.')}"
+        if problem.spec.groups > 1:
+            return "it does convolutions without groups only"
+        if len(problem.spec.partition.kernel) > 3:
+            return "it does at most three spatial axes"
+        if os.environ.get("KW_NATIVE") == "0":
+            return "KW_NATIVE=0 turns it off"
+        return _no_library()
+
+    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+        x, last = _dense(x)
+        alpha, cells = alpha.contiguous(), cells.contiguous()
+        y = _empty((len(x), spec.out_channels, *spec.output_size(x.shape[2:])), x, last)
+        layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
+        _call("kw_mix", layer, (x, alpha, cells, y), (False, last, last))
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, last = _dense(x)
+        grad, grad_last = _dense(grad)
+        alpha, cells = alpha.contiguous(), cells.contiguous()
+        layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
+        x_grad = _empty(x.shape, x, last) if needs[0] else None
+        alpha_grad = torch.empty_like(alpha) if needs[1] else None
+        cells_grad = torch.empty_like(cells) if needs[2] else None
+        if x_grad is not None:
+            _call("kw_mix", layer, (grad, alpha, cells, x_grad), (True, grad_last, last))
+        if needs[1] or needs[2]:
+            tensors = (x, grad, alpha, cells, alpha_grad, cells_grad)
+            _call("kw_gradients", layer, tensors, (last, grad_last))
+        return x_grad, alpha_grad, cells_grad
+
+    def cost(self, problem: Problem) -> Cost:
+        """Multiply-adds and little else: cells are read once, activations reordered."""
+        macs, activations = problem.conv_macs + problem.assembly_macs, problem.input_numel
+        activations = problem.batch * (problem.input_numel + problem.output_numel)
+        if problem.training:
+            # Twice the assembly for the input, and once each for coefficients and cells.
+            macs = 3 * problem.conv_macs + 4 * problem.assembly_macs
+        passes = 3 if problem.training else 1
+        values = passes * (2 * activations + problem.cells_numel)
+        return Cost(dense_macs=macs, bytes=values * problem.itemsize, launches=passes)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    loaded = compiled.library()
+    for name, (pointers, integers) in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
+        function.restype = None
+    return loaded
+
+
+@functools.cache
+def _no_library() -> str | None:
+    try:
+        _library()
+    except compiled.CompileError as error:
+        log.warning("back end 'native' is not available: %s", error)
+        return str(error)
+    return None
+
+
+def _call(
+    name: str,
+    layer: ctypes.Array[ctypes.c_int64],
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+) -> None:
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    getattr(_library(), name)(layer, *pointers, *flags, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(
+    spec: ConvSpec, batch: int, cells: int, size: tuple[int, ...]
+) -> ctypes.Array[ctypes.c_int64]:
+    """``struct Layer`` of ``cpp/common.h``."""
+    part = spec.partition
+
+    def axes(values: Sequence[int], fill: int = 1) -> list[int]:
+        return [fill] * (3 - len(values)) + list(values)
+
+    kernel = axes(part.kernel)
+    values = [batch, cells, part.cell_out, part.cell_in, *part.grid]
+    values += [kernel[0] * kernel[1] * kernel[2], *axes(size), *axes(spec.output_size(size))]
+    values += [*kernel, *axes(spec.stride), *axes(spec.padding, 0), *axes(spec.dilation)]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """The tensor without gaps, and whether its channels lie last; copied where it must be."""
+    if x.is_contiguous():
+        return x, False
+    form = _LAST.get(x.dim())
+    if form is not None and x.is_contiguous(memory_format=form):
+        return x, True
+    return x.contiguous(), False
+
+
+def _empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    form = _LAST[len(shape)] if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=like.dtype, memory_format=form)
