@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
 	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
 	@echo "make test     run the tests"
 	@echo "make lint     check style, types and generated tables"
+	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
 	@echo "make format   rewrite the sources in the house style"
 
 install: $(VENV)/installed
@@ -37,6 +38,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/render_tables.py --check
+
+bench: install
+	$(BIN)/python tools/benchmark.py --standard
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from .benchmark.conditions import BenchmarkError
 from .config import ConfigError
 from .data import DataError
 from .engine import CheckpointError
@@ -13,7 +14,7 @@ from .models.released_weights import ReleasedError
 
 __all__ = ["add_config_options", "add_options", "run_tool"]
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, ReleasedError)
+USER_ERRORS = (BenchmarkError, ConfigError, DataError, CheckpointError, ReleasedError)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

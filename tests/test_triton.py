@@ -7,6 +7,7 @@ be asked for before Triton is imported: the last test runs this file again in a 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ops import CASES, HALVES, WHOLE, Case
+from convolutions import CASES, HALVES, WHOLE, Case
 
 from kw.warehouse.ops import triton_conv, triton_launch
 from kw.warehouse.ops.contraction import Problem
@@ -53,7 +54,9 @@ def layout(x, channels_last):
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
 
-def compare(case, scratch, channels_last=False, dtype=torch.float32, tolerance=1e-5):
+def compare(
+    case, scratch, channels_last=False, dtype=torch.float32, tolerance=1e-5, cells_dtype=None
+):
     """Relative errors against the reference in float64, on inputs rounded to ``dtype``."""
     *tensors, spec = case.make()
     tensors = [t.detach().to(dtype).double().requires_grad_() for t in tensors]
@@ -63,10 +66,11 @@ def compare(case, scratch, channels_last=False, dtype=torch.float32, tolerance=1
 
     x, alpha, cells, grad = (t.detach().to(DEVICE, dtype) for t in (*tensors, weight))
     x, grad, alpha = layout(x, channels_last), layout(grad, channels_last), alpha.float()
+    cells = cells.to(cells_dtype or dtype)
     backend = TritonConv(scratch)
     actual = backend.forward(x, alpha, cells, spec)
     gradients = backend.backward(grad, x, alpha, cells, spec, (True, True, True))
-    dtypes = (dtype, dtype, torch.float32, dtype)
+    dtypes = (dtype, dtype, torch.float32, cells.dtype)
     for name, ours, theirs, kind in zip(
         ("y", "x", "alpha", "cells"),
         (actual, *gradients),
@@ -94,8 +98,7 @@ def test_many_tiles_and_chunks(case, monkeypatch):
     monkeypatch.setattr(triton_conv, "LEAST_ROWS", 4)
     spec = case.make()[-1]
     scratch = 4 * math.prod(spec.partition.kernel_shape) // 3
-    chunks = list(TritonConv(scratch)._chunks(spec, case.batch, 4))
-    assert len({rows.start for _, rows in chunks}) > 1
+    assert len(TritonConv(scratch)._chunks(spec, case.batch, 4)[1]) > 1
     compare(case, scratch, channels_last=True)
     if case.kernel == (1, 1):  # read as it lies; others are brought into the one layout
         compare(case, scratch, channels_last=False)
@@ -108,6 +111,25 @@ def test_half_precision(name, dtype, tolerance):
     """Kernels, their gradients and results are rounded, 2^-9 each in bfloat16; sums are not."""
     for scratch in (1 << 28, 64):
         compare(UNGROUPED[name], scratch, dtype=dtype, tolerance=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("scratch", [1 << 28, 64])
+def test_kernels_assembled_in_float32(scratch):
+    """Cells of float32 under an input of 16 bit: their gradient is float32 too."""
+    settings = {"dtype": torch.bfloat16, "cells_dtype": torch.float32, "tolerance": 1e-2}
+    compare(UNGROUPED["2d few cells"], scratch, **settings)
+
+
+@runs_kernels
+def test_no_samples():
+    *tensors, spec = replace(CASES["1d"], batch=0).make()
+    x, alpha, cells = (t.detach().to(DEVICE, torch.float32) for t in tensors)
+    y = TritonConv().forward(x, alpha, cells, spec)
+    gradients = TritonConv().backward(y, x, alpha, cells, spec, (True, True, True))
+    assert y.shape == (0, 6, 7)
+    assert [g.shape for g in gradients] == [x.shape, alpha.shape, cells.shape]
+    assert not gradients[2].any()
 
 
 @runs_kernels
@@ -211,7 +233,7 @@ def test_chunks_cover_everything_within_the_scratch(scratch):
     case = Case((3, 3), (7, 7), (48, 40), batch=6)
     *_, spec = case.make()
     seen = torch.zeros(6, 40, dtype=torch.int)
-    chunks = list(TritonConv(scratch)._chunks(spec, 6, 2))
+    chunks = list(itertools.product(*TritonConv(scratch)._chunks(spec, 6, 2)))
     row = 9 * 48 * 2
     for samples, rows in chunks:
         seen[samples, rows] += 1
@@ -226,10 +248,12 @@ def test_cost_counts_what_is_assembled():
     layer = Case((3, 3), (7, 7), (512, 512), padding=1)
     forward, both = (TritonConv().cost(problem(layer, training=t)) for t in (False, True))
     kernels = 128 * 512 * 512 * 9
-    assert forward.dense_macs == kernels * (54 + 64)  # 49 positions are computed as 64
+    assert forward.dense_macs == kernels * (54 + 64)  # 49 positions take a tile of 64
     assert both.dense_macs == kernels * (4 * 54 + 3 * 64)
     assert 2 * 4 * kernels < forward.bytes < 2.1 * 4 * kernels
     assert both.launches > forward.launches
+    wide = TritonConv().cost(problem(layer, dtype=torch.bfloat16, cells_dtype=torch.float32))
+    assert wide.bytes > TritonConv().cost(problem(layer, dtype=torch.bfloat16)).bytes
 
 
 @pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton; or this is that process")

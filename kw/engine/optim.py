@@ -31,8 +31,8 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, device: torch.d
     Args:
         network: the network whose parameters are trained; frozen ones are left out.
         config: the optimizer's settings.
-        device: of the parameters; on CUDA the fused form is used, which needs no synchronisation
-            with a gradient scaler.
+        device: of the parameters; on CPU and CUDA the fused form is used: it makes no temporary
+            copies of the parameters, and needs no synchronisation with a gradient scaler.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -44,7 +44,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, device: torch.d
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
-    fused = True if device.type == "cuda" else None
+    fused = True if device.type in ("cpu", "cuda") else None
     if config.name == "adamw":
         beta1, beta2 = config.betas
         return torch.optim.AdamW(

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .bmm import Bmm
 from .contraction import Contraction
+from .depthwise import Depthwise
 from .grouped import conv_grouped
 from .kernels import Kernels
+from .mix_inputs import MixInputs
 from .native import Native
 from .planner import Planner
 from .reference import conv_reference
@@ -26,7 +28,8 @@ YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
 keeps what it keeps; the planner never takes them."""
 
 CONTRACTIONS: dict[str, Contraction] = {
-    contraction.name: contraction for contraction in (Kernels(), Bmm(), Native(), TritonConv())
+    contraction.name: contraction
+    for contraction in (Kernels(), Bmm(), MixInputs(), Depthwise(), Native(), TritonConv())
 }
 """Back ends with gradients of their own, the preferred first where costs are equal."""
 

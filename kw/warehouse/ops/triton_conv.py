@@ -7,22 +7,20 @@ ck kernel positions inside of a cell, O, I channels, P positions, rows output ch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import triton_launch as launch
+from .assembly import GPU_SCRATCH
 from .contraction import Contraction, Cost, Needs, Problem
+from .matmul import matmul
 from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
 
 __all__ = ["TritonConv"]
-
-SCRATCH = 256 << 20
-"""Bytes of assembled kernels at a time. Enough that a chunk fills any GPU several times over."""
 
 LEAST_ROWS = 16
 """Rows of a chunk below which samples are divided instead: the narrowest tile of channels."""
@@ -48,7 +46,7 @@ class TritonConv(Contraction):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, scratch: int = SCRATCH) -> None:
+    def __init__(self, scratch: int = GPU_SCRATCH) -> None:
         self.scratch = scratch
 
     def refusal(self, problem: Problem) -> str | None:
@@ -61,6 +59,10 @@ class TritonConv(Contraction):
             return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
         if len(problem.size) > launch.AXES:
             return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+        if problem.device == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if major < 8:
+                return f"needs a device of compute capability 8.0, not {major}.{minor}"
         found = launch.kernel_module()
         return found if isinstance(found, str) else None
 
@@ -68,10 +70,15 @@ class TritonConv(Contraction):
         x = _readable(x, spec)
         y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
         columns = _columns(cells, spec)
+        by_sample, by_row = self._chunks(spec, len(x), _itemsize(x, cells))
         with torch.cuda.device_of(x):
-            for samples, rows in self._chunks(spec, len(x), x.itemsize):
-                chunk = _assemble(alpha[samples], columns, spec, rows)
-                launch.convolve(chunk, x[samples], y[samples])
+            for samples in by_sample:
+                mixing = _mixing(alpha[samples], cells.dtype)
+                for rows in by_row:
+                    blocks = matmul(mixing.t(), columns[:, _span(rows, columns, spec)])
+                    chunk = Chunk(blocks.to(x.dtype), spec, rows)  # [b * m, rows * ck * c_in]
+                    launch.convolve(chunk, x[samples], y[samples])
+                    del blocks, chunk  # before the next is made
         return y
 
     def backward(
@@ -85,32 +92,42 @@ class TritonConv(Contraction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_alpha, need_cells = needs
         x, grad = _readable(x, spec), _readable(grad, spec)
-        chunks = list(self._chunks(spec, len(x), x.itemsize))
         columns = _columns(cells, spec)
-        width = columns.shape[1] // spec.partition.cell_out  # [n, rows * width]
-        several = len(chunks) > 1
-        summed = torch.float32 if several else x.dtype
-        # Chunks of rows each add what their output channels give; positions no tap meets stay 0.
-        dx = _empty_like(x, x.shape[1], x.shape[2:], summed).zero_() if need_x else None
+        by_sample, by_row = self._chunks(spec, len(x), _itemsize(x, cells))
+        # Chunks of rows each add what their output channels give to the input.
+        add = len(by_row) > 1
+        dx = dcolumns = None
+        if need_x:
+            dx = _empty_like(x, x.shape[1], x.shape[2:], torch.float32 if add else x.dtype)
+            if add or not launch.reaches_all(spec, tuple(x.shape[2:])):
+                dx.zero_()
+        if need_cells:
+            kind = torch.float32 if len(by_sample) > 1 else cells.dtype
+            new = torch.empty_like if len(x) else torch.zeros_like
+            dcolumns = new(columns, dtype=kind)
         dalpha = torch.zeros_like(alpha, dtype=torch.float32) if need_alpha else None
-        dcolumns = torch.zeros_like(columns, dtype=summed) if need_cells else None
         with torch.cuda.device_of(x):
-            for samples, rows in chunks:
-                part = slice(rows.start * width, rows.stop * width)
-                if dx is not None:
-                    chunk = _assemble(alpha[samples], columns, spec, rows)
-                    launch.convolve_transposed(chunk, grad[samples], dx[samples], several)
-                else:
-                    chunk = _assemble_nothing(alpha[samples], columns, spec, rows)
-                if dalpha is None and dcolumns is None:
-                    continue
-                launch.kernel_gradient(chunk, grad[samples], x[samples])
-                dw = chunk.blocks.view(-1, part.stop - part.start)  # [B * m, rows * width]
-                if dalpha is not None:
-                    dalpha[samples] += (dw @ columns[:, part].t()).view_as(dalpha[samples])
-                if dcolumns is not None:
-                    mixed = alpha[samples].flatten(0, 1).to(dw.dtype)  # [B * m, n]
-                    dcolumns[:, part] += mixed.t() @ dw
+            for samples in by_sample:
+                mixing = _mixing(alpha[samples], cells.dtype)
+                for rows in by_row:
+                    span = _span(rows, columns, spec)
+                    if dx is not None:
+                        blocks = matmul(mixing.t(), columns[:, span]).to(x.dtype)
+                        chunk = Chunk(blocks, spec, rows)  # [b * m, rows * ck * c_in]
+                        launch.convolve_transposed(chunk, grad[samples], dx[samples], add)
+                    else:
+                        shape = (mixing.shape[1], span.stop - span.start)
+                        chunk = Chunk(x.new_empty(shape), spec, rows)
+                    if dalpha is not None or dcolumns is not None:
+                        launch.kernel_gradient(chunk, grad[samples], x[samples])
+                        dw = chunk.blocks.to(cells.dtype)
+                        if dalpha is not None:
+                            part = matmul(columns[:, span], dw.t())  # [n, b * m]
+                            dalpha[samples] += part.t().view_as(dalpha[samples])
+                        if dcolumns is not None:
+                            _put(dcolumns[:, span], mixing, dw, add=samples.start > 0)
+                        del dw
+                    del chunk  # before the next is made
         return (
             None if dx is None else dx.to(x.dtype),
             None if dalpha is None else dalpha.to(alpha.dtype),
@@ -118,43 +135,75 @@ class TritonConv(Contraction):
         )
 
     def cost(self, problem: Problem) -> Cost:
-        part = problem.spec.partition
-        out, inner = part.kernel_shape[:2]
-        tile = tiles_of_convolution(problem.positions, out, inner, problem.itemsize)
-        rounded = -(-problem.positions // tile.rows) * tile.rows
-        conv = problem.batch * problem.kernel_numel * rounded
+        out, inner = problem.spec.partition.kernel_shape[:2]
+        tiles = tiles_of_convolution(problem.batch, problem.positions, out, inner, problem.itemsize)
+        rounded = -(-problem.positions // tiles.rows) * tiles.rows
         kernels = problem.batch * problem.kernel_numel
+        conv = kernels * rounded
         activations = problem.batch * (problem.input_numel + problem.output_numel)
-        chunks = len(list(self._chunks(problem.spec, problem.batch, problem.itemsize)))
+        mixed = problem.cells_dtype or problem.dtype
+        size = problem.itemsize + (mixed.itemsize if mixed != problem.dtype else 0)
+        # What rounding float32 kernels reads and writes counts with every product.
+        moved = 2 * size - problem.itemsize  # per value that a product writes or reads
+        chunks = math.prod(map(len, self._chunks(problem.spec, problem.batch, size)))
+        cells = problem.cells_numel * mixed.itemsize
         # Taps find the input in the caches, whose traffic is not counted here.
-        forward = Cost(
+        cost = Cost(
             dense_macs=problem.assembly_macs + conv,
-            bytes=problem.itemsize * (2 * kernels + activations + problem.cells_numel),
+            bytes=kernels * (moved + problem.itemsize) + activations * problem.itemsize + cells,
             launches=2 * chunks,
         )
-        if not problem.training:
-            return forward
-        residues = math.prod(problem.spec.stride)
-        backward = Cost(
-            dense_macs=3 * problem.assembly_macs + 2 * conv,
-            bytes=problem.itemsize * (5 * kernels + 2 * activations + 3 * problem.cells_numel),
-            launches=(6 + residues) * chunks + 4,
-        )
-        return forward + backward
+        if problem.training:
+            cost += Cost(
+                dense_macs=3 * problem.assembly_macs + 2 * conv,
+                bytes=kernels * (3 * moved + 2 * problem.itemsize)
+                + 2 * activations * problem.itemsize
+                + 3 * cells,
+                launches=(6 + math.prod(problem.spec.stride)) * chunks + 4,
+            )
+        if problem.device == "cpu":  # interpreted: right, and thousands of times slower
+            return Cost(slow_macs=1000 * cost.dense_macs)
+        return cost
 
-    def _chunks(self, spec: ConvSpec, batch: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """Samples and rows of a cell whose kernels fit into the scratch, as even as can be."""
+    def _chunks(self, spec: ConvSpec, batch: int, itemsize: int) -> tuple[list[slice], list[slice]]:
+        """Samples, and rows of a cell, such that the kernels of each pair fit into the scratch."""
         part = spec.partition
-        kernel = math.prod(part.kernel_shape) * itemsize
-        row = kernel // part.cell_out  # of every block, one sample
+        row = math.prod(part.kernel_shape) * itemsize // part.cell_out  # in every block
         least = min(LEAST_ROWS, part.cell_out)
-        samples = min(max(self.scratch // (row * least), 1), batch)
+        samples = max(min(self.scratch // (row * least), batch), 1)
         rows = part.cell_out
         while rows > least and rows * row * samples > self.scratch:
             rows = -(-rows // 2)
-        for b in range(0, batch, samples):
-            for r in range(0, part.cell_out, rows):
-                yield slice(b, min(b + samples, batch)), slice(r, min(r + rows, part.cell_out))
+        return _cut(batch, samples), _cut(part.cell_out, rows)
+
+
+def _cut(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _span(rows: slice, columns: Tensor, spec: ConvSpec) -> slice:
+    """The columns that hold those rows of the cells."""
+    width = columns.shape[1] // spec.partition.cell_out
+    return slice(rows.start * width, rows.stop * width)
+
+
+def _mixing(alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """Coefficients ``[n, b * m]``.
+
+    Lying this way every matrix product has sides that libraries can load in whole vectors; the
+    number of cells, such as 27 or 108, would otherwise be the length of rows.
+    """
+    return alpha.flatten(0, 1).t().to(dtype).contiguous()
+
+
+def _put(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """``total = a @ b``, or added to what is there."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=int(add))  # 0: what is there is not read
+    elif add:
+        total += matmul(a, b)
+    else:
+        total.copy_(matmul(a, b))
 
 
 def _columns(cells: Tensor, spec: ConvSpec) -> Tensor:
@@ -180,20 +229,9 @@ def _cells(columns: Tensor, spec: ConvSpec) -> Tensor:
     return columns.transpose(2, 3).flatten(1)
 
 
-def _assemble(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
-    """Kernels of some samples and rows: one matrix product, nothing moved."""
-    width = columns.shape[1] // spec.partition.cell_out
-    part = columns[:, rows.start * width : rows.stop * width]
-    blocks = alpha.flatten(0, 1).to(columns.dtype) @ part  # [B * m, rows * width]
-    return Chunk(blocks, spec, rows.start, rows.stop - rows.start)
-
-
-def _assemble_nothing(alpha: Tensor, columns: Tensor, spec: ConvSpec, rows: slice) -> Chunk:
-    """The same chunk with its values left open, for a gradient to be written to."""
-    width = columns.shape[1] // spec.partition.cell_out
-    count = rows.stop - rows.start
-    blocks = columns.new_empty(alpha.shape[0] * alpha.shape[1], count * width)
-    return Chunk(blocks, spec, rows.start, count)
+def _itemsize(x: Tensor, cells: Tensor) -> int:
+    """Bytes of scratch for a value of a kernel, which may be mixed in float32 and then rounded."""
+    return x.itemsize + (cells.itemsize if cells.dtype != x.dtype else 0)
 
 
 def _readable(x: Tensor, spec: ConvSpec) -> Tensor:

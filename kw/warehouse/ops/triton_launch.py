@@ -21,12 +21,15 @@ from .spec import ConvSpec
 from .triton_tiles import tiles_of_convolution, tiles_of_gradient
 
 __all__ = [
+    "AXES",
+    "Chunk",
     "convolve",
     "convolve_transposed",
     "interpreted",
     "is_plain",
     "kernel_gradient",
     "kernel_module",
+    "reaches_all",
 ]
 
 AXES = 3
@@ -118,13 +121,27 @@ def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
     return result
 
 
+def reaches_all(spec: ConvSpec, size: tuple[int, ...]) -> bool:
+    """Whether every position of the input meets some tap."""
+    return all(axis.taps for residues in transposed_axes(spec, size) for axis in residues)
+
+
 class Chunk(NamedTuple):
-    """Kernels of a chunk: ``[B, S, GO, GI, rows, ck, c_in]`` for rows ``start ..`` of a cell."""
+    """Kernels of some samples and rows of a cell: ``[B, S, GO, GI, rows, ck, c_in]``."""
 
     blocks: Tensor
     spec: ConvSpec
-    start: int
-    rows: int
+    span: slice
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        return self.span.start
+
+    @property
+    def rows(self) -> int:
+        """Their number."""
+        return self.span.stop - self.span.start
 
     @property
     def strides(self) -> dict[str, int]:
@@ -187,9 +204,10 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     axes = _pad_axes(axes)
     outputs, inputs = part.grid[1] * chunk.rows, part.kernel_shape[1]
     positions = math.prod(axis.count for axis in axes)
-    tiles = tiles_of_gradient(positions, outputs, inputs, x.itemsize)
+    taps = math.prod(part.kernel)
+    tiles = tiles_of_gradient(len(x) * taps, positions, outputs, inputs, x.itemsize)
     programs = -(-outputs // tiles.rows) * -(-inputs // tiles.columns)
-    programs *= len(x) * math.prod(part.kernel)
+    programs *= len(x) * taps
     kernels.kernel_gradient[(programs,)](
         x, dy, chunk.blocks,
         *_strides(x), *_strides(dy),
@@ -197,7 +215,7 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
         outputs, inputs, part.cell_out,
         *_positions(axes),
         *(axis.taps for axis in axes),
-        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **_arithmetic(x),
+        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, DEEP=len(part.kernel) == AXES, **_arithmetic(x),
         TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **tiles.options,
     )  # fmt: skip
 
@@ -233,7 +251,7 @@ def _launch_convolution(
     k_blocks, k_block, w_k_block, w_k, x_block = k
     channels, inner = n_blocks * n_block, k_blocks * k_block
     positions = math.prod(axis.count for axis in axes)
-    tiles = tiles_of_convolution(positions, channels, inner, x.itemsize)
+    tiles = tiles_of_convolution(len(x), positions, channels, inner, x.itemsize)
     programs = -(-positions // tiles.rows) * -(-channels // tiles.columns) * len(x)
     kernels.convolve[(programs,)](
         x, w, y,

@@ -162,17 +162,25 @@ inline Rows as_rows(const float* from, bool channels_last, Index batch, Index po
   return {to, stride, positions * stride};
 }
 
-// Cells [j, j + count), a tap of theirs, as tiles: to[depth][count][T]. Columns are `width` output
-// channels from `first`, depth is input channels from k; `swapped`, the other way round.
+// Cells [j, j + count), a tap of theirs, as tiles: to[depth][count][T], lines of depth `hop` floats
+// apart. Columns are `width` output channels from `first`, depth is input channels from k;
+// `swapped`, the other way round.
 inline void pack_cells(const Layer& l, const float* cells, bool swapped, Index tap, Index first,
-                       Index width, Index k, Index depth, Index j, Index count, float* to) {
+                       Index width, Index k, Index depth, Index j, Index count, float* to,
+                       Index hop) {
   const Index taps = l.cell_taps(), cell = l.cell();
   const Index across = swapped ? taps : l.cell_in * taps;  // from one column to the next
   const Index down = swapped ? l.cell_in * taps : taps;
   const float* from = cells + j * cell + first * across + k * down + tap;
-  const Index hop = count * T;
-  if (width < T) std::memset(to, 0, depth * hop * sizeof(float));
+  const Index runs = swapped ? depth : width, run = swapped ? width : depth;
+  const Index apart = l.cell_in * taps;
+  if (width < T) std::memset(to, 0, ((depth - 1) * hop + count * T) * sizeof(float));
   for (Index i = 0; i < count; ++i, from += cell, to += T) {
+    // Short runs, far apart: no hardware prefetcher sees the pattern.
+    if (i + 2 < count)
+      for (Index r = 0; r < runs; ++r)
+        for (Index c = 0; c < run * taps; c += 16)
+          __builtin_prefetch(from + 2 * cell + r * apart + c, 0, 2);
     if (down == 1) {
       transpose(from, across, width, depth, to, hop);
     } else if (across == 1) {
@@ -184,5 +192,9 @@ inline void pack_cells(const Layer& l, const float* cells, bool swapped, Index t
     }
   }
 }
+
+// Floats between lines of packed cells: an odd number of vectors, which spreads the lines of a
+// transposed block over the sets of the cache.
+inline Index packed_hop(Index count) { return count * T + V; }
 
 }  // namespace kw

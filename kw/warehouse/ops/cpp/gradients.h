@@ -107,12 +107,13 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
   float* partial = g.partial ? g.partial + part * batch * m * n : nullptr;
   if (partial) std::memset(partial, 0, batch * m * n * sizeof(float));
   const Index line = T * Index(sizeof(float)) * taps;
-  Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (std::min<Index>(batch, 8) * m * line));
+  const Index samples = std::min<Index>(batch, 8);
+  Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (samples * m * line));
   depth = std::clamp<Index>(depth / 16 * 16, 16, 64);
   const Index some = std::clamp<Index>(KERNEL_BYTES / (m * line * depth), 1, batch);
-  const Index stride = taps * depth * T + T;
-  float* packed = w.packed.get(taps * depth * n * T);
-  float* sums = w.sums.get(taps * depth * n * T);
+  const Index stride = taps * depth * T + T, hop = packed_hop(n);
+  float* packed = w.packed.get(taps * depth * packed_hop(n));
+  float* sums = w.sums.get(taps * depth * packed_hop(n));
   float* kernels = w.kernels.get(some * m * stride);
   w.left.resize(some * m), w.right.resize(some * m);
   for (Index r = 0; r < some * m; ++r) w.left[r] = r * n, w.right[r] = r * stride;
@@ -120,11 +121,13 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
   for (Index k = share * parts.each; k < end; k += depth) {
     const Index high = std::min(depth, end - k), lines = taps * high;
     for (Index tap = 0; tap < taps; ++tap) {
-      const Index at = tap * high * n * T;
+      const Index at = tap * high * hop;
       if (g.alpha_grad)
-        pack_cells(l, g.cells, false, tap, tile * T, width, k, high, 0, n, packed + at);
+        pack_cells(l, g.cells, false, tap, tile * T, width, k, high, 0, n, packed + at,
+                   hop);
       if (g.cells_grad && g.add)
-        pack_cells(l, g.cells_grad, false, tap, tile * T, width, k, high, 0, n, sums + at);
+        pack_cells(l, g.cells_grad, false, tap, tile * T, width, k, high, 0, n, sums + at,
+                   hop);
     }
     for (Index b = 0; b < batch; b += some) {
       const Index count = std::min(some, batch - b), rows = count * m;
@@ -133,7 +136,7 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
       if (g.alpha_grad)
         tiles<DOT_COLUMNS>(n, [&](Index j, Index columns) {
           tiles<DOT_ROWS>(rows, [&](Index r, Index height) {
-            dot_of(height, columns)(kernels + r * stride, stride, packed + j * T, lines, n * T,
+            dot_of(height, columns)(kernels + r * stride, stride, packed + j * T, lines, hop,
                                     partial + (b * m + r) * n + j, n);
           });
         });
@@ -141,20 +144,20 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
         for (Index i = 0; i < lines; ++i)
           tiles(n, [&](Index j, Index height) {
             outer_of(height)(g.alpha + b * m * n + j, w.left.data(), kernels + i * T,
-                             w.right.data(), rows, sums + (i * n + j) * T, T, g.add || b > 0);
+                             w.right.data(), rows, sums + i * hop + j * T, T, g.add || b > 0);
           });
     }
     if (!g.cells_grad) continue;
     for (Index tap = 0; tap < taps; ++tap)
       for (Index j = 0; j < n; ++j) {
-        const float* from = sums + (tap * high * n + j) * T;
+        const float* from = sums + tap * high * hop + j * T;
         float* to = g.cells_grad + j * l.cell() + (tile * T * l.cell_in + k) * taps + tap;
         if (taps == 1)
-          transpose(from, n * T, high, width, to, l.cell_in);
+          transpose(from, hop, high, width, to, l.cell_in);
         else
           for (Index d = 0; d < high; ++d)
             for (Index c = 0; c < width; ++c)
-              to[(c * l.cell_in + d) * taps] = from[d * n * T + c];
+              to[(c * l.cell_in + d) * taps] = from[d * hop + c];
       }
   }
 }

@@ -45,7 +45,8 @@ struct Cut {
 };
 
 inline Index slice_depth(const Mix& m, Index batch) {
-  const Index line = m.l.mixtures() * m.l.cell_taps() * T * Index(sizeof(float));  // kernels of a sample, per depth
+  // Bytes of a sample's kernels for one deep channel.
+  const Index line = m.l.mixtures() * m.l.cell_taps() * T * Index(sizeof(float));
   for (Index samples = std::min<Index>(batch, 8);; samples = samples / 2) {
     Index depth = std::max<Index>(KERNEL_BYTES / (samples * line) / 16 * 16, 16);
     depth = std::min(depth, m.deep());
@@ -115,7 +116,7 @@ inline void assemble(const Mix& m, const Task& t, Index k, Index depth, float* k
   step = (n + (n + step - 1) / step - 1) / ((n + step - 1) / step);
   Index high = std::clamp<Index>(PACK_BYTES / line / step / 16 * 16, 16, 64);
   high = std::min(high, depth);
-  float* packed = w.pack.get(high * step * T);
+  float* packed = w.pack.get(high * packed_hop(step));
   w.left.resize(rows), w.to.resize(rows);
   for (Index r = 0; r < rows; ++r) {
     const Index b = r / per_sample, s = r % per_sample / (t.blocks * deep_blocks);
@@ -126,10 +127,12 @@ inline void assemble(const Mix& m, const Task& t, Index k, Index depth, float* k
     for (Index d = 0; d < depth; d += high)
       for (Index j = 0; j < n; j += step) {
         const Index count = std::min(step, n - j), lines = std::min(high, depth - d);
-        pack_cells(l, m.cells, m.backward, tap, t.first, t.width, k + d, lines, j, count, packed);
+        const Index hop = packed_hop(count);
+        pack_cells(l, m.cells, m.backward, tap, t.first, t.width, k + d, lines, j, count, packed,
+                   hop);
         for (Index i = 0; i < lines; ++i) {
           float* to = kernels + (tap * depth + d + i) * T;
-          const float* right = packed + i * count * T;
+          const float* right = packed + i * hop;
           tiles(rows, [&](Index first, Index height) {
             const float* left[MR];
             float* c[MR];

@@ -1,0 +1,101 @@
+"""The conditions of a measurement, and the file name that carries them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["DTYPES", "MODES", "BenchmarkError", "Conditions", "device_slug"]
+
+# A file's name has the short word.
+MODES = {"inference": "infer", "train": "train", "memory": "memory"}
+# What the engine calls the autocast types.
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class BenchmarkError(ValueError):
+    """A benchmark that cannot be done as it was asked for."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that is the same for all networks of a run.
+
+    Attributes:
+        mode: a key of :data:`MODES`.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: a key of :data:`DTYPES`: float32, or autocast to a 16-bit type as in training.
+        batch_size: images per forward pass.
+        input_size: side of the square input, pixels.
+        threads: of PyTorch's operators on CPU.
+        channels_last: NHWC memory layout of images and 4-D weights.
+        compile: ``torch.compile`` of the network, static ones included.
+        rounds: interleaved rounds; each gives one time per network and part.
+    """
+
+    mode: str
+    device: str
+    dtype: str
+    batch_size: int
+    input_size: int
+    threads: int
+    channels_last: bool = False
+    compile: bool = False
+    rounds: int = 20
+
+    def __post_init__(self) -> None:
+        for key, valid in (("mode", MODES), ("dtype", DTYPES), ("device", ("cpu", "cuda"))):
+            if getattr(self, key) not in valid:
+                raise BenchmarkError(
+                    f"{key} is {getattr(self, key)!r}; expected one of {', '.join(valid)}"
+                )
+        for key in ("batch_size", "input_size", "threads", "rounds"):
+            if getattr(self, key) < 1:
+                raise BenchmarkError(f"{key} is {getattr(self, key)}; expected at least 1")
+
+    def check_device(self) -> None:
+        """Refuse a device that is not here.
+
+        Raises:
+            BenchmarkError: PyTorch sees no GPU.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError("device is 'cuda', but PyTorch sees no GPU here; use 'cpu'")
+
+    @property
+    def layout(self) -> str:
+        """``"nchw"`` or ``"nhwc"``."""
+        return "nhwc" if self.channels_last else "nchw"
+
+    @property
+    def execution(self) -> str:
+        """``"eager"`` or ``"compile"``."""
+        return "compile" if self.compile else "eager"
+
+    def file_name(self, subject: str, machine_device: str) -> str:
+        """The name of the result's files, without suffix.
+
+        Args:
+            subject: what is measured.
+            machine_device: the device as :func:`device_slug` names it.
+
+        Raises:
+            BenchmarkError: ``subject`` cannot stand in a file's name.
+        """
+        if not re.fullmatch(r"[\w.+-]+", subject):
+            raise BenchmarkError(f"name {subject!r}: expected letters, digits and any of _ . + -")
+        words = ["benchmark", MODES[self.mode], subject, machine_device, self.dtype]
+        words += [f"b{self.batch_size}", str(self.input_size)]
+        if self.device == "cpu":
+            words.append(f"t{self.threads}")
+        return "-".join([*words, self.layout, self.execution])
+
+
+def device_slug(device: str) -> str:
+    """``"cpu"``, or the GPU's own name as a word: two GPUs never share a result file."""
+    if device == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name().lower().replace("nvidia", "")
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_")

@@ -1,0 +1,246 @@
+"""The memory of a training step beyond parameters, gradients and optimizer state, to the byte.
+
+PyTorch's profiler notes every block that PyTorch's allocators hand out and take back, on CPU and
+CUDA alike. From these events, in their order, follows what is alive at any moment. Three steps
+are followed, from the first on, and the peak is that of the third: so whatever earlier steps left
+behind, scratch buffers kept for the next one for example, counts. Of that
+
+- parameters, buffers and the batch do not count: they are there before the first step;
+- gradients and the state of the optimizer do not count: the blocks that hold them after the third
+  step are known by their addresses and left out.
+
+Activations kept for the backward pass, assembled kernels, temporary tensors and workspaces of
+PyTorch's and oneDNN's operators count. What a library allocates past PyTorch's allocators does not.
+
+Each network has a process of its own: what others left in allocators and caches has no effect.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .cases import LayerSource, NetworkSource
+from .conditions import Conditions
+from .steps import TrainingStep, build_step
+
+__all__ = ["Event", "Memory", "measure_apart", "measure_here", "measure_step", "peak_beyond"]
+
+STEPS = 3
+# glibc gives freed tensors back to the system at once: the size of the process then follows what is
+# alive, as a check of what the profiler says. Slower, which is of no account here.
+_RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+_WINDOW = "kw.benchmark: the step that counts"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A block handed out (``bytes`` above 0) or taken back.
+
+    Attributes:
+        time: in order.
+        address: of the block.
+        bytes: its size.
+    """
+
+    time: float
+    address: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a training step holds, in bytes.
+
+    Attributes:
+        parameters: all parameters.
+        gradients: their gradients.
+        optimizer: the optimizer's state.
+        beyond: the largest sum of everything else that a step allocates.
+        check: the same peak by another measure, gradients and state included: on CUDA the
+            allocator's own peak, elsewhere the growth of the process on Linux, else 0. Nothing is
+            computed from it.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    beyond: int
+    check: int
+
+
+def measure_apart(
+    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
+) -> Memory | str:
+    """:func:`measure_here` in a new process.
+
+    Returns:
+        The measurement, or in words why there is none.
+    """
+    with (
+        _environment(_RETURN_FREED),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        try:
+            return pool.submit(measure_here, source, backend, conditions).result()
+        except BrokenProcessPool:
+            return "its process was ended by the system, which does so when memory runs out"
+
+
+def measure_step(step: TrainingStep) -> Memory:
+    """Follow the first steps of a network's training."""
+    device = step.inputs.device
+    before = _process_bytes("VmRSS")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(STEPS - 1):
+            step.backward(step.forward())
+            step.update()
+            step.clear()
+        with record_function(_WINDOW):
+            step.backward(step.forward())
+            step.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    if device.type == "cuda":
+        check = torch.cuda.max_memory_allocated() - before
+    else:
+        check = _process_bytes("VmHWM") - before
+    parameters = [p for p in step.network.parameters() if p.requires_grad]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    states = [
+        value
+        for state in step.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.device == device
+    ]
+    start, events = _read_trace(profiler, device)
+    return Memory(
+        parameters=sum(p.nbytes for p in step.network.parameters()),
+        gradients=sum(g.nbytes for g in gradients),
+        optimizer=sum(s.nbytes for s in states),
+        beyond=peak_beyond(events, start, _kept(gradients + states)),
+        check=check,
+    )
+
+
+def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) -> int:
+    """The largest sum of blocks alive at once.
+
+    Args:
+        events: all since nothing was alive, in order of time.
+        start: only moments from then on count.
+        kept: what is alive after the last event and does not count: of the last block at each of
+            these addresses the part of so many bytes that does.
+
+    Returns:
+        Bytes.
+    """
+    events = list(events)
+    last = {event.address: i for i, event in enumerate(events) if event.bytes > 0}
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for i, event in enumerate(events):
+        if event.time >= start:
+            peak = max(peak, total)  # what earlier steps left, before this event
+        if event.bytes > 0:
+            counted = event.bytes
+            if event.address in kept and last[event.address] == i:
+                counted = kept[event.address]
+            alive[event.address] = counted
+            total += counted
+        else:
+            total -= alive.pop(event.address, 0)  # 0: it was there before the first event
+    return max(peak, total)
+
+
+def measure_here(
+    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
+) -> Memory | str:
+    """Build a network and follow its first training steps.
+
+    Returns:
+        The measurement, or in words why there is none.
+    """
+    torch.set_num_threads(conditions.threads)
+    try:
+        step = build_step(source, backend, conditions)
+        assert isinstance(step, TrainingStep)
+        return measure_step(step)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except ValueError as error:
+        return f"unavailable: {error}"
+
+
+def _kept(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """For every block that holds some of the tensors, the bytes that hold none."""
+    left: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        left[address] = left.get(address, storage.nbytes()) - tensor.nbytes
+    return left
+
+
+def _read_trace(profiler: profile, device: torch.device) -> tuple[float, list[Event]]:
+    """When the window opens, and the allocations on a device."""
+    kind = {"cpu": 0, "cuda": 1}[device.type]  # c10::DeviceType, as the trace has it
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        trace: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    # On CUDA the device's own record of the annotation would come later; the host allocates.
+    start = min(float(entry["ts"]) for entry in trace if entry["name"] == _WINDOW)
+    events = [
+        Event(float(entry["ts"]), int(entry["args"]["Addr"]), int(entry["args"]["Bytes"]))
+        for entry in trace
+        if entry["name"] == "[memory]" and int(entry["args"]["Device Type"]) == kind
+    ]
+    if not events:
+        raise RuntimeError(f"PyTorch's profiler recorded no allocations on {device}")
+    return start, sorted(events, key=lambda event: event.time)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of processes started meanwhile."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _process_bytes(key: str) -> int:
+    """Resident memory of this process, now or at most."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def to_dict(memory: Memory) -> dict[str, int]:
+    """Plain types, for JSON."""
+    return asdict(memory)

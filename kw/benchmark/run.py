@@ -1,0 +1,155 @@
+"""One run: build the networks of a case, measure them under the same conditions."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from . import memory as memory_of
+from .cases import STATIC, Case, Variant, check_backends
+from .conditions import BenchmarkError, Conditions, device_slug
+from .machine import describe_code, describe_machine, describe_versions
+from .results import Measured, Result
+from .steps import PARTS, Step, build_step
+from .timing import Slow, interleave, warm_up
+
+__all__ = ["run_case"]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run_case(
+    case: Case,
+    conditions: Conditions,
+    backends: Sequence[str] = ("auto",),
+    *,
+    subject: str | None = None,
+    code: dict[str, Any] | None = None,
+    say: Callable[[str], None] = _say,
+) -> Result:
+    """Measure a case's static network, its grouped form and other back ends, interleaved.
+
+    Args:
+        case: what is measured.
+        conditions: the same for all.
+        backends: besides ``"grouped"``, which is always measured.
+        subject: in the result's name instead of the case's own.
+        code: :func:`kw.benchmark.machine.describe_code`, where it was called already.
+        say: told of every network as it begins.
+
+    Returns:
+        The result. A network that runs out of memory or is too slow, and a back end that cannot do
+        a layer, stand in it without figures.
+
+    Raises:
+        BenchmarkError: an unknown back end; the only back end asked for cannot do a layer; the
+            static network cannot be measured.
+    """
+    check_backends(backends)
+    conditions.check_device()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(conditions.threads)
+    result = Result(
+        name=conditions.file_name(subject or case.subject, device_slug(conditions.device)),
+        family=case.family,
+        conditions=conditions,
+        networks=[],
+        machine=describe_machine(conditions.device),
+        versions=describe_versions(conditions.device),
+        code=code or describe_code(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    variants = case.variants(backends)
+    try:
+        if conditions.mode == "memory":
+            _measure_memory(case, conditions, variants, result, say)
+        else:
+            _measure_time(case, conditions, variants, result, say)
+    finally:
+        torch.set_num_threads(threads)
+        if conditions.compile:
+            torch._dynamo.reset()
+        _release(conditions)
+    if result.static.problem is not None:
+        raise BenchmarkError(
+            f"{result.static.model}, the static network: {result.static.problem}; there is nothing "
+            "to compare with"
+        )
+    if len(backends) == 1:
+        for network in result.networks:
+            if network.backend == backends[0] and (network.problem or "").startswith("unavailable"):
+                raise BenchmarkError(f"{network.label}: {network.problem}")
+    return result
+
+
+def _measure_memory(
+    case: Case,
+    conditions: Conditions,
+    variants: Sequence[Variant],
+    result: Result,
+    say: Callable[[str], None],
+) -> None:
+    for variant in variants:
+        measured = Measured(variant.model, variant.backend)
+        say(f"{result.name}: {measured.label}")
+        source = case.sources[variant.source]
+        found = memory_of.measure_apart(source, variant.backend, conditions)
+        if isinstance(found, str):
+            measured.problem = found
+        else:
+            measured.memory = memory_of.to_dict(found)
+        result.networks.append(measured)
+
+
+def _measure_time(
+    case: Case,
+    conditions: Conditions,
+    variants: Sequence[Variant],
+    result: Result,
+    say: Callable[[str], None],
+) -> None:
+    ready: list[tuple[Step, Measured]] = []
+    for variant in variants:
+        measured = Measured(variant.model, variant.backend)
+        say(f"{result.name}: {measured.label}")
+        result.networks.append(measured)
+        try:
+            step = build_step(case.sources[variant.source], variant.backend, conditions)
+            measured.iterations = warm_up(step)
+            ready.append((step, measured))
+        except torch.OutOfMemoryError:
+            measured.problem = "out of memory"
+        except Slow as error:
+            measured.problem = f"too slow: {error}"
+        except (ValueError, AssertionError, RuntimeError) as error:
+            # Anything else than a refused back end is a fault that must be seen as one, but an
+            # input that the static network refuses is the user's.
+            if variant.backend != STATIC and not isinstance(error, ValueError):
+                raise
+            measured.problem = f"unavailable: {error}"
+        if measured.problem is not None:
+            say(f"  {measured.problem}")
+            if variant.backend == STATIC:
+                return
+            step = None  # type: ignore[assignment]  # its memory, before the next is built
+            _release(conditions)
+    say(f"{result.name}: {conditions.rounds} rounds")
+    steps = [(step, measured.iterations) for step, measured in ready]
+    found = interleave(steps, conditions.rounds)
+    for (_, measured), rounds in zip(ready, found, strict=True):
+        parts = PARTS[conditions.mode]
+        measured.seconds = {
+            part: [round(times[i], 9) for times in rounds] for i, part in enumerate(parts)
+        }
+
+
+def _release(conditions: Conditions) -> None:
+    gc.collect()
+    if conditions.device == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,121 @@
+"""What is timed and what allocates: an inference pass, and a training step in its three parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..engine.optim import UpdateWrapper, autocast, build_optimizer
+from .cases import Source
+from .conditions import DTYPES, Conditions
+
+__all__ = ["PARTS", "InferenceStep", "Step", "TrainingStep", "build_step"]
+
+PARTS = {"inference": ("total",), "train": ("forward", "backward", "optimizer", "total")}
+# The networks must stay what they were in the first round; the update costs the same.
+LEARNING_RATE = 1e-8
+
+
+class InferenceStep:
+    """A forward pass in evaluation mode, without gradients.
+
+    Args:
+        network: on its device.
+        inputs: a batch; the same one every time.
+        conditions: the autocast type.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Tensor, conditions: Conditions) -> None:
+        self.network = network.eval()
+        self.inputs = inputs
+        self.conditions = conditions
+
+    def forward(self) -> Tensor:
+        """The outputs."""
+        precision = DTYPES[self.conditions.dtype]
+        with torch.no_grad(), autocast(precision, self.conditions.device):
+            return self.network(self.inputs)
+
+
+class TrainingStep:
+    """A step as the engine makes it: autocast forward and loss, backward, update.
+
+    Gradients are set to ``None`` after the update, float16 has its loss scaling.
+
+    Args:
+        network: on its device.
+        source: gives loss and optimizer.
+        inputs: a batch; the same one every time.
+        targets: of the loss.
+        conditions: the autocast type.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        source: Source,
+        inputs: Tensor,
+        targets: Tensor,
+        conditions: Conditions,
+    ) -> None:
+        self.network = network.train()
+        self.inputs, self.targets = inputs, targets
+        self.loss = source.loss
+        settings = source.optimizer
+        self.optimizer: Optimizer = build_optimizer(network, settings, inputs.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
+        self.wrapper = UpdateWrapper(
+            self.optimizer,
+            clip_grad=settings.clip_grad,
+            precision=DTYPES[conditions.dtype],
+            device_type=conditions.device,
+        )
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        with self.wrapper.optim_context(self.network):
+            return self.loss(self.network(self.inputs), self.targets)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of all parameters."""
+        self.wrapper.backward(loss)
+
+    def update(self) -> None:
+        """The optimizer's step; the gradients are still there."""
+        self.wrapper.step()
+
+    def clear(self) -> None:
+        """Gradients to ``None``."""
+        self.wrapper.zero_grad()
+
+
+Step = InferenceStep | TrainingStep
+
+
+def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
+    """A network, its batch and what is done with them, the same for the same source.
+
+    Raises:
+        ValueError: the back end cannot do one of the layers.
+    """
+    torch.manual_seed(0)
+    device = torch.device(conditions.device)
+    network = source.build(backend)
+    inputs, targets = source.example(conditions.batch_size, conditions.input_size)
+    if conditions.channels_last:  # as the engine does it
+        network = network.to(memory_format=torch.channels_last)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    network.to(device)
+    inputs, targets = inputs.to(device), targets.to(device)
+    if conditions.compile:
+        # All networks of a class share its code: each is one more entry among that code's compiled
+        # forms, and beyond the limit PyTorch falls back to eager.
+        from torch._dynamo import config
+
+        config.recompile_limit = 64
+        network.compile()
+    if conditions.mode == "inference":
+        return InferenceStep(network, inputs, conditions)
+    return TrainingStep(network, source, inputs, targets, conditions)

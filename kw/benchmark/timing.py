@@ -1,0 +1,132 @@
+"""Interleaved timing: static, grouped, back end, static, grouped, ... so that drift hits all alike.
+
+A round runs every network once, for as many iterations as fill a short time, and gives one mean
+time for each part of it. Ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .steps import InferenceStep, Step
+
+__all__ = ["Slow", "interleave", "iterations_for", "time_step", "warm_up"]
+
+# One iteration of a CPU network is long enough; a GPU's milliseconds, and layers, are repeated.
+ROUND_SECONDS = 0.1
+MAX_ITERATIONS = 50
+# An iteration beyond this is not worth waiting for, round after round.
+LIMIT_SECONDS = 60.0
+WARM_UP = 3
+
+
+class Slow(RuntimeError):
+    """A network that takes longer than :data:`LIMIT_SECONDS` for an iteration."""
+
+
+def time_step(step: Step, iterations: int) -> list[float]:
+    """Run a step several times.
+
+    The host waits for a GPU before the first iteration and after the last one, never between.
+
+    Returns:
+        Seconds of its parts (:data:`kw.benchmark.steps.PARTS`), means over the iterations; on a GPU
+        by its own clock.
+    """
+    on_gpu = step.inputs.is_cuda
+    marks: list[list[Any]] = []
+
+    def mark() -> None:
+        if on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks[-1].append(event)
+        else:
+            marks[-1].append(time.perf_counter())
+
+    def seconds(start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if on_gpu else end - start  # events: milliseconds
+
+    if on_gpu:
+        torch.cuda.synchronize()
+    for _ in range(iterations):
+        marks.append([])
+        mark()
+        _run(step, mark)
+    if on_gpu:
+        torch.cuda.synchronize()
+    spans = [[seconds(a, b) for a, b in pairwise(own)] for own in marks]
+    means = [sum(part) / iterations for part in zip(*spans, strict=True)]
+    return means if len(means) == 1 else [*means, sum(means)]
+
+
+def warm_up(step: Step, seconds: float = ROUND_SECONDS) -> int:
+    """Run a step until allocators, caches and compilers have settled.
+
+    Returns:
+        How many iterations fill ``seconds``.
+
+    Raises:
+        Slow: an iteration takes too long.
+    """
+    for _ in range(WARM_UP - 1):
+        time_step(step, 1)
+    last = time_step(step, 1)[-1]
+    if last > LIMIT_SECONDS:
+        raise Slow(f"{last:.0f} s an iteration; the limit is {LIMIT_SECONDS:.0f} s")
+    return iterations_for(last, seconds)
+
+
+def iterations_for(iteration: float, seconds: float) -> int:
+    """How many iterations of so many seconds fill a time."""
+    return min(max(math.ceil(seconds / max(iteration, 1e-9)), 1), MAX_ITERATIONS)
+
+
+def interleave(
+    steps: list[tuple[Step, int]],
+    rounds: int,
+    time_one: Callable[[Step, int], list[float]] = time_step,
+) -> list[list[list[float]]]:
+    """Time all steps in every round.
+
+    Args:
+        steps: with their iterations in a round, in the order in which a round runs them.
+        rounds: how often.
+        time_one: what times a step.
+
+    Returns:
+        For every step and round the seconds of its parts.
+    """
+    found: list[list[list[float]]] = [[] for _ in steps]
+    was_enabled = gc.isenabled()
+    try:
+        for _ in range(rounds):
+            gc.collect()
+            gc.disable()
+            for times, (step, iterations) in zip(found, steps, strict=True):
+                times.append(time_one(step, iterations))
+            gc.enable()
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+    return found
+
+
+def _run(step: Step, mark: Callable[[], None]) -> None:
+    if isinstance(step, InferenceStep):
+        step.forward()
+        mark()
+        return
+    loss = step.forward()
+    mark()
+    step.backward(loss)
+    mark()
+    step.update()
+    step.clear()
+    mark()
