@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from convolutions import CASES
+from convolutions import CASES, Case
 from torch import Tensor
 
-from kw.warehouse.ops import CONTRACTIONS as REGISTERED
-from kw.warehouse.ops import ConvSpec, assembly, bmm
+from kw.warehouse.ops import ConvSpec, assembly, bmm, depthwise
+from kw.warehouse.ops.bmm import Bmm, conv_bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
 from kw.warehouse.ops.depthwise import Depthwise
+from kw.warehouse.ops.kernels import Kernels
+from kw.warehouse.ops.matmul import accumulate, batch_matmul, matmul
 from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
 
-CONTRACTIONS: list[Contraction] = [*REGISTERED.values()]
-CONTRACTIONS += [op for op in (Depthwise(), MixInputs()) if op.name not in REGISTERED]
+CONTRACTIONS: list[Contraction] = [Kernels(), Bmm(), MixInputs(), Depthwise()]
 ALL = (True, True, True)
 NAMES = ("x", "alpha", "cells")
-
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-every_contraction = pytest.mark.parametrize("op", CONTRACTIONS, ids=lambda op: op.name)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def problem_of(x: Tensor, cells: Tensor, spec: ConvSpec, **changes) -> Problem:
     return Problem(spec, len(cells), len(x), tuple(x.shape[2:]), x.dtype, **changes)
 
 
-def skip_refused(op: Contraction, x: Tensor, cells: Tensor, spec: ConvSpec) -> None:
-    if op.refusal(problem_of(x, cells, spec)) is not None:
-        pytest.skip("refused")
+def refusal(op: Contraction, case: Case) -> str | None:
+    x, _, cells, spec = case.make()
+    return op.refusal(problem_of(x, cells, spec))
+
+
+POSSIBLE = {
+    f"{op.name} {name}": (op, case)
+    for op in CONTRACTIONS
+    for name, case in CASES.items()
+    if refusal(op, case) is None
+}
+every_possible = pytest.mark.parametrize(("op", "case"), POSSIBLE.values(), ids=POSSIBLE)
 
 
 def expected(x, alpha, cells, spec):
@@ -49,23 +59,190 @@ def assert_gradients(actual, wanted, **tolerance):
         )
 
 
-@every_contraction
-@every_case
-def test_values_and_gradients(case, op):
+@every_possible
+def test_values_and_gradients(op, case):
     x, alpha, cells, spec = case.make()
-    skip_refused(op, x, cells, spec)
     y, grad, gradients = expected(x, alpha, cells, spec)
     with torch.no_grad():
-        torch.testing.assert_close(op.forward(x, alpha, cells, spec), y, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(op.forward(x, alpha, cells, spec), y, **EXACT)
         ours = op.backward(grad, x, alpha, cells, spec, ALL)
-    assert_gradients(ours, gradients, rtol=1e-10, atol=1e-10)
+    assert_gradients(ours, gradients, **EXACT)
 
 
 @pytest.mark.parametrize("scratch", [1, 3000])
-@every_contraction
-@every_case
-def test_little_scratch_changes_nothing(case, op, scratch, monkeypatch):
+@every_possible
+def test_little_scratch_changes_nothing(op, case, scratch, monkeypatch):
     """Samples one by one, or some at a time; cells in slices, which would be at least 32 rows."""
     monkeypatch.setattr(assembly, "CPU_SCRATCH", scratch)
     monkeypatch.setattr(bmm, "LEAST_ROWS", 1)
-    test_values_and_gradients(case, op)
+    test_values_and_gradients(op, case)
+
+
+SOME = ("1d even kernel, stride, dilation", "2d", "2d one sample", "2d grouped", "2d depthwise")
+SOME += ("2d depthwise multiplier", "2d pointwise", "2d whole cells", "3d")
+some_possible = pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=name)
+        for name, (op, case) in POSSIBLE.items()
+        if name.partition(" ")[2] in SOME
+    ],
+)
+
+
+@pytest.mark.parametrize("needs", [n for n in itertools.product((True, False), repeat=3) if any(n)])
+@some_possible
+@torch.no_grad()
+def test_gradients_that_are_not_wanted(op, case, needs):
+    x, alpha, cells, spec = case.make()
+    grad = torch.randn(len(x), spec.out_channels, *spec.output_size(x.shape[2:]), dtype=x.dtype)
+    wanted = op.backward(grad, x, alpha, cells, spec, ALL)
+    actual = op.backward(grad, x, alpha, cells, spec, needs)
+    for need, ours, theirs in zip(needs, actual, wanted, strict=True):
+        assert (ours is not None) == need
+        if need:
+            torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+LAYOUTS = {
+    "channels last": channels_last,
+    "sliced": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("large", [False, True])
+@some_possible
+def test_tensors_that_are_not_contiguous(op, case, layout, large, monkeypatch):
+    """Whether or not images are large enough for calls of their own."""
+    monkeypatch.setattr(depthwise, "_WORTH_A_CALL", 1 if large else 1 << 30)
+    x, alpha, cells, spec = case.make()
+    if layout == "expanded":
+        x = x[:1].detach().expand(case.batch, *x.shape[1:]).requires_grad_()
+    y, grad, gradients = expected(x, alpha, cells, spec)
+    if layout == "expanded":
+        grad = grad.flatten()[:1].expand(grad.shape)
+        gradients = torch.autograd.grad(
+            conv_reference(x, alpha, cells, spec), (x, alpha, cells), grad
+        )
+    else:
+        x, grad = (LAYOUTS[layout](t.detach()) for t in (x, grad))
+    with torch.no_grad():
+        torch.testing.assert_close(op.forward(x, alpha, cells, spec), y, **EXACT)
+        assert_gradients(op.backward(grad, x, alpha, cells, spec, ALL), gradients, **EXACT)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("narrow", ["all", "all but alpha", "x"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@some_possible
+def test_narrow_types(op, case, dtype, narrow, monkeypatch):
+    """The error relative to the largest value; results in the types of the inputs. Sums of chunks
+    do not add to it: one sample, or one row of a cell, at a time."""
+    monkeypatch.setattr(assembly, "CPU_SCRATCH", 1)
+    monkeypatch.setattr(bmm, "LEAST_ROWS", 1)
+    x, alpha, cells, spec = case.make()
+    y, grad, gradients = expected(x, alpha, cells, spec)
+    x, grad = x.detach().to(dtype), grad.to(dtype)
+    alpha = alpha.detach().to(dtype if narrow == "all" else torch.float32)
+    cells = cells.detach().to(torch.float32 if narrow == "x" else dtype)
+    with torch.no_grad():
+        actual = (
+            op.forward(x, alpha, cells, spec),
+            *op.backward(grad, x, alpha, cells, spec, ALL),
+        )
+    types = (x.dtype, x.dtype, alpha.dtype, cells.dtype)
+    for ours, theirs, kind in zip(actual, (y, *gradients), types, strict=True):
+        assert ours.dtype == kind
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < TOLERANCE[dtype]
+
+
+def test_refusals():
+    assert {op.name for op, _ in POSSIBLE.values()} == {op.name for op in CONTRACTIONS}
+    by_name = {op.name: op for op in CONTRACTIONS}
+    for name in ("kernels", "bmm"):
+        assert all(refusal(by_name[name], case) is None for case in CASES.values())
+    assert refusal(by_name["depthwise"], CASES["2d"]) == "does depthwise layers only"
+    assert "6 output channels of a cell do not divide the 3 of each of the 2 groups" in str(
+        refusal(by_name["mix_inputs"], CASES["2d grouped one sample"])
+    )
+
+
+@every_possible
+def test_costs_are_costs(op, case):
+    """Both passes cost more than one, twice the samples at least as much, on any device."""
+    x, _, cells, spec = case.make()
+    for device in ("cpu", "cuda"):
+        one = op.cost(problem_of(x, cells, spec, device=device))
+        both = op.cost(problem_of(x, cells, spec, device=device, training=True))
+        more = op.cost(problem_of(torch.cat([x, x]), cells, spec, device=device))
+        for key in ("dense_macs", "slow_macs", "bytes", "launches"):
+            first = getattr(one, key)
+            assert first >= 0
+            assert getattr(both, key) >= first
+            assert getattr(more, key) >= first
+        assert one.dense_macs + one.slow_macs > 0
+        assert min(one.bytes, one.launches) > 0
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_differentiable_form(case):
+    x, alpha, cells, spec = case.make()
+    y, grad, gradients = expected(x, alpha, cells, spec)
+    ours = conv_bmm(x, alpha, cells, spec)
+    torch.testing.assert_close(ours, y, **EXACT)
+    assert_gradients(torch.autograd.grad(ours, (x, alpha, cells), grad), gradients, **EXACT)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor) -> Tensor:
+        return conv_bmm(x, alpha, cells, self.spec)
+
+
+@pytest.mark.parametrize("name", ["2d uneven in every way", "2d grouped", "2d pointwise", "3d"])
+def test_differentiable_form_exports_with_any_batch(name):
+    x, alpha, cells, spec = CASES[name].make()
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(
+        Exported(spec), (x, alpha, cells), dynamic_shapes=(batch, batch, None)
+    )
+    many = [t.detach().repeat(3, *[1] * (t.dim() - 1)) for t in (x, alpha)]
+    torch.testing.assert_close(
+        program.module()(*many, cells), conv_reference(*many, cells, spec), **EXACT
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (2, 3, 5), (70, 33, 65)], ids=str)
+def test_products(shape, dtype):
+    """In any memory layout, small and large enough for oneDNN."""
+    rows, inner, columns = shape
+    torch.manual_seed(0)
+    a, b = torch.randn(4, rows, inner).to(dtype), torch.randn(4, inner, columns).to(dtype)
+    tolerance = {"rtol": 0, "atol": {torch.bfloat16: 0.2}.get(dtype, 1e-4)}
+    expected = (a.double() @ b.double()).to(dtype)
+    forms = (
+        lambda t: t,
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat([t, t], 2)[..., : t.shape[2]],
+        lambda t: torch.stack([t, t], 3)[..., 0],
+    )
+    for left, right in itertools.product(forms, forms):
+        torch.testing.assert_close(batch_matmul(left(a), right(b)), expected, **tolerance)
+        torch.testing.assert_close(matmul(left(a)[0], right(b)[0]), expected[0], **tolerance)
+        total = torch.ones(rows, 2 * columns, dtype=torch.promote_types(dtype, torch.float32))
+        accumulate(total[:, :columns], left(a)[0], right(b)[0])
+        torch.testing.assert_close(total[:, :columns].to(dtype), expected[0] + 1, **tolerance)
+        assert (total[:, columns:] == 1).all()
