@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL:
             except CompileError as error:
                 _loaded = error
             except (OSError, subprocess.SubprocessError) as error:
-                _loaded = CompileError(f"its C++ could not be compiled or loaded: {error}")
+                _loaded = CompileError(f"could not be compiled or loaded: {error}")
         if isinstance(_loaded, CompileError):
             raise _loaded
         return _loaded
@@ -67,7 +67,7 @@ def compiler() -> list[str]:
     what = (
         f"CXX={' '.join(chosen)} is not there" if chosen else "none of c++, g++, clang++ is there"
     )
-    raise CompileError(f"it needs a C++ compiler, and {what}")
+    raise CompileError(f"needs a C++ compiler, and {what}")
 
 
 def cache_folder() -> Path:
@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 def _load() -> ctypes.CDLL:
     if sys.platform == "win32":
-        raise CompileError("it is not built on Windows")
+        raise CompileError("is not built on Windows")
     command = compiler()
     sources = sorted(SOURCES.iterdir())
     target = [flag for flag in ("-march=native", "-mcpu=native") if _accepts(command, flag)][
@@ -119,10 +119,9 @@ def _compile(arguments: list[str], path: Path) -> None:
             timeout=SECONDS,
         )
         if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise CompileError(
-                f"{arguments[0]} could not compile it: {first or f'exit status {done.returncode}'}"
-            )
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            why = lines[0] if lines else f"exit status {done.returncode}"
+            raise CompileError(f"is not there: {arguments[0]} could not compile it, {why}")
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -39,15 +39,15 @@ class Native(Contraction):
     def refusal(self, problem: Problem) -> str | None:
         """Compiles, if nothing else speaks against it."""
         if problem.device != "cpu":
-            return f"it runs on a CPU, not on {problem.device}"
+            return f"runs on a CPU only, not on {problem.device}"
         if problem.dtype != torch.float32:
-            return f"it computes in float32, not {str(problem.dtype).removeprefix('torch.')}"
+            return f"computes in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
         if problem.spec.groups > 1:
-            return "it does convolutions without groups only"
+            return f"does convolutions without groups only, not with {problem.spec.groups}"
         if len(problem.spec.partition.kernel) > 3:
-            return "it does at most three spatial axes"
+            return "does at most three spatial axes"
         if os.environ.get("KW_NATIVE") == "0":
-            return "KW_NATIVE=0 turns it off"
+            return "is turned off by KW_NATIVE=0"
         return _no_library()
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
@@ -83,7 +83,7 @@ class Native(Contraction):
 
     def cost(self, problem: Problem) -> Cost:
         """Multiply-adds and little else: cells are read once, activations reordered."""
-        macs, activations = problem.conv_macs + problem.assembly_macs, problem.input_numel
+        macs = problem.conv_macs + problem.assembly_macs
         activations = problem.batch * (problem.input_numel + problem.output_numel)
         if problem.training:
             # Twice the assembly for the input, and once each for coefficients and cells.

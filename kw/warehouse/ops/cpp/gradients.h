@@ -107,7 +107,8 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
   float* partial = g.partial ? g.partial + part * batch * m * n : nullptr;
   if (partial) std::memset(partial, 0, batch * m * n * sizeof(float));
   const Index line = T * Index(sizeof(float)) * taps;
-  Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (std::min<Index>(batch, 8) * m * line));
+  const Index samples = std::min<Index>(batch, 8);
+  Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (samples * m * line));
   depth = std::clamp<Index>(depth / 16 * 16, 16, 64);
   const Index some = std::clamp<Index>(KERNEL_BYTES / (m * line * depth), 1, batch);
   const Index stride = taps * depth * T + T, hop = packed_hop(n);

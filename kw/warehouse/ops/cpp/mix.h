@@ -45,7 +45,8 @@ struct Cut {
 };
 
 inline Index slice_depth(const Mix& m, Index batch) {
-  const Index line = m.l.mixtures() * m.l.cell_taps() * T * Index(sizeof(float));  // kernels of a sample, per depth
+  // Bytes of a sample's kernels for one deep channel.
+  const Index line = m.l.mixtures() * m.l.cell_taps() * T * Index(sizeof(float));
   for (Index samples = std::min<Index>(batch, 8);; samples = samples / 2) {
     Index depth = std::max<Index>(KERNEL_BYTES / (samples * line) / 16 * 16, 16);
     depth = std::min(depth, m.deep());

@@ -59,7 +59,8 @@ void gather_tile(const float* const* a, const float* const* b, Index segments, I
     for (int i = 0; i < NR; ++i) store(c[r] + i * V, sum[r][i]);
 }
 
-// c[r][0 .. T) (+)= sum over k of a[k][r] * b[k][0 .. T); where a[k] is left + at_left[k], and b so.
+// c[r][0 .. T) (+)= sum over k of a[k][r] * b[k][0 .. T), where a[k] is left + at_left[k] and b[k]
+// right + at_right[k].
 template <int M>
 void outer_tile(const float* left, const Index* at_left, const float* right, const Index* at_right,
                 Index depth, float* c, Index stride, bool add) {
@@ -204,32 +205,23 @@ inline void transpose(const float* from, Index from_stride, Index rows, Index co
       vec v[B], w[B];
 #pragma GCC unroll 16
       for (int i = 0; i < B; ++i) v[i] = load(from + (c + i) * from_stride + q);
-      // Four rounds, each exchanging halves of blocks twice as large as the last.
-#define KW_LOW(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#pragma GCC unroll 16
-      for (int i = 0; i < B; i += 2) {
-        w[i] = KW_LOW(v[i], v[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        w[i + 1] = KW_LOW(v[i], v[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < B; ++i)
-        if (!(i & 2)) {
-          v[i] = KW_LOW(w[i], w[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-          v[i + 2] = KW_LOW(w[i], w[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-#pragma GCC unroll 16
-      for (int i = 0; i < B; ++i)
-        if (!(i & 4)) {
-          w[i] = KW_LOW(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-          w[i + 4] = KW_LOW(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-#pragma GCC unroll 16
-      for (int i = 0; i < B; ++i)
-        if (!(i & 8)) {
-          v[i] = KW_LOW(w[i], w[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-          v[i + 8] = KW_LOW(w[i], w[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        }
-#undef KW_LOW
+      // Four rounds: lanes of 1, 2, 4, 8 floats change places between vectors as far apart.
+#define KW_SWAP(from, to, apart, low, high)                                      \
+  _Pragma("GCC unroll 16") for (int i = 0; i < B; ++i) if (!(i & (apart))) {     \
+    to[i] = __builtin_shufflevector(from[i], from[i + (apart)], KW_LANES low);   \
+    to[i + (apart)] = __builtin_shufflevector(from[i], from[i + (apart)], KW_LANES high); \
+  }
+#define KW_LANES(...) __VA_ARGS__
+      KW_SWAP(v, w, 1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+              (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+      KW_SWAP(w, v, 2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+              (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+      KW_SWAP(v, w, 4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+              (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+      KW_SWAP(w, v, 8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+              (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#undef KW_LANES
+#undef KW_SWAP
 #pragma GCC unroll 16
       for (int i = 0; i < B; ++i) store(to + (q + i) * to_stride + c, v[i]);
     }
