@@ -45,7 +45,7 @@ class TritonConv(Contraction):
     mixed tile of several samples has to become operands of one product a sample, and a batched
     product takes the instructions of earlier GPUs (at half the rate, operands through registers).
     Compiled for compute capability 9.0 with four samples, nine taps and 64 positions it asked for
-    389 KB of shared memory of 227, and spilled.
+    388 KB of shared memory of 227, and spilled.
 
     Args:
         scratch: bytes of assembled kernels at a time.
