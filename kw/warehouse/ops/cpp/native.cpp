@@ -3,7 +3,23 @@
 #include "gradients.h"
 #include "mix.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace kw {
+
+// The gradient of a warehouse is new memory at every step, and the first touch of each of its 4 KB
+// pages is a call into the kernel: 28,000 of them for 113 MB. Where the system leaves huge pages to
+// those who ask (its usual setting), this asks.
+inline void prefer_huge_pages(void* memory, Index bytes) {
+#ifdef __linux__
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t stop = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+  if (start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#endif
+}
 
 // Samples whose activations are brought into another order at a time: bounds scratch memory.
 inline Index chunk_of(Index sample_floats, Index batch) {
@@ -57,6 +73,10 @@ void kw_gradients(const int64_t* layer, const float* x, const float* grad, const
   const Index chunk = chunk_of(std::max({in, padded, parts.count() * rows}), l.batch);
   float* x_to = x_last ? nullptr : x_lines.get(chunk * in);
   float* grad_to = copied ? grad_lines.get(chunk * padded) : nullptr;
+  if (cells_grad) {
+    const Index size = l.cells * l.cell();
+    prefer_huge_pages(cells_grad, size * Index(sizeof(float)));
+  }
   float* sums = alpha_grad ? partial.get(parts.count() * chunk * rows) : nullptr;
   for (Index b = 0; b < l.batch; b += chunk) {
     const Index count = std::min(chunk, l.batch - b);
