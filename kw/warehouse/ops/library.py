@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 RELAYOUT_MACS = 4
-"""Multiply-adds outside of matrix products that take as long as bringing one value from channels
-last to channels first or back (0.5 ns on two cores)."""
+"""Multiply-adds outside of matrix products that take as long as moving one value elsewhere: from
+channels last to channels first, from a block to its place in a kernel (0.5 ns on two cores)."""
 
 LARGE_KERNEL = 9
 """Positions up to which a depthwise kernel's gradient takes equally long in both layouts on CPU.
