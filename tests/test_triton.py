@@ -28,8 +28,25 @@ INTERPRETED = triton_launch.interpreted()
 TRITON = importlib.util.find_spec("triton") is not None
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
+
+
+def interpreter_loops():
+    """Whether it counts loops: up to Triton 3.6 it cannot from NumPy 2.4 on, which took back that
+    an array of one value is a number."""
+    *tensors, spec = Case((1,), (2,), (1, 1), batch=1).make()
+    x, alpha, cells = (t.detach().float() for t in tensors)
+    try:
+        TritonConv().backward(x, x, alpha, cells, spec, (False, True, False))
+    except Exception as error:
+        if "0-dimensional" in str(error):
+            return False
+        raise
+    return True
+
+
 runs_kernels = pytest.mark.skipif(
-    not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter"
+    not (TRITON and (GPU or (INTERPRETED and interpreter_loops()))),
+    reason="needs Triton and a GPU or an interpreter that works with this NumPy",
 )
 gpu_only = pytest.mark.skipif(not (TRITON and GPU), reason="needs Triton and a GPU")
 
@@ -246,14 +263,19 @@ def test_chunks_cover_everything_within_the_scratch(scratch):
 def test_cost_counts_what_is_assembled():
     """Training assembles twice and contracts the kernels' gradient twice."""
     layer = Case((3, 3), (7, 7), (512, 512), padding=1)
-    forward, both = (TritonConv().cost(problem(layer, training=t)) for t in (False, True))
+    bf16 = torch.bfloat16
+    forward, both = (
+        TritonConv().cost(problem(layer, dtype=bf16, training=training))
+        for training in (False, True)
+    )
     kernels = 128 * 512 * 512 * 9
     assert forward.dense_macs == kernels * (54 + 64)  # 49 positions take a tile of 64
     assert both.dense_macs == kernels * (4 * 54 + 3 * 64)
-    assert 2 * 4 * kernels < forward.bytes < 2.1 * 4 * kernels
+    assert 2 * 2 * kernels < forward.bytes < 2.1 * 2 * kernels
     assert both.launches > forward.launches
-    wide = TritonConv().cost(problem(layer, dtype=torch.bfloat16, cells_dtype=torch.float32))
-    assert wide.bytes > TritonConv().cost(problem(layer, dtype=torch.bfloat16)).bytes
+    wide = TritonConv().cost(problem(layer, dtype=bf16, cells_dtype=torch.float32))
+    assert wide.bytes > forward.bytes
+    assert TritonConv().cost(problem(layer)).slow_macs == 64 * kernels  # float32, no tensor cores
 
 
 @pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton; or this is that process")

@@ -29,7 +29,7 @@ keeps what it keeps; the planner never takes them."""
 
 CONTRACTIONS: dict[str, Contraction] = {
     contraction.name: contraction
-    for contraction in (Kernels(), Bmm(), MixInputs(), Depthwise(), Native(), TritonConv())
+    for contraction in (Native(), TritonConv(), Depthwise(), Kernels(), Bmm(), MixInputs())
 }
 """Back ends with gradients of their own, the preferred first where costs are equal."""
 

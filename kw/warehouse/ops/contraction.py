@@ -128,6 +128,10 @@ class Contraction:
 
     name: ClassVar[str]
 
+    efficiency: ClassVar[dict[str, float]] = {}
+    """Share of a device's rate of multiply-adds that the back end's products reach, by device type;
+    1 where nothing stands."""
+
     def refusal(self, problem: Problem) -> str | None:
         """Why this back end cannot do the problem, as the end of a sentence; ``None`` if it can."""
         raise NotImplementedError

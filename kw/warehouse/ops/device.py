@@ -28,9 +28,15 @@ class DeviceProfile:
     bandwidth: float
     launch: float
 
-    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
-        """Predicted time: arithmetic or memory, whichever takes longer, and the calls."""
-        dense = self.dense.get(dtype, self.dense[torch.float32])
+    def seconds(self, cost: Cost, dtype: torch.dtype, efficiency: float = 1.0) -> float:
+        """Predicted time: arithmetic or memory, whichever takes longer, and the calls.
+
+        Args:
+            cost: of a back end.
+            dtype: in which it computes.
+            efficiency: share of the dense rate that it reaches.
+        """
+        dense = self.dense.get(dtype, self.dense[torch.float32]) * efficiency
         arithmetic = cost.dense_macs / dense + cost.slow_macs / self.slow
         return max(arithmetic, cost.bytes / self.bandwidth) + cost.launches * self.launch
 

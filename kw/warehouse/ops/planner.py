@@ -124,10 +124,14 @@ class Planner:
         reason = contraction.refusal(problem)
         if reason:
             return Prediction(name, None, reason)
-        seconds = profile.seconds(contraction.cost(problem), problem.dtype)
+
+        def predicted(part: Problem) -> float:
+            share = contraction.efficiency.get(problem.device, 1.0)
+            return profile.seconds(contraction.cost(part), problem.dtype, share)
+
+        seconds = predicted(problem)
         if problem.training:  # the backward pass is what both passes take beyond the forward one
-            forward = contraction.cost(replace(problem, training=False))
-            seconds = max(seconds - profile.seconds(forward, problem.dtype), 0.0)
+            seconds = max(seconds - predicted(replace(problem, training=False)), 0.0)
         return Prediction(name, seconds)
 
     def _plan(self, problem: Problem) -> str:

@@ -215,7 +215,8 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
         outputs, inputs, part.cell_out,
         *_positions(axes),
         *(axis.taps for axis in axes),
-        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, DEEP=len(part.kernel) == AXES, **_arithmetic(x),
+        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **_arithmetic(x),
+        FLAT=is_plain(spec), DEEP=len(part.kernel) == AXES and not is_plain(spec),
         TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **tiles.options,
     )  # fmt: skip
 

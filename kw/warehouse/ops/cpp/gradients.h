@@ -109,7 +109,7 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
   const Index line = T * Index(sizeof(float)) * taps;
   const Index samples = std::min<Index>(batch, 8);
   Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (samples * m * line));
-  depth = std::clamp<Index>(depth / 16 * 16, 16, 64);
+  depth = std::clamp<Index>(depth / 16 * 16, 32, 64);
   const Index some = std::clamp<Index>(KERNEL_BYTES / (m * line * depth), 1, batch);
   const Index stride = taps * depth * T + T, hop = packed_hop(n);
   float* packed = w.packed.get(taps * depth * packed_hop(n));
@@ -152,6 +152,10 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
       for (Index j = 0; j < n; ++j) {
         const float* from = sums + tap * high * hop + j * T;
         float* to = g.cells_grad + j * l.cell() + (tile * T * l.cell_in + k) * taps + tap;
+        if (j + 2 < n)
+          for (Index c = 0; c < width; ++c)
+            for (Index d = 0; d < high * taps; d += 16)
+              __builtin_prefetch(to + 2 * l.cell() + c * l.cell_in * taps + d, 1, 2);
         if (taps == 1)
           transpose(from, hop, high, width, to, l.cell_in);
         else
