@@ -120,7 +120,8 @@ LAYOUTS = {
 @some_possible
 def test_tensors_that_are_not_contiguous(op, case, layout, large, monkeypatch):
     """Whether or not images are large enough for calls of their own."""
-    monkeypatch.setattr(depthwise, "_WORTH_A_CALL", 1 if large else 1 << 30)
+    for constant in ("_WORTH_A_CALL", "_WORTH_A_CALL_LARGE"):
+        monkeypatch.setattr(depthwise, constant, 1 if large else 1 << 30)
     x, alpha, cells, spec = case.make()
     if layout == "expanded":
         x = x[:1].detach().expand(case.batch, *x.shape[1:]).requires_grad_()

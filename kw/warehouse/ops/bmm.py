@@ -35,6 +35,7 @@ from .assembly import (
     to_taps,
 )
 from .contraction import Contraction, Cost, Needs, Problem
+from .library import RELAYOUT_MACS
 from .matmul import batch_matmul
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
@@ -134,10 +135,11 @@ class Bmm(Contraction):
             macs = macs * math.prod(problem.size) // problem.positions
         # A product writes or reads the blocks, and each of the convolution's reads or writes them;
         # the taps' inputs or outputs are written and read once a pass.
-        moved = 0 if _in_place(spec) else 2 * (2 if problem.training else 1) * each
-        values = (products + passes) * each + moved
+        moved = 0 if _in_place(spec) else (3 if problem.training else 1) * each
+        taps = (scratch - each * (1 if _in_place(spec) else 2)) // (2 if problem.training else 1)
+        values = (products + passes) * each + 2 * moved
         values += passes * (problem.input_numel + problem.output_numel)
-        values += 2 * passes * (scratch - each)
+        values += 2 * passes * taps
         calls = passes * (1 if problem.device != "cpu" else problem.batch / chunks)
         if not folded and not spec.is_pointwise:
             calls *= math.prod(spec.partition.kernel) if problem.device == "cpu" else 1
@@ -145,6 +147,7 @@ class Bmm(Contraction):
         cells = products * chunks * problem.cells_numel
         return Cost(
             dense_macs=passes * macs + products * problem.assembly_macs,
+            slow_macs=RELAYOUT_MACS * problem.batch * (moved + passes * taps),
             bytes=problem.itemsize * (problem.batch * values + cells),
             launches=chunks * (products + calls + copies + 2),
         )

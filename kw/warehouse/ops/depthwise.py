@@ -12,17 +12,24 @@ from torch import Tensor
 
 from .assembly import BlockGradients, join, mix, sample_chunks, scratch_bytes, to_blocks, to_kernels
 from .contraction import Contraction, Cost, Needs, Problem
-from .library import convolve, convolve_backward, convolve_each, convolve_each_backward
+from .library import (
+    LARGE_KERNEL,
+    RELAYOUT_MACS,
+    convolve,
+    convolve_backward,
+    convolve_each,
+    convolve_each_backward,
+    slowdown,
+)
 from .spec import ConvSpec
 
 __all__ = ["Depthwise"]
 
-# Measured with oneDNN on two cores, batch 8. Shifting and adding K times was slower everywhere.
-# A call costs 0.1 ms: a sample must have as many values for calls of its own to pay.
+# Values of a sample from which a call of its own pays (0.1 ms), in the forward pass and for small
+# kernels, and for gradients of large ones. Measured with oneDNN on two cores, batch 8; shifting and
+# adding K times was slower everywhere.
 _WORTH_A_CALL = 1 << 17
-# Channels first, the gradient of a 7x7 kernel takes four times as long as channels last (96
-# channels at 56x56: 75 ms, 21 sample by sample); that of a 3x3 kernel takes equally long.
-_LARGE_KERNEL = 9
+_WORTH_A_CALL_LARGE = 1 << 16
 
 
 class Depthwise(Contraction):
@@ -38,7 +45,7 @@ class Depthwise(Contraction):
         return None if problem.spec.is_depthwise else "does depthwise layers only"
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        by_sample = _is_cpu_2d(x) and _lies_last(x) and x[0].numel() >= _WORTH_A_CALL
+        by_sample = _is_cpu_2d(x) and _by_sample(x[0].numel(), _lies_last(x), spec, False)
         apply = convolve_each if by_sample else convolve
         parts = []
         for chunk in sample_chunks(len(x), _scratch(spec), x):
@@ -56,8 +63,7 @@ class Depthwise(Contraction):
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         part, mask = spec.partition, (needs[0], needs[1] or needs[2])
-        large = math.prod(part.kernel) > _LARGE_KERNEL
-        by_sample = _is_cpu_2d(x) and (large or (_lies_last(x) and x[0].numel() >= _WORTH_A_CALL))
+        by_sample = _is_cpu_2d(x) and _by_sample(x[0].numel(), _lies_last(x), spec, True)
         if by_sample:
             x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
         back = convolve_each_backward if by_sample else convolve_backward
@@ -73,24 +79,38 @@ class Depthwise(Contraction):
         return join(parts) if needs[0] else None, gradients.alpha, gradients.cells
 
     def cost(self, problem: Problem) -> Cost:
-        passes = 3 if problem.training else 1  # y; dX and dW
-        products = 4 if problem.training else 1  # the kernels twice, d alpha, d cells
+        cost = self._pass_cost(problem, 1, backward=False)
+        return cost + self._pass_cost(problem, 2, backward=True) if problem.training else cost
+
+    @staticmethod
+    def _pass_cost(problem: Problem, convolutions: int, backward: bool) -> Cost:
+        spec, last = problem.spec, problem.channels_last
+        is_cpu_2d = problem.device == "cpu" and len(problem.size) == 2
+        by_sample = is_cpu_2d and _by_sample(problem.input_numel, last, spec, backward)
+        products = 3 if backward else 1  # the kernels, d alpha, d cells
         activations = problem.input_numel + problem.output_numel
-        if problem.channels_last or problem.training:
-            activations *= 2  # brought into the other layout and back
-        values = passes * activations + (products + 2 * passes) * problem.kernel_numel
-        scratch = _scratch(problem.spec) * problem.batch * problem.itemsize
-        chunks = math.ceil(scratch / scratch_bytes(problem.device))
-        each = (
-            passes * problem.batch if problem.device == "cpu" and problem.channels_last else passes
-        )
+        slow: float = convolutions * problem.conv_macs
+        if by_sample != last:
+            slow += RELAYOUT_MACS * problem.batch * activations * convolutions
+        if backward and is_cpu_2d and not by_sample:
+            slow *= slowdown(spec)
+        values = convolutions * activations + (products + 2 * convolutions) * problem.kernel_numel
+        scratch = _scratch(spec) * problem.batch * problem.itemsize
+        chunks = max(math.ceil(scratch / scratch_bytes(problem.device)), 1)
         return Cost(
             dense_macs=products * problem.assembly_macs,
-            slow_macs=passes * problem.conv_macs,
+            slow_macs=slow,
             bytes=problem.itemsize
             * (problem.batch * values + products * chunks * problem.cells_numel),
-            launches=chunks * (products + passes) + each,
+            launches=chunks * (products + 1) + (12 * problem.batch if by_sample else convolutions),
         )
+
+
+def _by_sample(values: int, channels_last: bool, spec: ConvSpec, backward: bool) -> bool:
+    """Whether to convolve images one by one, channels last; ``values`` of one image."""
+    if backward and math.prod(spec.partition.kernel) > LARGE_KERNEL:
+        return values >= _WORTH_A_CALL_LARGE
+    return channels_last and values >= _WORTH_A_CALL
 
 
 def _scratch(spec: ConvSpec) -> int:

@@ -12,13 +12,23 @@ from torch import Tensor
 
 from .assembly import BlockGradients, join, mix, sample_chunks, scratch_bytes, to_blocks, to_kernels
 from .contraction import Contraction, Cost, Needs, Problem
-from .library import convolve, convolve_backward, convolve_each, convolve_each_backward
+from .library import (
+    RELAYOUT_MACS,
+    convolve,
+    convolve_backward,
+    convolve_each,
+    convolve_each_backward,
+    slowdown,
+)
 from .spec import ConvSpec
 
 __all__ = ["Kernels"]
 
 # Blocks, the kernels that they are moved to, and in the backward pass the kernels' gradients too.
 _COPIES = {False: 2, True: 3}
+
+GROUPED = 1.2
+"""Time of a grouped convolution of all samples over that of an ordinary one, as measured."""
 
 
 class Kernels(Contraction):
@@ -90,10 +100,17 @@ class Kernels(Contraction):
         # convolution reads or writes the kernels.
         kernels = problem.batch * each * ((4 + 8 + 3) if problem.training else 4)
         activations = problem.batch * (problem.input_numel + problem.output_numel) * passes
+        # To their places, and back for their gradients.
+        slow_macs: float = RELAYOUT_MACS * passes * problem.batch * each
+        if slow:
+            backward = 2 * (slowdown(spec) if problem.device == "cpu" else 1)
+            slow_macs += (1 + backward * problem.training) * problem.conv_macs
+        if problem.channels_last and (problem.device != "cpu" or spec.groups > 1):
+            slow_macs += RELAYOUT_MACS * activations
         return Cost(
             dense_macs=products * problem.assembly_macs
-            + (0 if slow else passes * problem.conv_macs),
-            slow_macs=passes * problem.conv_macs if slow else 0,
+            + (0 if slow else passes * problem.conv_macs * GROUPED),
+            slow_macs=slow_macs,
             bytes=problem.itemsize
             * (kernels + activations + products * chunks * problem.cells_numel),
             launches=chunks * (products + 2 * passes),
