@@ -280,7 +280,7 @@ def test_networks_of_one_static_form_share_a_run(tmp_path: Path) -> None:
 def test_a_run_writes_its_files(tmp_path: Path, tool, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["--input-size", 16, "--batch-size", 2, "--rounds", 2, "--threads", 1]
-    modes = ["--mode", "inference", "train", "--device", "cpu", "--backend", "auto", "bmm"]
+    modes = ["--mode", "inference", "train", "--device", "cpu", "--backend", "auto", "depthwise"]
     tool("tools/benchmark.py", DEMO, *arguments, *modes, "--output-dir", out)
     printed = capsys.readouterr().out
     stem = "kw_resnet18_1x-cpu-float32-b2-16-t1-nchw-eager"
@@ -294,16 +294,21 @@ def test_a_run_writes_its_files(tmp_path: Path, tool, capsys: pytest.CaptureFixt
     assert content["versions"]["torch"] == str(torch.__version__)
     assert {"commit", "dirty"} == set(content["code"])
     networks = content["networks"]
-    assert [network["backend"] for network in networks] == ["static", "grouped", "auto", "bmm"]
+    assert [network["backend"] for network in networks] == [
+        "static",
+        "grouped",
+        "auto",
+        "depthwise",
+    ]
     for network in networks[:3]:
         times = network["seconds"]
         assert set(times) == {"forward", "backward", "optimizer", "total"}
         for i in range(2):
             parts = sum(times[part][i] for part in ("forward", "backward", "optimizer"))
             assert times["total"][i] == pytest.approx(parts, abs=1e-8)
-    # bmm does pointwise kernels only: no figures, and the run goes on.
-    assert networks[3]["problem"].startswith("unavailable: back end 'bmm'")
-    assert "unavailable: back end 'bmm'" in printed
+    # the network has no depthwise layers: no figures, and the run goes on.
+    assert networks[3]["problem"].startswith("unavailable: back end 'depthwise'")
+    assert "unavailable: back end 'depthwise'" in printed
 
     with (out / f"{names[1]}.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -323,8 +328,8 @@ def test_memory_is_the_same_in_a_process_apart(monkeypatch: pytest.MonkeyPatch) 
         assert network.memory["beyond"] > static.memory["beyond"] > 0
     assert isinstance(apart, memory_of.Memory)
     assert auto.memory["beyond"] == apart.beyond
-    refused = memory_of.measure_here(layer, "bmm", c)
-    assert refused.startswith("unavailable: back end 'bmm'")  # type: ignore[union-attr]
+    refused = memory_of.measure_here(layer, "depthwise", c)
+    assert refused.startswith("unavailable: back end 'depthwise'")  # type: ignore[union-attr]
 
 
 def test_layers() -> None:
@@ -364,8 +369,8 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     case = load_cases([tiny(tmp_path)])[0]
     with pytest.raises(BenchmarkError, match="'groupd' is unknown; did you mean 'grouped'"):
         run_case(case, conditions(), ["groupd"], **quiet)
-    with pytest.raises(BenchmarkError, match="unavailable: back end 'bmm'"):
-        run_case(case, conditions(), ["bmm"], **quiet)
+    with pytest.raises(BenchmarkError, match="unavailable: back end 'depthwise'"):
+        run_case(case, conditions(), ["depthwise"], **quiet)
     with pytest.raises(BenchmarkError, match="static network"):
         load_cases(["configs/demo/resnet18.yaml"])
     with pytest.raises(BenchmarkError, match="kw_tiny_1x: named twice"):

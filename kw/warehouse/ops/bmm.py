@@ -72,7 +72,7 @@ class Bmm(Contraction):
     """Assemble, then one matrix product a sample, or a sample and tap when strided."""
 
     name = "bmm"
-    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.8, "cuda": 0.7}
+    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.6, "cuda": 0.7}
 
     def refusal(self, problem: Problem) -> str | None:
         return None

@@ -43,7 +43,7 @@ class Kernels(Contraction):
     name = "kernels"
     # CPU: seen on two AVX-512 cores. GPU: libraries run as many groups as samples at a small part
     # of their rate; 17 to 27 times the static network's time was measured by others (docs).
-    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.75, "cuda": 0.05}
+    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.6, "cuda": 0.05}
 
     def refusal(self, problem: Problem) -> str | None:
         return None
@@ -100,6 +100,8 @@ class Kernels(Contraction):
         # convolution reads or writes the kernels.
         kernels = problem.batch * each * ((4 + 8 + 3) if problem.training else 4)
         activations = problem.batch * (problem.input_numel + problem.output_numel) * passes
+        if problem.device == "cpu" and not problem.channels_last and not slow:
+            activations *= 3  # oneDNN brings them into blocks of channels and back
         # To their places, and back for their gradients.
         slow_macs: float = RELAYOUT_MACS * passes * problem.batch * each
         if slow:

@@ -37,7 +37,7 @@ class MixInputs(Contraction):
     """Mix shifted inputs by small products, then one product with the cells, some at a time."""
 
     name = "mix_inputs"
-    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.9}
+    efficiency: ClassVar[dict[str, float]] = {"cpu": 0.45}
 
     def refusal(self, problem: Problem) -> str | None:
         part, groups = problem.spec.partition, problem.spec.groups
