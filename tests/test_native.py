@@ -244,6 +244,7 @@ def test_can_be_turned_off(monkeypatch):
 def fresh(monkeypatch, tmp_path):
     """As if nothing had been compiled by this process, nor for this user."""
     monkeypatch.setattr(compiled, "_loaded", None)
+    monkeypatch.delenv("KW_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._library.cache_clear(), native._no_library.cache_clear()
     yield tmp_path / "kernelwarehouse"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kw.benchmark.curves import CurveSettings, compare, deviations
+from kw.benchmark.curves import CurveSettings, compare, deviations, output_errors
 from kw.cli import run_tool
 from kw.engine.hooks.checkpoint import write_json
 from kw.evaluation import render_table
@@ -22,7 +22,7 @@ from kw.warehouse.ops import BACKENDS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2"])
+    parser.add_argument("--models", nargs="+", default=["resnet18", "convnext"])
     parser.add_argument("--backends", nargs="+", default=[*BACKENDS, "auto"], metavar="NAME")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="TYPE")
     parser.add_argument("--steps", type=int, default=200, help="optimizer updates")
@@ -55,6 +55,11 @@ def main() -> None:
                     "deviations": {k: dataclasses.asdict(d) for k, d in found.items()},
                 }
             )
+        errors = output_errors(CurveSettings(steps=args.steps, model=model), args.device)
+        print(f"{model}, logits after training, relative error against float64:")
+        rows = [(name, f"{error:.1e}") for name, error in errors.items()]
+        print(render_table(("precision", "error"), rows), flush=True)
+        report.append({"model": model, "device": args.device, "output_errors": errors})
     if args.json is not None:
         write_json(report, args.json)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..warehouse import KWLayer, convert, set_temperature
+from ..warehouse import KWLayer, convert, set_backend, set_temperature
+from ..warehouse.ops import assembly_precision, check_backend, set_assembly_precision
 
 __all__ = [
     "CurveSettings",
@@ -25,6 +26,7 @@ __all__ = [
     "deviations",
     "force_where_possible",
     "loss_curve",
+    "output_errors",
     "start",
 ]
 
@@ -38,8 +40,8 @@ class CurveSettings:
         batch: images an update.
         size: side of the images, pixels.
         classes: classes of the task.
-        model: ``"resnet18"`` (an eighth of the channels) or ``"mobilenetv2"`` (width 0.35), which
-            has depthwise layers.
+        model: ``"resnet18"`` (an eighth of the channels) or ``"convnext"`` (a sixth of the
+            channels, one block a stage), which has depthwise layers and LayerNorm in its attention.
         ratio: convolutional parameter budget b.
         lr: learning rate of SGD with momentum 0.9.
         seed: of weights and data.
@@ -84,18 +86,25 @@ def start(settings: CurveSettings) -> nn.Module:
             "resnet18", num_classes=settings.classes, channels=(8, 16, 32, 64)
         )
         plan = "resnet18"
-    elif settings.model == "mobilenetv2":
-        network = timm.create_model("mobilenetv2_035", num_classes=settings.classes)
-        plan = "mobilenetv2_1x"
+    elif settings.model == "convnext":
+        network = timm.create_model(
+            "convnext_tiny",
+            num_classes=settings.classes,
+            depths=(1, 1, 1, 1),
+            dims=(16, 32, 64, 128),
+        )
+        plan = "convnext_tiny"
     else:
-        raise ValueError(f"model {settings.model!r} is unknown; known: resnet18, mobilenetv2")
+        raise ValueError(f"model {settings.model!r} is unknown; known: resnet18, convnext")
     network = convert(network, plan, cell_num_ratio=settings.ratio)
     set_temperature(network, 0.5)
     return network
 
 
-def force_where_possible(network: nn.Module, backend: str) -> int:
-    """Give a back end every layer that it can do, the reference the others.
+def force_where_possible(
+    network: nn.Module, backend: str, dtype: torch.dtype = torch.float32
+) -> int:
+    """Give a back end every layer that it can do in a type, the reference the others.
 
     Returns:
         The number of layers that it was given.
@@ -103,11 +112,14 @@ def force_where_possible(network: nn.Module, backend: str) -> int:
     given = 0
     for layer in network.modules():
         if isinstance(layer, KWLayer):
+            cells = layer.warehouse.cells.detach().to(dtype)
             try:
-                layer.set_backend(backend)
+                if backend != "auto":
+                    check_backend(backend, layer.spec, cells)
+                layer.backend = backend
                 given += 1
             except ValueError:
-                layer.set_backend("reference")
+                layer.backend = "reference"
     return given
 
 
@@ -134,7 +146,7 @@ def loss_curve(
     exact = dtype == torch.float64
     if exact:
         network.double()
-    if not force_where_possible(network, backend):
+    if not force_where_possible(network, backend, dtype):
         return []
     optimizer = torch.optim.SGD(network.parameters(), settings.lr, momentum=0.9)
     losses = []
@@ -180,6 +192,57 @@ def deviations(curves: dict[str, list[float]]) -> dict[str, Deviation]:
             second.item(), relative.mean().item(), relative.max().item(), final.item()
         )
     return found
+
+
+def output_errors(
+    settings: CurveSettings, device: str = "cpu", backend: str = "auto"
+) -> dict[str, float]:
+    """What precision costs: relative errors of a trained network's logits against float64.
+
+    The network is trained for ``settings.steps`` updates first, at temperature 0, so that its
+    coefficients are signed and spread as in use.
+
+    Args:
+        settings: network, data and training.
+        device: where to compute.
+        backend: of all layers.
+
+    Returns:
+        ``||y - y64|| / ||y64||`` by precision: ``"float32"``, ``"bfloat16"`` (autocast, kernels
+        assembled in 16 bit) and ``"bfloat16, assembled in float32"``.
+    """
+    network = start(settings).to(device)
+    set_temperature(network, 0.0)
+    _train(network, settings, device)
+    network.eval()
+    images = next(_batches(replace(settings, seed=settings.seed + 1, batch=64)))[0].to(device)
+    before = assembly_precision()
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()
+        set_backend(exact, "grouped")
+        truth = exact(images.double())
+        set_backend(network, backend)
+        outputs = {"float32": network(images)}
+        try:
+            for precision, name in (
+                ("autocast", "bfloat16"),
+                ("float32", "bfloat16, assembled in float32"),
+            ):
+                set_assembly_precision(precision)
+                with torch.autocast(device, torch.bfloat16):
+                    outputs[name] = network(images)
+        finally:
+            set_assembly_precision(before)
+    return {name: ((y - truth).norm() / truth.norm()).item() for name, y in outputs.items()}
+
+
+def _train(network: nn.Module, settings: CurveSettings, device: str) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), settings.lr, momentum=0.9)
+    for images, labels in _batches(settings):
+        loss = F.cross_entropy(network(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def _batches(settings: CurveSettings) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Training and testing on mmengine's Runner."""
 
 from .checkpoint import CheckpointError, load_checkpoint, load_network
-from .run import build_runner, evaluate_checkpoint, train
+from .run import build_runner, evaluate_checkpoint, set_contraction, train
 
 __all__ = [
     "CheckpointError",
@@ -9,5 +9,6 @@ __all__ = [
     "evaluate_checkpoint",
     "load_checkpoint",
     "load_network",
+    "set_contraction",
     "train",
 ]

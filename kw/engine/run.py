@@ -34,7 +34,7 @@ from .optim import UpdateWrapper, build_optimizer
 from .runner import Runner
 from .schedule import Schedule
 
-__all__ = ["build_runner", "evaluate_checkpoint", "train"]
+__all__ = ["build_runner", "evaluate_checkpoint", "set_contraction", "train"]
 
 _runs = itertools.count()
 
@@ -101,7 +101,7 @@ def build_runner(
 
     set_random_seed(config.seed)
     network = build_network(config.model)
-    _set_contraction(config.contraction, network)
+    set_contraction(config.contraction, network)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if config.sync_bn and process.world_size > 1:
@@ -177,7 +177,7 @@ def evaluate_checkpoint(
         check_data_root(config.data.root, config.model.num_classes)
         loader = _eval_loader(config, process)
         network = build_network(config.model)
-        _set_contraction(config.contraction, network)
+        set_contraction(config.contraction, network)
         preprocess = BatchPreprocessor(
             config.data, config.model.num_classes, channels_last=config.channels_last
         ).to(process.device)
@@ -211,8 +211,14 @@ def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
     )
 
 
-def _set_contraction(config: ContractionConfig, network: nn.Module) -> None:
-    """Make dynamic layers compute as configured; a static network has none to be told."""
+def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
+    """Make dynamic layers compute as configured; a static network has none to be told.
+
+    Planner and precisions are settings of the process.
+
+    Raises:
+        ConfigError: a back end that does not exist or cannot do one of the layers.
+    """
     planner.mode = config.planner
     set_assembly_precision(config.assembly_precision)
     torch.set_float32_matmul_precision(config.float32_matmul_precision)

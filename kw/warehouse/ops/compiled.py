@@ -19,7 +19,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-__all__ = ["CompileError", "cache_folder", "compiler", "library"]
+from .cache import cache_folder
+
+__all__ = ["CompileError", "compiler", "library"]
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
@@ -68,12 +70,6 @@ def compiler() -> list[str]:
         f"CXX={' '.join(chosen)} is not there" if chosen else "none of c++, g++, clang++ is there"
     )
     raise CompileError(f"needs a C++ compiler, and {what}")
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/kernelwarehouse``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kernelwarehouse"
 
 
 def _load() -> ctypes.CDLL:

@@ -14,20 +14,12 @@ from typing import Any
 
 import torch
 
+from .cache import cache_folder
 from .contraction import Contraction, Problem
 
-__all__ = ["TimingCache", "cache_folder", "time_contraction"]
+__all__ = ["TimingCache", "time_contraction"]
 
 _ROUNDS = 5
-
-
-def cache_folder() -> Path:
-    """Where timings are kept: ``$KW_CACHE_DIR``, else ``kernelwarehouse`` in the user's cache."""
-    given = os.environ.get("KW_CACHE_DIR")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kernelwarehouse"
 
 
 class TimingCache:

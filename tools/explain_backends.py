@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Print which back end does each layer of a network, and what the planner expects of it.
+
+python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
+
+Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
+"""
+
+import argparse
+
+import torch
+
+from kw.cli import run_tool
+from kw.config import load_config
+from kw.engine import set_contraction
+from kw.evaluation import render_table
+from kw.models import build_network
+from kw.warehouse import LayerChoice, explain
+from kw.warehouse.ops.planner import Prediction
+
+
+def milliseconds(costs: tuple[Prediction, ...], name: str) -> str:
+    """The predicted time of one back end."""
+    seconds = next((cost.seconds for cost in costs if cost.name == name), None)
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def others(costs: tuple[Prediction, ...], name: str) -> str:
+    """The next two, with their times."""
+    rest = [cost for cost in costs if cost.name != name and cost.seconds is not None][:2]
+    return ", ".join(f"{cost.name} {milliseconds(costs, cost.name)}" for cost in rest)
+
+
+def row(choice: LayerChoice) -> tuple[str, ...]:
+    """One layer as a line of the table."""
+    if choice.problem is None:
+        return (choice.layer, "", choice.forward, "-", choice.backward, "-", "")
+    spec = choice.problem.spec
+    kernel = "x".join(map(str, spec.partition.kernel))
+    shape = f"{spec.in_channels}->{spec.out_channels} {kernel} @{choice.problem.size[0]}"
+    return (
+        choice.layer,
+        shape,
+        choice.forward,
+        milliseconds(choice.forward_costs, choice.forward),
+        choice.backward,
+        milliseconds(choice.backward_costs, choice.backward),
+        others(choice.forward_costs, choice.forward),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
+    parser.add_argument("--batch-size", type=int, help="default: the configuration's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of operators on CPU; default: PyTorch's")
+    args = parser.parse_args()
+
+    config = load_config(args.config)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    network = build_network(config.model).to(args.device).eval()
+    set_contraction(config.contraction, network)
+    size = (args.batch_size or config.batch_size, 3, config.data.input_size, config.data.input_size)
+    images = torch.zeros(size, device=args.device)
+    if config.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    with torch.autocast(args.device, dtype, enabled=dtype is not None):
+        choices = explain(network, images)
+    header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
+    print(render_table(header, [row(choice) for choice in choices]))
+
+
+if __name__ == "__main__":
+    run_tool(main)
