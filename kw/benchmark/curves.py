@@ -59,7 +59,7 @@ class CurveSettings:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a loss curve is from the reference's, relative to the reference's loss.
+    """How far a loss curve is from the reference's, as a share of the loss that both start with.
 
     Attributes:
         first: after one update.
@@ -185,8 +185,8 @@ def deviations(curves: dict[str, list[float]]) -> dict[str, Deviation]:
         if name == "reference":
             continue
         losses = torch.tensor(curve, dtype=torch.float64)
-        relative = (losses - reference).abs() / reference
-        final = (losses[-tail:].mean() / reference[-tail:].mean() - 1).abs()
+        relative = (losses - reference).abs() / reference[0]
+        final = (losses[-tail:].mean() - reference[-tail:].mean()).abs() / reference[0]
         second = relative[min(1, len(relative) - 1)]  # the first loss precedes all updates
         found[name] = Deviation(
             second.item(), relative.mean().item(), relative.max().item(), final.item()
