@@ -62,6 +62,9 @@ def plot_family(results: Sequence[Result], path: Path, title: str) -> None:
                 va="center",
                 color=color,
                 fontsize=8,
+                # Above the targets' lines, which the figure may cross.
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+                zorder=4,
             )
             largest = max(largest, ratio.q3)
         if (target := target_for(result, model)) is not None:
