@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from kw.config import ConfigError
+from kw.config.schema import ContractionConfig
+from kw.engine import set_contraction
 from kw.warehouse import KernelShape, KWConv2d, explain, partition_kernels, set_backend
-from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, planner
+from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, assembly_precision, planner
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.device import DeviceProfile
 from kw.warehouse.ops.planner import Planner
@@ -211,3 +214,19 @@ def test_set_backend_refuses_before_it_changes_anything():
     with pytest.raises(ValueError, match="'groupd' is unknown; did you mean 'grouped'"):
         set_backend(net, "groupd")
     assert [layer.backend for layer in net] == ["auto", "auto"]
+
+
+def test_a_configuration_says_how_layers_compute():
+    net = nn.Sequential(KWConv2d(4, 4, 3))
+    settings = ContractionConfig(backend="bmm", planner="off", assembly_precision="float32")
+    try:
+        set_contraction(settings, net)
+        assert net[0].backend == "bmm"
+        assert planner.mode == "off"
+        assert assembly_precision() == "float32"
+        with pytest.raises(ConfigError, match=r"contraction.backend: back end 'depthwise'"):
+            set_contraction(ContractionConfig(backend="depthwise"), net)
+        set_contraction(ContractionConfig(backend="bmm"), nn.Linear(2, 2))  # a static network
+    finally:
+        set_contraction(ContractionConfig(), nn.Identity())
+    assert (planner.mode, assembly_precision()) == ("model", "autocast")
