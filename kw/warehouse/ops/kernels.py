@@ -41,8 +41,10 @@ class Kernels(Contraction):
     """
 
     name = "kernels"
-    # CPU: seen on two AVX-512 cores. GPU: libraries run as many groups as samples at a small part
-    # of their rate; 17 to 27 times the static network's time was measured by others (docs).
+    # CPU: seen on two AVX-512 cores, beside what GROUPED counts. GPU: libraries run as many groups
+    # as samples at a small part of their rate; not measured here, but reports on the authors'
+    # release have 17.5 (ResNet18 4x) and 27 times (ResNet50 4x) the static network's time at
+    # batch 128.
     efficiency: ClassVar[dict[str, float]] = {"cpu": 0.6, "cuda": 0.05}
 
     def refusal(self, problem: Problem) -> str | None:

@@ -4,7 +4,8 @@ Two settings trade accuracy for speed. Their effect on a network's output is mea
 float64 by ``tools/compare_backends.py``, see docs/benchmarks.md.
 
 - ``torch.set_float32_matmul_precision`` is torch's own: under ``"high"`` float32 matrix products
-  on NVIDIA GPUs take inputs of 10 mantissa bits (TF32). It has no effect on CPUs.
+  on NVIDIA GPUs take inputs of 10 mantissa bits (TF32). PyTorch may follow it on CPUs too,
+  where the processor has such products.
 - :func:`set_assembly_precision` says what kernels are assembled in under autocast: ``"autocast"``,
   the default, rounds coefficients and cells to 16 bit before they are mixed; ``"float32"`` mixes
   them in float32 and rounds the assembled kernel once.
