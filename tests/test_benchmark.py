@@ -34,7 +34,7 @@ from kw.benchmark.results import Measured, spread_of
 from kw.benchmark.steps import TrainingStep, build_step
 from kw.benchmark.targets import TARGETS, check_targets
 from kw.benchmark.timing import Slow, interleave, iterations_for, warm_up
-from kw.config.schema import OptimizerConfig
+from kw.config.run_schema import OptimizerConfig
 from kw.warehouse import KWLayer
 
 DEMO = "configs/demo/kw_resnet18_1x.yaml"

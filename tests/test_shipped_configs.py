@@ -128,7 +128,7 @@ def test_300_epoch_recipe(name: str) -> None:
     optimizer, schedule, data = config.optimizer, config.schedule, config.data
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 4e-3, 0.05)
     assert (optimizer.eps, optimizer.clip_grad) == (1e-8, None)
-    assert not optimizer.decay_norm_and_bias
+    assert optimizer.exempt_from_decay == "norm_and_bias"
     assert (schedule.name, schedule.warmup_epochs, schedule.final_lr) == ("cosine", 20, 1e-6)
     assert (data.root, data.input_size, data.interpolation) == ("data/imagenet", 224, "bicubic")
     assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0.4)

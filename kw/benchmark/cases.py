@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import load_config
-from ..config.schema import Config, OptimizerConfig
+from ..config.run_schema import OptimizerConfig
+from ..config.schema import Config
 from ..models import build_network
 from ..warehouse import KWConv2d, set_backend
 from ..warehouse.ops import BACKENDS

@@ -13,16 +13,18 @@ import math
 import operator
 import typing
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 from .describe import UNIONS, allowed, default_of, is_required, key_hints
 from .loading import OPTIONS
-from .rules import check_rules, ignored_settings
+from .rules import Report, check_rules, ignored_settings
 from .schema import Config
 from .tree import ConfigError, Entry, join, show
 
-__all__ = ["check"]
+__all__ = ["Schema", "check", "check_tree"]
+
+C = TypeVar("C")
 
 _BAD = object()
 _TESTS = {
@@ -33,34 +35,66 @@ _TESTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Schema(Generic[C]):
+    """A kind of configuration.
+
+    Attributes:
+        cls: its dataclass.
+        rules: reports what the settings together break: ``(config, report)``.
+        ignored: settings without effect beside the others, each with the reason.
+    """
+
+    cls: type[C]
+    rules: Callable[[C, Report], None]
+    ignored: Callable[[C], Iterable[tuple[str, str]]]
+
+
 def check(root: Entry, check_model_name: bool = True) -> Config:
+    """The configuration of a classifier that a tree describes, see :func:`check_tree`.
+
+    Args:
+        root: the merged tree of a file.
+        check_model_name: look ``model.name`` up in timm, whose import takes seconds.
+    """
+
+    def rules(config: Config, report: Report) -> None:
+        check_rules(config, report, check_model_name)
+
+    return check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+
+
+def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
     """The configuration that a tree describes.
 
     Warns of settings without effect that the user's own file or options set.
 
     Args:
         root: the merged tree of a file.
-        check_model_name: look ``model.name`` up in timm, whose import takes seconds.
+        schema: the kind of configuration.
+        stacklevel: of the warnings, as for :func:`warnings.warn`.
 
     Raises:
         ConfigError: with one line for every problem.
     """
-    checker = _Checker(root)
-    config: Config = checker.table(Config, root, "")
-    check_rules(config, checker.report, check_model_name)
+    checker = _Checker(root, schema.cls)
+    config: C = checker.table(schema.cls, root, "")
+    schema.rules(config, checker.report)
     if checker.problems:
         raise ConfigError(*checker.problems)
-    for key, reason in ignored_settings(config):
+    for key, reason in schema.ignored(config):
         entry, _ = root.find(key)
-        if _get(config, key) != default_of(key) and _is_deliberate(entry, root):
+        chosen = _get(config, key) != default_of(schema.cls, key)
+        if chosen and _is_deliberate(entry, root, schema.cls):
             message = f"{entry.origin}: {key} = {show(entry.plain())} has no effect: {reason}"
-            warnings.warn(message, stacklevel=3)  # the caller of load_config
+            warnings.warn(message, stacklevel=stacklevel)
     return config
 
 
 class _Checker:
-    def __init__(self, root: Entry) -> None:
+    def __init__(self, root: Entry, cls: Any) -> None:
         self.root = root
+        self.cls = cls
         self.problems: list[str] = []
         self.wrong: set[str] = set()
 
@@ -72,7 +106,7 @@ class _Checker:
     def expect(self, entry: Entry, key: str, expected: str) -> Any:
         return self.problem(entry, key, f" = {show(entry.plain())}: expected {expected}")
 
-    def report(self, config: Config, keys: tuple[str, ...], expected: str) -> None:
+    def report(self, config: Any, keys: tuple[str, ...], expected: str) -> None:
         """A broken rule between settings; the first key is the one to look at."""
         if any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in self.wrong):
             return
@@ -166,7 +200,7 @@ class _Checker:
         return values
 
     def _unknown(self, entry: Entry, key: str, name: str, known: list[str]) -> None:
-        wrong, keys = join(key, name), list(key_hints())
+        wrong, keys = join(key, name), list(key_hints(self.cls))
         siblings = difflib.get_close_matches(name, known, 1)
         siblings = siblings or [other for other in known if other.startswith(name)]
         near = [join(key, other) for other in siblings]
@@ -230,7 +264,7 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
-def _is_deliberate(entry: Entry, root: Entry) -> bool:
+def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
     """Whether a user chose this value by hand.
 
     A recipe carries settings for choices that its child may replace, and a resolved configuration
@@ -238,7 +272,7 @@ def _is_deliberate(entry: Entry, root: Entry) -> bool:
     """
     if entry.origin.source == OPTIONS:
         return True
-    is_resolved = all(field.name in root.value for field in dataclasses.fields(Config))
+    is_resolved = all(field.name in root.value for field in dataclasses.fields(cls))
     return not entry.origin.inherited and not is_resolved
 
 

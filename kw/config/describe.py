@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from .schema import Config
 from .tree import join
 
 __all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "members"]
@@ -57,7 +56,7 @@ def members(hint: Any) -> tuple[str, Any] | None:
     return None
 
 
-def key_hints(cls: Any = Config, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+def key_hints(cls: Any, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type hint and field of every setting, by dotted key; groups come before their members."""
     found = {}
     hints = typing.get_type_hints(cls)
@@ -76,9 +75,9 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def default_of(key: str) -> Any:
-    """The default of the setting at a dotted key."""
-    _, field = key_hints()[key]
+def default_of(cls: Any, key: str) -> Any:
+    """The default of the setting at a dotted key of a dataclass."""
+    _, field = key_hints(cls)[key]
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

@@ -10,6 +10,7 @@ import yaml
 
 from .describe import allowed, key_hints, members
 from .loading import SCALARS
+from .run_schema import RunConfig
 from .schema import Config
 from .tree import show
 
@@ -33,20 +34,20 @@ for _tag, _pattern in SCALARS:
 _Dumper.add_representer(list, _represent_list)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """A configuration as dictionaries, lists and scalars, every setting in it."""
     return dataclasses.asdict(config)
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: RunConfig) -> str:
     """A configuration as one YAML text with every setting; reading it gives an equal one."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def reference() -> str:
+def reference(cls: type[RunConfig] = Config) -> str:
     """Every setting as a Markdown table: key, values allowed, default, meaning."""
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key, (hint, field) in key_hints().items():
+    for key, (hint, field) in key_hints(cls).items():
         value = allowed(hint, field.metadata)
         if members(hint):
             value = re.sub(r" \(.*\)", "", value)  # its settings follow in lines of their own

@@ -6,12 +6,14 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
+from .run_schema import RunConfig
 from .schema import Config
 
-__all__ = ["check_rules", "ignored_settings"]
+__all__ = ["check_rules", "check_run_rules", "ignored_run_settings", "ignored_settings"]
 
-Report = Callable[[Config, tuple[str, ...], str], None]
+Report = Callable[[Any, tuple[str, ...], str], None]
 
 _NUMBER = r"\d+(\.\d+)?"
 # timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
@@ -23,8 +25,43 @@ _POLICIES = re.compile(
 _OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
 
 
+def check_run_rules(config: RunConfig, report: Report) -> None:
+    """Report every rule broken that holds for all runs; arguments as for :func:`check_rules`."""
+
+    def expect(right: bool, expected: str, *keys: str) -> None:
+        if not right:
+            report(config, keys, expected)
+
+    optimizer, schedule, epochs = config.optimizer, config.schedule, config.epochs
+    expect(
+        config.total_batch_size % config.batch_size == 0,
+        "a multiple of batch_size",
+        "total_batch_size",
+        "batch_size",
+    )
+    key = "schedule.warmup_epochs"
+    expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
+    if schedule.name == "cosine":
+        key = "schedule.final_lr"
+        expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
+    else:
+        steps, key = schedule.milestones, "schedule.milestones"
+        expected = "at least one epoch, e.g. [30, 60, 90], because schedule.name is 'step'"
+        expect(bool(steps), expected, key)
+        expect(all(a < b for a, b in pairwise(steps)), "epochs in rising order, none twice", key)
+        expect(all(m < epochs for m in steps), "each less than epochs", key, "epochs")
+    key = "temperature_epochs"
+    expect(config.temperature_epochs <= epochs, "at most epochs", key, "epochs")
+    expect(
+        optimizer.momentum > 0 or not (optimizer.nesterov and optimizer.name == "sgd"),
+        "false, because Nesterov's form needs a momentum",
+        "optimizer.nesterov",
+        "optimizer.momentum",
+    )
+
+
 def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
-    """Report every rule that a configuration breaks.
+    """Report every rule that a configuration of a classifier breaks.
 
     Args:
         config: settings of the right types and within their own bounds.
@@ -37,15 +74,8 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         if not right:
             report(config, keys, expected)
 
-    model, data, optimizer, schedule = config.model, config.data, config.optimizer, config.schedule
-    epochs, batch_size = config.epochs, config.batch_size
-
-    expect(
-        config.total_batch_size % batch_size == 0,
-        "a multiple of batch_size",
-        "total_batch_size",
-        "batch_size",
-    )
+    check_run_rules(config, report)
+    model, data, batch_size = config.model, config.data, config.batch_size
     expect(
         batch_size % 2 == 0 or not (data.mixup or data.cutmix),
         "an even number, because mixup and cutmix pair the images of a batch",
@@ -54,20 +84,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "data.cutmix",
     )
 
-    key = "schedule.warmup_epochs"
-    expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
-    if schedule.name == "cosine":
-        key = "schedule.final_lr"
-        expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
-    else:
-        steps, key = schedule.milestones, "schedule.milestones"
-        expected = "at least one epoch, e.g. [30, 60, 90], because schedule.name is 'step'"
-        expect(bool(steps), expected, key)
-        expect(all(a < b for a, b in pairwise(steps)), "epochs in rising order, none twice", key)
-        expect(all(m < epochs for m in steps), "each less than epochs", key, "epochs")
-
     key = "temperature_epochs"
-    expect(config.temperature_epochs <= epochs, "at most epochs", key, "epochs")
     if model.peer is None or model.kernel_warehouse is not None:
         expect(
             config.temperature_epochs == 0 or model.kernel_warehouse is not None,
@@ -105,12 +122,6 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
         "data.auto_augment",
     )
-    expect(
-        optimizer.momentum > 0 or not (optimizer.nesterov and optimizer.name == "sgd"),
-        "false, because Nesterov's form needs a momentum",
-        "optimizer.nesterov",
-        "optimizer.momentum",
-    )
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")
@@ -136,14 +147,20 @@ def _model_name_expected(name: str, in_timm: bool) -> str:
     return f"the name of a timm model{hint}"
 
 
-def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
-    """Settings that have no effect beside the others, each with the reason."""
-    optimizer, schedule, data = config.optimizer, config.schedule, config.data
+def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings of any run that have no effect beside the others, each with the reason."""
+    optimizer, schedule = config.optimizer, config.schedule
     other = {"adamw": ("momentum", "nesterov"), "sgd": ("betas", "eps")}
     for name in other[optimizer.name]:
         yield f"optimizer.{name}", f"optimizer.name is {optimizer.name!r}"
     for name in {"cosine": ("milestones", "gamma"), "step": ("final_lr",)}[schedule.name]:
         yield f"schedule.{name}", f"schedule.name is {schedule.name!r}"
+
+
+def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings of a classifier that have no effect beside the others, each with the reason."""
+    yield from ignored_run_settings(config)
+    data = config.data
     mixes = [alpha for alpha in (data.mixup, data.cutmix) if alpha > 0]
     if not mixes:
         yield "data.mix_probability", "data.mixup and data.cutmix are both 0"

@@ -13,20 +13,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .fields import setting, table
+from .fields import setting
+from .run_schema import RunConfig
 
 __all__ = [
-    "CheckpointConfig",
     "Config",
-    "ContractionConfig",
     "DataConfig",
-    "EmaConfig",
     "KernelWarehouseConfig",
     "ModelConfig",
-    "OptimizerConfig",
     "PeerConfig",
     "RandomErasingConfig",
-    "ScheduleConfig",
     "WarehouseConfig",
 ]
 
@@ -199,112 +195,19 @@ class DataConfig:
     )
 
 
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
-
-    name: str = setting("adamw", "optimizer", choices=("adamw", "sgd"))
-    lr: float = setting(doc="learning rate after warm-up", above=0, example=0.1)
-    weight_decay: float = setting(0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0)
-    decay_norm_and_bias: bool = setting(
-        False, "apply the decay to 1-D parameters and biases as well"
-    )
-    betas: list[float] = setting(
-        [0.9, 0.999], "adamw: decay of the moment estimates", minimum=0, below=1, length=2
-    )
-    eps: float = setting(1e-8, "adamw: added to the denominator", above=0)
-    momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
-    nesterov: bool = setting(False, "sgd: Nesterov's form")
-    clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
-
-
 @dataclass
-class ScheduleConfig:
-    """The learning rate over time; it changes with every optimizer update."""
-
-    name: str = setting("cosine", "shape after warm-up", choices=("cosine", "step"))
-    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0)
-    final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0)
-    milestones: list[float] = setting([], "step: epochs at which the rate is multiplied", above=0)
-    gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
-
-
-@dataclass
-class EmaConfig:
-    """Exponential moving average of the weights, evaluated beside the model."""
-
-    decay: float = setting(0.9999, "share of the old average kept per update", above=0, below=1)
-
-
-@dataclass
-class CheckpointConfig:
-    """When checkpoints are written; the best and the last are always kept."""
-
-    interval: int = setting(1, "epochs between checkpoints", minimum=1)
-    keep: int = setting(2, "newest epoch checkpoints kept", minimum=1)
-
-
-@dataclass
-class ContractionConfig:
-    """How dynamic layers compute: speed, and with the precisions its price in accuracy
-    (docs/benchmarks.md)."""
-
-    backend: str = setting(
-        "auto", "back end of every dynamic layer; auto = the planner's choice for each"
-    )
-    planner: str = setting(
-        "model",
-        "model: by predicted cost; measure: time the likely ones once per shape and keep the "
-        "result in $KW_CACHE_DIR; off: always the same one",
-        choices=("model", "measure", "off"),
-    )
-    assembly_precision: str = setting(
-        "autocast",
-        "under bf16 and fp16, autocast: mix cells in 16 bit; float32: mix them in float32 and "
-        "round the assembled kernel",
-        choices=("autocast", "float32"),
-    )
-    float32_matmul_precision: str = setting(
-        "highest",
-        "torch.set_float32_matmul_precision: high lets NVIDIA GPUs multiply float32 matrices in "
-        "TF32 (10 mantissa bits), medium in bf16",
-        choices=("highest", "high", "medium"),
-    )
-
-
-@dataclass
-class Config:
-    """One training run."""
-
+class _Classification:
+    # A base class of its own so that model and data come first.
     model: ModelConfig = field(metadata={"doc": "the network"})
     data: DataConfig = field(metadata={"doc": "images and augmentation"})
-    optimizer: OptimizerConfig = field(metadata={"doc": "the optimizer"})
-    epochs: int = setting(doc="passes over the training images", minimum=1, example=100)
-    total_batch_size: int = setting(
-        doc="images per optimizer update, over all devices and accumulation steps",
-        minimum=1,
-        example=256,
-    )
-    batch_size: int = setting(doc="images per device and forward pass", minimum=1, example=32)
-    seed: int = setting(0, "seed of every random choice", minimum=0)
-    schedule: ScheduleConfig = table(ScheduleConfig, "the learning rate over time")
-    temperature_epochs: float = setting(
-        0.0, "epochs over which the attention temperature falls from 1 to 0", minimum=0
-    )
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig, _Classification):
+    """One training run of a classifier."""
+
     label_smoothing: float = setting(
         0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
     )
-    ema: EmaConfig | None = setting(None, "average of the weights")
-    precision: str = setting(
-        "fp32", "autocast type of forward and loss", choices=("fp32", "bf16", "fp16")
-    )
-    sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
     compile: bool = setting(False, "compile the network with torch.compile")
-    contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
-    eval_interval: int = setting(1, "epochs between evaluations", minimum=1)
-    eval_batch_size: int | None = setting(
-        None, "images per device in evaluation; null = batch_size", minimum=1
-    )
-    log_interval: int = setting(50, "updates between log lines", minimum=1)
-    checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")

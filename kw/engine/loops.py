@@ -7,7 +7,7 @@ logs and checkpoints count the same thing on one GPU and on a hundred.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,29 +95,33 @@ class TrainLoop(EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class EvalLoop(BaseLoop):
-    """Evaluation of the model and, where there is one, of its moving average."""
+    """Evaluation of the model and, where there is one, of its moving average.
 
-    def __init__(self, runner: Any, dataloader: DataLoader[Any], evaluator: type[Accuracy]) -> None:
+    Args:
+        runner: the run.
+        dataloader: the test images.
+        evaluator: see :attr:`kw.engine.task.Task.evaluate`.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        dataloader: DataLoader[Any],
+        evaluator: Callable[[nn.Module], dict[str, float | None]],
+    ) -> None:
         super().__init__(runner, dataloader)
-        self.meter = evaluator
+        self.evaluate = evaluator
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, float | None]:
         """Evaluate.
 
         Returns:
-            ``top1``, ``top5``, ``loss`` and ``images`` of the model, and with the prefix ``ema_``
-            of its average.
+            The metrics of the model, and with the prefix ``ema_`` those of its average.
         """
         self.runner.call_hook("before_val")
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         for prefix, network in self.runner.networks().items():
-            found = evaluate(
-                network,
-                self.runner.classifier.data_preprocessor,
-                self.dataloader,
-                self.runner.config.precision,
-                self.meter,
-            )
+            found = self.evaluate(network)
             metrics.update({prefix + key: value for key, value in found.items()})
         self.runner.call_hook("after_val")
         self.runner.last_metrics = metrics
@@ -126,13 +130,9 @@ class EvalLoop(BaseLoop):
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module,
-    preprocess: nn.Module,
-    loader: DataLoader[Any],
-    precision: str,
-    meter: type[Accuracy] = Accuracy,
-) -> dict[str, float]:
-    """Evaluate a network on this process's share of a data set: exact on any number of processes.
+    network: nn.Module, preprocess: nn.Module, loader: DataLoader[Any], precision: str
+) -> dict[str, float | None]:
+    """Evaluate a classifier on this process's share of a data set: exact on any number of them.
 
     Args:
         network: images -> logits; evaluated at the temperature that it has, left in the mode that
@@ -140,7 +140,6 @@ def evaluate(
         preprocess: ``(batch, training) -> (images, labels)``.
         loader: disjoint shares over the processes, without padding.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        meter: counts and reduces.
 
     Returns:
         See :meth:`kw.evaluation.Accuracy.compute`.
@@ -148,11 +147,11 @@ def evaluate(
     training = network.training
     network.eval()
     device = next(network.parameters()).device
-    accuracy = meter(device)
+    accuracy = Accuracy(device)
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):
             logits = network(images)
         accuracy.update(logits, labels)
     network.train(training)
-    return accuracy.compute()
+    return {**accuracy.compute()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,11 +11,13 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config.schema import OptimizerConfig
+from ..config.run_schema import OptimizerConfig
 from ..registry import OPTIM_WRAPPERS
 
 __all__ = ["UpdateWrapper", "autocast", "build_optimizer"]
 
+# BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and what is derived from them.
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,25 +27,47 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
-    """AdamW or SGD with two groups: what decays, and 1-D parameters and biases, which do not.
+def build_optimizer(
+    network: nn.Module,
+    config: OptimizerConfig,
+    device: torch.device,
+    lr_scales: Mapping[str, float] | None = None,
+) -> Optimizer:
+    """AdamW or SGD with a group for what decays and one for what does not, for each rate.
 
     Args:
         network: the network whose parameters are trained; frozen ones are left out.
         config: the optimizer's settings.
         device: of the parameters; on CPU and CUDA the fused form is used: it makes no temporary
             copies of the parameters, and needs no synchronisation with a gradient scaler.
+        lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
+            group's stands in its ``lr_scale``, which the schedule multiplies by.
     """
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if isinstance(module, NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         small = parameter.ndim <= 1 or name.endswith(".bias")
-        (exempt if small and not config.decay_norm_and_bias else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if exempt:
-        groups.append({"params": exempt, "weight_decay": 0.0})
+        exempt = {"norm_and_bias": small, "norm": name in norms, "none": False}
+        scale = 1.0 if lr_scales is None else lr_scales.get(name, 1.0)
+        grouped.setdefault((scale, exempt[config.exempt_from_decay]), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if exempt else config.weight_decay,
+            "lr_scale": scale,
+        }
+        # The full rate comes first: it is the one that is logged.
+        for (scale, exempt), parameters in sorted(
+            grouped.items(), key=lambda item: (-item[0][0], item[0][1])
+        )
+    ]
     fused = True if device.type in ("cpu", "cuda") else None
     if config.name == "adamw":
         beta1, beta2 = config.betas

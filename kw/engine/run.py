@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner import set_random_seed
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..config import ConfigError
-from ..config.schema import Config, ContractionConfig
+from ..config import ConfigError, to_yaml
+from ..config.run_schema import ContractionConfig, RunConfig
+from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     ImageFolder,
@@ -22,7 +25,6 @@ from ..data import (
     check_data_root,
     stop_workers,
 )
-from ..evaluation import Accuracy, headline
 from ..models import ImageClassifier, build_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
@@ -33,8 +35,18 @@ from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .runner import Runner
 from .schedule import Schedule
+from .task import Task, headline
 
-__all__ = ["build_runner", "evaluate_checkpoint", "set_contraction", "train"]
+__all__ = [
+    "assemble_runner",
+    "build_runner",
+    "check_devices",
+    "evaluate_checkpoint",
+    "find_checkpoint",
+    "run_to_end",
+    "set_contraction",
+    "train",
+]
 
 _runs = itertools.count()
 
@@ -45,7 +57,7 @@ def train(
     *,
     resume: bool | str | Path = False,
     launcher: str = "none",
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Train and evaluate as a configuration says.
 
     Args:
@@ -67,23 +79,27 @@ def train(
     """
     process = join_group(launcher)
     try:
-        runner = build_runner(config, Path(work_dir), process, resume)
-        try:
-            runner.train()
-        finally:
-            stop_workers(runner.train_dataloader)
-            stop_workers(runner.val_dataloader)
-        return runner.last_metrics
+        return run_to_end(build_runner(config, Path(work_dir), process, resume))
     finally:
         leave_group()
+
+
+def run_to_end(runner: Runner) -> dict[str, float | None]:
+    """Train, and stop the loaders' processes whatever happens; returns the last metrics."""
+    try:
+        runner.train()
+    finally:
+        stop_workers(runner.train_dataloader)
+        stop_workers(runner.val_dataloader)
+    return runner.last_metrics
 
 
 def build_runner(
     config: Config, work_dir: Path, process: Process, resume: bool | str | Path = False
 ) -> Runner:
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
-    _check_devices(config, process)
-    resume_from = _resume_from(resume, work_dir)
+    check_devices(config, process)
+    resume_from = find_checkpoint(resume, work_dir)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
     train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
@@ -97,7 +113,6 @@ def build_runner(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    sampler: Any = train_loader.batch_sampler
 
     set_random_seed(config.seed)
     network = build_network(config.model)
@@ -110,28 +125,69 @@ def build_runner(
     preprocessor = BatchPreprocessor(
         data, config.model.num_classes, config.label_smoothing, config.seed, config.channels_last
     )
-    hooks = [
+    if config.compile:
+        network.compile()
+    model = ImageClassifier(network, preprocessor)
+    val_loader = _eval_loader(config, process)
+    task = Task(
+        model,
+        network,
+        # Looked up when it is called: the runner moves the model to its device.
+        lambda n: evaluate(n, model.data_preprocessor, val_loader, config.precision),
+        "top1",
+        list(train_set.classes),
+        "config.yaml",
+        to_yaml(config),
+    )
+    optimizer = build_optimizer(network, config.optimizer, process.device)
+    return assemble_runner(
+        task, config, process, work_dir, train_loader, val_loader, optimizer, resume_from
+    )
+
+
+def assemble_runner(
+    task: Task,
+    config: RunConfig,
+    process: Process,
+    work_dir: Path,
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any],
+    optimizer: Optimizer,
+    resume_from: Path | None,
+) -> Runner:
+    """A runner with the hooks that every run has.
+
+    Args:
+        task: what is trained.
+        config: how it is trained.
+        process: this process.
+        work_dir: where configuration, logs, checkpoints and results go.
+        train_loader: its batch sampler is a :class:`kw.data.TrainBatchSampler`.
+        val_loader: what the task's evaluation reads.
+        optimizer: of the task's parameters.
+        resume_from: checkpoint to continue from.
+    """
+    sampler: Any = train_loader.batch_sampler
+    hooks: list[Hook] = [
         ScheduleHook(),
         LogHook(config.log_interval),
         CheckpointHook(config.checkpoint.interval, config.checkpoint.keep),
     ]
     if config.ema is not None:
         hooks.append(EmaHook(config.ema.decay))
-    if config.compile:
-        network.compile()
     optim_wrapper = UpdateWrapper(
-        build_optimizer(network, config.optimizer, process.device),
+        optimizer,
         sampler.accumulation,
         config.optimizer.clip_grad,
         config.precision,
         process.device.type,
     )
     return Runner(
+        task=task,
         config=config,
         process=process,
         schedule=Schedule(config, sampler.updates_per_epoch),
         resume_from=resume_from,
-        model=ImageClassifier(network, preprocessor),
         work_dir=str(work_dir),
         train_dataloader=train_loader,
         train_cfg={
@@ -140,9 +196,9 @@ def build_runner(
             "val_interval": config.eval_interval,
         },
         optim_wrapper=optim_wrapper,
-        val_dataloader=_eval_loader(config, process),
+        val_dataloader=val_loader,
         val_cfg={"type": EvalLoop},
-        val_evaluator=Accuracy,
+        val_evaluator=task.evaluate,
         custom_hooks=hooks,
         # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
         randomness={"seed": config.seed, "diff_rank_seed": True},
@@ -163,7 +219,7 @@ def evaluate_checkpoint(
         launcher: as for :func:`train`.
 
     Returns:
-        The headline figures (see :func:`kw.evaluation.headline`), ``epoch`` and ``checkpoint``.
+        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
 
     Raises:
         ConfigError: a setting does not fit the devices.
@@ -173,7 +229,7 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     process = join_group(launcher)
     try:
-        _check_devices(config, process)
+        check_devices(config, process)
         check_data_root(config.data.root, config.model.num_classes)
         loader = _eval_loader(config, process)
         network = build_network(config.model)
@@ -186,7 +242,7 @@ def evaluate_checkpoint(
             network.to(memory_format=torch.channels_last)
         if config.compile:
             network.compile()
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
@@ -230,13 +286,14 @@ def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
             raise ConfigError(f"contraction.backend: {error}") from error
 
 
-def _check_devices(config: Config, process: Process) -> None:
+def check_devices(config: RunConfig, process: Process) -> None:
     """Refuse settings that these devices cannot follow, before anything is built."""
     if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
 
 
-def _resume_from(resume: bool | str | Path, work_dir: Path) -> Path | None:
+def find_checkpoint(resume: bool | str | Path, work_dir: Path) -> Path | None:
+    """The checkpoint to continue from; arguments and errors as for :func:`train`."""
     if not isinstance(resume, bool):
         return Path(resume)
     latest = latest_checkpoint(work_dir)

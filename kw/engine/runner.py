@@ -2,7 +2,7 @@
 
 What is replaced, and why: checkpoints (mmengine's cannot be read with ``weights_only=True``), the
 default hooks (they read the loss in every iteration), the DDP wrapper (it fails on CPU), the
-environment report and the configuration dump (kw's is YAML).
+environment report and the configuration dump (kw's own).
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any
 import mmengine
 import torch
 import torch.distributed as dist
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner as _Runner
 from torch import nn
 
-from ..config import to_yaml
-from ..config.schema import Config
-from ..models import ImageClassifier
+from ..config.run_schema import RunConfig
 from ..version import __version__
 from .checkpoint import (
     CheckpointError,
@@ -31,15 +29,17 @@ from .checkpoint import (
 )
 from .distributed import Process
 from .schedule import Schedule
+from .task import Metrics, Task
 
 __all__ = ["Runner"]
 
 
 class Runner(_Runner):
-    """A training run of a classifier.
+    """A training run.
 
     Args:
-        config: the run's configuration.
+        task: what is trained.
+        config: how it is trained.
         process: this process.
         schedule: learning rate and temperature.
         resume_from: checkpoint to continue from.
@@ -47,37 +47,35 @@ class Runner(_Runner):
 
     Attributes:
         ema: the moving average's holder, set by its hook.
-        best: best top-1 so far, in percent.
+        best: best score so far.
         last_metrics: what the last evaluation found.
     """
 
     def __init__(
         self,
         *,
-        config: Config,
+        task: Task,
+        config: RunConfig,
         process: Process,
         schedule: Schedule,
         resume_from: Path | None,
         **kwargs: Any,
     ) -> None:
+        self.task = task
         self.config = config
         self.process = process
         self.schedule = schedule
         self.resume_from = resume_from
         self.ema: nn.Module | None = None
         self.best = -1.0
-        self.last_metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, float | None] = {}
         self._has_loaded = False
-        super().__init__(launcher="none" if process.world_size == 1 else "pytorch", **kwargs)
-
-    @property
-    def classifier(self) -> ImageClassifier:
-        """The model without its DDP wrapper."""
-        return self.model.module if is_model_wrapper(self.model) else self.model
+        launcher = "none" if process.world_size == 1 else "pytorch"
+        super().__init__(launcher=launcher, model=task.model, **kwargs)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to evaluate, by the prefix of their metrics."""
-        networks = {"": self.classifier.network}
+        networks = {"": self.task.network}
         if self.ema is not None:
             networks["ema_"] = self.ema
         return networks
@@ -113,7 +111,7 @@ class Runner(_Runner):
     def dump_config(self) -> None:
         """Write the resolved configuration, from which the run can be repeated."""
         if self.process.is_main:
-            Path(self.work_dir, "config.yaml").write_text(to_yaml(self.config))
+            Path(self.work_dir, self.task.config_name).write_text(self.task.config_text)
 
     def load_or_resume(self) -> None:
         """Continue from ``resume_from``, where it is given."""
@@ -124,7 +122,7 @@ class Runner(_Runner):
         self._has_loaded = True
         self.logger.info(f"resumed {self.resume_from}: epoch {self.epoch}, update {self.iter}")
 
-    def state(self, metrics: dict[str, float] | None) -> dict[str, Any]:
+    def state(self, metrics: Metrics | None) -> dict[str, Any]:
         """The run as a checkpoint; a collective call (see :mod:`kw.engine.checkpoint`)."""
         states: list[Any] = [rng_state(self.process.device)]
         if self.process.world_size > 1:
@@ -134,13 +132,13 @@ class Runner(_Runner):
             "meta": {
                 "epoch": self.epoch,
                 "iter": self.iter,
-                "config": to_yaml(self.config),
-                "classes": list(self.train_dataloader.dataset.classes),
+                "config": self.task.config_text,
+                "classes": self.task.classes,
                 "best": self.best,
                 "metrics": metrics,
                 "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
             },
-            "state_dict": self.classifier.network.state_dict(),
+            "state_dict": self.task.network.state_dict(),
             "optimizer": self.optim_wrapper.state_dict(),
             "rng": states,
         }
@@ -167,7 +165,7 @@ class Runner(_Runner):
                 f"{per_epoch} an epoch; resume with the total_batch_size and the images that it "
                 "was trained with"
             )
-        load_network(self.classifier.network, checkpoint["state_dict"], source)
+        load_network(self.task.network, checkpoint["state_dict"], source)
         if self.ema is not None:
             average = checkpoint.get("ema_state_dict")
             if average is None:
@@ -185,7 +183,7 @@ class Runner(_Runner):
                 f"with {self.process.world_size}, but drop path draws other numbers"
             )
 
-    def save(self, path: Path, metrics: dict[str, float] | None) -> None:
+    def save(self, path: Path, metrics: Metrics | None) -> None:
         """Write a checkpoint; a collective call, rank 0 writes."""
         checkpoint = self.state(metrics)
         if self.process.is_main:

@@ -10,7 +10,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from ..config.schema import Config
+from ..config.run_schema import RunConfig
 from ..warehouse import annealed_temperature
 
 __all__ = ["Schedule"]
@@ -25,7 +25,7 @@ class Schedule:
         updates_per_epoch: optimizer updates in an epoch.
     """
 
-    config: Config
+    config: RunConfig
     updates_per_epoch: int
 
     @property

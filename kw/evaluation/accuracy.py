@@ -5,15 +5,12 @@ Legend: B samples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Accuracy", "headline"]
+__all__ = ["Accuracy"]
 
 
 class Accuracy:
@@ -68,21 +65,3 @@ class Accuracy:
             "loss": loss / images,
             "images": int(images),
         }
-
-
-def headline(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The figures that stand for a run: the moving average's where there is one, else the model's.
-
-    Args:
-        metrics: ``top1``, ``top5``, ``loss`` and ``images`` of the model, and with the prefix
-            ``ema_`` those of its average.
-
-    Returns:
-        The same four without prefix, ``weights`` (``"ema"`` or ``"model"``), and beside an average
-        the model's own figures with the prefix ``model_``.
-    """
-    names = ("top1", "top5", "loss", "images")
-    if "ema_top1" not in metrics:
-        return {**{name: metrics[name] for name in names}, "weights": "model"}
-    average = {name: metrics["ema_" + name] for name in names}
-    return {**average, "weights": "ema", **{"model_" + name: metrics[name] for name in names}}

@@ -11,8 +11,8 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from ...evaluation import headline
 from ...registry import HOOKS
+from ..task import Metrics, headline
 
 __all__ = ["CheckpointHook", "latest_checkpoint"]
 
@@ -21,7 +21,8 @@ __all__ = ["CheckpointHook", "latest_checkpoint"]
 class CheckpointHook(Hook):
     """Writes ``epoch_N.pth`` every few epochs and keeps the newest, ``last.pth`` and ``best.pth``.
 
-    The best epoch is that of the highest top-1; of the moving average's where there is one.
+    The best epoch is that of the highest score (:attr:`kw.engine.task.Task.score`), of the moving
+    average's where there is one.
     ``results.json`` holds its figures.
 
     Args:
@@ -35,11 +36,12 @@ class CheckpointHook(Hook):
         self.interval = interval
         self.keep = keep
 
-    def after_epoch(self, runner: Any, metrics: dict[str, float] | None) -> None:
+    def after_epoch(self, runner: Any, metrics: Metrics | None) -> None:
         work_dir = Path(runner.work_dir)
-        is_best = metrics is not None and headline(metrics)["top1"] > runner.best
-        if metrics is not None and is_best:
-            runner.best = headline(metrics)["top1"]
+        score = None if metrics is None else headline(metrics)[runner.task.score]
+        is_best = score is not None and score > runner.best
+        if is_best:
+            runner.best = score
         is_due = runner.epoch % self.interval == 0 or runner.epoch == runner.max_epochs
         if not (is_best or is_due):
             return
@@ -54,7 +56,7 @@ class CheckpointHook(Hook):
                 **headline(metrics),
                 "epoch": runner.epoch,
                 "checkpoint": str(work_dir / "best.pth"),
-                "params": sum(p.numel() for p in runner.classifier.network.parameters()),
+                "params": sum(p.numel() for p in runner.task.network.parameters()),
             }
             write_json(results, work_dir / "results.json")
         # A run that went back to an earlier epoch leaves later ones alone until it passes them.

@@ -27,14 +27,14 @@ class EmaHook(Hook):
         self.decay = decay
 
     def before_run(self, runner: Any) -> None:
-        network = runner.classifier.network
+        network = runner.task.network
         self._average = ModelEmaV3(network, decay=self.decay, exclude_buffers=True, foreach=True)
         runner.ema = self._average.module
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._average.update(runner.classifier.network, step=runner.iter)
+        self._average.update(runner.task.network, step=runner.iter)
 
     def after_train_epoch(self, runner: Any) -> None:
         average_batch_norm(self._average.module)

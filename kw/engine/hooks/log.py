@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...registry import HOOKS
 from ...warehouse import has_temperature
+from ..task import Metrics
 
 __all__ = ["LogHook"]
 
@@ -36,7 +37,7 @@ class LogHook(Hook):
     def before_train(self, runner: Any) -> None:
         self._sums: dict[str, Tensor] = {}
         self._updates = 0
-        self._anneals = has_temperature(runner.classifier)
+        self._anneals = has_temperature(runner.task.network)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
         self._file: Path | None = None
@@ -63,17 +64,17 @@ class LogHook(Hook):
         if done % self.interval == 0 or done == runner.train_loop.updates_per_epoch:
             self._write_training(runner, done)
 
-    def after_epoch(self, runner: Any, metrics: dict[str, float] | None) -> None:
+    def after_epoch(self, runner: Any, metrics: Metrics | None) -> None:
         if metrics is None:
             return
+        found = {key: value for key, value in metrics.items() if value is not None}
         parts = [
-            f"{key} {value:.{0 if key.endswith('images') else 3}f}"
-            for key, value in metrics.items()
+            f"{key} {value:.{0 if key.endswith('images') else 3}f}" for key, value in found.items()
         ]
         runner.logger.info(
             f"epoch {runner.epoch}/{runner.max_epochs} evaluated: {', '.join(parts)}"
         )
-        self._record("val", runner.epoch, runner.iter, metrics)
+        self._record("val", runner.epoch, runner.iter, found)
 
     def after_train(self, runner: Any) -> None:
         if self._board is not None:

@@ -25,7 +25,7 @@ class ScheduleHook(Hook):
         self._temperature: float | None = None
 
     def before_train(self, runner: Any) -> None:
-        self._anneals = has_temperature(runner.classifier)
+        self._anneals = has_temperature(runner.task.network)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         lr = runner.schedule.lr(runner.iter)
@@ -33,5 +33,5 @@ class ScheduleHook(Hook):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         tau = runner.schedule.temperature(runner.iter)
         if self._anneals and tau != self._temperature:
-            set_temperature(runner.classifier, tau)
+            set_temperature(runner.task.network, tau)
             self._temperature = tau
