@@ -36,7 +36,8 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         return f"one of {', '.join(map(repr, choices))}" if choices else "a string"
     if typing.get_origin(hint) is list:
         length = f"{metadata['length']} " if metadata["length"] else ""
-        return f"a list of {length}numbers" + (f", each{limits}" if limits else "")
+        items = "strings" if typing.get_args(hint)[0] is str else "numbers"
+        return f"a list of {length}{items}" + (f", each{limits}" if limits else "")
     if typing.get_origin(hint) is dict:
         inner = typing.get_args(hint)[1]
         of = " of names to settings" if dataclasses.is_dataclass(inner) else ""

@@ -27,7 +27,7 @@ import yaml
 
 from .tree import ConfigError, Entry, Origin, join, merge, show
 
-__all__ = ["OPTIONS", "SCALARS", "read_config"]
+__all__ = ["OPTIONS", "SCALARS", "read_config", "read_option"]
 
 OPTIONS = "--cfg-options"
 BASE = "_base_"
@@ -176,7 +176,7 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
     problems: list[str] = []
     for option in options:
         try:
-            tree = merge(tree, _read_option(option))
+            tree = merge(tree, read_option(option))
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -237,7 +237,12 @@ def _read_text(path: str, where: str) -> str:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
 
 
-def _read_option(option: str) -> Entry:
+def read_option(option: str) -> Entry:
+    """The tree of one ``a.b=value``.
+
+    Raises:
+        ConfigError: it has no key or no value, or the value is no YAML.
+    """
     key, equals, text = option.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

@@ -5,7 +5,7 @@ imported here.
 """
 
 from kw.data.dataset import DataError, ImageFolder, Sample, check_data_root
-from kw.data.loader import build_eval_loader, build_train_loader, stop_workers
+from kw.data.loader import build_eval_loader, build_loader, build_train_loader, stop_workers
 from kw.data.preprocess import BatchPreprocessor
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.seeding import derive_seed, seeded
@@ -19,6 +19,7 @@ __all__ = [
     "Sample",
     "TrainBatchSampler",
     "build_eval_loader",
+    "build_loader",
     "build_train_loader",
     "build_transform",
     "check_data_root",

@@ -6,15 +6,16 @@ A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int6
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kw.data.dataset import ImageFolder, Sample
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 
-__all__ = ["build_eval_loader", "build_train_loader", "collate", "stop_workers"]
+__all__ = ["build_eval_loader", "build_loader", "build_train_loader", "collate", "stop_workers"]
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def build_train_loader(
     sampler = TrainBatchSampler(
         len(dataset), batch_size, total_batch_size, rank, world_size, dataset.seed
     )
-    return _build(dataset, sampler, workers)
+    return build_loader(dataset, sampler, workers)
 
 
 def build_eval_loader(
@@ -70,7 +71,9 @@ def build_eval_loader(
         rank: this process, from 0.
         world_size: number of processes.
     """
-    return _build(dataset, EvalBatchSampler(len(dataset), batch_size, rank, world_size), workers)
+    return build_loader(
+        dataset, EvalBatchSampler(len(dataset), batch_size, rank, world_size), workers
+    )
 
 
 def stop_workers(loader: DataLoader[Any]) -> None:
@@ -81,9 +84,20 @@ def stop_workers(loader: DataLoader[Any]) -> None:
     loader._iterator = None
 
 
-def _build(
-    dataset: ImageFolder, sampler: TrainBatchSampler | EvalBatchSampler, workers: int
-) -> DataLoader[Sample]:
+def build_loader(
+    dataset: Dataset[Any],
+    sampler: TrainBatchSampler | EvalBatchSampler,
+    workers: int,
+    collate: Callable[[list[Any]], Any] = collate,
+) -> DataLoader[Any]:
+    """A loader over any dataset of keys ``(epoch, index)``.
+
+    Args:
+        dataset: gives a sample for a key.
+        sampler: gives lists of keys.
+        workers: loader processes; 0 loads in this process.
+        collate: samples -> batch.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -12,7 +12,7 @@ process, so that persistent workers see every ``set_epoch``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -37,6 +37,9 @@ class TrainBatchSampler(Sampler[list[Key]]):
         rank: this process, from 0.
         world_size: number of processes.
         seed: seed of the permutations.
+        groups: a number for every image; the images of an update are dealt out in its order, so
+            that those of one number meet in a micro-batch where they can. Which images an update
+            has does not change.
 
     Attributes:
         updates_per_epoch: optimizer steps in an epoch.
@@ -55,6 +58,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        groups: Sequence[int] | None = None,
     ) -> None:
         _check_rank(rank, world_size)
         step = batch_size * world_size
@@ -84,6 +88,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.groups = None if groups is None else torch.as_tensor(groups)
         self.updates_per_epoch = size // total_batch_size
         self.accumulation = total_batch_size // step
         self._epoch = 0
@@ -117,10 +122,14 @@ class TrainBatchSampler(Sampler[list[Key]]):
         generator.manual_seed(derive_seed("permutation", self.seed, epoch))
         permutation = torch.randperm(self.size, generator=generator)
         for update in range(self._start_update, self.updates_per_epoch):
+            first = update * self.total_batch_size
+            images = permutation[first : first + self.total_batch_size]
+            if self.groups is not None:
+                images = images[self.groups[images].argsort(stable=True)]
             for micro_batch in range(self.accumulation):
                 row = micro_batch * self.world_size + self.rank
-                start = update * self.total_batch_size + row * self.batch_size
-                indices = permutation[start : start + self.batch_size].tolist()
+                start = row * self.batch_size
+                indices = images[start : start + self.batch_size].tolist()
                 yield [(epoch, index) for index in indices]
 
 

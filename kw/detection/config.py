@@ -1,0 +1,227 @@
+"""Configurations of detectors: mmengine's Python files, with the settings of a run checked.
+
+A file sets what mmdetection reads, ``model``, ``train_pipeline`` and ``test_pipeline``, and what a
+run of this project reads (:class:`kw.detection.schema.DetectionConfig`). mmdetection's own settings
+of data loaders, optimizers and hooks, which its base files bring along, are not used: a warning
+names them.
+
+A Python configuration is a program: it is trusted as code is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config as MMConfig
+
+from ..config import ConfigError
+from ..config.checking import check_tree
+from ..config.loading import OPTIONS, read_option
+from ..config.tree import Entry, Origin, merge
+from .origins import entry_with_origins, read_origins
+from .packages import packages_from_metadata
+from .schema import SCHEMA, DetectionConfig
+
+__all__ = ["DetectorConfig", "load_detector_config"]
+
+_OF_MMDET = ("model", "train_pipeline", "test_pipeline")
+_OF_RUN = tuple(field.name for field in dataclasses.fields(DetectionConfig))
+# What sets the same in mmdetection.
+_INSTEAD = {
+    "optim_wrapper": "optimizer, ema and precision",
+    "param_scheduler": "schedule",
+    "train_cfg": "epochs and eval_interval",
+    "train_dataloader": "data, batch_size and train_pipeline",
+    "val_dataloader": "data, eval_batch_size and test_pipeline",
+    "data_root": "data.root",
+    "load_from": "model.backbone.weights",
+    "max_epochs": "epochs",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorConfig:
+    """A configuration, checked as far as it can be without building anything.
+
+    Attributes:
+        run: data, optimizer, schedule and what else a run needs.
+        model: the detector, for mmdetection's registry.
+        train_pipeline: transforms of training images, likewise.
+        test_pipeline: transforms of test images, likewise.
+        source: the file.
+        custom_imports: modules of the user's own that register what the file names (mmengine's).
+    """
+
+    run: DetectionConfig
+    model: dict[str, Any]
+    train_pipeline: list[Any]
+    test_pipeline: list[Any]
+    source: str
+    custom_imports: dict[str, Any] | None = None
+
+    def to_python(self) -> str:
+        """One Python text with every setting; reading it gives an equal configuration."""
+        content = dataclasses.asdict(self.run)
+        content.update({name: getattr(self, name) for name in _OF_MMDET})
+        if self.custom_imports is not None:
+            content["custom_imports"] = self.custom_imports
+        return str(MMConfig(content).pretty_text)
+
+
+def load_detector_config(
+    path: str | os.PathLike[str], options: Iterable[str] = ()
+) -> DetectorConfig:
+    """Read and check a detector's configuration; the file is run as a program.
+
+    Args:
+        path: a Python file; its ``_base_`` files are read with it.
+        options: ``a.b=value`` strings over the file's settings, the value in YAML's flow style.
+
+    Raises:
+        ConfigError: with one line for every problem: file and line, key, value, what was expected.
+    """
+    path = os.fspath(path)
+    origins = read_origins(path)
+    content = _run_file(path)
+    given, parts = _split_options(options, content)
+    problems = [problem for name in content if (problem := _foreign(name, origins))]
+    problems += [
+        f"{path}: {name} is missing: mmdetection's {name}" for name in _OF_MMDET if name not in content
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    unused = [name for name in content if name not in (*_OF_MMDET, *_OF_RUN, "custom_imports")]
+    if unused:
+        message = f"{path}: not used, from mmdetection's base files: {', '.join(unused)}"
+        warnings.warn(message, stacklevel=2)
+    tree = entry_with_origins(
+        {name: content[name] for name in _OF_RUN if name in content}, "", origins, Origin(path)
+    )
+    run = check_tree(merge(tree, given), SCHEMA)
+    for key, value in parts.items():
+        _set(content, key, value)
+    model = content["model"]
+    _resolve_network(model, path)
+    pipelines = content["train_pipeline"], content["test_pipeline"]
+    return DetectorConfig(run, model, *pipelines, path, content.get("custom_imports"))
+
+
+def _run_file(path: str) -> dict[str, Any]:
+    try:
+        with packages_from_metadata():
+            config = MMConfig.fromfile(path, lazy_import=False)
+        content = config.to_dict()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the program raises
+        raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
+    return {k: v for k, v in content.items() if not k.startswith("_") and k != "filename"}
+
+
+def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
+    """What is wrong with a key that nobody reads; those of mmdetection's files give a warning."""
+    known = (*_OF_MMDET, *_OF_RUN, "custom_imports")
+    if name in known:
+        return None
+    origin = origins.get(name)
+    instead = _INSTEAD.get(name)
+    if instead is None and origin is not None:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return (
+            f"{origin}: {name}: expected a known key{hint} (a variable of the file's own starts "
+            f"with an underscore; valid here: {', '.join(known)})"
+        )
+    if origin is not None:
+        return f"{origin}: {name} is mmdetection's and has no effect here: set {instead}"
+    return None
+
+
+def _split_options(
+    options: Iterable[str], content: dict[str, Any]
+) -> tuple[Entry, dict[str, Any]]:
+    """``--cfg-options`` for the run, as one tree, and those for mmdetection's parts, by key."""
+    given, parts = Entry({}, Origin(OPTIONS)), {}
+    problems: list[str] = []
+    for option in options:
+        key = option.partition("=")[0].strip()
+        try:
+            entry = read_option(option)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
+        if key.split(".")[0] in _OF_RUN:
+            given = merge(given, entry)
+        elif key.split(".")[0] in _OF_MMDET:
+            parts[key] = entry.find(key)[0].plain()
+            if (problem := _missing(content, key)) is not None:
+                problems.append(f"{OPTIONS}: {key}: {problem}")
+        else:
+            names = (*_OF_RUN, *_OF_MMDET)
+            near = difflib.get_close_matches(key.split(".")[0], names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{OPTIONS}: {key}: expected a known key{hint}")
+    if problems:
+        raise ConfigError(*problems)
+    return given, parts
+
+
+def _missing(content: dict[str, Any], key: str) -> str | None:
+    """What keeps a key of mmdetection's parts from being set: every step but the last must exist."""
+    value: Any = content
+    names = key.split(".")
+    for i, name in enumerate(names[:-1]):
+        step = _step(value, name)
+        if step is None:
+            return f"there is no {'.'.join(names[: i + 1])}"
+        value = value[step]
+    if isinstance(value, (list, tuple)) and _step(value, names[-1]) is None:
+        return f"there is no {key}"
+    return None if isinstance(value, (dict, list)) else f"{'.'.join(names[:-1])} has no members"
+
+
+def _step(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return name if name in value else None
+    if isinstance(value, list) and name.isdigit() and int(name) < len(value):
+        return int(name)
+    return None
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of mmdetection's parts; a list in place of a tuple becomes one."""
+    target: Any = content
+    *steps, last = key.split(".")
+    for name in steps:
+        target = target[_step(target, name)]
+    place = int(last) if isinstance(target, list) else last
+    old = target[place] if isinstance(target, list) else target.get(place)
+    target[place] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+
+
+def _resolve_network(model: dict[str, Any], path: str) -> None:
+    """The backbone's classifier, read from its file: a run's configuration needs no other file."""
+    backbone = model.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":
+        return
+    if "network" not in backbone:
+        raise ConfigError(f"{path}: model.backbone.network is missing: a classification YAML file")
+    from .backbone import read_network
+
+    config = read_network(backbone["network"], Path(path).parent)
+    backbone["network"] = _without_defaults(dataclasses.asdict(config))
+
+
+def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """What says nothing left out."""
+    return {
+        name: _without_defaults(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
+    }

@@ -1,0 +1,98 @@
+"""From a configuration to mmdetection's detector, its heads as wide as the data have classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ConfigError
+from ..engine import CheckpointError
+from .backbone import Backbone
+from .layout import decayed_rates
+from .mmdet import MODELS, register_all_modules
+from .schema import DetectionConfig, LayerDecayConfig
+
+__all__ = ["build_detector", "has_masks", "lr_scales"]
+
+
+def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
+    """Build a detector with fresh heads.
+
+    Args:
+        model: for mmdetection's registry; ``num_classes`` of every head is set here.
+        classes: category names.
+
+    Returns:
+        mmdetection's detector, initialised.
+
+    Raises:
+        ConfigError: mmdetection or the backbone refuse the settings, or the neck expects other
+            channels than the backbone gives.
+        CheckpointError: the backbone's weights cannot be read or do not fit.
+    """
+    register_all_modules(init_default_scope=True)
+    settings = _with_classes(copy.deepcopy(model), len(classes))
+    try:
+        detector = MODELS.build(settings)
+    except (ConfigError, CheckpointError):
+        raise
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise ConfigError(f"model: {type(error).__name__}: {error}") from error
+    if isinstance(detector.backbone, Backbone):
+        _check_channels(settings, detector.backbone)
+    detector.init_weights()
+    detector.dataset_meta = {"classes": tuple(classes)}
+    return detector
+
+
+def has_masks(detector: Any) -> bool:
+    """Whether the detector predicts instance masks."""
+    return bool(getattr(detector, "with_mask", False)) or hasattr(detector, "mask_head")
+
+
+def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]:
+    """Factors on the learning rate by parameter name; empty without layer decay.
+
+    Raises:
+        ConfigError: the backbone does not say where its blocks are.
+    """
+    if decay is None:
+        return {}
+    backbone: nn.Module = getattr(detector, "backbone", detector)
+    if not isinstance(backbone, Backbone):
+        raise ConfigError("optimizer.layer_decay: expected null for a backbone of mmdetection's own")
+    rates = decayed_rates(backbone.network, decay.rate, decay.blocks)
+    return {f"backbone.network.{name}": scale for name, scale in rates.items()}
+
+
+def _with_classes(settings: Any, classes: int) -> Any:
+    """``num_classes`` of the heads; a region proposal head tells objects from background only."""
+    if isinstance(settings, list):
+        return [_with_classes(item, classes) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: classes
+        if name == "num_classes"
+        else value
+        if name in ("backbone", "rpn_head")
+        else _with_classes(value, classes)
+        for name, value in settings.items()
+    }
+
+
+def _check_channels(settings: dict[str, Any], backbone: Backbone) -> None:
+    neck = settings.get("neck")
+    first = neck[0] if isinstance(neck, list) else neck
+    if not isinstance(first, dict) or "in_channels" not in first:
+        return
+    expected, found = backbone.out_channels, first["in_channels"]
+    if list(found if isinstance(found, (list, tuple)) else [found]) != expected:
+        raise ConfigError(
+            f"model.neck.in_channels = {list(found)}: expected {expected}, the channels of the "
+            f"backbone's maps (strides {backbone.strides})"
+        )

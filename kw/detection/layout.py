@@ -1,0 +1,130 @@
+"""Where the parameters of a backbone stand: in its stem, in a block of a stage, or after the last.
+
+timm's networks say so themselves (``group_matcher``). A warehouse stands where the deepest layer
+that uses it stands: it may change only as fast as that layer, and it is frozen only with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..warehouse import KWLayer
+
+__all__ = ["Place", "decayed_rates", "frozen_parameters", "parameter_places"]
+
+_LAST = 1 << 30
+
+
+class Place(NamedTuple):
+    """A place in a network; places compare by depth.
+
+    Attributes:
+        stage: 0 for the stem, then 1, 2, ...; one more than the last for what follows all stages.
+        block: block of the stage, from 0.
+    """
+
+    stage: int
+    block: int
+
+
+def parameter_places(network: nn.Module) -> dict[str, Place]:
+    """The place of every parameter of a timm network, converted or not.
+
+    A block of a vision transformer, which has no stages, counts as a stage of its own.
+
+    Raises:
+        ValueError: the network does not say which parameter belongs where.
+    """
+    matcher = getattr(network, "group_matcher", None)
+    if matcher is None:
+        raise ValueError(f"{type(network).__name__} has no group_matcher: its stages are not known")
+    groups: Mapping[str, Any] = matcher(coarse=False)
+    found = {name: _match(name, groups) for name, _ in network.named_parameters()}
+    _place_warehouses(network, found)
+    unknown = [name for name, place in found.items() if place is None]
+    if unknown:
+        raise ValueError(f"the stage of {', '.join(unknown[:4])} is not known")
+    stages = sorted({place.stage for place in found.values() if place} - {-1})
+    rank = {-1: 0} | {stage: 1 + i for i, stage in enumerate(stages)}
+    return {name: Place(rank[place.stage], place.block) for name, place in found.items() if place}
+
+
+def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
+    """Names of the parameters that are frozen with the first stages.
+
+    Args:
+        network: the backbone.
+        stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. A
+            warehouse is frozen when every layer that uses it is.
+
+    Raises:
+        ValueError: the network's stages are not known, or there are fewer of them.
+    """
+    if stages < 0:
+        return set()
+    places = parameter_places(network)
+    last = max(place.stage for place in places.values())
+    if stages > last:
+        raise ValueError(f"frozen_stages is {stages}, but the network has {last} stages")
+    return {name for name, place in places.items() if place.stage <= stages}
+
+
+def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, float]:
+    """Factors on the learning rate that fall by ``rate`` with every group of blocks, last to first.
+
+    What is not in the network (neck and heads) has factor 1, its last group ``rate``. With
+    ``blocks=3`` ConvNeXt-Tiny has seven groups: the stem, the stages, of which the third with nine
+    blocks makes three; so were the published detectors trained (ConvNeXt, arXiv:2201.03545,
+    appendix A.3: layer-wise decay over 6 layers).
+
+    Args:
+        network: the backbone.
+        rate: factor from group to group.
+        blocks: blocks of a stage that make a group.
+
+    Returns:
+        The factor by name of the parameter. A warehouse has that of its deepest user.
+
+    Raises:
+        ValueError: the network's stages are not known.
+    """
+    places = parameter_places(network)
+    if all(place.block == 0 for place in places.values()):  # a transformer: one stage of blocks
+        grouped = {n: Place(min(p.stage, 1), max(p.stage - 1, 0)) for n, p in places.items()}
+    else:
+        grouped = places
+    groups = {name: Place(p.stage, p.block // blocks) for name, p in grouped.items()}
+    depth = {group: i for i, group in enumerate(sorted(set(groups.values())))}
+    return {name: rate ** (len(depth) - depth[group]) for name, group in groups.items()}
+
+
+def _match(name: str, groups: Mapping[str, Any]) -> Place | None:
+    """timm's patterns; -1 stands for the stem."""
+    if re.match(groups["stem"], name):
+        return Place(-1, 0)
+    patterns = groups["blocks"]
+    for pattern, suffix in [(patterns, None)] if isinstance(patterns, str) else patterns:
+        if match := re.match(pattern, name):
+            numbers = [int(n) for n in match.groups() if n is not None] + list(suffix or ())
+            if not match.groups():  # after the last block
+                return Place(_LAST, 0)
+            return Place(numbers[0], numbers[1] if len(numbers) > 1 else 0)
+    return None
+
+
+def _place_warehouses(network: nn.Module, found: dict[str, Place | None]) -> None:
+    """Cells: the deepest of the layers that use them."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    deepest: dict[str, Place] = {}
+    for layer_name, layer in network.named_modules():
+        if not isinstance(layer, KWLayer):
+            continue
+        own = next(name for name in found if name.startswith(f"{layer_name}.attention."))
+        place, cells = found[own], names[layer.warehouse.cells]
+        if place is not None:
+            deepest[cells] = max(place, deepest.get(cells, place))
+    found.update(deepest)

@@ -1,0 +1,113 @@
+"""Which line of which file a Python configuration sets a key on, for error messages.
+
+mmengine merges the files' values and forgets where they came from; the syntax trees still know.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+from ..config.tree import Entry, Origin, join
+
+__all__ = ["entry_with_origins", "read_origins"]
+
+BASE = "_base_"
+
+
+def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
+    """Where every dotted key of a file and its bases was set last.
+
+    Bases of other packages (``mmdet::...``) are left out.
+
+    Args:
+        path: the Python file.
+        chain: the files that led to it.
+
+    Raises:
+        ConfigError: a file is missing or no Python, or bases go in a circle.
+    """
+    steps = [os.path.realpath(step) for step in chain]
+    if os.path.realpath(path) in steps:
+        raise ConfigError(
+            f"{chain[-1]}: {BASE}: inheritance goes in a circle: {' -> '.join((*chain, path))}"
+        )
+    tree = _parse(path, chain)
+    found: dict[str, Origin] = {}
+    own: dict[str, Origin] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    own.update(_keys(target.id, statement.value, target.lineno, path, bool(chain)))
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == BASE for target in statement.targets
+        ):
+            for base in _base_names(statement.value):
+                base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
+                found.update(read_origins(base_path, (*chain, path)))
+    own.pop(BASE, None)
+    return {**found, **own}
+
+
+def entry_with_origins(value: Any, key: str, origins: dict[str, Origin], origin: Origin) -> Entry:
+    """The tree of a Python value, every part with the line that set it. Tuples become lists."""
+    origin = origins.get(key, origin)
+    if isinstance(value, dict):
+        children = {
+            str(name): entry_with_origins(child, join(key, name), origins, origin)
+            for name, child in value.items()
+        }
+        return Entry(children, origin)
+    return Entry(_as_lists(value), origin)
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(item) for item in value]
+    return value
+
+
+def _parse(path: str, chain: tuple[str, ...]) -> ast.Module:
+    where = f"{chain[-1]}: {BASE} = {path!r}" if chain else path
+    try:
+        return ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file: {path}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: expected a Python file, found one that is not text") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"{path}{line}: not valid Python: {error}") from None
+
+
+def _keys(
+    key: str, node: ast.expr, line: int, path: str, inherited: bool
+) -> Iterator[tuple[str, Origin]]:
+    yield key, Origin(path, line, inherited)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        for keyword in node.keywords:
+            if keyword.arg is not None:
+                child = join(key, keyword.arg)
+                yield from _keys(child, keyword.value, keyword.lineno, path, inherited)
+    if isinstance(node, ast.Dict):
+        for name, value in zip(node.keys, node.values, strict=True):
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield from _keys(join(key, name.value), value, name.lineno, path, inherited)
+
+
+def _base_names(node: ast.expr) -> list[str]:
+    """The bases that are files of this tree; mmengine evaluates the others."""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return []
+    names = [value] if isinstance(value, str) else value
+    return [n for n in names if isinstance(n, str) and "::" not in n and "{{" not in n]

@@ -1,0 +1,173 @@
+"""Training and testing a detector: the engine's runner, with COCO's figures as its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.runner import set_random_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..config import ConfigError
+from ..data import DataError, stop_workers
+from ..engine import load_checkpoint, load_network, set_contraction
+from ..engine.distributed import Process, join_group, leave_group
+from ..engine.optim import autocast, build_optimizer
+from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to_end
+from ..engine.runner import Runner
+from ..engine.task import Task, headline
+from .config import DetectorConfig
+from .data import build_eval_loader, build_train_loader, check_data, class_names
+from .detector import build_detector, has_masks, lr_scales
+from .evaluation import CocoEvaluator
+from .schema import CocoDataConfig
+
+__all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
+
+
+def train(
+    config: DetectorConfig,
+    work_dir: str | Path,
+    *,
+    resume: bool | str | Path = False,
+    launcher: str = "none",
+) -> dict[str, float | None]:
+    """Train and evaluate a detector; arguments and errors as for :func:`kw.engine.train`.
+
+    Returns:
+        COCO's twelve figures of the last evaluation, ``bbox_mAP`` and so on, in [0, 1], and
+        ``segm_mAP`` and so on for a detector of masks; with the prefix ``ema_`` those of the
+        moving average.
+
+    Raises:
+        DataError: the data have errors; all that were found are named.
+    """
+    process = join_group(launcher)
+    try:
+        return run_to_end(build_runner(config, Path(work_dir), process, resume))
+    finally:
+        leave_group()
+
+
+def build_runner(
+    config: DetectorConfig, work_dir: Path, process: Process, resume: bool | str | Path = False
+) -> Runner:
+    """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
+    run = config.run
+    check_devices(run, process)
+    resume_from = find_checkpoint(resume, work_dir)
+    classes = class_names(run.data)
+    set_random_seed(run.seed)
+    detector = build_detector(config.model, classes)
+    masks = has_masks(detector)
+    if run.data.check:
+        _check_data(run.data, masks, process)
+    set_contraction(run.contraction, detector)
+    if run.sync_bn and process.world_size > 1:
+        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+    detector.to(process.device)
+    train_loader = build_train_loader(config, classes, process.rank, process.world_size)
+    val_loader = build_eval_loader(config, classes, process.rank, process.world_size)
+    evaluator = _evaluator(run.data, classes, masks)
+    task = Task(
+        detector,
+        detector,
+        lambda network: evaluate_detector(network, val_loader, evaluator, run.precision),
+        "bbox_mAP",
+        classes,
+        "config.py",
+        config.to_python(),
+    )
+    scales = lr_scales(detector, run.optimizer.layer_decay)
+    optimizer = build_optimizer(detector, run.optimizer, process.device, scales)
+    return assemble_runner(
+        task, run, process, work_dir, train_loader, val_loader, optimizer, resume_from
+    )
+
+
+@torch.no_grad()
+def evaluate_detector(
+    detector: nn.Module, loader: DataLoader[Any], evaluator: CocoEvaluator, precision: str
+) -> dict[str, float | None]:
+    """COCO's figures on a data set that processes share out; a collective call.
+
+    Args:
+        detector: mmdetection's; left in the mode that it was in.
+        loader: disjoint shares over the processes, without padding.
+        evaluator: knows the ground truth.
+        precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """
+    training = detector.training
+    detector.eval()
+    device = next(detector.parameters()).device
+    model: Any = detector
+    for batch in loader:
+        with autocast(precision, device.type):
+            samples = model.val_step(batch)
+        for sample in samples:
+            found = sample.pred_instances
+            masks = found.masks if "masks" in found else None
+            boxes, scores = found.bboxes.float(), found.scores.float()
+            evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
+    detector.train(training)
+    return evaluator.compute()
+
+
+def evaluate_checkpoint(
+    config: DetectorConfig, checkpoint: str | Path, *, launcher: str = "none"
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of a detector; arguments and errors as for :func:`train`.
+
+    Returns:
+        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
+    """
+    run = config.run
+    state = load_checkpoint(checkpoint)
+    process = join_group(launcher)
+    try:
+        check_devices(run, process)
+        classes = state.get("meta", {}).get("classes") or class_names(run.data)
+        detector = build_detector(without_weights(config.model), classes)
+        set_contraction(run.contraction, detector)
+        detector.to(process.device)
+        loader = build_eval_loader(config, classes, process.rank, process.world_size)
+        evaluator = _evaluator(run.data, classes, has_masks(detector))
+        metrics: dict[str, float | None] = {}
+        for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
+            if key in state:
+                load_network(detector, state[key], str(checkpoint))
+                found = evaluate_detector(detector, loader, evaluator, run.precision)
+                metrics.update({prefix + name: value for name, value in found.items()})
+        stop_workers(loader)
+    finally:
+        leave_group()
+    epoch = state.get("meta", {}).get("epoch")
+    return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
+
+
+def without_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """The detector's settings without weights to start from, for one that has its own."""
+    backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
+    return {**model, "backbone": backbone}
+
+
+def _evaluator(data: CocoDataConfig, classes: list[str], masks: bool) -> CocoEvaluator:
+    return CocoEvaluator(Path(data.root, data.val_annotations), classes, masks)
+
+
+def _check_data(data: CocoDataConfig, masks: bool, process: Process) -> None:
+    """Refuse data with errors, on all processes, though only one looks."""
+    found: list[Any] = [None]
+    if process.is_main:
+        try:
+            reports = check_data(data, masks)
+            found = ["\n".join(report.text() for report in reports if report.errors)]
+        except DataError as error:
+            found = [str(error)]
+    if process.world_size > 1:
+        dist.broadcast_object_list(found)
+    if found[0]:
+        raise DataError(found[0])

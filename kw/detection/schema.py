@@ -1,0 +1,85 @@
+"""The settings of a detector's run, as types; :mod:`kw.config.schema` says how they are declared.
+
+What mmdetection reads itself (``model``, ``train_pipeline``, ``test_pipeline``) is not here: its own
+registries check that.
+"""
+
+# ruff: noqa: RUF009 -- setting() and table() return dataclasses.field()
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..config.checking import Schema
+from ..config.fields import setting
+from ..config.rules import Report, check_run_rules, ignored_run_settings
+from ..config.run_schema import OptimizerConfig, RunConfig
+
+__all__ = ["SCHEMA", "CocoDataConfig", "DetectionConfig", "LayerDecayConfig"]
+
+
+@dataclass
+class CocoDataConfig:
+    """A data set in COCO's format; file and folder names are relative to ``root``."""
+
+    root: str = setting(doc="folder of the data set", example="data/coco")
+    train_annotations: str = setting(
+        "annotations/instances_train2017.json", "annotation file of the training images"
+    )
+    train_images: str = setting("train2017", "folder of the training images")
+    val_annotations: str = setting(
+        "annotations/instances_val2017.json", "annotation file of the test images"
+    )
+    val_images: str = setting("val2017", "folder of the test images")
+    classes: list[str] | None = setting(
+        None, "category names to detect; null = all of the training file, in the order of their ids"
+    )
+    workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
+    keep_empty: bool = setting(False, "train on images without objects as well")
+    min_size: int = setting(32, "training images with a shorter side are left out, pixels", minimum=0)
+    group_by_aspect: bool = setting(
+        True, "deal out an update's images so that wide ones meet wide ones: less padding"
+    )
+    check: bool = setting(True, "check both annotation files before training")
+
+
+@dataclass
+class LayerDecayConfig:
+    """Learning rates that fall from the backbone's last blocks to its stem."""
+
+    rate: float = setting(doc="factor from group to group", above=0, maximum=1, example=0.95)
+    blocks: int = setting(3, "blocks of a stage that make a group", minimum=1)
+
+
+@dataclass(kw_only=True)
+class DetectionOptimizerConfig(OptimizerConfig):
+    """The optimizer of a detector."""
+
+    layer_decay: LayerDecayConfig | None = setting(None, "lower rates towards the backbone's stem")
+
+
+@dataclass
+class _Detection:
+    # A base class of its own so that the data come first.
+    data: CocoDataConfig = field(metadata={"doc": "images and annotations"})
+
+
+@dataclass(kw_only=True)
+class DetectionConfig(RunConfig, _Detection):
+    """How a detector is trained."""
+
+    optimizer: DetectionOptimizerConfig = field(metadata={"doc": "the optimizer"})
+
+
+def _rules(config: DetectionConfig, report: Report) -> None:
+    check_run_rules(config, report)
+    classes = config.data.classes
+    if classes is not None and (not classes or len(set(classes)) < len(classes)):
+        report(config, ("data.classes",), "names, none twice; null for all of the file")
+
+
+def _ignored(config: DetectionConfig) -> Iterator[tuple[str, str]]:
+    yield from ignored_run_settings(config)
+
+
+SCHEMA = Schema(DetectionConfig, _rules, _ignored)
