@@ -1,0 +1,120 @@
+"""Focal loss (Lin et al., 2017): cross entropy that well classified examples hardly count in.
+
+mmcv's CUDA code takes logarithms of probabilities that may have been rounded to 0, bounded by the
+least float32. These are computed from logits: equal up to there, exact beyond.
+
+Legend: N samples, C classes. ``weight`` is empty or has a factor for each class, ``[C]``; samples
+of the background count once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .widening import widen
+
+__all__ = [
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_forward",
+    "softmax_focal_loss_backward",
+    "softmax_focal_loss_forward",
+]
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """``output = -a (1 - q)^gamma log q`` for each class.
+
+    ``q`` is the probability of the right answer: ``sigmoid(x)`` and ``a = alpha`` for the class of
+    the target, ``1 - sigmoid(x)`` and ``a = 1 - alpha`` for all others.
+
+    Args:
+        input: logits, ``[N, C]``.
+        target: int64 ``[N]``; C, or anything else that is no class, is background.
+        weight: empty or ``[C]``.
+        output: ``[N, C]``, filled.
+        gamma, alpha: as in the paper.
+    """
+    _, log_q, wrong, scale = _sigmoid_terms(input, target, weight, alpha)
+    output.copy_(-scale * wrong**gamma * log_q)
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """The derivative by the logits; ``grad_input`` ``[N, C]`` is filled, the rest as forward."""
+    sign, log_q, wrong, scale = _sigmoid_terms(input, target, weight, alpha)
+    slope = wrong**gamma * (gamma * (1 - wrong) * log_q - wrong)
+    grad_input.copy_(scale * sign * slope)
+
+
+def softmax_focal_loss_forward(
+    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """``output = -alpha (1 - p)^gamma log p``, ``p`` the probability of the target.
+
+    Args:
+        softmax: probabilities, ``[N, C]``.
+        target: int64 ``[N]``; negative ones are ignored: no loss, no gradient.
+        weight: empty or ``[C]``.
+        output: ``[N]``, filled.
+        gamma, alpha: as in the paper.
+    """
+    p, scale, _ = _softmax_terms(softmax, target, weight, alpha)
+    output.copy_(-scale * (1 - p) ** gamma * _log(p))
+
+
+def softmax_focal_loss_backward(
+    softmax: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    buff: Tensor,
+    grad_input: Tensor,
+    gamma: float,
+    alpha: float,
+) -> None:
+    """The derivative by the logits; ``grad_input`` ``[N, C]`` is filled, ``buff`` is not used."""
+    p, scale, is_target = _softmax_terms(softmax, target, weight, alpha)
+    slope = -((1 - p) ** gamma)
+    if gamma:  # otherwise the term is 0, but its factors may be infinite
+        slope = slope + gamma * (1 - p).clamp(min=_least(p)) ** (gamma - 1) * p * _log(p)
+    grad_input.copy_((scale * slope)[:, None] * (is_target - widen(softmax)[0]))
+
+
+def _sigmoid_terms(
+    input: Tensor, target: Tensor, weight: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sign of the right answer, log q, ``1 - q`` and the factor, ``[N, C]`` each."""
+    (x,) = widen(input)
+    is_target = target[:, None] == torch.arange(x.shape[1], device=x.device)
+    sign = is_target.to(x) * 2 - 1
+    scale = torch.where(is_target, alpha, 1 - alpha).to(x) * _weights(weight, target, x)[:, None]
+    return sign, F.logsigmoid(sign * x), torch.sigmoid(-sign * x), scale
+
+
+def _softmax_terms(
+    softmax: Tensor, target: Tensor, weight: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The probability of the target and the factor, ``[N]``, and the target as ``[N, C]``."""
+    (p,) = widen(softmax)
+    is_target = (target[:, None] == torch.arange(p.shape[1], device=p.device)).to(p)
+    scale = alpha * _weights(weight, target, p) * (target >= 0)
+    return (p * is_target).sum(1), scale, is_target
+
+
+def _weights(weight: Tensor, target: Tensor, like: Tensor) -> Tensor:
+    if not weight.numel():
+        return like.new_ones(len(target))
+    is_class = (target >= 0) & (target < len(weight))
+    return torch.where(is_class, weight.to(like)[target.clamp(0, len(weight) - 1)], 1)
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp(min=_least(p)).log()
+
+
+def _least(p: Tensor) -> float:
+    return torch.finfo(p.dtype).tiny

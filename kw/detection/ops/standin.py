@@ -1,0 +1,116 @@
+"""The module that takes the place of mmcv's compiled extension."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention, deform_conv, focal_loss, nms, roi_align, roi_pool
+
+__all__ = ["OPERATORS", "is_standin", "make_standin"]
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    operator.__name__: operator
+    for operator in (
+        attention.ms_deform_attn_forward,
+        attention.ms_deform_attn_backward,
+        deform_conv.deform_conv_forward,
+        deform_conv.deform_conv_backward_input,
+        deform_conv.deform_conv_backward_parameters,
+        deform_conv.modulated_deform_conv_forward,
+        deform_conv.modulated_deform_conv_backward,
+        focal_loss.sigmoid_focal_loss_forward,
+        focal_loss.sigmoid_focal_loss_backward,
+        focal_loss.softmax_focal_loss_forward,
+        focal_loss.softmax_focal_loss_backward,
+        nms.nms,
+        nms.softnms,
+        nms.nms_match,
+        roi_align.roi_align_forward,
+        roi_align.roi_align_backward,
+        roi_pool.roi_pool_forward,
+        roi_pool.roi_pool_backward,
+    )
+}
+
+
+class _StandIn(ModuleType):
+    """Has an attribute for every operator: those that are missing fail when they are called."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Names with an underscore are the import system's and inspect's questions, not operators.
+        if name.startswith("_"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return functools.partial(_fail, name)
+
+
+class _Loader(Loader):
+    """Gives the module again where somebody asks for its loader.
+
+    ``mmengine.utils.mmcv_full_available`` does: parameter groups for deformable convolutions depend
+    on its answer.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: the module was complete when it was made."""
+
+
+def make_standin(name: str) -> ModuleType:
+    """A module with our operators under mmcv's names.
+
+    Args:
+        name: the name that it is imported by.
+    """
+    module = _StandIn(name, __doc__)
+    module.__spec__ = ModuleSpec(name, _Loader(module), origin=__name__)
+    module.__loader__ = module.__spec__.loader
+    for operator, function in OPERATORS.items():
+        setattr(module, operator, _in_full_precision(function))
+    for question in ("get_compiler_version", "get_compiling_cuda_version"):
+        setattr(module, question, _not_compiled)  # printed among the versions of an environment
+    return module
+
+
+def is_standin(module: ModuleType) -> bool:
+    """Whether ``module`` is one that :func:`make_standin` made."""
+    return isinstance(module, _StandIn)
+
+
+def _not_compiled() -> str:
+    return "none: torchvision's operators"
+
+
+def _fail(name: str, *arguments: Any, **settings: Any) -> None:
+    raise NotImplementedError(
+        f"mmcv's operator {name!r} is not among those that kw.detection.ops provides "
+        f"({', '.join(sorted(OPERATORS))}): choose a model that does without it, or install an "
+        "mmcv that was compiled for this version of PyTorch"
+    )
+
+
+def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would round within an operator what it widens to float32."""
+
+    @functools.wraps(operator)
+    def without_autocast(*arguments: Any, **settings: Any) -> Any:
+        with torch.autocast(_device_type(arguments), enabled=False):
+            return operator(*arguments, **settings)
+
+    return without_autocast
+
+
+def _device_type(arguments: Sequence[Any]) -> str:
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
