@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation on sets in COCO's format."""
