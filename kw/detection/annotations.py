@@ -1,0 +1,280 @@
+"""Annotation files in COCO's format: reading them, and checking a set before training starts.
+
+A file is ``{"images": [{id, file_name, width, height}], "annotations": [{id, image_id, category_id,
+bbox, area, segmentation, iscrowd}], "categories": [{id, name}]}``; ``bbox`` is ``[left, top, width,
+height]`` in pixels, ``segmentation`` and ``iscrowd`` may be absent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kw.data.dataset import DataError
+from kw.detection.findings import Findings, Report, some
+from kw.detection.image_checks import check_images, check_leak
+from kw.detection.object_checks import check_boxes, check_masks
+
+__all__ = ["Report", "category_ids", "check_annotations", "load_annotations", "read_categories"]
+
+_TABLES = ("images", "annotations", "categories")
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+_NUMBERS = (int, float)
+
+
+class _Unusable(DataError):
+    """A file that cannot be looked into further; ``kind`` is a finding's."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(what)
+        self.kind = kind
+
+
+def load_annotations(annotations_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file; of its content only the outer structure is checked.
+
+    Raises:
+        DataError: it cannot be read, is not JSON, or lacks one of the three lists.
+    """
+    file = os.fspath(annotations_file)
+    try:
+        with open(file, "rb") as stream:
+            content = json.load(stream)
+    except OSError as error:
+        raise _Unusable("file", f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise _Unusable("json", f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        what = f"{file} holds {_a(content)}"
+        raise _Unusable("structure", f"{what}, expected an object with {', '.join(_TABLES)}")
+    for table in _TABLES:
+        if table not in content:
+            near = difflib.get_close_matches(table, content, 1)
+            hint = f"; did it mean {near[0]!r}?" if near else f"; it has {some(list(content))}"
+            raise _Unusable("structure", f"{file} lacks {table!r}{hint}")
+        rows = content[table]
+        if not isinstance(rows, list):
+            raise _Unusable("structure", f"{table!r} of {file} must be a list, not {_a(rows)}")
+        wrong = [row for row in rows if not isinstance(row, dict)]
+        if wrong:
+            what = f"entries of {table!r} of {file} must be objects"
+            raise _Unusable("structure", f"{what}, not {_a(wrong[0])}")
+    return content
+
+
+def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
+    """Category names and their ids, in the order of the ids.
+
+    Raises:
+        DataError: a category has no id or no name, or one that another has.
+    """
+    categories = content["categories"]
+    named = {}
+    for category in categories:
+        if type(category.get("id")) is not int or not _is_name(category.get("name")):
+            raise DataError(f"{file}: category {category} needs an integer id and a name")
+        named[category["name"]] = category["id"]
+    if len(named) < len(categories) or len(set(named.values())) < len(categories):
+        what = "categories of the same name or id"
+        raise DataError(f"{file} has {what}; tools/check_coco.py lists them")
+    return dict(sorted(named.items(), key=lambda pair: pair[1]))
+
+
+def read_categories(annotations_file: str | os.PathLike[str]) -> list[str]:
+    """The category names of a file in the order of their ids: the order of labels.
+
+    Raises:
+        DataError: the file or its categories cannot be used.
+    """
+    return list(category_ids(load_annotations(annotations_file), os.fspath(annotations_file)))
+
+
+def check_annotations(
+    annotations_file: str | os.PathLike[str],
+    images_dir: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    masks: bool = True,
+    read_images: bool = False,
+    other: Report | None = None,
+) -> Report:
+    """Check a set and list everything that is wrong with it; raises nothing for what it finds.
+
+    Args:
+        annotations_file: file in COCO's format.
+        images_dir: folder that the file's image names are relative to.
+        classes: the model's classes: each must be a category of the file.
+        num_classes: the model's number of classes, where their names come from the file.
+        masks: whether every object must have a mask.
+        read_images: decode all images too, which finds damaged ones; otherwise read their headers.
+        other: report on the set that this one must not share images with, as a validation set must
+            not with its training set.
+
+    Returns:
+        The report; ``raise_for_errors`` turns it into a refusal.
+    """
+    file, folder = os.fspath(annotations_file), os.fspath(images_dir)
+    findings = Findings()
+    try:
+        content = load_annotations(file)
+    except _Unusable as error:
+        findings.add(error.kind, str(error))
+        return Report(file, folder, 0, 0, (), tuple(findings.listed()))
+    images, objects, categories = (_check_table(content, table, findings) for table in _TABLES)
+    for table, rows in zip(_TABLES[:2], (images, objects), strict=True):
+        if not content[table]:
+            findings.add("no-images" if table == "images" else "no-objects", file)
+        _check_ids(table[:-1], rows, findings)
+    _check_categories(categories, classes, num_classes, findings)
+    _check_links(images, objects, categories, findings)
+
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    placed = [each for each in objects if each["image_id"] in sizes]
+    check_boxes(placed, sizes, findings)
+    if masks:
+        check_masks(placed, sizes, findings)
+    check_images(images, folder, findings, decode=read_images)
+    names = frozenset(image["file_name"] for image in images)
+    if other is not None:
+        check_leak(names, folder, other, findings)
+    return Report(
+        annotations_file=file,
+        images_dir=folder,
+        images=len(content["images"]),
+        objects=len(content["annotations"]),
+        categories=tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"])),
+        findings=tuple(findings.listed()),
+        file_names=names,
+    )
+
+
+def _check_table(
+    content: Mapping[str, Any], table: str, findings: Findings
+) -> list[dict[str, Any]]:
+    """The rows of a table that have all keys, with values of the right kind."""
+    keys, what = _KEYS[table], "category" if table == "categories" else table[:-1]
+    sound = []
+    for place, row in enumerate(content[table]):
+        missing = [key for key in keys if key not in row]
+        if missing:
+            name = row["id"] if "id" in row else f"number {place + 1} in the file"
+            findings.add("missing-key", f"{what} {name} lacks {', '.join(missing)}")
+            continue
+        wrong = _wrong_value(table, row)
+        if wrong is None:
+            sound.append(row)
+        else:
+            key, expected = wrong
+            findings.add("bad-value", f"{what} {row['id']}: {key} is {row[key]!r}, not {expected}")
+    return sound
+
+
+def _wrong_value(table: str, row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first key of a row with a value of a wrong kind, and what was expected."""
+    # True is an int, and some exporters write ids as text: both would be looked up in vain.
+    if type(row["id"]) is not int:
+        return "id", "an integer"
+    if table == "images":
+        if not _is_name(row["file_name"]):
+            return "file_name", "a file's name"
+        for key in ("width", "height"):
+            if type(row[key]) is not int or row[key] <= 0:
+                return key, "a positive integer"
+    elif table == "annotations":
+        for key in ("image_id", "category_id"):
+            if type(row[key]) is not int:
+                return key, "an integer"
+        if type(row["area"]) not in _NUMBERS:
+            return "area", "a number"
+        if "iscrowd" in row and row["iscrowd"] not in (0, 1):
+            return "iscrowd", "0 or 1"
+    elif not isinstance(row["name"], str):
+        return "name", "text"
+    return None
+
+
+def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], findings: Findings) -> None:
+    seen: set[int] = set()
+    for row in rows:
+        if row["id"] in seen:
+            findings.add(f"{what}-id-twice", f"{what} {row['id']}")
+        seen.add(row["id"])
+
+
+def _check_categories(
+    categories: Sequence[Mapping[str, Any]],
+    classes: Sequence[str] | None,
+    num_classes: int | None,
+    findings: Findings,
+) -> None:
+    _check_ids("category", categories, findings)
+    owner: dict[str, int] = {}
+    for category in categories:
+        name = category["name"]
+        if not _is_name(name):
+            findings.add("category-name-empty", f"category {category['id']}")
+        elif name in owner:
+            twice = f"categories {owner[name]} and {category['id']} are both {name!r}"
+            findings.add("category-name-twice", twice)
+        else:
+            owner[name] = category["id"]
+    if num_classes is not None and len(categories) != num_classes:
+        what = f"the file has {len(categories)} categories ({some(list(owner))})"
+        findings.add("num-classes", f"{what}, the model {num_classes} classes")
+    if classes is not None:
+        for name in classes:
+            if name not in owner:
+                near = difflib.get_close_matches(name, owner, 1)
+                hint = f"; the file has {near[0]!r}" if near else ""
+                findings.add("class-missing", name + hint)
+        findings.add_all("class-extra", [name for name in owner if name not in set(classes)])
+
+
+def _check_links(
+    images: Sequence[Mapping[str, Any]],
+    objects: Sequence[Mapping[str, Any]],
+    categories: Sequence[Mapping[str, Any]],
+    findings: Findings,
+) -> None:
+    """Check what annotations name, and what nothing names."""
+    image_ids = {image["id"] for image in images}
+    known = {category["id"] for category in categories}
+    for each in objects:
+        for kind, key, ids in (
+            ("unknown-image", "image_id", image_ids),
+            ("unknown-category", "category_id", known),
+        ):
+            if each[key] not in ids:
+                findings.add(kind, f"annotation {each['id']}: {key} {each[key]}")
+    used = {each["category_id"] for each in objects}
+    findings.add_all(
+        "category-unused",
+        [f"{c['name']} (category {c['id']})" for c in categories if c["id"] not in used],
+    )
+    shown = {each["image_id"] for each in objects}
+    owner: dict[str, int] = {}
+    for image in images:
+        if image["id"] not in shown:
+            findings.add("image-empty", f"{image['file_name']} (image {image['id']})")
+        if image["file_name"] in owner:
+            first = owner[image["file_name"]]
+            twice = f"images {first} and {image['id']} are both {image['file_name']}"
+            findings.add("file-name-twice", twice)
+        owner.setdefault(image["file_name"], image["id"])
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _a(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
+    return kinds.get(type(value), "nothing" if value is None else "a number")

@@ -1,0 +1,216 @@
+"""Checks of boxes and masks, in large batches: a million objects take seconds.
+
+Coordinates are in pixels, with the image from (0, 0) to (width, height).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from kw.detection.findings import Findings
+from kw.detection.run_lengths import decompress
+
+__all__ = ["check_boxes", "check_masks"]
+
+# COCO's own boxes and polygons pass the border by fractions of a pixel.
+_BORDER = 1.0
+_NUMBERS = {int, float}
+_BATCH = 100_000  # objects whose polygons are in memory a second time
+
+Sizes = Mapping[int, tuple[int, int]]
+"""image id -> width and height"""
+_Shape = tuple[Mapping[str, Any], list[list[float]]]  # an object and its polygons
+
+
+def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
+    """Check boxes, ``[left, top, width, height]``, and areas against them.
+
+    Args:
+        objects: annotations with ``id``, ``image_id`` (in ``sizes``), ``bbox`` and ``area``.
+        sizes: width and height of the images.
+        findings: list to add to.
+    """
+    good = []
+    for each in objects:
+        if _is_box(each["bbox"]):
+            good.append(each)
+        else:
+            findings.add("box-format", _say(each, f"bbox {_short(each['bbox'])}"))
+    if not good:
+        return
+    boxes = np.array([each["bbox"] for each in good], dtype=np.float64)
+    limits = np.array([sizes[each["image_id"]] for each in good], dtype=np.float64)
+    areas = np.array([each["area"] for each in good], dtype=np.float64)
+    start, extent = boxes[:, :2], boxes[:, 2:]
+    end = start + extent
+
+    negative = (extent < 0).any(1)
+    empty = ~negative & (extent == 0).any(1)
+    solid = ~negative & ~empty
+    outside = solid & ((end <= 0) | (start >= limits)).any(1)
+    partly = solid & ~outside & ((start < -_BORDER) | (end > limits + _BORDER)).any(1)
+    # An area of nothing is COCO's own way to mark what is too thin; such boxes are listed already.
+    area = solid & ~((areas > 0) & (areas <= 1.1 * extent.prod(1) + 10))
+    for kind, where in (
+        ("box-negative", negative),
+        ("box-empty", empty),
+        ("box-outside", outside),
+        ("box-partly-outside", partly),
+    ):
+        for i in np.flatnonzero(where).tolist():
+            width, height = sizes[good[i]["image_id"]]
+            findings.add(kind, _say(good[i], f"bbox {good[i]['bbox']}, image {width} x {height}"))
+    for i in np.flatnonzero(area).tolist():
+        findings.add("area", _say(good[i], f"area {areas[i]:g}, bbox {good[i]['bbox']}"))
+
+    # As corners all of them would fit; as left, top, width, height many do not.
+    fit = ((extent >= start) & (extent <= limits + _BORDER) & (start >= -_BORDER)).all(1)
+    beyond = (end > limits + _BORDER).any(1)
+    if len(good) >= 10 and fit.mean() > 0.99 and beyond.mean() > 0.25:
+        findings.add(
+            "box-corners",
+            f"{beyond.sum():,} of {len(good):,} boxes end outside of their image, but "
+            f"{fit.sum():,} fit when their last two numbers are taken for right and bottom",
+        )
+
+
+def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
+    """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths.
+
+    Args:
+        objects: annotations with ``id``, ``image_id`` (in ``sizes``) and ``area``.
+        sizes: width and height of the images.
+        findings: list to add to.
+    """
+    shapes: list[_Shape] = []
+    for each in objects:
+        mask = each.get("segmentation")
+        if not mask:
+            findings.add("mask-missing", _say(each, f"segmentation {_short(mask)}"))
+        elif isinstance(mask, dict):
+            _check_runs(each, mask, sizes[each["image_id"]], findings)
+        elif isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
+            if each.get("iscrowd"):
+                findings.add("crowd-polygons", _say(each, f"{len(mask)} polygons"))
+            polygons = _usable(each, mask, findings)
+            if polygons:
+                shapes.append((each, polygons))
+        else:
+            findings.add("mask-format", _say(each, f"segmentation {_short(mask)}"))
+        if len(shapes) == _BATCH:
+            _check_polygons(shapes, sizes, findings)
+            shapes = []
+    if shapes:
+        _check_polygons(shapes, sizes, findings)
+
+
+def _usable(
+    each: Mapping[str, Any], mask: list[list[float]], findings: Findings
+) -> list[list[float]]:
+    """The polygons of an object that readers keep."""
+    usable, short = [], []
+    for polygon in mask:
+        if not (set(map(type, polygon)) <= _NUMBERS and math.isfinite(sum(polygon))):
+            findings.add("polygon-broken", _say(each, "a coordinate that is not a finite number"))
+        elif len(polygon) % 2:
+            findings.add("polygon-broken", _say(each, f"{len(polygon)} coordinates, an odd number"))
+        elif len(polygon) < 6:
+            short.append(polygon)
+        else:
+            usable.append(polygon)
+    for polygon in short:
+        # Beside others it is left out, alone it leaves an object without a mask.
+        findings.add(
+            "polygon-short" if usable else "polygon-broken",
+            _say(each, f"{len(polygon)} coordinates, expected 6 or more"),
+        )
+    return usable
+
+
+def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) -> None:
+    """Check where polygons are and what area they have."""
+    polygons = [polygon for _, those in shapes for polygon in those]
+    of_shape = np.cumsum([0] + [len(those) for _, those in shapes])[:-1]  # its first polygon
+    lengths = np.array([len(polygon) // 2 for polygon in polygons])
+    first = np.cumsum(lengths) - lengths  # its first point
+    points = np.fromiter(
+        chain.from_iterable(polygons), dtype=np.float64, count=2 * int(lengths.sum())
+    ).reshape(-1, 2)
+    following = np.arange(1, len(points) + 1)
+    following[first + lengths - 1] = first
+    # Relative to each polygon's first point: far from the origin digits would be lost.
+    local = points - np.repeat(points[first], lengths, axis=0)
+    cross = local[:, 0] * local[following, 1] - local[following, 0] * local[:, 1]
+    areas = np.abs(np.add.reduceat(cross, first)) / 2
+    low = np.minimum.reduceat(np.minimum.reduceat(points, first), of_shape)
+    high = np.maximum.reduceat(np.maximum.reduceat(points, first), of_shape)
+
+    number = np.diff(np.append(of_shape, len(polygons)))
+    owner = np.repeat(np.arange(len(shapes)), number)
+    for i in np.flatnonzero(areas <= 1e-9).tolist():
+        findings.add("polygon-flat", _say(shapes[owner[i]][0], _short(polygons[i])))
+    limits = np.array([sizes[each["image_id"]] for each, _ in shapes], dtype=np.float64)
+    outside = ((high <= 0) | (low >= limits)).any(1)
+    partly = ~outside & ((low < -_BORDER) | (high > limits + _BORDER)).any(1)
+    for kind, where in (("mask-outside", outside), ("mask-partly-outside", partly)):
+        for i in np.flatnonzero(where).tolist():
+            each = shapes[i][0]
+            (left, top), (right, bottom) = low[i], high[i]
+            width, height = sizes[each["image_id"]]
+            where_to = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
+            findings.add(kind, _say(each, f"{where_to}, image {width} x {height}"))
+
+    # Polygons may overlap and annotators round, so only what is far off is worth a line.
+    total = np.add.reduceat(areas, of_shape)
+    stated = np.array([each["area"] for each, _ in shapes], dtype=np.float64)
+    off = (stated > 0) & ((stated > 2 * total + 50) | (total > 2 * stated + 50))
+    for i in np.flatnonzero(off).tolist():
+        findings.add("area", _say(shapes[i][0], f"area {stated[i]:g}, polygons {total[i]:g}"))
+
+
+def _check_runs(
+    each: Mapping[str, Any], mask: Mapping[str, Any], size: tuple[int, int], findings: Findings
+) -> None:
+    width, height = size
+    counts = mask.get("counts")
+    if not isinstance(counts, (str, list)) or "size" not in mask:
+        findings.add("mask-format", _say(each, f"run lengths with {_short(dict(mask))}"))
+        return
+    if mask["size"] != [height, width]:
+        findings.add(
+            "run-length-size",
+            _say(each, f"size {_short(mask['size'])}, image [{height}, {width}] (height, width)"),
+        )
+        return
+    if isinstance(counts, str):
+        counts = decompress(counts)
+    if counts is None or not all(type(count) is int and count >= 0 for count in counts):
+        findings.add("run-length-broken", _say(each, "counts are not run lengths"))
+    elif sum(counts) != width * height:
+        findings.add(
+            "run-length-broken",
+            _say(each, f"{sum(counts):,} pixels, the image has {width * height:,}"),
+        )
+
+
+def _is_box(box: Any) -> bool:
+    return (
+        type(box) is list
+        and len(box) == 4
+        and set(map(type, box)) <= _NUMBERS
+        and math.isfinite(sum(box))
+    )
+
+
+def _say(each: Mapping[str, Any], what: str) -> str:
+    return f"annotation {each['id']} of image {each['image_id']}: {what}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
