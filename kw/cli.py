@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from .benchmark.conditions import BenchmarkError
-from .config import ConfigError
+from .config import ConfigError, load_config
 from .data import DataError
 from .engine import CheckpointError
 from .models.released_weights import ReleasedError
 
-__all__ = ["add_config_options", "add_options", "run_tool"]
+__all__ = ["add_config_options", "add_options", "load_run", "run_tool"]
 
 USER_ERRORS = (BenchmarkError, ConfigError, DataError, CheckpointError, ReleasedError)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """``CONFIG`` and ``--cfg-options``."""
-    parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="configuration file: YAML for a classifier, Python for a detector",
+    )
     add_options(parser)
 
 
@@ -32,6 +39,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="settings in place of the file's, e.g. data.root=/data/imagenet epochs=100",
     )
+
+
+def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
+    """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.
+
+    Raises:
+        ConfigError: the configuration is wrong, or is a detector's and mmdetection is missing.
+    """
+    if Path(path).suffix != ".py":
+        from . import engine
+
+        return load_config(path, options), engine
+    try:
+        from . import detection
+
+        return detection.load_detector_config(path, options), detection
+    except ImportError as error:
+        raise ConfigError(f"{path}: a detector's configuration: {error}") from error
 
 
 def run_tool(main: Callable[[], None]) -> None:

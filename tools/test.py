@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint on the validation images.
+"""Evaluate a checkpoint of a classifier or a detector on the validation images.
 
 python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth
+python tools/test.py configs/coco/mask_rcnn_kw_resnet50_1x.py work_dirs/.../best.pth
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from kw.cli import add_config_options, run_tool
-from kw.config import load_config
-from kw.engine import evaluate_checkpoint
+from kw.cli import add_config_options, load_run, run_tool
 from kw.engine.distributed import LAUNCHERS
 from kw.engine.hooks.checkpoint import write_json
 
@@ -22,8 +21,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
     args = parser.parse_args()
-    config = load_config(args.config, args.cfg_options)
-    results = evaluate_checkpoint(config, args.checkpoint, launcher=args.launcher)
+    config, task = load_run(args.config, args.cfg_options)
+    results = task.evaluate_checkpoint(config, args.checkpoint, launcher=args.launcher)
     if os.environ.get("RANK", "0") != "0":
         return
     for key, value in results.items():

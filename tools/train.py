@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Train and evaluate a classifier.
+"""Train and evaluate a classifier or a detector.
 
 python tools/train.py configs/imagenet/resnet18/kw_resnet18_1x.yaml
+python tools/train.py configs/coco/mask_rcnn_kw_resnet50_1x.py
 torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
 """
 
 import argparse
 from pathlib import Path
 
-from kw.cli import add_config_options, run_tool
-from kw.config import load_config
-from kw.engine import train
+from kw.cli import add_config_options, load_run, run_tool
 from kw.engine.distributed import LAUNCHERS
 
 
@@ -28,9 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
     args = parser.parse_args()
-    config = load_config(args.config, args.cfg_options)
+    config, task = load_run(args.config, args.cfg_options)
     work_dir = args.work_dir or Path("work_dirs", Path(args.config).stem)
-    train(config, work_dir, resume=args.resume, launcher=args.launcher)
+    task.train(config, work_dir, resume=args.resume, launcher=args.launcher)
 
 
 if __name__ == "__main__":

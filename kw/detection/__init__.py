@@ -1,6 +1,7 @@
 """Detection and instance segmentation: mmdetection with KernelWarehouse backbones.
 
-Importing this package makes ``import mmdet`` work without a compiled mmcv (:mod:`kw.detection.ops`).
+Importing this package makes ``import mmdet`` work without a compiled mmcv
+(:mod:`kw.detection.ops`).
 Annotation checks, evaluation and drawing need no mmdetection and are imported from their modules.
 """
 

@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         except ValueError as error:
             raise ConfigError(f"model.backbone.frozen_stages: {error}") from error
         self._freeze(frozen)
-        self.output_norms: nn.ModuleList | None = None
+        self.output_norms: Any = None
         if output_norm:
             self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in self.out_channels)
         if grad_checkpointing:
@@ -169,7 +169,8 @@ class Backbone(nn.Module):
         except (AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"model.backbone.network: {name} does not take images of any size ({error}); "
-                "a vision transformer does with timm_args: {dynamic_img_size: true, dynamic_img_pad: true}"
+                "a vision transformer does with timm_args: {dynamic_img_size: true, "
+                "dynamic_img_pad: true}"
             ) from error
         finally:
             for handle in handles:

@@ -89,10 +89,13 @@ def load_detector_config(
     path = os.fspath(path)
     origins = read_origins(path)
     content = _run_file(path)
+    _resolve_network(content, path)
     given, parts = _split_options(options, content)
     problems = [problem for name in content if (problem := _foreign(name, origins))]
     problems += [
-        f"{path}: {name} is missing: mmdetection's {name}" for name in _OF_MMDET if name not in content
+        f"{path}: {name} is missing: mmdetection's {name}"
+        for name in _OF_MMDET
+        if name not in content
     ]
     if problems:
         raise ConfigError(*problems)
@@ -106,8 +109,8 @@ def load_detector_config(
     run = check_tree(merge(tree, given), SCHEMA)
     for key, value in parts.items():
         _set(content, key, value)
+    _resolve_network(content, path)
     model = content["model"]
-    _resolve_network(model, path)
     pipelines = content["train_pipeline"], content["test_pipeline"]
     return DetectorConfig(run, model, *pipelines, path, content.get("custom_imports"))
 
@@ -143,9 +146,7 @@ def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
     return None
 
 
-def _split_options(
-    options: Iterable[str], content: dict[str, Any]
-) -> tuple[Entry, dict[str, Any]]:
+def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
     """``--cfg-options`` for the run, as one tree, and those for mmdetection's parts, by key."""
     given, parts = Entry({}, Origin(OPTIONS)), {}
     problems: list[str] = []
@@ -173,7 +174,7 @@ def _split_options(
 
 
 def _missing(content: dict[str, Any], key: str) -> str | None:
-    """What keeps a key of mmdetection's parts from being set: every step but the last must exist."""
+    """What keeps a key of mmdetection's parts from being set: every step to it must exist."""
     value: Any = content
     names = key.split(".")
     for i, name in enumerate(names[:-1]):
@@ -200,14 +201,31 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *steps, last = key.split(".")
     for name in steps:
         target = target[_step(target, name)]
-    place = int(last) if isinstance(target, list) else last
+    place: Any = int(last) if isinstance(target, list) else last
     old = target[place] if isinstance(target, list) else target.get(place)
     target[place] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+    target[place] = _with_sizes(target[place])
 
 
-def _resolve_network(model: dict[str, Any], path: str) -> None:
+def _with_sizes(value: Any) -> Any:
+    """YAML has no tuples, but mmdetection takes an image's size for one."""
+    if isinstance(value, list):
+        return [_with_sizes(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: _with_sizes(item) for name, item in value.items()}
+    for name in ("scale", "crop_size", "size"):
+        if isinstance(found.get(name), list):
+            found[name] = tuple(found[name])
+    if isinstance(found.get("scales"), list):
+        found["scales"] = [tuple(s) if isinstance(s, list) else s for s in found["scales"]]
+    return found
+
+
+def _resolve_network(content: dict[str, Any], path: str) -> None:
     """The backbone's classifier, read from its file: a run's configuration needs no other file."""
-    backbone = model.get("backbone")
+    model = content.get("model")
+    backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":
         return
     if "network" not in backbone:

@@ -7,6 +7,8 @@ A sample is what mmdetection's ``PackDetInputs`` makes, ``{"inputs": uint8 [3, H
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class Samples(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
+        self.metainfo = dataset.metainfo  # the runner asks for it
         self.seed = seed
 
     def __len__(self) -> int:
@@ -88,18 +91,15 @@ def check_data(config: CocoDataConfig, masks: bool, read_images: bool = False) -
         DataError: a file cannot be read at all.
     """
     root = Path(config.root)
-    classes = config.classes
-    if classes is None:
-        classes = read_categories(root / config.train_annotations)
-    return [
-        check_annotations(
-            root / annotations, root / images, classes=classes, masks=masks, read_images=read_images
-        )
-        for annotations, images in (
-            (config.train_annotations, config.train_images),
-            (config.val_annotations, config.val_images),
-        )
-    ]
+    classes = class_names(config)
+    settings: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
+    train = check_annotations(
+        root / config.train_annotations, root / config.train_images, **settings
+    )
+    val = check_annotations(
+        root / config.val_annotations, root / config.val_images, other=train, **settings
+    )
+    return [train, val]
 
 
 def build_train_loader(
@@ -165,14 +165,16 @@ def _build(
     **settings: Any,
 ) -> Any:
     try:
-        return CocoDataset(
-            data_root=data.root,
-            ann_file=data.train_annotations if training else data.val_annotations,
-            data_prefix={"img": data.train_images if training else data.val_images},
-            metainfo={"classes": tuple(classes)},
-            pipeline=list(pipeline),
-            test_mode=not training,
-            **settings,
-        )
+        # pycocotools prints how it is getting on.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return CocoDataset(
+                data_root=data.root,
+                ann_file=data.train_annotations if training else data.val_annotations,
+                data_prefix={"img": data.train_images if training else data.val_images},
+                metainfo={"classes": tuple(classes)},
+                pipeline=list(pipeline),
+                test_mode=not training,
+                **settings,
+            )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{key}: {error.args[0]}") from error

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from mmengine.config import ConfigDict
 from torch import nn
 
 from ..config import ConfigError
@@ -14,7 +14,7 @@ from ..engine import CheckpointError
 from .backbone import Backbone
 from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
-from .schema import DetectionConfig, LayerDecayConfig
+from .schema import LayerDecayConfig
 
 __all__ = ["build_detector", "has_masks", "lr_scales"]
 
@@ -37,14 +37,16 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     register_all_modules(init_default_scope=True)
     settings = _with_classes(copy.deepcopy(model), len(classes))
     try:
-        detector = MODELS.build(settings)
+        detector = MODELS.build(ConfigDict(settings))
     except (ConfigError, CheckpointError):
         raise
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(f"model: {type(error).__name__}: {error}") from error
     if isinstance(detector.backbone, Backbone):
         _check_channels(settings, detector.backbone)
+    detector._dump_init_info = lambda: None  # a line for every parameter
     detector.init_weights()
+    del detector._dump_init_info
     detector.dataset_meta = {"classes": tuple(classes)}
     return detector
 
@@ -64,7 +66,9 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
         return {}
     backbone: nn.Module = getattr(detector, "backbone", detector)
     if not isinstance(backbone, Backbone):
-        raise ConfigError("optimizer.layer_decay: expected null for a backbone of mmdetection's own")
+        raise ConfigError(
+            "optimizer.layer_decay: expected null for a backbone of mmdetection's own"
+        )
     rates = decayed_rates(backbone.network, decay.rate, decay.blocks)
     return {f"backbone.network.{name}": scale for name, scale in rates.items()}
 

@@ -16,7 +16,7 @@ from mmdet.utils import register_all_modules  # noqa: E402
 __all__ = ["MODELS", "CocoDataset", "register_all_modules"]
 
 
-class _OrderedCoco(COCO):  # type: ignore[misc]
+class _OrderedCoco(COCO):
     """Category ids in the order of the names that are asked for, not of the file."""
 
     def get_cat_ids(self, cat_names: Any = (), **others: Any) -> list[int]:
@@ -25,7 +25,7 @@ class _OrderedCoco(COCO):  # type: ignore[misc]
         return sorted(ids, key=lambda i: place[self.cats[i]["name"]]) if place else ids
 
 
-class CocoDataset(_CocoDataset):  # type: ignore[misc]
+class CocoDataset(_CocoDataset):
     """mmdetection's, whose labels are places in ``metainfo.classes`` whatever the file's order."""
 
     COCOAPI = _OrderedCoco

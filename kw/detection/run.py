@@ -11,7 +11,6 @@ from mmengine.runner import set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import ConfigError
 from ..data import DataError, stop_workers
 from ..engine import load_checkpoint, load_network, set_contraction
 from ..engine.distributed import Process, join_group, leave_group
@@ -164,7 +163,7 @@ def _check_data(data: CocoDataConfig, masks: bool, process: Process) -> None:
     if process.is_main:
         try:
             reports = check_data(data, masks)
-            found = ["\n".join(report.text() for report in reports if report.errors)]
+            found = ["\n".join(report.render() for report in reports if report.errors)]
         except DataError as error:
             found = [str(error)]
     if process.world_size > 1:

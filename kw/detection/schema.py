@@ -1,7 +1,7 @@
 """The settings of a detector's run, as types; :mod:`kw.config.schema` says how they are declared.
 
-What mmdetection reads itself (``model``, ``train_pipeline``, ``test_pipeline``) is not here: its own
-registries check that.
+What mmdetection reads itself (``model``, ``train_pipeline``, ``test_pipeline``) is not here: its
+own registries check that.
 """
 
 # ruff: noqa: RUF009 -- setting() and table() return dataclasses.field()
@@ -36,7 +36,9 @@ class CocoDataConfig:
     )
     workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
     keep_empty: bool = setting(False, "train on images without objects as well")
-    min_size: int = setting(32, "training images with a shorter side are left out, pixels", minimum=0)
+    min_size: int = setting(
+        32, "training images with a shorter side are left out, pixels", minimum=0
+    )
     group_by_aspect: bool = setting(
         True, "deal out an update's images so that wide ones meet wide ones: less padding"
     )

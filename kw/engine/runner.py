@@ -96,6 +96,9 @@ class Runner(_Runner):
     def register_default_hooks(self, hooks: Any = None) -> None:
         """None: every hook of a run is given."""
 
+    def _init_model_weights(self) -> None:
+        """Nothing: models are initialised when they are built, on all processes alike."""
+
     def get_hooks_info(self) -> str:
         """The hooks by name, in the order in which they run."""
         return ", ".join(type(hook).__name__ for hook in self._hooks)

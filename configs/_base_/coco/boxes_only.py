@@ -4,5 +4,5 @@ _base_ = ["recipe_1x.py"]
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    *_base_.train_pipeline[2:],  # noqa: F821 -- mmengine's
+    *_base_.train_pipeline[2:],
 ]

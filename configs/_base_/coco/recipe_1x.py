@@ -24,7 +24,9 @@ schedule = dict(name="step", warmup_epochs=0.0682, milestones=[8, 11], gamma=0.1
 _sides = [(480 + 32 * i, 1333) for i in range(11)]  # shorter side 480 to 800 pixels
 _resize = dict(type="RandomChoiceResize", scales=_sides, keep_ratio=True)
 _crop = [
-    dict(type="RandomChoiceResize", scales=[(400, 4200), (500, 4200), (600, 4200)], keep_ratio=True),
+    dict(
+        type="RandomChoiceResize", scales=[(400, 4200), (500, 4200), (600, 4200)], keep_ratio=True
+    ),
     dict(
         type="RandomCrop",
         crop_type="absolute_range",

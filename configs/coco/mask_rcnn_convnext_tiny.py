@@ -1,0 +1,23 @@
+# Reproduces  mask_rcnn_convnext_tiny of
+#             "COCO val2017, Mask R-CNN FPN, 12 epochs".
+# Expect      box AP 43.4, mask AP 39.7 (the authors' results page).
+# Weights     the best checkpoint of the classifier, at model.backbone.weights.
+# Batch       8 GPUs x 2 images = 16; fewer GPUs accumulate to the same.
+# Run         torchrun --nproc-per-node 8 tools/train.py \
+#               configs/coco/mask_rcnn_convnext_tiny.py --launcher pytorch
+
+_base_ = ["../_base_/coco/mask_rcnn_fpn.py"]
+
+model = dict(
+    backbone=dict(
+        network="../imagenet/convnext/convnext_tiny.yaml",
+        weights="work_dirs/convnext_tiny/best.pth",
+        out_indices=(0, 1, 2, 3),  # the four stages
+        drop_path_rate=0.4,
+        output_norm=True,
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+
+optimizer = dict(layer_decay=dict(rate=0.95, blocks=3))  # stem and six groups
+schedule = dict(milestones=[9, 11])
