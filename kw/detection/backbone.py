@@ -86,7 +86,8 @@ class Backbone(nn.Module):
         config = read_network(network)
         if drop_path_rate is not None:
             config.drop_path_rate = drop_path_rate
-        self.network: Any = build_network(config)
+        built: Any = build_network(config)
+        self.network = built
         if not hasattr(self.network, "forward_intermediates"):
             raise ConfigError(f"model.backbone.network: timm's {config.name} has no feature maps")
         if weights is not None:
@@ -105,7 +106,7 @@ class Backbone(nn.Module):
         if output_norm:
             self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in self.out_channels)
         if grad_checkpointing:
-            self.network.set_grad_checkpointing(True)
+            built.set_grad_checkpointing(True)
         self.train()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -130,8 +131,11 @@ class Backbone(nn.Module):
         return self
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        last, maps = self.network.forward_intermediates(images, indices=self._indices)
-        return [*maps, last] if self._takes_last else maps
+        take = self.network.forward_intermediates
+        if self._takes_last:
+            last, maps = take(images, indices=self._indices)
+            return [*maps, last]
+        return take(images, indices=self._indices, stop_early=True, intermediates_only=True)
 
     def _choose_maps(self, name: str, out_indices: Sequence[int] | None) -> None:
         self._kept_in_eval: list[nn.Module] = []
@@ -143,7 +147,7 @@ class Backbone(nn.Module):
         indices = list(out_indices)
         if indices != sorted(set(indices)) or not indices or indices[0] < 0:
             raise ConfigError(
-                f"model.backbone.out_indices: expected rising places, found {indices}"
+                f"model.backbone.out_indices: expected places in rising order, found {indices}"
             )
         self._takes_last = indices[-1] == len(info)
         self._indices = indices[:-1] if self._takes_last else indices

@@ -37,7 +37,7 @@ def parameter_places(network: nn.Module) -> dict[str, Place]:
     A block of a vision transformer, which has no stages, counts as a stage of its own.
 
     Raises:
-        ValueError: the network does not say which parameter belongs where.
+        ValueError: the network does not say where its stages are.
     """
     matcher = getattr(network, "group_matcher", None)
     if matcher is None:
@@ -45,12 +45,9 @@ def parameter_places(network: nn.Module) -> dict[str, Place]:
     groups: Mapping[str, Any] = matcher(coarse=False)
     found = {name: _match(name, groups) for name, _ in network.named_parameters()}
     _place_warehouses(network, found)
-    unknown = [name for name, place in found.items() if place is None]
-    if unknown:
-        raise ValueError(f"the stage of {', '.join(unknown[:4])} is not known")
-    stages = sorted({place.stage for place in found.values() if place} - {-1})
+    stages = sorted({place.stage for place in found.values()} - {-1})
     rank = {-1: 0} | {stage: 1 + i for i, stage in enumerate(stages)}
-    return {name: Place(rank[place.stage], place.block) for name, place in found.items() if place}
+    return {name: Place(rank[place.stage], place.block) for name, place in found.items()}
 
 
 def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
@@ -102,21 +99,20 @@ def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, flo
     return {name: rate ** (len(depth) - depth[group]) for name, group in groups.items()}
 
 
-def _match(name: str, groups: Mapping[str, Any]) -> Place | None:
-    """timm's patterns; -1 stands for the stem."""
+def _match(name: str, groups: Mapping[str, Any]) -> Place:
+    """By timm's patterns; -1 stands for the stem, and what they do not name is the head."""
     if re.match(groups["stem"], name):
         return Place(-1, 0)
     patterns = groups["blocks"]
     for pattern, suffix in [(patterns, None)] if isinstance(patterns, str) else patterns:
         if match := re.match(pattern, name):
             numbers = [int(n) for n in match.groups() if n is not None] + list(suffix or ())
-            if not match.groups():  # after the last block
-                return Place(_LAST, 0)
-            return Place(numbers[0], numbers[1] if len(numbers) > 1 else 0)
-    return None
+            if match.groups():
+                return Place(numbers[0], numbers[1] if len(numbers) > 1 else 0)
+    return Place(_LAST, 0)
 
 
-def _place_warehouses(network: nn.Module, found: dict[str, Place | None]) -> None:
+def _place_warehouses(network: nn.Module, found: dict[str, Place]) -> None:
     """Cells: the deepest of the layers that use them."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     deepest: dict[str, Place] = {}
@@ -125,6 +121,5 @@ def _place_warehouses(network: nn.Module, found: dict[str, Place | None]) -> Non
             continue
         own = next(name for name in found if name.startswith(f"{layer_name}.attention."))
         place, cells = found[own], names[layer.warehouse.cells]
-        if place is not None:
-            deepest[cells] = max(place, deepest.get(cells, place))
+        deepest[cells] = max(place, deepest.get(cells, place))
     found.update(deepest)

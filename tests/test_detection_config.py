@@ -1,0 +1,160 @@
+"""Configurations of detectors: shipped ones, what is set where, and mistakes answered in one go."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coco_set import detector_text, write_coco_set
+
+pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
+
+from kw.config import ConfigError
+from kw.detection import load_detector_config
+from kw.detection.detector import build_detector, has_masks, lr_scales
+
+COCO = Path(__file__).parents[1] / "configs" / "coco"
+SHIPPED = sorted(COCO.glob("*.py"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "detector.py"
+    path.write_text(detector_text(tmp_path))
+    return path
+
+
+def with_text(path: Path, text: str) -> Path:
+    path.write_text(path.read_text() + text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_build(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_detector_config(path, ["model.backbone.weights=null"])
+    run, backbone = config.run, config.model["backbone"]
+    assert (run.epochs, run.total_batch_size, run.batch_size) == (12, 16, 2)
+    assert (run.optimizer.name, run.optimizer.lr, run.optimizer.weight_decay) == (
+        "adamw",
+        1e-4,
+        0.05,
+    )
+    assert run.optimizer.exempt_from_decay == "norm"
+    assert run.temperature_epochs == 0
+    is_convnext = "convnext" in path.stem
+    assert run.schedule.milestones == ([9, 11] if is_convnext else [8, 11])
+    assert backbone.get("frozen_stages", -1) == (-1 if is_convnext else 1)
+    assert ("kernel_warehouse" in backbone["network"]) == ("kw_" in path.stem)
+    head = path.read_text()
+    weights = re.search(r'weights="work_dirs/(\w+)/best.pth"', head)
+    assert weights is not None
+    assert path.stem.endswith(weights[1])
+    assert f"configs/coco/{path.name}" in head
+    if path.stem.startswith("faster_rcnn_") and "kw_mobilenet" not in path.stem:
+        return  # a second building of the same backbone takes seconds
+    detector = build_detector(config.model, ["a", "b", "c"])
+    assert has_masks(detector) == path.stem.startswith("mask_rcnn")
+    assert detector.roi_head.bbox_head.num_classes == 3
+    scales = set(lr_scales(detector, run.optimizer.layer_decay).values())
+    assert len(scales) == (7 if is_convnext else 0)
+
+
+def test_a_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> None:
+    options = ["optimizer.lr=3e-3", "test_pipeline.1.scale=[64,64]", "train_pipeline.2.prob=0.25"]
+    config = load_detector_config(file, options)
+    assert config.run.optimizer.lr == 3e-3
+    assert config.test_pipeline[1]["scale"] == (64, 64)
+    assert config.train_pipeline[2]["prob"] == 0.25
+    resolved = tmp_path / "config.py"
+    resolved.write_text(config.to_python())
+    again = load_detector_config(resolved)
+    assert dataclasses.replace(again, source=config.source) == config
+
+
+def test_the_backbone_is_read_from_its_file(file: Path) -> None:
+    """Beside the configuration or in the working directory; single settings can be overridden."""
+    network = Path("../imagenet/resnet18/kw_resnet18_4x.yaml")
+    with_text(file, f"\nmodel['backbone']['network'] = {str(network)!r}\n")
+    beside = file.parent.parent / "imagenet" / "resnet18"
+    source = COCO.parent / "imagenet"
+    if not beside.exists():
+        beside.parent.mkdir(exist_ok=True)
+        beside.symlink_to(source / "resnet18")
+        (file.parent.parent / "_base_").symlink_to(COCO.parent / "_base_")
+    ratio = "model.backbone.network.kernel_warehouse.cell_num_ratio"
+    backbone = load_detector_config(file).model["backbone"]
+    assert backbone["network"]["kernel_warehouse"]["cell_num_ratio"] == 4
+    backbone = load_detector_config(file, [f"{ratio}=2"]).model["backbone"]
+    assert backbone["network"]["kernel_warehouse"]["cell_num_ratio"] == 2
+
+
+MISTAKES: list[tuple[str, list[str], str]] = [
+    ("\nepoch = 3\n", [], r"detector\.py:\d+: epoch: expected a known key; did you mean epochs\?"),
+    ("\nepochs = 0\n", [], r"detector\.py:\d+: epochs = 0: expected an integer >= 1"),
+    ("\nepochs = '3'\n", [], r"epochs = '3': expected an integer"),
+    ("\ndata = dict(root='x',\n  worker=1)\n", [], r"detector\.py:\d+: data\.worker = 1.*workers"),
+    ("\noptim_wrapper = dict()\n", [], r"optim_wrapper is mmdetection's .* set optimizer, ema"),
+    (
+        "\nschedule = dict(name='step', milestones=[1, 9])\n",
+        [],
+        r"schedule\.milestones.*less than epochs",
+    ),
+    ("\nbatch_size = 3\n", [], "total_batch_size = 4: expected a multiple of batch_size"),
+    ("\ndata = dict(classes=['a', 'a'])\n", [], r"data\.classes"),
+    ("\n1 / 0\n", [], r"cannot be run: ZeroDivisionError"),
+    ("\nmodel = (\n", [], r"detector\.py:\d+: not valid Python"),
+    ("\n_base_ = ['none.py']\n", [], r"no such file: .*none\.py"),
+    ("\n_base_ = ['detector.py']\n", [], "circle"),
+    ("", ["epoch=3"], "--cfg-options: epoch: expected a known key; did you mean epochs"),
+    ("", ["epochs=three"], "epochs = 'three'"),
+    ("", ["model.backbon.frozen_stages=1"], r"there is no model\.backbon"),
+    ("", ["train_pipeline.9.prob=1"], r"there is no train_pipeline\.9"),
+    ("", ["epochs"], "expected KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("text", "options", "message"), MISTAKES, ids=[m[2] for m in MISTAKES])
+def test_mistakes_are_named(file: Path, text: str, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_detector_config(with_text(file, text), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["model.neck.in_channels=[8,8,16,32]"],
+            r"model\.neck\.in_channels.*expected \[8, 8, 16, 16\]",
+        ),
+        (["model.type=MaskRCN"], "MaskRCN"),
+        (["model.rpn_head.type=Nothing"], "Nothing"),
+        (["model.roi_head.bbox_head.chanels=3"], "chanels"),
+        (["model.backbone.frozen=3"], "frozen"),
+    ],
+)
+def test_a_detector_that_cannot_be_built(file: Path, options: list[str], message: str) -> None:
+    config = load_detector_config(file, options)
+    with pytest.raises(ConfigError, match=message):
+        build_detector(config.model, ["a"])
+
+
+def test_mmdetections_own_configurations_serve_as_bases(tmp_path: Path) -> None:
+    """Their model and transforms are used; a warning names what is not."""
+    path = tmp_path / "retinanet.py"
+    path.write_text(
+        "_base_ = ['mmdet::retinanet/retinanet_r18_fpn_1x_coco.py']\n"
+        f"data = dict(root={str(write_coco_set(tmp_path / 'set'))!r})\n"
+        "optimizer = dict(lr=1e-3)\nepochs = 1\ntotal_batch_size = 2\nbatch_size = 2\n"
+        "model = dict(backbone=dict(init_cfg=None))\n"
+    )
+    with pytest.warns(UserWarning, match=r"not used.*train_dataloader.*optim_wrapper|not used"):
+        config = load_detector_config(path)
+    detector: Any = build_detector(config.model, ["a", "b"])
+    assert detector.bbox_head.num_classes == 2
+    assert not has_masks(detector)

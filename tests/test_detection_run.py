@@ -1,0 +1,185 @@
+"""Detectors through the same tools as classifiers: train, resume, evaluate, refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coco_set import detector_text, write_coco_set
+
+pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kw.config import ConfigError
+from kw.data import DataError
+from kw.detection import evaluate_checkpoint, load_detector_config, train
+from kw.detection.data import Samples, build_train_loader, class_names
+from kw.detection.evaluation import FIGURES
+from kw.engine import CheckpointError, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco_set(tmp_path_factory.mktemp("coco") / "set")
+
+
+@pytest.fixture
+def file(coco: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "detector.py"
+    path.write_text(detector_text(coco))
+    return path
+
+
+def log_of(work_dir: Path, mode: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["mode"] == mode]
+
+
+def test_a_run_leaves_what_is_promised(file: Path, tmp_path: Path) -> None:
+    work_dir = tmp_path / "run"
+    config = load_detector_config(file, ["ema={decay: 0.5}", "precision=bf16"])
+    metrics = train(config, work_dir)
+    names = {path.name for path in work_dir.iterdir()}
+    assert {"config.py", "log.jsonl", "tensorboard", "best.pth", "results.json"} <= names
+    results = json.loads((work_dir / "results.json").read_text())
+    assert {f"{kind}_{f}" for kind in ("bbox", "segm") for f in FIGURES} <= results.keys()
+    assert results["weights"] == "ema"
+    lines = log_of(work_dir, "train")
+    assert [line["iter"] for line in lines] == [1, 2]  # 7 images with objects, 4 an update
+    assert {"loss", "loss_rpn_cls", "loss_mask", "lr", "images_per_second"} <= lines[0].keys()
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 1e-4])
+    tags = EventAccumulator(str(work_dir / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"train/loss_mask", "val/bbox_mAP", "val/ema_segm_mAP"} <= set(tags)
+    checkpoint = load_checkpoint(work_dir / "epoch_2.pth")  # weights_only
+    assert checkpoint["meta"]["classes"] == ["red", "green", "blue"]
+
+    again = evaluate_checkpoint(
+        load_detector_config(file, ["precision=bf16"]), work_dir / "last.pth"
+    )
+    assert again["bbox_mAP"] == metrics["ema_bbox_mAP"]
+    assert again["model_segm_mAP"] == metrics["segm_mAP"]
+    # The resolved configuration is enough, wherever the weights of the backbone have gone.
+    assert evaluate_checkpoint(load_detector_config(work_dir / "config.py"), work_dir / "best.pth")
+
+
+def test_resuming_is_exact(file: Path, tmp_path: Path) -> None:
+    """With random crops of proposals, flips, sizes and drop path."""
+    options = ["ema={decay: 0.5}", "model.backbone.drop_path_rate=0.2"]
+    config = load_detector_config(file, options)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, whole)
+    parts.mkdir()
+    shutil.copy(whole / "epoch_1.pth", parts)
+    shutil.copy(whole / "log.jsonl", parts)
+    train(config, parts, resume=True)
+    expected, found = (load_checkpoint(d / "epoch_2.pth") for d in (whole, parts))
+    for key in ("state_dict", "ema_state_dict"):
+        different = [k for k, v in expected[key].items() if not torch.equal(v, found[key][k])]
+        assert not different
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(config, whole)
+
+
+def test_what_an_image_looks_like_depends_on_its_key_alone(file: Path) -> None:
+    config = load_detector_config(file)
+    loader = build_train_loader(config, class_names(config.run.data), 0, 1)
+    samples: Any = loader.dataset
+    assert isinstance(samples, Samples)
+    first, torch_state = samples[(0, 1)], torch.get_rng_state()
+    samples[(1, 2)]
+    again = samples[(0, 1)]
+    assert torch.equal(first["inputs"], again["inputs"])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    looks = {samples[(epoch, 1)]["inputs"].shape for epoch in range(8)}
+    assert len(looks) > 1
+    # Labels follow data.classes, not the order of the annotation file.
+    boxes = first["data_samples"].gt_instances
+    colour = first["inputs"][
+        :, int(boxes.bboxes.tensor[0, 1]) + 4, int(boxes.bboxes.tensor[0, 0]) + 4
+    ]
+    assert int(colour.argmax()) == 2 - int(boxes.labels[0])  # BGR; red, green, blue
+
+
+def test_micro_batches_of_one_aspect(file: Path) -> None:
+    """Grouping moves images between the micro-batches of an update and no further."""
+    orders = {}
+    for grouped in ("true", "false"):
+        config = load_detector_config(file, [f"data.group_by_aspect={grouped}"])
+        loader = build_train_loader(config, class_names(config.run.data), 0, 1)
+        sampler: Any = loader.batch_sampler
+        dataset: Any = loader.dataset
+        orders[grouped] = [[index for _, index in batch] for batch in sampler]
+    update = {index for batch in orders["true"] for index in batch}
+    assert update == {index for batch in orders["false"] for index in batch}
+    infos = [dataset.dataset.get_data_info(i) for i in range(len(dataset))]
+    wide = [[infos[i]["width"] > infos[i]["height"] for i in batch] for batch in orders["true"]]
+    assert sum(len(set(batch)) > 1 for batch in wide) <= 1
+
+
+def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
+        arguments += ("--launcher", "pytorch")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def test_two_processes(file: Path, tmp_path: Path) -> None:
+    """They train as one model, and evaluate to the figures of one process."""
+    work_dir, results = tmp_path / "two", tmp_path / "results.json"
+    call("tools/train.py", file, "--work-dir", work_dir, processes=2)
+    assert len(log_of(work_dir, "train")) == 2
+    call("tools/test.py", file, work_dir / "last.pth", "--json", results)
+    alone, together = json.loads(results.read_text()), log_of(work_dir, "val")[-1]
+    for key, value in together.items():
+        if "mAP" in key or "AR_" in key:
+            assert alone[key] == value, key
+
+
+def test_bad_data_are_refused_before_training(coco: Path, file: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(coco, tmp_path / "broken")
+    annotations = broken / "annotations" / "instances_train.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["bbox"] = [500, 500, 10, 10]
+    content["annotations"][1]["segmentation"] = [[1, 2, 3]]
+    content["annotations"][2]["id"] = content["annotations"][3]["id"]
+    annotations.write_text(json.dumps(content))
+    (broken / "train" / "train_3.png").unlink()
+    config = load_detector_config(file, [f"data.root={broken}"])
+    with pytest.raises(DataError) as error:
+        train(config, tmp_path / "run")
+    for words in ("outside of their image", "polygon", "named again", "files missing"):
+        assert words in str(error.value)
+    with pytest.raises(DataError, match=r"no category purple.*red, green, blue"):
+        train(load_detector_config(file, ["data.classes=[red, purple]"]), tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_detector(file: Path, tmp_path: Path) -> None:
+    train(load_detector_config(file, ["epochs=1", "schedule.milestones=[0.5]"]), tmp_path / "run")
+    wider = ["model.roi_head.bbox_head.fc_out_channels=48"]
+    with pytest.raises(CheckpointError, match="another model"):
+        evaluate_checkpoint(load_detector_config(file, wider), tmp_path / "run" / "last.pth")
+    done = call("tools/test.py", file, tmp_path / "none.pth", status=2)
+    assert done.stderr.startswith("error: checkpoint")
+    assert "Traceback" not in done.stderr
