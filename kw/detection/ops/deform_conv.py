@@ -11,6 +11,7 @@ Legend: B images, G deformable groups, K = kH * kW.
 from __future__ import annotations
 
 import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
 from .widening import widen

@@ -91,7 +91,8 @@ def _sigmoid_terms(
     (x,) = widen(input)
     is_target = target[:, None] == torch.arange(x.shape[1], device=x.device)
     sign = is_target.to(x) * 2 - 1
-    scale = torch.where(is_target, alpha, 1 - alpha).to(x) * _weights(weight, target, x)[:, None]
+    scale = torch.full_like(x, 1 - alpha).masked_fill(is_target, alpha)
+    scale = scale * _weights(weight, target, x)[:, None]
     return sign, F.logsigmoid(sign * x), torch.sigmoid(-sign * x), scale
 
 

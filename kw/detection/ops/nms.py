@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
 from .widening import widen

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
 from .widening import widen
@@ -119,7 +120,7 @@ class _Axis(NamedTuple):
     def positions(self, r: int) -> Tensor:
         """Of region r, ``[bins, S]``."""
         number = torch.arange(self.bins * int(self.samples[r]), device=self.start.device)
-        number = number.view(self.bins, -1) + 0.5
+        number = number.view(self.bins, -1).to(self.start) + 0.5
         return self.start[r] + number * (self.bin[r] / self.samples[r])
 
     def weights(self, r: int, length: int) -> Tensor:

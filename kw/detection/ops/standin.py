@@ -106,7 +106,10 @@ def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(operator)
     def without_autocast(*arguments: Any, **settings: Any) -> Any:
-        with torch.autocast(_device_type(arguments), enabled=False):
+        device = _device_type(arguments)
+        if not torch.amp.is_autocast_available(device):
+            return operator(*arguments, **settings)
+        with torch.autocast(device, enabled=False):
             return operator(*arguments, **settings)
 
     return without_autocast
