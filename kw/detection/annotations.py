@@ -134,7 +134,7 @@ def check_annotations(
             findings.add("no-images" if table == "images" else "no-objects", file)
         _check_ids(table[:-1], rows, findings)
     _check_categories(categories, classes, num_classes, findings)
-    _check_links(images, objects, categories, findings)
+    _check_links(content, images, objects, categories, findings)
 
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     placed = [each for each in objects if each["image_id"] in sizes]
@@ -239,14 +239,18 @@ def _check_categories(
 
 
 def _check_links(
+    content: Mapping[str, Any],
     images: Sequence[Mapping[str, Any]],
     objects: Sequence[Mapping[str, Any]],
     categories: Sequence[Mapping[str, Any]],
     findings: Findings,
 ) -> None:
     """Check what annotations name, and what nothing names."""
-    image_ids = {image["id"] for image in images}
-    known = {category["id"] for category in categories}
+    # Of all rows: one that lacks something else is listed for that already.
+    image_ids = _values(content["images"], "id")
+    known = _values(content["categories"], "id")
+    used = _values(content["annotations"], "category_id")
+    shown = _values(content["annotations"], "image_id")
     for each in objects:
         for kind, key, ids in (
             ("unknown-image", "image_id", image_ids),
@@ -254,12 +258,10 @@ def _check_links(
         ):
             if each[key] not in ids:
                 findings.add(kind, f"annotation {each['id']}: {key} {each[key]}")
-    used = {each["category_id"] for each in objects}
     findings.add_all(
         "category-unused",
         [f"{c['name']} (category {c['id']})" for c in categories if c["id"] not in used],
     )
-    shown = {each["image_id"] for each in objects}
     owner: dict[str, int] = {}
     for image in images:
         if image["id"] not in shown:
@@ -269,6 +271,10 @@ def _check_links(
             twice = f"images {first} and {image['id']} are both {image['file_name']}"
             findings.add("file-name-twice", twice)
         owner.setdefault(image["file_name"], image["id"])
+
+
+def _values(rows: Iterable[Mapping[str, Any]], key: str) -> set[int]:
+    return {row[key] for row in rows if type(row.get(key)) is int}
 
 
 def _is_name(value: Any) -> bool:

@@ -90,7 +90,9 @@ def _read_header(path: str, decode: bool) -> _Header:
     try:
         with Image.open(path) as image:
             size = image.size
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            # Pillow would look for EXIF data behind a PNG's pixels, and read them for that.
+            marked = "exif" in image.info or image.format == "TIFF"
+            orientation = image.getexif().get(_ORIENTATION, 1) if marked else 1
             if decode:
                 image.load()
     except FileNotFoundError:
