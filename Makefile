@@ -18,7 +18,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection]"
 	touch $@
 
 demo: install
@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python tools/compare_runs.py $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x --plot $(DEMO)/curves.png
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kw.config import ConfigError
 from kw.data import DataError
 from kw.detection import evaluate_checkpoint, load_detector_config, train
-from kw.detection.data import Samples, build_train_loader, class_names
+from kw.detection.data import Samples, build_train_loader
 from kw.detection.evaluation import FIGURES
+from kw.detection.sets import class_names
 from kw.engine import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).parents[1]

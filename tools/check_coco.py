@@ -1,20 +1,24 @@
 #!/usr/bin/env python
 """Check annotated images in COCO's format before training: lists all that is wrong.
 
+python tools/check_coco.py configs/coco/mask_rcnn_kw_resnet50_1x.py --cfg-options data.root=my_set
 python tools/check_coco.py annotations/instances_train2017.json train2017 \\
     annotations/instances_val2017.json val2017 --json problems.json
 
-Every further set is also compared with the first, whose images it should not share. Exit status: 0
-if there are no errors (there may be warnings), else 2.
+A detector's configuration names both of its sets. Every further set is also compared with the
+first, whose images it should not share. Exit status: 0 if there are no errors (there may be
+warnings), else 2.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from kw.cli import run_tool
+from kw.cli import add_options, load_run, run_tool
 from kw.data import DataError
 from kw.detection.annotations import check_annotations
 from kw.detection.findings import Report
+from kw.detection.sets import check_sets
 from kw.engine.hooks.checkpoint import write_json
 
 
@@ -23,26 +27,19 @@ def main() -> None:
     parser.add_argument(
         "sets",
         nargs="+",
-        metavar="ANNOTATIONS IMAGES_DIR",
-        help="annotation file and folder of its images; further pairs may follow",
+        metavar="CONFIG | ANNOTATIONS IMAGES_DIR",
+        help="a detector's configuration; or an annotation file and the folder of its images, "
+        "further pairs may follow",
     )
+    add_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the list to FILE")
     parser.add_argument("--no-masks", action="store_true", help="boxes only: masks may be missing")
     parser.add_argument(
         "--read-images", action="store_true", help="decode all images, which finds damaged ones"
     )
     args = parser.parse_args()
-    if len(args.sets) % 2:
-        parser.error(f"expected pairs of ANNOTATIONS and IMAGES_DIR, got {len(args.sets)} paths")
     reports: list[Report] = []
-    for file, folder in zip(args.sets[::2], args.sets[1::2], strict=True):
-        report = check_annotations(
-            file,
-            folder,
-            masks=not args.no_masks,
-            read_images=args.read_images,
-            other=reports[0] if reports else None,
-        )
+    for report in _check(parser, args):
         print(report.render(), flush=True)
         reports.append(report)
     if args.json is not None:
@@ -51,6 +48,23 @@ def main() -> None:
     wrong = [report.annotations_file for report in reports if report.errors]
     if wrong:
         raise DataError(f"errors in {', '.join(wrong)}: listed above")
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Report]:
+    if len(args.sets) == 1 and args.sets[0].endswith(".py"):
+        config, _ = load_run(args.sets[0], args.cfg_options)
+        masks = config.reads_masks and not args.no_masks
+        yield from check_sets(config.run.data, masks, args.read_images)
+        return
+    if len(args.sets) % 2:
+        parser.error(f"expected pairs of ANNOTATIONS and IMAGES_DIR, got {len(args.sets)} paths")
+    first: Report | None = None
+    for file, folder in zip(args.sets[::2], args.sets[1::2], strict=True):
+        report = check_annotations(
+            file, folder, masks=not args.no_masks, read_images=args.read_images, other=first
+        )
+        first = first or report
+        yield report
 
 
 if __name__ == "__main__":

@@ -65,6 +65,12 @@ class DetectorConfig:
     source: str
     custom_imports: dict[str, Any] | None = None
 
+    @property
+    def reads_masks(self) -> bool:
+        """Whether training reads masks from the annotations."""
+        steps = (step for step in self.train_pipeline if isinstance(step, dict))
+        return any(step.get("with_mask", False) for step in steps)
+
     def to_python(self) -> str:
         """One Python text with every setting; reading it gives an equal configuration."""
         content = dataclasses.asdict(self.run)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mmengine.dataset import pseudo_collate
@@ -18,12 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ConfigError
 from ..data import DataError, EvalBatchSampler, TrainBatchSampler, build_loader, seeded
-from .annotations import Report, check_annotations, read_categories
 from .config import DetectorConfig
 from .mmdet import CocoDataset
 from .schema import CocoDataConfig
 
-__all__ = ["Samples", "build_eval_loader", "build_train_loader", "check_data", "class_names"]
+__all__ = ["Samples", "build_eval_loader", "build_train_loader"]
 
 _TRIES = 20
 
@@ -64,42 +62,6 @@ class Samples(Dataset[Any]):
                     return sample
         path = self.dataset.get_data_info(index)["img_path"]
         raise DataError(f"{path}: train_pipeline left no object in {_TRIES} tries")
-
-
-def class_names(config: CocoDataConfig) -> list[str]:
-    """The categories to detect: those of the configuration, or all of the training file.
-
-    Raises:
-        DataError: the file cannot be read, or lacks a category that the configuration names.
-    """
-    file = Path(config.root, config.train_annotations)
-    found = read_categories(file)
-    if config.classes is None:
-        return found
-    missing = [name for name in config.classes if name not in found]
-    if missing:
-        raise DataError(
-            f"{file} has no category {', '.join(missing)} (data.classes); it has {', '.join(found)}"
-        )
-    return list(config.classes)
-
-
-def check_data(config: CocoDataConfig, masks: bool, read_images: bool = False) -> list[Report]:
-    """Check both annotation files, see :func:`kw.detection.annotations.check_annotations`.
-
-    Raises:
-        DataError: a file cannot be read at all.
-    """
-    root = Path(config.root)
-    classes = class_names(config)
-    settings: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
-    train = check_annotations(
-        root / config.train_annotations, root / config.train_images, **settings
-    )
-    val = check_annotations(
-        root / config.val_annotations, root / config.val_images, other=train, **settings
-    )
-    return [train, val]
 
 
 def build_train_loader(

@@ -19,10 +19,11 @@ from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to
 from ..engine.runner import Runner
 from ..engine.task import Task, headline
 from .config import DetectorConfig
-from .data import build_eval_loader, build_train_loader, check_data, class_names
-from .detector import build_detector, has_masks, lr_scales
+from .data import build_eval_loader, build_train_loader
+from .detector import build_detector, has_masks, keep_maps_exact, lr_scales
 from .evaluation import CocoEvaluator
 from .schema import CocoDataConfig
+from .sets import check_sets, class_names
 
 __all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
 
@@ -61,6 +62,8 @@ def build_runner(
     classes = class_names(run.data)
     set_random_seed(run.seed)
     detector = build_detector(config.model, classes)
+    if run.precision != "fp32":
+        keep_maps_exact(detector)
     masks = has_masks(detector)
     if run.data.check:
         _check_data(run.data, masks, process)
@@ -130,6 +133,8 @@ def evaluate_checkpoint(
         check_devices(run, process)
         classes = state.get("meta", {}).get("classes") or class_names(run.data)
         detector = build_detector(without_weights(config.model), classes)
+        if run.precision != "fp32":
+            keep_maps_exact(detector)
         set_contraction(run.contraction, detector)
         detector.to(process.device)
         loader = build_eval_loader(config, classes, process.rank, process.world_size)
@@ -162,7 +167,7 @@ def _check_data(data: CocoDataConfig, masks: bool, process: Process) -> None:
     found: list[Any] = [None]
     if process.is_main:
         try:
-            reports = check_data(data, masks)
+            reports = check_sets(data, masks)
             found = ["\n".join(report.render() for report in reports if report.errors)]
         except DataError as error:
             found = [str(error)]

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Write the part of a COCO-format annotation file that is about its first images.
+
+python tools/subset_coco.py annotations/instances_train2017.json first_8.json --images 8
+"""
+
+import argparse
+
+from kw.cli import run_tool
+from kw.detection.sets import write_subset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", metavar="ANNOTATIONS", help="annotation file in COCO's format")
+    parser.add_argument("target", metavar="TARGET", help="annotation file to write")
+    parser.add_argument("--images", type=int, required=True, help="number of images with objects")
+    args = parser.parse_args()
+    part = write_subset(args.source, args.target, args.images)
+    print(f"{args.target}: {len(part['images'])} images, {len(part['annotations'])} objects")
+
+
+if __name__ == "__main__":
+    run_tool(main)
