@@ -36,12 +36,17 @@ def network(name: str, converted: bool = True) -> dict[str, Any]:
     return settings
 
 
-CASES = [(name, converted) for name in NARROW for converted in (False, True)]
+CASES = {
+    f"{name}-{'kw' if converted else 'static'}": network(name, converted)
+    for name in NARROW
+    for converted in (False, True)
+}
+CASES["resnet18-odconv"] = {**network("resnet18", False), "peer": {"method": "odconv"}}
 
 
-@pytest.fixture(params=CASES, ids=[f"{n}-{'kw' if c else 'static'}" for n, c in CASES])
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return network(*request.param)
+    return request.param
 
 
 def test_maps_are_those_of_the_classifier(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kw.data import DataError
 from kw.detection import evaluate_checkpoint, load_detector_config, train
 from kw.detection.data import Samples, build_train_loader
 from kw.detection.evaluation import FIGURES
-from kw.detection.sets import class_names
+from kw.detection.sets import class_names, write_subset
 from kw.engine import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -184,3 +184,27 @@ def test_a_checkpoint_of_another_detector(file: Path, tmp_path: Path) -> None:
     done = call("tools/test.py", file, tmp_path / "none.pth", status=2)
     assert done.stderr.startswith("error: checkpoint")
     assert "Traceback" not in done.stderr
+
+
+def test_checking_by_configuration(coco: Path, file: Path, tmp_path: Path) -> None:
+    """What training refuses, before training: one list, exit status 2."""
+    call("tools/check_coco.py", file)
+    broken = shutil.copytree(coco, tmp_path / "broken")
+    (broken / "train" / "train_0.png").write_bytes(b"")
+    (broken / "val" / "val_1.png").unlink()
+    options = ["--cfg-options", f"data.root={broken}"]
+    done = call("tools/check_coco.py", file, *options, "--json", tmp_path / "found.json", status=2)
+    assert "train_0.png" in done.stdout
+    assert "val_1.png" in done.stdout
+    assert done.stderr.startswith("error: errors in")
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 2
+
+
+def test_a_part_of_a_set(coco: Path, tmp_path: Path) -> None:
+    source, target = coco / "annotations" / "instances_train.json", tmp_path / "part.json"
+    part = write_subset(source, target, 3)
+    assert json.loads(target.read_text()) == part
+    assert [image["id"] for image in part["images"]] == [100, 101, 102]
+    assert {each["image_id"] for each in part["annotations"]} == {100, 101, 102}
+    with pytest.raises(DataError, match="has 7 images with objects, fewer than 8"):
+        write_subset(source, target, 8)

@@ -2,21 +2,30 @@
 """Check a configuration and print it resolved, with every setting.
 
 python tools/print_config.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --cfg-options seed=1
-python tools/print_config.py --reference
+python tools/print_config.py configs/coco/mask_rcnn_kw_resnet50_1x.py
+python tools/print_config.py --reference               # of a classifier's settings
+python tools/print_config.py --reference detection     # of a detector's
 """
 
 import argparse
 import sys
 from typing import Any
 
-from kw.cli import add_config_options, run_tool
-from kw.config import load_config, reference, to_yaml
+from kw.cli import add_config_options, load_run, run_tool
+from kw.config import Config, reference, to_yaml
 
 
 class _Reference(argparse.Action):
     # Like --help: answers and exits, so that CONFIG need not be given.
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        sys.stdout.write(reference())
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: Any, kind: Any, __: str | None = None
+    ) -> None:
+        if kind == "detection":
+            from kw.detection.schema import DetectionConfig
+
+            sys.stdout.write(reference(DetectionConfig))
+        else:
+            sys.stdout.write(reference())
         parser.exit()
 
 
@@ -24,10 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_config_options(parser)
     parser.add_argument(
-        "--reference", action=_Reference, nargs=0, help="print every key with its meaning, and exit"
+        "--reference",
+        action=_Reference,
+        nargs="?",
+        choices=("classification", "detection"),
+        help="print every key with its meaning, and exit",
     )
     args = parser.parse_args()
-    sys.stdout.write(to_yaml(load_config(args.config, args.cfg_options)))
+    config, _ = load_run(args.config, args.cfg_options)
+    sys.stdout.write(to_yaml(config) if isinstance(config, Config) else config.to_python())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,13 @@ from ..config.tree import Origin, entry_from_plain
 from ..engine.checkpoint import load_checkpoint, load_network
 from ..models import build_network
 from ..registry import MODELS
-from ..warehouse import drop_unused_warehouses, has_temperature, set_temperature
+from ..warehouse import (
+    Warehouse,
+    WarehouseDict,
+    drop_unused_warehouses,
+    has_temperature,
+    set_temperature,
+)
 from .layout import frozen_parameters
 
 __all__ = ["Backbone", "read_network"]
@@ -231,7 +237,7 @@ def load_classifier(network: nn.Module, weights: str) -> None:
 def _remove(module: nn.Module, called: set[nn.Module]) -> None:
     """Identities in place of the modules with parameters that were not called."""
     for name, child in list(module.named_children()):
-        if name == "warehouses":
+        if isinstance(child, (Warehouse, WarehouseDict)):  # held, not called
             continue
         inside = set(child.modules())
         if child in called or not any(True for _ in child.parameters()) or inside & called:
