@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
+DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo demo-detection test lint format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
 	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
+	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
 	@echo "make test     run the tests"
 	@echo "make lint     check style, types and generated tables"
 	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
@@ -29,6 +31,19 @@ demo: install
 	$(BIN)/python tools/test.py configs/demo/resnet18.yaml $(DEMO)/resnet18/best.pth
 	$(BIN)/python tools/test.py configs/demo/kw_resnet18_1x.yaml $(DEMO)/kw_resnet18_1x/best.pth
 	$(BIN)/python tools/compare_runs.py $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x --plot $(DEMO)/curves.png
+
+demo-detection: $(DEMO)/kw_resnet18_1x/best.pth
+	rm -rf $(DEMO)/mask_rcnn_kw_resnet18_1x
+	$(BIN)/python -m kw.data.digit_scenes $(DEMO)/digit_scenes
+	$(BIN)/python tools/train.py $(DETECTOR).py --work-dir $(DEMO)/mask_rcnn_kw_resnet18_1x
+	$(BIN)/python tools/test.py $(DETECTOR).py $(DEMO)/mask_rcnn_kw_resnet18_1x/best.pth
+	$(BIN)/python tools/visualize.py detections $(DETECTOR).py \
+		$(DEMO)/mask_rcnn_kw_resnet18_1x/best.pth --out $(DEMO)/detections
+
+# The detector's backbone starts from the classification demo's network.
+$(DEMO)/kw_resnet18_1x/best.pth: | install
+	$(BIN)/python -m kw.data.digits $(DEMO)/digits
+	$(BIN)/python tools/train.py configs/demo/kw_resnet18_1x.yaml --work-dir $(DEMO)/kw_resnet18_1x
 
 test: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
