@@ -13,15 +13,24 @@ from .ops import bind
 if TYPE_CHECKING:
     from .backbone import Backbone
     from .config import load_detector_config
+    from .pictures import write_pictures
     from .run import evaluate_checkpoint, train
 
-__all__ = ["Backbone", "bind", "evaluate_checkpoint", "load_detector_config", "train"]
+__all__ = [
+    "Backbone",
+    "bind",
+    "evaluate_checkpoint",
+    "load_detector_config",
+    "train",
+    "write_pictures",
+]
 
 _HOMES = {
     "Backbone": "backbone",
     "load_detector_config": "config",
     "evaluate_checkpoint": "run",
     "train": "run",
+    "write_pictures": "pictures",
 }
 
 if _find_spec("mmcv") is not None and _find_spec("mmdet") is not None:

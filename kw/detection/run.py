@@ -153,7 +153,7 @@ def evaluate_checkpoint(
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """The detector's settings without weights to start from, for one that has its own."""
+    """A detector's settings without weights to start from, for one that is loaded whole."""
     backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
     return {**model, "backbone": backbone}
 
