@@ -13,6 +13,7 @@ from .benchmark.conditions import BenchmarkError
 from .config import ConfigError, load_config
 from .data import DataError
 from .engine import CheckpointError
+from .engine.interruption import EXIT_STATUS, Interrupted
 from .models.released_weights import ReleasedError
 
 __all__ = ["add_config_options", "add_options", "load_run", "run_tool"]
@@ -60,9 +61,15 @@ def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; a user's mistake is one message on stderr and exit status 2."""
+    """Run a tool; a user's mistake is one message on stderr and exit status 2.
+
+    A run that was told to end and saved its work leaves with status 75.
+    """
     try:
         main()
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(EXIT_STATUS)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -62,10 +62,14 @@ class EmaConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written; the best and the last are always kept."""
+    """When checkpoints are written; the best is always kept, and the last epoch's written."""
 
     interval: int = setting(1, "epochs between checkpoints", minimum=1)
-    keep: int = setting(2, "newest epoch checkpoints kept", minimum=1)
+    updates: int | None = setting(
+        None, "also after every so many updates, within epochs; null = not", minimum=1
+    )
+    minutes: float | None = setting(None, "also after so many minutes; null = not", above=0)
+    keep: int = setting(2, "newest checkpoints kept", minimum=1)
 
 
 @dataclass

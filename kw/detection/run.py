@@ -58,7 +58,7 @@ def build_runner(
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
     run = config.run
     check_devices(run, process)
-    resume_from = find_checkpoint(resume, work_dir)
+    resume_from = find_checkpoint(resume, work_dir, process)
     classes = class_names(run.data)
     set_random_seed(run.seed)
     detector = build_detector(config.model, classes)

@@ -13,10 +13,18 @@ from torch import nn
 
 from ..config import ConfigError
 
-__all__ = ["LAUNCHERS", "Process", "average_batch_norm", "join_group", "leave_group"]
+__all__ = [
+    "LAUNCHERS",
+    "TIMEOUT",
+    "Process",
+    "average_batch_norm",
+    "batch_norm_buffers",
+    "join_group",
+    "leave_group",
+]
 
 LAUNCHERS = ("none", "pytorch", "slurm")
-_TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def join_group(launcher: str) -> Process:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         bound = None if device.type == "cpu" else device
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -91,8 +99,7 @@ def average_batch_norm(model: nn.Module) -> None:
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    buffers = batch_norm_buffers(model)
     if not buffers:
         return
     flat = torch.cat([b.flatten() for b in buffers])
@@ -100,6 +107,12 @@ def average_batch_norm(model: nn.Module) -> None:
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean)
+
+
+def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of all BatchNorm layers, in the order of the modules."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
 
 
 def _translate_slurm() -> None:

@@ -27,8 +27,9 @@ __all__ = ["EvalLoop", "TrainLoop", "evaluate"]
 class TrainLoop(EpochBasedTrainLoop):
     """Epochs of updates, and an evaluation every few epochs.
 
-    Hooks see ``runner.iter`` as the number of updates done. After every epoch, and after its
-    evaluation where there is one, ``after_epoch(runner, metrics)`` is called.
+    Hooks see ``runner.iter`` as the number of updates done. ``after_update(runner)`` is called once
+    an update counts as done; ``after_epoch(runner, metrics)`` after every epoch and its evaluation,
+    where there is one.
 
     Attributes:
         updates_per_epoch: optimizer updates in an epoch.
@@ -71,6 +72,7 @@ class TrainLoop(EpochBasedTrainLoop):
         batches = iter(self.dataloader)
         for update in range(start, self.updates_per_epoch):
             self.run_update(update, batches)
+            self.runner.call_hook("after_update")
         average_batch_norm(self.runner.model)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1

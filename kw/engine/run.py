@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import set_random_seed
 from torch import nn
 from torch.optim import Optimizer
@@ -28,12 +32,13 @@ from ..data import (
 from ..models import ImageClassifier, build_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
-from .checkpoint import load_checkpoint, load_network
+from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .distributed import Process, join_group, leave_group
-from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook, latest_checkpoint
+from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .runner import Runner
+from .saving import checkpoints, newest_whole
 from .schedule import Schedule
 from .task import Task, headline
 
@@ -85,9 +90,14 @@ def train(
 
 
 def run_to_end(runner: Runner) -> dict[str, float | None]:
-    """Train, and stop the loaders' processes whatever happens; returns the last metrics."""
+    """Train, and stop the loaders' processes whatever happens; returns the last metrics.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
+    """
     try:
-        runner.train()
+        with runner.signals.watched():
+            runner.train()
     finally:
         stop_workers(runner.train_dataloader)
         stop_workers(runner.val_dataloader)
@@ -99,7 +109,7 @@ def build_runner(
 ) -> Runner:
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
     check_devices(config, process)
-    resume_from = find_checkpoint(resume, work_dir)
+    resume_from = find_checkpoint(resume, work_dir, process)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
     train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
@@ -171,7 +181,7 @@ def assemble_runner(
     hooks: list[Hook] = [
         ScheduleHook(),
         LogHook(config.log_interval),
-        CheckpointHook(config.checkpoint.interval, config.checkpoint.keep),
+        CheckpointHook(**dataclasses.asdict(config.checkpoint)),
     ]
     if config.ema is not None:
         hooks.append(EmaHook(config.ema.decay))
@@ -292,14 +302,41 @@ def check_devices(config: RunConfig, process: Process) -> None:
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
 
 
-def find_checkpoint(resume: bool | str | Path, work_dir: Path) -> Path | None:
-    """The checkpoint to continue from; arguments and errors as for :func:`train`."""
+def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process) -> Path | None:
+    """The checkpoint to continue from, the same on all processes; arguments as for :func:`train`.
+
+    Raises:
+        ConfigError: ``work_dir`` holds a run that is not to be resumed.
+        CheckpointError: none of its checkpoints is whole.
+    """
     if not isinstance(resume, bool):
         return Path(resume)
-    latest = latest_checkpoint(work_dir)
-    if not resume and latest is not None:
-        raise ConfigError(
-            f"--work-dir {work_dir} holds a run already ({latest.name}); continue it with "
+    # Only the first process looks: others might see another state of a shared disk.
+    answer: list[Any] = _newest(resume, work_dir) if process.is_main else [None, None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    path, error = answer
+    if error is not None:
+        raise error
+    return path
+
+
+def _newest(resume: bool, work_dir: Path) -> list[Any]:
+    """The checkpoint and None, or None and an error."""
+    found = checkpoints(work_dir)
+    if not found:
+        return [None, None]
+    if not resume:
+        message = (
+            f"--work-dir {work_dir} holds a run already ({found[-1].name}); continue it with "
             "--resume, or choose another folder"
         )
-    return latest
+        return [None, ConfigError(message)]
+    faults: list[str] = []
+    path = newest_whole(work_dir, faults.append)
+    for fault in faults:
+        print_log(fault, logger="current", level=logging.WARNING)
+    if path is None:
+        listed = "\n  ".join(faults)
+        return [None, CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")]
+    return [path, None]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner as _Runner
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.run_schema import RunConfig
 from ..version import __version__
@@ -25,9 +25,10 @@ from .checkpoint import (
     load_network,
     restore_rng_state,
     rng_state,
-    save_checkpoint,
 )
-from .distributed import Process
+from .distributed import Process, batch_norm_buffers
+from .interruption import Signals
+from .saving import copied
 from .schedule import Schedule
 from .task import Metrics, Task
 
@@ -49,6 +50,8 @@ class Runner(_Runner):
         ema: the moving average's holder, set by its hook.
         best: best score so far.
         last_metrics: what the last evaluation found.
+        resumed: ``meta`` of the checkpoint that the run goes on from.
+        signals: whether the process was asked to end.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Runner(_Runner):
         self.ema: nn.Module | None = None
         self.best = -1.0
         self.last_metrics: dict[str, float | None] = {}
+        self.resumed: dict[str, Any] | None = None
+        self.signals = Signals()
         self._has_loaded = False
         launcher = "none" if process.world_size == 1 else "pytorch"
         super().__init__(launcher=launcher, model=task.model, **kwargs)
@@ -125,12 +130,21 @@ class Runner(_Runner):
         self._has_loaded = True
         self.logger.info(f"resumed {self.resume_from}: epoch {self.epoch}, update {self.iter}")
 
-    def state(self, metrics: Metrics | None) -> dict[str, Any]:
+    def state(self, metrics: Metrics | None, is_best: bool = False) -> dict[str, Any]:
         """The run as a checkpoint; a collective call (see :mod:`kw.engine.checkpoint`)."""
-        states: list[Any] = [rng_state(self.process.device)]
+        own = {
+            "rng": rng_state(self.process.device),
+            "norms": [buffer.cpu() for buffer in self._statistics()],
+            "hooks": {
+                type(hook).__name__: copied(hook.state_dict())
+                for hook in self._hooks
+                if hasattr(hook, "state_dict")
+            },
+        }
+        ranks: list[Any] = [own]
         if self.process.world_size > 1:
-            own, states = states[0], [None] * self.process.world_size
-            dist.all_gather_object(states, own)
+            ranks = [None] * self.process.world_size
+            dist.all_gather_object(ranks, own)
         checkpoint = {
             "meta": {
                 "epoch": self.epoch,
@@ -138,16 +152,23 @@ class Runner(_Runner):
                 "config": self.task.config_text,
                 "classes": self.task.classes,
                 "best": self.best,
+                "is_best": is_best,
                 "metrics": metrics,
                 "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
             },
             "state_dict": self.task.network.state_dict(),
             "optimizer": self.optim_wrapper.state_dict(),
-            "rng": states,
+            "ranks": ranks,
         }
         if self.ema is not None:
             checkpoint["ema_state_dict"] = self.ema.state_dict()
         return checkpoint
+
+    def _statistics(self) -> list[Tensor]:
+        """Running statistics that differ from process to process: within an epoch, of BatchNorm."""
+        if self.process.world_size == 1:
+            return []
+        return batch_norm_buffers(self.task.network)
 
     def restore(self, checkpoint: dict[str, Any], source: str) -> None:
         """Continue where :meth:`state` was taken.
@@ -162,7 +183,7 @@ class Runner(_Runner):
             )
         meta = checkpoint["meta"]
         done, per_epoch = meta["iter"], self.schedule.updates_per_epoch
-        if done != meta["epoch"] * per_epoch:
+        if not 0 <= done - meta["epoch"] * per_epoch <= per_epoch:
             raise CheckpointError(
                 f"{source}: {done} updates in {meta['epoch']} epochs, where this run makes "
                 f"{per_epoch} an epoch; resume with the total_batch_size and the images that it "
@@ -177,17 +198,30 @@ class Runner(_Runner):
             load_network(self.ema, average, source)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
         self.best = meta["best"]
-        self.train_loop.resume_from(meta["epoch"], meta["iter"])
-        if len(checkpoint["rng"]) == self.process.world_size:
-            restore_rng_state(checkpoint["rng"][self.process.rank], self.process.device)
-        else:
-            self.logger.warning(
-                f"{source} was written by {len(checkpoint['rng'])} process(es): the recipe goes on "
-                f"with {self.process.world_size}, but drop path draws other numbers"
-            )
+        self.train_loop.resume_from(meta["epoch"], done)
+        self.resumed = meta
+        within = done > meta["epoch"] * per_epoch
+        self._restore_process(checkpoint["ranks"], source, within)
 
-    def save(self, path: Path, metrics: Metrics | None) -> None:
-        """Write a checkpoint; a collective call, rank 0 writes."""
-        checkpoint = self.state(metrics)
-        if self.process.is_main:
-            save_checkpoint(checkpoint, path)
+    def _restore_process(self, ranks: list[dict[str, Any]], source: str, within: bool) -> None:
+        """What belongs to this process; ``within``: an epoch was under way."""
+        if len(ranks) != self.process.world_size:
+            also = ", nor are BatchNorm's statistics those of each process" if within else ""
+            self.logger.warning(
+                f"{source} was written by {len(ranks)} process(es): the recipe goes on with "
+                f"{self.process.world_size}, but not to the bit: drop path draws other numbers, "
+                f"gradients are summed in another order{also}"
+            )
+            return
+        own = ranks[self.process.rank]
+        restore_rng_state(own["rng"], self.process.device)
+        for buffer, value in zip(self._statistics(), own["norms"], strict=True):
+            buffer.copy_(value)
+        if self.ema is not None:  # it copies buffers after each update
+            buffers = dict(self.task.network.named_buffers())
+            for name, buffer in self.ema.named_buffers():
+                buffer.copy_(buffers[name])
+        for hook in self._hooks:
+            state = own["hooks"].get(type(hook).__name__)
+            if state is not None and hasattr(hook, "load_state_dict"):
+                hook.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -34,9 +35,20 @@ class LogHook(Hook):
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-    def before_train(self, runner: Any) -> None:
         self._sums: dict[str, Tensor] = {}
         self._updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums since the last line."""
+        return {"sums": dict(self._sums), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._sums, self._updates = dict(state["sums"]), state["updates"]
+
+    def before_train(self, runner: Any) -> None:
+        device = runner.process.device
+        self._sums = {key: value.to(device) for key, value in self._sums.items()}
         self._anneals = has_temperature(runner.task.network)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
@@ -44,9 +56,10 @@ class LogHook(Hook):
         self._board: SummaryWriter | None = None
         if runner.process.is_main:
             self._file = Path(runner.work_dir, "log.jsonl")
-            _forget_after(self._file, runner.iter)
+            _forget_after(self._file, runner.iter, runner.epoch)
             self._board = SummaryWriter(
-                str(Path(runner.work_dir, "tensorboard")), purge_step=runner.iter or None
+                str(Path(runner.work_dir, "tensorboard")),
+                purge_step=runner.iter + 1 if runner.iter else None,
             )
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -93,7 +106,7 @@ class LogHook(Hook):
         values = dict(zip(self._sums, means.tolist(), strict=True))
         seconds = time.perf_counter() - self._started
         self._seconds += seconds
-        self._updates_timed += self._updates
+        self._updates_timed += self._updates  # those before a resume were not timed here
         update = runner.iter + 1
         values["lr"] = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
         if self._anneals:
@@ -124,9 +137,25 @@ class LogHook(Hook):
             self._board.add_scalar(f"{mode}/{key}", value, update)
 
 
-def _forget_after(path: Path, update: int) -> None:
-    """Drop lines of updates that a resumed run makes again."""
+def _forget_after(path: Path, update: int, epoch: int) -> None:
+    """Drop what a resumed run makes again, and a line that was cut off in the writing.
+
+    Args:
+        path: the log.
+        update: updates done.
+        epoch: epochs done, evaluation and all.
+    """
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["iter"] <= update))
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        done = entry["epoch"] <= epoch if entry["mode"] == "val" else entry["iter"] <= update
+        if done:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

@@ -1,0 +1,112 @@
+"""Leaving a run in good order: signals, and processes that agree when.
+
+A scheduler that wants its machine back sends SIGTERM, a user presses Ctrl-C. Either way the update
+under way is finished, a checkpoint is written, and the program ends with a status of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .distributed import TIMEOUT, Process
+
+__all__ = ["EXIT_STATUS", "Agreement", "Interrupted", "Signals"]
+
+EXIT_STATUS = 75
+"""Of a program that was asked to leave and saved its work: sysexits' EX_TEMPFAIL, try again."""
+
+
+class Interrupted(Exception):
+    """A run was asked to end and has saved its work.
+
+    Attributes:
+        checkpoint: what to go on from.
+    """
+
+    def __init__(self, name: str, checkpoint: str) -> None:
+        super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
+        self.checkpoint = checkpoint
+
+
+class Signals:
+    """Remembers that the process was asked to end.
+
+    Attributes:
+        name: of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once.
+
+        In another thread than the main one, signals cannot be watched and are left as they are.
+        """
+        try:
+            before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+class Agreement:
+    """What any process wants, known to all at the same update and one update later.
+
+    A word of two bytes travels over a process group on the hosts while the next update computes: no
+    update waits for a device, and hardly for another process.
+
+    Args:
+        process: this process.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._group: Any = None
+        self._word = torch.zeros(2, dtype=torch.uint8)
+        self._pending: Any = None
+        if process.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def exchange(self, save: bool, stop: bool) -> tuple[bool, bool]:
+        """Tell the others, and learn what was told at the update before.
+
+        Args:
+            save: this process wants a checkpoint.
+            stop: it has to end.
+
+        Returns:
+            Whether any process wanted a checkpoint, and whether any has to end. A process on its
+            own learns at once.
+        """
+        if self._group is None:
+            return save, stop
+        heard = (False, False)
+        if self._pending is not None:
+            self._pending.wait()
+            heard = bool(self._word[0]), bool(self._word[1])
+        self._word = torch.tensor([save, stop], dtype=torch.uint8)
+        self._pending = dist.all_reduce(
+            self._word, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return heard

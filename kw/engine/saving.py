@@ -1,0 +1,126 @@
+"""Writing checkpoints beside training: a copy is taken, and a thread writes it.
+
+Which files there are, and which of them to go on from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import find_damage, save_checkpoint
+
+__all__ = ["Writer", "checkpoint_name", "checkpoints", "copied", "link", "newest_whole"]
+
+_NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?\.pth")
+
+
+def checkpoint_name(epoch: int, update: int | None) -> str:
+    """File name of a checkpoint: ``epoch_3.pth``, or ``epoch_3_update_4100.pth`` within the next.
+
+    Args:
+        epoch: epochs done, evaluation and all.
+        update: updates done, of the whole run, where an epoch is under way.
+    """
+    return f"epoch_{epoch}.pth" if update is None else f"epoch_{epoch}_update_{update}.pth"
+
+
+def checkpoints(work_dir: Path) -> list[Path]:
+    """The checkpoints of a work directory, oldest of the run first."""
+    found = {
+        (int(match[1]), int(match[2] or -1)): path
+        for path in work_dir.glob("epoch_*.pth")
+        if (match := _NAME.fullmatch(path.name))
+    }
+    return [found[key] for key in sorted(found)]
+
+
+def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose checksums agree.
+
+    Args:
+        work_dir: where to look.
+        report: told of every newer one that is passed over, and why.
+    """
+    for path in reversed(checkpoints(work_dir)):
+        fault = find_damage(path) if path.stat().st_size else "it is empty"
+        if fault is None:
+            return path
+        report(f"passed over {path}: {fault}")
+    return None
+
+
+def copied(state: Any) -> Any:
+    """A state with all tensors copied to host memory, which training does not write to."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copied(value) for value in state]
+    return state
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, where the file system has them; else a copy. Replaces at once."""
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+class Writer:
+    """Writes one checkpoint at a time in a thread of its own.
+
+    Attributes:
+        failure: what kept the last one from being written, if anything; cleared by
+            :meth:`take_failure`.
+    """
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def write(self, state: Mapping[str, Any], path: Path, then: Callable[[], None]) -> None:
+        """Copy a state and begin to write it; waits for the one before.
+
+        Args:
+            state: tensors and plain types.
+            path: file to write.
+            then: called in the thread once the file is there.
+        """
+        self.wait()
+        copy = copied(state)
+
+        def work() -> None:
+            try:
+                save_checkpoint(copy, path)
+                then()
+            except OSError as error:
+                self.failure = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_failure(self) -> OSError | None:
+        """What went wrong since this was asked last; None while a write is under way."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        failure, self.failure = self.failure, None
+        return failure

@@ -1,0 +1,223 @@
+"""A run loses no more than the updates since its last checkpoint, whatever happens to it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kills import compare, run_with_kills
+from kills import settings as killed_settings
+
+from kw.config import config_from_mapping
+from kw.engine import CheckpointError, load_checkpoint, train
+from kw.engine.checkpoint import find_damage, save_checkpoint
+from kw.engine.interruption import EXIT_STATUS, Interrupted
+from kw.engine.saving import checkpoint_name, checkpoints, newest_whole
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 3)])
+def test_killed_and_resumed_is_never_interrupted(
+    images: Path, tmp_path: Path, processes: int, kills: int
+) -> None:
+    """Weights, averages, optimizer, best epoch and log, to the bit, after ``kill -9``."""
+    config = killed_settings(images)
+    run_with_kills(config, tmp_path / "whole", 0, processes, 0, 0.0)
+    hits = run_with_kills(config, tmp_path / "killed", kills, processes, 1, 1.5)
+    assert hits >= kills - 2
+    assert compare(tmp_path / "whole", tmp_path / "killed") == []
+
+
+def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**settings, **changes}
+
+
+def test_other_processes_follow_the_recipe(images: Path, tmp_path: Path) -> None:
+    """One process goes on where two stopped: the same total batch, and it says what differs."""
+    config = killed_settings(images)
+    run_with_kills({**config, "epochs": 2}, tmp_path, 0, 2, 0, 0.0)
+    train(config_from_mapping({**config, "epochs": 3}), tmp_path, resume=True)
+    log = "".join(path.read_text() for path in tmp_path.glob("*/*.log"))
+    assert "was written by 2 process(es)" in log
+    assert "not to the bit" in log
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [x["iter"] for x in lines if x["mode"] == "train"] == [3, 4, 7, 8, 11, 12]
+
+
+def test_names_sort_by_progress(tmp_path: Path) -> None:
+    names = [(1, None), (1, 5), (1, 12), (2, None), (10, None)]
+    for epoch, update in reversed(names):
+        (tmp_path / checkpoint_name(epoch, update)).touch()
+    (tmp_path / "epoch_x.pth").touch()
+    assert [p.name for p in checkpoints(tmp_path)] == [checkpoint_name(*name) for name in names]
+
+
+@pytest.fixture
+def run_dir(settings: dict[str, Any], tmp_path: Path) -> Path:
+    settings["checkpoint"] = {"updates": 2, "keep": 9}
+    train(config_from_mapping(settings), tmp_path)
+    assert len(checkpoints(tmp_path)) == 4  # updates 2, 4 (epoch 1), 6 and 8 (epoch 2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
+def test_resume_takes_the_newest_whole_file(
+    settings: dict[str, Any], run_dir: Path, damage: str
+) -> None:
+    newest = checkpoints(run_dir)[-1]
+    content = bytearray(newest.read_bytes())
+    newest.unlink()  # best.pth may be the same file
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content[len(content) // 2] ^= 16
+    newest.write_bytes(content)
+    said: list[str] = []
+    chosen = newest_whole(run_dir, said.append)
+    assert chosen == checkpoints(run_dir)[-2]
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    train(config_from_mapping(settings), run_dir, resume=True)
+    assert find_damage(newest) is None
+
+
+def test_no_whole_file_is_an_error(settings: dict[str, Any], run_dir: Path) -> None:
+    """And no reason to begin anew."""
+    for path in checkpoints(run_dir):
+        path.unlink()
+        path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of[\s\S]*epoch_2\.pth"):
+        train(config_from_mapping(settings), run_dir, resume=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_there(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the run says so and goes on. At the end: it is an error."""
+    written: list[int] = []
+    save = torch.save
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        written.append(state["meta"]["epoch"])
+        if len(written) in failing:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    settings["epochs"], failing = 3, {2}
+    train(config_from_mapping(settings), tmp_path / "once")
+    assert [path.name for path in checkpoints(tmp_path / "once")] == ["epoch_1.pth", "epoch_3.pth"]
+    assert "could not be written" in next((tmp_path / "once").glob("*/*.log")).read_text()
+    written.clear()
+    failing = {3}
+    with pytest.raises(CheckpointError, match="No space left"):
+        train(config_from_mapping(settings), tmp_path / "end")
+    left = checkpoints(tmp_path / "end")
+    assert [path.name for path in left] == ["epoch_1.pth", "epoch_2.pth"]
+    assert all(find_damage(path) is None for path in left)
+    assert not list((tmp_path / "end").glob("*.partial"))
+
+
+def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Killed after a best epoch was written, and before it was named."""
+    train(config_from_mapping(changed(settings, epochs=1)), tmp_path)
+    for name in ("best.pth", "last.pth", "results.json"):
+        (tmp_path / name).unlink()
+    train(config_from_mapping(changed(settings, epochs=1)), tmp_path, resume=True)
+    best = load_checkpoint(tmp_path / "best.pth")
+    assert (
+        best["meta"]["epoch"] == json.loads((tmp_path / "results.json").read_text())["epoch"] == 1
+    )
+
+
+def test_minutes(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["checkpoint"] = {"minutes": 1e-9, "keep": 99}
+    train(config_from_mapping(settings), tmp_path)
+    names = {path.name for path in checkpoints(tmp_path)}
+    assert {f"epoch_0_update_{i}.pth" for i in (1, 2, 3)} <= names
+
+
+def test_training_does_not_wait_for_the_disk(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at its update, though training has gone on since."""
+    threads: set[str] = set()
+    save = save_checkpoint
+
+    def slow(state: Any, path: Path) -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.3)
+        save(state, path)
+
+    monkeypatch.setattr("kw.engine.saving.save_checkpoint", slow)
+    settings["checkpoint"] = {"updates": 2, "keep": 99}
+    train(config_from_mapping(settings), tmp_path / "slow")
+    monkeypatch.undo()
+    train(config_from_mapping(settings), tmp_path / "quick")
+    assert threads == {"checkpoint"}
+    for path in checkpoints(tmp_path / "quick"):
+        one, other = load_checkpoint(path), load_checkpoint(tmp_path / "slow" / path.name)
+        for key, value in one["state_dict"].items():
+            assert torch.equal(value, other["state_dict"][key]), (path.name, key)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+    """The update under way is finished and saved; resumed, nothing is lost or done twice."""
+    settings["epochs"] = 4
+    sent = threading.Timer(0.6, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    sent.start()
+
+    def train_until_it_comes() -> None:
+        while True:
+            settings["epochs"] += 4
+            train(config_from_mapping(settings), tmp_path / "parts", resume=True)
+
+    with pytest.raises(Interrupted, match=number.name) as caught:
+        train_until_it_comes()
+    assert signal.getsignal(number) is before
+    assert load_checkpoint(caught.value.checkpoint)["meta"]["iter"] > 0
+    train(config_from_mapping(settings), tmp_path / "parts", resume=True)
+    lines = [json.loads(x) for x in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    updates = [line["iter"] for line in lines if line["mode"] == "train"]
+    assert updates == list(range(1, 4 * settings["epochs"] + 1))
+
+
+def test_the_exit_status_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    settings["epochs"] = 500
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "tools/train.py", str(tmp_path / "config.yaml")]
+    run = subprocess.Popen(
+        [*command, "--work-dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() or not log.read_text():
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == EXIT_STATUS
+    assert "SIGTERM: saved" in errors
+    assert "Traceback" not in errors
