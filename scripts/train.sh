@@ -52,6 +52,8 @@ if [[ $nodes != 1 ]]; then
 fi
 
 cd "$root"
+# A store of its own for every start: in a shared one, processes would look for dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
     --max-restarts "${RESTARTS:-3}" "${rendezvous[@]}" \
     tools/train.py "$config" --launcher pytorch --resume "$@"

@@ -80,7 +80,14 @@ def join_group(launcher: str) -> Process:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         bound = None if device.type == "cpu" else device
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+        # torchrun keeps one store over restarts, in which the dead processes' addresses still stand.
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        attempt = dist.PrefixStore(
+            f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
+        dist.init_process_group(
+            backend, store=attempt, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound
+        )
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -1,0 +1,139 @@
+"""The launchers, as far as one machine can: elastic workers that die, a queue that takes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from kills import compare, free_port, run_with_kills
+from kills import settings as killed_settings
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+@pytest.fixture
+def config(images: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**killed_settings(images), "epochs": 3}))
+    return path
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The training processes that torchrun has started."""
+    return [pid for pid in children(launcher) if b"tools/train.py" in command_of(pid)]
+
+
+def children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for thread in threads for word in thread.read_text().split()]
+
+
+def command_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_dead_worker_does_not_end_the_job(config: Path, images: Path, tmp_path: Path) -> None:
+    """Two elastic workers, one killed: the job ends as one that nothing happened to."""
+    settings = yaml.safe_load(config.read_text())
+    work_dir = tmp_path / "job"
+    rendezvous = {"NODES": "1:1", "RENDEZVOUS": f"127.0.0.1:{free_port()}", "PROCESSES": "2"}
+    job = subprocess.Popen(
+        ["scripts/train.sh", str(config), "--work-dir", str(work_dir)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **rendezvous, "RESTARTS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(work_dir.glob("epoch_*.pth")):
+        assert job.poll() is None
+        time.sleep(0.05)
+    workers = workers_of(job.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors[-3000:]
+    run_with_kills(settings, tmp_path / "whole", 0, 2, 0, 0.0)
+    assert compare(tmp_path / "whole", work_dir) == []
+
+
+def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """The job's script with stand-ins for slurm's commands, which note how they were called."""
+    commands = tmp_path / "bin"
+    commands.mkdir(exist_ok=True)
+    scripts = {
+        "srun": 'shift\nexport SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\nexec "$@"\n',
+        "scontrol": f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued\n',
+    }
+    for name, body in scripts.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (commands / name).chmod(0o755)
+    return subprocess.Popen(
+        [str(ROOT / "scripts" / "train.slurm"), *map(str, arguments)],
+        env={
+            **ENVIRONMENT,
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": str(free_port()),
+            "SLURM_JOB_NODELIST": "here",
+            **variables,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path) -> None:
+    """And the second time it goes on where it stopped; an array's job takes its configuration."""
+    settings = yaml.safe_load(config.read_text())
+    settings["epochs"] = 100
+    config.write_text(yaml.safe_dump(settings))
+    work_dir = tmp_path / "job"
+    options = f"--work-dir {work_dir} --cfg-options epochs="
+    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+    job = slurm(tmp_path, "none.yaml", config, OPTIONS=f"{options}100", **array)
+    while not (work_dir / "log.jsonl").exists():
+        assert job.poll() is None, job.communicate()[0][-3000:]
+        time.sleep(0.05)
+    for pid in children(job.pid):
+        os.kill(pid, signal.SIGTERM)  # as slurm does: to the processes, not to the script
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, output[-3000:]
+    assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    assert "SIGTERM: saved" in output
+    done = json.loads((work_dir / "log.jsonl").read_text().splitlines()[-1])["epoch"]
+    job = slurm(tmp_path, "none.yaml", config, OPTIONS=f"{options}{done + 2}", **array)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output[-3000:]
+    assert "resumed" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "message"),
+    [
+        (["scripts/train.sh"], {}, "usage:"),
+        (["scripts/train.sh", "c.yaml"], {"NODES": "2"}, "needs RENDEZVOUS"),
+        (["scripts/train.slurm"], {}, "sbatch --array"),
+        (["scripts/train.slurm", "c.yaml"], {"SLURM_ARRAY_TASK_ID": "3"}, "array job 3, but 1"),
+    ],
+)
+def test_usage(command: list[str], variables: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**ENVIRONMENT, **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
