@@ -29,7 +29,8 @@ class DeviceProfile:
     launch: float
 
     def seconds(self, cost: Cost, dtype: torch.dtype, efficiency: float = 1.0) -> float:
-        """Predicted time: arithmetic or memory, whichever takes longer, and the calls.
+        """Predicted time: arithmetic or memory, whichever takes longer, memory that is waited for,
+        and the calls.
 
         Args:
             cost: of a back end.
@@ -38,7 +39,8 @@ class DeviceProfile:
         """
         dense = self.dense.get(dtype, self.dense[torch.float32]) * efficiency
         arithmetic = cost.dense_macs / dense + cost.slow_macs / self.slow
-        return max(arithmetic, cost.bytes / self.bandwidth) + cost.launches * self.launch
+        overlapped = max(arithmetic, cost.bytes / self.bandwidth)
+        return overlapped + cost.waiting_bytes / self.bandwidth + cost.launches * self.launch
 
 
 def device_profile(device: str) -> DeviceProfile:
