@@ -72,17 +72,22 @@ def batched_layouts(code: str) -> list[list[int]]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and instructions in the code: products, and loads of what was spilled
-    for want of registers."""
+    """Registers of a thread; matrix instructions and loads of what was spilled for want of
+    registers, both in the innermost loop."""
     tool = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
         code = subprocess.check_output([tool, "-sass", file.name], text=True)
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    names = {"HMMA": "matrix instructions", "LDL": "spilled loads"}
-    counts = {name: len(re.findall(rf"\b{op}\b", code)) for op, name in names.items()}
-    return {"registers": registers, **counts}
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+    jumps = [(at, re.search(r"BRA.* 0x([0-9a-f]+)", text)) for at, text in lines]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    bodies = [[text for at, text in lines if a <= at <= b] for a, b in loops]
+    found = {"registers": int(re.findall(r"REG:(\d+)", usage)[-1]), "matrix": 0, "spilled": 0}
+    for body in sorted(bodies, key=len, reverse=True):  # the shortest with products stays
+        if matrix := sum("MMA." in text for text in body):
+            found |= {"matrix": matrix, "spilled": sum("LDL" in text for text in body)}
+    return found
 
 
 def compile_layer(
