@@ -197,7 +197,8 @@ def test_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    ("cells", "parts"), [(1, (16, 0)), (27, (32, 0)), (47, (32, 16)), (66, (64, 16)), (97, (128, 0))]
+    ("cells", "parts"),
+    [(1, (16, 0)), (27, (32, 0)), (47, (32, 16)), (66, (64, 16)), (97, (128, 0))],
 )
 def test_tiles_hold_all_cells_in_little_memory(cells, parts):
     tiles = tiles_on_chip(49, cells, 2)
@@ -216,7 +217,7 @@ def test_cost_counts_padding():
     assert both.dense_macs == 2 * values * (32 + 64)
     assert both.waiting_bytes > 3 * 2 * 128 * 512 * 512 * 9  # kernels' gradients, in and out
     strict = cost(problem(dtype=torch.float32))
-    assert (strict.dense_macs, strict.slow_macs) == (0, cost(problem()).dense_macs)
+    assert strict.slow_macs > cost(problem()).dense_macs  # no tensor cores
 
 
 @pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton")

@@ -31,7 +31,13 @@ keeps what it keeps; the planner never takes them."""
 CONTRACTIONS: dict[str, Contraction] = {
     contraction.name: contraction
     for contraction in (
-        Native(), TritonConv(), TritonOnChip(), Depthwise(), Kernels(), Bmm(), MixInputs()
+        Native(),
+        TritonConv(),
+        TritonOnChip(),
+        Depthwise(),
+        Kernels(),
+        Bmm(),
+        MixInputs(),
     )
 }
 """Back ends with gradients of their own, the preferred first where costs are equal."""

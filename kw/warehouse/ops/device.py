@@ -86,9 +86,7 @@ def _gpu_profile(
     single = half / 2 if reduced_float32 else 0.7 * per_clock * 128
     dense = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     dense[torch.float64] = per_clock * 32
-    return DeviceProfile(
-        dense, slow=0.3 * per_clock * 128, bandwidth=0.8 * bandwidth, launch=4e-6
-    )
+    return DeviceProfile(dense, slow=0.3 * per_clock * 128, bandwidth=0.8 * bandwidth, launch=4e-6)
 
 
 GPUS = {

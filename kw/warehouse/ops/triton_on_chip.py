@@ -25,6 +25,9 @@ __all__ = ["TritonOnChip"]
 _SHARED = 227 << 10
 """Bytes of shared memory for a program where a device does not say: those of a Hopper GPU."""
 
+_SPILLING = 4
+"""What float32 without tensor cores takes beside its multiply-adds: an estimate."""
+
 
 class TritonOnChip(Contraction):
     """Keep a tile of the cells on chip, mix it for eight samples at a time, convolve with that.
@@ -117,7 +120,8 @@ class TritonOnChip(Contraction):
         if problem.device == "cpu":  # interpreted: right, and thousands of times slower
             return Cost(slow_macs=2000 * cost.dense_macs)
         if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
-            return replace(cost, dense_macs=0, slow_macs=cost.dense_macs)  # no tensor cores
+            # Without tensor cores, and with sums that the registers do not hold beside operands.
+            return replace(cost, dense_macs=0, slow_macs=_SPILLING * cost.dense_macs)
         return cost
 
     def _macs(self, problem: Problem, positions: int, transposed: bool) -> float:

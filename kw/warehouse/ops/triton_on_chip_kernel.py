@@ -5,8 +5,8 @@ S of a program, m mixtures, n cells, J cells padded, G mixtures at a time, P pos
 read channels, T taps.
 
 One tile of the cells, ``[n, TILE_N * TILE_K]``, stays in shared memory while every mixture of it
-and ``S`` samples are made: for ``G`` mixtures a small product with coefficients ``[G * S, n]``, then
-a batched product, one sample a matrix, of the input at G taps with what came out.
+is made for ``S`` samples: for ``G`` mixtures at a time a small product with their coefficients,
+``[G * S, n]``, then a batched product, one sample a matrix, of the input at G taps with the result.
 
 Per value of a kernel (late layer, 16 bit) this moves through shared memory: ``2 J / 16`` bytes of
 cells, since 16 rows are what one instruction takes; 4 to bring the mixed tile from the warps that
@@ -107,7 +107,8 @@ def convolve_on_chip(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """``y[b, n, p] = sum_{t, k} sum_j alpha[b, mixture(n, k, t), j] cells[j, n, k, t] x[b, k, p, t]``
+    """``y[b, n, p] = sum_{t, k} (sum_j alpha[b, i, j] cells[j, n, k, t]) x[b, k, p + t]``, where
+    mixture ``i`` is that of the blocks in which ``n``, ``k`` and ``t`` lie.
 
     The input is packed: channels in runs of ``TILE_K``, positions and rim around them, so that a
     tap of a tile is read without a comparison, in whole lines. A program makes ``TILE_P`` positions

@@ -1,7 +1,7 @@
 """How the on-chip kernel is launched: inputs packed, coefficients padded, strides.
 
-Legend: B samples, C channels, m mixtures, n cells, K read channels of a tile, S, GO, GI blocks along
-space, output and input channels, ck kernel positions inside of a cell.
+Legend: B samples, C channels, m mixtures, n cells, K read channels of a tile, GO, GI blocks along
+output and input channels, ck kernel positions inside of a cell.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ def _launch(
     part = spec.partition
     x, windows = packed.data, [_Window(0, 1)] * (AXES - len(axes)) + packed.windows
     axes = pad_axes(axes)
-    x_b, x_block, x_chunk, *x_space, _ = x.stride()
-    x_space = pad(tuple(x_space), 0)
-    per_axis = list(zip(axes, windows, x_space, strict=True))
-    x = shift(x, sum((axis.start - w.low) * s for axis, w, s in per_axis))
-    batch, y_b, y_c, *y_space = len(y), *y.stride()
-    y_space = pad(tuple(y_space), 0)
+    x_b, x_block, x_chunk, *x_inner, _ = x.stride()
+    x_space = pad(tuple(x_inner), 0)
+    begin = zip(axes, windows, x_space, strict=True)
+    x = shift(x, sum((axis.start - window.low) * s for axis, window, s in begin))
+    batch, y_b, y_c, *y_inner = len(y), *y.stride()
+    y_space = pad(tuple(y_inner), 0)
     y = shift(y, sum(axis.write_start * s for axis, s in zip(axes, y_space, strict=True)))
 
     # Kernel positions are mixtures, or lie inside of a cell.
