@@ -22,6 +22,8 @@ from kw.warehouse.ops import planner
 from kw.warehouse.ops.device import GPUS, DeviceProfile
 from kw.warehouse.ops.planner import Prediction
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def milliseconds(costs: tuple[Prediction, ...], name: str) -> str:
     """The predicted time of one back end."""
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: the configuration's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gpu", choices=GPUS, help="one that is not there, by its data sheet")
+    parser.add_argument("--precision", choices=DTYPES, help="default: the configuration's")
     parser.add_argument("--threads", type=int, help="of operators on CPU; default: PyTorch's")
     args = parser.parse_args()
     if args.gpu:
@@ -88,7 +91,7 @@ def main() -> None:
     images = torch.zeros(size, device=args.device)
     if config.channels_last:
         images = images.to(memory_format=torch.channels_last)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    dtype = DTYPES[args.precision or config.precision]
     with torch.autocast(args.device, dtype, enabled=dtype is not None and not args.gpu):
         choices = explain(network, images)
     if args.gpu:
