@@ -21,7 +21,7 @@ from kw.warehouse import KernelShape, partition_kernels
 from kw.warehouse.ops import ConvSpec, triton_kernels, triton_launch, triton_on_chip_kernel
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.triton_conv import TritonConv
-from kw.warehouse.ops.triton_on_chip import TritonOnChip
+from kw.warehouse.ops.triton_on_chip import _TRITON, TritonOnChip, _triton
 
 
 class Hopper:
@@ -141,7 +141,8 @@ def main() -> None:
     compile_layer(TritonConv(), (128, 128), 3, 28)
     compile_layer(TritonConv(), (128, 128), 1, 28)
     # The last stages of ResNet18 1x and 4x and of ResNet50 1x.
-    for channels, kernel, cells in (
+    usable = _triton() >= _TRITON
+    for channels, kernel, cells in usable * (
         ((512, 512), 3, 27),
         ((512, 512), 3, 108),
         ((2048, 512), 1, 47),

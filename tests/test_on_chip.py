@@ -181,19 +181,30 @@ def problem(channels=512, size=7, kernel=3, cells=27, batch=128, dtype=torch.bfl
     return Problem(spec, cells, batch, (size, size), dtype, device="cuda", **rest)
 
 
+can_compile = pytest.mark.skipif(
+    TritonOnChip().refusal(problem()) is not None, reason="needs a Triton that compiles it"
+)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on CPU tensors")
 def test_refuses_other_devices():
     reason = TritonOnChip().refusal(replace(problem(), device="cpu"))
     assert reason == "runs on CUDA devices, not on 'cpu'"
 
 
-@pytest.mark.skipif(not TRITON, reason="needs Triton")
+@can_compile
 def test_refuses_what_it_cannot_do():
     refusal = TritonOnChip().refusal
     assert refusal(problem()) is None
     assert refusal(problem(cells=188)) == "keeps tiles of up to 128 cells on chip, not of 188"
     assert "not in float32 under 16 bit" in refusal(problem(cells_dtype=torch.float32))
     assert "float64" in refusal(problem(dtype=torch.float64))
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_refuses_compilers_that_crash(monkeypatch):
+    monkeypatch.setattr("kw.warehouse.ops.triton_on_chip._triton", lambda: (3, 2))
+    assert TritonOnChip().refusal(problem()) == "needs Triton 3.4, not 3.2"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +231,7 @@ def test_cost_counts_padding():
     assert strict.slow_macs > cost(problem()).dense_macs  # no tensor cores
 
 
-@pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton")
+@can_compile
 def test_is_chosen_for_few_positions_and_cells():
     """Where a GPU's memory would be waited for, and not where mixing takes longer."""
 

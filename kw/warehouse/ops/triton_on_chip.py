@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,10 @@ __all__ = ["TritonOnChip"]
 
 _SHARED = 227 << 10
 """Bytes of shared memory for a program where a device does not say: those of a Hopper GPU."""
+
+_TRITON = (3, 4)
+"""The first Triton whose compiler can be used: 3.2 crashes on the kernel, and 3.3 lays the input
+out so that reads from shared memory conflict. From 3.5 on the loop hardly spills."""
 
 _SPILLING = 4
 """What float32 without tensor cores takes beside its multiply-adds: an estimate."""
@@ -57,13 +62,17 @@ class TritonOnChip(Contraction):
         if problem.cells_dtype not in (None, problem.dtype):
             return "mixes in the type of the input, not in float32 under 16 bit"
         reason = self.through_memory.refusal(problem)
-        if reason is None and problem.device == "cuda" and torch.cuda.is_available():
+        if reason is not None or problem.device != "cuda":
+            return reason
+        if _triton() < _TRITON:
+            return "needs Triton {}.{}, not {}.{}".format(*_TRITON, *_triton())
+        if torch.cuda.is_available():
             wanted = tiles_on_chip(64, problem.cells, problem.itemsize).shared(problem.itemsize)
             device = torch.cuda.get_device_properties(torch.cuda.current_device())
             there = getattr(device, "shared_memory_per_block_optin", _SHARED)
             if wanted > there:
-                return f"needs {wanted >> 10} KB of shared memory, which has {there >> 10}"
-        return reason
+                return f"needs {wanted >> 10} KB of shared memory; the device has {there >> 10}"
+        return None
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         y = _empty(x, spec.out_channels, spec.output_size(x.shape[2:]))
@@ -135,6 +144,15 @@ class TritonOnChip(Contraction):
         values = _up(problem.batch, tiles.samples) * mixtures * math.prod(part.cell_kernel)
         values *= _up(read[1], tiles.inner) * written[0] * _up(written[1], tiles.channels)
         return values * -(-positions // tiles.positions) * (tiles.all_cells + tiles.positions)
+
+
+@cache
+def _triton() -> tuple[int, int]:
+    """Its version; asked for where it can be imported."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _up(count: int, step: int) -> int:
