@@ -99,12 +99,15 @@ class Cost:
         slow_macs: multiply-adds outside of them (depthwise, elementwise).
         bytes: read and written beyond the caches.
         launches: calls of library functions or kernels.
+        waiting_bytes: moved by calls that have no time to multiply meanwhile, beside others that
+            do little else: their time is added, where that of ``bytes`` hides behind arithmetic.
     """
 
     dense_macs: float = 0
     slow_macs: float = 0
     bytes: float = 0
     launches: float = 0
+    waiting_bytes: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -112,6 +115,7 @@ class Cost:
             self.slow_macs + other.slow_macs,
             self.bytes + other.bytes,
             self.launches + other.launches,
+            self.waiting_bytes + other.waiting_bytes,
         )
 
 
