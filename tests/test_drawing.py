@@ -73,7 +73,7 @@ def test_masks_are_translucent_with_an_outline() -> None:
     assert 0 < abs(int(inside[0]) - GREY) < abs(colour[0] - GREY)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (37, 900), (1500, 2000)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (37, 900), (500, 700)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "F"])
 def test_any_image_with_any_boxes(size: tuple[int, int], mode: str) -> None:
     height, width = size
