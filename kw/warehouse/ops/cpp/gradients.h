@@ -40,7 +40,7 @@ struct Gradients {
   Rows x, grad;
   Index width;  // of a block of channels in grad
   float *partial, *alpha_grad, *cells_grad;
-  bool add;  // to cells_grad, which holds the sums of earlier samples
+  bool add;  // to cells_grad, which holds the sums of earlier samples or other layers
   const Phase& forward;
 };
 
