@@ -187,9 +187,7 @@ class _DynamicConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable(grad, x, alpha, cells, ctx.spec, needs)
         else:
-            found = _run_backward(
-                grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor
-            )
+            found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
         return *found, None, None, None
 
 
@@ -197,8 +195,10 @@ def _differentiable(
     grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """Gradients that are to be differentiated again (``create_graph``): ordinary code's."""
-    wanted = [t for t, needed in zip((x, alpha, cells), needs, strict=True) if needed]
-    y = conv_bmm(x, alpha, cells, spec)
+    # Of aliases: coefficients come from the input, whose gradient here is that of the convolution.
+    aliases = [t.view_as(t) for t in (x, alpha, cells)]
+    wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed]
+    y = conv_bmm(aliases[0], aliases[1], aliases[2], spec)
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
 

@@ -29,7 +29,7 @@ struct Parts {
 
 inline Parts parts_of(const Layer& l) {
   const Index tiles = (l.cell_out + T - 1) / T;
-  const Index wanted = std::max<Index>((16 + tiles - 1) / tiles, 1);
+  const Index wanted = std::max<Index>((8 + tiles - 1) / tiles, 1);
   const Index each = std::max<Index>(l.cell_in / wanted / 16 * 16, std::min<Index>(16, l.cell_in));
   return {tiles, (l.cell_in + each - 1) / each, each};
 }
