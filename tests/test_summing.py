@@ -83,7 +83,8 @@ def plain() -> Chain:
 
 
 def same(actual: Tensor | None, expected: Tensor | None) -> None:
-    assert actual is not None and expected is not None
+    assert actual is not None
+    assert expected is not None
     actual, expected = actual.detach(), expected.detach()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

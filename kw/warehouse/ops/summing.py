@@ -13,8 +13,8 @@ gradient: hooks, other back ends, other uses of the cells.
 
 - A buffer belongs to one backward pass, by the engine's number for it: partial gradients, repeated
   passes and passes in several threads or inside one another do not meet.
-- Where the engine will not run ``_Sum`` (the cells' gradient is not asked for, or it is asked for in
-  another way), a layer returns its gradient as any other function does.
+- Where the engine will not run ``_Sum`` (the cells' gradient is not asked for), a layer returns its
+  gradient as any other function does.
 - The anchor is kept by the nodes of the layers alone, and goes with the last of them.
 """
 
