@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .spec import ConvSpec
+from .summing import GradientSum
 
-__all__ = ["Contraction", "Cost", "Needs", "Problem"]
+__all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction"]
 
 Needs = tuple[bool, bool, bool]
 """Whether the gradient of the input, of the coefficients and of the cells is wanted."""
@@ -160,3 +161,32 @@ class Contraction:
     def cost(self, problem: Problem) -> Cost:
         """Of the forward pass or, when training, of both passes."""
         raise NotImplementedError
+
+
+class SummingContraction(Contraction):
+    """One that can add the cells' gradient to what other layers of the warehouse have given."""
+
+    def backward_summing(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+        total: GradientSum | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As :meth:`backward`; the cells' gradient is added to ``total``, if there is one, and
+        ``None`` is returned for it."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.backward_summing(grad, x, alpha, cells, spec, needs, None)
