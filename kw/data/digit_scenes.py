@@ -60,7 +60,7 @@ class Scene:
 
 
 def write_digit_scenes(
-    root: str | os.PathLike[str], train: int = 600, val: int = 120, seed: int = 0
+    root: str | os.PathLike[str], train: int = 1200, val: int = 120, seed: int = 0
 ) -> dict[str, int]:
     """Write canvases and their annotations in COCO's format.
 
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write canvases of handwritten digits with annotations in COCO's format.",
     )
     parser.add_argument("root", help="folder to write: absent, empty, or written before")
-    parser.add_argument("--train", type=int, default=600, help="canvases to train on (600)")
+    parser.add_argument("--train", type=int, default=1200, help="canvases to train on (1200)")
     parser.add_argument("--val", type=int, default=120, help="canvases to validate on (120)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the canvases (0)")
     options = parser.parse_args(arguments)
