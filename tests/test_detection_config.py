@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from coco_set import detector_text, write_coco_set
+from torch import nn
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
 from kw.config import ConfigError
 from kw.detection import load_detector_config
 from kw.detection.detector import build_detector, has_masks, lr_scales
+from kw.warehouse import KWLayer
 
 COCO = Path(__file__).parents[1] / "configs" / "coco"
 SHIPPED = sorted(COCO.glob("*.py"))
@@ -63,6 +65,21 @@ def test_shipped_configurations_build(path: Path) -> None:
     assert detector.roi_head.bbox_head.num_classes == 3
     scales = set(lr_scales(detector, run.optimizer.layer_decay).values())
     assert len(scales) == (7 if is_convnext else 0)
+
+
+def test_the_demo_learns_what_it_is_evaluated_on() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_detector_config(COCO.parent / "demo" / "overfit_coco.py")
+    data = config.run.data
+    assert (data.train_annotations, data.train_images) == (data.val_annotations, data.val_images)
+    assert not [step for step in config.train_pipeline if "Random" in step["type"]]
+    assert config.model["backbone"].get("weights") is None
+    detector = build_detector(config.model, ["a", "b", "c"])
+    assert has_masks(detector)
+    assert any(isinstance(module, KWLayer) for module in detector.backbone.modules())
+    # Few images an update: no statistics over the batch.
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in detector.modules())
 
 
 def test_a_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from coco_set import detector_text, write_coco_set
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kw.config import ConfigError
 from kw.data import DataError
-from kw.detection import evaluate_checkpoint, load_detector_config, train
+from kw.detection import evaluate_checkpoint, load_detector_config, train, write_pictures
 from kw.detection.data import Samples, build_train_loader
 from kw.detection.evaluation import FIGURES
 from kw.detection.sets import class_names, write_subset
@@ -208,3 +210,16 @@ def test_a_part_of_a_set(coco: Path, tmp_path: Path) -> None:
     assert {each["image_id"] for each in part["annotations"]} == {100, 101, 102}
     with pytest.raises(DataError, match="has 7 images with objects, fewer than 8"):
         write_subset(source, target, 8)
+
+
+def test_pictures(file: Path, tmp_path: Path) -> None:
+    """Predictions beside the truth, one picture an image; the last has no object."""
+    train(load_detector_config(file, ["epochs=1", "schedule.milestones=[0.5]"]), tmp_path / "run")
+    out = tmp_path / "pictures"
+    checkpoint = tmp_path / "run" / "last.pth"
+    written = write_pictures(load_detector_config(file), checkpoint, out, images=99, score=0.0)
+    assert [path.name for path in written] == [f"val_{i}.png" for i in range(5)] + ["sheet.png"]
+    sizes = {path.name: Image.open(path).size for path in written}
+    assert sizes["val_1.png"][0] > 2 * sizes["val_1.png"][1]  # two 96 x 64 images side by side
+    annotated = np.asarray(Image.open(written[0]).convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(annotated, axis=0)) > 50

@@ -1,54 +1,31 @@
-"""The Triton back end against the reference: values and all three gradients.
-
-Kernels run on a GPU where there is one. Elsewhere they go through Triton's interpreter, which must
-be asked for before Triton is imported: the last test runs this file again in a process of its own.
-"""
+"""The Triton back end against the reference: values and all three gradients."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import triton_checks
 from convolutions import CASES, HALVES, WHOLE, Case
+from triton_checks import (
+    DEVICE,
+    INTERPRETED,
+    TRITON,
+    can_start_interpreter,
+    gpu_only,
+    run_in_interpreter,
+    runs_kernels,
+)
 
 from kw.warehouse.ops import triton_conv, triton_launch
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
 from kw.warehouse.ops.triton_tiles import Tiles
-
-INTERPRETED = triton_launch.interpreted()
-TRITON = importlib.util.find_spec("triton") is not None
-GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if GPU else "cpu"
-
-
-def interpreter_loops():
-    """Whether it counts loops: up to Triton 3.6 it cannot from NumPy 2.4 on, which took back that
-    an array of one value is a number."""
-    *tensors, spec = Case((1,), (2,), (1, 1), batch=1).make()
-    x, alpha, cells = (t.detach().float() for t in tensors)
-    try:
-        TritonConv().backward(x, x, alpha, cells, spec, (False, True, False))
-    except Exception as error:
-        if "0-dimensional" in str(error):
-            return False
-        raise
-    return True
-
-
-runs_kernels = pytest.mark.skipif(
-    not (TRITON and (GPU or (INTERPRETED and interpreter_loops()))),
-    reason="needs Triton and a GPU or an interpreter that works with this NumPy",
-)
-gpu_only = pytest.mark.skipif(not (TRITON and GPU), reason="needs Triton and a GPU")
 
 # The interpreter is slow: two samples at most, and not the case of forty-nine taps.
 UNGROUPED = {
@@ -66,38 +43,8 @@ SMALL = {
 SMALLEST_TILES = Tiles(16, 16, 16, 4, 2)
 
 
-def layout(x, channels_last):
-    x = x.contiguous()
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
-
-
-def compare(
-    case, scratch, channels_last=False, dtype=torch.float32, tolerance=1e-5, cells_dtype=None
-):
-    """Relative errors against the reference in float64, on inputs rounded to ``dtype``."""
-    *tensors, spec = case.make()
-    tensors = [t.detach().to(dtype).double().requires_grad_() for t in tensors]
-    expected = conv_reference(*tensors, spec)
-    weight = torch.randn_like(expected).to(dtype).double()
-    expected_gradients = torch.autograd.grad(expected, tensors, weight)
-
-    x, alpha, cells, grad = (t.detach().to(DEVICE, dtype) for t in (*tensors, weight))
-    x, grad, alpha = layout(x, channels_last), layout(grad, channels_last), alpha.float()
-    cells = cells.to(cells_dtype or dtype)
-    backend = TritonConv(scratch)
-    actual = backend.forward(x, alpha, cells, spec)
-    gradients = backend.backward(grad, x, alpha, cells, spec, (True, True, True))
-    dtypes = (dtype, dtype, torch.float32, cells.dtype)
-    for name, ours, theirs, kind in zip(
-        ("y", "x", "alpha", "cells"),
-        (actual, *gradients),
-        (expected, *expected_gradients),
-        dtypes,
-        strict=True,
-    ):
-        assert (ours.dtype, ours.shape) == (kind, theirs.shape), name
-        error = (ours.cpu().double() - theirs).norm() / theirs.norm()
-        assert error < tolerance, f"{name} is off by {error:.1e}"  # NaN is not below
+def compare(case, scratch, channels_last=False, **settings):
+    triton_checks.compare(TritonConv(scratch), case, channels_last, **settings)
 
 
 @runs_kernels
@@ -190,7 +137,7 @@ LARGE = {
 def test_layers_of_networks(case, channels_last, dtype):
     tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-5
     for scratch in (1 << 28, 1 << 23):
-        compare(case, scratch, channels_last, dtype, tolerance)
+        compare(case, scratch, channels_last, dtype=dtype, tolerance=tolerance)
 
 
 @gpu_only
@@ -278,10 +225,6 @@ def test_cost_counts_what_is_assembled():
     assert TritonConv().cost(problem(layer)).slow_macs == 64 * kernels  # float32, no tensor cores
 
 
-@pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton; or this is that process")
+@can_start_interpreter
 def test_in_the_interpreter():
-    """Everything above on the CPU, also where there is a GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_in_interpreter(__file__)

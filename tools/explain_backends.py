@@ -2,11 +2,13 @@
 """Print which back end does each layer of a network, and what the planner expects of it.
 
 python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
+python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200
 
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +18,11 @@ from kw.engine import set_contraction
 from kw.evaluation import render_table
 from kw.models import build_network
 from kw.warehouse import LayerChoice, explain
+from kw.warehouse.ops import planner
+from kw.warehouse.ops.device import GPUS, DeviceProfile
 from kw.warehouse.ops.planner import Prediction
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def milliseconds(costs: tuple[Prediction, ...], name: str) -> str:
@@ -29,6 +35,20 @@ def others(costs: tuple[Prediction, ...], name: str) -> str:
     """The next two, with their times."""
     rest = [cost for cost in costs if cost.name != name and cost.seconds is not None][:2]
     return ", ".join(f"{cost.name} {milliseconds(costs, cost.name)}" for cost in rest)
+
+
+def on_gpu(
+    choice: LayerChoice, batch: int, dtype: torch.dtype, profile: DeviceProfile
+) -> LayerChoice:
+    """What would be chosen on a GPU that is not there, for a layer that was watched on the CPU."""
+    if choice.problem is None:
+        return choice
+    problem = replace(choice.problem, batch=batch, dtype=dtype, device="cuda", cells_dtype=None)
+    forward, backward = (
+        planner.predict(replace(problem, training=training), profile) for training in (False, True)
+    )
+    costs = (tuple(forward), tuple(backward))
+    return LayerChoice(choice.layer, problem, forward[0].name, backward[0].name, *costs)
 
 
 def row(choice: LayerChoice) -> tuple[str, ...]:
@@ -54,21 +74,29 @@ def main() -> None:
     parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
     parser.add_argument("--batch-size", type=int, help="default: the configuration's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpu", choices=GPUS, help="one that is not there, by its data sheet")
+    parser.add_argument("--precision", choices=DTYPES, help="default: the configuration's")
     parser.add_argument("--threads", type=int, help="of operators on CPU; default: PyTorch's")
     args = parser.parse_args()
+    if args.gpu:
+        args.device = "cpu"
 
     config = load_config(args.config)
     if args.threads:
         torch.set_num_threads(args.threads)
     network = build_network(config.model).to(args.device).eval()
     set_contraction(config.contraction, network)
-    size = (args.batch_size or config.batch_size, 3, config.data.input_size, config.data.input_size)
+    batch = args.batch_size or config.batch_size
+    size = (1 if args.gpu else batch, 3, config.data.input_size, config.data.input_size)
     images = torch.zeros(size, device=args.device)
     if config.channels_last:
         images = images.to(memory_format=torch.channels_last)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    with torch.autocast(args.device, dtype, enabled=dtype is not None):
+    dtype = DTYPES[args.precision or config.precision]
+    with torch.autocast(args.device, dtype, enabled=dtype is not None and not args.gpu):
         choices = explain(network, images)
+    if args.gpu:
+        dtype = dtype or torch.float32
+        choices = [on_gpu(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))
 

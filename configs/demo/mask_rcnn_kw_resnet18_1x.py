@@ -65,10 +65,10 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "ori_shape", "img_shape", "scale_factor")),
 ]
 
-epochs = 12
+epochs = 7
 total_batch_size = 8
 batch_size = 8
-eval_interval = 4
+eval_interval = 7
 log_interval = 15
 optimizer = dict(name="adamw", lr=2e-3, weight_decay=0.05, clip_grad=10.0)
 schedule = dict(name="cosine", warmup_epochs=0.5)

@@ -9,11 +9,8 @@ scikit-learn, so that the demo needs no download::
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +18,19 @@ import numpy as np
 from PIL import Image
 
 from kw.data.dataset import DataError
+from kw.data.whole_folder import is_written, whole_folder
 
-__all__ = ["write_digits"]
+__all__ = ["VAL_FRACTION", "choose_val", "load_scans", "write_digits"]
 
+VAL_FRACTION = 0.2
 _MARKER = "digits.json"
 
 
 def write_digits(
-    root: str | os.PathLike[str], size: int = 32, val_fraction: float = 0.2, seed: int = 0
+    root: str | os.PathLike[str],
+    size: int = 32,
+    val_fraction: float = VAL_FRACTION,
+    seed: int = 0,
 ) -> dict[str, int]:
     """Write the digits as ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
 
@@ -50,8 +52,28 @@ def write_digits(
     """
     root = Path(root).expanduser().absolute()
     settings = {"size": size, "val_fraction": val_fraction, "seed": seed}
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        return _check_written(root, settings)
+    if is_written(root, _MARKER, settings, "digits"):
+        return _count(root)
+    scans, labels = load_scans()
+    val = choose_val(labels, val_fraction, seed)
+    with whole_folder(root, _MARKER, settings) as partial:
+        for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
+            folder = partial / ("val" if index in val else "train") / str(digit)
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
+            image.save(folder / f"{index:04d}.png")
+    return _count(root)
+
+
+def load_scans() -> tuple[np.ndarray, np.ndarray]:
+    """The scans, and the digits that they show.
+
+    Returns:
+        Ink from 0 to 255, uint8 ``[1797, 8, 8]``; digits 0 to 9, integers ``[1797]``.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -60,24 +82,21 @@ def write_digits(
             "pip install 'kernelwarehouse[demo]'"
         ) from error
     digits = load_digits()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as temporary:
-        partial = Path(temporary) / root.name
-        val = _choose_val(digits.target, val_fraction, seed)
-        for index, (scan, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-            folder = partial / ("val" if index in val else "train") / str(digit)
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.rint(scan * (255 / 16)).astype(np.uint8)  # ink is counted from 0 to 16
-            image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-            image.save(folder / f"{index:04d}.png")
-        (partial / _MARKER).write_text(json.dumps(settings) + "\n")
-        if root.exists():
-            root.rmdir()
-        shutil.move(partial, root)
-    return _count(root)
+    # Scikit-learn counts ink from 0 to 16.
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
-def _choose_val(labels: np.ndarray, fraction: float, seed: int) -> set[int]:
+def choose_val(labels: np.ndarray, fraction: float = VAL_FRACTION, seed: int = 0) -> set[int]:
+    """The scans of the val split; all that are written from the scans agree on its default.
+
+    Args:
+        labels: the digit of every scan, ``[N]``.
+        fraction: share of every class in the split.
+        seed: seed of the choice.
+
+    Returns:
+        Indices of scans.
+    """
     # RandomState, because its stream is frozen: the demo's split is the same with every NumPy.
     generator = np.random.RandomState(seed)
     chosen: set[int] = set()
@@ -85,21 +104,6 @@ def _choose_val(labels: np.ndarray, fraction: float, seed: int) -> set[int]:
         members = generator.permutation(np.flatnonzero(labels == label))
         chosen.update(members[: round(len(members) * fraction)].tolist())
     return chosen
-
-
-def _check_written(root: Path, settings: dict[str, float]) -> dict[str, int]:
-    marker = root / _MARKER
-    if not marker.is_file():
-        raise DataError(
-            f"{root} exists and was not written by this program (it has no {_MARKER}): "
-            "name another folder"
-        )
-    found = json.loads(marker.read_text())
-    if found != settings:
-        raise DataError(
-            f"{root} has the digits with {found}, not {settings}: name another folder or delete it"
-        )
-    return _count(root)
 
 
 def _count(root: Path) -> dict[str, int]:

@@ -17,6 +17,7 @@ from .planner import Planner
 from .reference import conv_reference
 from .spec import ConvSpec
 from .triton_conv import TritonConv
+from .triton_on_chip import TritonOnChip
 
 __all__ = ["BACKENDS", "CONTRACTIONS", "YARDSTICKS", "planner"]
 
@@ -29,7 +30,15 @@ keeps what it keeps; the planner never takes them."""
 
 CONTRACTIONS: dict[str, Contraction] = {
     contraction.name: contraction
-    for contraction in (Native(), TritonConv(), Depthwise(), Kernels(), Bmm(), MixInputs())
+    for contraction in (
+        Native(),
+        TritonConv(),
+        TritonOnChip(),
+        Depthwise(),
+        Kernels(),
+        Bmm(),
+        MixInputs(),
+    )
 }
 """Back ends with gradients of their own, the preferred first where costs are equal."""
 

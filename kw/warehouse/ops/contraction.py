@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .spec import ConvSpec
+from .summing import GradientSum
 
-__all__ = ["Contraction", "Cost", "Needs", "Problem"]
+__all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction"]
 
 Needs = tuple[bool, bool, bool]
 """Whether the gradient of the input, of the coefficients and of the cells is wanted."""
@@ -99,12 +100,15 @@ class Cost:
         slow_macs: multiply-adds outside of them (depthwise, elementwise).
         bytes: read and written beyond the caches.
         launches: calls of library functions or kernels.
+        waiting_bytes: moved by calls that have no time to multiply meanwhile, beside others that
+            do little else: their time is added, where that of ``bytes`` hides behind arithmetic.
     """
 
     dense_macs: float = 0
     slow_macs: float = 0
     bytes: float = 0
     launches: float = 0
+    waiting_bytes: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -112,6 +116,7 @@ class Cost:
             self.slow_macs + other.slow_macs,
             self.bytes + other.bytes,
             self.launches + other.launches,
+            self.waiting_bytes + other.waiting_bytes,
         )
 
 
@@ -156,3 +161,32 @@ class Contraction:
     def cost(self, problem: Problem) -> Cost:
         """Of the forward pass or, when training, of both passes."""
         raise NotImplementedError
+
+
+class SummingContraction(Contraction):
+    """One that can add the cells' gradient to what other layers of the warehouse have given."""
+
+    def backward_summing(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+        total: GradientSum | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As :meth:`backward`; the cells' gradient is added to ``total``, if there is one, and
+        ``None`` is returned for it."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.backward_summing(grad, x, alpha, cells, spec, needs, None)

@@ -9,7 +9,7 @@ import torch
 
 from .contraction import Cost
 
-__all__ = ["DeviceProfile", "device_profile"]
+__all__ = ["GPUS", "DeviceProfile", "device_profile"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class DeviceProfile:
     launch: float
 
     def seconds(self, cost: Cost, dtype: torch.dtype, efficiency: float = 1.0) -> float:
-        """Predicted time: arithmetic or memory, whichever takes longer, and the calls.
+        """Predicted time: arithmetic or memory, whichever takes longer, memory that is waited for,
+        and the calls.
 
         Args:
             cost: of a back end.
@@ -38,7 +39,8 @@ class DeviceProfile:
         """
         dense = self.dense.get(dtype, self.dense[torch.float32]) * efficiency
         arithmetic = cost.dense_macs / dense + cost.slow_macs / self.slow
-        return max(arithmetic, cost.bytes / self.bandwidth) + cost.launches * self.launch
+        overlapped = max(arithmetic, cost.bytes / self.bandwidth)
+        return overlapped + cost.waiting_bytes / self.bandwidth + cost.launches * self.launch
 
 
 def device_profile(device: str) -> DeviceProfile:
@@ -67,14 +69,29 @@ _TENSOR_MACS = {(7, 0): 512, (7, 5): 512, (8, 0): 1024, (8, 6): 512, (8, 9): 512
 def _cuda_profile(index: int, reduced_float32: bool) -> DeviceProfile:
     properties = torch.cuda.get_device_properties(index)
     clock = getattr(properties, "clock_rate", 1_500_000) * 1e3  # kHz
-    per_clock = properties.multi_processor_count * clock
     # A compute capability that is not known yet is taken for the newest that is.
     tensor = _TENSOR_MACS.get((properties.major, properties.minor), max(_TENSOR_MACS.values()))
+    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
+    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
+    bandwidth = 2 * memory_clock * bus_bytes or 2e12
+    per_clock = properties.multi_processor_count * clock
+    return _gpu_profile(per_clock, tensor, bandwidth, reduced_float32)
+
+
+def _gpu_profile(
+    per_clock: float, tensor: int, bandwidth: float, reduced_float32: bool
+) -> DeviceProfile:
+    """From multiprocessors times clock, their multiply-adds on tensor cores, and memory's peak."""
     half = 0.6 * per_clock * tensor  # what large matrix products reach of the peak
     single = half / 2 if reduced_float32 else 0.7 * per_clock * 128
     dense = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     dense[torch.float64] = per_clock * 32
-    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
-    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
-    bandwidth = 0.8 * (2 * memory_clock * bus_bytes or 2e12)
-    return DeviceProfile(dense, slow=0.3 * per_clock * 128, bandwidth=bandwidth, launch=4e-6)
+    return DeviceProfile(dense, slow=0.3 * per_clock * 128, bandwidth=0.8 * bandwidth, launch=4e-6)
+
+
+GPUS = {
+    "a100": _gpu_profile(108 * 1.41e9, 1024, 2.04e12, False),
+    "h100": _gpu_profile(132 * 1.98e9, 2048, 3.35e12, False),
+    "h200": _gpu_profile(132 * 1.98e9, 2048, 4.8e12, False),
+}
+"""Profiles of GPUs that are not there, from data sheets, to say what would be chosen on them."""

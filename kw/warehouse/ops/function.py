@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .backends import planner
 from .bmm import conv_bmm
-from .contraction import Needs, Problem
+from .contraction import Needs, Problem, SummingContraction
 from .spec import ConvSpec
+from .summing import anchor_of, sum_of
 
 __all__ = ["contract", "lies_channels_last"]
 
@@ -41,7 +42,7 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
     if torch.compiler.is_compiling() or not _is_plain(x):
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
-        return _DynamicConv.apply(x, alpha, cells, spec, backend)
+        return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells))
     return _run(x, alpha, cells, spec, backend)
 
 
@@ -63,10 +64,15 @@ def _run_backward(
     spec: ConvSpec,
     backend: str,
     needs: Needs,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with torch.no_grad(), _outside_autocast(x):
         contraction = planner.choose(_problem(x, cells, spec, training=True), backend)
-        dx, dalpha, dcells = contraction.backward(grad, x, alpha, cells, spec, needs)
+        arguments = (grad, x, alpha, cells, spec, needs)
+        if isinstance(contraction, SummingContraction) and needs[2]:
+            dx, dalpha, dcells = contraction.backward_summing(*arguments, sum_of(anchor))
+        else:
+            dx, dalpha, dcells = contraction.backward(*arguments)
     return (
         None if dx is None else _laid_out(dx, lies_channels_last(x)),
         None if dalpha is None else dalpha.contiguous(),
@@ -143,30 +149,58 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, alpha, cells = ctx.saved_tensors
-    needs, spec, backend = ctx.needs_input_grad[:3], ctx.spec, ctx.backend
+    needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        # create_graph: the gradient is to be differentiated again, so it is ordinary code's.
-        decoded = spec if isinstance(spec, ConvSpec) else ConvSpec.decode(spec)
-        wanted = [t for t, needed in zip((x, alpha, cells), needs, strict=True) if needed]
-        y = conv_bmm(x, alpha, cells, decoded)
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        gradients = [next(found) if needed else None for needed in needs]
-    elif isinstance(spec, ConvSpec):
-        gradients = list(_run_backward(grad, x, alpha, cells, spec, backend, needs))
-    else:
-        op = torch.ops.kw.dynamic_conv_backward
-        results = op(grad, x, alpha, cells, spec, backend, list(needs))
-        gradients = [g if needed else None for g, needed in zip(results, needs, strict=True)]
-    return *gradients, None, None
+        found = _differentiable(grad, x, alpha, cells, ConvSpec.decode(ctx.spec), needs)
+        return *found, None, None
+    op = torch.ops.kw.dynamic_conv_backward
+    results = op(grad, x, alpha, cells, ctx.spec, ctx.backend, list(needs))
+    return *(g if needed else None for g, needed in zip(results, needs, strict=True)), None, None
 
 
 _dynamic_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _DynamicConv(torch.autograd.Function):
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    """The same outside of ``torch.compile``; the anchor is its cells' (:mod:`.summing`)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        backend: str,
+        anchor: Tensor | None,
+    ) -> Tensor:
+        return _run(x, alpha, cells, spec, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs[:-1], output)
+        ctx.anchor = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, cells = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = _differentiable(grad, x, alpha, cells, ctx.spec, needs)
+        else:
+            found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
+        return *found, None, None, None
+
+
+def _differentiable(
+    grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """Gradients that are to be differentiated again (``create_graph``): ordinary code's."""
+    # Of aliases: coefficients come from the input, whose gradient here is that of the convolution.
+    aliases = [t.view_as(t) for t in (x, alpha, cells)]
+    wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed]
+    y = conv_bmm(aliases[0], aliases[1], aliases[2], spec)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def lies_channels_last(x: Tensor) -> bool:

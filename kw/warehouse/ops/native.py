@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Cost, Needs, Problem, SummingContraction
 from .spec import ConvSpec
+from .summing import GradientSum
 
 __all__ = ["Native"]
 
 log = logging.getLogger(__name__)
 
-_ARGUMENTS = {"kw_mix": (5, 4), "kw_gradients": (7, 3)}  # pointers, integers
+_ARGUMENTS = {"kw_mix": (5, 4), "kw_gradients": (7, 4)}  # pointers, integers
 
 
-class Native(Contraction):
+class Native(SummingContraction):
     """Compiled for this machine; float32 on a CPU, kernels without groups, up to three axes.
 
     Without a compiler, or with ``KW_NATIVE=0`` in the environment, it refuses.
@@ -58,7 +59,7 @@ class Native(Contraction):
         _call("kw_mix", layer, (x, alpha, cells, y), (False, last, last))
         return y
 
-    def backward(
+    def backward_summing(
         self,
         grad: Tensor,
         x: Tensor,
@@ -66,6 +67,7 @@ class Native(Contraction):
         cells: Tensor,
         spec: ConvSpec,
         needs: Needs,
+        total: GradientSum | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, last = _dense(x)
         grad, grad_last = _dense(grad)
@@ -73,12 +75,17 @@ class Native(Contraction):
         layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
         x_grad = _empty(x.shape, x, last) if needs[0] else None
         alpha_grad = torch.empty_like(alpha) if needs[1] else None
-        cells_grad = torch.empty_like(cells) if needs[2] else None
+        earlier = None if total is None else total.value
+        cells_grad = earlier
+        if needs[2] and earlier is None:
+            cells_grad = torch.empty_like(cells)
         if x_grad is not None:
             _call("kw_mix", layer, (grad, alpha, cells, x_grad), (True, grad_last, last))
         if needs[1] or needs[2]:
             tensors = (x, grad, alpha, cells, alpha_grad, cells_grad)
-            _call("kw_gradients", layer, tensors, (last, grad_last))
+            _call("kw_gradients", layer, tensors, (earlier is not None, last, grad_last))
+        if total is not None:
+            total.value, cells_grad = cells_grad, None
         return x_grad, alpha_grad, cells_grad
 
     def cost(self, problem: Problem) -> Cost:

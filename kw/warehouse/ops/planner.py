@@ -112,10 +112,10 @@ class Planner:
         for recorder in self._recorders:
             recorder.append((problem, name))
 
-    def predict(self, problem: Problem) -> list[Prediction]:
+    def predict(self, problem: Problem, profile: DeviceProfile | None = None) -> list[Prediction]:
         """Every back end's predicted time for the pass that the problem stands for, quickest
-        first; those that cannot do it last."""
-        profile = device_profile(problem.device)
+        first; those that cannot do it last. The device is this one unless a profile is given."""
+        profile = profile or device_profile(problem.device)
         predictions = [self._predict(name, problem, profile) for name in self.contractions]
         return sorted(predictions, key=lambda p: (p.seconds is None, p.seconds or 0.0))
 

@@ -21,7 +21,7 @@ from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
 
-__all__ = ["TritonConv"]
+__all__ = ["TritonConv", "columns_of"]
 
 LEAST_ROWS = 16
 """Rows of a chunk below which samples are divided instead: the narrowest tile of channels."""
@@ -40,12 +40,6 @@ class TritonConv(Contraction):
 
     Bytes beyond activations: the forward pass writes and reads every sample's kernel once; the
     backward pass twice, and reads the second, its gradient, once more. None of it is kept.
-
-    Assembling tiles on chip would save even that in late layers, but not in Triton's language: the
-    mixed tile of several samples has to become operands of one product a sample, and a batched
-    product takes the instructions of earlier GPUs (at half the rate, operands through registers).
-    Compiled for compute capability 9.0 with four samples, nine taps and 64 positions it asked for
-    388 KB of shared memory of 227, and spilled.
 
     Args:
         scratch: bytes of assembled kernels at a time.
@@ -76,7 +70,7 @@ class TritonConv(Contraction):
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         x = _readable(x, spec)
         y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
-        columns = _columns(cells, spec)
+        columns = columns_of(cells, spec)
         by_sample, by_row = self._chunks(spec, len(x), _itemsize(x, cells))
         with torch.cuda.device_of(x):
             for samples in by_sample:
@@ -99,7 +93,7 @@ class TritonConv(Contraction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_alpha, need_cells = needs
         x, grad = _readable(x, spec), _readable(grad, spec)
-        columns = _columns(cells, spec)
+        columns = columns_of(cells, spec)
         by_sample, by_row = self._chunks(spec, len(x), _itemsize(x, cells))
         # Chunks of rows each add what their output channels give to the input.
         add = len(by_row) > 1
@@ -142,32 +136,19 @@ class TritonConv(Contraction):
         )
 
     def cost(self, problem: Problem) -> Cost:
-        out, inner = problem.spec.partition.kernel_shape[:2]
-        tiles = tiles_of_convolution(problem.batch, problem.positions, out, inner, problem.itemsize)
-        rounded = -(-problem.positions // tiles.rows) * tiles.rows
-        kernels = problem.batch * problem.kernel_numel
-        conv = kernels * rounded
-        activations = problem.batch * (problem.input_numel + problem.output_numel)
-        mixed = problem.cells_dtype or problem.dtype
-        size = problem.itemsize + (mixed.itemsize if mixed != problem.dtype else 0)
-        # What rounding float32 kernels reads and writes counts with every product.
-        moved = 2 * size - problem.itemsize  # per value that a product writes or reads
-        chunks = math.prod(map(len, self._chunks(problem.spec, problem.batch, size)))
-        cells = problem.cells_numel * mixed.itemsize
+        conv, kernels, activations, moved, cells = self._sizes(problem)
+        chunks = self._chunk_count(problem)
         # Taps find the input in the caches, whose traffic is not counted here.
-        cost = Cost(
+        part = Cost(
             dense_macs=problem.assembly_macs + conv,
-            bytes=kernels * (moved + problem.itemsize) + activations * problem.itemsize + cells,
+            bytes=kernels * (moved + problem.itemsize) + activations + cells,
             launches=2 * chunks,
         )
+        cost = part
         if problem.training:
-            cost += Cost(
-                dense_macs=3 * problem.assembly_macs + 2 * conv,
-                bytes=kernels * (3 * moved + 2 * problem.itemsize)
-                + 2 * activations * problem.itemsize
-                + 3 * cells,
-                launches=(6 + math.prod(problem.spec.stride)) * chunks + 4,
-            )
+            residues = math.prod(problem.spec.stride)
+            cost += replace(part, launches=(1 + residues) * chunks)  # the input's gradient
+            cost += self.cost_of_kernel_gradients(problem)
         if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
             # Triton's products without tensor cores are far from what libraries reach.
             products = (3 if problem.training else 1) * conv
@@ -175,6 +156,39 @@ class TritonConv(Contraction):
         if problem.device == "cpu":  # interpreted: right, and thousands of times slower
             return Cost(slow_macs=1000 * (cost.dense_macs + cost.slow_macs))
         return cost
+
+    def cost_of_kernel_gradients(self, problem: Problem) -> Cost:
+        """Of the gradients of coefficients and cells, which go through those of the kernels."""
+        conv, kernels, activations, moved, cells = self._sizes(problem)
+        return Cost(
+            dense_macs=2 * problem.assembly_macs + conv,
+            bytes=kernels * (2 * moved + problem.itemsize) + activations + 2 * cells,
+            launches=5 * self._chunk_count(problem) + 4,
+        )
+
+    def _sizes(self, problem: Problem) -> tuple[float, float, float, float, float]:
+        """Multiply-adds of a convolution, values of all kernels, bytes of activations, bytes per
+        value of a kernel that a product writes or reads, bytes of the cells."""
+        out, inner = problem.spec.partition.kernel_shape[:2]
+        tiles = tiles_of_convolution(problem.batch, problem.positions, out, inner, problem.itemsize)
+        rounded = -(-problem.positions // tiles.rows) * tiles.rows
+        kernels = problem.batch * problem.kernel_numel
+        activations = problem.batch * (problem.input_numel + problem.output_numel)
+        mixed = problem.cells_dtype or problem.dtype
+        # What rounding float32 kernels reads and writes counts with every product.
+        moved = problem.itemsize + (2 * mixed.itemsize if mixed != problem.dtype else 0)
+        return (
+            kernels * rounded,
+            kernels,
+            activations * problem.itemsize,
+            moved,
+            problem.cells_numel * mixed.itemsize,
+        )
+
+    def _chunk_count(self, problem: Problem) -> int:
+        mixed = problem.cells_dtype or problem.dtype
+        size = problem.itemsize + (mixed.itemsize if mixed != problem.dtype else 0)
+        return math.prod(map(len, self._chunks(problem.spec, problem.batch, size)))
 
     def _chunks(self, spec: ConvSpec, batch: int, itemsize: int) -> tuple[list[slice], list[slice]]:
         """Samples, and rows of a cell, such that the kernels of each pair fit into the scratch."""
@@ -217,7 +231,7 @@ def _put(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         total.copy_(matmul(a, b))
 
 
-def _columns(cells: Tensor, spec: ConvSpec) -> Tensor:
+def columns_of(cells: Tensor, spec: ConvSpec) -> Tensor:
     """Cells with input channels innermost, ``[n, c_out * ck * c_in]``.
 
     Whole cells are permuted, once for all samples, so that assembled kernels need not be.
@@ -231,7 +245,7 @@ def _columns(cells: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _cells(columns: Tensor, spec: ConvSpec) -> Tensor:
-    """The inverse of :func:`_columns`."""
+    """The inverse of :func:`columns_of`."""
     part = spec.partition
     inside = math.prod(part.cell_kernel)
     if inside == 1:

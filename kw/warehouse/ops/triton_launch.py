@@ -22,14 +22,21 @@ from .triton_tiles import tiles_of_convolution, tiles_of_gradient
 
 __all__ = [
     "AXES",
+    "Axis",
     "Chunk",
+    "arithmetic",
     "convolve",
     "convolve_transposed",
+    "forward_axes",
     "interpreted",
     "is_plain",
     "kernel_gradient",
     "kernel_module",
+    "pad",
+    "pad_axes",
     "reaches_all",
+    "shift",
+    "transposed_axes",
 ]
 
 AXES = 3
@@ -201,7 +208,7 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     x, dy, axes = _collapse(spec, x, dy, axes)
     dy = dy[:, chunk.start :]
     w = chunk.strides
-    axes = _pad_axes(axes)
+    axes = pad_axes(axes)
     outputs, inputs = part.grid[1] * chunk.rows, part.kernel_shape[1]
     positions = math.prod(axis.count for axis in axes)
     taps = math.prod(part.kernel)
@@ -215,7 +222,7 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
         outputs, inputs, part.cell_out,
         *_positions(axes),
         *(axis.taps for axis in axes),
-        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **_arithmetic(x),
+        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **arithmetic(x),
         FLAT=is_plain(spec), DEEP=len(part.kernel) == AXES and not is_plain(spec),
         TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **tiles.options,
     )  # fmt: skip
@@ -234,18 +241,18 @@ def _launch_convolution(
     either in the kernels, channels between blocks in ``y`` and ``x``."""
     kernels = kernel_module()
     assert isinstance(kernels, ModuleType)
-    axes = _pad_axes(axes)
+    axes = pad_axes(axes)
     write_start = [axis.write_start for axis in axes]
     y_b, y_c, *y_space = _strides(y)
     for start, stride in zip(write_start, y_space, strict=True):
-        y = _shift(y, start * stride)
+        y = shift(y, start * stride)
     y_space = [s * axis.write_step for s, axis in zip(y_space, axes, strict=True)]
 
     tap = chunk.strides["tap"]
-    kernel = _pad(chunk.spec.partition.kernel, 1)
+    kernel = pad(chunk.spec.partition.kernel, 1)
     per_axis = [tap * math.prod(kernel[i + 1 :]) for i in range(AXES)]
     offset = sum(axis.first * s for axis, s in zip(axes, per_axis, strict=True))
-    w = _shift(chunk.blocks, offset)
+    w = shift(chunk.blocks, offset)
     w_taps = [axis.every * s for axis, s in zip(axes, per_axis, strict=True)]
 
     n_blocks, n_block, w_n_block, w_n, y_block = n
@@ -261,7 +268,7 @@ def _launch_convolution(
         channels, y_block, x_block,
         *_positions(axes),
         *(axis.taps for axis in axes),
-        N_BLOCK=n_block, K_BLOCK=k_block, K=inner, ADD=add, **_arithmetic(x),
+        N_BLOCK=n_block, K_BLOCK=k_block, K=inner, ADD=add, **arithmetic(x),
         TILE_P=tiles.rows, TILE_N=tiles.columns, TILE_K=tiles.inner, **tiles.options,
     )  # fmt: skip
 
@@ -276,20 +283,22 @@ def _collapse(
     return x, y, [Axis(x.shape[2], x.shape[2], 1, 0, 0, 1)]
 
 
-def _pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+def pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    """A value for each of the kernels' axes, of which the first may be missing."""
     return (fill,) * (AXES - len(values)) + values
 
 
-def _pad_axes(axes: list[Axis]) -> list[Axis]:
+def pad_axes(axes: list[Axis]) -> list[Axis]:
+    """As many axes as the kernels have; those that were missing have one position and tap."""
     return [Axis(1, 1, 1, 0, 0, 1)] * (AXES - len(axes)) + axes
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
     """Of samples, channels and three axes of space."""
-    return (*t.stride()[:2], *_pad(t.stride()[2:], 0))
+    return (*t.stride()[:2], *pad(t.stride()[2:], 0))
 
 
-def _shift(t: Tensor, offset: int) -> Tensor:
+def shift(t: Tensor, offset: int) -> Tensor:
     """A tensor that starts there, for its address only."""
     return t.as_strided((1,), (1,), t.storage_offset() + offset) if offset else t
 
@@ -300,7 +309,7 @@ def _positions(axes: list[Axis]) -> list[int]:
     return [getattr(axis, name) for name in columns for axis in axes]
 
 
-def _arithmetic(x: Tensor) -> dict[str, Any]:
+def arithmetic(x: Tensor) -> dict[str, Any]:
     """What products are taken in; sums are always in float32."""
     kernels = kernel_module()
     assert isinstance(kernels, ModuleType)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-__all__ = ["Tiles", "tiles_of_convolution", "tiles_of_gradient"]
+__all__ = [
+    "ON_CHIP_CELLS",
+    "OnChipTiles",
+    "Tiles",
+    "tiles_of_convolution",
+    "tiles_of_gradient",
+    "tiles_on_chip",
+]
 
 
 @dataclass(frozen=True)
@@ -86,3 +93,65 @@ def _step(size: int, largest: int) -> int:
     """The power of two that covers the summed side with little waste; short steps have their own
     cost, of about sixteen values each."""
     return min((16, 32, 64), key=lambda t: -(-size // t) * (t + 16) if t <= largest else 1 << 60)
+
+
+ON_CHIP_CELLS = 128
+"""Most cells of which a tile is kept on chip: beyond them it takes more than all shared memory, and
+mixing them so much longer than memory does that nothing would be gained."""
+
+
+@dataclass(frozen=True)
+class OnChipTiles:
+    """What one program of :func:`~.triton_on_chip_kernel.convolve_on_chip` makes and how.
+
+    Attributes:
+        positions: of its result, for every sample.
+        inner: read channels of a tile of cells.
+        cells: of a tile, padded.
+        more_cells: behind those, padded; 0 for none.
+        samples: that it makes.
+        mixtures: that it makes at a time; with the samples the 16 rows that an instruction takes.
+        channels: of its result.
+        warps: of 32 threads; each has samples of its own.
+        stages: tiles of input in shared memory, and one on its way to the registers.
+    """
+
+    positions: int
+    inner: int
+    cells: int
+    more_cells: int
+    samples: int = 8
+    mixtures: int = 2
+    channels: int = 32
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def all_cells(self) -> int:
+        """Cells of a tile, padded."""
+        return self.cells + self.more_cells
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory: cells, input, mixed tile, coefficients."""
+        columns = self.channels * self.inner
+        step = self.samples * self.mixtures
+        x = step * self.positions * self.inner * (self.stages - 1)
+        w = step * columns
+        return itemsize * (self.all_cells * (columns + step) + x + w)
+
+
+def tiles_on_chip(positions: int, cells: int, itemsize: int) -> OnChipTiles:
+    """Tiles of :func:`~.triton_on_chip_kernel.convolve_on_chip`.
+
+    Sums are what limits them: 8 samples, 64 positions and 32 channels take 128 registers of each
+    thread. Runs of 32 bytes of cells are whole sectors of memory. Four warps, since programs of
+    that size fit twice on a multiprocessor, and one multiplies while the other waits; and since
+    with eight Triton lays the input out so that its reads from shared memory conflict.
+    """
+    first, more = next(
+        (first, more)
+        for first, more in ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0))
+        if cells <= first + more or first == ON_CHIP_CELLS
+    )
+    tile = min(max(16, 1 << (positions - 1).bit_length()), 64)
+    return OnChipTiles(tile, 32 // itemsize, first, more)

@@ -29,7 +29,7 @@ struct Parts {
 
 inline Parts parts_of(const Layer& l) {
   const Index tiles = (l.cell_out + T - 1) / T;
-  const Index wanted = std::max<Index>((16 + tiles - 1) / tiles, 1);
+  const Index wanted = std::max<Index>((8 + tiles - 1) / tiles, 1);
   const Index each = std::max<Index>(l.cell_in / wanted / 16 * 16, std::min<Index>(16, l.cell_in));
   return {tiles, (l.cell_in + each - 1) / each, each};
 }
@@ -40,7 +40,7 @@ struct Gradients {
   Rows x, grad;
   Index width;  // of a block of channels in grad
   float *partial, *alpha_grad, *cells_grad;
-  bool add;  // to cells_grad, which holds the sums of earlier samples
+  bool add;  // to cells_grad, which holds the sums of earlier samples or other layers
   const Phase& forward;
 };
 

@@ -16,8 +16,10 @@
 
 namespace kw {
 
-// Bytes that a thread's kernels and packed cells may take: together most of an L2 cache of 1 MB.
-constexpr Index KERNEL_BYTES = 640 << 10, PACK_BYTES = 256 << 10, RESULT_BYTES = 512 << 10;
+// Bytes that a thread's kernels and packed cells may take. Packed cells are used many times and stay
+// in an L2 cache of 1 MB. Kernels are written and read once, and may spill into the L3: packing the
+// cells a second time, for samples whose kernels did not fit, costs far more.
+constexpr Index KERNEL_BYTES = 1280 << 10, PACK_BYTES = 256 << 10, RESULT_BYTES = 512 << 10;
 
 struct Mix {
   const Layer& l;
@@ -112,7 +114,9 @@ inline void assemble(const Mix& m, const Task& t, Index k, Index depth, float* k
   const Index per_sample = l.space * t.blocks * deep_blocks, rows = t.samples * per_sample;
   const Index stride = kernel_stride(m, depth);
   const Index line = T * Index(sizeof(float));
-  Index step = std::min<Index>(n, std::max<Index>(PACK_BYTES / line / 16, 16));
+  // Deep channels lie side by side in the forward direction: two cache lines of them at a time.
+  const Index least = m.backward ? 16 : 32;
+  Index step = std::min<Index>(n, std::max<Index>(PACK_BYTES / line / least, 16));
   step = (n + (n + step - 1) / step - 1) / ((n + step - 1) / step);
   Index high = std::clamp<Index>(PACK_BYTES / line / step / 16 * 16, 16, 64);
   high = std::min(high, depth);

@@ -56,10 +56,11 @@ void kw_mix(const int64_t* layer, const float* source, const float* alpha, const
   }
 }
 
-// Gradients of the coefficients and of the cells; null where not wanted.
+// Gradients of the coefficients and of the cells; null where not wanted. With `add`, cells_grad holds
+// other layers' gradients of the cells, to which this one's are added.
 void kw_gradients(const int64_t* layer, const float* x, const float* grad, const float* alpha,
-                  const float* cells, float* alpha_grad, float* cells_grad, int64_t x_last,
-                  int64_t grad_last, int64_t threads) {
+                  const float* cells, float* alpha_grad, float* cells_grad, int64_t add,
+                  int64_t x_last, int64_t grad_last, int64_t threads) {
   using namespace kw;
   const Layer& l = *reinterpret_cast<const Layer*>(layer);
   static thread_local std::vector<Phase> phases;
@@ -73,7 +74,7 @@ void kw_gradients(const int64_t* layer, const float* x, const float* grad, const
   const Index chunk = chunk_of(std::max({in, padded, parts.count() * rows}), l.batch);
   float* x_to = x_last ? nullptr : x_lines.get(chunk * in);
   float* grad_to = copied ? grad_lines.get(chunk * padded) : nullptr;
-  if (cells_grad) {
+  if (cells_grad && !add) {
     const Index size = l.cells * l.cell();
     prefer_huge_pages(cells_grad, size * Index(sizeof(float)));
   }
@@ -91,7 +92,7 @@ void kw_gradients(const int64_t* layer, const float* x, const float* grad, const
         sums,
         alpha_grad ? alpha_grad + b * rows : nullptr,
         cells_grad,
-        b > 0,
+        add || b > 0,
         phases[0]};
     gradients(g, parts, count, threads);
   }

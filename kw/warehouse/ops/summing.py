@@ -1,0 +1,103 @@
+"""One buffer for the gradients that the users of a warehouse's cells give in a backward pass.
+
+A warehouse may hold four times the parameters of its layers; autograd would take a gradient of that
+size from each of them, all in fresh memory, and add them up. Here the layers add to one buffer:
+
+    cells --------------------------------> layer's node      (an undefined gradient goes back)
+      `--> _Sum --anchor (no values)------> layer's node      (likewise)
+
+``_Sum`` stands between the cells and their users. The engine runs it when all users that this
+backward pass reaches have run, and never earlier; it hands on the buffer that they have filled. No
+tensor in the engine's hands is ever written to, so that it does not matter what else it adds to the
+gradient: hooks, other back ends, other uses of the cells.
+
+- A buffer belongs to one backward pass, by the engine's number for it: partial gradients, repeated
+  passes and passes in several threads or inside one another do not meet.
+- Where the engine will not run ``_Sum`` (the cells' gradient is not asked for), a layer returns its
+  gradient as any other function does.
+- The anchor is kept by the nodes of the layers alone, and goes with the last of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GradientSum", "anchor_of", "sum_of"]
+
+_anchors: dict[int, weakref.ref[Tensor]] = {}
+
+
+class GradientSum:
+    """A sum of gradients in the making.
+
+    Attributes:
+        value: of the cells' shape; ``None`` before the first summand.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.sums = {}  # by backward pass
+        return cells.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        total = ctx.sums.pop(torch._C._current_graph_task_id(), None)
+        return None if total is None else total.value
+
+
+def anchor_of(cells: Tensor) -> Tensor | None:
+    """What ties users of the cells to their common node: an input without values, ``[0]``.
+
+    The same for all graphs that are alive. ``None`` where gradients are not summed here: of tensors
+    that autograd does not keep a gradient for, off the CPU, or under a function transform.
+    """
+    if (
+        type(cells) is not nn.Parameter
+        or not (cells.requires_grad and cells.is_cpu and cells.is_contiguous())
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    key = id(cells)
+    known = _anchors.get(key)
+    anchor = None if known is None else known()
+    if anchor is None or not _belongs(anchor, cells):
+        anchor = _Sum.apply(cells)
+        _anchors[key] = weakref.ref(anchor, lambda gone: _forget(key, gone))
+    return anchor
+
+
+def _belongs(anchor: Tensor, cells: Tensor) -> bool:
+    """Whether it leads to where autograd now accumulates the cells' gradient.
+
+    Numbers of dead objects are given again, and a parameter that moves to another type has another
+    accumulator afterwards.
+    """
+    assert anchor.grad_fn is not None
+    return anchor.grad_fn.next_functions[0][0] is torch.autograd.graph.get_gradient_edge(cells).node
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    if _anchors.get(key) is gone:
+        del _anchors[key]
+
+
+def sum_of(anchor: Tensor | None) -> GradientSum | None:
+    """In a backward pass: the sum that a user of the cells is to add to; ``None`` if it is to
+    return its gradient instead."""
+    task = torch._C._current_graph_task_id()
+    if anchor is None or task == -1:
+        return None
+    node: Any = anchor.grad_fn
+    if not torch._C._will_engine_execute_node(node):
+        return None
+    return node.sums.setdefault(task, GradientSum())
