@@ -23,6 +23,7 @@ from ..data import (
     build_train_loader,
     build_transform,
     check_data_root,
+    deaths_explained,
     stop_workers,
 )
 from ..models import ImageClassifier, build_network
@@ -87,7 +88,8 @@ def train(
 def run_to_end(runner: Runner) -> dict[str, float | None]:
     """Train, and stop the loaders' processes whatever happens; returns the last metrics."""
     try:
-        runner.train()
+        with deaths_explained(runner.train_dataloader, runner.val_dataloader):
+            runner.train()
     finally:
         stop_workers(runner.train_dataloader)
         stop_workers(runner.val_dataloader)
@@ -102,7 +104,15 @@ def build_runner(
     resume_from = find_checkpoint(resume, work_dir)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
-    train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
+    train_set = ImageFolder(
+        data.root,
+        "train",
+        build_transform(data, True),
+        config.seed,
+        training=True,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+    )
     place = {"workers": data.workers, "rank": process.rank, "world_size": process.world_size}
     try:
         train_loader = build_train_loader(
@@ -257,7 +267,14 @@ def evaluate_checkpoint(
 
 def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
     data = config.data
-    dataset = ImageFolder(data.root, "val", build_transform(data, False), config.seed)
+    dataset = ImageFolder(
+        data.root,
+        "val",
+        build_transform(data, False),
+        config.seed,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+    )
     return build_eval_loader(
         dataset,
         batch_size=config.eval_batch_size or config.batch_size,
