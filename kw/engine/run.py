@@ -19,6 +19,7 @@ from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     ImageFolder,
+    Loader,
     build_eval_loader,
     build_train_loader,
     build_transform,
@@ -31,7 +32,16 @@ from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network
 from .distributed import Process, join_group, leave_group
-from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook, latest_checkpoint
+from .hooks import (
+    BadImageHook,
+    CheckpointHook,
+    EmaHook,
+    FiniteHook,
+    LogHook,
+    ScheduleHook,
+    latest_checkpoint,
+)
+from .hooks.bad_images import tell_bad_images
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .runner import Runner
@@ -75,8 +85,9 @@ def train(
     Raises:
         ConfigError: a setting does not fit the data, the devices or the number of processes, or
             ``work_dir`` holds a run that is not to be resumed.
-        DataError: the data folder is not as expected.
+        DataError: the data folder is not as expected, or too many images cannot be read.
         CheckpointError: the checkpoint cannot be read or is of another model.
+        NonFiniteError: too many updates were not finite.
     """
     process = join_group(launcher)
     try:
@@ -181,6 +192,8 @@ def assemble_runner(
     hooks: list[Hook] = [
         ScheduleHook(),
         LogHook(config.log_interval),
+        BadImageHook(config.log_interval),
+        FiniteHook(config.non_finite, config.log_interval),
         CheckpointHook(config.checkpoint.interval, config.checkpoint.keep),
     ]
     if config.ema is not None:
@@ -256,8 +269,10 @@ def evaluate_checkpoint(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
-                found = evaluate(network, preprocess, loader, config.precision)
+                with deaths_explained(loader):
+                    found = evaluate(network, preprocess, loader, config.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
+        tell_bad_images(loader)
         stop_workers(loader)
     finally:
         leave_group()
@@ -265,7 +280,7 @@ def evaluate_checkpoint(
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 
 
-def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
+def _eval_loader(config: Config, process: Process) -> Loader:
     data = config.data
     dataset = ImageFolder(
         data.root,

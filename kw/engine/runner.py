@@ -28,6 +28,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .distributed import Process
+from .hooks.bad_images import fault_logs
 from .schedule import Schedule
 from .task import Metrics, Task
 
@@ -144,6 +145,7 @@ class Runner(_Runner):
             "state_dict": self.task.network.state_dict(),
             "optimizer": self.optim_wrapper.state_dict(),
             "rng": states,
+            "bad_images": {name: log.state_dict() for name, log in fault_logs(self).items()},
         }
         if self.ema is not None:
             checkpoint["ema_state_dict"] = self.ema.state_dict()
@@ -176,6 +178,8 @@ class Runner(_Runner):
                 average = checkpoint["state_dict"]
             load_network(self.ema, average, source)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        for name, log in fault_logs(self).items():
+            log.load_state_dict(checkpoint.get("bad_images", {}).get(name, {"known": []}))
         self.best = meta["best"]
         self.train_loop.resume_from(meta["epoch"], meta["iter"])
         if len(checkpoint["rng"]) == self.process.world_size:

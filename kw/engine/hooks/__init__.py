@@ -1,8 +1,18 @@
 """What happens around updates and epochs."""
 
+from .bad_images import BadImageHook
 from .checkpoint import CheckpointHook, latest_checkpoint
 from .ema import EmaHook
+from .finite import FiniteHook
 from .log import LogHook
 from .schedule import ScheduleHook
 
-__all__ = ["CheckpointHook", "EmaHook", "LogHook", "ScheduleHook", "latest_checkpoint"]
+__all__ = [
+    "BadImageHook",
+    "CheckpointHook",
+    "EmaHook",
+    "FiniteHook",
+    "LogHook",
+    "ScheduleHook",
+    "latest_checkpoint",
+]
