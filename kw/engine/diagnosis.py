@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["find_origin"]
 
+_Seen = tuple[str, str, tuple[int, int]]  # "input" or "output", of which layer, which tensor
+
 
 def find_origin(
     model: Any,
@@ -85,7 +87,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.forward: str | None = None
-        self.gradients: list[tuple[str, str, int]] = []  # place, layer, tensor; in time's order
+        self.gradients: list[_Seen] = []  # in time's order
         self._last = ""
         self._alive: list[Tensor] = []  # so that no other tensor gets its identity
 
@@ -127,10 +129,11 @@ class _Watch:
         for tensor in tensors:
             if tensor.requires_grad:
                 self._alive.append(tensor)
-                seen = (place, layer, id(tensor))
+                # An activation in place gives the object that it took, at another version.
+                seen = (place, layer, (id(tensor), tensor._version))
                 tensor.register_hook(lambda gradient, seen=seen: self._passed(gradient, seen))
 
-    def _passed(self, gradient: Tensor, seen: tuple[str, str, int]) -> None:
+    def _passed(self, gradient: Tensor, seen: _Seen) -> None:
         if not _is_finite(gradient):
             self.gradients.append(seen)
 
