@@ -35,8 +35,11 @@ from kw.data import (
     deaths_explained,
     read_image,
 )
-from kw.engine import evaluate_checkpoint, load_checkpoint, train
+from kw.engine import build_runner, evaluate_checkpoint, load_checkpoint, train
+from kw.engine.distributed import Process
+from kw.engine.run import run_to_end
 
+CPU = Process(0, 1, torch.device("cpu"))
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -277,23 +280,31 @@ def test_a_disk_that_is_gone_stops_at_once(images: Path) -> None:
         dataset[0, 0]
 
 
-def test_the_bound(broken: Path) -> None:
-    log = FaultLog(2000, BadImagesConfig(max_fraction=0.001))
-    assert log.allowed == 2
+def test_the_bound(tmp_path: Path) -> None:
     assert FaultLog(64, BadImagesConfig()).allowed == 1
     assert FaultLog(64, BadImagesConfig(max_fraction=0)).allowed == 0
-    faults = [BadImage(n, f"{n}.png", "why") for n in (7, 3, 7, 5)]
+    log = FaultLog(2000, BadImagesConfig(max_fraction=0.001))
+    assert log.allowed == 2
+    faults = [BadImage(n, str(tmp_path / f"{n}.png"), "why") for n in (7, 3, 7, 5)]
+    for fault in faults:
+        Path(fault.path).touch()
     log.met(faults[:1])
     assert log.learn(log.take()) == faults[:1]
     log.met(faults[:2])
     assert log.learn(log.take()) == faults[1:2]
     log.check()
+    state = json.loads(json.dumps(log.state_dict()))
     restored = FaultLog(2000, BadImagesConfig(max_fraction=0.001))
-    restored.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    restored.load_state_dict(state)
     assert restored.learn(faults) == faults[3:]
     with pytest.raises(DataError, match=r"3 of 2000 images.*the 2 that") as error:
         restored.check()
     assert all(f"{n}.png: why" in str(error.value) for n in (3, 5, 7))
+    # Repaired, and removed.
+    saved(Image.new("RGB", (1, 1)), tmp_path / "3.png")
+    (tmp_path / "7.png").unlink()
+    restored.load_state_dict(state)
+    assert not restored.known
 
 
 # --- a run -----------------------------------------------------------------------------------
@@ -384,3 +395,19 @@ def test_a_dead_process_is_reported_with_its_image(images: Path, tmp_path: Path)
         list(loader)
     with pytest.raises(RuntimeError, match="another"), deaths_explained():
         raise RuntimeError("another")
+
+
+def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    """torch raises from a signal handler: anywhere in the run."""
+    runner = build_runner(with_data(settings, images, workers=2), tmp_path, CPU)
+    dataset: Any = runner.train_dataloader.dataset
+    read = dataset.read
+
+    def deadly(index: int, key: tuple[int, int]) -> Any:
+        if index == 20 and key[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(index, key)
+
+    dataset.read = deadly
+    with pytest.raises(DataError, match=r"killed by SIGKILL.*read image 20, \S*train/cat/12.png"):
+        run_to_end(runner)

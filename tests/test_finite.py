@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -336,12 +337,17 @@ def test_where_it_began() -> None:
 # --- several processes -----------------------------------------------------------------------
 
 TWO = """
-import sys, torch, torch.distributed as dist
+import json, os, sys, torch, torch.distributed as dist
+from pathlib import Path
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from kw.config import config_from_mapping
+from kw.engine import NonFiniteError, build_runner
+from kw.engine.distributed import Process
 from kw.engine.optim import UpdateWrapper
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
+from kw.engine.run import run_to_end
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
 torch.manual_seed(0)
 network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
 model = DistributedDataParallel(network, broadcast_buffers=False)
@@ -356,7 +362,7 @@ for precision in ("fp32", "fp16"):
             if (update, micro, rank) in ((1, 0, 1), (2, 1, 0)):
                 images[0] = float("nan")
             with wrapper.optim_context(model):
-                loss = model(images).square().mean()
+                loss = model(images).float().square().mean()
             wrapper.update_params(loss)
         same = all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
         assert same == (update in (1, 2)), (precision, update)
@@ -364,11 +370,34 @@ for precision in ("fp32", "fp16"):
     weights = [torch.empty(3, 4) for _ in range(2)]
     dist.all_gather(weights, network[0].weight.detach())
     assert torch.equal(*weights)
+
+config = config_from_mapping(json.loads((folder / "settings.json").read_text()))
+runner = build_runner(config, folder / "run", Process(rank, 2, torch.device("cpu")))
+
+def spoil(module, inputs, output):
+    return output * float("nan") if rank == 1 and module.training and runner.iter >= 4 else None
+
+runner.task.network.layer2[0].conv2.register_forward_hook(spoil)
+try:
+    run_to_end(runner)
+except NonFiniteError as error:
+    assert "it began (on process 1) in layer2.0.conv2 (" in str(error), error
+    assert "at update 7, after 3 skipped" in str(error), error
+else:
+    raise AssertionError("the run went on")
 dist.destroy_process_group()
 """
 
 
-def test_nan_on_one_process_skips_on_all(tmp_path: Path) -> None:
+def test_two_processes(settings: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    """NaN on one of them skips on both and stops both; both know every bad file."""
+    root = shutil.copytree(images, tmp_path / "broken")
+    names = ("bird/1.png", "cat/2.png", "dog/3.png", "fish/4.png")
+    for name in names:
+        (root / "train" / name).write_bytes(b"")
+    settings["data"].update(root=str(root), bad_images={"max_fraction": 0.1})
+    settings.update(batch_size=8, non_finite={"patience": 3})
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     command = [sys.executable, "-c", TWO]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -376,3 +405,5 @@ def test_nan_on_one_process_skips_on_all(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    told = [line["path"] for line in lines_of(tmp_path / "run", "bad_image")]
+    assert sorted(told) == [str(root / "train" / name) for name in names]

@@ -8,6 +8,7 @@ fault is wrapped as :class:`Delivered`, :func:`collate_faults` moves the faults 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from kw.config.run_schema import BadImagesConfig
-from kw.data.reading import BadImageError, DataError
+from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.seeding import derive_seed
 
 __all__ = ["BadImage", "Delivered", "FaultLog", "FaultyDataset", "with_faults"]
@@ -167,14 +168,15 @@ class FaultLog:
         # Rounded up, so that one bad file does not stop a run on a small set.
         self.allowed = math.ceil(bad_images.max_fraction * size)
         self.size = size
-        self.known: dict[int, BadImage] = {}
-        self._met: dict[int, BadImage] = {}
+        self.max_pixels = bad_images.max_pixels
+        self.known: dict[str, BadImage] = {}  # by path
+        self._met: dict[str, BadImage] = {}
 
     def met(self, faults: Iterable[BadImage]) -> None:
         """This process met bad files."""
         for fault in faults:
-            if fault.image not in self.known:
-                self._met[fault.image] = BadImage(*fault)
+            if fault.path not in self.known:
+                self._met[fault.path] = BadImage(*fault)
 
     def take(self) -> list[BadImage]:
         """What this process met since the last call and was not known."""
@@ -183,9 +185,9 @@ class FaultLog:
 
     def learn(self, faults: Iterable[BadImage]) -> list[BadImage]:
         """Enter what any process met; returns those that are new, in the data set's order."""
-        new = {fault.image: fault for fault in faults if fault.image not in self.known}
+        new = {fault.path: fault for fault in faults if fault.path not in self.known}
         self.known.update(new)
-        return [new[index] for index in sorted(new)]
+        return sorted(new.values())
 
     def check(self) -> None:
         """Refuse more bad files than the bound.
@@ -205,8 +207,18 @@ class FaultLog:
         return {"known": [list(fault) for fault in self.known.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.known = {index: BadImage(index, path, why) for index, path, why in state["known"]}
+        """Restore :meth:`state_dict`; files repaired or removed since are forgotten."""
+        known = [BadImage(image, path, reason) for image, path, reason in state["known"]]
+        self.known = {fault.path: fault for fault in known if self._is_bad(fault.path)}
+
+    def _is_bad(self, path: str) -> bool:
+        if not os.path.exists(path):
+            return False  # removed; if it is still in the data set, it will be met
+        try:
+            read_image(path, self.max_pixels)
+        except BadImageError:
+            return True
+        return False
 
 
 def _listed(faults: Sequence[BadImage]) -> str:

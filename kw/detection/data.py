@@ -57,7 +57,7 @@ class Samples(FaultyDataset):
         self.metainfo = dataset.metainfo  # the runner asks for it
         steps = dataset.pipeline.transforms
         for place, step in enumerate(steps):
-            if type(step) is LoadImageFromFile and step.imdecode_backend == "cv2":
+            if type(step) is LoadImageFromFile and _is_plain(step):
                 steps[place] = LoadImage(step, bad_images.max_pixels)
 
     def __len__(self) -> int:
@@ -87,6 +87,12 @@ class Samples(FaultyDataset):
                 if sample is not None:
                     return sample
         raise DataError(f"{self.path(index)}: train_pipeline left no object in {_TRIES} tries")
+
+
+def _is_plain(step: LoadImageFromFile) -> bool:
+    """Whether it reads colour, by OpenCV, from a file of this machine."""
+    how = (step.imdecode_backend, step.color_type)
+    return how == ("cv2", "color") and not (step.backend_args or step.file_client_args)
 
 
 class LoadImage(BaseTransform):

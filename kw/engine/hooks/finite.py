@@ -65,13 +65,7 @@ class FiniteHook(Hook):
 
     def _stop(self, runner: Any, skipped: Skipped) -> None:
         """Look for the layer, in the update that was just skipped; all processes together."""
-        config = runner.config
-        origin = find_origin(
-            runner.task.model,
-            runner.task.network,
-            runner.train_loop.batches,
-            lambda: autocast(config.precision, runner.process.device.type),
-        )
+        origin = self._origin(runner)
         origins = [origin]
         if runner.process.world_size > 1:
             origins = [None] * runner.process.world_size
@@ -91,6 +85,19 @@ class FiniteHook(Hook):
             write_line(runner, "non_finite", runner.epoch + 1, update, report)
         raise NonFiniteError(_message(runner, skipped, update, where, found, checkpoint))
 
+    def _origin(self, runner: Any) -> str | None:
+        config = runner.config
+        try:
+            return find_origin(
+                runner.task.model,
+                runner.task.network,
+                runner.train_loop.batches,
+                lambda: autocast(config.precision, runner.process.device.type),
+            )
+        except Exception as error:  # a search that fails must not hide what it is about
+            runner.logger.warning(f"the search for the layer: {type(error).__name__}: {error}")
+            return None
+
 
 def _message(
     runner: Any,
@@ -100,7 +107,7 @@ def _message(
     found: dict[int, str],
     checkpoint: Path | None,
 ) -> str:
-    began = "passed through the network once more, the images of this update gave finite values"
+    began = "a second pass of this update's images did not show in which layer it began"
     if where is not None:
         ranks = (
             f" (on process {', '.join(map(str, found))})" if runner.process.world_size > 1 else ""
