@@ -12,13 +12,20 @@ from typing import Any
 from .benchmark.conditions import BenchmarkError
 from .config import ConfigError, load_config
 from .data import DataError
-from .engine import CheckpointError
+from .engine import CheckpointError, NonFiniteError
 from .engine.interruption import EXIT_STATUS, Interrupted
 from .models.released_weights import ReleasedError
 
 __all__ = ["add_config_options", "add_options", "load_run", "run_tool"]
 
-USER_ERRORS = (BenchmarkError, ConfigError, DataError, CheckpointError, ReleasedError)
+USER_ERRORS = (
+    BenchmarkError,
+    ConfigError,
+    DataError,
+    CheckpointError,
+    NonFiniteError,
+    ReleasedError,
+)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from .fields import setting, table
 
 __all__ = [
+    "BadImagesConfig",
     "CheckpointConfig",
     "ContractionConfig",
     "EmaConfig",
+    "NonFiniteConfig",
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -100,6 +102,43 @@ class ContractionConfig:
     )
 
 
+@dataclass
+class BadImagesConfig:
+    """What becomes of image files that cannot be read (docs/faults.md)."""
+
+    policy: str = setting(
+        "skip",
+        "skip: train on another image instead, count as wrong in evaluation; raise: stop",
+        choices=("skip", "raise"),
+    )
+    max_fraction: float = setting(
+        0.001,
+        "skip: the run stops when more of a data set's files are bad, rounded up to whole files",
+        minimum=0,
+        maximum=1,
+    )
+    max_pixels: int = setting(
+        178_956_970,
+        "larger images count as bad before memory is asked for; the default is the most that "
+        "Pillow opens",
+        minimum=1,
+        maximum=178_956_970,
+    )
+
+
+@dataclass
+class NonFiniteConfig:
+    """What becomes of updates whose loss or gradient is not finite: they are skipped."""
+
+    patience: int = setting(20, "the run stops after as many skipped updates in a row", minimum=1)
+    max_fraction: float = setting(
+        0.1,
+        "the run stops when more of an epoch's updates (and more than patience) were skipped",
+        minimum=0,
+        maximum=1,
+    )
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """How a run trains, on any number of devices."""
@@ -121,6 +160,7 @@ class RunConfig:
     precision: str = setting(
         "fp32", "autocast type of forward and loss", choices=("fp32", "bf16", "fp16")
     )
+    non_finite: NonFiniteConfig = table(NonFiniteConfig, "updates whose loss is not finite")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
     eval_interval: int = setting(1, "epochs between evaluations", minimum=1)

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .fields import setting
-from .run_schema import RunConfig
+from .fields import setting, table
+from .run_schema import BadImagesConfig, RunConfig
 
 __all__ = [
     "Config",
@@ -155,6 +155,13 @@ class DataConfig:
     )
     input_size: int = setting(224, "side of the square network input, pixels", minimum=1)
     workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
+    bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
+    exif_orientation: str = setting(
+        "apply",
+        "apply: turn images as their EXIF data say; ignore: take them as stored, as torchvision "
+        "and timm do",
+        choices=("apply", "ignore"),
+    )
     mean: list[float] = setting(
         [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
     )

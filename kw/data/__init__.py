@@ -4,18 +4,33 @@ The demo's data are written by :mod:`kw.data.digits`, which is run as a program 
 imported here.
 """
 
-from kw.data.dataset import DataError, ImageFolder, Sample, check_data_root
-from kw.data.loader import build_eval_loader, build_loader, build_train_loader, stop_workers
+from kw.data.dataset import UNREADABLE, ImageFolder, Sample, check_data_root
+from kw.data.faults import BadImage, FaultLog, FaultyDataset
+from kw.data.loader import (
+    Loader,
+    build_eval_loader,
+    build_loader,
+    build_train_loader,
+    deaths_explained,
+    stop_workers,
+)
 from kw.data.preprocess import BatchPreprocessor
+from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.seeding import derive_seed, seeded
 from kw.data.transforms import build_transform
 
 __all__ = [
+    "UNREADABLE",
+    "BadImage",
+    "BadImageError",
     "BatchPreprocessor",
     "DataError",
     "EvalBatchSampler",
+    "FaultLog",
+    "FaultyDataset",
     "ImageFolder",
+    "Loader",
     "Sample",
     "TrainBatchSampler",
     "build_eval_loader",
@@ -23,7 +38,9 @@ __all__ = [
     "build_train_loader",
     "build_transform",
     "check_data_root",
+    "deaths_explained",
     "derive_seed",
+    "read_image",
     "seeded",
     "stop_workers",
 ]

@@ -10,19 +10,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import has_file_allowed_extension, make_dataset
 
+from kw.config.run_schema import BadImagesConfig
+from kw.data.faults import FaultyDataset
+from kw.data.reading import DataError, read_image
 from kw.data.seeding import seeded
 
-__all__ = ["IMAGE_EXTENSIONS", "DataError", "ImageFolder", "Sample", "check_data_root"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "UNREADABLE",
+    "DataError",
+    "ImageFolder",
+    "Sample",
+    "check_data_root",
+]
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
 
-
-class DataError(ValueError):
-    """The data folder or a file in it is not what was looked for."""
+UNREADABLE = -1
+"""Label of a test image that cannot be read: no prediction is right."""
 
 
 class Sample(NamedTuple):
@@ -35,7 +43,7 @@ class Sample(NamedTuple):
     """epoch and index"""
 
 
-class ImageFolder(Dataset[Sample]):
+class ImageFolder(FaultyDataset):
     """The images of one split.
 
     An item's key is ``(epoch, index)``: the transform draws under a seed made of the dataset's seed
@@ -47,6 +55,10 @@ class ImageFolder(Dataset[Sample]):
             skipped, files as well as folders.
         transform: RGB image -> uint8 tensor [3, S, S].
         seed: seed of the transform's random choices.
+        training: whether images that cannot be read are replaced; in evaluation each gives a black
+            image with the label :data:`UNREADABLE`, so that all are counted and none is right.
+        bad_images: what becomes of them; left out, they raise.
+        upright: turn images as their EXIF data say.
 
     Attributes:
         classes: class names, sorted; a label is a place in this list.
@@ -62,11 +74,15 @@ class ImageFolder(Dataset[Sample]):
         split: str,
         transform: Callable[[Image.Image], torch.Tensor],
         seed: int = 0,
+        training: bool = False,
+        bad_images: BadImagesConfig | None = None,
+        upright: bool = True,
     ) -> None:
+        super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
         folder = Path(root).expanduser() / split
         self.folder = folder
         self.transform = transform
-        self.seed = seed
+        self.upright = upright
         self.classes = _find_classes(folder)
         samples = make_dataset(
             str(folder),
@@ -91,22 +107,22 @@ class ImageFolder(Dataset[Sample]):
         start = self._ends[index - 1] if index else 0
         return self.folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def read(self, index: int, key: tuple[int, int]) -> Sample:
         """Read and transform an image.
 
         Raises:
-            DataError: the file cannot be read as an image.
+            BadImageError: the file cannot be read as an image.
         """
-        epoch, index = key
-        path = self.path(index)
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise DataError(f"cannot read image {path}: {error}") from error
-        with seeded("image", self.seed, epoch, index):
+        image = read_image(self.path(index), self.bad_images.max_pixels, self.upright)
+        with seeded("image", self.seed, *key):
             tensor = self.transform(image)
         return Sample(tensor, int(self.labels[index]), key)
+
+    def unreadable(self, key: tuple[int, int]) -> Sample:
+        """A black image that belongs to no class."""
+        with seeded("image", self.seed, *key):
+            tensor = self.transform(Image.new("RGB", (8, 8)))
+        return Sample(tensor, UNREADABLE, key)
 
 
 def check_data_root(

@@ -1,4 +1,4 @@
-"""Loaders: plain torch ``DataLoader`` objects over :class:`~kw.data.dataset.ImageFolder`.
+"""Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
 A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int64 [B],
 "key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is available).
@@ -6,16 +6,54 @@ A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int6
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from kw.data.dataset import ImageFolder, Sample
+from kw.data.faults import FaultLog, FaultyDataset, with_faults
+from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 
-__all__ = ["build_eval_loader", "build_loader", "build_train_loader", "collate", "stop_workers"]
+__all__ = [
+    "Loader",
+    "build_eval_loader",
+    "build_loader",
+    "build_train_loader",
+    "collate",
+    "deaths_explained",
+    "stop_workers",
+]
+
+
+class Loader(DataLoader[Any]):
+    """torch's loader; bad files that a batch tells of go to :attr:`faults`, not to the model.
+
+    Attributes:
+        faults: the bad files of the data set.
+    """
+
+    faults: FaultLog
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # no more than an iterator
+        return self._watched(super().__iter__())  # the processes start here, not at the first batch
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError as error:
+                raise DataError(_without_traceback(error)) from error
+            self.faults.met(batch.pop("faults", ()))
+            if batch:
+                yield batch
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -37,7 +75,7 @@ def build_train_loader(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[Sample]:
+) -> Loader:
     """The loader of one training process.
 
     Before each epoch call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
@@ -61,7 +99,7 @@ def build_train_loader(
 
 def build_eval_loader(
     dataset: ImageFolder, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
-) -> DataLoader[Sample]:
+) -> Loader:
     """The loader of one evaluating process: its share of the images, none of them twice.
 
     Args:
@@ -85,27 +123,72 @@ def stop_workers(loader: DataLoader[Any]) -> None:
 
 
 def build_loader(
-    dataset: Dataset[Any],
+    dataset: FaultyDataset,
     sampler: TrainBatchSampler | EvalBatchSampler,
     workers: int,
     collate: Callable[[list[Any]], Any] = collate,
-) -> DataLoader[Any]:
+) -> Loader:
     """A loader over any dataset of keys ``(epoch, index)``.
 
     Args:
         dataset: gives a sample for a key.
         sampler: gives lists of keys.
         workers: loader processes; 0 loads in this process.
-        collate: samples -> batch.
+        collate: samples -> batch, a mapping.
     """
-    return DataLoader(
+    dataset.note_for(workers)
+    loader = Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=with_faults(collate),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # Its own generator: a loader otherwise draws from the global one at each epoch's start,
         # which would make the model's random choices depend on how often data was loaded.
         generator=torch.Generator(),
     )
+    loader.faults = FaultLog(len(dataset), dataset.bad_images)
+    return loader
+
+
+@contextmanager
+def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
+    """Say which image a loader process was reading when it died.
+
+    torch reports a death from a signal handler, so that it may surface at any line of the run.
+
+    Raises:
+        DataError: a process of these loaders died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        deaths = [line for loader in loaders for line in _deaths(loader)]
+        if not deaths:
+            raise
+        raise DataError("; ".join(deaths)) from error
+
+
+def _deaths(loader: DataLoader[Any]) -> Iterator[str]:
+    processes: Any = getattr(loader._iterator, "_workers", ())
+    dataset: Any = loader.dataset
+    for worker, process in enumerate(processes):
+        status = process.exitcode
+        if not status:
+            continue
+        how = f"ended with status {status}"
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        if -status == signal.SIGKILL:
+            how += " (by the system, where it ran out of memory)"
+        index = dataset.in_hand(worker)
+        what = "between two images"
+        if index is not None:
+            what = f"while it read image {index}, {dataset.path(index)}"
+        yield f"loader process {worker} (pid {process.pid}) {how} {what}"
+
+
+def _without_traceback(error: DataError) -> str:
+    """What was raised in a loader process; torch's message is its traceback."""
+    return re.split(r"\n[\w.]*(?:DataError|BadImageError): ", str(error))[-1]

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from mmengine.runner import set_random_seed
 from torch import nn
-from torch.utils.data import DataLoader
 
-from ..data import DataError, stop_workers
+from ..data import DataError, Loader, deaths_explained, stop_workers
 from ..engine import load_checkpoint, load_network, set_contraction
 from ..engine.distributed import Process, join_group, leave_group
+from ..engine.hooks.bad_images import tell_bad_images
 from ..engine.optim import autocast, build_optimizer
 from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to_end
 from ..engine.runner import Runner
@@ -92,13 +92,14 @@ def build_runner(
 
 @torch.no_grad()
 def evaluate_detector(
-    detector: nn.Module, loader: DataLoader[Any], evaluator: CocoEvaluator, precision: str
+    detector: nn.Module, loader: Loader, evaluator: CocoEvaluator, precision: str
 ) -> dict[str, float | None]:
     """COCO's figures on a data set that processes share out; a collective call.
 
     Args:
         detector: mmdetection's; left in the mode that it was in.
-        loader: disjoint shares over the processes, without padding.
+        loader: disjoint shares over the processes, without padding; an image that it leaves out
+            because it cannot be read has no detections.
         evaluator: knows the ground truth.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
@@ -106,6 +107,7 @@ def evaluate_detector(
     detector.eval()
     device = next(detector.parameters()).device
     model: Any = detector
+    seen = 0
     for batch in loader:
         with autocast(precision, device.type):
             samples = model.val_step(batch)
@@ -114,8 +116,16 @@ def evaluate_detector(
             masks = found.masks if "masks" in found else None
             boxes, scores = found.bboxes.float(), found.scores.float()
             evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
+            seen += 1
     detector.train(training)
-    return evaluator.compute()
+    figures = evaluator.compute()
+    sampler: Any = loader.batch_sampler
+    left_out = torch.tensor(len(sampler.indices) - seen, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(left_out)
+    if left_out:
+        figures["unreadable_images"] = float(left_out)
+    return figures
 
 
 def evaluate_checkpoint(
@@ -143,8 +153,10 @@ def evaluate_checkpoint(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(detector, state[key], str(checkpoint))
-                found = evaluate_detector(detector, loader, evaluator, run.precision)
+                with deaths_explained(loader):
+                    found = evaluate_detector(detector, loader, evaluator, run.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
+        tell_bad_images(loader)
         stop_workers(loader)
     finally:
         leave_group()

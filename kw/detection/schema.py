@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..config.checking import Schema
-from ..config.fields import setting
+from ..config.fields import setting, table
 from ..config.rules import Report, check_run_rules, ignored_run_settings
-from ..config.run_schema import OptimizerConfig, RunConfig
+from ..config.run_schema import BadImagesConfig, OptimizerConfig, RunConfig
 
 __all__ = ["SCHEMA", "CocoDataConfig", "DetectionConfig", "LayerDecayConfig"]
 
@@ -42,6 +42,7 @@ class CocoDataConfig:
     group_by_aspect: bool = setting(
         True, "deal out an update's images so that wide ones meet wide ones: less padding"
     )
+    bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     check: bool = setting(True, "check both annotation files before training")
 
 

@@ -34,6 +34,7 @@ class TrainLoop(EpochBasedTrainLoop):
     Attributes:
         updates_per_epoch: optimizer updates in an epoch.
         data_seconds: time spent waiting for batches since the log hook last reset it.
+        batches: the micro-batches of the last update, for who has to look into what it did.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TrainLoop(EpochBasedTrainLoop):
         self.updates_per_epoch = sampler.updates_per_epoch
         self._max_iters = self._max_epochs * self.updates_per_epoch
         self.data_seconds = 0.0
+        self.batches: list[Any] = []
 
     def resume_from(self, epoch: int, update: int) -> None:
         """Continue a run: ``epoch`` epochs and ``update`` updates are done."""
@@ -81,10 +83,12 @@ class TrainLoop(EpochBasedTrainLoop):
         """One optimizer update from ``accumulation`` micro-batches."""
         self.runner.call_hook("before_train_iter", batch_idx=update, data_batch=None)
         sums: dict[str, Tensor] = {}
+        self.batches = []
         for _ in range(self.sampler.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
             self.data_seconds += time.perf_counter() - waiting
+            self.batches.append(batch)
             losses = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
             for key, value in losses.items():
                 sums[key] = value.detach() + sums.get(key, 0)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..config.run_schema import OptimizerConfig
 from ..registry import OPTIM_WRAPPERS
+from .finite import FiniteGuard
 
 __all__ = ["UpdateWrapper", "autocast", "build_optimizer"]
 
@@ -83,6 +84,8 @@ def build_optimizer(
 class UpdateWrapper(OptimWrapper):
     """Accumulation, clipping, autocast and loss scaling of one optimizer update.
 
+    An update that is not finite has no effect (:class:`kw.engine.finite.FiniteGuard`).
+
     Gradients are reduced over processes in an update's last micro-step only. Nothing is read from
     the device: the gradient's norm stays a tensor in :attr:`grad_norm`.
 
@@ -105,6 +108,7 @@ class UpdateWrapper(OptimWrapper):
         super().__init__(optimizer, accumulative_counts=accumulation)
         self.max_norm = clip_grad
         self.grad_norm: Tensor | None = None
+        self.guard = FiniteGuard()
         self.precision = precision
         self.device_type = device_type
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
@@ -118,29 +122,43 @@ class UpdateWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast, and no gradient reduction in inner micro-steps."""
+        if self._inner_count % self._accumulative_counts == 0:
+            self.guard.begin(model)
         with super().optim_context(model), autocast(self.precision, self.device_type):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Back-propagate the scaled loss."""
-        self.scaler.scale(loss).backward(**kwargs)
+        self.scaler.scale(self.guard.weigh(loss)).backward(**kwargs)
         self._inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
-        """Clip and update."""
-        if self.max_norm is not None:
+        """Clip and update, if the gradient is finite."""
+        scaled = self.scaler.is_enabled()
+        if scaled:
             self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        self.scaler.step(self.optimizer, **kwargs)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = None
+        if self.max_norm is not None:
+            norm = self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        elif not scaled:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        self.guard.step(self.optimizer, self.scaler, None if scaled else norm, **kwargs)
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimizer and loss scaler: tensors and plain types."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """State of optimizer, loss scaler and guard: tensors and plain types."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.guard.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
+        if "skipped" in state_dict:  # checkpoints of earlier versions have none
+            self.guard.load_state_dict(state_dict["skipped"])

@@ -23,10 +23,12 @@ from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     ImageFolder,
+    Loader,
     build_eval_loader,
     build_train_loader,
     build_transform,
     check_data_root,
+    deaths_explained,
     stop_workers,
 )
 from ..models import ImageClassifier, build_network
@@ -34,7 +36,15 @@ from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .distributed import Process, join_group, leave_group
-from .hooks import CheckpointHook, EmaHook, LogHook, ScheduleHook
+from .hooks import (
+    BadImageHook,
+    CheckpointHook,
+    EmaHook,
+    FiniteHook,
+    LogHook,
+    ScheduleHook,
+)
+from .hooks.bad_images import tell_bad_images
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .runner import Runner
@@ -79,8 +89,9 @@ def train(
     Raises:
         ConfigError: a setting does not fit the data, the devices or the number of processes, or
             ``work_dir`` holds a run that is not to be resumed.
-        DataError: the data folder is not as expected.
+        DataError: the data folder is not as expected, or too many images cannot be read.
         CheckpointError: the checkpoint cannot be read or is of another model.
+        NonFiniteError: too many updates were not finite.
     """
     process = join_group(launcher)
     try:
@@ -96,7 +107,10 @@ def run_to_end(runner: Runner) -> dict[str, float | None]:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
     """
     try:
-        with runner.signals.watched():
+        with (
+            runner.signals.watched(),
+            deaths_explained(runner.train_dataloader, runner.val_dataloader),
+        ):
             runner.train()
     finally:
         stop_workers(runner.train_dataloader)
@@ -112,7 +126,15 @@ def build_runner(
     resume_from = find_checkpoint(resume, work_dir, process)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
-    train_set = ImageFolder(data.root, "train", build_transform(data, True), config.seed)
+    train_set = ImageFolder(
+        data.root,
+        "train",
+        build_transform(data, True),
+        config.seed,
+        training=True,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+    )
     place = {"workers": data.workers, "rank": process.rank, "world_size": process.world_size}
     try:
         train_loader = build_train_loader(
@@ -181,6 +203,8 @@ def assemble_runner(
     hooks: list[Hook] = [
         ScheduleHook(),
         LogHook(config.log_interval),
+        BadImageHook(config.log_interval),
+        FiniteHook(config.non_finite, config.log_interval),
         CheckpointHook(**dataclasses.asdict(config.checkpoint)),
     ]
     if config.ema is not None:
@@ -256,8 +280,10 @@ def evaluate_checkpoint(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
-                found = evaluate(network, preprocess, loader, config.precision)
+                with deaths_explained(loader):
+                    found = evaluate(network, preprocess, loader, config.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
+        tell_bad_images(loader)
         stop_workers(loader)
     finally:
         leave_group()
@@ -265,9 +291,16 @@ def evaluate_checkpoint(
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 
 
-def _eval_loader(config: Config, process: Process) -> DataLoader[Any]:
+def _eval_loader(config: Config, process: Process) -> Loader:
     data = config.data
-    dataset = ImageFolder(data.root, "val", build_transform(data, False), config.seed)
+    dataset = ImageFolder(
+        data.root,
+        "val",
+        build_transform(data, False),
+        config.seed,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+    )
     return build_eval_loader(
         dataset,
         batch_size=config.eval_batch_size or config.batch_size,

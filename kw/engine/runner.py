@@ -27,6 +27,7 @@ from .checkpoint import (
     rng_state,
 )
 from .distributed import Process, batch_norm_buffers
+from .hooks.bad_images import fault_logs
 from .interruption import Signals
 from .saving import copied
 from .schedule import Schedule
@@ -159,6 +160,7 @@ class Runner(_Runner):
             "state_dict": self.task.network.state_dict(),
             "optimizer": self.optim_wrapper.state_dict(),
             "ranks": ranks,
+            "bad_images": {name: log.state_dict() for name, log in fault_logs(self).items()},
         }
         if self.ema is not None:
             checkpoint["ema_state_dict"] = self.ema.state_dict()
@@ -197,6 +199,8 @@ class Runner(_Runner):
                 average = checkpoint["state_dict"]
             load_network(self.ema, average, source)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        for name, log in fault_logs(self).items():
+            log.load_state_dict(checkpoint.get("bad_images", {}).get(name, {"known": []}))
         self.best = meta["best"]
         self.train_loop.resume_from(meta["epoch"], done)
         self.resumed = meta

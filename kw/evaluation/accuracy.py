@@ -24,8 +24,8 @@ class Accuracy:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        # images, top-1 hits, top-5 hits, summed loss
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # images, top-1 hits, top-5 hits, summed loss, images that could be read
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -33,35 +33,43 @@ class Accuracy:
 
         Args:
             logits: ``[B, C]``, any floating type.
-            labels: ``[B]``, class indices.
+            labels: ``[B]``, class indices; -1 is an image that could not be read, which counts as
+                wrong and has no loss.
         """
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices  # [B, 5], best first
         hits = best.eq(labels[:, None])
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         self.sums[0] += len(labels)
         self.sums[1] += hits[:, 0].sum()
         self.sums[2] += hits.any(1).sum()
         self.sums[3] += loss.double().sum()
+        self.sums[4] += labels.ge(0).sum()
 
     def compute(self) -> dict[str, float]:
         """Reduce over all processes and read: a collective call.
 
         Returns:
             ``top1`` and ``top5`` in percent (top-5 of fewer than five classes counts all of them),
-            ``loss`` in nats per image, and ``images``, the number of images counted.
+            ``loss`` in nats per image, and ``images``, the number of images counted. Where some of
+            them could not be read, ``unreadable_images`` is their number.
 
         Raises:
-            ValueError: no image was counted on any process.
+            ValueError: no image was counted on any process, or none that could be read.
         """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.sums)
-        images, top1, top5, loss = self.sums.tolist()
+        images, top1, top5, loss, readable = self.sums.tolist()
         if images == 0:
             raise ValueError("nothing was evaluated: the loader gave no image on any process")
-        return {
+        if readable == 0:
+            raise ValueError(f"nothing was evaluated: none of {images:.0f} images can be read")
+        found = {
             "top1": 100 * top1 / images,
             "top5": 100 * top5 / images,
-            "loss": loss / images,
+            "loss": loss / readable,
             "images": int(images),
         }
+        if readable < images:
+            found["unreadable_images"] = int(images - readable)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from datetime import timedelta
@@ -19,12 +20,15 @@ from ...registry import HOOKS
 from ...warehouse import has_temperature
 from ..task import Metrics
 
-__all__ = ["LogHook"]
+__all__ = ["LogHook", "write_line"]
 
 
 @HOOKS.register_module()
 class LogHook(Hook):
     """Sums losses on the device and reads them when a line is due: no update waits for the device.
+
+    Values that are not finite are left out of the means: such updates are skipped, and counted as
+    ``skipped``.
 
     Args:
         interval: updates between lines; an epoch's last update always gives one.
@@ -35,20 +39,24 @@ class LogHook(Hook):
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of the finite values, and their number: [2]
         self._updates = 0
+        self._skipped: int | None = None  # updates skipped up to the last line
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last line."""
-        return {"sums": dict(self._sums), "updates": self._updates}
+        return {"sums": dict(self._sums), "updates": self._updates, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._sums, self._updates = dict(state["sums"]), state["updates"]
+        self._sums = dict(state["sums"])
+        self._updates, self._skipped = state["updates"], state["skipped"]
 
     def before_train(self, runner: Any) -> None:
         device = runner.process.device
         self._sums = {key: value.to(device) for key, value in self._sums.items()}
+        if self._skipped is None:
+            self._skipped = runner.optim_wrapper.guard.read().total
         self._anneals = has_temperature(runner.task.network)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
@@ -71,7 +79,9 @@ class LogHook(Hook):
         if runner.optim_wrapper.grad_norm is not None:
             outputs = {**outputs, "grad_norm": runner.optim_wrapper.grad_norm}
         for key, value in outputs.items():
-            self._sums[key] = value + self._sums[key] if key in self._sums else value
+            finite = torch.isfinite(value)
+            pair = torch.stack([torch.where(finite, value, 0).float(), finite.float()])
+            self._sums[key] = pair + self._sums[key] if key in self._sums else pair
         self._updates += 1
         done = batch_idx + 1
         if done % self.interval == 0 or done == runner.train_loop.updates_per_epoch:
@@ -98,12 +108,15 @@ class LogHook(Hook):
         runner.train_loop.data_seconds = 0.0
 
     def _write_training(self, runner: Any, done: int) -> None:
-        means = torch.stack([v.float() for v in self._sums.values()]) / self._updates
+        sums = torch.stack(list(self._sums.values()))  # [names, 2]
         if runner.process.world_size > 1:
-            dist.all_reduce(means)
-            means /= runner.process.world_size
-        # The only place where training waits for the device.
-        values = dict(zip(self._sums, means.tolist(), strict=True))
+            dist.all_reduce(sums)
+        # The only place where training waits for the device. Without a finite value: NaN.
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        values: dict[str, float] = dict(zip(self._sums, means, strict=True))
+        skipped = runner.optim_wrapper.guard.read().total
+        values["skipped"] = skipped - (self._skipped or 0)
+        self._skipped = skipped
         seconds = time.perf_counter() - self._started
         self._seconds += seconds
         self._updates_timed += self._updates  # those before a resume were not timed here
@@ -130,11 +143,21 @@ class LogHook(Hook):
     def _record(self, mode: str, epoch: int, update: int, values: dict[str, float]) -> None:
         if self._file is None or self._board is None:
             return
-        line = {"mode": mode, "epoch": epoch, "iter": update, **values}
-        with open(self._file, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for key, value in values.items():
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        # NaN is not JSON.
+        _append(self._file, mode, epoch, update, {**dict.fromkeys(values), **finite})
+        for key, value in finite.items():
             self._board.add_scalar(f"{mode}/{key}", value, update)
+
+
+def write_line(runner: Any, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
+    """Add a line to ``log.jsonl``; for the main process."""
+    _append(Path(runner.work_dir, "log.jsonl"), mode, epoch, update, values)
+
+
+def _append(path: Path, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps({"mode": mode, "epoch": epoch, "iter": update, **values}) + "\n")
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:

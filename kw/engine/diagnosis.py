@@ -1,0 +1,185 @@
+"""Where values stop being finite: one forward and backward pass of given batches, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["find_origin"]
+
+_Seen = tuple[str, str, tuple[int, int]]  # "input" or "output", of which layer, which tensor
+
+
+def find_origin(
+    model: Any,
+    network: nn.Module,
+    batches: Iterable[Any],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> str | None:
+    """Name the layer where values that are not finite come up first.
+
+    Every layer is watched: its inputs and outputs in the order of the forward pass, then the
+    gradients in the order of the backward pass. The model is left as it was, apart from the random
+    numbers that it drew; what random choices decide (drop path) may differ from the update's.
+
+    Args:
+        model: mmengine's, as its ``train_step`` takes it, without DDP's wrapper.
+        network: the part whose layers are named.
+        batches: micro-batches of an update, as the loader gives them.
+        context: makes the forward pass's autocast.
+
+    Returns:
+        Part of a sentence about the first of the batches that is not finite; ``None`` if all are.
+    """
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and not _is_finite(tensor.detach()):
+            return f"the weights: {name} is not finite"
+    kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
+    found: list[str] = []
+    try:
+        for batch in batches:
+            # All of them, whatever is found: layers may communicate, and other processes with them.
+            with _uncompiled(network), _watched(network) as watch:
+                found += _pass(model, network, batch, context, watch)
+    finally:
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(kept[name])
+    return found[0] if found else None
+
+
+def _pass(
+    model: Any,
+    network: nn.Module,
+    batch: Any,
+    context: Callable[[], AbstractContextManager[Any]],
+    watch: _Watch,
+) -> list[str]:
+    with context():
+        data = model.data_preprocessor(batch, True)
+        losses = model._run_forward(data, mode="loss")
+    loss, parts = model.parse_losses(losses)
+    if watch.forward is None:
+        bad = [name for name, value in parts.items() if not _is_finite(value.detach())]
+        if bad:
+            named = [name for name in bad if name != "loss"] or bad
+            watch.forward = f"{', '.join(named)}: every layer's output is finite"
+    named_parameters = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    # Not loss.backward(): gradients of parameters are none of this function's to write.
+    gradients = torch.autograd.grad(loss, [p for _, p in named_parameters], allow_unused=True)
+    if watch.forward is not None:
+        return [watch.forward]
+    if watch.gradients:
+        return [watch.first_gradient()]
+    for (name, _), gradient in zip(named_parameters, gradients, strict=True):
+        if gradient is not None and not _is_finite(gradient):
+            return [f"{name}: its gradient is not finite, every layer's input and output is"]
+    return []
+
+
+class _Watch:
+    """What was seen of one pass."""
+
+    def __init__(self) -> None:
+        self.forward: str | None = None
+        self.gradients: list[_Seen] = []  # in time's order
+        self._last = ""
+        self._alive: list[Tensor] = []  # so that no other tensor gets its identity
+
+    def entered(self, layer: str, is_whole: bool, inputs: Any) -> None:
+        """A layer is about to run."""
+        tensors = _floats(inputs)
+        if self.forward is None and not all(map(_is_finite, tensors)):
+            self.forward = (
+                "the images: they are not finite after preprocessing"
+                if is_whole
+                else f"what is computed between {self._last or 'the images'} and {layer}: the "
+                f"input of {layer} is not finite"
+            )
+        self._follow("input", layer, tensors)
+
+    def left(self, layer: str, inputs: Any, outputs: Any) -> None:
+        """A layer has run."""
+        tensors = _floats(outputs)
+        if self.forward is None and not all(map(_is_finite, tensors)):
+            sizes = [f"{_largest(t):.3g} ({str(t.dtype)[6:]})" for t in _floats(inputs)]
+            given = f", of inputs up to {' and '.join(sizes)}" if sizes else ""
+            self.forward = f"{layer}: its output is not finite{given}"
+        self._last = layer
+        self._follow("output", layer, tensors)
+
+    def first_gradient(self) -> str:
+        """Where the backward pass went wrong."""
+        place, layer, tensor = self.gradients[0]
+        # A tensor is one layer's output and others' input, through containers and layers that do
+        # nothing: the last that took it is the one that sent its gradient back.
+        for other, name, same in self.gradients:
+            if other == "input" and same == tensor:
+                place, layer = other, name
+        if place == "input":
+            return f"the backward pass of {layer}: the gradient of its input is not finite"
+        return f"the backward pass after {layer}: the gradient of its output is not finite"
+
+    def _follow(self, place: str, layer: str, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.requires_grad:
+                self._alive.append(tensor)
+                # An activation in place gives the object that it took, at another version.
+                seen = (place, layer, (id(tensor), tensor._version))
+                tensor.register_hook(lambda gradient, seen=seen: self._passed(gradient, seen))
+
+    def _passed(self, gradient: Tensor, seen: _Seen) -> None:
+        if not _is_finite(gradient):
+            self.gradients.append(seen)
+
+
+@contextmanager
+def _watched(network: nn.Module) -> Iterator[_Watch]:
+    watch, handles = _Watch(), []
+    for name, module in network.named_modules():
+        layer = f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+        def enter(
+            _: Any, given: Any, more: Any, layer: str = layer, whole: bool = not name
+        ) -> None:
+            watch.entered(layer, whole, (given, more))
+
+        def leave(_: Any, given: Any, outputs: Any, layer: str = layer) -> None:
+            watch.left(layer, given, outputs)
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _uncompiled(network: nn.Module) -> Iterator[None]:
+    """Without what ``network.compile()`` made, which calls no hooks."""
+    compiled = network._compiled_call_impl
+    network._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
+
+
+def _floats(values: Any) -> list[Tensor]:
+    leaves = tree_leaves(values)
+    return [each for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
