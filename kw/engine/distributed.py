@@ -80,11 +80,10 @@ def join_group(launcher: str) -> Process:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         bound = None if device.type == "cpu" else device
-        # torchrun keeps one store over restarts, in which the dead processes' addresses still stand.
+        # torchrun keeps one store over restarts, where dead processes' addresses still stand.
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        attempt = dist.PrefixStore(
-            f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = dist.PrefixStore(f"restart_{restarts}", store)
         dist.init_process_group(
             backend, store=attempt, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound
         )
