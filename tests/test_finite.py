@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kw.config import config_from_mapping
 from kw.engine import NonFiniteError, build_runner, load_checkpoint
@@ -150,6 +151,27 @@ def test_loss_scaling_is_no_fault() -> None:
     updates.run(3, finite_loss_of_nan_gradient)
     assert guard.read().total == 2
     assert_equal(updates.state(), before)
+
+
+class NoReadback(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func), "the host reads a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fp", ["fp32", "fp16"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_guard_never_waits_for_the_device(
+    fp: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = Updates(clip=clip, fp=fp)
+    # On CPU the optimizer reads its step count; on CUDA it does not.
+    monkeypatch.setattr(updates.wrapper.optimizer, "step", lambda: None)
+    updates.run(0)
+    with NoReadback():
+        updates.run(1)
+        updates.run(2, infinite_loss_of_finite_gradient)
+    assert updates.wrapper.guard.read().total == 1
 
 
 def test_counts_go_into_the_checkpoint() -> None:
