@@ -6,11 +6,9 @@ python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml -
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
 
-import argparse
-
 import torch
 
-from kw.cli import run_tool
+from kw.cli import ToolParser, device, number, run_tool
 from kw.config import load_config
 from kw.engine import set_contraction
 from kw.evaluation import render_table
@@ -50,11 +48,15 @@ def row(choice: LayerChoice) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
-    parser.add_argument("--batch-size", type=int, help="default: the configuration's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of operators on CPU; default: PyTorch's")
+    parser.add_argument("--batch-size", type=number(int, 1), help="default: the configuration's")
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--threads", type=number(int, 1, 1024), help="of operators on CPU; default: PyTorch's"
+    )
     args = parser.parse_args()
 
     config = load_config(args.config)
@@ -67,7 +69,7 @@ def main() -> None:
     if config.channels_last:
         images = images.to(memory_format=torch.channels_last)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    with torch.autocast(args.device, dtype, enabled=dtype is not None):
+    with torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None):
         choices = explain(network, images)
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))

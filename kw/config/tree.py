@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
+
 __all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake of the user's in a configuration.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import has_file_allowed_extension, make_dataset
 
 from kw.data.seeding import seeded
+from kw.errors import UserError
 
 __all__ = ["IMAGE_EXTENSIONS", "DataError", "ImageFolder", "Sample", "check_data_root"]
 
@@ -21,7 +22,7 @@ IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data folder or a file in it is not what was looked for."""
 
 

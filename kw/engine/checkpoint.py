@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import UserError
+
 __all__ = [
     "CheckpointError",
     "load_checkpoint",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
