@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 
-__all__ = ["UserError", "answer"]
+__all__ = ["UserError", "answer", "one_line"]
 
 
 class UserError(ValueError):
@@ -37,6 +37,12 @@ _REMEDIES = {
 }
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory")
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
+
+
+def one_line(error: BaseException) -> str:
+    """What another library said, in one line, with the kind of its error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def answer(error: BaseException) -> str | None:

@@ -80,7 +80,11 @@ def file_problems(folder: Path, text: str, *options: str) -> list[str]:
         ("model.timm_args", {"a": {1}}, "model.timm_args.a = {1}: expected plain values: text"),
         ("data.mean", 0.5, "data.mean = 0.5: expected a list of 3 numbers, each >= 0 and <= 1"),
         ("data.mean", [0.5], "data.mean = [0.5]: expected a list of 3 numbers"),
-        ("data.std", [1, 1, 0], "data.std = [1, 1, 0]: expected a list of 3 numbers, each >= 1e-06"),
+        (
+            "data.std",
+            [1, 1, 0],
+            "data.std = [1, 1, 0]: expected a list of 3 numbers, each >= 1e-06",
+        ),
         ("data.mean", [0, 0, "a"], "data.mean = [0, 0, 'a']: expected a list of 3 numbers"),
         ("optimizer.betas", [0.9, 1], "expected a list of 2 numbers, each >= 0 and < 1"),
         ("data.crop_scale", [0.1, 2], "expected a list of 2 numbers, each > 0 and <= 1"),
@@ -102,7 +106,7 @@ def file_problems(folder: Path, text: str, *options: str) -> list[str]:
         (
             "model.kernel_warehouse",
             {"plan": "resnet18", "warehouses": {"layer1": {"reduction": 0}}},
-            "model.kernel_warehouse.warehouses.layer1.reduction = 0: expected a number > 0 and <= 64 or null",
+            "warehouses.layer1.reduction = 0: expected a number > 0 and <= 64 or null",
         ),
     ],
 )
@@ -299,7 +303,7 @@ def test_object_tags_are_refused_and_do_nothing(tmp_path: Path) -> None:
         ("_base_: [no.yaml]\n", "mine.yaml:1: _base_ = 'no.yaml': no such file: no.yaml"),
         ("_base_: no/no.yaml\n", "no such file: no/no.yaml (nor a folder no)"),
         ("_base_: minee.yaml\n", "no such file: minee.yaml; did you mean mine.yaml?"),
-        ("_base_: coco.py\n", "_base_ = 'coco.py': Python configurations are for detection"),
+        ("_base_: coco.py\n", "_base_ = 'coco.py': Python configurations are for detectors"),
     ],
 )
 def test_file_that_cannot_be_read(
@@ -326,7 +330,7 @@ def test_missing_python_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "weights.pth").write_bytes(b"\x80\x02\xff")
     with pytest.raises(ConfigError, match=r"no such file: .*mime\.yaml; did you mean .*mine\.yaml"):
         load_config(tmp_path / "mime.yaml")
-    with pytest.raises(ConfigError, match="Python configurations are for detection, which is not"):
+    with pytest.raises(ConfigError, match="Python configurations are for detectors"):
         load_config(tmp_path / "mask_rcnn.py")
     with pytest.raises(ConfigError, match="expected a YAML file, found one that is not text"):
         load_config(tmp_path / "weights.pth")

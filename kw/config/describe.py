@@ -24,7 +24,9 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         null = ["null"] if len(options) < len(typing.get_args(hint)) else []
         return " or ".join([allowed(option, metadata) for option in options] + null)
     bounds = [
-        f"{sign} {_plain(metadata[name])}" for name, sign in _BOUNDS if metadata.get(name) is not None
+        f"{sign} {_plain(metadata[name])}"
+        for name, sign in _BOUNDS
+        if metadata.get(name) is not None
     ]
     limits = " " + " and ".join(bounds) if bounds else ""
     if hint in _NUMBERS:

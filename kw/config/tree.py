@@ -15,6 +15,9 @@ from ..errors import UserError
 __all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
 
 
+MOST = 20  # problems that a message lists
+
+
 class ConfigError(UserError):
     """A mistake of the user's in a configuration.
 
@@ -27,7 +30,10 @@ class ConfigError(UserError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return "\n".join(self.problems)
+        shown = [*self.problems[:MOST]]
+        if len(self.problems) > MOST:
+            shown.append(f"... and {len(self.problems) - MOST} more")
+        return "\n".join(shown)
 
 
 @dataclass(frozen=True)

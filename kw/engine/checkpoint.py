@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .layout import layout_fault
 
 __all__ = [
     "CheckpointError",
@@ -67,6 +68,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: expected a mapping with 'state_dict', as tools/train.py writes it"
         )
+    if (fault := layout_fault(checkpoint)) is not None:
+        raise CheckpointError(f"checkpoint {path}: {fault}, as tools/train.py writes it")
     return checkpoint
 
 
