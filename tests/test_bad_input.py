@@ -116,7 +116,7 @@ def attempt(case: Case, work_dir: Path) -> tuple[str, str]:
 
 def fault_of_message(message: str, case: Case) -> str:
     """What is wrong with a message: it must name the key, or the file where there is no key."""
-    if not message.strip() or "Traceback" in message or len(message) > 4000:
+    if not message.strip() or "Traceback" in message or len(message) > 6000:
         return f"not a message: {message[:300]!r}"
     names = [case.file.name[:50]]
     if case.key:
