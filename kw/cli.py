@@ -7,11 +7,11 @@ message; 130 where it was interrupted. ``--debug`` shows the traceback of a mist
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import platform
+import select
 import sys
 import time
 import traceback
@@ -246,13 +246,15 @@ def _is_first_to_fail() -> bool:
 def _reader_is_gone() -> bool:
     """Whether nobody reads our output any more, as after ``| head``; it then goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Or Python complains when it flushes once more at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            return False
+        # Or Python complains when it flushes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # no such function, or no such file
+        return False
+    return True
 
 
 def _versions() -> str:

@@ -97,6 +97,8 @@ def attempt(case: Case, work_dir: Path, build: bool) -> tuple[str, str]:
         # mmdetection's own words name a class, not a key.
         if why and case.key.split(".")[0] in ("model", "train_pipeline", "test_pipeline"):
             why = "" if str(error).startswith(("model", "train_pipeline", "test_pipel")) else why
+        if why and case.key.startswith("data.") and isinstance(case.value, str):
+            why = "" if case.value and case.value in str(error) else why  # a file's name
         return ("wrong", why) if why else ("refused", "")
     except Hangs:
         return "wrong", f"took more than {3 * SECONDS} s"
@@ -118,7 +120,7 @@ def found_in(config: DetectorConfig, key: str) -> Any:
         is_list = isinstance(tree, (list, tuple))
         tree = tree[int(name)] if is_list else tree.get(name, MISSING)
         if tree is MISSING or tree is None:
-            break
+            return None  # a network's settings are resolved without those that say nothing
     return tree
 
 

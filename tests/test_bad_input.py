@@ -236,6 +236,53 @@ def test_files(place: Any, tmp_path: Path) -> None:
     assert counts["accepted"] <= 1
 
 
+# What random mistakes found, or looking for more of their kind; each was a traceback or a hang.
+FOUND = [
+    ("model.timm_args={in_chans: 1}", "the network refuses images [1, 3, 32, 32]"),
+    ("model.timm_args={features_only: true}", "expected logits [1, 4] from the network, found li"),
+    ("model.timm_args={global_pool: ''}", "expected logits [1, 4] from the network, found [1, "),
+    ("model.timm_args={channels: []}", "timm cannot build it"),
+    ("model.timm_args={channels: [-8, 8, 8, 8]}", "timm cannot build it"),
+    ("model.timm_args={act_layer: relu7}", "timm cannot build it"),
+    ("model.timm_args={pretrained_cfg: 3}", "timm cannot build it"),
+    ("model.timm_args={checkpoint_path: none.pth}", "timm cannot build it"),
+    ("model.peer={method: dyconv, layers: '('}", "model.peer"),
+    ("seed=4294967296", "seed = 4294967296: expected an integer >= 0 and <= 2147483647"),
+    ("data.random_erasing={count: 1000000000}", "count = 1000000000: expected an integer >= 1 an"),
+    ("data.test_crop_ratio=1e-9", "test_crop_ratio = 1e-09: expected a number >= 0.1 and <= 1"),
+    ("data.workers=1000000", "data.workers = 1000000: expected an integer >= 0 and <= 512"),
+    ("data.std=[1e-300, 1, 1]", "data.std = [1e-300, 1.0, 1.0]: expected a list of 3 numbers, ea"),
+    ("optimizer.lr=1e39", "optimizer.lr = 1e+39: expected a number > 0 and <= 1e+06"),
+    ("batch_size=32", "batch_size = 32"),
+    ("total_batch_size=8192", "the training set has 64 images, too few for one update"),
+]
+
+
+@pytest.mark.parametrize(("option", "expected"), FOUND, ids=[option for option, _ in FOUND])
+def test_what_was_found(option: str, expected: str, place: Any, tmp_path: Path) -> None:
+    writer, _, folder = place
+    demo = folder / "configs/demo/resnet18.yaml"
+    with time_limit(SECONDS), pytest.raises(UserError) as error:
+        config = load_config(str(demo), [*writer.options(), option])
+        engine_run.build_runner(config, tmp_path, Process(0, 1, META))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("contraction.backend=native", "the network is static"),
+        ("contraction.planner=off", "the network is static"),
+        ("optimizer={name: sgd, weight_decay: 0, exempt_from_decay: norm}", "weight_decay is 0"),
+        ("data.random_erasing={probability: 0, count: 3}", "random_erasing.probability is 0"),
+    ],
+)
+def test_settings_that_were_ignored(option: str, why: str, place: Any) -> None:
+    writer, _, folder = place
+    with pytest.warns(UserWarning, match=rf"has no effect: .*{why}"):
+        load_config(folder / "configs/demo/resnet18.yaml", [*writer.options(), option])
+
+
 def test_there_are_enough_of_them() -> None:
     assert sum(COUNTS.values()) >= 470  # and those of files, data and detectors
 

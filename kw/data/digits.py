@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from kw.data.dataset import DataError
+from kw.errors import answer
 
 __all__ = ["write_digits"]
 
@@ -45,9 +46,14 @@ def write_digits(
         The number of images in ``train`` and ``val``.
 
     Raises:
-        DataError: ``root`` has other content.
+        DataError: ``root`` has other content, or a size or seed cannot be.
         ImportError: scikit-learn is not installed.
     """
+    if not 1 <= size <= 4096 or not 0 <= seed < 2**32:
+        raise DataError(
+            f"--size {size} --seed {seed}: expected a size from 1 to 4096 and a seed from 0 to "
+            f"{2**32 - 1}"
+        )
     root = Path(root).expanduser().absolute()
     settings = {"size": size, "val_fraction": val_fraction, "seed": seed}
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -94,7 +100,10 @@ def _check_written(root: Path, settings: dict[str, float]) -> dict[str, int]:
             f"{root} exists and was not written by this program (it has no {_MARKER}): "
             "name another folder"
         )
-    found = json.loads(marker.read_text())
+    try:
+        found = json.loads(marker.read_text())
+    except ValueError as error:
+        raise DataError(f"{marker} is not what this program writes: {error}") from error
     if found != settings:
         raise DataError(
             f"{root} has the digits with {found}, not {settings}: name another folder or delete it"
@@ -124,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         counts = write_digits(options.root, options.size, seed=options.seed)
-    except (DataError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, ImportError, OSError) as error:
+        print(f"error: {answer(error) or error}", file=sys.stderr)
         return 2
     print(
         f"digits: {counts['train']} training and {counts['val']} test images of 10 classes, "

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ConfigError
 from ..data import DataError, EvalBatchSampler, TrainBatchSampler, build_loader, seeded
+from ..errors import UserError, one_line
 from .config import DetectorConfig
 from .mmdet import CocoDataset
 from .schema import CocoDataConfig
@@ -138,5 +139,7 @@ def _build(
                 test_mode=not training,
                 **settings,
             )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{key}: {error.args[0]}") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what mmdetection makes of settings that it does not expect
+        raise ConfigError(f"{key}: mmdetection cannot build it: {one_line(error)}") from error
