@@ -12,7 +12,7 @@ from kw.cli import ToolParser, device, number, run_tool
 from kw.config import load_config
 from kw.engine import set_contraction
 from kw.evaluation import render_table
-from kw.models import build_network
+from kw.models import build_network, check_network
 from kw.warehouse import LayerChoice, explain
 from kw.warehouse.ops.planner import Prediction
 
@@ -62,7 +62,9 @@ def main() -> None:
     config = load_config(args.config)
     if args.threads:
         torch.set_num_threads(args.threads)
-    network = build_network(config.model).to(args.device).eval()
+    network = build_network(config.model)
+    check_network(network, config.model, config.data.input_size)
+    network.to(args.device).eval()
     set_contraction(config.contraction, network)
     size = (args.batch_size or config.batch_size, 3, config.data.input_size, config.data.input_size)
     images = torch.zeros(size, device=args.device)

@@ -15,7 +15,7 @@ from ..errors import UserError
 __all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
 
 
-MOST = 20  # problems that a message lists
+MOST = 12  # problems that a message lists
 
 
 class ConfigError(UserError):
