@@ -1,31 +1,76 @@
-"""What the command-line tools share: options, and answers to a user's mistakes."""
+"""What the command-line tools share: options, and answers to a user's mistakes.
+
+A tool ends with status 0; 1 for a bug, with its traceback; 2 for a mistake of the user's, with one
+message; 130 where it was interrupted. ``--debug`` shows the traceback of a mistake as well.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
+import platform
+import select
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-from .benchmark.conditions import BenchmarkError
-from .config import ConfigError, load_config
-from .data import DataError
-from .engine import CheckpointError, NonFiniteError
-from .engine.interruption import EXIT_STATUS, Interrupted
-from .models.released_weights import ReleasedError
+from .errors import EXIT_INTERRUPTED, Interrupted, UserError, answer
+from .version import __version__
 
-__all__ = ["add_config_options", "add_options", "load_run", "run_tool"]
+__all__ = [
+    "ToolParser",
+    "add_config_options",
+    "add_options",
+    "device",
+    "load_run",
+    "number",
+    "output_file",
+    "output_folder",
+    "run_tool",
+    "save_json",
+]
 
-USER_ERRORS = (
-    BenchmarkError,
-    ConfigError,
-    DataError,
-    CheckpointError,
-    NonFiniteError,
-    ReleasedError,
-)
+_INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells have it
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser whose tool has ``--debug``, and whose mistakes look like all others.
+
+    Args:
+        doc: the tool's docstring; its first line is the description.
+        **kwargs: as for :class:`argparse.ArgumentParser`.
+
+    Attributes:
+        debug: whether the command line that was read last asks for tracebacks.
+    """
+
+    debug = False
+
+    def __init__(self, doc: str | None = None, **kwargs: Any) -> None:
+        if doc:
+            kwargs.setdefault("description", doc.splitlines()[0])
+        super().__init__(**kwargs)
+        self.add_argument(
+            "--debug", action=_Debug, nargs=0, help="show the traceback of a mistake as well"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Answer a wrong command line."""
+        if _is_first_to_fail():
+            print(f"error: {message}\n{self.format_usage().rstrip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Debug(argparse.Action):
+    # Beside the namespace: a mistake may be found before there is one.
+    def __call__(self, *_: Any) -> None:
+        ToolParser.debug = True
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +94,91 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def number(
+    kind: type[int] | type[float], minimum: float, maximum: float = math.inf
+) -> Callable[[str], Any]:
+    """The type of an argument that is a finite number within bounds, both allowed."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # Also refuses nan, which compares with nothing.
+        if value is None or not (minimum <= value <= maximum and math.isfinite(value)):
+            name = "an integer" if kind is int else "a number"
+            limit = f" and <= {maximum:g}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected {name} >= {minimum:g}{limit}"
+            ) from None
+        return value
+
+    return read
+
+
+def device(text: str) -> str:
+    """The type of an argument that names a device that is here: ``cpu``, ``cuda``, ``cuda:N``."""
+    import torch
+
+    kind, colon, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no GPU"
+        raise argparse.ArgumentTypeError(f"{text!r}: PyTorch sees {found} here; use cpu")
+    return text
+
+
+def output_file(text: str) -> Path:
+    """The type of an argument that names a file to write: checked before the work, not after."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
+    _expect_room_for(path.parent, text)
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """The type of an argument that names a folder to write into; it need not be there yet."""
+    _expect_room_for(Path(text), text)
+    return Path(text)
+
+
+def _expect_room_for(folder: Path, text: str) -> None:
+    """Refuse a folder that is none, or that cannot be made or written into."""
+    try:
+        nearest = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: {nearest} is a file: expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: {nearest} cannot be written into")
+
+
+def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
+    """Write a tool's results, into a folder that is made if need be.
+
+    Raises:
+        UserError: it cannot be written; the message names the file.
+    """
+    from .engine.hooks.checkpoint import write_json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(content, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
     """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.
 
     Raises:
         ConfigError: the configuration is wrong, or is a detector's and mmdetection is missing.
     """
+    from .config import ConfigError, load_config
+
     if Path(path).suffix != ".py":
         from . import engine
 
@@ -68,15 +192,75 @@ def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; a user's mistake is one message on stderr and exit status 2.
-
-    A run that was told to end and saved its work leaves with status 75.
-    """
+    """Run a tool and answer what goes wrong; see the head of this module."""
+    ToolParser.debug = False
     try:
         main()
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(EXIT_STATUS)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+    except Interrupted as error:
+        _end(str(error), EXIT_INTERRUPTED, with_traceback=ToolParser.debug)
+    except KeyboardInterrupt:
+        _end("interrupted", _INTERRUPTED, with_traceback=ToolParser.debug)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(_PIPE_CLOSED)
+        message = answer(error)
+        if message is not None:
+            _end(f"error: {message}", 2, with_traceback=ToolParser.debug)
+        _end(
+            f"this is a bug in kernelwarehouse {__version__} ({_versions()}): please report it to "
+            "the project, with the lines above and the command",
+            1,
+            with_traceback=True,
+        )
+
+
+def _end(message: str, status: int, with_traceback: bool) -> NoReturn:
+    if _is_first_to_fail():
+        if with_traceback:
+            traceback.print_exc()
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _is_first_to_fail() -> bool:
+    """Whether this process is the first to fail of those that torchrun started on this machine.
+
+    It alone speaks: the others usually say the same, or that they lost the first one. torchrun
+    gives its processes a folder of their own, anew with every restart, and quotes in the summary at
+    its end what a process left in its file there.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    try:
+        os.close(os.open(Path(error_file).parents[1] / "answered", os.O_CREAT | os.O_EXCL))
+        when = {"timestamp": str(int(time.time()))}
+        words = {"message": "see the message above", "extraInfo": when}
+        Path(error_file).write_text(json.dumps({"message": words}))
+    except FileExistsError:
+        return False
+    except (OSError, IndexError):
+        return True
+    return True
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our output any more, as after ``| head``; it then goes nowhere."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            return False
+        # Or Python complains when it flushes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # no such function, or no such file
+        return False
+    return True
+
+
+def _versions() -> str:
+    names = ("torch", "torchvision", "timm", "mmengine", "mmdet")
+    loaded = [(name, getattr(sys.modules.get(name), "__version__", None)) for name in names]
+    found = ", ".join(f"{name} {version}" for name, version in loaded if version is not None)
+    return f"Python {platform.python_version()}, {found}, {platform.platform(terse=True)}"

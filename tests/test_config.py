@@ -159,7 +159,7 @@ def test_configurations_share_no_defaults() -> None:
 
 def test_reference_has_every_key() -> None:
     text = reference()
-    lr = "| `optimizer.lr` | a number > 0 | required | learning rate after warm-up |"
+    lr = "| `optimizer.lr` | a number > 0 and <= 1e+06 | required | learning rate after warm-up |"
     assert lr in text
     assert "| `data.random_erasing.mode` | one of 'pixel', 'rand', 'const' | `pixel` |" in text
     assert "`model.kernel_warehouse.warehouses.<name>.cell_num_ratio`" in text

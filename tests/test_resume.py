@@ -21,8 +21,8 @@ from kills import settings as killed_settings
 from kw.config import config_from_mapping
 from kw.engine import CheckpointError, load_checkpoint, train
 from kw.engine.checkpoint import find_damage, save_checkpoint
-from kw.engine.interruption import EXIT_STATUS, Interrupted
 from kw.engine.saving import checkpoint_name, checkpoints, newest_whole
+from kw.errors import EXIT_INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,6 +218,6 @@ def test_the_exit_status_says_so(settings: dict[str, Any], tmp_path: Path) -> No
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == EXIT_STATUS
+    assert run.returncode == EXIT_INTERRUPTED
     assert "SIGTERM: saved" in errors
     assert "Traceback" not in errors

@@ -7,13 +7,11 @@ One image at data.input_size. "static" counts every dynamic layer as the static 
 takes; assembling the kernels and the attention branches come on top of it.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kw.cli import add_options, run_tool
+from kw.cli import ToolParser, add_options, output_file, run_tool, save_json
 from kw.config import load_config
-from kw.engine.hooks.checkpoint import write_json
 from kw.evaluation import render_table
 from kw.models.complexity import Complexity, analyze
 
@@ -56,10 +54,12 @@ def warehouses_table(cost: Complexity) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="configuration files (YAML)")
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the exact counts to FILE")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the exact counts to FILE"
+    )
     args = parser.parse_args()
     # All files are checked before the first network is built.
     loaded = [(path, load_config(path, args.cfg_options)) for path in args.configs]
@@ -71,9 +71,8 @@ def main() -> None:
             print(f"\nWarehouses of {name}")
             print(warehouses_table(cost))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"config": path, "model": name, **cost.to_dict()} for path, name, cost in found]
-        write_json(rows, args.json)
+        save_json(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,11 @@ from kw.benchmark import (
 )
 from kw.benchmark.machine import describe_code
 from kw.benchmark.page import describe, targets_table
-from kw.cli import run_tool
+from kw.cli import ToolParser, number, output_folder, run_tool
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is measured")
     what.add_argument("configs", nargs="*", metavar="CONFIG", help="of converted networks (YAML)")
     what.add_argument(
@@ -67,20 +65,24 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument("--mode", nargs="+", choices=MODES, default=["inference"])
     how.add_argument("--backend", nargs="+", default=["auto"], help="besides grouped (auto)")
-    how.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N")
-    how.add_argument("--input-size", type=int, metavar="PIXELS", help="instead of the config's")
+    how.add_argument("--batch-size", nargs="+", type=number(int, 1), default=[8], metavar="N")
+    how.add_argument(
+        "--input-size", type=number(int, 1, 8192), metavar="PIXELS", help="instead of the config's"
+    )
     how.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="16 bit: by autocast, as in training"
     )
     how.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
     how.add_argument("--compile", action="store_true", help="torch.compile, static network too")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--threads", type=int, default=2, help="of operators on CPU (2)")
-    how.add_argument("--rounds", type=int, default=20, help="interleaved rounds (20)")
+    how.add_argument(
+        "--threads", type=number(int, 1, 1024), default=2, help="of operators on CPU (2)"
+    )
+    how.add_argument("--rounds", type=number(int, 1), default=20, help="interleaved rounds (20)")
     files = parser.add_argument_group("files")
     files.add_argument(
         "--output-dir",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="default: work_dirs/benchmarks; of --standard docs/benchmarks, whose DIR.md is "
         "rendered",

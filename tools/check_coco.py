@@ -12,18 +12,16 @@ warnings), else 2.
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
-from kw.cli import add_options, load_run, run_tool
+from kw.cli import ToolParser, add_options, load_run, output_file, run_tool, save_json
 from kw.data import DataError
 from kw.detection.annotations import check_annotations
 from kw.detection.findings import Report
 from kw.detection.sets import check_sets
-from kw.engine.hooks.checkpoint import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "sets",
         nargs="+",
@@ -32,7 +30,7 @@ def main() -> None:
         "further pairs may follow",
     )
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the list to FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the list to FILE")
     parser.add_argument("--no-masks", action="store_true", help="boxes only: masks may be missing")
     parser.add_argument(
         "--read-images", action="store_true", help="decode all images, which finds damaged ones"
@@ -43,8 +41,7 @@ def main() -> None:
         print(report.render(), flush=True)
         reports.append(report)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json([report.to_dict() for report in reports], args.json)
+        save_json([report.to_dict() for report in reports], args.json)
     wrong = [report.annotations_file for report in reports if report.errors]
     if wrong:
         raise DataError(f"errors in {', '.join(wrong)}: listed above")

@@ -7,28 +7,34 @@ Rounding alone makes curves drift apart: read each back end's distance from the 
 that of ``grouped``, which is ordinary code.
 """
 
-import argparse
 import dataclasses
-from pathlib import Path
 
 import torch
 
-from kw.benchmark.curves import CurveSettings, compare, deviations, output_errors
-from kw.cli import run_tool
-from kw.engine.hooks.checkpoint import write_json
+from kw.benchmark import DTYPES
+from kw.benchmark.cases import check_backends
+from kw.benchmark.curves import MODELS, CurveSettings, compare, deviations, output_errors
+from kw.cli import ToolParser, device, number, output_file, run_tool, save_json
 from kw.evaluation import render_table
 from kw.warehouse.ops import BACKENDS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["resnet18", "convnext"])
+    parser = ToolParser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--backends", nargs="+", default=[*BACKENDS, "auto"], metavar="NAME")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="TYPE")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer updates")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write curves and distances")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=(*DTYPES, "float64"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--steps", type=number(int, 1), default=200, help="optimizer updates")
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write curves and distances"
+    )
     args = parser.parse_args()
+    check_backends(args.backends)
 
     report = []
     for model in args.models:
@@ -61,7 +67,7 @@ def main() -> None:
         print(render_table(("precision", "error"), rows), flush=True)
         report.append({"model": model, "device": args.device, "output_errors": errors})
     if args.json is not None:
-        write_json(report, args.json)
+        save_json(report, args.json)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,20 @@
 python tools/compare_runs.py work_dirs/resnet18 work_dirs/kw_resnet18_1x --plot curves.png
 """
 
-import argparse
-import sys
 from pathlib import Path
 
+from kw.cli import ToolParser, output_file, run_tool
 from kw.evaluation import plot_runs, read_run, summary_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("work_dirs", nargs="+", type=Path, metavar="WORK_DIR")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves to FILE (PNG)")
+    parser.add_argument(
+        "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (PNG)"
+    )
     args = parser.parse_args()
-    try:
-        runs = [read_run(work_dir) for work_dir in args.work_dirs]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    runs = [read_run(work_dir) for work_dir in args.work_dirs]
     print(summary_table(runs))
     if args.plot is not None:
         plot_runs(runs, args.plot)
@@ -28,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from kw import __version__
-from kw.cli import add_config_options, run_tool
+from kw.cli import ToolParser, add_config_options, output_file, run_tool
 from kw.config import load_config, to_yaml
 from kw.engine import CheckpointError
 from kw.engine.checkpoint import save_checkpoint
@@ -25,12 +25,10 @@ from kw.models.released_weights import ReleasedError, read_released, translate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a file that they released")
     add_config_options(parser)
-    parser.add_argument("target", type=Path, metavar="TARGET", help="the file to write")
+    parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")
     parser.add_argument("--weights", choices=("all", "model", "ema"), default="all")
     args = parser.parse_args()
     source, target = args.source, args.target

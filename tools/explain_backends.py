@@ -7,16 +7,15 @@ python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml -
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
 
-import argparse
 from dataclasses import replace
 
 import torch
 
-from kw.cli import run_tool
+from kw.cli import ToolParser, device, number, run_tool
 from kw.config import load_config
 from kw.engine import set_contraction
 from kw.evaluation import render_table
-from kw.models import build_network
+from kw.models import build_network, check_network
 from kw.warehouse import LayerChoice, explain
 from kw.warehouse.ops import planner
 from kw.warehouse.ops.device import GPUS, DeviceProfile
@@ -70,13 +69,17 @@ def row(choice: LayerChoice) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
-    parser.add_argument("--batch-size", type=int, help="default: the configuration's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=number(int, 1), help="default: the configuration's")
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--gpu", choices=GPUS, help="one that is not there, by its data sheet")
     parser.add_argument("--precision", choices=DTYPES, help="default: the configuration's")
-    parser.add_argument("--threads", type=int, help="of operators on CPU; default: PyTorch's")
+    parser.add_argument(
+        "--threads", type=number(int, 1, 1024), help="of operators on CPU; default: PyTorch's"
+    )
     args = parser.parse_args()
     if args.gpu:
         args.device = "cpu"
@@ -84,7 +87,9 @@ def main() -> None:
     config = load_config(args.config)
     if args.threads:
         torch.set_num_threads(args.threads)
-    network = build_network(config.model).to(args.device).eval()
+    network = build_network(config.model)
+    check_network(network, config.model, config.data.input_size)
+    network.to(args.device).eval()
     set_contraction(config.contraction, network)
     batch = args.batch_size or config.batch_size
     size = (1 if args.gpu else batch, 3, config.data.input_size, config.data.input_size)
@@ -92,7 +97,8 @@ def main() -> None:
     if config.channels_last:
         images = images.to(memory_format=torch.channels_last)
     dtype = DTYPES[args.precision or config.precision]
-    with torch.autocast(args.device, dtype, enabled=dtype is not None and not args.gpu):
+    kind = torch.device(args.device).type
+    with torch.autocast(kind, dtype, enabled=dtype is not None and not args.gpu):
         choices = explain(network, images)
     if args.gpu:
         dtype = dtype or torch.float32

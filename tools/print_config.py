@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import Any
 
-from kw.cli import add_config_options, load_run, run_tool
+from kw.cli import ToolParser, add_config_options, load_run, run_tool
 from kw.config import Config, reference, to_yaml
 
 
@@ -30,7 +30,7 @@ class _Reference(argparse.Action):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     parser.add_argument(
         "--reference",

@@ -5,34 +5,33 @@ python tools/render_tables.py            # write
 python tools/render_tables.py --check    # exit with 1 where a README is not up to date
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from kw.evaluation import render_readme
+from kw.cli import ToolParser, run_tool
+from kw.evaluation import ReportError, render_readme
 
 FAMILIES = Path(__file__).parents[1] / "configs/imagenet"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where stale")
     parser.add_argument(
         "--root", type=Path, default=FAMILIES, metavar="DIR", help="folder of the families"
     )
     args = parser.parse_args()
     stale = []
-    try:
-        for metafile in sorted(args.root.glob("*/metafile.yml")):
-            readme = metafile.with_name("README.md")
-            text = render_readme(readme)
-            if text != readme.read_text():
-                stale.append(str(readme))
-                if not args.check:
-                    readme.write_text(text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    metafiles = sorted(args.root.glob("*/metafile.yml"))
+    if not metafiles:
+        raise ReportError(f"--root {args.root}: expected a folder of families, */metafile.yml")
+    for metafile in metafiles:
+        readme = metafile.with_name("README.md")
+        text = render_readme(readme)
+        if text != readme.read_text(encoding="utf-8"):
+            stale.append(str(readme))
+            if not args.check:
+                readme.write_text(text, encoding="utf-8")
     if args.check and stale:
         print(
             f"not up to date: {', '.join(stale)}; run python tools/render_tables.py",
@@ -42,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

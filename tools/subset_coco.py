@@ -4,17 +4,19 @@
 python tools/subset_coco.py annotations/instances_train2017.json first_8.json --images 8
 """
 
-import argparse
-
-from kw.cli import run_tool
+from kw.cli import ToolParser, number, output_file, run_tool
 from kw.detection.sets import write_subset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("source", metavar="ANNOTATIONS", help="annotation file in COCO's format")
-    parser.add_argument("target", metavar="TARGET", help="annotation file to write")
-    parser.add_argument("--images", type=int, required=True, help="number of images with objects")
+    parser.add_argument(
+        "target", type=output_file, metavar="TARGET", help="annotation file to write"
+    )
+    parser.add_argument(
+        "--images", type=number(int, 1), required=True, help="number of images with objects"
+    )
     args = parser.parse_args()
     part = write_subset(args.source, args.target, args.images)
     print(f"{args.target}: {len(part['images'])} images, {len(part['annotations'])} objects")

@@ -5,20 +5,19 @@ python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/...
 python tools/test.py configs/coco/mask_rcnn_kw_resnet50_1x.py work_dirs/.../best.pth
 """
 
-import argparse
 import os
-from pathlib import Path
 
-from kw.cli import add_config_options, load_run, run_tool
+from kw.cli import ToolParser, add_config_options, load_run, output_file, run_tool, save_json
 from kw.engine.distributed import LAUNCHERS
-from kw.engine.hooks.checkpoint import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that train.py wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the results to FILE"
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
     args = parser.parse_args()
     config, task = load_run(args.config, args.cfg_options)
@@ -28,8 +27,7 @@ def main() -> None:
     for key, value in results.items():
         print(f"{key:12s} {value:.4f}" if isinstance(value, float) else f"{key:12s} {value}")
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(results, args.json)
+        save_json(results, args.json)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ python tools/train.py configs/coco/mask_rcnn_kw_resnet50_1x.py
 torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
 """
 
-import argparse
 from pathlib import Path
 
-from kw.cli import add_config_options, load_run, run_tool
+from kw.cli import ToolParser, add_config_options, load_run, output_folder, run_tool
 from kw.engine.distributed import LAUNCHERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     add_config_options(parser)
-    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/CONFIG's name")
+    parser.add_argument("--work-dir", type=output_folder, help="default: work_dirs/CONFIG's name")
     parser.add_argument(
         "--resume",
         nargs="?",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
+
 __all__ = ["DTYPES", "MODES", "BenchmarkError", "Conditions", "device_slug"]
 
 # A file's name has the short word.
@@ -15,7 +17,7 @@ MODES = {"inference": "infer", "train": "train", "memory": "memory"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(UserError):
     """A benchmark that cannot be done as it was asked for."""
 
 

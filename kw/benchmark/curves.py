@@ -20,6 +20,7 @@ from ..warehouse import KWLayer, convert, set_backend, set_temperature
 from ..warehouse.ops import assembly_precision, check_backend, set_assembly_precision
 
 __all__ = [
+    "MODELS",
     "CurveSettings",
     "Deviation",
     "compare",
@@ -29,6 +30,9 @@ __all__ = [
     "output_errors",
     "start",
 ]
+
+
+MODELS = ("resnet18", "convnext")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def start(settings: CurveSettings) -> nn.Module:
         )
         plan = "convnext_tiny"
     else:
-        raise ValueError(f"model {settings.model!r} is unknown; known: resnet18, convnext")
+        raise ValueError(f"model {settings.model!r} is unknown; known: {', '.join(MODELS)}")
     network = convert(network, plan, cell_num_ratio=settings.ratio)
     set_temperature(network, 0.5)
     return network
@@ -153,7 +157,9 @@ def loss_curve(
     for images, labels in _batches(settings):
         images = images.to(device, torch.float64 if exact else torch.float32)
         autocast = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(device, dtype if autocast else None, enabled=autocast):
+        with torch.autocast(
+            torch.device(device).type, dtype if autocast else None, enabled=autocast
+        ):
             logits = network(images)
         loss = F.cross_entropy(logits if exact else logits.float(), labels.to(device))
         optimizer.zero_grad()
@@ -229,7 +235,7 @@ def output_errors(
                 ("float32", "bfloat16, assembled in float32"),
             ):
                 set_assembly_precision(precision)
-                with torch.autocast(device, torch.bfloat16):
+                with torch.autocast(torch.device(device).type, torch.bfloat16):
                     outputs[name] = network(images)
         finally:
             set_assembly_precision(before)

@@ -97,6 +97,7 @@ class _Checker:
         self.cls = cls
         self.problems: list[str] = []
         self.wrong: set[str] = set()
+        self.keys = list(key_hints(cls))
 
     def problem(self, entry: Entry, key: str, message: str) -> Any:
         self.wrong.add(key)
@@ -200,7 +201,7 @@ class _Checker:
         return values
 
     def _unknown(self, entry: Entry, key: str, name: str, known: list[str]) -> None:
-        wrong, keys = join(key, name), list(key_hints(self.cls))
+        wrong, keys = join(key, name if len(name) <= 80 else name[:77] + "..."), self.keys
         siblings = difflib.get_close_matches(name, known, 1)
         siblings = siblings or [other for other in known if other.startswith(name)]
         near = [join(key, other) for other in siblings]
@@ -215,6 +216,8 @@ class _Checker:
     def _missing(self, entry: Entry, key: str, hint: Any, metadata: Mapping[str, Any]) -> None:
         example = f"{key}: {metadata['example']}"
         expected = f"expected {allowed(hint, metadata)} ({metadata['doc']}), e.g. {example}"
+        if entry.origin.source == OPTIONS:
+            entry = self.root
         self.problem(entry, key, f" is missing: {expected}")
 
 

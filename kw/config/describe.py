@@ -24,7 +24,9 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         null = ["null"] if len(options) < len(typing.get_args(hint)) else []
         return " or ".join([allowed(option, metadata) for option in options] + null)
     bounds = [
-        f"{sign} {metadata[name]}" for name, sign in _BOUNDS if metadata.get(name) is not None
+        f"{sign} {_plain(metadata[name])}"
+        for name, sign in _BOUNDS
+        if metadata.get(name) is not None
     ]
     limits = " " + " and ".join(bounds) if bounds else ""
     if hint in _NUMBERS:
@@ -43,6 +45,10 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         of = " of names to settings" if dataclasses.is_dataclass(inner) else ""
         return f"a mapping{of}"
     return f"a mapping of settings ({', '.join(field.name for field in dataclasses.fields(hint))})"
+
+
+def _plain(bound: float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def members(hint: Any) -> tuple[str, Any] | None:

@@ -32,6 +32,9 @@ __all__ = ["OPTIONS", "SCALARS", "read_config", "read_option"]
 OPTIONS = "--cfg-options"
 BASE = "_base_"
 DELETE = "_delete_"
+DEPTH = 20  # of inheritance
+LARGEST = 2**20  # bytes of a file
+NESTING = 50  # of {} and []
 
 _TAG = "tag:yaml.org,2002:"
 # Which plain scalars are not strings, in order of trial. The dumper of resolved configurations uses
@@ -59,6 +62,13 @@ class _Loader(yaml.SafeLoader):
             message = f"anchors and aliases (&, *) are not supported; share settings through {BASE}"
             raise yaml.MarkedYAMLError(problem=message, problem_mark=mark)
         return super().compose_node(parent, index)
+
+    # The scanner looks at every open bracket for every token: deep nesting would take hours.
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level >= NESTING:
+            message = f"more than {NESTING} brackets within one another"
+            raise yaml.MarkedYAMLError(problem=message, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -172,7 +182,7 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
         ConfigError: a file is missing or not valid, its inheritance goes in a circle, or an option
             cannot be read.
     """
-    tree = _read_file(os.fspath(path), named_by=None, chain=())
+    tree = _read_file(os.fspath(path), named_by=None, chain=(), known={})
     problems: list[str] = []
     for option in options:
         try:
@@ -181,14 +191,24 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
             problems.extend(error.problems)
     if problems:
         raise ConfigError(*problems)
-    return tree
+    # What is missing is missing from the file, whatever options there are.
+    return Entry(tree.value, Origin(os.fspath(path)), tree.complete)
 
 
-def _read_file(path: str, named_by: Origin | None, chain: tuple[str, ...]) -> Entry:
+def _read_file(
+    path: str, named_by: Origin | None, chain: tuple[str, ...], known: dict[str, Entry]
+) -> Entry:
+    """A file merged with its bases; ``known`` are bases that were read already, by real path."""
     where = f"{named_by}: {BASE} = {path!r}" if named_by else path
+    if "\0" in path:
+        raise ConfigError(f"{where!r}: expected the name of a file, found one with a zero byte")
     steps = [os.path.realpath(step) for step in chain]
     if os.path.realpath(path) in steps:
         raise ConfigError(f"{where}: inheritance goes in a circle: {' -> '.join((*chain, path))}")
+    if len(chain) > DEPTH:
+        raise ConfigError(f"{where}: more than {DEPTH} files inherit from one another")
+    if chain and os.path.realpath(path) in known:
+        return known[os.path.realpath(path)]
     text = _read_text(path, where)
     tree = _Reader(path, inherited=bool(chain)).read(text)
     if tree.value is None:
@@ -201,10 +221,12 @@ def _read_file(path: str, named_by: Origin | None, chain: tuple[str, ...]) -> En
         base = own.pop(BASE)
         for name in _base_names(base):
             base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
-            merged = merge(merged, _read_file(base_path, base.origin, (*chain, path)))
+            merged = merge(merged, _read_file(base_path, base.origin, (*chain, path), known))
     merged = merge(merged, Entry(own, tree.origin, tree.complete))
     # What is missing is missing from the whole file, not from one of its lines.
-    return Entry(merged.value, Origin(path, None, bool(chain)))
+    merged = Entry(merged.value, Origin(path, None, bool(chain)))
+    known[os.path.realpath(path)] = merged
+    return merged
 
 
 def _base_names(base: Entry) -> list[str]:
@@ -219,10 +241,15 @@ def _base_names(base: Entry) -> list[str]:
 def _read_text(path: str, where: str) -> str:
     if path.endswith(".py"):
         raise ConfigError(
-            f"{where}: Python configurations are for detection, which is not built yet; "
-            "a classification configuration is a .yaml file"
+            f"{where}: Python configurations are for detectors; a classifier's is a .yaml file"
         )
     try:
+        # Not a device or a pipe, which may have no end; not a checkpoint of gigabytes.
+        if os.path.exists(path) and not os.path.isdir(path):
+            if not os.path.isfile(path):
+                raise ConfigError(f"{where}: expected a YAML file, found one that is no file")
+            if (size := os.path.getsize(path)) > LARGEST:
+                raise ConfigError(f"{where}: expected a YAML file, found one of {size:,} bytes")
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = Path(path).parent

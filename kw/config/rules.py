@@ -155,12 +155,24 @@ def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield f"optimizer.{name}", f"optimizer.name is {optimizer.name!r}"
     for name in {"cosine": ("milestones", "gamma"), "step": ("final_lr",)}[schedule.name]:
         yield f"schedule.{name}", f"schedule.name is {schedule.name!r}"
+    if optimizer.weight_decay == 0:
+        yield "optimizer.exempt_from_decay", "optimizer.weight_decay is 0"
+    if config.contraction.backend != "auto":
+        yield "contraction.planner", f"contraction.backend is {config.contraction.backend!r}"
+    if config.precision == "fp32":
+        yield "contraction.assembly_precision", "precision is 'fp32'"
 
 
 def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
     """Settings of a classifier that have no effect beside the others, each with the reason."""
     yield from ignored_run_settings(config)
     data = config.data
+    if config.model.kernel_warehouse is None and config.model.peer is None:
+        for name in ("backend", "planner", "assembly_precision"):
+            yield f"contraction.{name}", "the network is static"
+    if data.random_erasing is not None and data.random_erasing.probability == 0:
+        for name in ("mode", "count"):
+            yield f"data.random_erasing.{name}", "data.random_erasing.probability is 0"
     mixes = [alpha for alpha in (data.mixup, data.cutmix) if alpha > 0]
     if not mixes:
         yield "data.mix_probability", "data.mixup and data.cutmix are both 0"

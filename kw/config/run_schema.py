@@ -28,8 +28,10 @@ class OptimizerConfig:
     """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
 
     name: str = setting("adamw", "optimizer", choices=("adamw", "sgd"))
-    lr: float = setting(doc="learning rate after warm-up", above=0, example=0.1)
-    weight_decay: float = setting(0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0)
+    lr: float = setting(doc="learning rate after warm-up", above=0, maximum=1e6, example=0.1)
+    weight_decay: float = setting(
+        0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0, maximum=1e6
+    )
     exempt_from_decay: str = setting(
         "norm_and_bias",
         "parameters without decay: 1-D ones and biases, those of normalisation layers, or none",
@@ -38,7 +40,7 @@ class OptimizerConfig:
     betas: list[float] = setting(
         [0.9, 0.999], "adamw: decay of the moment estimates", minimum=0, below=1, length=2
     )
-    eps: float = setting(1e-8, "adamw: added to the denominator", above=0)
+    eps: float = setting(1e-8, "adamw: added to the denominator", above=0, maximum=1)
     momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
     nesterov: bool = setting(False, "sgd: Nesterov's form")
     clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
@@ -49,9 +51,11 @@ class ScheduleConfig:
     """The learning rate over time; it changes with every optimizer update."""
 
     name: str = setting("cosine", "shape after warm-up", choices=("cosine", "step"))
-    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0)
-    final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0)
-    milestones: list[float] = setting([], "step: epochs at which the rate is multiplied", above=0)
+    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0, maximum=10**6)
+    final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0, maximum=1e6)
+    milestones: list[float] = setting(
+        [], "step: epochs at which the rate is multiplied", above=0, maximum=10**6
+    )
     gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
 
 
@@ -66,12 +70,17 @@ class EmaConfig:
 class CheckpointConfig:
     """When checkpoints are written; the best is always kept, and the last epoch's written."""
 
-    interval: int = setting(1, "epochs between checkpoints", minimum=1)
+    interval: int = setting(1, "epochs between checkpoints", minimum=1, maximum=10**6)
     updates: int | None = setting(
-        None, "also after every so many updates, within epochs; null = not", minimum=1
+        None,
+        "also after every so many updates, within epochs; null = not",
+        minimum=1,
+        maximum=10**9,
     )
-    minutes: float | None = setting(None, "also after so many minutes; null = not", above=0)
-    keep: int = setting(2, "newest checkpoints kept", minimum=1)
+    minutes: float | None = setting(
+        None, "also after so many minutes; null = not", above=0, maximum=10**6
+    )
+    keep: int = setting(2, "newest checkpoints kept", minimum=1, maximum=10**6)
 
 
 @dataclass
@@ -144,17 +153,25 @@ class RunConfig:
     """How a run trains, on any number of devices."""
 
     optimizer: OptimizerConfig = field(metadata={"doc": "the optimizer"})
-    epochs: int = setting(doc="passes over the training images", minimum=1, example=100)
+    epochs: int = setting(
+        doc="passes over the training images", minimum=1, maximum=10**6, example=100
+    )
     total_batch_size: int = setting(
         doc="images per optimizer update, over all devices and accumulation steps",
         minimum=1,
+        maximum=2**24,
         example=256,
     )
-    batch_size: int = setting(doc="images per device and forward pass", minimum=1, example=32)
-    seed: int = setting(0, "seed of every random choice", minimum=0)
+    batch_size: int = setting(
+        doc="images per device and forward pass", minimum=1, maximum=2**16, example=32
+    )
+    seed: int = setting(0, "seed of every random choice", minimum=0, maximum=2**31 - 1)
     schedule: ScheduleConfig = table(ScheduleConfig, "the learning rate over time")
     temperature_epochs: float = setting(
-        0.0, "epochs over which the attention temperature falls from 1 to 0", minimum=0
+        0.0,
+        "epochs over which the attention temperature falls from 1 to 0",
+        minimum=0,
+        maximum=10**6,
     )
     ema: EmaConfig | None = setting(None, "average of the weights")
     precision: str = setting(
@@ -163,9 +180,9 @@ class RunConfig:
     non_finite: NonFiniteConfig = table(NonFiniteConfig, "updates whose loss is not finite")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
-    eval_interval: int = setting(1, "epochs between evaluations", minimum=1)
+    eval_interval: int = setting(1, "epochs between evaluations", minimum=1, maximum=10**6)
     eval_batch_size: int | None = setting(
-        None, "images per device in evaluation; null = batch_size", minimum=1
+        None, "images per device in evaluation; null = batch_size", minimum=1, maximum=2**16
     )
-    log_interval: int = setting(50, "updates between log lines", minimum=1)
+    log_interval: int = setting(50, "updates between log lines", minimum=1, maximum=10**9)
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")

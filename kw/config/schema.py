@@ -41,13 +41,19 @@ class WarehouseConfig:
     """Settings of one warehouse; null leaves the plan's own value."""
 
     cell_num_ratio: float | None = setting(
-        None, "b: cells per mixture, the convolutional parameter budget", above=0
+        None, "b: cells per mixture, the convolutional parameter budget", above=0, maximum=1000
     )
     cell_inplane_ratio: float | None = setting(
-        None, "input channels of a cell / greatest common divisor of the layers'", above=0
+        None,
+        "input channels of a cell / greatest common divisor of the layers'",
+        above=0,
+        maximum=1000,
     )
     cell_outplane_ratio: float | None = setting(
-        None, "output channels of a cell / greatest common divisor of the layers'", above=0
+        None,
+        "output channels of a cell / greatest common divisor of the layers'",
+        above=0,
+        maximum=1000,
     )
     nonlocal_basis_ratio: float | None = setting(
         None,
@@ -56,7 +62,7 @@ class WarehouseConfig:
         maximum=1,
     )
     reduction: float | None = setting(
-        None, "hidden width of the attention / input channels", above=0
+        None, "hidden width of the attention / input channels", above=0, maximum=64
     )
     norm: str | None = setting(
         None, "normalisation inside the attention", choices=("batch", "layer")
@@ -95,9 +101,9 @@ class PeerConfig:
     method: str = setting(
         doc="method of kw.peers", choices=("condconv", "dyconv", "odconv"), example="dyconv"
     )
-    kernels: int | None = setting(None, "kernels of every converted layer", minimum=1)
+    kernels: int | None = setting(None, "kernels of every converted layer", minimum=1, maximum=1024)
     reduction: float | None = setting(
-        None, "dyconv, odconv: hidden width of the attention / input channels", above=0
+        None, "dyconv, odconv: hidden width of the attention / input channels", above=0, maximum=64
     )
     layers: str | None = setting(
         None, "regular expression on the whole names of the layers to convert"
@@ -115,7 +121,7 @@ class ModelConfig:
     """The network: a timm backbone, and how it is converted."""
 
     name: str = setting(doc="timm model name of the static network", example="resnet18")
-    num_classes: int = setting(1000, "classes of the classifier", minimum=1)
+    num_classes: int = setting(1000, "classes of the classifier", minimum=1, maximum=10**6)
     drop_rate: float = setting(0.0, "dropout before the classifier", minimum=0, maximum=0.99)
     drop_path_rate: float = setting(
         0.0, "probability that a residual branch is dropped", minimum=0, maximum=0.99
@@ -143,7 +149,7 @@ class RandomErasingConfig:
     mode: str = setting(
         "pixel", "what the rectangle is filled with", choices=("pixel", "rand", "const")
     )
-    count: int = setting(1, "rectangles per erased image, at most", minimum=1)
+    count: int = setting(1, "rectangles per erased image, at most", minimum=1, maximum=100)
 
 
 @dataclass
@@ -153,8 +159,12 @@ class DataConfig:
     root: str = setting(
         doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
     )
-    input_size: int = setting(224, "side of the square network input, pixels", minimum=1)
-    workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
+    input_size: int = setting(
+        224, "side of the square network input, pixels", minimum=1, maximum=8192
+    )
+    workers: int = setting(
+        4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
+    )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(
         "apply",
@@ -166,13 +176,17 @@ class DataConfig:
         [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
     )
     std: list[float] = setting(
-        [0.229, 0.224, 0.225], "channel deviations of inputs in [0, 1]", above=0, length=3
+        [0.229, 0.224, 0.225],
+        "channel deviations of inputs in [0, 1]",
+        minimum=1e-6,
+        maximum=1e6,
+        length=3,
     )
     interpolation: str = setting(
         "bicubic", "resampling", choices=("bilinear", "bicubic", "nearest", "lanczos")
     )
     test_crop_ratio: float = setting(
-        0.875, "test images are resized to input_size / ratio, then cropped", above=0, maximum=1
+        0.875, "test images are resized to input_size / ratio, then cropped", minimum=0.1, maximum=1
     )
     crop_scale: list[float] = setting(
         [0.08, 1.0],
@@ -182,18 +196,26 @@ class DataConfig:
         length=2,
     )
     crop_ratio: list[float] = setting(
-        [0.75, 1.3333], "aspect range of the random resized crop, width / height", above=0, length=2
+        [0.75, 1.3333],
+        "aspect range of the random resized crop, width / height",
+        minimum=1e-3,
+        maximum=1e3,
+        length=2,
     )
     horizontal_flip: float = setting(0.5, "probability of a mirror image", minimum=0, maximum=1)
     color_jitter: float | None = setting(
-        None, "strength of brightness, contrast and saturation jitter", minimum=0
+        None, "strength of brightness, contrast and saturation jitter", minimum=0, maximum=10
     )
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
     random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
-    mixup: float = setting(0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0)
-    cutmix: float = setting(0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0)
+    mixup: float = setting(
+        0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0, maximum=1000
+    )
+    cutmix: float = setting(
+        0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0, maximum=1000
+    )
     mix_probability: float = setting(
         1.0, "probability that a batch is mixed at all", minimum=0, maximum=1
     )

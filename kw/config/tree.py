@@ -10,10 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
+
 __all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
 
 
-class ConfigError(ValueError):
+MOST = 12  # problems that a message lists
+
+
+class ConfigError(UserError):
     """A mistake of the user's in a configuration.
 
     Attributes:
@@ -25,7 +30,10 @@ class ConfigError(ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return "\n".join(self.problems)
+        shown = [*self.problems[:MOST]]
+        if len(self.problems) > MOST:
+            shown.append(f"... and {len(self.problems) - MOST} more")
+        return "\n".join(shown)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from kw.data.dataset import DataError
 from kw.data.whole_folder import is_written, whole_folder
+from kw.errors import answer
 
 __all__ = ["VAL_FRACTION", "choose_val", "load_scans", "write_digits"]
 
@@ -47,9 +48,14 @@ def write_digits(
         The number of images in ``train`` and ``val``.
 
     Raises:
-        DataError: ``root`` has other content.
+        DataError: ``root`` has other content, or a size or seed cannot be.
         ImportError: scikit-learn is not installed.
     """
+    if not 1 <= size <= 4096 or not 0 <= seed < 2**32:
+        raise DataError(
+            f"--size {size} --seed {seed}: expected a size from 1 to 4096 and a seed from 0 to "
+            f"{2**32 - 1}"
+        )
     root = Path(root).expanduser().absolute()
     settings = {"size": size, "val_fraction": val_fraction, "seed": seed}
     if is_written(root, _MARKER, settings, "digits"):
@@ -128,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         counts = write_digits(options.root, options.size, seed=options.seed)
-    except (DataError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, ImportError, OSError) as error:
+        print(f"error: {answer(error) or error}", file=sys.stderr)
         return 2
     print(
         f"digits: {counts['train']} training and {counts['val']} test images of 10 classes, "

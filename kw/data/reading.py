@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from kw.errors import UserError
+
 __all__ = ["MAX_PIXELS", "BadImageError", "DataError", "read_image"]
 
 MAX_PIXELS = 178_956_970
@@ -34,7 +36,7 @@ _TURNS = {
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data folder or a file in it is not what was looked for."""
 
 

@@ -214,6 +214,11 @@ def read_network(network: str | Mapping[str, Any], folder: Path | None = None) -
         beside = folder is not None and (folder / network).is_file()
         path = folder / network if folder is not None and beside else Path(network)
         return load_config(path).model
+    if not isinstance(network, Mapping):
+        raise ConfigError(
+            f"model.backbone.network = {network!r}: expected a classification YAML file, or a "
+            "mapping with the keys of its model"
+        )
     entry = entry_from_plain(network, Origin("model.backbone.network"))
     schema = Schema(ModelConfig, lambda config, report: None, lambda config: ())
     return check_tree(entry, schema)

@@ -128,7 +128,7 @@ def _run_file(path: str) -> dict[str, Any]:
         content = config.to_dict()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the program raises
+    except (Exception, SystemExit) as error:  # whatever the program raises
         raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return {k: v for k, v in content.items() if not k.startswith("_") and k != "filename"}
 

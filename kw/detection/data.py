@@ -28,6 +28,7 @@ from ..data import (
     read_image,
     seeded,
 )
+from ..errors import UserError, one_line
 from .config import DetectorConfig
 from .mmdet import CocoDataset
 from .schema import CocoDataConfig
@@ -197,5 +198,7 @@ def _build(
                 test_mode=not training,
                 **settings,
             )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{key}: {error.args[0]}") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what mmdetection makes of settings that it does not expect
+        raise ConfigError(f"{key}: mmdetection cannot build it: {one_line(error)}") from error

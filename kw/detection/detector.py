@@ -10,7 +10,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..engine import CheckpointError
+from ..errors import UserError, one_line
 from .backbone import Backbone
 from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
@@ -38,10 +38,10 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     settings = _with_classes(copy.deepcopy(model), len(classes))
     try:
         detector = MODELS.build(ConfigDict(settings))
-    except (ConfigError, CheckpointError):
+    except (UserError, MemoryError):
         raise
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        raise ConfigError(f"model: {type(error).__name__}: {error}") from error
+    except Exception as error:  # what mmdetection makes of settings that it does not expect
+        raise ConfigError(f"model: mmdetection cannot build it: {one_line(error)}") from error
     if isinstance(detector.backbone, Backbone):
         _check_channels(settings, detector.backbone)
     detector._dump_init_info = lambda: None  # a line for every parameter

@@ -48,7 +48,7 @@ def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
         if isinstance(statement, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == BASE for target in statement.targets
         ):
-            for base in _base_names(statement.value):
+            for base in _base_names(statement.value, path):
                 base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
                 found.update(read_origins(base_path, (*chain, path)))
     own.pop(BASE, None)
@@ -103,11 +103,15 @@ def _keys(
                 yield from _keys(join(key, name.value), value, name.lineno, path, inherited)
 
 
-def _base_names(node: ast.expr) -> list[str]:
+def _base_names(node: ast.expr, path: str) -> list[str]:
     """The bases that are files of this tree; mmengine evaluates the others."""
     try:
         value = ast.literal_eval(node)
     except ValueError:
         return []
     names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ConfigError(
+            f"{path}:{node.lineno}: {BASE} = {value!r}: expected a file name or a list of them"
+        )
     return [n for n in names if isinstance(n, str) and "::" not in n and "{{" not in n]

@@ -34,10 +34,12 @@ class CocoDataConfig:
     classes: list[str] | None = setting(
         None, "category names to detect; null = all of the training file, in the order of their ids"
     )
-    workers: int = setting(4, "loader processes per device; 0 loads in the process", minimum=0)
+    workers: int = setting(
+        4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
+    )
     keep_empty: bool = setting(False, "train on images without objects as well")
     min_size: int = setting(
-        32, "training images with a shorter side are left out, pixels", minimum=0
+        32, "training images with a shorter side are left out, pixels", minimum=0, maximum=10**5
     )
     group_by_aspect: bool = setting(
         True, "deal out an update's images so that wide ones meet wide ones: less padding"
@@ -51,7 +53,7 @@ class LayerDecayConfig:
     """Learning rates that fall from the backbone's last blocks to its stem."""
 
     rate: float = setting(doc="factor from group to group", above=0, maximum=1, example=0.95)
-    blocks: int = setting(3, "blocks of a stage that make a group", minimum=1)
+    blocks: int = setting(3, "blocks of a stage that make a group", minimum=1, maximum=1000)
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import UserError
+from .layout import layout_fault
+
 __all__ = [
     "CheckpointError",
     "find_damage",
@@ -40,7 +43,7 @@ __all__ = [
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
@@ -99,6 +102,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: expected a mapping with 'state_dict', as tools/train.py writes it"
         )
+    if (fault := layout_fault(checkpoint)) is not None:
+        raise CheckpointError(f"checkpoint {path}: {fault}, as tools/train.py writes it")
     return checkpoint
 
 

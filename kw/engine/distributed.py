@@ -61,12 +61,16 @@ def join_group(launcher: str) -> Process:
         return Process(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU)
     if launcher == "slurm":
         _translate_slurm()
-    missing = [key for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if key not in os.environ]
+    counts = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    missing = [key for key in (*counts, "MASTER_ADDR") if key not in os.environ]
     if missing:
         raise ConfigError(
             f"--launcher {launcher}: {', '.join(missing)} not set; start the run as "
             "torchrun --nproc-per-node GPUS tools/train.py CONFIG --launcher pytorch"
         )
+    wrong = [f"{key}={os.environ[key]!r}" for key in counts if not os.environ[key].isdecimal()]
+    if wrong:
+        raise ConfigError(f"--launcher {launcher}: {', '.join(wrong)}: expected numbers")
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _CPU
     if torch.cuda.is_available():

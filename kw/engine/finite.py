@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from ..errors import UserError
+
 __all__ = ["FiniteGuard", "NonFiniteError", "Skipped"]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A run was stopped because too many updates were not finite."""
 
 

@@ -17,22 +17,7 @@ import torch.distributed as dist
 
 from .distributed import TIMEOUT, Process
 
-__all__ = ["EXIT_STATUS", "Agreement", "Interrupted", "Signals"]
-
-EXIT_STATUS = 75
-"""Of a program that was asked to leave and saved its work: sysexits' EX_TEMPFAIL, try again."""
-
-
-class Interrupted(Exception):
-    """A run was asked to end and has saved its work.
-
-    Attributes:
-        checkpoint: what to go on from.
-    """
-
-    def __init__(self, name: str, checkpoint: str) -> None:
-        super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
-        self.checkpoint = checkpoint
+__all__ = ["Agreement", "Signals"]
 
 
 class Signals:

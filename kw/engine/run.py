@@ -31,7 +31,7 @@ from ..data import (
     deaths_explained,
     stop_workers,
 )
-from ..models import ImageClassifier, build_network
+from ..models import ImageClassifier, build_network, check_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import CheckpointError, load_checkpoint, load_network
@@ -148,6 +148,7 @@ def build_runner(
 
     set_random_seed(config.seed)
     network = build_network(config.model)
+    check_network(network, config.model, config.data.input_size)
     set_contraction(config.contraction, network)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -267,6 +268,7 @@ def evaluate_checkpoint(
         check_data_root(config.data.root, config.model.num_classes)
         loader = _eval_loader(config, process)
         network = build_network(config.model)
+        check_network(network, config.model, config.data.input_size)
         set_contraction(config.contraction, network)
         preprocess = BatchPreprocessor(
             config.data, config.model.num_classes, channels_last=config.channels_last

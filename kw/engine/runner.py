@@ -18,6 +18,7 @@ from mmengine.runner import Runner as _Runner
 from torch import Tensor, nn
 
 from ..config.run_schema import RunConfig
+from ..errors import one_line
 from ..version import __version__
 from .checkpoint import (
     CheckpointError,
@@ -29,6 +30,7 @@ from .checkpoint import (
 from .distributed import Process, batch_norm_buffers
 from .hooks.bad_images import fault_logs
 from .interruption import Signals
+from .layout import resume_fault
 from .saving import copied
 from .schedule import Schedule
 from .task import Metrics, Task
@@ -127,7 +129,20 @@ class Runner(_Runner):
         if self.resume_from is None or self._has_loaded:
             return
         checkpoint = load_checkpoint(self.resume_from)
-        self.restore(checkpoint, str(self.resume_from))
+        source = str(self.resume_from)
+        load_network(self.task.network, checkpoint["state_dict"], source)  # before what follows
+        fault = resume_fault(checkpoint, self.task.classes, self.optim_wrapper.optimizer)
+        if fault is not None:
+            raise CheckpointError(f"{source} is of another run: {fault}")
+        try:
+            self.restore(checkpoint, source)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            # What restores expects what saved wrote; anything may be in a file of other origin.
+            raise CheckpointError(
+                f"{source} is not laid out as this version writes it: {one_line(error)}"
+            ) from error
         self._has_loaded = True
         self.logger.info(f"resumed {self.resume_from}: epoch {self.epoch}, update {self.iter}")
 

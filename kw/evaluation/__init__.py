@@ -1,11 +1,12 @@
 """Exact metrics, and reports of finished runs."""
 
 from .accuracy import Accuracy
-from .report import Run, plot_runs, read_run, render_table, summary_table
+from .report import ReportError, Run, plot_runs, read_run, render_table, summary_table
 from .tables import read_metafile, render_readme, render_tables
 
 __all__ = [
     "Accuracy",
+    "ReportError",
     "Run",
     "plot_runs",
     "read_metafile",

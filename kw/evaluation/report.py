@@ -6,12 +6,28 @@ Reads work directories as the engine writes them (``results.json``, ``log.jsonl`
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "plot_runs", "read_run", "render_table", "summary_table"]
+from ..errors import UserError
+
+__all__ = ["ReportError", "Run", "plot_runs", "read_run", "render_table", "summary_table"]
+
+
+# What is read here of a run's two files, each with its types.
+_Keys = Mapping[str, tuple[type, ...]]
+_RESULTS: _Keys = {"params": (int,), "top1": (int, float), "weights": (str,)}
+_LINE: _Keys = {"mode": (str,), "epoch": (int,), "iter": (int,)}
+_OF_MODE: Mapping[str, _Keys] = {
+    "train": {"seconds": (int, float), "loss": (int, float)},
+    "val": {"top1": (int, float)},
+}
+
+
+class ReportError(UserError):
+    """A work directory or a family's metafile is not what was looked for."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +63,40 @@ def read_run(work_dir: str | Path) -> Run:
     """Read a work directory.
 
     Raises:
-        ValueError: it has no results: the run has not evaluated yet.
+        ReportError: it has no results: the run has not evaluated yet; or they are not those that
+            training writes.
     """
     work_dir = Path(work_dir)
     for name in ("results.json", "log.jsonl"):
         if not (work_dir / name).is_file():
-            raise ValueError(
+            raise ReportError(
                 f"{work_dir} has no {name}: not a work directory, or not evaluated yet"
             )
-    results = json.loads((work_dir / "results.json").read_text())
-    log = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+    (results,) = _read_lines(work_dir / "results.json", _RESULTS, whole=True)
+    log = _read_lines(work_dir / "log.jsonl", _LINE)
+    if not any(line["mode"] == "train" for line in log):
+        raise ReportError(f"{work_dir / 'log.jsonl'} has no line of training")
     return Run(work_dir.name, results, log)
+
+
+def _read_lines(path: Path, keys: _Keys, whole: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line or one in all."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(part) for part in ([text] if whole else text.splitlines())]
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    for number, content in enumerate(found, 1):
+        where = str(path) if whole else f"{path}:{number}"
+        if not isinstance(content, dict):
+            raise ReportError(f"{where}: expected an object, as training writes it")
+        for key, kinds in {**keys, **_OF_MODE.get(str(content.get("mode")), {})}.items():
+            if type(content.get(key)) not in kinds:
+                raise ReportError(
+                    f"{where}: {key} = {content.get(key)!r}: expected {kinds[-1].__name__}, as a "
+                    "classifier's training writes it"
+                )
+    return found
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

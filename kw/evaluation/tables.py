@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from .report import render_table
+from .report import ReportError, render_table
 
 __all__ = ["BEGIN", "END", "read_metafile", "render_readme", "render_tables"]
 
@@ -53,13 +53,18 @@ def read_metafile(path: Path) -> list[dict[str, Any]]:
     """The tables of a metafile: ``[{title, models: [...]}]``.
 
     Raises:
-        ValueError: a key is missing or unknown, a source is unknown, or a configuration that it
+        ReportError: a key is missing or unknown, a source is unknown, or a configuration that it
             names does not exist; the message names file, model and key.
     """
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: not valid: {error}") from error
     _expect_keys(content, {"tables"}, str(path))
+    _expect_list(content["tables"], f"{path}: tables")
     for table in content["tables"]:
         _expect_keys(table, {"title", "models"}, f"{path}, a table")
+        _expect_list(table["models"], f"{path}, {table['title']!r}: models")
         for model in table["models"]:
             name = model.get("name") if isinstance(model, Mapping) else model
             where = f"{path}, {table['title']!r}, model {name!r}"
@@ -67,14 +72,14 @@ def read_metafile(path: Path) -> list[dict[str, Any]]:
             published, measured = model["published"], model["measured"]
             _expect_keys(published, _PUBLISHED_KEYS, f"{where}: published")
             if published["source"] not in SOURCES:
-                raise ValueError(
+                raise ReportError(
                     f"{where}: published.source is {published['source']!r}, expected one of "
                     f"{', '.join(map(repr, SOURCES))}"
                 )
             if measured is not None:
                 _expect_keys(measured, {"top1", "top5", "note"}, f"{where}: measured")
-            if not (path.parent / model["config"]).is_file():
-                raise ValueError(f"{where}: config {model['config']!r} is not beside the metafile")
+            if not (path.parent / str(model["config"])).is_file():
+                raise ReportError(f"{where}: config {model['config']!r} is not beside the metafile")
     return content["tables"]
 
 
@@ -82,7 +87,12 @@ def _expect_keys(mapping: Any, keys: set[str], where: str) -> None:
     found = set(mapping) if isinstance(mapping, Mapping) else {repr(mapping)}
     if found != keys:
         missing, unknown = sorted(keys - found), sorted(found - keys)
-        raise ValueError(f"{where}: missing {missing}, unknown {unknown}; expected {sorted(keys)}")
+        raise ReportError(f"{where}: missing {missing}, unknown {unknown}; expected {sorted(keys)}")
+
+
+def _expect_list(value: Any, where: str) -> None:
+    if not isinstance(value, list):
+        raise ReportError(f"{where}: expected a list, found {value!r}")
 
 
 def render_tables(tables: list[dict[str, Any]]) -> str:
@@ -113,12 +123,20 @@ def render_readme(readme: Path) -> str:
     """A README's text with its tables made anew from the metafile beside it.
 
     Raises:
-        ValueError: the marks between which the tables stand are missing, or the metafile is wrong.
+        ReportError: the marks between which the tables stand are missing, or the metafile is wrong.
     """
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: expected once, in this order, the lines {BEGIN!r} and {END!r}")
+        raise ReportError(
+            f"{readme}: expected once, in this order, the lines {BEGIN!r} and {END!r}"
+        )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    tables = render_tables(read_metafile(readme.with_name("metafile.yml")))
+    metafile = readme.with_name("metafile.yml")
+    try:
+        tables = render_tables(read_metafile(metafile))
+    except (TypeError, ValueError) as error:  # a figure that is no number
+        if isinstance(error, ReportError):
+            raise
+        raise ReportError(f"{metafile}: expected numbers as figures: {error}") from error
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"

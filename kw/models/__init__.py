@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .released import RELEASED, ReleasedModel, list_models
 
 if TYPE_CHECKING:
-    from .build import build_model, build_network
+    from .build import build_model, build_network, check_network
     from .classifier import ImageClassifier
 
 __all__ = [
@@ -17,12 +17,13 @@ __all__ = [
     "ReleasedModel",
     "build_model",
     "build_network",
+    "check_network",
     "list_models",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build_model", "build_network"):
+    if name in ("build_model", "build_network", "check_network"):
         from . import build
 
         return getattr(build, name)

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.func import functional_call
 
 from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import ModelConfig
+from ..errors import one_line
 from ..warehouse import convert
 
-__all__ = ["build_model", "build_network"]
+__all__ = ["build_model", "build_network", "check_network"]
 
 
 def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -55,8 +58,13 @@ def build_network(config: ModelConfig) -> nn.Module:
             drop_path_rate=config.drop_path_rate,
             **config.timm_args,
         )
-    except (TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.name {config.name!r}, model.timm_args: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a network makes of arguments that it does not expect
+        raise ConfigError(
+            f"model.name {config.name!r}, model.timm_args {config.timm_args}: timm cannot build "
+            f"it: {one_line(error)}"
+        ) from error
     if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
         _set_constant_drop_path(network, config)
     return _convert(network, config)
@@ -74,6 +82,49 @@ def _convert(network: nn.Module, config: ModelConfig) -> nn.Module:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
         raise ConfigError(f"{key}: {error}") from error
     return network
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> None:
+    """Refuse a network that does not turn images of this size into logits.
+
+    One image passes without its data, on the meta device: a tenth of a second, before anything is
+    loaded, compiled or trained.
+
+    Args:
+        network: :func:`build_network`'s, on any device; it is left as it is.
+        config: its settings.
+        input_size: side of the images, pixels.
+
+    Raises:
+        ConfigError: it refuses them, or gives something else than ``[1, num_classes]``.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    state = {name: tensor.to("meta") for name, tensor in tensors}
+    images = torch.empty(1, 3, input_size, input_size, device="meta")
+    where = f"model.name {config.name!r}, data.input_size {input_size}"
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        logits = functional_call(network, state, (images,))
+    except Exception as error:
+        if "meta" in str(error).lower():  # it reads its data: it can only be tried for real
+            return
+        given = f", model.timm_args {config.timm_args}" if config.timm_args else ""
+        raise ConfigError(
+            f"{where}{given}: the network refuses images [1, 3, {input_size}, {input_size}]: "
+            f"{one_line(error)}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    expected = (1, config.num_classes)
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != expected:
+        raise ConfigError(
+            f"{where}, model.timm_args {config.timm_args}: expected logits {list(expected)} from "
+            f"the network, found {list(found) if isinstance(found, tuple) else found}"
+        )
 
 
 def _set_constant_drop_path(network: nn.Module, config: ModelConfig) -> None:

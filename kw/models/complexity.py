@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import ConfigError
 from ..config.schema import Config, ModelConfig
 from ..warehouse import KWLayer, Warehouse, find_warehouses
-from .build import build_network
+from .build import build_network, check_network
 
 __all__ = ["Complexity", "WarehouseSize", "analyze"]
 
@@ -88,6 +88,7 @@ def analyze(config: Config) -> Complexity:
     network = _build(config.model)
     static = _build(replace(config.model, kernel_warehouse=None, peer=None))
     size = config.data.input_size
+    check_network(static, config.model, size)
     try:
         macs_static = count_macs(static, torch.empty(1, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:

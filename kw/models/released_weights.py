@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..warehouse import Warehouse
 
 __all__ = ["FAMILIES", "Family", "ReleasedError", "Weights", "read_released", "translate"]
@@ -36,7 +37,7 @@ _SHOWN = 10  # differences of one kind that a message lists
 Rules = tuple[tuple[str, str], ...]
 
 
-class ReleasedError(ValueError):
+class ReleasedError(UserError):
     """A released checkpoint cannot be read, or is of another network."""
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from ...errors import Interrupted
 from ...registry import HOOKS
 from ..checkpoint import CheckpointError
-from ..interruption import Agreement, Interrupted
+from ..interruption import Agreement
 from ..saving import Writer, checkpoint_name, checkpoints, link
 from ..task import Metrics, headline
 

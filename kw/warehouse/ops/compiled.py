@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -90,12 +91,21 @@ def _load() -> ctypes.CDLL:
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        folder = Path(tempfile.mkdtemp(prefix="kernelwarehouse-"))  # for this process only
     path = folder / name
+    # Whoever can write there can run code in this process (docs/security.md).
+    if not (
+        os.access(folder, os.W_OK) and _is_ours(folder) and (not path.exists() or _is_ours(path))
+    ):
+        path = Path(tempfile.mkdtemp(prefix="kernelwarehouse-")) / name  # for this process only
     if not path.exists():
         _compile(arguments, path)
     return ctypes.CDLL(str(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user, root, and a group that the user chose could have written it."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & stat.S_IWOTH
 
 
 def _accepts(command: list[str], flag: str) -> bool:

@@ -1,0 +1,103 @@
+"""Mistakes that a user can correct, as against bugs; and what a tool says of either.
+
+Every room raises its own kind of :class:`UserError`: ``ConfigError``, ``DataError``,
+``CheckpointError`` and so on. This module imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+__all__ = ["EXIT_INTERRUPTED", "Interrupted", "UserError", "answer", "one_line"]
+
+EXIT_INTERRUPTED = 75
+"""Status of a program that was asked to leave and saved its work: EX_TEMPFAIL, try again."""
+
+
+class UserError(ValueError):
+    """Something that a user gave is wrong; the message says what, where, and what was expected."""
+
+
+class Interrupted(Exception):
+    """A run was asked to end and has saved its work.
+
+    Attributes:
+        checkpoint: what to go on from.
+    """
+
+    def __init__(self, name: str, checkpoint: str) -> None:
+        super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
+        self.checkpoint = checkpoint
+
+
+_REMEDIES = {
+    errno.ENOENT: "check the path, relative ones from the folder that the tool was started in",
+    errno.EACCES: "check the permissions, or choose another path",
+    errno.EPERM: "check the permissions, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.EISDIR: "expected a file",
+    errno.ENOTDIR: "expected a folder",
+    errno.EEXIST: "expected a folder, or another path",
+    errno.ENOSPC: "free some space, or choose a path on another disk",
+    errno.EDQUOT: "free some space, or choose a path on another disk",
+    errno.EFBIG: "choose a path on another disk",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check the links on the way there",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network file system",
+    errno.EMFILE: "raise the limit (ulimit -n), or lower data.workers",
+    errno.ENFILE: "lower data.workers",
+    errno.EAGAIN: "the limit of processes is reached (ulimit -u): lower data.workers",
+}
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory")
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
+
+
+def one_line(error: BaseException) -> str:
+    """What another library said, in one line, with the kind of its error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def answer(error: BaseException) -> str | None:
+    """What to tell a user of an error, where it is one that the user can mend.
+
+    Args:
+        error: whatever ended a tool.
+
+    Returns:
+        One message, without traceback; ``None`` for what is a bug as far as one can tell.
+    """
+    if isinstance(error, UserError):
+        return _own_words(error)
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        where = f"{' -> '.join(names)}: " if names else ""
+        return f"{where}{error.strerror}; {_REMEDIES[error.errno]}"
+    text = str(error)
+    # torch.OutOfMemoryError is GPU memory; on the CPU PyTorch raises a plain RuntimeError.
+    is_runtime = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (
+        is_runtime and (type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(text))
+    ):
+        what = text.split(". ")[0].splitlines()[0] if text else "out of memory"
+        return (
+            f"out of memory: {what}; lower batch_size (total_batch_size may stay: updates are then "
+            "accumulated), eval_batch_size, data.input_size or the network's size"
+        )
+    if is_runtime and _WORKER_DIED.search(text):
+        return (
+            f"{text.splitlines()[0]}; a loader process died, usually for want of memory: lower "
+            "data.workers, or give /dev/shm more room"
+        )
+    return None
+
+
+def _own_words(error: UserError) -> str:
+    """The message; PyTorch wraps those of loader processes in a traceback."""
+    text = str(error)
+    if "\nOriginal Traceback (most recent call last):" not in text:
+        return text
+    kind = type(error)
+    return text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
