@@ -282,3 +282,15 @@ def test_openmp_runtime_is_the_one_torch_brought(backend):
     library = compiled.library()
     needed = subprocess.run(["ldd", library._name], capture_output=True, text=True).stdout
     assert "omp" not in needed
+
+
+def test_a_cache_that_everybody_writes_to_is_not_used(fresh, tmp_path, monkeypatch):
+    """Whoever can write there could have a library of theirs loaded (docs/security.md)."""
+    tried = []
+    monkeypatch.setenv("KW_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "_compile", lambda arguments, path: tried.append(path.parent))
+    for mode, is_used in ((0o700, True), (0o777, False)):
+        tmp_path.chmod(mode)
+        with pytest.raises(OSError, match="native-"):  # nothing was compiled
+            compiled._load()
+        assert (tried[-1] == tmp_path) == is_used

@@ -345,8 +345,8 @@ def test_choice_of_weights(released_run, tool, tmp_path: Path, weights, states):
     ("arguments", "expected"),
     [
         (("{source}", "{config}", "{source}"), "expected the name of a new file"),
-        (("{source}", "{config}", "{folder}"), "expected the name of a new file"),
-        (("{source}", "{config}", "{config}/target.pth"), "cannot be written"),
+        (("{source}", "{config}", "{folder}"), "is a folder: expected the name of a file"),
+        (("{source}", "{config}", "{config}/target.pth"), "is a file: expected a folder"),
         (("{source}", "configs/demo/resnet18.yaml", "{target}"), "missing"),
         (("{single}", "{config}", "{target}", "--weights", "ema"), "it holds model only"),
         (("none.pth", "{config}", "{target}"), "none.pth: no such file"),

@@ -102,7 +102,7 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
     tensors = [*network.named_parameters(), *network.named_buffers()]
     state = {name: tensor.to("meta") for name, tensor in tensors}
     images = torch.empty(1, 3, input_size, input_size, device="meta")
-    where = f"model.name {config.name!r}, data.input_size {input_size}"
+    where = f"data.input_size {input_size}, model.name {config.name!r}"
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
