@@ -139,7 +139,9 @@ class BadImagesConfig:
 class NonFiniteConfig:
     """What becomes of updates whose loss or gradient is not finite: they are skipped."""
 
-    patience: int = setting(20, "the run stops after as many skipped updates in a row", minimum=1)
+    patience: int = setting(
+        20, "the run stops after as many skipped updates in a row", minimum=1, maximum=10**9
+    )
     max_fraction: float = setting(
         0.1,
         "the run stops when more of an epoch's updates (and more than patience) were skipped",
