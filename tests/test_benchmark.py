@@ -251,8 +251,9 @@ def test_memory_is_exact_to_the_byte() -> None:
     memory, with_scratch = found
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4000, 4000, 4000)
     # Backward holds most: the exponential, the gradient at the product, and that times x, before it
-    # is summed over samples; the loss and its gradient are scalars.
-    assert 48000 <= memory.beyond <= 48016
+    # is summed over samples. The loss, what guards against one that is not finite, and their
+    # gradients are scalars: a handful of them.
+    assert 48000 <= memory.beyond <= 48064
     assert with_scratch.beyond == memory.beyond + 12345  # made in the first step, counted in all
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "BadImagesConfig",
     "CheckpointConfig",
     "ContractionConfig",
+    "DistributedConfig",
     "EmaConfig",
     "NonFiniteConfig",
     "OptimizerConfig",
@@ -112,6 +113,30 @@ class ContractionConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How several processes train one network (docs/scaling.md)."""
+
+    strategy: str = setting(
+        "ddp",
+        "ddp: every process holds the whole network; fsdp: parameters, gradients, optimizer state "
+        "and moving average are sharded over the processes",
+        choices=("ddp", "fsdp"),
+    )
+    bucket_mb: float = setting(
+        25.0,
+        "ddp: gradients are reduced in buckets of about so many MiB",
+        above=0,
+        maximum=10**5,
+    )
+    timeout_minutes: float = setting(
+        10.0,
+        "the run ends when a process waits longer than this for another",
+        above=0,
+        maximum=10**5,
+    )
+
+
+@dataclass
 class BadImagesConfig:
     """What becomes of image files that cannot be read (docs/faults.md)."""
 
@@ -181,6 +206,7 @@ class RunConfig:
     )
     non_finite: NonFiniteConfig = table(NonFiniteConfig, "updates whose loss is not finite")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
+    distributed: DistributedConfig = table(DistributedConfig, "training on several processes")
     contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
     eval_interval: int = setting(1, "epochs between evaluations", minimum=1, maximum=10**6)
     eval_batch_size: int | None = setting(
