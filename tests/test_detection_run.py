@@ -18,6 +18,7 @@ from coco_set import detector_text, write_coco_set
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
 from PIL import Image
+from processes import in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kw.config import ConfigError
@@ -158,6 +159,22 @@ def test_two_processes(file: Path, tmp_path: Path) -> None:
     for key, value in together.items():
         if "mAP" in key or "AR_" in key:
             assert alone[key] == value, key
+
+
+def train_with(process: Any, file: Path, work_dir: Path, strategy: str) -> None:
+    options = [f"distributed.strategy={strategy}", "optimizer.clip_grad=1"]
+    train(load_detector_config(file, options), work_dir, launcher="pytorch")
+
+
+def test_a_sharded_detector_is_the_same(file: Path, tmp_path: Path) -> None:
+    logs = []
+    for strategy in ("ddp", "fsdp"):
+        in_processes(train_with, 2, file, tmp_path / strategy, strategy)
+        logs.append(log_of(tmp_path / strategy, "train"))
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert evaluate_checkpoint(load_detector_config(file), tmp_path / "fsdp" / "best.pth")
 
 
 def test_bad_data_are_refused_before_training(coco: Path, file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ..engine import load_checkpoint, load_network, set_contraction
 from ..engine.distributed import Process, join_group, leave_group
 from ..engine.hooks.bad_images import tell_bad_images
 from ..engine.optim import autocast, build_optimizer
+from ..engine.parallel import distribute
 from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to_end
 from ..engine.runner import Runner
 from ..engine.task import Task, headline
@@ -71,6 +72,7 @@ def build_runner(
     if run.sync_bn and process.world_size > 1:
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     detector.to(process.device)
+    average = distribute(detector, run, process)
     train_loader = build_train_loader(config, classes, process.rank, process.world_size)
     val_loader = build_eval_loader(config, classes, process.rank, process.world_size)
     evaluator = _evaluator(run.data, classes, masks)
@@ -86,7 +88,7 @@ def build_runner(
     scales = lr_scales(detector, run.optimizer.layer_decay)
     optimizer = build_optimizer(detector, run.optimizer, process.device, scales)
     return assemble_runner(
-        task, run, process, work_dir, train_loader, val_loader, optimizer, resume_from
+        task, run, process, work_dir, train_loader, val_loader, optimizer, average, resume_from
     )
 
 

@@ -30,6 +30,7 @@ from torch import nn
 
 from ..errors import UserError
 from .layout import layout_fault
+from .parallel import placed_like
 
 __all__ = [
     "CheckpointError",
@@ -145,7 +146,7 @@ def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: 
         raise CheckpointError(
             f"{source} is of another model ({len(faults)} differences):\n  {shown}{more}"
         )
-    network.load_state_dict(state)
+    network.load_state_dict({key: placed_like(state[key], value) for key, value in own.items()})
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..evaluation import Accuracy
 from ..registry import LOOPS
 from .distributed import average_batch_norm
 from .optim import autocast
+from .parallel import release
 
 __all__ = ["EvalLoop", "TrainLoop", "evaluate"]
 
@@ -128,6 +129,7 @@ class EvalLoop(BaseLoop):
         metrics: dict[str, float | None] = {}
         for prefix, network in self.runner.networks().items():
             found = self.evaluate(network)
+            release(network)
             metrics.update({prefix + key: value for key, value in found.items()})
         self.runner.call_hook("after_val")
         self.runner.last_metrics = metrics

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config.run_schema import OptimizerConfig
 from ..registry import OPTIM_WRAPPERS
 from .finite import FiniteGuard
+from .parallel import placed_like, set_gradient_sync, whole_norm
 
 __all__ = ["UpdateWrapper", "autocast", "build_optimizer"]
 
@@ -40,7 +42,8 @@ def build_optimizer(
         network: the network whose parameters are trained; frozen ones are left out.
         config: the optimizer's settings.
         device: of the parameters; on CPU and CUDA the fused form is used: it makes no temporary
-            copies of the parameters, and needs no synchronisation with a gradient scaler.
+            copies of the parameters, and needs no synchronisation to skip an update. SGD of
+            sharded parameters has none.
         lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
             group's stands in its ``lr_scale``, which the schedule multiplies by.
     """
@@ -70,6 +73,8 @@ def build_optimizer(
         )
     ]
     fused = True if device.type in ("cpu", "cuda") else None
+    if config.name == "sgd" and any(isinstance(p, DTensor) for p in network.parameters()):
+        fused = False  # torch has no fused SGD of sharded parameters
     if config.name == "adamw":
         beta1, beta2 = config.betas
         return torch.optim.AdamW(
@@ -124,6 +129,7 @@ class UpdateWrapper(OptimWrapper):
         """Autocast, and no gradient reduction in inner micro-steps."""
         if self._inner_count % self._accumulative_counts == 0:
             self.guard.begin(model)
+        set_gradient_sync(model, self.should_sync())
         with super().optim_context(model), autocast(self.precision, self.device_type):
             yield
 
@@ -139,11 +145,13 @@ class UpdateWrapper(OptimWrapper):
             self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = None
-        if self.max_norm is not None:
-            norm = self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        elif not scaled:
+        if self.max_norm is not None or not scaled:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            norm = whole_norm(nn.utils.get_total_norm(gradients))
+        if self.max_norm is not None:
+            assert norm is not None
+            self.grad_norm = norm
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         self.guard.step(self.optimizer, self.scaler, None if scaled else norm, **kwargs)
         self.scaler.update()
 
@@ -157,8 +165,27 @@ class UpdateWrapper(OptimWrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.optimizer.load_state_dict(self._placed(state_dict["optimizer"]))
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
         if "skipped" in state_dict:  # checkpoints of earlier versions have none
             self.guard.load_state_dict(state_dict["skipped"])
+
+    def _placed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state, sharded as its parameters are, and computed as they can be."""
+        pairs = list(zip(self.optimizer.param_groups, state["param_groups"], strict=True))
+        parameters = {
+            number: parameter
+            for own, other in pairs
+            for number, parameter in zip(other["params"], own["params"], strict=True)
+        }
+        groups = [{**other, "fused": own["fused"]} for own, other in pairs]
+        placed = {
+            number: {
+                # Counts of steps are scalars, the same everywhere.
+                name: placed_like(value, parameters[number]) if getattr(value, "ndim", 0) else value
+                for name, value in values.items()
+            }
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": placed, "param_groups": groups}

@@ -47,6 +47,7 @@ from .hooks import (
 from .hooks.bad_images import tell_bad_images
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
+from .parallel import distribute
 from .runner import Runner
 from .saving import checkpoints, newest_whole
 from .schedule import Schedule
@@ -123,6 +124,11 @@ def build_runner(
 ) -> Runner:
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
     check_devices(config, process)
+    if config.compile and config.distributed.strategy == "fsdp":
+        raise ConfigError(
+            "compile: true with distributed.strategy: fsdp: parameters change their kind whenever "
+            "they are gathered, and torch.compile compiles anew; choose one of the two"
+        )
     resume_from = find_checkpoint(resume, work_dir, process)
     check_data_root(config.data.root, config.model.num_classes)
     data = config.data
@@ -160,6 +166,7 @@ def build_runner(
     )
     if config.compile:
         network.compile()
+    average = distribute(network, config, process)
     model = ImageClassifier(network, preprocessor)
     val_loader = _eval_loader(config, process)
     task = Task(
@@ -174,7 +181,15 @@ def build_runner(
     )
     optimizer = build_optimizer(network, config.optimizer, process.device)
     return assemble_runner(
-        task, config, process, work_dir, train_loader, val_loader, optimizer, resume_from
+        task,
+        config,
+        process,
+        work_dir,
+        train_loader,
+        val_loader,
+        optimizer,
+        average,
+        resume_from,
     )
 
 
@@ -186,6 +201,7 @@ def assemble_runner(
     train_loader: DataLoader[Any],
     val_loader: DataLoader[Any],
     optimizer: Optimizer,
+    average: nn.Module | None,
     resume_from: Path | None,
 ) -> Runner:
     """A runner with the hooks that every run has.
@@ -198,6 +214,7 @@ def assemble_runner(
         train_loader: its batch sampler is a :class:`kw.data.TrainBatchSampler`.
         val_loader: what the task's evaluation reads.
         optimizer: of the task's parameters.
+        average: what holds their moving average (:func:`kw.engine.parallel.distribute`).
         resume_from: checkpoint to continue from.
     """
     sampler: Any = train_loader.batch_sampler
@@ -208,8 +225,8 @@ def assemble_runner(
         FiniteHook(config.non_finite, config.log_interval),
         CheckpointHook(**dataclasses.asdict(config.checkpoint)),
     ]
-    if config.ema is not None:
-        hooks.append(EmaHook(config.ema.decay))
+    if config.ema is not None and average is not None:
+        hooks.append(EmaHook(config.ema.decay, average))
     optim_wrapper = UpdateWrapper(
         optimizer,
         sampler.accumulation,
@@ -335,6 +352,11 @@ def check_devices(config: RunConfig, process: Process) -> None:
     """Refuse settings that these devices cannot follow, before anything is built."""
     if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
+    if config.distributed.strategy == "fsdp" and config.precision == "fp16":
+        raise ConfigError(
+            "distributed.strategy: fsdp with precision: fp16: the loss scaler would have to agree "
+            "over sharded gradients; set precision: bf16, or strategy: ddp"
+        )
 
 
 def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process) -> Path | None:

@@ -13,7 +13,6 @@ from typing import Any
 import mmengine
 import torch
 import torch.distributed as dist
-from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner as _Runner
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from .distributed import Process, batch_norm_buffers
 from .hooks.bad_images import fault_logs
 from .interruption import Signals
 from .layout import resume_fault
+from .parallel import gathered, wrap_ddp
 from .saving import copied
 from .schedule import Schedule
 from .task import Metrics, Task
@@ -89,17 +89,14 @@ class Runner(_Runner):
         return networks
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """To the device, and into DDP where there are several processes."""
+        """To the device, and into DDP where there are several processes that hold all of it."""
         model = model.to(self.process.device)
         if self.process.world_size == 1:
             return model
-        device = self.process.device
-        return MMDistributedDataParallel(
-            module=model,
-            device_ids=None if device.type == "cpu" else [device.index],
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        distributed = self.config.distributed
+        if distributed.strategy == "fsdp":
+            return model  # sharded in place before its optimizer was made
+        return wrap_ddp(model, self.process, distributed.bucket_mb)
 
     def register_default_hooks(self, hooks: Any = None) -> None:
         """None: every hook of a run is given."""
@@ -172,13 +169,13 @@ class Runner(_Runner):
                 "metrics": metrics,
                 "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
             },
-            "state_dict": self.task.network.state_dict(),
-            "optimizer": self.optim_wrapper.state_dict(),
+            "state_dict": gathered(self.task.network.state_dict(), self.process.is_main),
+            "optimizer": gathered(self.optim_wrapper.state_dict(), self.process.is_main),
             "ranks": ranks,
             "bad_images": {name: log.state_dict() for name, log in fault_logs(self).items()},
         }
         if self.ema is not None:
-            checkpoint["ema_state_dict"] = self.ema.state_dict()
+            checkpoint["ema_state_dict"] = gathered(self.ema.state_dict(), self.process.is_main)
         return checkpoint
 
     def _statistics(self) -> list[Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
-from timm.utils import ModelEmaV3
+from torch import nn
 
 from ...registry import HOOKS
 from ..distributed import average_batch_norm
+from ..parallel import local
 
 __all__ = ["EmaHook"]
 
@@ -18,23 +20,31 @@ class EmaHook(Hook):
     """Averages parameters after every update and copies buffers, the temperature among them.
 
     Args:
-        decay: share of the old average that is kept.
+        decay: share of the old average that is kept; none in the first two updates, which lead far
+            from the initial weights.
+        average: what holds it, a copy of the network, sharded as it is.
     """
 
     priority = "HIGH"
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, average: nn.Module) -> None:
         self.decay = decay
+        self.average = average
 
     def before_run(self, runner: Any) -> None:
-        network = runner.task.network
-        self._average = ModelEmaV3(network, decay=self.decay, exclude_buffers=True, foreach=True)
-        runner.ema = self._average.module
+        runner.ema = self.average
 
+    @torch.no_grad()
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._average.update(runner.task.network, step=runner.iter)
+        network = runner.task.network
+        averages = [local(parameter) for parameter in self.average.parameters()]
+        current = [local(parameter) for parameter in network.parameters()]
+        kept = self.decay if runner.iter > 1 else 0.0
+        torch._foreach_lerp_(averages, current, weight=1 - kept)
+        for average, buffer in zip(self.average.buffers(), network.buffers(), strict=True):
+            average.copy_(buffer)
 
     def after_train_epoch(self, runner: Any) -> None:
-        average_batch_norm(self._average.module)
+        average_batch_norm(self.average)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GradientSum", "anchor_of", "sum_of"]
+__all__ = ["GradientSum", "anchor_of", "forget_anchor", "sum_of"]
 
 _anchors: dict[int, weakref.ref[Tensor]] = {}
 
@@ -74,6 +74,15 @@ def anchor_of(cells: Tensor) -> Tensor | None:
         anchor = _Sum.apply(cells)
         _anchors[key] = weakref.ref(anchor, lambda gone: _forget(key, gone))
     return anchor
+
+
+def forget_anchor(cells: Tensor) -> None:
+    """Let the next user of the cells make a new node.
+
+    Autograd runs nodes that are ready in the reverse order of their making. Whoever waits for the
+    cells' gradient with a node of his own, made now, is run after all that is made from now on.
+    """
+    _anchors.pop(id(cells), None)
 
 
 def _belongs(anchor: Tensor, cells: Tensor) -> bool:

@@ -1,0 +1,236 @@
+"""One network on several processes: DDP, or FSDP2 with the warehouses sharded.
+
+DDP: every process holds everything; gradients are averaged in buckets while the backward pass goes
+on. A bucket waits for the last of its gradients, and the cells of a warehouse have theirs only when
+the first of the layers that share them has run backward. Buckets are therefore filled in the order
+in which gradients come, from the first update on. torch finds that order by itself, but after the
+first update: a run that was resumed would add up that update's gradients in other buckets, hence in
+another order, than one that was never interrupted.
+
+FSDP2: every process holds one of N parts of each parameter, its gradient, its optimizer state and
+its average. Cells are gathered before the first layer that uses them, and scattered as soon as
+their gradient is complete; everything else, small in a converted network, is gathered for the whole
+pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..config.run_schema import RunConfig
+from ..warehouse import KWLayer, Warehouse
+from ..warehouse.ops.summing import forget_anchor
+from .distributed import Process
+
+__all__ = [
+    "backward_order",
+    "distribute",
+    "gathered",
+    "local",
+    "placed_like",
+    "release",
+    "set_gradient_sync",
+    "shard",
+    "whole_norm",
+    "wrap_ddp",
+]
+
+
+def wrap_ddp(model: nn.Module, process: Process, bucket_mb: float) -> MMDistributedDataParallel:
+    """A model in DDP, its buckets laid out for good; a collective call.
+
+    Args:
+        model: mmengine's, on the process's device.
+        process: this process.
+        bucket_mb: a bucket is closed when it holds so many MiB; a parameter is never split.
+    """
+    device = process.device
+    with warnings.catch_warnings():
+        # torch 2.15 has a newer name for it, which earlier versions do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        ddp = MMDistributedDataParallel(
+            module=model,
+            device_ids=None if device.type == "cpu" else [device.index],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=bucket_mb,
+        )
+    _lay_out_buckets(ddp, backward_order(model))
+    return ddp
+
+
+def backward_order(model: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters in the order in which their gradients come.
+
+    Layers run backward in the reverse order of their registration. Cells come with the first layer
+    of their warehouse, before the gradients of its attention.
+    """
+    forward: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, Warehouse):
+            continue  # with its first layer
+        if isinstance(module, KWLayer):
+            forward.update(dict.fromkeys(module.attention.parameters()))
+            forward.update(dict.fromkeys(module.warehouse.parameters()))
+        forward.update(dict.fromkeys(module.parameters(recurse=False)))
+    forward.update(dict.fromkeys(model.parameters()))  # of warehouses that no layer uses
+    return [parameter for parameter in reversed(forward) if parameter.requires_grad]
+
+
+def _lay_out_buckets(ddp: nn.parallel.DistributedDataParallel, order: list[nn.Parameter]) -> None:
+    """Let DDP see gradients of zero come in this order.
+
+    It rebuilds its buckets once, before the forward pass that follows the first backward pass.
+    """
+    ddp.reducer.prepare_for_backward([])
+    for parameter in order:
+        (parameter.view(-1)[:1] * 0).sum().backward()
+    for parameter in order:
+        parameter.grad = None
+
+
+def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Module | None:
+    """Shard a network where the configuration says so, and its moving average likewise.
+
+    Args:
+        network: see :func:`shard`.
+        config: of the run.
+        process: this process.
+
+    Returns:
+        What is to hold the moving average, where there is one: a copy in evaluation mode.
+    """
+    average = None if config.ema is None else copy.deepcopy(network).eval().requires_grad_(False)
+    if config.distributed.strategy != "fsdp":
+        return average
+    if process.world_size == 1:
+        message = "distributed.strategy: fsdp: there is one process, nothing is sharded"
+        print_log(message, logger="current", level=logging.WARNING)
+        return average
+    shard(network, process)
+    if average is not None:
+        shard(average, process)
+    return average
+
+
+def shard(network: nn.Module, process: Process) -> None:
+    """Shard a network over all processes, in place.
+
+    Parameters become ``DTensor``; between updates each process holds its part of them. Whatever
+    uses parameters by themselves, optimizers above all, has to be made afterwards.
+
+    Args:
+        network: the same on all processes, on the process's device; its forward pass has to be run
+            by calling it.
+        process: this process.
+    """
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    warehouses: dict[Warehouse, None] = {}
+    for module in network.modules():
+        if isinstance(module, KWLayer):
+            warehouses[module.warehouse] = None
+            module.register_forward_pre_hook(_gather_cells)
+            module.register_forward_hook(_gather_again)
+    # A layer does not write to its input, which is what the warning is about.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPWarehouse\) returned")
+    for warehouse in warehouses:
+        # A warehouse's pass ends at once, but layers go on to use its cells.
+        fully_shard(warehouse, mesh=mesh, reshard_after_forward=False)
+    sharded = [module for module in warehouses if isinstance(module, FSDPModule)]
+    for module, following in pairwise(sharded):
+        module.set_modules_to_forward_prefetch([following])
+    fully_shard(network, mesh=mesh)
+
+
+def _gather_cells(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before a layer: its warehouse's cells, if it is the first of the pass to use them.
+
+    Calling the warehouse gathers them. It also takes the layer's input through, so that its
+    gradient tells when the layer, the last of the warehouse's in the backward pass, is done.
+    """
+    assert isinstance(layer, KWLayer)
+    warehouse = layer.warehouse
+    if isinstance(warehouse.cells, DTensor):
+        x = warehouse(args[0])
+        # A node left over from an earlier pass would run after the input's gradient is known.
+        forget_anchor(warehouse.cells)
+        return (x, *args[1:])
+    return None
+
+
+def _gather_again(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Before a layer's backward pass: its cells, if another backward pass has scattered them."""
+    assert isinstance(layer, KWLayer)
+    warehouse = layer.warehouse
+
+    def gather(_: Tensor) -> None:
+        if isinstance(warehouse.cells, DTensor) and isinstance(warehouse, FSDPModule):
+            warehouse.unshard()
+
+    if output.requires_grad:
+        output.register_hook(gather)
+
+
+def release(network: nn.Module) -> None:
+    """After a forward pass without backward: each process keeps its part alone. Does nothing to a
+    network that is not sharded."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Whether the next backward pass of a sharded model reduces gradients; nothing for others."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sync)
+            return  # the outermost one tells those inside
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_norm(norm: Tensor) -> Tensor:
+    """A norm over sharded tensors as a plain tensor; a collective call for these."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """A state with all sharded tensors whole; a collective call where there are any.
+
+    Args:
+        state: tensors and plain types in mappings and lists.
+        keep: whether this process wants it; otherwise sharded tensors become ``None``.
+    """
+    if isinstance(state, DTensor):
+        # One at a time, off the device: together they may not fit there.
+        whole = state.full_tensor().detach()
+        return whole.cpu() if keep else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [gathered(value, keep) for value in state]
+    return state
+
+
+def placed_like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, equal on all processes, sharded as another of its shape is, if it is; a
+    collective call then."""
+    if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(pattern.device, pattern.dtype)
+    return distribute_tensor(value, pattern.device_mesh, pattern.placements)

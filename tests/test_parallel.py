@@ -1,0 +1,260 @@
+"""One network on several processes: when gradients are reduced, what is sharded, and that neither
+changes what is trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from kills import compare, free_port, kill, log_of, start
+from kills import settings as killed_settings
+from processes import in_processes
+from torch import nn
+
+import kw
+from kw.config import ConfigError, config_from_mapping
+from kw.engine import load_checkpoint, train
+from kw.engine.distributed import Process
+from kw.engine.parallel import (
+    backward_order,
+    local,
+    release,
+    set_gradient_sync,
+    shard,
+    wrap_ddp,
+)
+from kw.models import ImageClassifier
+
+MIB = 2**20
+MODELS = [
+    ("kw_resnet18_4x", 64),
+    ("kw_resnet50_1x", 64),
+    ("kw_mobilenetv2_050_1x", 64),
+    ("kw_convnext_tiny_1x", 64),
+    ("kw_deit_tiny_1x", 224),
+    ("resnet18", 64),
+]
+
+
+def buckets(order: list[nn.Parameter], mib: int) -> list[list[nn.Parameter]]:
+    """DDP's rule: a bucket is closed once it holds so much, the first one at 1 MiB."""
+    found: list[list[nn.Parameter]] = [[]]
+    size, limit = 0, MIB
+    for parameter in order:
+        found[-1].append(parameter)
+        size += parameter.nbytes
+        if size >= limit:
+            found.append([])
+            size, limit = 0, mib * MIB
+    return [bucket for bucket in found if bucket]
+
+
+@pytest.mark.parametrize(("name", "size"), MODELS)
+@pytest.mark.parametrize("mib", [1, 25])
+def test_buckets_are_ready_as_early_as_can_be(name: str, size: int, mib: int) -> None:
+    """As early as if they were filled in the order in which gradients really come."""
+    model = timm.create_model(name, num_classes=10)
+    came: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(came.append)
+    model(torch.randn(2, 3, size, size)).sum().backward()
+    ours = backward_order(model)
+    assert len(ours) == len(came)
+    assert set(ours) == set(came)
+    ready = {parameter: place for place, parameter in enumerate(came)}
+
+    def times(order: list[nn.Parameter]) -> list[int]:
+        return [max(ready[p] for p in bucket) for bucket in buckets(order, mib)]
+
+    assert times(ours) == times(came)
+
+
+def build(name: str = "resnet18", **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    narrow = {"channels": (16, 16, 32, 32), "norm_layer": "groupnorm1"}
+    model = timm.create_model(name, num_classes=4, **narrow)
+    kw.convert(model, "resnet18", norm="layer", **settings)
+    return model
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return model(images).square().mean()
+
+
+def check_layout(process: Process) -> None:
+    network = build()
+    model = ImageClassifier(network, nn.Identity())
+    expected = [sum(p.nbytes for p in b) for b in buckets(backward_order(model), 1)]
+    ddp = wrap_ddp(model, process, 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    found = []
+    for update in range(3):
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(update))
+        ddp(images, torch.zeros(2, dtype=torch.long), mode="loss")["loss"].backward()
+        # Gradients are views into the buckets.
+        gradients = [p.grad for p in backward_order(model)]
+        storages = [g.untyped_storage() for g in gradients if g is not None]
+        found.append({storage.data_ptr(): storage.nbytes() for storage in storages})
+    assert list(found[0].values()) == expected
+    assert found[0] == found[1] == found[2]
+
+
+def test_buckets_are_laid_out_before_the_first_update() -> None:
+    in_processes(check_layout, 2)
+
+
+def check_sharding(process: Process) -> None:
+    plain, network = build(cell_num_ratio=4), build(cell_num_ratio=4)
+    total = sum(p.numel() for p in plain.parameters())
+    shard(network, process)
+    own = sum(local(p).numel() for p in network.parameters())
+    # Rows are dealt out: what has fewer than the others stays with the first processes.
+    assert own < total / process.world_size + 0.05 * total
+    cells = {name: p for name, p in network.named_parameters() if name.endswith("cells")}
+    assert cells
+    for name, parameter in cells.items():
+        rows = -(-len(parameter) // process.world_size)
+        assert len(local(parameter)) <= rows, name
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {}
+        for name, parameter in network.named_parameters():
+            assert local(parameter.grad).shape == local(parameter).shape, name
+            found[name] = parameter.grad.full_tensor()
+        return found
+
+    def mean(seeds: list[int]) -> dict[str, torch.Tensor]:
+        plain.zero_grad()
+        sum(loss_of(plain, seed) for seed in seeds).backward()
+        return {n: p.grad / process.world_size for n, p in plain.named_parameters()}
+
+    def check(seeds: list[int]) -> None:
+        expected, found = mean(seeds), gradients()
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-6)
+            assert error < 1e-4, (name, error)
+
+    rank, world = process.rank, process.world_size
+    loss_of(network, rank).backward()
+    check(list(range(world)))
+    with torch.no_grad():  # an evaluation between gathers cells, and leaves them
+        loss_of(network, 0)
+        release(network)
+    network.zero_grad()
+    set_gradient_sync(network, False)
+    kept = loss_of(network, rank)  # its graph stays, as a loss that is logged keeps it
+    kept.backward()
+    set_gradient_sync(network, True)
+    loss_of(network, world + rank).backward()
+    check(list(range(2 * world)))
+    network.zero_grad()
+    two = loss_of(network, rank), loss_of(network, world + rank)
+    for loss in two:
+        loss.backward()
+    check(list(range(2 * world)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_gradients_are_those_of_the_whole(world: int) -> None:
+    in_processes(check_sharding, world)
+
+
+def run(settings: dict[str, Any], work_dir: Path, world: int) -> dict[str, Any]:
+    for process in (processes := start(settings, work_dir, world, free_port())):
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world
+    return load_checkpoint(work_dir / "last.pth")
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Between two states of the same layout, relative to a tensor's largest value."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return max((largest_difference(one[k], other[k]) for k in one), default=0.0)
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        return max((largest_difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    if isinstance(one, torch.Tensor):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if not one.is_floating_point() or not one.numel():
+            return 0.0
+        return float((one - other).abs().max() / one.abs().max().clamp_min(1e-3))
+    assert one == other
+    return 0.0
+
+
+def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Accumulation, clipping and EMA; checkpoints of one layout, which either can go on from."""
+    settings.update(
+        optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 1e-4, "clip_grad": 0.5},
+        ema={"decay": 0.5},
+        batch_size=4,
+        eval_interval=2,
+    )
+    states, logs = {}, {}
+    for strategy in ("ddp", "fsdp"):
+        settings["distributed"] = {"strategy": strategy}
+        states[strategy] = run(settings, tmp_path / strategy, 2)
+        logs[strategy] = [x for x in log_of(tmp_path / strategy) if x["mode"] == "train"]
+    for key in ("state_dict", "ema_state_dict"):
+        assert largest_difference(states["ddp"][key], states["fsdp"][key]) < 1e-4, key
+    momenta = [state["optimizer"]["optimizer"]["state"] for state in states.values()]
+    assert len(momenta[0]) > 100
+    assert largest_difference(*momenta) < 1e-4
+    norms = [[line["grad_norm"] for line in log] for log in logs.values()]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    settings["epochs"] = 3
+    further = {}
+    for strategy, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        settings["distributed"] = {"strategy": other}
+        further[other] = run(settings, tmp_path / strategy, 2)
+    assert further["ddp"]["meta"]["iter"] == 12
+    weights = [state["state_dict"] for state in further.values()]
+    assert largest_difference(*weights) < 1e-4
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(3, "ddp"), (2, "fsdp")])
+def test_killed_and_resumed_is_never_interrupted(
+    images: Path, tmp_path: Path, world: int, strategy: str
+) -> None:
+    """With three processes the sum depends on its order, which resuming must not change."""
+    config = killed_settings(images)
+    total = {2: 16, 3: 12}[world]  # four and five updates an epoch
+    config.update(epochs=2, total_batch_size=total, distributed={"strategy": strategy})
+    config["checkpoint"]["updates"] = 6
+    run(config, tmp_path / "whole", world)
+    killed = tmp_path / "killed"
+    processes = start(config, killed, world, free_port())
+    while not (killed / "epoch_1_update_6.pth").exists():
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    kill(processes)
+    run(config, killed, world)
+    assert compare(tmp_path / "whole", killed) == []
+
+
+def test_one_process_shards_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["epochs"] = 1
+    for strategy in ("ddp", "fsdp"):
+        settings["distributed"] = {"strategy": strategy}
+        train(config_from_mapping(settings), tmp_path / strategy)
+    states = [load_checkpoint(tmp_path / s / "last.pth")["state_dict"] for s in ("ddp", "fsdp")]
+    assert largest_difference(*states) == 0
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("key", "value"), [("precision", "fp16"), ("compile", True)])
+def test_what_cannot_be_sharded(
+    settings: dict[str, Any], tmp_path: Path, key: str, value: Any
+) -> None:
+    settings.update({key: value, "distributed": {"strategy": "fsdp"}})
+    with pytest.raises(ConfigError, match=f"{key}: .*(bf16|choose one)"):
+        train(config_from_mapping(settings), tmp_path)
