@@ -15,11 +15,13 @@ from kills import compare, free_port, kill, log_of, start
 from kills import settings as killed_settings
 from processes import in_processes
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.engine import load_checkpoint, train
 from kw.engine.distributed import Process
+from kw.engine.optim import UpdateWrapper
 from kw.engine.parallel import (
     backward_order,
     local,
@@ -107,6 +109,37 @@ def check_layout(process: Process) -> None:
 
 def test_buckets_are_laid_out_before_the_first_update() -> None:
     in_processes(check_layout, 2)
+
+
+def check_micro_steps(process: Process) -> None:
+    model = ImageClassifier(build(), Unchanged())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = UpdateWrapper(optimizer, accumulation=3)
+    wrapper.initialize_count_status(model, 0, 2)
+    ddp = wrap_ddp(model, process, 1)
+    reduced: list[int] = []
+
+    def note(micro_steps, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations
+        reduced.append(len(micro_steps))
+        return default_hooks.allreduce_hook(None, bucket)
+
+    micro_steps: list[int] = []
+    ddp.register_comm_hook(micro_steps, note)
+    for step in range(6):
+        micro_steps.append(step)
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        ddp.train_step((images, torch.zeros(2, dtype=torch.long)), wrapper)
+    assert sorted(set(reduced)) == [3, 6]
+    assert reduced.count(3) == reduced.count(6) == len(buckets(backward_order(model), 1))
+
+
+class Unchanged(nn.Module):
+    def forward(self, batch: Any, training: bool) -> Any:
+        return batch
+
+
+def test_gradients_are_reduced_once_an_update() -> None:
+    in_processes(check_micro_steps, 2)
 
 
 def check_sharding(process: Process) -> None:
