@@ -186,12 +186,12 @@ def _memory(folder: Folder) -> str:
 
 def _links(folder: Folder) -> str:
     del folder
-    header = ("cluster", "link", "attained GB/s a GPU", "latency us", "source")
-    rows = []
+    header = ("cluster", "link", "attained GB/s a GPU", "latency us", "sources")
+    rows: list[list[str]] = []
     for name, cluster in CLUSTERS.items():
         places = {"in a node": cluster.inside, "between nodes": cluster.between}
         for place, link in places.items():
-            if link.source:
+            if link.source and all(row[-1] != link.source for row in rows):
                 figures = f"{link.bandwidth / 1e9:.3g}", f"{1e6 * link.latency:g}"
                 rows.append([name, place, *figures, link.source])
     return render_table(header, rows)
