@@ -30,7 +30,7 @@ from kw.benchmark.scaling.links import CLUSTERS, Cluster, Link
 from kw.benchmark.scaling.model import Step, memory_of, scale_ddp, scale_fsdp
 from kw.benchmark.scaling.page import render_page
 from kw.benchmark.scaling.predict import predict_step
-from kw.benchmark.scaling.processes import Plan
+from kw.benchmark.scaling.processes import Plan, measure_processes
 from kw.benchmark.scaling.profile import profile_step
 from kw.benchmark.scaling.validation import fit_link
 from kw.cli import run_tool
@@ -258,6 +258,17 @@ def test_processes_that_cannot_be(source: NetworkSource, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BenchmarkError, match=r"has 1 GPU\(s\)"):
         Plan(replace(source.config), (2,)).check()
+
+
+def test_two_processes_take_the_engines_update(source: NetworkSource) -> None:
+    config = replace(source.config, batch_size=2)
+    found = measure_processes(Plan(config, (1, 2), rounds=1, warm_up=2, updates=1))
+    for times in (found.together, found.apart):
+        assert set(times) == {1, 2}
+        assert all(len(own) == 1 and own[0] > 0 for own in times.values())
+    gradients = sum(4 * p.numel() for p in source.build("auto").parameters())
+    assert sum(found.buckets[2]) == gradients
+    assert found.reduce[2][2**26] > found.reduce[2][2**20] > 0
 
 
 def test_the_page_is_up_to_date() -> None:

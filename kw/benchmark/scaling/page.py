@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 
 from ...evaluation import render_table
 from ..conditions import BenchmarkError
@@ -62,24 +63,25 @@ def projection(
 
 def _processes(folder: Folder) -> str:
     header = ["network", "processes", "alone ms", "apart ms", "together ms", "images/s"]
-    header += ["efficiency", "of apart", "predicted", "error"]
+    header += ["efficiency", "of apart", "predicted", "nothing hidden", "error"]
     rows = []
     for result in folder.processes:
+        measured = result.measured
         for own in validate(result, _profile(folder, result.model)):
-            times = (own.alone, own.apart, own.together)
-            rows.append(
-                [
-                    result.model,
-                    str(own.count),
-                    *(f"{1e3 * seconds:.0f}" for seconds in times),
-                    f"{own.count * result.images / own.together:.2f}",
-                    f"{own.alone / own.together:.1%}",
-                    f"{own.apart / own.together:.1%}",
-                    f"{own.apart / own.predicted:.1%}" if own.count > 1 else "-",
-                    f"{own.predicted / own.together - 1:+.1%}" if own.count > 1 else "-",
-                ]
-            )
+            row = [result.model, str(own.count), f"{1e3 * own.alone:.0f}"]
+            row += [_range(measured.apart[own.count]), _range(measured.together[own.count])]
+            row.append(f"{own.count * result.images / own.together:.2f}")
+            row += [f"{own.alone / own.together:.0%}", f"{own.apart / own.together:.0%}"]
+            if own.count > 1:
+                row += [f"{own.apart / own.predicted:.0%}", f"{own.apart / own.serial:.0%}"]
+                row.append(f"{own.predicted / own.together - 1:+.0%}")
+            rows.append(row + ["-"] * (len(header) - len(row)))
     return render_table(header, rows)
+
+
+def _range(seconds: Sequence[float]) -> str:
+    low, middle, high = (1e3 * own for own in (min(seconds), median(seconds), max(seconds)))
+    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
 def _loopback(folder: Folder) -> str:

@@ -26,6 +26,7 @@ class Validation:
         apart: of so many at once that do not communicate.
         together: of DDP.
         predicted: of DDP, from ``apart``.
+        serial: the same, if the backward pass hid nothing.
         link: between the processes, as fitted; ``None`` for one.
     """
 
@@ -34,6 +35,7 @@ class Validation:
     apart: float
     together: float
     predicted: float
+    serial: float
     link: Link | None
 
 
@@ -64,7 +66,7 @@ def validate(result: Processes, profile: Profile) -> list[Validation]:
     for count, times in measured.together.items():
         apart, together = median(measured.apart[count]), median(times)
         if count == 1:
-            found.append(Validation(1, alone, apart, together, apart, None))
+            found.append(Validation(1, alone, apart, together, apart, apart, None))
             continue
         link = fit_link(measured.reduce[count], count)
         cluster = Cluster("this machine", count, link, link)
@@ -75,8 +77,8 @@ def validate(result: Processes, profile: Profile) -> list[Validation]:
             limit=result.bucket_mb * MIB,
             first=first_limit(result, profile, count),
         )
-        predicted = apart + timeline.exposed
-        found.append(Validation(count, alone, apart, together, predicted, link))
+        predicted, serial = apart + timeline.exposed, apart + timeline.seconds
+        found.append(Validation(count, alone, apart, together, predicted, serial, link))
     return found
 
 
