@@ -274,7 +274,7 @@ def test_two_processes_take_the_engines_update(source: NetworkSource) -> None:
 def test_the_page_is_up_to_date() -> None:
     page = ROOT / "docs/scaling.md"
     text = page.read_text()
-    assert render_page(text, read_folder(ROOT / "docs/scaling")) == text
+    assert render_page(text, read_folder(ROOT / "docs/scaling", ROOT / "docs/benchmarks")) == text
     with pytest.raises(BenchmarkError, match="expected each of"):
         render_page(text.replace("<!-- table: memory -->", ""), read_folder(page.parent / "none"))
 

@@ -144,7 +144,7 @@ def project(args: argparse.Namespace) -> None:
 def render(args: argparse.Namespace) -> None:
     page = DOCS / "scaling.md"
     text = page.read_text(encoding="utf-8")
-    made = render_page(text, read_folder(DOCS / "scaling"))
+    made = render_page(text, read_folder(DOCS / "scaling", DOCS / "benchmarks"))
     if made == text:
         return
     if args.check:

@@ -9,9 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..cases import STATIC
 from ..conditions import BenchmarkError
 from ..machine import describe_code, describe_machine, describe_versions
-from ..results import Result, spread_of
+from ..results import Measured, Result, read_results, spread_of
+from ..steps import PARTS
 from .buckets import Gradient
 from .model import Step
 from .processes import Measurement
@@ -116,11 +118,19 @@ class Processes:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds; of profiles and steps one a model."""
+    """What a folder holds; of profiles and steps one a model.
+
+    Attributes:
+        profiles: by model.
+        steps: likewise; on a GPU.
+        processes: in the order of their names.
+        on_cpu: steps that ``tools/benchmark.py`` measured on CPU, by model.
+    """
 
     profiles: dict[str, Profile]
     steps: dict[str, SingleStep]
     processes: list[Processes]
+    on_cpu: dict[str, SingleStep]
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -138,8 +148,12 @@ def to_dict(result: Profile | SingleStep | Processes) -> dict[str, Any]:
     return asdict(result)
 
 
-def read_folder(folder: Path) -> Folder:
+def read_folder(folder: Path, benchmarks: Path | None = None) -> Folder:
     """All results in a folder.
+
+    Args:
+        folder: of this package's results.
+        benchmarks: of those of ``tools/benchmark.py``; ``None`` leaves them out.
 
     Raises:
         BenchmarkError: a file is not as it is written here, or a model has two profiles or steps.
@@ -170,7 +184,18 @@ def read_folder(folder: Path) -> Folder:
             if isinstance(error, BenchmarkError):
                 raise
             raise BenchmarkError(f"{path} is no result of tools/scaling.py: {error!r}") from error
-    return Folder(profiles, steps, processes)
+    on_cpu = {}
+    for result in [] if benchmarks is None else read_results(benchmarks):
+        if result.conditions.mode == "train" and result.conditions.device == "cpu":
+            where = {"machine": result.machine, "versions": result.versions}
+            where |= {"code": result.code, "date": result.date}
+            for network in result.networks:
+                if (step := _step_of(result, network)) is not None:
+                    dtype = f"{result.conditions.dtype}, {result.conditions.threads} threads"
+                    on_cpu[network.model] = SingleStep(
+                        network.model, "cpu", dtype, False, step, where
+                    )
+    return Folder(profiles, steps, processes, on_cpu)
 
 
 def read_profile(path: Path) -> Profile:
@@ -196,18 +221,23 @@ def read_step(path: Path, model: str) -> tuple[Step, str]:
         result = Result.from_dict(_read(path))
     except (KeyError, TypeError, ValueError) as error:
         raise BenchmarkError(f"{path} is no result of tools/benchmark.py: {error!r}") from error
-    for network in result.networks:
-        if network.model == model and network.backend in ("static", "auto") and network.seconds:
-            if result.conditions.mode != "train":
-                break
-            parts = ("forward", "backward", "optimizer")
-            medians = [spread_of(network.seconds[part]).median for part in parts]
-            return Step(result.conditions.batch_size, *medians), result.machine["device"]
+    if result.conditions.mode == "train":
+        for network in result.networks:
+            if network.model == model and (step := _step_of(result, network)) is not None:
+                return step, result.machine["device"]
     names = ", ".join(dict.fromkeys(network.model for network in result.networks))
     raise BenchmarkError(
         f"{path} has no training step of {model}; it has {result.conditions.mode} of {names}; "
         "measure one with tools/benchmark.py --mode train"
     )
+
+
+def _step_of(result: Result, network: Measured) -> Step | None:
+    """Medians of a static network, or of a dynamic one as a user gets it."""
+    if network.backend not in (STATIC, "auto") or not network.seconds:
+        return None
+    medians = [spread_of(network.seconds[part]).median for part in PARTS["train"][:3]]
+    return Step(result.conditions.batch_size, *medians)
 
 
 def _read(path: Path) -> dict[str, Any]:

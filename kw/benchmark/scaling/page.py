@@ -101,9 +101,9 @@ def _cluster(name: str) -> Callable[[Folder], str]:
         header = ["network", "gradients MB", "step ms"]
         header += [f"{count}: {what}" for count in GPUS for what in ("exposed ms", "eff.", "img/s")]
         rows = []
-        for model in _SHOWN:
-            profile = _profile(folder, model)
-            step = _single(folder, model).step if "h100" in name else profile.measured.step
+        steps = folder.steps if "h100" in name else folder.on_cpu
+        for model in (model for model in _SHOWN if model in steps):
+            profile, step = _profile(folder, model), steps[model].step
             size = sum(gradient.bytes for gradient in profile.measured.gradients)
             row = [model, f"{size / 1e6:.1f}", f"{1e3 * step.seconds:.1f}"]
             for figures in projection(profile, step, CLUSTERS[name], GPUS):
@@ -203,12 +203,10 @@ def _steps(folder: Folder) -> str:
     header = ("network", "device", "batch", "forward ms", "backward", "optimizer", "images/s", "")
     rows = []
     for model in _SHOWN:
-        profile, single = _profile(folder, model), _single(folder, model)
-        measured = f"measured, {profile.dtype}, {profile.threads} thread(s)"
-        device = str(profile.where["machine"]["device"])
-        rows.append([model, device, *_parts(profile.measured.step), measured])
-        how = "predicted, not measured" if single.predicted else "measured"
-        rows.append([model, single.device, *_parts(single.step), f"{how}, {single.dtype}"])
+        found = (folder.on_cpu.get(model), _single(folder, model))
+        for single in (own for own in found if own is not None):
+            how = "predicted, not measured" if single.predicted else "measured"
+            rows.append([model, single.device, *_parts(single.step), f"{how}, {single.dtype}"])
     return render_table(header, rows)
 
 
@@ -219,7 +217,8 @@ def _parts(step: Step) -> list[str]:
 
 def _provenance(folder: Folder) -> str:
     lines: dict[str, None] = {}
-    results: list[Profile | Processes] = [*folder.profiles.values(), *folder.processes]
+    results: list[Profile | Processes | SingleStep] = [*folder.profiles.values()]
+    results += [*folder.processes, *folder.on_cpu.values()]
     for result in results:
         where = result.where
         machine, code = where["machine"], where["code"]
