@@ -184,17 +184,8 @@ def read_folder(folder: Path, benchmarks: Path | None = None) -> Folder:
             if isinstance(error, BenchmarkError):
                 raise
             raise BenchmarkError(f"{path} is no result of tools/scaling.py: {error!r}") from error
-    on_cpu = {}
-    for result in [] if benchmarks is None else read_results(benchmarks):
-        if result.conditions.mode == "train" and result.conditions.device == "cpu":
-            where = {"machine": result.machine, "versions": result.versions}
-            where |= {"code": result.code, "date": result.date}
-            for network in result.networks:
-                if (step := _step_of(result, network)) is not None:
-                    dtype = f"{result.conditions.dtype}, {result.conditions.threads} threads"
-                    on_cpu[network.model] = SingleStep(
-                        network.model, "cpu", dtype, False, step, where
-                    )
+    measured = [] if benchmarks is None else read_results(benchmarks)
+    on_cpu = {own.model: own for result in measured for own in _steps_on_cpu(result)}
     return Folder(profiles, steps, processes, on_cpu)
 
 
@@ -230,6 +221,23 @@ def read_step(path: Path, model: str) -> tuple[Step, str]:
         f"{path} has no training step of {model}; it has {result.conditions.mode} of {names}; "
         "measure one with tools/benchmark.py --mode train"
     )
+
+
+def _steps_on_cpu(result: Result) -> list[SingleStep]:
+    """Of a result of ``tools/benchmark.py``, if it is about training steps on CPU."""
+    conditions = result.conditions
+    if (conditions.mode, conditions.device) != ("train", "cpu"):
+        return []
+    where: dict[str, Any] = {
+        key: getattr(result, key) for key in ("machine", "versions", "code", "date")
+    }
+    dtype = f"{conditions.dtype}, {conditions.threads} threads"
+    found = ((network.model, _step_of(result, network)) for network in result.networks)
+    return [
+        SingleStep(model, "cpu", dtype, False, step, where)
+        for model, step in found
+        if step is not None
+    ]
 
 
 def _step_of(result: Result, network: Measured) -> Step | None:
