@@ -184,8 +184,8 @@ def read_folder(folder: Path, benchmarks: Path | None = None) -> Folder:
             if isinstance(error, BenchmarkError):
                 raise
             raise BenchmarkError(f"{path} is no result of tools/scaling.py: {error!r}") from error
-    measured = [] if benchmarks is None else read_results(benchmarks)
-    on_cpu = {own.model: own for result in measured for own in _steps_on_cpu(result)}
+    others = [] if benchmarks is None else read_results(benchmarks)
+    on_cpu = {own.model: own for result in others for own in _steps_on_cpu(result)}
     return Folder(profiles, steps, processes, on_cpu)
 
 
