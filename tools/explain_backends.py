@@ -7,8 +7,6 @@ python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml -
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
 
-from dataclasses import replace
-
 import torch
 
 from kw.cli import ToolParser, device, number, run_tool
@@ -17,8 +15,8 @@ from kw.engine import set_contraction
 from kw.evaluation import render_table
 from kw.models import build_network, check_network
 from kw.warehouse import LayerChoice, explain
-from kw.warehouse.ops import planner
-from kw.warehouse.ops.device import GPUS, DeviceProfile
+from kw.warehouse.explain import explain_on
+from kw.warehouse.ops.device import GPUS
 from kw.warehouse.ops.planner import Prediction
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,20 +32,6 @@ def others(costs: tuple[Prediction, ...], name: str) -> str:
     """The next two, with their times."""
     rest = [cost for cost in costs if cost.name != name and cost.seconds is not None][:2]
     return ", ".join(f"{cost.name} {milliseconds(costs, cost.name)}" for cost in rest)
-
-
-def on_gpu(
-    choice: LayerChoice, batch: int, dtype: torch.dtype, profile: DeviceProfile
-) -> LayerChoice:
-    """What would be chosen on a GPU that is not there, for a layer that was watched on the CPU."""
-    if choice.problem is None:
-        return choice
-    problem = replace(choice.problem, batch=batch, dtype=dtype, device="cuda", cells_dtype=None)
-    forward, backward = (
-        planner.predict(replace(problem, training=training), profile) for training in (False, True)
-    )
-    costs = (tuple(forward), tuple(backward))
-    return LayerChoice(choice.layer, problem, forward[0].name, backward[0].name, *costs)
 
 
 def row(choice: LayerChoice) -> tuple[str, ...]:
@@ -102,7 +86,7 @@ def main() -> None:
         choices = explain(network, images)
     if args.gpu:
         dtype = dtype or torch.float32
-        choices = [on_gpu(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
+        choices = [explain_on(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from .layers import KWLayer
 from .ops import YARDSTICKS, Problem, planner
+from .ops.device import DeviceProfile
 from .ops.planner import Prediction
 
-__all__ = ["LayerChoice", "explain"]
+__all__ = ["LayerChoice", "explain", "explain_on"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,27 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
             for hook in hooks:
                 hook.remove()
     return choices
+
+
+def explain_on(
+    choice: LayerChoice, batch: int, dtype: torch.dtype, profile: DeviceProfile
+) -> LayerChoice:
+    """What would be chosen on a GPU that is not there, for a layer that was watched on the CPU.
+
+    Args:
+        choice: from :func:`explain`; a yardstick is given back as it is.
+        batch: samples.
+        dtype: in which the GPU computes.
+        profile: of the GPU, e.g. one of :data:`kw.warehouse.ops.device.GPUS`.
+    """
+    if choice.problem is None:
+        return choice
+    problem = replace(choice.problem, batch=batch, dtype=dtype, device="cuda", cells_dtype=None)
+    forward, backward = (
+        planner.predict(replace(problem, training=training), profile) for training in (False, True)
+    )
+    costs = (tuple(forward), tuple(backward))
+    return LayerChoice(choice.layer, problem, forward[0].name, backward[0].name, *costs)
 
 
 def _choice(name: str, problem: Problem, forward: str, backend: str) -> LayerChoice:
