@@ -25,7 +25,7 @@ from ...data import BatchPreprocessor
 from ...engine import set_contraction
 from ...engine.distributed import Process, join_group, leave_group
 from ...engine.optim import UpdateWrapper, build_optimizer
-from ...engine.runner import Runner
+from ...engine.parallel import wrap_ddp
 from ...models import ImageClassifier, build_network
 from ..conditions import BenchmarkError
 from ..steps import LEARNING_RATE
@@ -163,13 +163,6 @@ class _Board:
         return int(self.store.get(key))
 
 
-class _Wrapping(Runner):
-    """As much of a runner as puts a model into DDP."""
-
-    def __init__(self, process: Process, config: Config) -> None:
-        self.process, self.config = process, config
-
-
 class _Worker:
     """A process with its network, which it keeps from group to group."""
 
@@ -214,7 +207,9 @@ class _Worker:
 
         def run(process: Process) -> None:
             nonlocal timed
-            model: Any = _Wrapping(process, self.plan.config).wrap_model(None, self.model)
+            model: Any = self.model
+            if process.world_size > 1:
+                model = wrap_ddp(model, process, self.plan.config.distributed.bucket_mb)
             timed = self._time(model)
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 log = model._get_ddp_logging_data()
