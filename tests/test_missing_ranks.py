@@ -1,0 +1,272 @@
+"""When a process of a run is missing the others end soon, all with one message that names it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot  # noqa: F401 -- mmengine imports it, here once for all processes
+import pytest
+import torch
+import torch.utils.tensorboard
+from kills import free_port
+
+from kw.cli import run_tool
+from kw.config import config_from_mapping
+from kw.engine import evaluate_checkpoint, train
+from kw.errors import EXIT_MISSING
+
+TIMEOUT = 2.0  # seconds
+# A missing process is looked for over one second; the rest is for a busy machine.
+SLACK = 6.0
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+class Run:
+    """Processes of one run, each a fork with its output in files.
+
+    Args:
+        work: what a process does.
+        folder: for what they say.
+        world: number of processes.
+        ranks: those that are started.
+    """
+
+    def __init__(
+        self, work: Callable[[int], Any], folder: Path, world: int, ranks: list[int] | None = None
+    ) -> None:
+        self.folder = folder
+        self.world = world
+        port = free_port()
+        context = multiprocessing.get_context("fork")
+        self.processes = {
+            rank: context.Process(target=self._work, args=(work, rank, port))
+            for rank in (range(world) if ranks is None else ranks)
+        }
+        for process in self.processes.values():
+            process.start()
+
+    def _work(self, work: Callable[[int], Any], rank: int, port: int) -> None:
+        torch.set_num_threads(1)
+        os.setpgid(0, 0)  # with its loader's processes
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(self.folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
+        run_tool(lambda: work(rank))
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"{rank}.err").read_text()
+
+    def pid(self, rank: int) -> int:
+        return int(self.processes[rank].pid or 0)
+
+    def ends(self, ranks: list[int], within: float) -> None:
+        """Wait for processes; each has to end with the status of a missing one, and one line."""
+        until = time.monotonic() + within
+        for rank in ranks:
+            self.processes[rank].join(max(until - time.monotonic(), 0))
+            assert self.processes[rank].exitcode == EXIT_MISSING, self.said(rank)
+            assert "Traceback" not in self.said(rank)
+            assert self.said(rank).count("error:") == 1, self.said(rank)
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
+                try:
+                    kill()
+                except ProcessLookupError:
+                    continue
+            process.join()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    runs: list[Run] = []
+
+    def begin(*arguments: Any, **options: Any) -> Run:
+        runs.append(Run(arguments[0], tmp_path, *arguments[1:], **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill()
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run without end, for two or three processes."""
+    settings.update(epochs=10**5, total_batch_size=12, batch_size=2, log_interval=2)
+    settings["distributed"] = {"timeout_minutes": TIMEOUT / 60}
+    settings["data"]["workers"] = 1
+    settings["temperature_epochs"] = 0
+    del settings["model"]["kernel_warehouse"]
+    return settings
+
+
+def until_it_trains(work_dir: Path) -> None:
+    log = work_dir / "log.jsonl"
+    until = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for thread in threads for word in thread.read_text().split()]
+
+
+def trainer(config: dict[str, Any], work_dir: Path) -> Callable[[int], Any]:
+    return lambda rank: train(config_from_mapping(config), work_dir, launcher="pytorch")
+
+
+PLACES = ("in update [0-9]+ of epoch", "in the evaluation", "at the end of", "gathering")
+PLACE = f"({'|'.join(PLACES)})"
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "what"),
+    [
+        (2, 1, signal.SIGKILL),
+        (3, 0, signal.SIGKILL),  # it keeps the store
+        (3, 2, signal.SIGSTOP),
+        (2, 0, signal.SIGSTOP),
+    ],
+)
+def test_dead_or_stopped(
+    config: dict[str, Any], tmp_path: Path, start: Any, world: int, rank: int, what: signal.Signals
+) -> None:
+    run = start(trainer(config, tmp_path / "run"), world)
+    until_it_trains(tmp_path / "run")
+    os.kill(run.pid(rank), what)
+    left = [r for r in range(world) if r != rank]
+    # Who died closes its connections: nobody waits for the timeout.
+    run.ends(left, (0 if what == signal.SIGKILL else TIMEOUT) + SLACK)
+    named = rf"process {rank} of {world} \(.*pid {run.pid(rank)}\).* is dead or stopped: "
+    for each in left:
+        assert re.search(rf"{named}last heard from [\d.]+ s ago, {PLACE}", run.said(each))
+        waits = rf"this process, {each} \(.*pid {run.pid(each)}\), waited for it, {PLACE}"
+        assert re.search(waits, run.said(each))
+    log = "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
+    assert len(re.findall(named, log)) == 1
+
+
+def test_stuck_in_its_loader(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """It lives, and says where it is; the others see that it does not come."""
+    run = start(trainer(config, tmp_path / "run"), 3)
+    until_it_trains(tmp_path / "run")
+    for worker in children(run.pid(1)):
+        os.kill(worker, signal.SIGSTOP)
+    run.ends([0, 1, 2], TIMEOUT + SLACK)
+    for rank in (0, 1, 2):
+        named = rf"process 1 of 3 \(.*pid {run.pid(1)}\) lives, but did not come: for [\d.]+ s, "
+        assert re.search(rf"{named}in update \d+ of epoch \d+, loading images", run.said(rank))
+    assert "the others gave it up" in run.said(1)
+    assert not children(run.pid(1))
+
+
+def test_left_early(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """One process's run is shorter than the others'."""
+
+    def work(rank: int) -> Any:
+        epochs = 1 if rank == 1 else 5
+        return trainer({**config, "epochs": epochs}, tmp_path / "run")(rank)
+
+    run = start(work, 3)
+    run.ends([0, 2], 60)
+    assert run.processes[1].exitcode == 0
+    for rank in (0, 2):
+        assert re.search(r"process 1 of 3 \(.*\) had ended its run, [\d.]+ s ago", run.said(rank))
+
+
+def test_a_mistake_on_one_process(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """The process itself says what is wrong, the others that it ended with that."""
+
+    def work(rank: int) -> Any:
+        root = tmp_path / "nowhere" if rank == 2 else config["data"]["root"]
+        data = {**config["data"], "root": str(root)}
+        return trainer({**config, "data": data}, tmp_path / "run")(rank)
+
+    run = start(work, 3)
+    run.ends([0, 1], 60)
+    assert run.processes[2].exitcode == 2
+    for rank in (0, 1):
+        assert re.search(r"process 2 of 3 \(.*\) ended with DataError: .*nowhere", run.said(rank))
+
+
+def test_a_bug_stays_a_bug(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """On all processes at once: no process is missing."""
+
+    def work(rank: int) -> Any:
+        torch.nn.functional.cross_entropy = broken
+        return trainer(config, tmp_path / "run")(rank)
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    run = start(work, 2)
+    for rank in (0, 1):
+        run.processes[rank].join(60)
+        assert run.processes[rank].exitcode == 1
+        assert "RuntimeError: shapes do not fit" in run.said(rank)
+        assert "this is a bug" in run.said(rank)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_never_joined(config: dict[str, Any], tmp_path: Path, start: Any, absent: int) -> None:
+    here = [rank for rank in range(3) if rank != absent]
+    run = start(trainer(config, tmp_path / "run"), 3, here)
+    run.ends(here, TIMEOUT + SLACK)
+    for rank in here:
+        assert re.search(rf"process {absent}\b.* never joined the run", run.said(rank))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """Of a checkpoint, as by tools/test.py: one process is stopped before its figures."""
+    train(config_from_mapping({**config, "epochs": 1}), tmp_path / "run")
+
+    def work(rank: int) -> Any:
+        if rank == 1:
+            stop_in_evaluation()
+        checkpoint = tmp_path / "run" / "best.pth"
+        return evaluate_checkpoint(config_from_mapping(config), checkpoint, launcher="pytorch")
+
+    def stop_in_evaluation() -> None:
+        torch.nn.functional.cross_entropy = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+
+    run = start(work, 2)
+    run.ends([0], 60)
+    assert re.search(r"process 1 of 2 .* is dead or stopped: .* in the evaluation", run.said(0))
+    assert "this process, 0 " in run.said(0)
+    assert "at the end of an evaluation (distributed" in run.said(0)
+
+
+def test_one_process_logs(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """Of three: one line for every update that is due, one evaluation, one text log."""
+    run = start(trainer({**config, "epochs": 2}, tmp_path / "run"), 3)
+    for process in run.processes.values():
+        process.join(60)
+        assert process.exitcode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(x["mode"], x["iter"]) for x in lines] == [
+        *(("train", update) for update in (2, 4, 5)),
+        ("val", 5),
+        *(("train", update) for update in (7, 9, 10)),
+        ("val", 10),
+    ]
+    assert len(list((tmp_path / "run").glob("*/*.log"))) == 1
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert "epoch 2/2" in (tmp_path / "0.out").read_text()
+    for rank in (1, 2):
+        assert (tmp_path / f"{rank}.out").read_text() == run.said(rank) == ""
