@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -118,7 +119,8 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
                 if process.world_size > 1:
                     heart = _connection(timeout)
                     rank, size = process.rank, process.world_size
-                    presence = Presence(_attempt(heart), rank, size, timeout, keeper)
+                    line = socket.create_connection(_address(), timeout.total_seconds())
+                    presence = Presence(_attempt(heart), line, rank, size, timeout, keeper)
                     presence.join()
                     stack.enter_context(watched(presence))
                 on_gpu = process.device.type == "cuda"
@@ -204,7 +206,7 @@ def _connect(process: Process, timeout: timedelta) -> tuple[dist.Store, int | No
 
 def _connection(timeout: timedelta, is_master: bool = False) -> dist.Store:
     """A connection of its own to the store: a connection in which one waits serves nobody else."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = _address()
     try:
         return dist.TCPStore(
             address,
@@ -227,6 +229,10 @@ def _connection(timeout: timedelta, is_master: bool = False) -> dist.Store:
             f"(MASTER_ADDR:MASTER_PORT) within {timeout.total_seconds():g} s "
             "(distributed.timeout_minutes)"
         ) from error
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _attempt(store: dist.Store) -> dist.Store:

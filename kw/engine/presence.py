@@ -127,6 +127,7 @@ class Presence:
 
     Args:
         store: where heartbeats go, over a connection that nobody else waits on.
+        line: another connection to it, which tells when it is gone.
         rank: this process.
         world_size: number of processes.
         timeout: how long a process waits for another.
@@ -139,6 +140,7 @@ class Presence:
     def __init__(
         self,
         store: dist.Store,
+        line: socket.socket,
         rank: int,
         world_size: int,
         timeout: timedelta,
@@ -153,11 +155,13 @@ class Presence:
         self.patience = max(1.0, 3 * self.interval)
         self.log: Path | None = None
         self._store = dist.PrefixStore("presence", store)
+        self._line = line
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._start = time.monotonic()
         self._place = (0, "before the run began", self._start)
         self._state = _RUNNING
         self._number = 0
+        self._is_deaf = False  # the store does not answer
         self._missing: list[dict[str, Any]] | None = None
         self._kept: tuple[Beat, float] | None = None  # the keeper's last heartbeat, and when
         self._wake, self._known, self._out = (threading.Event() for _ in range(3))
@@ -173,16 +177,19 @@ class Presence:
         Raises:
             MissingProcess: some did not come in time.
         """
-        self._beat()
-        keys = [f"beat/{rank}" for rank in range(self.world_size)]
+        until = time.monotonic() + self.timeout.total_seconds()
         try:
-            self._store.wait(keys, self.timeout)
-        except dist.DistStoreError as error:
-            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            self._beat()
+            if self._reach().add("joined", 1) == self.world_size:
+                self._reach().set("complete", "")
+            while not self._reach().check(["complete"]):
+                if self._reach().check(["absent"]) or time.monotonic() > until:
+                    raise MissingProcess(self._absent())
+                time.sleep(self.interval / 4)
+        except (RuntimeError, OSError) as error:
             raise MissingProcess(
-                f"{_named(absent)} of {self.world_size} never joined the run: {self._self()} "
-                f"waited {self._limit()} (distributed.timeout_minutes); check that every machine "
-                "started its processes, and what they said"
+                f"process {self.keeper}, which keeps the processes' store, left before all "
+                f"{self.world_size} had joined the run: {self._self()} waited for them"
             ) from error
         self._start = time.monotonic()  # about the same moment everywhere
 
@@ -198,8 +205,9 @@ class Presence:
         place = self._place[1]
         self._state = _WAITS
         self._wake.set()
-        self._known.wait(2 * self.patience + 1)  # longer: the store does not answer at all
+        self._known.wait(2 * self.patience + 1)
         if self._missing is None:
+            self._is_deaf = True
             return self._tell(self._without_store(place), [{"rank": self.keeper}])
         if self._missing:
             return self._tell(self._message(self._missing, place), self._missing)
@@ -215,7 +223,8 @@ class Presence:
         self._state = how
         self._out.set()
         self._wake.set()
-        self._thread.join(self.patience + 2)
+        self._thread.join(0 if self._is_deaf else self.patience + 2)
+        self._line.close()
 
     def _run(self) -> None:
         try:
@@ -235,11 +244,42 @@ class Presence:
                 self._out.wait()
             self._beat()
             self._linger()
-        except RuntimeError:  # the store is gone
+        except (RuntimeError, OSError):  # the store is gone
             self._known.set()
             # After a keeper's good end nothing keeps the others for long.
             if self._missing is None and not self._out.wait(self.timeout.total_seconds()):
                 self._end(self._without_store(self._place[1]), [{"rank": self.keeper}])
+
+    def _absent(self) -> str:
+        """Who did not join; those who did say the same, and leave together."""
+        store = self._reach()
+        ranks = [r for r in range(self.world_size) if not store.check([f"beat/{r}"])]
+        ranks = json.loads(store.compare_set("absent", "", json.dumps(ranks)))
+        store.add("told", 1)
+        until = time.monotonic() + self.patience
+        while self.rank == self.keeper and store.add("told", 0) < store.add("joined", 0):
+            if time.monotonic() > until:
+                break
+            time.sleep(self.interval / 4)
+        which = f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        return (
+            f"{which} of {self.world_size} never joined the run: {self._self()} waited "
+            f"{self._limit()} (distributed.timeout_minutes); check that every machine started its "
+            "processes, and what they said"
+        )
+
+    def _reach(self) -> dist.Store:
+        """The store. PyTorch writes a C++ traceback when it finds it gone: look before.
+
+        Raises:
+            ConnectionError: it is gone.
+        """
+        try:
+            if not self._line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise ConnectionResetError
+        except BlockingIOError:
+            pass
+        return self._store
 
     def _beat(self) -> None:
         self._number += 1
@@ -249,10 +289,10 @@ class Presence:
         beat = Beat(
             self._number, clock, step, place, now - came, self._state, self._host, self._pid
         )
-        self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+        self._reach().set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def _read(self, ranks: list[int]) -> dict[int, Beat]:
-        values = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        values = self._reach().multi_get([f"beat/{rank}" for rank in ranks])
         return {r: Beat(**json.loads(value)) for r, value in zip(ranks, values, strict=True)}
 
     def _watch_keeper(self) -> None:
@@ -263,8 +303,8 @@ class Presence:
 
     def _learn(self) -> bool:
         """Whether some process has found out who is missing."""
-        if self._store.check(["missing"]):
-            self._missing = json.loads(self._store.get("missing"))
+        if self._reach().check(["missing"]):
+            self._missing = json.loads(self._reach().get("missing"))
         return self._missing is not None
 
     def _look(self) -> None:
@@ -279,7 +319,7 @@ class Presence:
             time.sleep(self.interval / 2)
             self._beat()
         found = self._judge(before, self._read(others))
-        self._missing = json.loads(self._store.compare_set("missing", "", json.dumps(found)))
+        self._missing = json.loads(self._reach().compare_set("missing", "", json.dumps(found)))
         self._known.set()
 
     def _judge(self, before: Mapping[int, Beat], now: Mapping[int, Beat]) -> list[dict[str, Any]]:
@@ -386,10 +426,6 @@ class Presence:
 
     def _limit(self) -> str:
         return _seconds(self.timeout.total_seconds())
-
-
-def _named(ranks: list[int]) -> str:
-    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _seconds(seconds: float) -> str:
