@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,11 +23,12 @@ from kills import free_port
 from kw.cli import run_tool
 from kw.config import config_from_mapping
 from kw.engine import evaluate_checkpoint, train
+from kw.engine.presence import is_of_communication
 from kw.errors import EXIT_MISSING
 
 TIMEOUT = 2.0  # seconds
 # A missing process is looked for over one second; the rest is for a busy machine.
-SLACK = 6.0
+SLACK = 10.0
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 
@@ -59,7 +61,7 @@ class Run:
         os.setpgid(0, 0)  # with its loader's processes
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(self.folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
         run_tool(lambda: work(rank))
@@ -81,11 +83,9 @@ class Run:
 
     def kill(self) -> None:
         for process in self.processes.values():
-            for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
-                try:
-                    kill()
-                except ProcessLookupError:
-                    continue
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
             process.join()
 
 
@@ -230,6 +230,21 @@ def test_never_joined(config: dict[str, Any], tmp_path: Path, start: Any, absent
     for rank in here:
         assert re.search(rf"process {absent}\b.* never joined the run", run.said(rank))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "is_one"),
+    [
+        ("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.1]:9615.", True),
+        ("Timed out waiting 600000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+        ("DataLoader timed out after 5 seconds", False),
+    ],
+)
+def test_which_errors_are_of_communication(message: str, is_one: bool) -> None:
+    assert is_of_communication(RuntimeError(message)) == is_one
+    assert not is_of_communication(ValueError(message))
 
 
 def test_evaluation(config: dict[str, Any], tmp_path: Path, start: Any) -> None:

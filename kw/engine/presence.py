@@ -376,6 +376,7 @@ class Presence:
         self._beat()
         self._known.set()
         if not self._out.wait(self.patience):
+            self._linger()
             self._end(self._message(self._missing or [], place), self._missing or [])
 
     def _end(self, message: str, missing: list[dict[str, Any]]) -> None:
@@ -409,10 +410,13 @@ class Presence:
         if self.keeper is None or self._kept is None:
             return f"the launcher's store does not answer any more; {self._waited(place)}"
         beat, heard = self._kept
+        age = _seconds(time.monotonic() - heard)
+        how = f"is dead or stopped: last heard from {age} ago"
+        if beat.has_left:
+            how = f"{beat.state}, {age} ago"
         return (
             f"process {self.keeper} of {self.world_size} ({beat.host}, pid {beat.pid}), which "
-            f"keeps the processes' store, is dead or stopped: last heard from "
-            f"{_seconds(time.monotonic() - heard)} ago, {beat.place}; {self._waited(place)}"
+            f"keeps the processes' store, {how}, {beat.place}; {self._waited(place)}"
         )
 
     def _waited(self, place: str) -> str:
