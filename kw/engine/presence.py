@@ -156,6 +156,7 @@ class Presence:
         self.log: Path | None = None
         self._store = dist.PrefixStore("presence", store)
         self._line = line
+        self._line.setblocking(False)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._start = time.monotonic()
         self._place = (0, "before the run began", self._start)
@@ -275,7 +276,7 @@ class Presence:
             ConnectionError: it is gone.
         """
         try:
-            if not self._line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            if not self._line.recv(1, socket.MSG_PEEK):
                 raise ConnectionResetError
         except BlockingIOError:
             pass
