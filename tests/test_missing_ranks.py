@@ -93,8 +93,9 @@ class Run:
 def start(tmp_path: Path) -> Any:
     runs: list[Run] = []
 
-    def begin(*arguments: Any, **options: Any) -> Run:
-        runs.append(Run(arguments[0], tmp_path, *arguments[1:], **options))
+    def begin(work: Any, *arguments: Any, folder: Path = tmp_path) -> Run:
+        folder.mkdir(exist_ok=True)
+        runs.append(Run(work, folder, *arguments))
         return runs[-1]
 
     yield begin
@@ -134,30 +135,35 @@ PLACE = f"({'|'.join(PLACES)})"
 
 
 @pytest.mark.parametrize(
-    ("world", "rank", "what"),
-    [
-        (2, 1, signal.SIGKILL),
-        (3, 0, signal.SIGKILL),  # it keeps the store
-        (3, 2, signal.SIGSTOP),
-        (2, 0, signal.SIGSTOP),
-    ],
+    ("what", "lost"),  # processes of a run, and the one that is lost; 0 keeps the store
+    [(signal.SIGKILL, [(2, 1), (3, 0)]), (signal.SIGSTOP, [(3, 2), (2, 0)])],
 )
 def test_dead_or_stopped(
-    config: dict[str, Any], tmp_path: Path, start: Any, world: int, rank: int, what: signal.Signals
+    config: dict[str, Any],
+    tmp_path: Path,
+    start: Any,
+    what: signal.Signals,
+    lost: list[tuple[int, int]],
 ) -> None:
-    run = start(trainer(config, tmp_path / "run"), world)
-    until_it_trains(run, tmp_path / "run")
-    os.kill(run.pid(rank), what)
-    left = [r for r in range(world) if r != rank]
-    # Who died closes its connections: nobody waits for the timeout.
-    run.ends(left, (0 if what == signal.SIGKILL else TIMEOUT) + SLACK)
-    named = rf"process {rank} of {world} \(.*pid {run.pid(rank)}\).* is dead or stopped: "
-    for each in left:
-        assert re.search(rf"{named}last heard from [\d.]+ s ago, {PLACE}", run.said(each))
-        waits = rf"this process, {each} \(.*pid {run.pid(each)}\), waited for it, {PLACE}"
-        assert re.search(waits, run.said(each))
-    log = "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
-    assert len(re.findall(named, log)) == 1
+    folders = [tmp_path / f"{world}_{rank}" for world, rank in lost]
+    runs = [
+        start(trainer(config, folder), world, folder=folder)
+        for (world, _), folder in zip(lost, folders, strict=True)
+    ]
+    for (_, rank), run in zip(lost, runs, strict=True):
+        until_it_trains(run, run.folder)
+        os.kill(run.pid(rank), what)
+    for (world, rank), run in zip(lost, runs, strict=True):
+        left = [r for r in range(world) if r != rank]
+        # Who died closes its connections: nobody waits for the timeout.
+        run.ends(left, (0 if what == signal.SIGKILL else TIMEOUT) + SLACK)
+        named = rf"process {rank} of {world} \(.*pid {run.pid(rank)}\).* is dead or stopped: "
+        for each in left:
+            assert re.search(rf"{named}last heard from [\d.]+ s ago, {PLACE}", run.said(each))
+            waits = rf"this process, {each} \(.*pid {run.pid(each)}\), waited for it, {PLACE}"
+            assert re.search(waits, run.said(each))
+        log = "".join(path.read_text() for path in run.folder.glob("*/*.log"))
+        assert len(re.findall(named, log)) == 1
 
 
 def test_stuck_in_its_loader(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
@@ -221,13 +227,21 @@ def test_a_bug_stays_a_bug(config: dict[str, Any], tmp_path: Path, start: Any) -
         assert "this is a bug" in run.said(rank)
 
 
-@pytest.mark.parametrize("absent", [0, 2])
-def test_never_joined(config: dict[str, Any], tmp_path: Path, start: Any, absent: int) -> None:
-    here = [rank for rank in range(3) if rank != absent]
-    run = start(trainer(config, tmp_path / "run"), 3, here)
-    run.ends(here, TIMEOUT + SLACK)
-    for rank in here:
-        assert re.search(rf"process {absent}\b.* never joined the run", run.said(rank))
+def test_never_joined(config: dict[str, Any], tmp_path: Path, start: Any) -> None:
+    """One that would keep the store, and one that would not."""
+    runs = {
+        absent: start(
+            trainer(config, tmp_path / "run"),
+            3,
+            [rank for rank in range(3) if rank != absent],
+            folder=tmp_path / str(absent),
+        )
+        for absent in (0, 2)
+    }
+    for absent, run in runs.items():
+        run.ends(list(run.processes), TIMEOUT + SLACK)
+        for rank in run.processes:
+            assert re.search(rf"process {absent}\b.* never joined the run", run.said(rank))
     assert not (tmp_path / "run").exists()
 
 
