@@ -1,7 +1,8 @@
 """What the command-line tools share: options, and answers to a user's mistakes.
 
 A tool ends with status 0; 1 for a bug, with its traceback; 2 for a mistake of the user's, with one
-message; 130 where it was interrupted. ``--debug`` shows the traceback of a mistake as well.
+message; 69 where another process of its run is missing; 75 where it was asked to end and saved its
+work; 130 where it was interrupted. ``--debug`` shows the traceback of a mistake as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from .errors import EXIT_INTERRUPTED, Interrupted, UserError, answer
+from .errors import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    Interrupted,
+    MissingProcess,
+    UserError,
+    answer,
+)
 from .version import __version__
 
 __all__ = [
@@ -199,6 +207,8 @@ def run_tool(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except Interrupted as error:
         _end(str(error), EXIT_INTERRUPTED, with_traceback=ToolParser.debug)
+    except MissingProcess as error:
+        _end(f"error: {error}", EXIT_MISSING, with_traceback=ToolParser.debug)
     except KeyboardInterrupt:
         _end("interrupted", _INTERRUPTED, with_traceback=ToolParser.debug)
     except Exception as error:

@@ -9,10 +9,21 @@ from __future__ import annotations
 import errno
 import re
 
-__all__ = ["EXIT_INTERRUPTED", "Interrupted", "UserError", "answer", "one_line"]
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_MISSING",
+    "Interrupted",
+    "MissingProcess",
+    "UserError",
+    "answer",
+    "one_line",
+]
 
 EXIT_INTERRUPTED = 75
 """Status of a program that was asked to leave and saved its work: EX_TEMPFAIL, try again."""
+
+EXIT_MISSING = 69
+"""Status of a program that lost another process of its run: EX_UNAVAILABLE. A launcher restarts."""
 
 
 class UserError(ValueError):
@@ -29,6 +40,10 @@ class Interrupted(Exception):
     def __init__(self, name: str, checkpoint: str) -> None:
         super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
         self.checkpoint = checkpoint
+
+
+class MissingProcess(Exception):
+    """Another process of the run died, hangs or never came; the message says which, and where."""
 
 
 _REMEDIES = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from kills import free_port
 
-from kw.engine.distributed import join_group, leave_group
+from kw.engine.distributed import process_group
 
 __all__ = ["in_processes"]
 
@@ -36,6 +36,5 @@ def _joined(
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    process = join_group("pytorch")
-    function(process, *arguments)
-    leave_group()
+    with process_group("pytorch", 2.0) as process:
+        function(process, *arguments)

@@ -20,7 +20,7 @@ import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
 from kw.engine import CheckpointError, build_runner, evaluate_checkpoint, load_checkpoint, train
-from kw.engine.distributed import Process, join_group
+from kw.engine.distributed import Process, find_process
 from kw.engine.optim import UpdateWrapper, build_optimizer
 from kw.engine.schedule import Schedule
 
@@ -313,7 +313,7 @@ def test_mistakes_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kernel_warehouse.*resnet18"):
         kw.build_model(changed(settings, model__kernel_warehouse={"plan": "resnet19"}))
     with pytest.raises(ConfigError, match="torchrun"):
-        join_group("pytorch")
+        find_process("pytorch")
     with pytest.raises(CheckpointError, match="no such file"):
         run(settings, tmp_path, resume=tmp_path / "none.pth")
 

@@ -74,7 +74,8 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
     commands = tmp_path / "bin"
     commands.mkdir(exist_ok=True)
     scripts = {
-        "srun": 'shift\nexport SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\nexec "$@"\n',
+        "srun": "while [[ $1 == --* ]]; do shift; done\n"
+        'export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\nexec "$@"\n',
         "scontrol": f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued\n',
     }
     for name, body in scripts.items():

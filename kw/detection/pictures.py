@@ -11,7 +11,7 @@ from PIL import Image
 from ..config import ConfigError
 from ..data import DataError, stop_workers
 from ..engine import load_checkpoint, load_network
-from ..engine.distributed import join_group
+from ..engine.distributed import find_process
 from .annotations import load_annotations
 from .config import DetectorConfig
 from .data import build_eval_loader
@@ -50,7 +50,7 @@ def write_pictures(
     if images < 1:
         raise ConfigError(f"--images {images}: expected at least 1")
     state = load_checkpoint(checkpoint)
-    device = join_group("none").device
+    device = find_process("none").device
     classes = state.get("meta", {}).get("classes") or class_names(config.run.data)
     detector = build_detector(without_weights(config.model), classes)
     load_network(detector, state.get("ema_state_dict", state["state_dict"]), str(checkpoint))

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..data import DataError, Loader, deaths_explained, stop_workers
 from ..engine import load_checkpoint, load_network, set_contraction
-from ..engine.distributed import Process, join_group, leave_group
+from ..engine.distributed import Process, meet, process_group
 from ..engine.hooks.bad_images import tell_bad_images
 from ..engine.optim import autocast, build_optimizer
 from ..engine.parallel import distribute
+from ..engine.presence import at
 from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to_end
 from ..engine.runner import Runner
 from ..engine.task import Task, headline
@@ -46,11 +47,8 @@ def train(
     Raises:
         DataError: the data have errors; all that were found are named.
     """
-    process = join_group(launcher)
-    try:
+    with process_group(launcher, config.run.distributed.timeout_minutes) as process:
         return run_to_end(build_runner(config, Path(work_dir), process, resume))
-    finally:
-        leave_group()
 
 
 def build_runner(
@@ -120,6 +118,7 @@ def evaluate_detector(
             evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
             seen += 1
     detector.train(training)
+    meet("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
     sampler: Any = loader.batch_sampler
     left_out = torch.tensor(len(sampler.indices) - seen, device=device)
@@ -140,8 +139,7 @@ def evaluate_checkpoint(
     """
     run = config.run
     state = load_checkpoint(checkpoint)
-    process = join_group(launcher)
-    try:
+    with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
         classes = state.get("meta", {}).get("classes") or class_names(run.data)
         detector = build_detector(without_weights(config.model), classes)
@@ -155,13 +153,12 @@ def evaluate_checkpoint(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(detector, state[key], str(checkpoint))
+                at("in the evaluation")
                 with deaths_explained(loader):
                     found = evaluate_detector(detector, loader, evaluator, run.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
         tell_bad_images(loader)
         stop_workers(loader)
-    finally:
-        leave_group()
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 
@@ -178,6 +175,7 @@ def _evaluator(data: CocoDataConfig, classes: list[str], masks: bool) -> CocoEva
 
 def _check_data(data: CocoDataConfig, masks: bool, process: Process) -> None:
     """Refuse data with errors, on all processes, though only one looks."""
+    at("checking the data")
     found: list[Any] = [None]
     if process.is_main:
         try:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..config import ConfigError
+from ..errors import EXIT_MISSING, MissingProcess, one_line
+from .presence import Presence, at, watched
 
 __all__ = [
     "LAUNCHERS",
-    "TIMEOUT",
     "Process",
     "average_batch_norm",
     "batch_norm_buffers",
-    "join_group",
-    "leave_group",
+    "find_process",
+    "hosts",
+    "meet",
+    "process_group",
 ]
 
 LAUNCHERS = ("none", "pytorch", "slurm")
-TIMEOUT = timedelta(minutes=30)
+NCCL_MARGIN = timedelta(minutes=1)
+
+
+_hosts: Any = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,11 @@ class Process:
         return self.rank == 0
 
 
-def join_group(launcher: str) -> Process:
-    """Join the run's process group: nccl where there are GPUs, gloo on CPU.
-
-    Args:
-        launcher: ``"none"`` for one process, ``"pytorch"`` under torchrun, ``"slurm"`` under srun.
+def find_process(launcher: str) -> Process:
+    """This process, as the launcher's environment describes it; it joins nobody.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing, or there are fewer GPUs than
-            processes on this machine.
+        ConfigError: as for :func:`process_group`.
     """
     if launcher == "none":
         return Process(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU)
@@ -81,23 +88,78 @@ def join_group(launcher: str) -> Process:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        bound = None if device.type == "cpu" else device
-        # torchrun keeps one store over restarts, where dead processes' addresses still stand.
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        attempt = dist.PrefixStore(f"restart_{restarts}", store)
-        dist.init_process_group(
-            backend, store=attempt, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound
-        )
-    return Process(dist.get_rank(), dist.get_world_size(), device)
-
-
-def leave_group() -> None:
-    """Leave the group, so that the process ends without a warning."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+@contextmanager
+def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
+    """Be one of the run's processes: nccl where there are GPUs, gloo on CPU.
+
+    Args:
+        launcher: ``"none"`` for one process, ``"pytorch"`` under torchrun, ``"slurm"`` under srun.
+        timeout_minutes: how long a process waits for another.
+
+    Raises:
+        ConfigError: the launcher's environment variables are missing or of no use, or there are
+            fewer GPUs than processes on this machine.
+        MissingProcess: another process never came, died, hangs or is astray; the message names it.
+    """
+    global _hosts
+    process = find_process(launcher)
+    if launcher == "none":
+        yield process
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        with ExitStack() as stack:
+            if not dist.is_initialized():
+                store, keeper = _connect(process, timeout)
+                if process.world_size > 1:
+                    heart = _connection(timeout)
+                    rank, size = process.rank, process.world_size
+                    line = socket.create_connection(_address(), timeout.total_seconds())
+                    presence = Presence(_attempt(heart), line, rank, size, timeout, keeper)
+                    presence.join()
+                    stack.enter_context(watched(presence))
+                on_gpu = process.device.type == "cuda"
+                dist.init_process_group(
+                    "nccl" if on_gpu else "gloo",
+                    store=_attempt(store),
+                    rank=process.rank,
+                    world_size=process.world_size,
+                    # nccl would end the process without a word: hosts are to find out before.
+                    timeout=timeout + NCCL_MARGIN if on_gpu else timeout,
+                    device_id=process.device if on_gpu else None,
+                )
+            if process.world_size > 1:
+                _hosts = dist.new_group(backend="gloo", timeout=timeout)
+            yield process
+    except MissingProcess:
+        if process.device.type == "cuda":
+            _end_later()
+        raise
+    finally:
+        _hosts = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def hosts() -> Any:
+    """The processes' group on the hosts (gloo), where there are several, else None."""
+    return _hosts
+
+
+def meet(place: str) -> None:
+    """Wait for all processes at ``place``, on the hosts: before a collective call that others may
+    be late for.
+
+    A device waits without a word, a host can say for whom.
+    """
+    at(place)
+    if _hosts is not None:
+        dist.barrier(group=_hosts)
 
 
 @torch.no_grad()
@@ -123,6 +185,68 @@ def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     """Running means and variances of all BatchNorm layers, in the order of the modules."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+
+
+def _connect(process: Process, timeout: timedelta) -> tuple[dist.Store, int | None]:
+    """The store that processes meet at, and which of them keeps it: None if the launcher does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _connection(timeout), None
+    if process.rank > 0:
+        return _connection(timeout), 0
+    try:
+        # It does not wait for the others: they are to be named, not counted.
+        return _connection(timeout, is_master=True), 0
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"process 0 cannot listen at MASTER_ADDR:MASTER_PORT {address}: {one_line(error)}; "
+            "choose another port, or end what uses it"
+        ) from error
+
+
+def _connection(timeout: timedelta, is_master: bool = False) -> dist.Store:
+    """A connection of its own to the store: a connection in which one waits serves nobody else."""
+    address, port = _address()
+    try:
+        return dist.TCPStore(
+            address,
+            port,
+            None,
+            is_master,
+            timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if is_master:
+            raise
+        who = "process 0"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            who = "the launcher"
+        raise MissingProcess(
+            f"{who}, which keeps the processes' store, never joined the run: process "
+            f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} found nobody at {address}:{port} "
+            f"(MASTER_ADDR:MASTER_PORT) within {timeout.total_seconds():g} s "
+            "(distributed.timeout_minutes)"
+        ) from error
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def _attempt(store: dist.Store) -> dist.Store:
+    """This start's part of a store: torchrun keeps one over restarts, where dead processes'
+    addresses still stand."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"restart_{restarts}", store)
+
+
+def _end_later() -> None:
+    """End this process even if nccl does not let it go."""
+    timer = threading.Timer(30, os._exit, (EXIT_MISSING,))
+    timer.daemon = True
+    timer.start()
 
 
 def _translate_slurm() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .distributed import TIMEOUT, Process
+from .distributed import Process, hosts
 
 __all__ = ["Agreement", "Signals"]
 
@@ -67,11 +67,9 @@ class Agreement:
     """
 
     def __init__(self, process: Process) -> None:
-        self._group: Any = None
+        self._group = hosts() if process.world_size > 1 else None
         self._word = torch.zeros(2, dtype=torch.uint8)
         self._pending: Any = None
-        if process.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def exchange(self, save: bool, stop: bool) -> tuple[bool, bool]:
         """Tell the others, and learn what was told at the update before.

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from ..evaluation import Accuracy
 from ..registry import LOOPS
-from .distributed import average_batch_norm
+from .distributed import average_batch_norm, meet
 from .optim import autocast
 from .parallel import release
+from .presence import at
 
 __all__ = ["EvalLoop", "TrainLoop", "evaluate"]
 
@@ -76,6 +77,7 @@ class TrainLoop(EpochBasedTrainLoop):
         for update in range(start, self.updates_per_epoch):
             self.run_update(update, batches)
             self.runner.call_hook("after_update")
+        meet(f"at the end of epoch {self._epoch + 1}")
         average_batch_norm(self.runner.model)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
@@ -85,11 +87,14 @@ class TrainLoop(EpochBasedTrainLoop):
         self.runner.call_hook("before_train_iter", batch_idx=update, data_batch=None)
         sums: dict[str, Tensor] = {}
         self.batches = []
+        place = f"in update {update + 1} of epoch {self._epoch + 1}"
         for _ in range(self.sampler.accumulation):
+            at(f"{place}, loading images")
             waiting = time.perf_counter()
             batch = next(batches)
             self.data_seconds += time.perf_counter() - waiting
             self.batches.append(batch)
+            at(place)
             losses = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
             for key, value in losses.items():
                 sums[key] = value.detach() + sums.get(key, 0)
@@ -128,6 +133,7 @@ class EvalLoop(BaseLoop):
         self.runner.call_hook("before_val")
         metrics: dict[str, float | None] = {}
         for prefix, network in self.runner.networks().items():
+            at(f"in the evaluation after epoch {self.runner.epoch}")
             found = self.evaluate(network)
             release(network)
             metrics.update({prefix + key: value for key, value in found.items()})
@@ -162,4 +168,5 @@ def evaluate(
             logits = network(images)
         accuracy.update(logits, labels)
     network.train(training)
+    meet("at the end of an evaluation")
     return {**accuracy.compute()}

@@ -35,7 +35,7 @@ from ..models import ImageClassifier, build_network, check_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import CheckpointError, load_checkpoint, load_network
-from .distributed import Process, join_group, leave_group
+from .distributed import Process, process_group
 from .hooks import (
     BadImageHook,
     CheckpointHook,
@@ -48,6 +48,7 @@ from .hooks.bad_images import tell_bad_images
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .parallel import distribute
+from .presence import at, log_to
 from .runner import Runner
 from .saving import checkpoints, newest_whole
 from .schedule import Schedule
@@ -93,12 +94,10 @@ def train(
         DataError: the data folder is not as expected, or too many images cannot be read.
         CheckpointError: the checkpoint cannot be read or is of another model.
         NonFiniteError: too many updates were not finite.
+        MissingProcess: another process died, hangs or never came.
     """
-    process = join_group(launcher)
-    try:
+    with process_group(launcher, config.distributed.timeout_minutes) as process:
         return run_to_end(build_runner(config, Path(work_dir), process, resume))
-    finally:
-        leave_group()
 
 
 def run_to_end(runner: Runner) -> dict[str, float | None]:
@@ -107,6 +106,7 @@ def run_to_end(runner: Runner) -> dict[str, float | None]:
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
     """
+    log_to(Path(runner.log_dir, f"{runner.timestamp}.log"))
     try:
         with (
             runner.signals.watched(),
@@ -277,10 +277,10 @@ def evaluate_checkpoint(
         ConfigError: a setting does not fit the devices.
         DataError: the data folder is not as expected.
         CheckpointError: the checkpoint cannot be read or is of another model.
+        MissingProcess: another process died, hangs or never came.
     """
     state = load_checkpoint(checkpoint)
-    process = join_group(launcher)
-    try:
+    with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
         check_data_root(config.data.root, config.model.num_classes)
         loader = _eval_loader(config, process)
@@ -299,13 +299,12 @@ def evaluate_checkpoint(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
+                at("in the evaluation")
                 with deaths_explained(loader):
                     found = evaluate(network, preprocess, loader, config.precision)
                 metrics.update({prefix + name: value for name, value in found.items()})
         tell_bad_images(loader)
         stop_workers(loader)
-    finally:
-        leave_group()
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 
@@ -368,6 +367,7 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
     """
     if not isinstance(resume, bool):
         return Path(resume)
+    at("looking for a checkpoint to go on from")
     # Only the first process looks: others might see another state of a shared disk.
     answer: list[Any] = _newest(resume, work_dir) if process.is_main else [None, None]
     if dist.is_initialized():

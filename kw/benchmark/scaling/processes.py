@@ -23,7 +23,7 @@ from torch import multiprocessing, nn
 from ...config.schema import Config
 from ...data import BatchPreprocessor
 from ...engine import set_contraction
-from ...engine.distributed import Process, join_group, leave_group
+from ...engine.distributed import Process, process_group
 from ...engine.optim import UpdateWrapper, build_optimizer
 from ...engine.parallel import wrap_ddp
 from ...models import ImageClassifier, build_network
@@ -243,10 +243,8 @@ class _Worker:
             names = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": count}
             os.environ.update({key: str(value) for key, value in names.items()})
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-            try:
-                run(join_group("pytorch"))
-            finally:
-                leave_group()
+            with process_group("pytorch", self.plan.config.distributed.timeout_minutes) as process:
+                run(process)
         self.board.meet("left")
 
     def _time(self, model: Any) -> float:
