@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from coco_set import detector_text, write_coco_set
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
 from PIL import Image
-from processes import in_processes
+from processes import call, in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kw.config import ConfigError
@@ -128,25 +125,6 @@ def test_micro_batches_of_one_aspect(file: Path) -> None:
     infos = [dataset.dataset.get_data_info(i) for i in range(len(dataset))]
     wide = [[infos[i]["width"] > infos[i]["height"] for i in batch] for batch in orders["true"]]
     assert sum(len(set(batch)) > 1 for batch in wide) <= 1
-
-
-def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(processes)]
-        arguments += ("--launcher", "pytorch")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
 
 
 def test_two_processes(file: Path, tmp_path: Path) -> None:

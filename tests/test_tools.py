@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).parents[1]
-
-
-def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.CompletedProcess:
-    """Run a tool, under torchrun if there are several processes; checks the exit status."""
-    launcher = [sys.executable]
-    if processes > 1:
-        # A free port for each run: tests may run side by side.
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(processes)]
-        arguments += ("--launcher", "pytorch")
-    done = subprocess.run(
-        [*launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+from processes import call
 
 
 def log_of(work_dir: Path, mode: str) -> list[dict[str, Any]]:
