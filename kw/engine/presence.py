@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,6 +34,7 @@ _GLOO = re.compile(
     r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Connection refused"
     r"|Application timeout caused pair closure|Broken pipe|Socket closed"
 )
+_ENDED = re.compile(r"was killed by SIGTERM|is killed by signal: Terminated")
 _RUNNING, _WAITS, _SEEN = "running", "waits", "seen"
 _current: Presence | None = None
 
@@ -110,7 +111,8 @@ def watched(presence: Presence) -> Iterator[None]:
         raise
     except BaseException as error:
         how = f"ended with {one_line(error)}"
-        if not is_of_communication(error):
+        # A launcher that lost another process ends ours, its loader's processes too.
+        if not (_is_or_follows(error, is_of_communication) or _is_or_follows(error, _was_ended)):
             raise
         message = presence.explain(error)
         if message is None:
@@ -162,6 +164,7 @@ class Presence:
         self._place = (0, "before the run began", self._start)
         self._state = _RUNNING
         self._number = 0
+        self._asks_who_is_gone = False  # and not who is late
         self._is_deaf = False  # the store does not answer
         self._missing: list[dict[str, Any]] | None = None
         self._kept: tuple[Beat, float] | None = None  # the keeper's last heartbeat, and when
@@ -204,15 +207,18 @@ class Presence:
         Every survivor gives the same names: whoever finds out first tells the others.
         """
         place = self._place[1]
+        self._asks_who_is_gone = not _is_or_follows(error, is_of_communication)
         self._state = _WAITS
         self._wake.set()
         self._known.wait(2 * self.patience + 1)
         if self._missing is None:
+            if self._asks_who_is_gone:
+                return None
             self._is_deaf = True
             return self._tell(self._without_store(place), [{"rank": self.keeper}])
         if self._missing:
             return self._tell(self._message(self._missing, place), self._missing)
-        if isinstance(error, dist.DistBackendError):
+        if self._asks_who_is_gone or isinstance(error, dist.DistBackendError):
             return None  # a fault of the device, or of what it was asked
         return (
             f"the connection between the processes broke, though all {self.world_size} live: "
@@ -320,7 +326,9 @@ class Presence:
             time.sleep(self.interval / 2)
             self._beat()
         found = self._judge(before, self._read(others))
-        self._missing = json.loads(self._reach().compare_set("missing", "", json.dumps(found)))
+        if found or not self._asks_who_is_gone:  # else it is our own affair, not the others'
+            found = json.loads(self._reach().compare_set("missing", "", json.dumps(found)))
+        self._missing = found
         self._known.set()
 
     def _judge(self, before: Mapping[int, Beat], now: Mapping[int, Beat]) -> list[dict[str, Any]]:
@@ -341,7 +349,7 @@ class Presence:
             [rank for rank, beat in alive.items() if beat.runs],
             [rank for rank, beat in alive.items() if beat.step != step],
         )
-        if not found:
+        if not found and not self._asks_who_is_gone:
             for rank in next((ranks for ranks in candidates if ranks), []):
                 beat = alive[rank]
                 found[rank] = f"lives, but did not come: for {_seconds(beat.since)}, {beat.place}"
@@ -431,6 +439,15 @@ class Presence:
 
     def _limit(self) -> str:
         return _seconds(self.timeout.total_seconds())
+
+
+def _was_ended(error: BaseException) -> bool:
+    return _ENDED.search(str(error)) is not None
+
+
+def _is_or_follows(error: BaseException, test: Callable[[BaseException], bool]) -> bool:
+    """Whether an error, or what it was raised from, is of a kind."""
+    return test(error) or (error.__cause__ is not None and test(error.__cause__))
 
 
 def _seconds(seconds: float) -> str:
