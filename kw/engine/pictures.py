@@ -362,6 +362,7 @@ def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
         for number, epoch in enumerate(config.schedule.milestones, 1):
             marks[f"step {number}"] = epoch
     return Curves(
+        config.epochs,
         [u / updates for u in steps],
         [schedule.lr(u) for u in steps],
         [schedule.temperature(u) for u in steps] if config.temperature_epochs else None,

@@ -10,7 +10,7 @@ import torch
 
 from .coefficients import CellUse, DynamicLayer, cell_shares
 from .heatmaps import Band, draw_bands
-from .style import AMOUNT, INK, new_figure, signed_limit
+from .style import AMOUNT, INK, few_ticks, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,20 +79,12 @@ def draw_history(
         bar = upper_part.colorbar(
             images[-1], ax=axes, extend="both", orientation="horizontal", pad=0.02, fraction=0.05
         )
-        bar.ax.tick_params(labelsize=6)
-        bar.locator = _few_ticks()
-        bar.update_ticks()
+        few_ticks(bar)
     upper_part.suptitle(
         f"{title}\nwarehouse {warehouse}: mean coefficients, each map on its own scale", size=9
     )
     _draw_shares(lower_part, layers, snapshots)
     return figure
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4, symmetric=True)
 
 
 def _draw_shares(part: Any, layers: Sequence[DynamicLayer], snapshots: Sequence[Snapshot]) -> None:

@@ -16,7 +16,7 @@ from ..warehouse.ops.assembly import assemble
 from ..warehouse.partition import Partition
 from .coefficients import DynamicLayer
 from .heatmaps import Band, draw_bands
-from .style import FOREIGN, INK, LAYER, OWN, SIGNED, new_figure, signed_limit
+from .style import FOREIGN, INK, LAYER, OWN, SIGNED, few_ticks, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,10 +96,8 @@ def draw_partition() -> Figure:
     above, below = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
     widths = [3.4, 3.4, 1.35]
     all_axes = above.subplots(1, 3, width_ratios=widths)
-    for axes, shape, part, own, color in zip(
-        all_axes, _SHAPES, whole.layers, whole.slices, _COLORS, strict=True
-    ):
-        _draw_kernel(axes, shape, part, own.owners, color)
+    for axes, shape, part, color in zip(all_axes, _SHAPES, whole.layers, _COLORS, strict=True):
+        _draw_kernel(axes, shape, part, color)
     axes = below.subplots()
     cells = whole.cells
     for own, color, shape in zip(whole.slices, _COLORS, _SHAPES, strict=True):
@@ -108,7 +106,7 @@ def draw_partition() -> Figure:
         axes.text(
             (own.start + own.stop - 0.14) / 2,
             1.9,
-            f"cells that {shape.name} starts on",
+            f"{shape.name}'s own cells",
             ha="center",
             fontsize=9,
             color=INK,
@@ -116,7 +114,7 @@ def draw_partition() -> Figure:
     axes.set(xlim=(-0.3, cells + 0.2), ylim=(1.45, -0.3))
     axes.set_axis_off()
     axes.set_title(
-        f"the warehouse: n = {cells} cells of 16 x 16 channels, one for every mixture (budget b = 1)",
+        f"the warehouse: n = {cells} cells of 16 x 16 channels, one for every mixture (b = 1)",
         fontsize=10,
         loc="left",
     )
@@ -130,9 +128,9 @@ def draw_partition() -> Figure:
     return figure
 
 
-def _draw_kernel(axes: Any, shape: KernelShape, part: Partition, owners: Any, color: str) -> None:
+def _draw_kernel(axes: Any, shape: KernelShape, part: Partition, color: str) -> None:
     """Spatial positions beside one another, each a rectangle of output and input channels."""
-    rows, columns = shape.kernel
+    columns = shape.kernel[1]
     wide, high = shape.in_per_group / 16, shape.out_channels / 16 * 0.55
     gap = 0.25
     for mixture in range(part.mixtures):
@@ -165,7 +163,7 @@ def _draw_kernel(axes: Any, shape: KernelShape, part: Partition, owners: Any, co
     axes.set_axis_off()
     size = "x".join(map(str, shape.kernel))
     axes.set_title(
-        f"{shape.name}: {size}, {shape.in_channels} to {shape.out_channels} channels,\n"
+        f"{shape.name}: {size}, {shape.in_channels} to {shape.out_channels},\n"
         f"m = {part.mixtures} mixtures",
         fontsize=9,
     )
@@ -206,9 +204,10 @@ def draw_mixing() -> Figure:
         image = draw_bands(axes, bands, limit)
         axes.set_title(f"temperature {tau:g}", fontsize=9)
         bar = upper.colorbar(image, ax=axes, orientation="horizontal", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        few_ticks(bar)
     upper.suptitle(
-        "coefficients of all mixtures of the three layers, for one input and fresh weights",
+        "coefficients of the mixtures of A, B and C (their number), one input, fresh weights; "
+        "box: own cells",
         fontsize=10,
     )
     _draw_sum(lower, example.layers[0], example.coefficients(0.0)[0], cells)

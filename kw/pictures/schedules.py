@@ -19,6 +19,7 @@ class Curves:
     """What is set before each update.
 
     Attributes:
+        total: epochs of the run.
         epochs: of each value, in epochs since the start.
         lr: the learning rate.
         temperature: tau, or ``None`` for a network without one.
@@ -27,6 +28,7 @@ class Curves:
         marks: epoch by what happens then.
     """
 
+    total: int
     epochs: Sequence[float]
     lr: Sequence[float]
     temperature: Sequence[float] | None
@@ -59,14 +61,17 @@ def draw_schedules(curves: Curves, title: str) -> Figure:
         panels[2].plot(curves.epochs, curves.temperature, color=OWN)
         panels[2].set_ylabel("temperature")
     styles = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-    for number, (name, epoch) in enumerate(curves.marks.items()):
+    at: dict[float, list[str]] = {}
+    for name, epoch in curves.marks.items():
+        at.setdefault(epoch, []).append(name)
+    for number, (epoch, names) in enumerate(at.items()):
         for axes in panels:
             axes.axvline(
                 epoch,
                 color=INK,
                 linestyle=styles[number % len(styles)],
                 linewidth=1,
-                label=f"{name}: epoch {epoch:g}",
+                label=f"{', '.join(names)}: epoch {epoch:g}",
             )
     for axes in panels:
         axes.set_ylim(bottom=0)
@@ -74,7 +79,7 @@ def draw_schedules(curves: Curves, title: str) -> Figure:
         axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("epoch")
-    panels[-1].set_xlim(0, max(curves.epochs) + 1e-9)
+    panels[-1].set_xlim(0, curves.total * 1.002)  # or the last number would be cut
     if curves.marks:
         handles, labels = rate.get_legend_handles_labels()
         figure.legend(

@@ -28,6 +28,7 @@ __all__ = [
     "SUFFIXES",
     "check_matplotlib",
     "check_output",
+    "few_ticks",
     "new_figure",
     "save",
     "signed_limit",
@@ -96,6 +97,15 @@ def save(figure: Figure, path: Path) -> None:
             figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
     except OSError as error:
         raise PictureError(f"--out {path}: cannot be written: {error.strerror}") from error
+
+
+def few_ticks(bar: Any) -> None:
+    """Leave a short colour bar the numbers that it has room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    bar.ax.tick_params(labelsize=7)
+    bar.locator = MaxNLocator(4, symmetric=True)
+    bar.update_ticks()
 
 
 def to_tensor(figure: Figure) -> Tensor:
