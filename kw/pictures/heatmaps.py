@@ -25,6 +25,7 @@ __all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes
 
 _LEAST, _MOST = 7, 36  # height of a band, rows: names must fit beside it
 _INCHES = 0.024  # of a row
+_BOXES = 300  # cells that are still wider than a pixel
 _WIDE = 120  # cells from which a panel takes the whole width
 
 
@@ -73,12 +74,15 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
     cells = bands[0].values.shape[1]
     top, ticks, image = 0, [], None
     for band in bands:
+        # Every value a box, but where there are more of them than pixels.
+        boxes = cells <= _BOXES and len(band.values) <= 2 * band.height
         image = axes.imshow(
             band.values.numpy(),
             cmap=cmap,
             vmin=-limit if cmap == SIGNED else 0,
             vmax=limit,
             aspect="auto",
+            interpolation="nearest" if boxes else "auto",
             extent=(0, cells, top + band.height, top),
         )
         start, stop = band.own
