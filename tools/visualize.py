@@ -9,7 +9,6 @@ python tools/visualize.py attention configs/demo/kw_resnet18_1x.yaml \\
 
 import argparse
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from kw.cli import (
@@ -190,7 +189,7 @@ def draw_method(args: argparse.Namespace) -> None:
 
 def draw_detections(args: argparse.Namespace) -> None:
     config, task = load_run(args.config, args.cfg_options)
-    write: ModuleType | Any = getattr(task, "write_pictures", None)
+    write: Any = getattr(task, "write_pictures", None)
     if write is None:
         raise ConfigError(f"{args.config}: expected a detector's configuration (Python)")
     written = write(config, args.checkpoint, args.out, args.images, args.score)

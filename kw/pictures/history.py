@@ -65,7 +65,8 @@ def draw_history(
     group = [layer for layer in layers if layer.warehouse == warehouse]
     lower = 0.8 + 0.16 * len(layers)
     figure = new_figure(10, 3.6 + lower + 1.1)
-    upper_part, lower_part = figure.subfigures(2, 1, height_ratios=(3.6, lower + 0.6))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3.6, lower + 0.6))
+    upper_part, lower_part = parts
     images = []
     all_axes = upper_part.subplots(1, len(chosen), squeeze=False)[0]
     for axes, snapshot in zip(all_axes, chosen, strict=True):

@@ -93,7 +93,8 @@ def draw_partition() -> Figure:
     example = Example()
     whole = example.warehouse.partition
     figure = new_figure(10, 6.2)
-    above, below = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
+    above, below = parts
     widths = [3.4, 3.4, 1.35]
     all_axes = above.subplots(1, 3, width_ratios=widths)
     for axes, shape, part, color in zip(all_axes, _SHAPES, whole.layers, _COLORS, strict=True):
@@ -161,9 +162,9 @@ def _draw_kernel(axes: Any, shape: KernelShape, part: Partition, color: str) -> 
     )
     axes.text(wide / 2, -0.17, f"{shape.in_channels} in", ha="center", va="bottom", fontsize=8)
     axes.set_axis_off()
-    size = "x".join(map(str, shape.kernel))
+    kernel = "x".join(map(str, shape.kernel))
     axes.set_title(
-        f"{shape.name}: {size}, {shape.in_channels} to {shape.out_channels},\n"
+        f"{shape.name}: {kernel}, {shape.in_channels} to {shape.out_channels},\n"
         f"m = {part.mixtures} mixtures",
         fontsize=9,
     )
@@ -193,7 +194,8 @@ def draw_mixing() -> Figure:
     example = Example()
     layers, cells = example.described(), example.warehouse.cells.detach()
     figure = new_figure(10, 7.6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.9, 3.6))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3.9, 3.6))
+    upper, lower = parts
     all_axes = upper.subplots(1, 3)
     for axes, tau in zip(all_axes, (1.0, 0.5, 0.0), strict=True):
         bands = [
