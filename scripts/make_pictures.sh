@@ -43,7 +43,7 @@ draw mixing --out "$out/mixing.png"
 draw attention "$config" "$checkpoint" --images 359 --out "$out/attention.png"
 draw attention "$config" "$checkpoint" --over classes --images 350 --out "$out/classes.png"
 draw cells "$config" "$checkpoint" --images 359 --out "$out/cells.png"
-draw history "$run" --images 16 --warehouse layer3 --out "$out/history.png"
+draw history "$run" --images 64 --warehouse layer3 --out "$out/history.png"
 draw kernels "$config" "$checkpoint" "${images[3]}" "${images[8]}" \
     --layers 'layer1.1.conv2|layer3.1.conv1' --out "$out/kernels.png"
 draw cam "$config" "$checkpoint" "${images[@]}" --out "$out/cam.png"
