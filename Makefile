@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo demo-detection test lint format bench clean
+.PHONY: help install demo demo-detection pictures test lint format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
 	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
 	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
+	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
 	@echo "make lint     check style, types and generated tables"
 	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
@@ -44,6 +45,9 @@ demo-detection: $(DEMO)/kw_resnet18_1x/best.pth
 $(DEMO)/kw_resnet18_1x/best.pth: | install
 	$(BIN)/python -m kw.data.digits $(DEMO)/digits
 	$(BIN)/python tools/train.py configs/demo/kw_resnet18_1x.yaml --work-dir $(DEMO)/kw_resnet18_1x
+
+pictures: install
+	PYTHON=$(BIN)/python scripts/make_pictures.sh
 
 test: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile

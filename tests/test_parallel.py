@@ -284,10 +284,12 @@ def test_one_process_shards_nothing(settings: dict[str, Any], tmp_path: Path) ->
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(("key", "value"), [("precision", "fp16"), ("compile", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("precision", "fp16"), ("compile", True), ("pictures", {})]
+)
 def test_what_cannot_be_sharded(
     settings: dict[str, Any], tmp_path: Path, key: str, value: Any
 ) -> None:
     settings.update({key: value, "distributed": {"strategy": "fsdp"}})
-    with pytest.raises(ConfigError, match=f"{key}: .*(bf16|choose one)"):
+    with pytest.raises(ConfigError, match=f"{key}.*(bf16|choose one|null)"):
         train(config_from_mapping(settings), tmp_path)

@@ -22,6 +22,7 @@ __all__ = [
     "KernelWarehouseConfig",
     "ModelConfig",
     "PeerConfig",
+    "PicturesConfig",
     "RandomErasingConfig",
     "WarehouseConfig",
 ]
@@ -225,6 +226,16 @@ class DataConfig:
 
 
 @dataclass
+class PicturesConfig:
+    """Pictures for TensorBoard during training; they need matplotlib (docs/visualizing.md)."""
+
+    interval: int = setting(1, "epochs between pictures", minimum=1, maximum=10**6)
+    images: int = setting(
+        16, "test images over which coefficients are averaged", minimum=1, maximum=1024
+    )
+
+
+@dataclass
 class _Classification:
     # A base class of its own so that model and data come first.
     model: ModelConfig = field(metadata={"doc": "the network"})
@@ -240,3 +251,6 @@ class Config(RunConfig, _Classification):
     )
     channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
     compile: bool = setting(False, "compile the network with torch.compile")
+    pictures: PicturesConfig | None = setting(
+        None, "heat maps of coefficients and a training batch for TensorBoard; null = none"
+    )

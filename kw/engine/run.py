@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .hooks import (
     EmaHook,
     FiniteHook,
     LogHook,
+    PictureHook,
     ScheduleHook,
 )
 from .hooks.bad_images import tell_bad_images
@@ -56,7 +58,10 @@ from .task import Task, headline
 
 __all__ = [
     "assemble_runner",
+    "build_preprocessor",
     "build_runner",
+    "build_test_set",
+    "build_training_loader",
     "check_devices",
     "evaluate_checkpoint",
     "find_checkpoint",
@@ -129,28 +134,14 @@ def build_runner(
             "compile: true with distributed.strategy: fsdp: parameters change their kind whenever "
             "they are gathered, and torch.compile compiles anew; choose one of the two"
         )
-    resume_from = find_checkpoint(resume, work_dir, process)
-    check_data_root(config.data.root, config.model.num_classes)
-    data = config.data
-    train_set = ImageFolder(
-        data.root,
-        "train",
-        build_transform(data, True),
-        config.seed,
-        training=True,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
-    )
-    place = {"workers": data.workers, "rank": process.rank, "world_size": process.world_size}
-    try:
-        train_loader = build_train_loader(
-            train_set,
-            batch_size=config.batch_size,
-            total_batch_size=config.total_batch_size,
-            **place,
+    if config.pictures is not None and config.distributed.strategy == "fsdp":
+        raise ConfigError(
+            "pictures with distributed.strategy: fsdp: one process draws, and has a part of the "
+            "weights alone; set pictures: null"
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    resume_from = find_checkpoint(resume, work_dir, process)
+    classes = check_data_root(config.data.root, config.model.num_classes)
+    train_loader = build_training_loader(config, process)
 
     set_random_seed(config.seed)
     network = build_network(config.model)
@@ -161,13 +152,10 @@ def build_runner(
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(process.device)
-    preprocessor = BatchPreprocessor(
-        data, config.model.num_classes, config.label_smoothing, config.seed, config.channels_last
-    )
     if config.compile:
         network.compile()
     average = distribute(network, config, process)
-    model = ImageClassifier(network, preprocessor)
+    model = ImageClassifier(network, build_preprocessor(config))
     val_loader = _eval_loader(config, process)
     task = Task(
         model,
@@ -175,11 +163,12 @@ def build_runner(
         # Looked up when it is called: the runner moves the model to its device.
         lambda n: evaluate(n, model.data_preprocessor, val_loader, config.precision),
         "top1",
-        list(train_set.classes),
+        classes,
         "config.yaml",
         to_yaml(config),
     )
     optimizer = build_optimizer(network, config.optimizer, process.device)
+    hooks = [] if config.pictures is None else [PictureHook(config.pictures)]
     return assemble_runner(
         task,
         config,
@@ -190,6 +179,65 @@ def build_runner(
         optimizer,
         average,
         resume_from,
+        hooks,
+    )
+
+
+def build_training_loader(config: Config, process: Process) -> Loader:
+    """The loader of a classifier's training images.
+
+    Raises:
+        ConfigError: the batch sizes do not fit the images or the number of processes.
+        DataError: the data folder is not as expected.
+    """
+    data = config.data
+    train_set = ImageFolder(
+        data.root,
+        "train",
+        build_transform(data, True),
+        config.seed,
+        training=True,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+    )
+    try:
+        return build_train_loader(
+            train_set,
+            batch_size=config.batch_size,
+            total_batch_size=config.total_batch_size,
+            workers=data.workers,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_preprocessor(config: Config) -> BatchPreprocessor:
+    """What a classifier's run does to its batches, in training and evaluation."""
+    return BatchPreprocessor(
+        config.data,
+        config.model.num_classes,
+        config.label_smoothing,
+        config.seed,
+        config.channels_last,
+    )
+
+
+def build_test_set(config: Config) -> ImageFolder:
+    """The test images of a classifier's run.
+
+    Raises:
+        DataError: the data folder is not as expected.
+    """
+    data = config.data
+    return ImageFolder(
+        data.root,
+        "val",
+        build_transform(data, False),
+        config.seed,
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
     )
 
 
@@ -203,8 +251,9 @@ def assemble_runner(
     optimizer: Optimizer,
     average: nn.Module | None,
     resume_from: Path | None,
+    more_hooks: Sequence[Hook] = (),
 ) -> Runner:
-    """A runner with the hooks that every run has.
+    """A runner with the hooks that every run has, and the task's own.
 
     Args:
         task: what is trained.
@@ -216,6 +265,7 @@ def assemble_runner(
         optimizer: of the task's parameters.
         average: what holds their moving average (:func:`kw.engine.parallel.distribute`).
         resume_from: checkpoint to continue from.
+        more_hooks: of this kind of task.
     """
     sampler: Any = train_loader.batch_sampler
     hooks: list[Hook] = [
@@ -224,6 +274,7 @@ def assemble_runner(
         BadImageHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),
         CheckpointHook(**dataclasses.asdict(config.checkpoint)),
+        *more_hooks,
     ]
     if config.ema is not None and average is not None:
         hooks.append(EmaHook(config.ema.decay, average))
@@ -287,9 +338,7 @@ def evaluate_checkpoint(
         network = build_network(config.model)
         check_network(network, config.model, config.data.input_size)
         set_contraction(config.contraction, network)
-        preprocess = BatchPreprocessor(
-            config.data, config.model.num_classes, channels_last=config.channels_last
-        ).to(process.device)
+        preprocess = build_preprocessor(config).to(process.device)
         network.to(process.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -310,19 +359,10 @@ def evaluate_checkpoint(
 
 
 def _eval_loader(config: Config, process: Process) -> Loader:
-    data = config.data
-    dataset = ImageFolder(
-        data.root,
-        "val",
-        build_transform(data, False),
-        config.seed,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
-    )
     return build_eval_loader(
-        dataset,
+        build_test_set(config),
         batch_size=config.eval_batch_size or config.batch_size,
-        workers=data.workers,
+        workers=config.data.workers,
         rank=process.rank,
         world_size=process.world_size,
     )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from mmengine.runner import Runner as _Runner
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from ..config.run_schema import RunConfig
 from ..errors import one_line
@@ -52,6 +53,7 @@ class Runner(_Runner):
     Attributes:
         ema: the moving average's holder, set by its hook.
         best: best score so far.
+        board: TensorBoard's writer, in the main process, set by the log hook before training.
         last_metrics: what the last evaluation found.
         resumed: ``meta`` of the checkpoint that the run goes on from.
         signals: whether the process was asked to end.
@@ -74,6 +76,7 @@ class Runner(_Runner):
         self.resume_from = resume_from
         self.ema: nn.Module | None = None
         self.best = -1.0
+        self.board: SummaryWriter | None = None
         self.last_metrics: dict[str, float | None] = {}
         self.resumed: dict[str, Any] | None = None
         self.signals = Signals()

@@ -5,6 +5,7 @@ from .checkpoint import CheckpointHook
 from .ema import EmaHook
 from .finite import FiniteHook
 from .log import LogHook
+from .pictures import PictureHook
 from .schedule import ScheduleHook
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "EmaHook",
     "FiniteHook",
     "LogHook",
+    "PictureHook",
     "ScheduleHook",
 ]

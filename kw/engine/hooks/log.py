@@ -62,11 +62,10 @@ class LogHook(Hook):
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
         self._file: Path | None = None
-        self._board: SummaryWriter | None = None
         if runner.process.is_main:
             self._file = Path(runner.work_dir, "log.jsonl")
             _forget_after(self._file, runner.iter, runner.epoch)
-            self._board = SummaryWriter(
+            runner.board = SummaryWriter(
                 str(Path(runner.work_dir, "tensorboard")),
                 purge_step=runner.iter + 1 if runner.iter else None,
             )
@@ -98,11 +97,11 @@ class LogHook(Hook):
         runner.logger.info(
             f"epoch {runner.epoch}/{runner.max_epochs} evaluated: {', '.join(parts)}"
         )
-        self._record("val", runner.epoch, runner.iter, found)
+        self._record(runner, "val", runner.epoch, runner.iter, found)
 
     def after_train(self, runner: Any) -> None:
-        if self._board is not None:
-            self._board.close()
+        if runner.board is not None:
+            runner.board.close()
 
     def _start_clock(self, runner: Any) -> None:
         self._started = time.perf_counter()
@@ -138,18 +137,20 @@ class LogHook(Hook):
             + " ".join(f"{key} {value:.4g}" for key, value in values.items())
             + f" eta {timedelta(seconds=round(remaining))}"
         )
-        self._record("train", runner.epoch + 1, update, values)
+        self._record(runner, "train", runner.epoch + 1, update, values)
         self._sums, self._updates = {}, 0
         self._start_clock(runner)
 
-    def _record(self, mode: str, epoch: int, update: int, values: dict[str, float]) -> None:
-        if self._file is None or self._board is None:
+    def _record(
+        self, runner: Any, mode: str, epoch: int, update: int, values: dict[str, float]
+    ) -> None:
+        if self._file is None or runner.board is None:
             return
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         # NaN is not JSON.
         _append(self._file, mode, epoch, update, {**dict.fromkeys(values), **finite})
         for key, value in finite.items():
-            self._board.add_scalar(f"{mode}/{key}", value, update)
+            runner.board.add_scalar(f"{mode}/{key}", value, update)
 
 
 def write_line(runner: Any, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:

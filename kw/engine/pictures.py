@@ -1,0 +1,430 @@
+"""From a configuration and a checkpoint to pictures in files (docs/visualizing.md).
+
+What is computed and drawn is in :mod:`kw.pictures`; here it meets data folders and checkpoints.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, load_config
+from ..config.run_schema import RunConfig
+from ..config.schema import Config
+from ..data import build_transform, check_data_root, read_image, stop_workers
+from ..models import build_network, check_network
+from ..pictures import (
+    CellUse,
+    Curves,
+    DynamicLayer,
+    PictureError,
+    Snapshot,
+    assembled_kernels,
+    cell_use,
+    check_matplotlib,
+    class_effect,
+    class_maps,
+    coefficients,
+    draw_attention,
+    draw_batch,
+    draw_cam,
+    draw_cells,
+    draw_classes,
+    draw_history,
+    draw_kernels,
+    draw_schedules,
+    dynamic_layers,
+    few_of_each,
+    label_mixture,
+    read_images,
+    save,
+    spaced,
+    to_pixels,
+)
+from ..warehouse import get_temperature, has_temperature
+from .checkpoint import CheckpointError, load_checkpoint, load_network
+from .distributed import join_group
+from .optim import autocast
+from .run import build_preprocessor, build_test_set, build_training_loader, set_contraction
+from .saving import checkpoints
+from .schedule import Schedule
+
+__all__ = [
+    "picture_attention",
+    "picture_batch",
+    "picture_cam",
+    "picture_cells",
+    "picture_classes",
+    "picture_history",
+    "picture_kernels",
+    "picture_schedules",
+    "schedule_curves",
+    "training_batch",
+]
+
+_CHUNK = 32  # images of a forward pass
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A network with a checkpoint's weights, its moving average's where it has one."""
+
+    config: Config
+    network: nn.Module
+    preprocess: Any
+    classes: list[str]
+    title: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.preprocess.mean.device
+
+    def prepare(self, batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            return self.preprocess(batch, False)[0]
+
+    def chunks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Test images, a forward pass's worth at a time."""
+        dataset = build_test_set(self.config)
+        for start in range(0, len(indices), _CHUNK):
+            yield read_images(dataset, indices[start : start + _CHUNK])
+
+    def coefficients(
+        self, layers: Sequence[DynamicLayer], indices: Sequence[int]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Coefficients by layer, and the labels of their images."""
+        names = {layer.name for layer in layers}
+        for batch in self.chunks(indices):
+            with autocast(self.config.precision, self.device.type):
+                yield coefficients(self.network, self.prepare(batch), names), batch["labels"]
+
+    def use(self, layers: Sequence[DynamicLayer], images: int) -> dict[str, CellUse]:
+        indices = spaced(len(build_test_set(self.config)), images)
+        return cell_use(alpha for alpha, _ in self.coefficients(layers, indices))
+
+
+def _load(config: Config, checkpoint: str | Path) -> _Trained:
+    check_matplotlib()
+    state = load_checkpoint(checkpoint)
+    network = build_network(config.model)
+    check_network(network, config.model, config.data.input_size)
+    set_contraction(config.contraction, network)
+    device = join_group("none").device
+    trained = _Trained(
+        config,
+        network.to(device).eval(),
+        build_preprocessor(config).to(device),
+        _class_names(state, config.model.num_classes),
+        "",
+    )
+    return _with_weights(trained, state, str(checkpoint))
+
+
+def _with_weights(trained: _Trained, state: dict[str, Any], source: str) -> _Trained:
+    network = trained.network
+    load_network(network, state.get("ema_state_dict", state["state_dict"]), source)
+    epoch = state.get("meta", {}).get("epoch")
+    title = f"{trained.config.model.name}, {Path(source).name}"
+    title += "" if epoch is None else f", epoch {epoch}"
+    if has_temperature(network):
+        title += f", temperature {get_temperature(network):.2f}"
+    return _Trained(trained.config, network, trained.preprocess, trained.classes, title)
+
+
+def _class_names(state: dict[str, Any], count: int) -> list[str]:
+    names = state.get("meta", {}).get("classes") or []
+    return list(names) if len(names) == count else [str(i) for i in range(count)]
+
+
+def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
+    """The dynamic layers whose whole names a regular expression matches.
+
+    Raises:
+        PictureError: there are none, or the expression is none.
+    """
+    layers = dynamic_layers(network)
+    if pattern is None:
+        return layers
+    try:
+        found = [layer for layer in layers if re.fullmatch(pattern, layer.name)]
+    except re.error as error:
+        raise PictureError(f"--layers {pattern!r}: no regular expression: {error}") from None
+    if not found:
+        names = [layer.name for layer in layers]
+        near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
+        raise PictureError(
+            f"--layers {pattern!r}: matches the whole name of no dynamic layer; there are "
+            f"{len(names)}, e.g. {', '.join(near)}"
+        )
+    return found
+
+
+def picture_attention(
+    config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
+) -> None:
+    """Mean coefficients over test images.
+
+    Args:
+        config: network and data.
+        checkpoint: a file that training wrote; its moving average where it has one.
+        out: the picture.
+        layers: regular expression on whole names of layers; ``None`` for all.
+        images: test images, spread evenly over the set.
+
+    Raises:
+        PictureError: the network is static, no layer matches, ``out`` cannot be written, or
+            matplotlib is missing.
+        ConfigError, DataError, CheckpointError: as for :func:`kw.engine.evaluate_checkpoint`.
+    """
+    trained = _load(config, checkpoint)
+    chosen = _chosen(trained.network, layers)
+    use = trained.use(chosen, images)
+    title = f"mean coefficients: {trained.title}, {images} test images"
+    save(draw_attention(chosen, use, title), out)
+
+
+def picture_cells(
+    config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
+) -> None:
+    """Which cells the layers use; arguments and errors as for :func:`picture_attention`."""
+    trained = _load(config, checkpoint)
+    chosen = _chosen(trained.network, layers)
+    use = trained.use(chosen, images)
+    save(draw_cells(chosen, use, f"use of cells: {trained.title}, {images} test images"), out)
+
+
+def picture_classes(
+    config: Config,
+    checkpoint: str | Path,
+    out: Path,
+    *,
+    layers: str | None,
+    images: int,
+    classes: int,
+) -> None:
+    """How coefficients differ between the first classes.
+
+    Arguments and errors as for :func:`picture_attention`, and:
+
+    Args:
+        classes: how many of them; ``images`` are taken from these, as many of each.
+    """
+    trained = _load(config, checkpoint)
+    chosen = _chosen(trained.network, layers)
+    count = min(classes, config.model.num_classes)
+    indices = few_of_each(build_test_set(config).labels, count, images)
+    parts = list(trained.coefficients(chosen, indices))
+    labels = torch.cat([labels for _, labels in parts])
+    effects = {}
+    for layer in chosen:
+        alpha = torch.cat([alpha.pop(layer.name).cpu() for alpha, _ in parts])
+        effects[layer.name] = class_effect(alpha, labels)
+    title = f"coefficients by class, less the mean over classes: {trained.title}, {len(labels)} "
+    names = [trained.classes[i] for i in labels.unique()]
+    save(draw_classes(chosen, effects, names, title + "test images"), out)
+
+
+def picture_kernels(
+    config: Config,
+    checkpoint: str | Path,
+    image_files: Sequence[str | Path],
+    out: Path,
+    *,
+    layers: str | None,
+) -> None:
+    """The kernels that two images get; errors as for :func:`picture_attention`.
+
+    Args:
+        config: network and data.
+        checkpoint: a file that training wrote.
+        image_files: two.
+        out: the picture.
+        layers: regular expression on whole names of layers; ``None`` for the first of each
+            warehouse, of four warehouses at most. At most eight are drawn.
+    """
+    trained = _load(config, checkpoint)
+    chosen = _chosen(trained.network, layers)
+    if layers is None:
+        first = {layer.warehouse: layer for layer in reversed(chosen)}
+        chosen = [layer for layer in chosen if first[layer.warehouse] is layer][:4]
+    chosen = chosen[:8]
+    images, names = _own_images(trained, image_files)
+    with autocast(config.precision, trained.device.type):
+        kernels = assembled_kernels(trained.network, images, [layer.name for layer in chosen])
+    pictures = to_pixels(images, trained.preprocess.mean, trained.preprocess.std)
+    title = f"assembled kernels: {trained.title}"
+    save(draw_kernels(kernels, pictures, names, title), out)
+
+
+def picture_cam(
+    config: Config, checkpoint: str | Path, image_files: Sequence[str | Path], out: Path
+) -> None:
+    """Class-activation maps on images; errors as for :func:`picture_attention`.
+
+    Args:
+        config: network and data.
+        checkpoint: a file that training wrote.
+        image_files: any number, shown in their order.
+        out: the picture.
+    """
+    trained = _load(config, checkpoint)
+    images, names = _own_images(trained, image_files)
+    found = class_maps(trained.network, images)
+    pictures = to_pixels(images, trained.preprocess.mean, trained.preprocess.std)
+    title = f"class-activation maps: {trained.title}"
+    save(draw_cam(pictures, found, names, trained.classes, title), out)
+
+
+def _own_images(trained: _Trained, files: Sequence[str | Path]) -> tuple[Tensor, list[str]]:
+    """Images as a test would see them, and their names."""
+    data = trained.config.data
+    transform = build_transform(data, False)
+    upright = data.exif_orientation == "apply"
+    read = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
+    labels = torch.zeros(len(read), dtype=torch.int64)
+    images = trained.prepare({"images": torch.stack(read), "labels": labels})
+    return images, ["/".join(Path(f).parts[-2:]) for f in files]
+
+
+def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The first micro-batch that the first process trains on in an update.
+
+    Args:
+        config: the run.
+        epoch: from 1.
+        update: of the epoch, from 1.
+
+    Returns:
+        Images, normalised ``[B, 3, S, S]``; targets, labels ``[B]`` or probabilities ``[B, C]``;
+        names of the classes.
+
+    Raises:
+        ConfigError: there is no such update.
+        DataError: the data folder is not as expected.
+    """
+    classes = check_data_root(config.data.root, config.model.num_classes)
+    process = join_group("none")
+    loader = build_training_loader(config, process)
+    sampler: Any = loader.batch_sampler
+    for name, value, most in (
+        ("--epoch", epoch, config.epochs),
+        ("--update", update, sampler.updates_per_epoch),
+    ):
+        if value > most:
+            raise ConfigError(f"{name} {value}: the run has {most}")
+    sampler.set_epoch(epoch - 1, update - 1)
+    try:
+        batch = next(iter(loader))
+    finally:
+        stop_workers(loader)
+    with torch.no_grad():
+        images, targets = build_preprocessor(config).to(process.device)(batch, True)
+    return images, targets, classes
+
+
+def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None:
+    """What the network sees in one update; arguments and errors as for :func:`training_batch`."""
+    check_matplotlib()
+    images, targets, classes = training_batch(config, epoch, update)
+    labels = [label_mixture(t, classes, config.label_smoothing) for t in targets.cpu()]
+    preprocess = build_preprocessor(config).to(images.device)
+    pictures = to_pixels(images, preprocess.mean, preprocess.std)
+    title = f"training batch: epoch {epoch}, update {update}"
+    if config.label_smoothing:
+        title += f", label smoothing {config.label_smoothing:g} not shown"
+    save(draw_batch(pictures, labels, title), out)
+
+
+def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
+    """What a run sets before each update, and when that changes its course.
+
+    Args:
+        config: the run; one that anneals no temperature has no curve of it.
+        updates: of an epoch. The curves over epochs hardly depend on it; no data are needed.
+    """
+    schedule = Schedule(config, updates)
+    # A long run needs no more points than a picture has.
+    step = max(schedule.total_updates // 20_000, 1)
+    steps = range(0, schedule.total_updates, step)
+    marks = {}
+    if config.schedule.warmup_epochs:
+        marks["warm-up ends"] = config.schedule.warmup_epochs
+    if config.temperature_epochs:
+        marks["temperature is 0"] = config.temperature_epochs
+    if config.schedule.name == "step":
+        for number, epoch in enumerate(config.schedule.milestones, 1):
+            marks[f"step {number}"] = epoch
+    return Curves(
+        config.epochs,
+        [u / updates for u in steps],
+        [schedule.lr(u) for u in steps],
+        [schedule.temperature(u) for u in steps] if config.temperature_epochs else None,
+        config.optimizer.weight_decay,
+        config.optimizer.name == "adamw",
+        marks,
+    )
+
+
+def picture_schedules(config: RunConfig, out: Path, *, title: str) -> None:
+    """The schedules of a run, before it; needs neither data nor a network.
+
+    Raises:
+        PictureError: ``out`` cannot be written, or matplotlib is missing.
+    """
+    save(draw_schedules(schedule_curves(config), title), out)
+
+
+def picture_history(
+    work_dir: Path,
+    out: Path,
+    *,
+    options: Sequence[str],
+    warehouse: str | None,
+    images: int,
+) -> None:
+    """Coefficients over training, from the checkpoints that a work directory has kept.
+
+    Args:
+        work_dir: of a classifier's run.
+        out: the picture.
+        options: settings in place of its configuration's.
+        warehouse: the one whose maps are drawn; ``None`` for the first.
+        images: test images, spread evenly over the set.
+
+    Raises:
+        PictureError: the network is static or has no such warehouse, ``out`` cannot be written, or
+            matplotlib is missing.
+        ConfigError, DataError, CheckpointError: as for :func:`kw.engine.evaluate_checkpoint`.
+    """
+    files = [file for file in checkpoints(work_dir) if "_update_" not in file.name]
+    if not files:
+        raise CheckpointError(
+            f"{work_dir}: expected checkpoints epoch_N.pth there; a run keeps the newest "
+            "checkpoint.keep of them"
+        )
+    config = load_config(work_dir / "config.yaml", options)
+    trained = _load(config, files[0])
+    layers = dynamic_layers(trained.network)
+    names = list(dict.fromkeys(layer.warehouse for layer in layers))
+    if warehouse is not None and warehouse not in names:
+        raise PictureError(f"--warehouse {warehouse!r}: expected one of {', '.join(names)}")
+    snapshots = []
+    for file in files:
+        state = load_checkpoint(file)
+        trained = _with_weights(trained, state, str(file))
+        network, meta = trained.network, state.get("meta", {})
+        tau = get_temperature(network) if has_temperature(network) else None
+        if meta.get("epoch") is None:
+            raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")
+        snapshots.append(Snapshot(meta["epoch"], tau, trained.use(layers, images)))
+    title = (
+        f"{config.model.name}, {len(files)} checkpoints of {work_dir.name}, {images} test images"
+    )
+    save(draw_history(layers, snapshots, warehouse or names[0], title), out)

@@ -1,0 +1,194 @@
+"""Class-activation maps: which parts of an image speak for a class.
+
+Paper: HiResCAM (Draelos and Carin, arXiv 2011.08891), ``relu(sum_c dy/df_c * f_c)`` position by
+position. On the last map of a network that averages it before a linear classifier this is the
+original CAM (Zhou et al., CVPR 2016) over the number of positions, as Grad-CAM is; on earlier maps,
+where Grad-CAM's averaged gradients mix positions up, it stays a sum over positions.
+
+Legend: B images, c channels, h, w positions of a feature map, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .coefficients import PictureError, evaluating
+from .style import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ClassMaps", "class_maps", "draw_cam"]
+
+LEAST = 7
+"""Positions along a side that a map should have: those of the last one of 224 pixels."""
+
+
+@dataclass(frozen=True)
+class ClassMaps:
+    """Maps of some images.
+
+    Attributes:
+        module: whose output was looked at.
+        maps: ``[B, h, w]``, not negative.
+        classes: the class that each map speaks of, int64 ``[B]``.
+        probabilities: what the network gives to it, ``[B]``.
+    """
+
+    module: str
+    maps: Tensor
+    classes: Tensor
+    probabilities: Tensor
+
+
+def class_maps(
+    network: Any, images: Tensor, classes: Tensor | None = None, least: int = LEAST
+) -> ClassMaps:
+    """Class-activation maps on the deepest feature map that is fine enough.
+
+    That is the last stage of timm's ``feature_info`` with at least ``least`` positions along its
+    shorter side, of those that the logit depends on (a class token reads the patches in the last
+    block, whose own patches go nowhere); the finest if none has as many.
+
+    Args:
+        network: a timm network; left as it was.
+        images: preprocessed, ``[B, 3, S, S]``.
+        classes: to explain, int64 ``[B]``; left out, the predicted ones.
+        least: positions along a side.
+
+    Raises:
+        PictureError: the network does not tell its stages, or none has a gradient.
+    """
+    names = _stages(network)
+    with evaluating(network), _frozen(network), _outputs(network, names) as seen:
+        logits = network.forward(images.detach().clone().requires_grad_(True))
+        if classes is None:
+            classes = logits.argmax(1)
+        score = logits.gather(1, classes[:, None]).sum()
+        gradients = torch.autograd.grad(score, list(seen.values()), allow_unused=True)
+    maps: list[tuple[str, Tensor]] = []
+    for (name, features), gradient in zip(seen.items(), gradients, strict=True):
+        if gradient is None:
+            continue
+        product = _positions(network, gradient * features.detach())
+        if product is not None and bool(product.any()):
+            maps.append((name, product))
+    if not maps:
+        raise PictureError(
+            f"{type(network).__name__}: none of its stages ({', '.join(names)}) has a map with a "
+            "gradient"
+        )
+    fine = [each for each in maps if min(each[1].shape[1:]) >= least]
+    name, found = fine[-1] if fine else max(maps, key=lambda each: each[1][0].numel())
+    probabilities = logits.detach().float().softmax(1).gather(1, classes[:, None])[:, 0]
+    return ClassMaps(name, found.relu().float().cpu(), classes.cpu(), probabilities.cpu())
+
+
+def _stages(network: Any) -> list[str]:
+    info = getattr(network, "feature_info", None) or ()
+    names = [each["module"] for each in info]
+    modules = dict(network.named_modules())
+    names = [name for name in names if name in modules]
+    if not names:
+        raise PictureError(
+            f"{type(network).__name__} does not tell its stages (timm's feature_info): expected a "
+            "timm network"
+        )
+    return names
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters, which nobody asks for."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _outputs(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What modules return in the pass that is made inside."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+
+        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+            seen[name] = output
+
+        handles.append(network.get_submodule(name).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _positions(network: Any, product: Tensor) -> Tensor | None:
+    """Sums over channels, ``[B, h, w]``; None for what has no positions."""
+    if product.ndim == 4:
+        return product.sum(1)
+    if product.ndim != 3:
+        return None
+    tokens = product[:, getattr(network, "num_prefix_tokens", 0) :].sum(2)  # [B, N]
+    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    side = math.isqrt(tokens.shape[1])
+    height, width = grid or (side, side)
+    return tokens.unflatten(1, (height, width)) if height * width == tokens.shape[1] else None
+
+
+def draw_cam(
+    pictures: Any, found: ClassMaps, names: Sequence[str], classes: Sequence[str], title: str
+) -> Figure:
+    """Every image above its map; a map's scale ends at its own largest value.
+
+    Args:
+        pictures: uint8 ``[B, S, S, 3]``.
+        found: their maps.
+        names: of the images.
+        classes: names of the network's classes.
+        title: above the picture.
+
+    Raises:
+        PictureError: matplotlib is missing.
+    """
+    columns = min(len(names), 5)
+    blocks = math.ceil(len(names) / columns)
+    figure = new_figure(1.75 * max(columns, 3), 0.9 + 3.75 * blocks)
+    grid = figure.subplots(2 * blocks, columns, squeeze=False)
+    for axes in grid.flatten():
+        axes.set_axis_off()
+    for number, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        top, bottom = grid[number // columns * 2 :, number % columns][:2]
+        label = classes[int(found.classes[number])]
+        top.imshow(picture)
+        top.set_title(name if len(name) <= 20 else "..." + name[-17:], fontsize=8)
+        values = found.maps[number]
+        size = picture.shape[:2]
+        fine = nn.functional.interpolate(
+            values[None, None], size, mode="bilinear", align_corners=False
+        )[0, 0]
+        grey = picture.mean(2)
+        bottom.imshow(grey, cmap="gray", vmin=0, vmax=255)
+        peak = max(float(values.max()), 1e-12)
+        bottom.imshow(fine.numpy(), cmap="inferno", vmin=0, vmax=peak, alpha=0.6)
+        label = label if len(label) <= 14 else label[:13] + "."
+        bottom.set_title(f"{label}: {float(found.probabilities[number]):.2f}", fontsize=8)
+    height, width = found.maps.shape[1:]
+    figure.suptitle(
+        f"{title}\nmap of {found.module}, {height} x {width} positions; below: class and "
+        "probability",
+        size=9,
+    )
+    return figure

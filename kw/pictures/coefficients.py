@@ -1,0 +1,283 @@
+"""What a network's attention does: the coefficients of its layers, and what they sum up to.
+
+Legend: B images, m mixtures of a layer, n cells of its warehouse, C classes. Coefficients are
+``alpha`` of Eq. 5 (KernelWarehouse, ICML 2024, arXiv 2406.07879), after the null cell was dropped
+and at the temperature that the network has.
+
+A mixture's *own cell* is the one that the one-hot start gives it (``beta`` of Eq. 5); a layer's
+cells are those that its mixtures start on; all others are *foreign*: they belong to other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..warehouse import KWLayer
+from ..warehouse.partition import CellSlice
+
+__all__ = [
+    "CellShares",
+    "CellUse",
+    "DynamicLayer",
+    "PictureError",
+    "captured",
+    "cell_shares",
+    "cell_use",
+    "class_effect",
+    "coefficients",
+    "dynamic_layers",
+    "evaluating",
+]
+
+
+class PictureError(UserError):
+    """There is nothing of this kind to draw."""
+
+
+@dataclass(frozen=True)
+class DynamicLayer:
+    """A layer whose kernel is assembled, and the cells that it started on.
+
+    Attributes:
+        name: its name in the network.
+        warehouse: name of its warehouse.
+        mixtures: m.
+        cells: n, cells of the warehouse.
+        own: the layer's cells, and which mixture started on which.
+    """
+
+    name: str
+    warehouse: str
+    mixtures: int
+    cells: int
+    own: CellSlice
+
+    def own_mask(self) -> Tensor:
+        """Where a mixture meets its own cell, bool ``[m, n]``: ``beta`` of Eq. 5."""
+        mask = torch.zeros(self.mixtures, self.cells, dtype=torch.bool)
+        for mixture, cell in enumerate(self.own.owners):
+            if cell is not None:
+                mask[mixture, cell] = True
+        return mask
+
+
+def dynamic_layers(network: nn.Module) -> list[DynamicLayer]:
+    """The dynamic layers of a network, by warehouse and then in the order of their cells.
+
+    Raises:
+        PictureError: it has none.
+    """
+    found: dict[str, list[DynamicLayer]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, KWLayer):
+            partition = module.warehouse.partition
+            slot = next(i for i, own in enumerate(partition.layers) if own is module.partition)
+            layer = DynamicLayer(
+                name,
+                module.warehouse.name,
+                module.partition.mixtures,
+                partition.cells,
+                partition.slices[slot],
+            )
+            found.setdefault(layer.warehouse, []).append(layer)
+    if not found:
+        raise PictureError(
+            f"{type(network).__name__} is a static network: it has no coefficients, cells or "
+            "assembled kernels to draw; expected one with model.kernel_warehouse or model.peer"
+        )
+    return [
+        layer
+        for group in found.values()
+        for layer in sorted(group, key=lambda layer: layer.own.start)
+    ]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's mode is as it was afterwards."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def captured(
+    network: nn.Module, names: Collection[str] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Coefficients ``[B, m, n]`` by layer of the forward pass that is made inside, float32.
+
+    Args:
+        network: with dynamic layers.
+        names: of the layers; left out, all.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, KWLayer) and (names is None or name in names):
+
+            def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+                alpha = output if isinstance(output, Tensor) else output.alpha  # ODConv's
+                seen[name] = alpha.detach().float()
+
+            handles.append(module.attention.register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def coefficients(
+    network: nn.Module, images: Tensor, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Layers' coefficients for some images, in evaluation mode.
+
+    Draws no random number and leaves the network as it was.
+
+    Args:
+        network: with dynamic layers.
+        images: preprocessed, ``[B, 3, S, S]``, on the network's device.
+        names: of the layers; left out, all.
+
+    Returns:
+        ``[B, m, n]`` by name of the layer, float32, on that device.
+    """
+    with evaluating(network), captured(network, names) as seen:
+        # Past __call__: what network.compile() made calls no hooks.
+        network.forward(images)
+    return seen
+
+
+@dataclass(frozen=True)
+class CellUse:
+    """How a layer's mixtures use the cells, over images.
+
+    Attributes:
+        mean: mean coefficient, ``[m, n]``.
+        positive: mean of ``max(alpha, 0)``, ``[m, n]``.
+        negative: mean of ``max(-alpha, 0)``, ``[m, n]``.
+    """
+
+    mean: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @property
+    def absolute(self) -> Tensor:
+        """Mean of ``|alpha|``, ``[m, n]``."""
+        return self.positive + self.negative
+
+
+def cell_use(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, CellUse]:
+    """Averages over images.
+
+    Args:
+        batches: coefficients as :func:`coefficients` gives them, of at least one batch; taken one
+            at a time.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    count = 0
+    for batch in batches:
+        count += len(next(iter(batch.values())))
+        for name, alpha in batch.items():
+            signs = [alpha.clamp(min=0).sum(0), (-alpha).clamp(min=0).sum(0)]
+            new = [sign.double().cpu() for sign in signs]
+            sums[name] = (
+                [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
+            )
+    return {
+        name: CellUse((positive - negative) / count, positive / count, negative / count)
+        for name, (positive, negative) in sums.items()
+    }
+
+
+@dataclass(frozen=True)
+class CellShares:
+    """Where the absolute coefficients of a layer's mixtures go, on average over its mixtures.
+
+    The six sum to the mean of ``sum_j |alpha_ij|`` over mixtures; under the contrasting function
+    what is missing to 1 went to the null cell.
+
+    Attributes:
+        own: to a mixture's own cell: ``(positive, negative)``.
+        layer: to the layer's other cells.
+        foreign: to cells of other layers.
+    """
+
+    own: tuple[float, float]
+    layer: tuple[float, float]
+    foreign: tuple[float, float]
+
+    @property
+    def total(self) -> float:
+        """The sum of all six."""
+        return sum((*self.own, *self.layer, *self.foreign))
+
+    @property
+    def negative(self) -> float:
+        """The negative ones' share of :attr:`total`."""
+        return (self.own[1] + self.layer[1] + self.foreign[1]) / max(self.total, 1e-12)
+
+    def part(self, name: str) -> float:
+        """The share of ``"own"``, ``"layer"`` or ``"foreign"`` in :attr:`total`."""
+        return sum(getattr(self, name)) / max(self.total, 1e-12)
+
+
+def cell_shares(use: CellUse, layer: DynamicLayer) -> CellShares:
+    """Sum a layer's use of cells up by whose cells they are."""
+    own = layer.own_mask()
+    inside = torch.zeros_like(own)
+    inside[:, layer.own.start : layer.own.stop] = True
+
+    def of(where: Tensor) -> tuple[float, float]:
+        signs = (use.positive, use.negative)
+        positive, negative = (float(sign[where].sum()) / layer.mixtures for sign in signs)
+        return positive, negative
+
+    return CellShares(of(own), of(inside & ~own), of(~inside))
+
+
+def class_effect(alpha: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """How coefficients differ between classes.
+
+    Args:
+        alpha: a layer's coefficients, ``[B, m, n]``.
+        labels: int64 ``[B]``; at least two classes and more images than classes.
+
+    Returns:
+        For every class that occurs, in rising order, its mean coefficient of each cell over images
+        and mixtures, less the mean over classes, ``[C, n]``; and the share of the coefficients'
+        variance over images that lies between classes, corrected for what as many random groups
+        would show (epsilon squared, Kelley 1935): 0 when classes do not matter, 1 when nothing else
+        does.
+
+    Raises:
+        PictureError: there are fewer than two classes, or no more images than classes.
+    """
+    found = labels.unique()
+    count, groups = len(labels), len(found)
+    if groups < 2 or count <= groups:
+        raise PictureError(
+            f"{count} images of {groups} classes: expected at least two classes and more images "
+            "than classes to compare them"
+        )
+    values = alpha.double().flatten(1)  # [B, m * n]
+    means = torch.stack([values[labels == label].mean(0) for label in found])  # [C, m * n]
+    rows = torch.searchsorted(found, labels)
+    within = float((values - means[rows]).square().sum())
+    total = float((values - values.mean(0)).square().sum())
+    effect = 1 - (within / (count - groups)) / (total / (count - 1)) if total > 0 else 0.0
+    by_cell = means.unflatten(1, alpha.shape[1:]).mean(1)  # [C, n]
+    return (by_cell - by_cell.mean(0)).cpu(), effect

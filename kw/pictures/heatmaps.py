@@ -1,0 +1,192 @@
+"""Heat maps of coefficients: layers as bands of one map, warehouse by warehouse.
+
+A band's rows are a layer's mixtures (or classes), its columns the cells of the warehouse. The box
+in a band frames the layer's own cells: at temperature 1 nothing else is used.
+
+Legend: m mixtures, n cells, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .coefficients import CellUse, DynamicLayer
+from .style import INK, SIGNED, new_figure, signed_limit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes", "panel_grid"]
+
+_LEAST, _MOST = 7, 36  # height of a band, rows: names must fit beside it
+_INCHES = 0.024  # of a row
+_BOXES = 300  # cells that are still wider than a pixel
+_WIDE = 120  # cells from which a panel takes the whole width
+
+
+@dataclass(frozen=True)
+class Band:
+    """One layer's part of a map.
+
+    Attributes:
+        label: beside it.
+        values: ``[rows, n]``.
+        own: first and one past the last of the layer's own cells.
+    """
+
+    label: str
+    values: Tensor
+    own: tuple[int, int]
+
+    @property
+    def height(self) -> int:
+        """On the map, rows."""
+        return min(max(len(self.values), _LEAST), _MOST)
+
+
+def by_warehouse(layers: Sequence[DynamicLayer]) -> dict[str, list[DynamicLayer]]:
+    """Layers in groups, as they are."""
+    groups: dict[str, list[DynamicLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.warehouse, []).append(layer)
+    return groups
+
+
+def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNED) -> Any:
+    """Draw bands from top to bottom.
+
+    Args:
+        axes: matplotlib's.
+        bands: with one number of cells.
+        limit: end of the scale; it begins at ``-limit``, with another map than :data:`SIGNED` at 0.
+        cmap: the colours.
+
+    Returns:
+        What a colour bar is made of.
+    """
+    from matplotlib.patches import Rectangle
+
+    cells = bands[0].values.shape[1]
+    top, ticks, image = 0, [], None
+    for band in bands:
+        # Every value a box, but where there are more of them than pixels.
+        boxes = cells <= _BOXES and len(band.values) <= 2 * band.height
+        image = axes.imshow(
+            band.values.numpy(),
+            cmap=cmap,
+            vmin=-limit if cmap == SIGNED else 0,
+            vmax=limit,
+            aspect="auto",
+            interpolation="nearest" if boxes else "auto",
+            extent=(0, cells, top + band.height, top),
+        )
+        start, stop = band.own
+        if stop > start:
+            box = (start, top), stop - start, band.height
+            axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=0.9))
+        ticks.append(top + band.height / 2)
+        top += band.height
+        if band is not bands[-1]:
+            axes.axhline(top, color=INK, linewidth=0.4)
+    axes.set(xlim=(0, cells), ylim=(top, 0))
+    axes.set_yticks(ticks, [band.label for band in bands], fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlabel("cell of the warehouse", fontsize=8)
+    return image
+
+
+def panel_grid(panels: Sequence[Sequence[Band]]) -> tuple[Figure, list[Any]]:
+    """A figure and one axes for every panel: two beside one another where cells are few."""
+    columns = 1 if len(panels) == 1 or max(p[0].values.shape[1] for p in panels) > _WIDE else 2
+    rows = math.ceil(len(panels) / columns)
+    heights = [
+        0.75 + _INCHES * max(sum(band.height for band in p) for p in panels[r::rows])
+        for r in range(rows)
+    ]
+    figure = new_figure(9, sum(heights) + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    for spare in grid.T.flatten()[len(panels) :]:
+        spare.set_axis_off()
+    return figure, list(grid.T.flatten()[: len(panels)])  # down the columns
+
+
+def draw_attention(
+    layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title: str
+) -> Figure:
+    """Mean coefficients of every mixture for every cell, one panel a warehouse.
+
+    Args:
+        layers: what to draw.
+        use: by name of the layer.
+        title: above the picture.
+
+    Raises:
+        PictureError: matplotlib is missing.
+    """
+    groups = by_warehouse(layers)
+    panels = [
+        [
+            Band(f"{x.name} ({x.mixtures})", use[x.name].mean, (x.own.start, x.own.stop))
+            for x in group
+        ]
+        for group in groups.values()
+    ]
+    figure, all_axes = panel_grid(panels)
+    for axes, bands, (name, group) in zip(all_axes, panels, groups.items(), strict=True):
+        limit = signed_limit(*(band.values for band in bands), quantile=0.998)
+        image = draw_bands(axes, bands, limit)
+        bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        axes.set_title(f"warehouse {name}: {group[0].cells} cells", fontsize=9, loc="left")
+    figure.suptitle(
+        f"{title}\nrows: mixtures of a layer (their number); box: its own cells", size=9
+    )
+    return figure
+
+
+def draw_classes(
+    layers: Sequence[DynamicLayer],
+    effects: Mapping[str, tuple[Tensor, float]],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """How much more or less of each cell the images of a class use, one panel a warehouse.
+
+    Args:
+        layers: what to draw.
+        effects: by name of the layer, see :func:`kw.pictures.coefficients.class_effect`.
+        classes: names of the rows.
+        title: above the picture.
+
+    Raises:
+        PictureError: matplotlib is missing.
+    """
+    groups = by_warehouse(layers)
+    panels = [
+        [
+            Band(
+                f"{x.name}  {effects[x.name][1]:.0%}", effects[x.name][0], (x.own.start, x.own.stop)
+            )
+            for x in group
+        ]
+        for group in groups.values()
+    ]
+    figure, all_axes = panel_grid(panels)
+    for axes, bands, name in zip(all_axes, panels, groups, strict=True):
+        limit = signed_limit(*(band.values for band in bands), quantile=0.998)
+        image = draw_bands(axes, bands, limit)
+        bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        axes.set_title(f"warehouse {name}", fontsize=9, loc="left")
+    rows = f"{len(classes)} classes from {classes[0]} (top) to {classes[-1]}"
+    figure.suptitle(
+        f"{title}\nrows of a layer: {rows}; percentage: variance over images between classes",
+        size=9,
+    )
+    return figure

@@ -1,0 +1,121 @@
+"""Coefficients over training: snapshots of one warehouse, and what all layers turn to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .coefficients import CellUse, DynamicLayer, cell_shares
+from .heatmaps import Band, draw_bands
+from .style import AMOUNT, INK, few_ticks, new_figure, signed_limit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Snapshot", "draw_history", "spread"]
+
+_PANELS = 4
+_PARTS = {
+    "own": "to a mixture's own cell",
+    "foreign": "to other layers' cells",
+    "negative": "negative",
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The coefficients at one moment of training.
+
+    Attributes:
+        epoch: epochs done.
+        temperature: tau of the weights, or ``None`` where there is none.
+        use: by name of the layer.
+    """
+
+    epoch: float
+    temperature: float | None
+    use: Mapping[str, CellUse]
+
+
+def spread(count: int, most: int = _PANELS) -> list[int]:
+    """At most so many places of a list, the first and the last among them, evenly between."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def draw_history(
+    layers: Sequence[DynamicLayer], snapshots: Sequence[Snapshot], warehouse: str, title: str
+) -> Figure:
+    """Above: mean coefficients of a warehouse at a few moments. Below: shares of all layers.
+
+    Args:
+        layers: all of the network.
+        snapshots: in the order of training, at least one.
+        warehouse: the one that is drawn above.
+        title: above the picture.
+
+    Raises:
+        PictureError: matplotlib is missing.
+    """
+    chosen = [snapshots[i] for i in spread(len(snapshots))]
+    group = [layer for layer in layers if layer.warehouse == warehouse]
+    lower = 0.8 + 0.16 * len(layers)
+    figure = new_figure(10, 3.6 + lower + 1.1)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3.6, lower + 0.6))
+    upper_part, lower_part = parts
+    images = []
+    all_axes = upper_part.subplots(1, len(chosen), squeeze=False)[0]
+    for axes, snapshot in zip(all_axes, chosen, strict=True):
+        bands = [Band(x.name, snapshot.use[x.name].mean, (x.own.start, x.own.stop)) for x in group]
+        limit = signed_limit(*(band.values for band in bands), quantile=0.998)
+        images.append(draw_bands(axes, bands, limit))
+        tau = "" if snapshot.temperature is None else f", tau = {snapshot.temperature:.2f}"
+        axes.set_title(f"epoch {snapshot.epoch:g}{tau}", fontsize=9)
+        if axes is not all_axes[0]:
+            axes.set_yticks([])
+        bar = upper_part.colorbar(
+            images[-1], ax=axes, extend="both", orientation="horizontal", pad=0.02, fraction=0.05
+        )
+        few_ticks(bar)
+    upper_part.suptitle(
+        f"{title}\nwarehouse {warehouse}: mean coefficients, each map on its own scale", size=9
+    )
+    _draw_shares(lower_part, layers, snapshots)
+    return figure
+
+
+def _draw_shares(part: Any, layers: Sequence[DynamicLayer], snapshots: Sequence[Snapshot]) -> None:
+    has_temperature = snapshots[0].temperature is not None
+    rows = 2 if has_temperature else 1
+    ratios = (len(layers) * 0.16 + 0.3, 0.6)[:rows]
+    grid = part.subplots(rows, len(_PARTS), squeeze=False, height_ratios=ratios, sharex=True)
+    shares = [[cell_shares(snapshot.use[x.name], x) for snapshot in snapshots] for x in layers]
+    epochs = [snapshot.epoch for snapshot in snapshots]
+    for column, (key, label) in enumerate(_PARTS.items()):
+        values = torch.tensor(
+            [[s.negative if key == "negative" else s.part(key) for s in row] for row in shares]
+        )  # [layers, snapshots]
+        axes = grid[0, column]
+        image = axes.pcolormesh(
+            epochs, range(len(layers)), values.numpy(), cmap=AMOUNT, vmin=0, shading="nearest"
+        )
+        axes.invert_yaxis()
+        axes.set_title(f"share of |coefficient| {label}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.set_yticks(range(len(layers)), [x.name for x in layers] if not column else [])
+        axes.tick_params(axis="y", length=0, labelsize=7)
+        bar = part.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        bar.ax.tick_params(labelsize=7)
+        if has_temperature:
+            below = grid[1, column]
+            below.plot(epochs, [snapshot.temperature for snapshot in snapshots], color=INK)
+            below.set_ylim(-0.05, 1.05)
+            below.tick_params(labelsize=7)
+            if not column:
+                below.set_ylabel("temperature", fontsize=7)
+        grid[-1, column].set_xlabel("epoch", fontsize=8)
