@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from kw.config import load_config
-from kw.evaluation import read_metafile, render_readme
-from kw.evaluation import SOURCES
+from kw.evaluation import SOURCES, read_metafile, render_readme
 from kw.evaluation.tables import BEGIN, END
 from kw.models.complexity import analyze
 

@@ -79,7 +79,7 @@ class PaperRow:
     weights: str | None = None
     same_run: str | None = None
     note: str | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def read_metafile(path: Path) -> list[dict[str, Any]]:
     """The tables of a metafile with what is published of them.
 
     Returns:
-        ``[{table, title, models: [...]}]``; a model's mapping has the file's keys, ``config``, a path
+        ``[{table, title, models: [...]}]``; a model has the keys of the file, ``config``, a path
         beside the metafile, and ``published``, a :class:`kw.evaluation.PaperRow`.
 
     Raises:
@@ -78,7 +78,7 @@ def _read_table(path: Path, table: Any) -> dict[str, Any]:
             keys = {"top1", "top5", "note"}
             _expect_keys(model["measured"], keys, f"{where}, model {name!r}: measured")
         try:
-            published = paper.row(name)
+            published = paper.row(str(name))
         except ReportError as error:
             raise ReportError(f"{path}: {error}") from error
         family = f"imagenet/{path.parent.name}/"
