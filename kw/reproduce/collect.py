@@ -107,20 +107,28 @@ class RowReport:
 
 @dataclass(frozen=True)
 class TableReport:
-    """A table, published and measured; ``scale`` says how its recipes were scaled."""
+    """A table, published and measured.
+
+    Attributes:
+        table: what was published.
+        scale: how its recipes were scaled, in words.
+        is_full: they were not.
+        rows: some or all of its rows.
+    """
 
     table: PaperTable
     scale: str
+    is_full: bool
     rows: Sequence[RowReport]
 
 
 def collect(task: Reproduction, rows: Sequence[PaperRow]) -> TableReport:
     """Read what the runs of some rows of a table left.
 
-    Raises:
-        UserError: a shipped configuration is wrong.
+    A run that cannot be read is a problem of its row.
     """
-    return TableReport(task.table, task.scale.title, [_collect_row(task, row) for row in rows])
+    found = [_collect_row(task, row) for row in rows]
+    return TableReport(task.table, task.scale.title, not task.scale.rules, found)
 
 
 def _collect_row(task: Reproduction, row: PaperRow) -> RowReport:
@@ -135,7 +143,7 @@ def _collect_row(task: Reproduction, row: PaperRow) -> RowReport:
         if done:
             measured, costs = _measure(task, row, done)
             return replace(report, measured=measured, costs=costs)
-    except ReportError as error:
+    except UserError as error:  # a file of the run is damaged; the other rows are not
         return replace(report, problem=str(error))
     if runs and task.scale.name == "full" and Path(str(row.config)).suffix == ".yaml":
         config = load_config(config_path(row), check_model_name=False)

@@ -64,10 +64,11 @@ def render_page(report: TableReport, sheet: Sheet) -> str:
     plots = [plot for plot in (_by_size(report, figure), _by_time(report, figure)) if plot]
     if plots:
         parts.append(f'<h2>Accuracy</h2>\n<div class="plots">{"".join(plots)}</div>')
-    curves = [plot for row in report.rows if (plot := _curves(row, figure))]
+    curves = [plot for row in report.rows if (plot := _curves(row, figure, report.is_full))]
     if curves:
-        what = f"{escape(figure.title)} (left; the level is the published figure) and training loss"
-        parts.append(f"<h2>Curves</h2>\n<p>By epoch: {what}, a line for every seed.</p>")
+        level = ", with the published figure as a level" if report.is_full else ""
+        what = f"{escape(figure.title)}{level}, and the training loss"
+        parts.append(f"<h2>Curves</h2>\n<p>By epoch: {what}; a line for every seed.</p>")
         parts += curves
     return "\n".join([*parts, "</body>\n</html>"]) + "\n"
 
@@ -88,7 +89,10 @@ def _table(sheet: Sheet) -> str:
             kind = f' class="{style}"' if style else _words(i in words)
             cells.append(f"<td{kind}>{escape(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    caption = "Published figures and those measured here: of every run the best epoch's."
+    caption = (
+        "Published figures and those measured here, of every run the best epoch's; accuracies and "
+        "AP in percent."
+    )
     return (
         f'<div class="wide"><table><caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{chr(10).join(body)}\n</tbody></table></div>"
@@ -109,7 +113,7 @@ def _by_size(report: TableReport, figure: Figure) -> str:
     points = []
     for row in report.rows:
         published, size = row.row.figures.get(figure.key), row.row.figures.get("params_m")
-        if published is not None and size is not None:
+        if report.is_full and published is not None and size is not None:
             style = "recalled" if row.row.source == "recalled" else "published"
             title = f"{row.row.model}, published: {published} at {size}M"
             # One name a row is enough.
@@ -120,7 +124,7 @@ def _by_size(report: TableReport, figure: Figure) -> str:
             points.append(_measured(row, figure, size, f"{size:.2f}M parameters"))
     name = f"{figure.title} by parameters"
     picture = chart(name, Axis("parameters, millions", log=True), Axis(figure.title), points)
-    return _figure(picture, f"{figure.title} against parameters. {_KEY}")
+    return _figure(picture, f"{figure.title} against parameters. {_KEY if report.is_full else ''}")
 
 
 def _by_time(report: TableReport, figure: Figure) -> str:
@@ -142,19 +146,26 @@ def _measured(row: RowReport, figure: Figure, x: float, where: str) -> Point:
     return Point(x, value, title, "measured", row.row.model)
 
 
-def _curves(row: RowReport, figure: Figure) -> str:
-    """A row over its epochs: the score beside the published figure, and the loss."""
+def _curves(row: RowReport, figure: Figure, with_published: bool) -> str:
+    """A row over its epochs: the score, perhaps with the published figure, and the loss."""
     if not row.curves:
         return ""
     scores = [Line(_drawn(c.score), f"seed {c.seed}", "measured") for c in row.curves]
     published = row.row.figures.get(figure.key)
-    if published is not None:
+    if with_published and published is not None:
         style = "recalled" if row.row.source == "recalled" else "published"
         scores.append(Line([(0, published)], f"published: {published}", style))
     losses = [Line(_drawn(c.loss), f"seed {c.seed}", "loss") for c in row.curves]
     model = row.row.model
     pictures = [
-        chart(f"{model}: {name}", Axis("epoch"), Axis(name), lines=lines, width=420, height=220)
+        chart(
+            f"{model}: {name}",
+            Axis("epoch", whole=True),
+            Axis(name),
+            lines=lines,
+            width=420,
+            height=220,
+        )
         for name, lines in ((figure.title, scores), ("training loss", losses))
     ]
     return f'<h3>{escape(model)}</h3>\n<div class="plots">{"".join(pictures)}</div>'

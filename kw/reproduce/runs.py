@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,27 +182,21 @@ class Reproduction:
         own = flat(read_settings(shipped))
         given = given_keys(self.options)
         settings = self.scale.settings(self.table.kind, own)
-        if data is not None:
-            settings["data.root"] = str(data.absolute())
+        epochs = int(_number(given.get("epochs")) or settings.get("epochs", own["epochs"]))
+        settings = {**epochs_scaled(own, epochs), **settings}
         if run.row.weights is not None and not self._replaces_weights(run.row):
             settings[_WEIGHTS] = str(self._weights(run.row))
-        if run.seed:
-            settings["seed"] = own["seed"] + run.seed
-        epochs = json.loads(given["epochs"]) if given.get("epochs", "").isdecimal() else None
-        settings = {
-            **epochs_scaled(own, epochs or settings.get("epochs", own["epochs"])),
-            **settings,
-        }
-        if root := given.get("data.root", settings.get("data.root")):
-            # Launchers start in other folders.
-            root = str(Path(root.strip().strip("'\"")).expanduser().absolute())
-            settings["data.root"] = root
-            if self.scale.rules and self.table.kind == "classification":
-                settings.setdefault("model.num_classes", _count_classes(Path(root)))
+        root = Path(given["data.root"].strip("'\" ")) if "data.root" in given else data
+        # Launchers start in other folders.
+        root = Path(root or own["data.root"]).expanduser().absolute()
+        counts = self.scale.rules and self.table.kind == "classification"
+        if counts and "model.num_classes" not in {**settings, **given}:
+            settings["model.num_classes"] = _count_classes(root)
         chosen = [as_option(key, value) for key, value in settings.items() if key not in given]
-        chosen += [option for option in self.options if not option.startswith("data.root=")]
-        if "data.root" in given:
-            chosen.append(as_option("data.root", settings["data.root"]))
+        chosen += [*self.options, as_option("data.root", str(root))]
+        if run.seed:
+            first = _number(given.get("seed"))
+            chosen.append(as_option("seed", (own["seed"] if first is None else first) + run.seed))
         try:
             with warnings.catch_warnings():
                 # What an option of all rows has no effect on.
@@ -249,6 +242,11 @@ def _load_detector(path: Path, options: list[str]) -> Any:
     except ImportError as error:
         raise ConfigError(f"{path}: a detector's configuration: {error}") from error
     return load_detector_config(path, options)
+
+
+def _number(text: str | None) -> int | None:
+    """An option's value where it is a whole number; what else it is, is told elsewhere."""
+    return int(text) if text is not None and text.strip().isdecimal() else None
 
 
 def _count_classes(root: Path) -> int:

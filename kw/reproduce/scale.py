@@ -145,13 +145,13 @@ def as_option(key: str, value: Any) -> str:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings by dotted key; an empty one is a value."""
+    """Nested mappings by dotted key; an empty one says nothing."""
     return dict(_flat(settings, ""))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -14,15 +14,16 @@ from html import escape
 __all__ = ["Axis", "Line", "Point", "chart"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
-_CHARACTER, _LINE_HEIGHT = 5.6, 11  # of a label, pixels, about
+_CHARACTER, _LINE_HEIGHT = 6.0, 11  # of a label, pixels, about
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its label, and whether it is logarithmic."""
+    """An axis: its label, whether it is logarithmic, whether only whole numbers are marked."""
 
     label: str
     log: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def chart(
     ys = [p.y for p in points] + [b for line in drawn for _, b in line.points]
     if not ys:
         return ""
-    across = _scale(xs or [0, 1], x.log, _LEFT, width - _RIGHT)
-    up = _scale(ys, y.log, height - _BOTTOM, _TOP)
+    across = _scale(xs or [0, 1], x, _LEFT, width - _RIGHT)
+    up = _scale(ys, y, height - _BOTTOM, _TOP)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(name)}"><title>{escape(name)}</title>'
@@ -159,9 +160,9 @@ def _axes(x: Axis, y: Axis, across: _Scale, up: _Scale, width: int, height: int)
     return parts
 
 
-def _scale(values: Sequence[float], log: bool, start: float, end: float) -> _Scale:
+def _scale(values: Sequence[float], axis: Axis, start: float, end: float) -> _Scale:
     low, high = min(values), max(values)
-    if log and low > 0:
+    if axis.log and low > 0:
         low, high = low / 1.15, high * 1.15
         steps = (1, 2, 5) if high / low < 300 else (1,)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -173,6 +174,7 @@ def _scale(values: Sequence[float], log: bool, start: float, end: float) -> _Sca
     low, high = low - room, high + room
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (m * step) <= 6)
+    step = max(step, 1) if axis.whole else step
     first = math.ceil(low / step)
     ticks = [n * step for n in range(first, math.floor(high / step) + 1)]
     return _Scale(low, high, start, end, False, ticks)

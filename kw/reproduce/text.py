@@ -56,7 +56,9 @@ def _remarks(row: RowReport) -> list[str]:
     found = [row.row.note] if row.row.note else []
     if row.measured is not None:
         if row.measured.deviations:
-            found.append(f"differs from the published recipe: {'; '.join(row.measured.deviations)}")
+            found.append(
+                f"differs from the shipped configuration: {'; '.join(row.measured.deviations)}"
+            )
         if row.measured.runs > 1:
             found.append(f"mean and standard deviation of {row.measured.runs} seeds")
     return found
