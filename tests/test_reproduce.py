@@ -240,8 +240,11 @@ def test_the_last_error_is_found(tmp_path: Path) -> None:
     start = log.stat().st_size
     log.write_text(log.read_text() + "epoch 1\nValueError: this one\nE1 torch: summary\n\n")
     assert reason(log, start) == "ValueError: this one"
-    log.write_text("error: data.root nowhere\nusage\n")
+    summary = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n exitcode: 2\n"
+    log.write_text(f"error: data.root nowhere\nRuntimeError: of another process\n{summary}")
     assert reason(log) == "data.root nowhere"
+    log.write_text(f"RuntimeError: the one\n{summary}")
+    assert reason(log) == "RuntimeError: the one"
     log.write_text("Killed\n")
     assert reason(log) == "Killed"
     assert reason(tmp_path / "none") == ""
@@ -286,6 +289,17 @@ def test_slurm(
     queue.write_text("")
     (folder / "launch/slurm-77_0.out").write_text("error: no such node\n")
     assert "resnet50                  failed: no such node;" in call(*options)
+
+    # Begun with another seed: that is no matter until there is something to go on from.
+    begun = folder / "resnet50/config.yaml"
+    begun.parent.mkdir()
+    text = task.resolve(task.runs(task.table.row("resnet50"))[0])
+    begun.write_text(text.replace("\nseed: 0\n", "\nseed: 9\n"))
+    assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
+    (begun.parent / "epoch_1.pth").touch()
+    said = call(*options, *slurm, status=1)
+    assert f"resnet50: {begun.parent} was begun with other settings (seed 9 -> 0)" in said
+    assert "job 77: resnet50_dyconv4x" in said
 
 
 def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
@@ -344,6 +358,8 @@ def test_a_detector_starts_from_its_classifier(full: Callable[..., Reproduction]
         (["imagenet_300ep", "--seeds", "0"], "expected an integer >= 1"),
         (["imagenet_300ep", "--run", "--cfg-options", "epoch=3"], "did you mean epochs?"),
         (["imagenet_300ep", "--run", "--launcher", "slurm"], "there is no sbatch here"),
+        (["latency_batch128", "--run"], "tools/benchmark.py measures latency"),
+        (["imagenet_resnet18_100ep", "--rows", "*_dcd", "--run"], "nothing to train"),
     ],
 )
 def test_mistakes_are_one_message(

@@ -18,6 +18,7 @@ from kw.reproduce import (
     CONFIGS,
     LAUNCHERS,
     Reproduction,
+    RunError,
     command_for,
     overview,
     read_scale,
@@ -63,6 +64,12 @@ def main() -> None:
     rows = task.rows(args.rows)
     runs = [run for row in rows for run in task.runs(row)]
     status, launcher = 0, args.launcher or "none"
+    if (args.run or args.dry_run) and not runs:
+        raise RunError(
+            f"{table.name}: there is nothing to train: the rows have no configuration"
+            if table.kind != "latency"
+            else f"{table.name} is not trained: tools/benchmark.py measures latency"
+        )
     if args.dry_run:
         waiting = [run for run, _ in unfinished(task, runs)]
         homes = dict.fromkeys(run.home for run in waiting)

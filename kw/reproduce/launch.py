@@ -278,7 +278,8 @@ def _write(run: Run, text: str) -> None:
 def _settings_conflict(run: Run, text: str) -> str | None:
     """What keeps a run from going on with these settings: it was begun with others."""
     begun = run.work_dir / f"config{run.config.suffix}"
-    if not begun.is_file():
+    # One that ended before its first checkpoint begins anew, with any settings.
+    if not begun.is_file() or not any(run.work_dir.glob("epoch_*.pth")):
         return None
     candidate = run.config.with_name(f"{run.name}_new{run.config.suffix}")
     candidate.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ from .runs import Run
 
 __all__ = ["Jobs", "Outcome", "RunError", "State", "find_state", "locked", "reason", "record"]
 
-_ERROR = re.compile(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)")
+# What a tool says of a mistake, and before it an exception's last line: torchrun adds its own to both.
+_ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
 _EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)
 
 
@@ -121,7 +122,8 @@ def reason(log: Path, start: int = 0) -> str:
         start: bytes of earlier attempts.
 
     Returns:
-        The last line that names an error, else the last line that says anything.
+        The last line of a tool's that names a mistake, else an exception's, else the last line that
+        says anything.
     """
     try:
         with open(log, "rb") as file:
@@ -130,8 +132,10 @@ def reason(log: Path, start: int = 0) -> str:
     except OSError:
         return ""
     said = [line for line in lines if line]
-    errors = [line for line in said if _ERROR.match(line)]
-    return (errors or said or [""])[-1].removeprefix("error: ")[:300]
+    for pattern in _ERRORS:
+        if found := [line for line in said if pattern.match(line)]:
+            return found[-1].removeprefix("error: ")[:300]
+    return said[-1][:300] if said else ""
 
 
 class Jobs:
