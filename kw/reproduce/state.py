@@ -19,7 +19,7 @@ from .runs import Run
 
 __all__ = ["Jobs", "Outcome", "RunError", "State", "find_state", "locked", "reason", "record"]
 
-# What a tool says of a mistake, and before it an exception's last line: torchrun adds its own to both.
+# What a tool says of a mistake; an exception. torchrun adds one of its own after either.
 _ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
 _EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)
 
