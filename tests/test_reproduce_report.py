@@ -215,3 +215,31 @@ def test_wrong_tables_are_named(old: str, new: str, expected: str, tmp_path: Pat
         read_tables(path)
     assert expected in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_detectors_are_in_percent(tmp_path: Path) -> None:
+    """COCO's figures are fractions in results.json and percent in the paper."""
+    pytest.importorskip("mmdet", exc_type=ImportError)
+    options = ("epochs=1", "model.backbone.weights=w.pth")
+    task = Reproduction(paper_tables()["coco_mask_rcnn_1x"], FULL, tmp_path, options=options)
+    row = task.table.row("mask_rcnn_kw_resnet50_1x")
+    (run,) = task.runs(row)
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / "config.py").write_text(task.resolve(run))
+    at, figures = {"epoch": 1, "iter": 7329}, {"bbox_mAP": 0.4150, "segm_mAP": 0.3861}
+    train = {"mode": "train", **at, "seconds": 7200, "loss": 1.0}
+    lines = [train, {"mode": "val", **at, **figures, "bbox_mAP_l": None}]
+    (run.work_dir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    results = {**figures, "weights": "model", "params": 46_000_000}
+    (run.work_dir / "results.json").write_text(json.dumps(results))
+    record(run, Outcome(0))
+    write_report(task, [row], tmp_path / "out")
+    cells = cells_of((tmp_path / "out/table.md").read_text())[row.model]
+    assert cells[1:4] == ["46.00M", "-", "-"]  # nothing published of its size
+    assert cells[4:7] == ["41.8", "41.5", "-0.3"]
+    assert cells[7:10] == ["38.4", "38.6", "+0.2"]  # 38.61 - 38.4
+    assert cells[10] == "2.000"
+    notes = (tmp_path / "out/table.md").read_text()
+    assert "differs from the shipped configuration: epochs 12 -> 1;" in notes
+    assert "backbone.weights" not in notes
+    assert "training images an epoch" not in notes  # 7,329 updates of 16: COCO's
