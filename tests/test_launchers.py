@@ -103,8 +103,8 @@ def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path
     settings = yaml.safe_load(config.read_text())
     settings["epochs"] = 100
     config.write_text(yaml.safe_dump(settings))
-    work_dir = tmp_path / "job"
-    options = f"--work-dir {work_dir} --cfg-options epochs="
+    work_dir = tmp_path / config.stem
+    options = f"--work-dir {tmp_path}/{{name}} --cfg-options epochs="
     array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
     job = slurm(tmp_path, "none.yaml", config, OPTIONS=f"{options}100", **array)
     while not (work_dir / "log.jsonl").exists():

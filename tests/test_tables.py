@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from kw.config import load_config
-from kw.evaluation import read_metafile, render_readme
-from kw.evaluation.tables import BEGIN, END, SOURCES
+from kw.evaluation import SOURCES, read_metafile, render_readme
+from kw.evaluation.tables import BEGIN, END
 from kw.models.complexity import analyze
 
 ROOT = Path(__file__).parents[1]
@@ -30,16 +30,22 @@ def models(path: Path) -> list[dict[str, Any]]:
 
 @every_family
 def test_metafile_agrees_with_configurations_and_checkpoints(path: Path) -> None:
-    assert {m["config"] for m in models(path)} == {p.name for p in path.parent.glob("*.yaml")}
+    files = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*.yaml")}
+    assert {m["config"] for m in models(path)} == files
     for model in models(path):
         head = (path.parent / model["config"]).read_text().split("\n\n")[0]
-        published, name = model["published"], model["name"]
-        assert f"# Reproduces  {name} of" in head
-        assert f"top-1 {published['top1']:.2f}, top-5 {published['top5']:.2f}" in head
-        assert f"# Parameters  {published['params_m']:.2f}M as published." in head
-        assert f"({SAID[published['source']]}" in head
+        name, published = model["name"], model["published"].figures
+        if model["published"].same_run is None:
+            assert f"# Reproduces  {name} of" in head
+            top5 = f", top-5 {published['top5']:.2f}" if "top5" in published else ""
+            assert f"top-1 {published['top1']:.2f}{top5} (" in head
+            assert f"({SAID[model['published'].source]}" in head
         if name in CHECKPOINTS:
             assert model["parameters"] == CHECKPOINTS[name]["parameters"]
+        if "params_m" not in published:
+            assert f"# Parameters  {model['parameters'] / 1e6:.2f}M" in head
+            continue
+        assert f"# Parameters  {published['params_m']:.2f}M as published." in head
         # The papers compare with others' methods in their own implementations of them.
         ours = name.startswith("kw_") or name.count("_") == 0
         room = 0.06 if ours else 0.01 * published["params_m"]
@@ -63,19 +69,17 @@ def test_readme_is_up_to_date(path: Path) -> None:
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
     """A family of one model with figures, measured ones among them."""
-    folder = tmp_path / "net"
+    folder = tmp_path / "deit"
     folder.mkdir()
-    (folder / "net.yaml").touch()
+    (folder / "deit_tiny.yaml").touch()
     model = {
-        "name": "net",
-        "config": "net.yaml",
+        "name": "deit_tiny",
         "parameters": 1_234_567,
         "macs": 10**9,
         "macs_assembly": 0,
-        "published": {"params_m": 1.2, "top1": 70, "top5": 90.5, "source": "recalled"},
         "measured": {"top1": 69.5, "top5": 90, "note": "one run"},
     }
-    metafile = {"tables": [{"title": "A table", "models": [model]}]}
+    metafile = {"tables": [{"table": "imagenet_deit_300ep", "models": [model]}]}
     (folder / "metafile.yml").write_text(yaml.safe_dump(metafile))
     (folder / "README.md").write_text(f"# Net\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
     return folder
@@ -99,16 +103,16 @@ def test_tool_writes_and_checks(
     assert "old" in readme.read_text()
     assert run_tool(monkeypatch, root) == 0
     text = readme.read_text()
-    assert text.startswith(f"# Net\n\n{BEGIN}\n\n### A table\n\n| Model")
+    assert text.startswith(f"# Net\n\n{BEGIN}\n\n### ImageNet, DeiT\n\n| Model")
     assert text.endswith(f"|\n\n{END}\n\nAfter.\n")
     row = [cell.strip() for cell in text.splitlines()[8].strip("|").split("|")]
     assert row == [
-        "[net](net.yaml)",
+        "[deit_tiny](deit_tiny.yaml)",
         "1.23M",
         "1.00G",
         "-",
-        "1.20M",
-        "70.00 / 90.50",
+        "5.72M",
+        "72.13 / 91.32",
         "unconfirmed",
         "69.50 / 90.00",
     ]
@@ -118,9 +122,10 @@ def test_tool_writes_and_checks(
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("metafile.yml", "macs:", "mac:", "'A table', model 'net': missing ['macs'], unknown"),
-        ("metafile.yml", "recalled", "rumour", "published.source is 'rumour', expected one of"),
-        ("metafile.yml", "net.yaml", "nat.yaml", "config 'nat.yaml' is not beside"),
+        ("metafile.yml", "macs:", "mac:", "model 'deit_tiny': missing ['macs'], unknown"),
+        ("metafile.yml", "_deit_", "_diet_", "did you mean 'imagenet_deit_300ep'?"),
+        ("metafile.yml", "deit_tiny", "deit_tinny", "did you mean 'deit_tiny'?"),
+        ("metafile.yml", "deit_tiny", "deit_small", "'deit_small.yaml' is not beside"),
         ("README.md", END, "", "expected once, in this order, the lines"),
     ],
 )

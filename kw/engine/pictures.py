@@ -50,7 +50,7 @@ from ..pictures import (
 )
 from ..warehouse import get_temperature, has_temperature
 from .checkpoint import CheckpointError, load_checkpoint, load_network
-from .distributed import join_group
+from .distributed import find_process
 from .optim import autocast
 from .run import build_preprocessor, build_test_set, build_training_loader, set_contraction
 from .saving import checkpoints
@@ -116,7 +116,7 @@ def _load(config: Config, checkpoint: str | Path) -> _Trained:
     network = build_network(config.model)
     check_network(network, config.model, config.data.input_size)
     set_contraction(config.contraction, network)
-    device = join_group("none").device
+    device = find_process("none").device
     trained = _Trained(
         config,
         network.to(device).eval(),
@@ -310,7 +310,7 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
         DataError: the data folder is not as expected.
     """
     classes = check_data_root(config.data.root, config.model.num_classes)
-    process = join_group("none")
+    process = find_process("none")
     loader = build_training_loader(config, process)
     sampler: Any = loader.batch_sampler
     for name, value, most in (

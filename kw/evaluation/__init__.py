@@ -1,13 +1,19 @@
 """Exact metrics, and reports of finished runs."""
 
 from .accuracy import Accuracy
+from .paper import SOURCES, Figure, PaperRow, PaperTable, paper_tables
 from .report import ReportError, Run, plot_runs, read_run, render_table, summary_table
 from .tables import read_metafile, render_readme, render_tables
 
 __all__ = [
+    "SOURCES",
     "Accuracy",
+    "Figure",
+    "PaperRow",
+    "PaperTable",
     "ReportError",
     "Run",
+    "paper_tables",
     "plot_runs",
     "read_metafile",
     "read_run",

@@ -18,12 +18,10 @@ __all__ = ["ReportError", "Run", "plot_runs", "read_run", "render_table", "summa
 
 # What is read here of a run's two files, each with its types.
 _Keys = Mapping[str, tuple[type, ...]]
-_RESULTS: _Keys = {"params": (int,), "top1": (int, float), "weights": (str,)}
+_RESULTS: _Keys = {"params": (int,), "weights": (str,)}
 _LINE: _Keys = {"mode": (str,), "epoch": (int,), "iter": (int,)}
-_OF_MODE: Mapping[str, _Keys] = {
-    "train": {"seconds": (int, float), "loss": (int, float)},
-    "val": {"top1": (int, float)},
-}
+_TRAIN: _Keys = {"seconds": (int, float), "loss": (int, float)}
+_FIGURE = (int, float)
 
 
 class ReportError(UserError):
@@ -53,14 +51,23 @@ class Run:
         return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
 
     @property
+    def hours(self) -> float:
+        """Training time of the whole run, over all its pieces; evaluation not counted."""
+        return sum(line["seconds"] for line in self.log if line["mode"] == "train") / 3600
+
+    @property
     def seconds_per_epoch(self) -> float:
         """Training time per epoch, evaluation not counted, averaged over the logged epochs."""
         training = [line for line in self.log if line["mode"] == "train"]
         return sum(line["seconds"] for line in training) / len({line["epoch"] for line in training})
 
 
-def read_run(work_dir: str | Path) -> Run:
+def read_run(work_dir: str | Path, figures: Sequence[str] = ("top1",)) -> Run:
     """Read a work directory.
+
+    Args:
+        work_dir: as the engine writes it.
+        figures: what its evaluations must have; those of a detector are ``bbox_mAP`` and so on.
 
     Raises:
         ReportError: it has no results: the run has not evaluated yet; or they are not those that
@@ -72,15 +79,20 @@ def read_run(work_dir: str | Path) -> Run:
             raise ReportError(
                 f"{work_dir} has no {name}: not a work directory, or not evaluated yet"
             )
-    (results,) = _read_lines(work_dir / "results.json", _RESULTS, whole=True)
-    log = _read_lines(work_dir / "log.jsonl", _LINE)
+    evaluated: _Keys = dict.fromkeys(figures, _FIGURE)
+    results_file = work_dir / "results.json"
+    (results,) = _read_lines(results_file, {**_RESULTS, **evaluated}, whole=True)
+    log = _read_lines(work_dir / "log.jsonl", _LINE, {"train": _TRAIN, "val": evaluated})
     if not any(line["mode"] == "train" for line in log):
         raise ReportError(f"{work_dir / 'log.jsonl'} has no line of training")
     return Run(work_dir.name, results, log)
 
 
-def _read_lines(path: Path, keys: _Keys, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line or one in all."""
+def _read_lines(
+    path: Path, keys: _Keys, of_mode: Mapping[str, _Keys] | None = None, *, whole: bool = False
+) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line or one in all; ``of_mode`` adds to a mode's keys."""
+    of_mode = of_mode or {}
     try:
         text = path.read_text(encoding="utf-8")
         found = [json.loads(part) for part in ([text] if whole else text.splitlines())]
@@ -90,11 +102,11 @@ def _read_lines(path: Path, keys: _Keys, whole: bool = False) -> list[dict[str, 
         where = str(path) if whole else f"{path}:{number}"
         if not isinstance(content, dict):
             raise ReportError(f"{where}: expected an object, as training writes it")
-        for key, kinds in {**keys, **_OF_MODE.get(str(content.get("mode")), {})}.items():
+        for key, kinds in {**keys, **of_mode.get(str(content.get("mode")), {})}.items():
             if type(content.get(key)) not in kinds:
                 raise ReportError(
-                    f"{where}: {key} = {content.get(key)!r}: expected {kinds[-1].__name__}, as a "
-                    "classifier's training writes it"
+                    f"{where}: {key} = {content.get(key)!r}: expected {kinds[-1].__name__}, as "
+                    "training writes it"
                 )
     return found
 

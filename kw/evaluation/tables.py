@@ -3,14 +3,12 @@
 A metafile holds what is known of the models in ``configs/imagenet/<family>``::
 
     tables:
-      - title: ImageNet, 300 epochs
+      - table: imagenet_300ep               # of paper_tables.yaml, which has the published figures
         models:
-          - name: kw_resnet50_4x            # in the papers' tables
-            config: kw_resnet50_4x.yaml     # beside the metafile
+          - name: kw_resnet50_4x            # its row, with the configuration
             parameters: 102015144
             macs: 4089184256                # an image of 224 x 224; see _HEADER
             macs_assembly: 8141422592
-            published: {params_m: 102.02, top1: 81.05, top5: 95.21, source: repo}
             measured: null                  # or {top1: ..., top5: ..., note: ...}
 
 Published figures that nobody could check are shown as such, never as a target met.
@@ -24,17 +22,13 @@ from typing import Any
 
 import yaml
 
+from .paper import SOURCES, paper_tables
 from .report import ReportError, render_table
 
 __all__ = ["BEGIN", "END", "read_metafile", "render_readme", "render_tables"]
 
 BEGIN = "<!-- tables: begin; generated from metafile.yml by tools/render_tables.py -->"
 END = "<!-- tables: end -->"
-SOURCES = {
-    "repo": "authors' results page",
-    "reprint": "reprinted in a later paper",
-    "recalled": "unconfirmed",
-}
 _HEADER = (
     "Model",
     "Parameters",
@@ -45,16 +39,19 @@ _HEADER = (
     "Source",
     "Measured top-1 / top-5",
 )
-_MODEL_KEYS = {"name", "config", "parameters", "macs", "macs_assembly", "published", "measured"}
-_PUBLISHED_KEYS = {"params_m", "top1", "top5", "source"}
+_MODEL_KEYS = {"name", "parameters", "macs", "macs_assembly", "measured"}
 
 
 def read_metafile(path: Path) -> list[dict[str, Any]]:
-    """The tables of a metafile: ``[{title, models: [...]}]``.
+    """The tables of a metafile with what is published of them.
+
+    Returns:
+        ``[{table, title, models: [...]}]``; a model has the keys of the file, ``config``, a path
+        beside the metafile, and ``published``, a :class:`kw.evaluation.PaperRow`.
 
     Raises:
-        ReportError: a key is missing or unknown, a source is unknown, or a configuration that it
-            names does not exist; the message names file, model and key.
+        ReportError: a key is missing or unknown, or there is no such table or row, or its
+            configuration is not there; the message names file, model and key.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -62,25 +59,34 @@ def read_metafile(path: Path) -> list[dict[str, Any]]:
         raise ReportError(f"{path}: not valid: {error}") from error
     _expect_keys(content, {"tables"}, str(path))
     _expect_list(content["tables"], f"{path}: tables")
-    for table in content["tables"]:
-        _expect_keys(table, {"title", "models"}, f"{path}, a table")
-        _expect_list(table["models"], f"{path}, {table['title']!r}: models")
-        for model in table["models"]:
-            name = model.get("name") if isinstance(model, Mapping) else model
-            where = f"{path}, {table['title']!r}, model {name!r}"
-            _expect_keys(model, _MODEL_KEYS, where)
-            published, measured = model["published"], model["measured"]
-            _expect_keys(published, _PUBLISHED_KEYS, f"{where}: published")
-            if published["source"] not in SOURCES:
-                raise ReportError(
-                    f"{where}: published.source is {published['source']!r}, expected one of "
-                    f"{', '.join(map(repr, SOURCES))}"
-                )
-            if measured is not None:
-                _expect_keys(measured, {"top1", "top5", "note"}, f"{where}: measured")
-            if not (path.parent / str(model["config"])).is_file():
-                raise ReportError(f"{where}: config {model['config']!r} is not beside the metafile")
-    return content["tables"]
+    return [_read_table(path, table) for table in content["tables"]]
+
+
+def _read_table(path: Path, table: Any) -> dict[str, Any]:
+    _expect_keys(table, {"table", "models"}, f"{path}, a table")
+    where = f"{path}, {table['table']!r}"
+    _expect_list(table["models"], f"{where}: models")
+    try:
+        paper = paper_tables()[table["table"]]
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from error
+    models = []
+    for model in table["models"]:
+        name = model.get("name") if isinstance(model, Mapping) else model
+        _expect_keys(model, _MODEL_KEYS, f"{where}, model {name!r}")
+        if model["measured"] is not None:
+            keys = {"top1", "top5", "note"}
+            _expect_keys(model["measured"], keys, f"{where}, model {name!r}: measured")
+        try:
+            published = paper.row(str(name))
+        except ReportError as error:
+            raise ReportError(f"{path}: {error}") from error
+        family = f"imagenet/{path.parent.name}/"
+        config = str(published.config).removeprefix(family)
+        if not (path.parent / config).is_file():
+            raise ReportError(f"{where}, model {name!r}: {config!r} is not beside the metafile")
+        models.append({**model, "config": config, "published": published})
+    return {"table": paper.name, "title": paper.title, "models": models}
 
 
 def _expect_keys(mapping: Any, keys: set[str], where: str) -> None:
@@ -112,11 +118,17 @@ def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
         f"{model['parameters'] / 1e6:.2f}M",
         f"{model['macs'] / 1e9:.2f}G",
         f"{assembly / 1e9:.2f}G" if assembly else "-",
-        f"{published['params_m']:.2f}M",
-        f"{published['top1']:.2f} / {published['top5']:.2f}",
-        SOURCES[published["source"]],
-        "-" if measured is None else f"{measured['top1']:.2f} / {measured['top5']:.2f}",
+        f"{params:.2f}M" if (params := published.figures.get("params_m")) else "-",
+        _accuracy(published.figures),
+        SOURCES[published.source],
+        "-" if measured is None else _accuracy(measured),
     )
+
+
+def _accuracy(figures: Mapping[str, float]) -> str:
+    """Top-1 and top-5; a dash for what is not public."""
+    shown = [f"{figures[key]:.2f}" if key in figures else "-" for key in ("top1", "top5")]
+    return " / ".join(shown)
 
 
 def render_readme(readme: Path) -> str:

@@ -1,0 +1,252 @@
+"""What became of a run: not run, running, interrupted, failed, done; and who has it now."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EXIT_INTERRUPTED, UserError
+from .runs import Run
+
+__all__ = ["Jobs", "Outcome", "RunError", "State", "find_state", "locked", "reason", "record"]
+
+# What a tool says of a mistake; an exception. torchrun adds one of its own after either.
+_ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
+_EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)
+
+
+class RunError(UserError):
+    """A run cannot be started as things are."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of a run.
+
+    Attributes:
+        kind: ``not run``, ``waits``, ``queued``, ``running``, ``interrupted``, ``failed``,
+            ``done``.
+        epoch: epochs evaluated.
+        epochs: of the whole run; 0 where nothing has begun.
+        why: of a failure, or what it waits for.
+    """
+
+    kind: str
+    epoch: int = 0
+    epochs: int = 0
+    why: str = ""
+
+    def __str__(self) -> str:
+        where = f" at epoch {self.epoch} of {self.epochs}" if self.epochs else ""
+        why = f": {self.why}" if self.why else ""
+        return f"{self.kind}{'' if self.kind in ('done', 'not run') else where}{why}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last attempt at a run ended.
+
+    Attributes:
+        status: exit status; 75 for a run that saved its work and left.
+        why: its last error.
+    """
+
+    status: int
+    why: str = ""
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[int]:
+    """Hold a run; gives the descriptor, which a process that is started should inherit.
+
+    The lock is the open file's: it is held until the last process that has it open ends, so that a
+    training whose launcher was killed keeps it.
+
+    Raises:
+        RunError: somebody else has it.
+    """
+    path = run.file("lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run.work_dir}: another process is running it") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(run: Run) -> bool:
+    path = run.file("lock")
+    if not path.exists():
+        return False
+    try:
+        with locked(run):
+            return False
+    except RunError:
+        return True
+
+
+def record(run: Run, outcome: Outcome) -> None:
+    """Remember how an attempt ended."""
+    path = run.file("json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"status": outcome.status, "why": outcome.why}) + "\n")
+    os.replace(partial, path)
+
+
+def _recorded(run: Run) -> Outcome | None:
+    try:
+        return Outcome(**json.loads(run.file("json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def reason(log: Path, start: int = 0) -> str:
+    """What ended a process, by its output.
+
+    Args:
+        log: the output.
+        start: bytes of earlier attempts.
+
+    Returns:
+        The last line of a tool's that names a mistake, else an exception's, else the last line that
+        says anything.
+    """
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(start, log.stat().st_size - 2**16))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    said = [line for line in lines if line]
+    for pattern in _ERRORS:
+        if found := [line for line in said if pattern.match(line)]:
+            return found[-1].removeprefix("error: ")[:300]
+    return said[-1][:300] if said else ""
+
+
+class Jobs:
+    """Jobs of a table's runs in slurm's queue.
+
+    Args:
+        folder: of the table.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "launch" / "jobs.json"
+        try:
+            self._jobs: dict[str, str] = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            self._jobs = {}
+        self._states: dict[str, str] | None = None
+
+    def add(self, array: str, names: list[str]) -> None:
+        """Note that an array's job ``i`` trains ``names[i]``."""
+        self._jobs |= {name: f"{array}_{i}" for i, name in enumerate(names)}
+        self._states = None
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(self._jobs, indent=1) + "\n")
+
+    def output(self, run: Run) -> Path | None:
+        """What a run's last job wrote."""
+        job = self._jobs.get(run.name)
+        return None if job is None else self._file.parent / f"slurm-{job}.out"
+
+    def state(self, run: Run) -> str:
+        """Slurm's word for a run's job; empty where the queue has none."""
+        job = self._jobs.get(run.name)
+        if job is None:
+            return ""
+        if self._states is None:
+            self._states = _queue({job.split("_")[0] for job in self._jobs.values()})
+        return self._states.get(job, "")
+
+
+def _queue(arrays: set[str]) -> dict[str, str]:
+    """State by job, of those that are queued or running; empty where there is no slurm."""
+    if shutil.which("squeue") is None:
+        return {}
+    # -r: a line for every job of an array. Jobs that slurm has forgotten are an error.
+    command = ["squeue", "-h", "-r", "-o", "%i %T", "-j"]
+    found: dict[str, str] = {}
+    for array in arrays:
+        done = subprocess.run([*command, array], capture_output=True, text=True, check=False)
+        found |= {
+            words[0]: words[1]
+            for line in done.stdout.splitlines()
+            if len(words := line.split()) == 2
+        }
+    return found
+
+
+def find_state(run: Run, jobs: Jobs, missing: Path | None = None, *, ours: bool = False) -> State:
+    """What became of a run, by its files, its lock and the queue.
+
+    Args:
+        run: the run.
+        jobs: of its table.
+        missing: a checkpoint that it needs first.
+        ours: this process holds the run's lock.
+    """
+    epoch, epochs = _progress(run.work_dir)
+    outcome = _recorded(run)
+    if not ours and _is_held(run):
+        return State("running", epoch, epochs)
+    job = jobs.state(run)
+    if job:
+        return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
+    if epochs and epoch == epochs and (run.work_dir / "results.json").is_file():
+        saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
+        if saved or (outcome is not None and outcome.status == 0):
+            return State("done", epoch, epochs)
+    if missing is not None and not epochs:
+        return State("waits", why=f"for {missing}")
+    if outcome is not None and outcome.status not in (0, EXIT_INTERRUPTED):
+        return State("failed", epoch, epochs, outcome.why)
+    if epochs or outcome is not None:
+        output = jobs.output(run)
+        why = "" if output is None or outcome is not None else reason(output)
+        return State("interrupted", epoch, epochs, why)
+    output = jobs.output(run)
+    if output is not None:
+        return State("failed", why=reason(output) or f"job ended; see {output}")
+    return State("not run")
+
+
+def _progress(work_dir: Path) -> tuple[int, int]:
+    """Epochs evaluated, and of the whole run."""
+    epochs = 0
+    for name in ("config.yaml", "config.py"):
+        path = work_dir / name
+        if path.is_file() and (found := _EPOCHS.search(path.read_text(errors="replace"))):
+            epochs = int(found[1])
+    epoch = 0
+    log = work_dir / "log.jsonl"
+    if log.is_file():
+        for line in log.read_text(errors="replace").splitlines():
+            if '"val"' in line:
+                entry = _parse(line)
+                epoch = int(entry.get("epoch", epoch)) if entry.get("mode") == "val" else epoch
+    return epoch, epochs
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line of the log; empty where it was cut off in the writing."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

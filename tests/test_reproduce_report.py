@@ -1,0 +1,245 @@
+"""What a reproduction reports: figures, marks and plots, of runs that are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from kw.evaluation import paper_tables
+from kw.evaluation.paper import read_tables
+from kw.evaluation.report import ReportError
+from kw.reproduce import Reproduction, collect, write_report
+from kw.reproduce.compare import conflict, deviations
+from kw.reproduce.scale import FULL
+from kw.reproduce.state import Outcome, record
+from kw.reproduce.svg import Axis, Line, Point, chart
+
+TABLE = paper_tables()["imagenet_resnet18_100ep"]
+UPDATES = 5004  # of 256 images an epoch
+
+
+def write_result(task: Reproduction, model: str, seed: int, top1: Sequence[float]) -> None:
+    """A finished run as the engine leaves it: of ``len(top1)`` epochs, half an hour each."""
+    task = dataclasses.replace(task, options=(*task.options, f"epochs={len(top1)}"))
+    run = task.all_runs(task.table.row(model))[seed]
+    text = task.resolve(run)
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / "config.yaml").write_text(text)
+    lines: list[dict[str, Any]] = []
+    for n, value in enumerate(top1, 1):
+        line = {"epoch": n, "iter": UPDATES * n}
+        lines.append({"mode": "train", **line, "seconds": 900.0, "loss": 3.0 / n})
+        lines.append({"mode": "train", **line, "seconds": 900.0, "loss": 1.0 / n})
+        lines.append({"mode": "val", **line, "top1": value, "top5": 90.0, "images": 50000})
+    (run.work_dir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    best = {"top1": max(top1), "top5": 90.0, "weights": "model", "params": 11_689_512}
+    (run.work_dir / "results.json").write_text(json.dumps(best))
+    record(run, Outcome(0))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Reproduction:
+    """resnet18 with two seeds, kw_resnet18_1x with other settings, one run that failed."""
+    task = Reproduction(TABLE, FULL, tmp_path, seeds=2)
+    write_result(task, "resnet18", 0, [60.0, 71.0])
+    write_result(task, "resnet18", 1, [61.0, 69.0])
+    one = Reproduction(TABLE, FULL, tmp_path)
+    half = dataclasses.replace(one, options=("precision=bf16",))
+    write_result(half, "kw_resnet18_1x", 0, [50.0, 70.17])
+    record(one.runs(TABLE.row("resnet18_se"))[0], Outcome(2, "out of memory"))
+    return one
+
+
+def test_figures(task: Reproduction) -> None:
+    rows = [TABLE.row(model) for model in ("resnet18", "kw_resnet18_1x")]
+    report = collect(task, rows)
+    plain, dynamic = report.rows
+    assert plain.measured is not None
+    assert dynamic.measured is not None
+    assert (plain.measured.runs, plain.state) == (2, "2 x done")
+    assert plain.measured.figures["top1"] == pytest.approx(70.0)  # (71 + 69) / 2
+    assert plain.measured.spread["top1"] == pytest.approx(2**0.5)
+    assert plain.difference("top1") == pytest.approx(70.0 - 70.25)
+    assert plain.measured.hours == pytest.approx(1.0)  # 2 epochs of 2 x 900 seconds
+    assert plain.costs.macs == 1_814_073_344
+    assert list(plain.curves[1].score) == [(1, 61.0), (2, 69.0)]
+    assert list(plain.curves[0].loss) == [(1, 2.0), (2, 1.0)]
+    assert dynamic.difference("top1") == pytest.approx(-3.5)
+    assert dynamic.measured.deviations == (
+        "epochs 100 -> 2",
+        "schedule.milestones [30.0, 60.0, 90.0] -> [0.6, 1.2, 1.8]",
+        "temperature_epochs 10 -> 0.2",
+        "precision 'fp32' -> 'bf16'",
+    )
+    assert plain.measured.deviations == dynamic.measured.deviations[:2]
+
+
+def cells_of(markdown: str) -> dict[str, list[str]]:
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0].split()[0]: row for row in cells}
+
+
+def test_forms_say_the_same_and_mark_what_is_doubtful(task: Reproduction, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert [path.name for path in write_report(task, task.rows(), out)] == [
+        "table.txt",
+        "table.md",
+        "table.html",
+    ]
+    markdown, text = (out / "table.md").read_text(), (out / "table.txt").read_text()
+    page = (out / "table.html").read_text()
+    cells = cells_of(markdown)
+    assert cells["resnet18"][5:8] == ["70.25", "70.00 ± 1.41", "-0.25"]
+    assert cells["resnet18"][-3:] == ["1.000", "reprinted in a later paper", "2 x done"]
+    # Recalled: marked, and so is the difference from it.
+    assert cells["kw_resnet18_1x"][1] == "11.93M?"
+    assert cells["kw_resnet18_1x"][5:8] == ["73.67?", "70.17", "-3.50?"]
+    assert cells["kw_resnet18_1x"][-2] == "unconfirmed"
+    assert cells["kw_resnet18_4x"][5] == "74.16"
+    # Not run, with the network's costs; failed; published only.
+    assert cells["kw_resnet18_2x"][2:8] == ["23.24M", "1.814G", "0.770G", "74.03?", "not run", "-"]
+    assert cells["resnet18_se"][-1] == "failed: out of memory"
+    assert cells["resnet18_dcd"][2:8] == ["-", "-", "-", "72.33", "-", "-"]
+    assert cells["resnet18_dcd"][-1] == "no configuration: published only"
+    marks = dict(re.findall(r"^- \[(\w)\] (.*)$", markdown, re.MULTILINE))
+    of_row = {model: re.findall(r"\[(\w)\]", row[0]) for model, row in cells.items()}
+    assert [marks[m] for m in of_row["resnet18"]] == [
+        "differs from the shipped configuration: epochs 100 -> 2; schedule.milestones "
+        "[30.0, 60.0, 90.0] -> [0.6, 1.2, 1.8]",
+        "mean and standard deviation of 2 seeds",
+    ]
+    assert "precision 'fp32' -> 'bf16'" in marks[of_row["kw_resnet18_1x"][0]]
+    assert "- ? recalled and unconfirmed" in markdown
+    for model, row in cells.items():
+        if not model.startswith(("row", "--")):
+            words = [w for cell in row for w in cell.split()]
+            line = next(line for line in text.splitlines() if line.split(" ")[0] == model)
+            assert line.split() == words
+            assert all(f">{cell}</t" in page for cell in row if "'" not in cell)
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_needs_nothing_else(task: Reproduction, tmp_path: Path) -> None:
+    write_report(task, task.rows(), tmp_path / "out")
+    text = (tmp_path / "out/table.html").read_text()
+    page = _Page()
+    page.feed(text)
+    names = {tag for tag, _ in page.tags}
+    assert {"caption", "table", "svg"} <= names
+    assert not names & {"script", "link", "img", "iframe", "object", "use", "image"}
+    attributes = {key for _, attrs in page.tags for key in attrs}
+    assert not attributes & {"src", "href", "xlink:href", "srcset", "data"}
+    assert "url(" not in text
+    assert "http" not in text
+    assert "prefers-color-scheme: dark" in text
+    scopes = [attrs.get("scope") for tag, attrs in page.tags if tag == "th"]
+    assert scopes.count("row") == len(TABLE.rows)
+    assert None not in scopes
+    pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
+    # By size, by time, and two of curves for each of both rows.
+    assert len(pictures) == 2 + 2 * 2
+    titles = [title.text for title in pictures[0].iter("title")]
+    assert "kw_resnet18_1x, published: 73.67 at 11.93M" in titles
+    assert "kw_resnet18_1x, measured: 70.17 at 11.93M parameters" in titles
+    assert "resnet18, measured: 70.00 at 1 hours" in [t.text for t in pictures[1].iter("title")]
+    styles = [line.get("class") for line in pictures[2].iter("polyline")]
+    assert styles == ["measured", "measured", "published"]
+    defined = set(re.findall(r"--(\w+): #", text))
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined
+
+
+def test_points_are_where_they_belong() -> None:
+    points = [Point(x, y, "", "dot") for x, y in ((1, 10), (10, 20), (100, 30))]
+    picture = ElementTree.fromstring(chart("c", Axis("x", log=True), Axis("y"), points))
+    at = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in picture.iter("circle")]
+    assert at[1][0] - at[0][0] == pytest.approx(at[2][0] - at[1][0], abs=0.2)  # equal ratios
+    assert at[0][1] - at[1][1] == pytest.approx(at[1][1] - at[2][1], abs=0.2) != 0
+    assert at[0][1] > at[2][1]  # up is down on a screen
+    # A mark on an axis stands where a dot of its value does.
+    ticks = {t.text: float(t.get("x", 0)) for t in picture.iter("text") if t.get("y") == "315"}
+    assert ticks["10"] == pytest.approx(at[1][0], abs=0.2)
+    level = chart("c", Axis("x"), Axis("y"), points, [Line([(0, 20)], "level", "rule")])
+    ((start, end),) = [
+        p.get("points", "").split() for p in ElementTree.fromstring(level).iter("polyline")
+    ]
+    assert start.split(",")[1] == end.split(",")[1]
+    assert chart("c", Axis("x"), Axis("y"), [Point(1, float("nan"), "", "dot")]) == ""
+
+
+def test_what_may_change_a_result_is_compared() -> None:
+    shipped = {"seed": 0, "data": {"root": "a", "workers": 8}, "ema": None, "list": [1, 2]}
+    run = {"seed": 4, "data": {"root": "b", "workers": 0}, "ema": {"decay": 0.9}, "list": (1, 2)}
+    assert deviations(shipped, run) == ["ema null -> unset", "ema.decay unset -> 0.9"]
+    assert conflict(shipped, {**shipped, "seed": 4}) == ["seed 0 -> 4"]
+    weights = {"model": {"backbone": {"weights": "a.pth"}}}
+    assert deviations(weights, {"model": {"backbone": {"weights": "b.pth"}}}) == []
+    gone = deviations(weights, {"model": {"backbone": {"weights": None}}})
+    assert gone == ["model.backbone.weights 'a.pth' -> null"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("figures: classification", "figures: clasification", "did you mean 'classification'?"),
+        ("source: repo", "source: rumour", "source is 'rumour', expected one of 'repo'"),
+        ("top1: 70.25", "top1: high", "model 'resnet18': top1 = 'high': expected float"),
+        ("top1: 70.25", "top_1: 70.25", "key 'top_1': there is none of that name; did you mean"),
+        ("weights: imagenet_300ep/resnet50", "weights: imagenet_300ep/resnet51", "'resnet50'"),
+    ],
+)
+def test_wrong_tables_are_named(old: str, new: str, expected: str, tmp_path: Path) -> None:
+    from kw.evaluation.paper import PAPER_TABLES
+
+    path = tmp_path / "tables.yaml"
+    text = PAPER_TABLES.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ReportError) as error:
+        read_tables(path)
+    assert expected in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_detectors_are_in_percent(tmp_path: Path) -> None:
+    """COCO's figures are fractions in results.json and percent in the paper."""
+    pytest.importorskip("mmdet", exc_type=ImportError)
+    options = ("epochs=1", "model.backbone.weights=w.pth")
+    task = Reproduction(paper_tables()["coco_mask_rcnn_1x"], FULL, tmp_path, options=options)
+    row = task.table.row("mask_rcnn_kw_resnet50_1x")
+    (run,) = task.runs(row)
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / "config.py").write_text(task.resolve(run))
+    at, figures = {"epoch": 1, "iter": 7329}, {"bbox_mAP": 0.4150, "segm_mAP": 0.3861}
+    train = {"mode": "train", **at, "seconds": 7200, "loss": 1.0}
+    lines = [train, {"mode": "val", **at, **figures, "bbox_mAP_l": None}]
+    (run.work_dir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    results = {**figures, "weights": "model", "params": 46_000_000}
+    (run.work_dir / "results.json").write_text(json.dumps(results))
+    record(run, Outcome(0))
+    write_report(task, [row], tmp_path / "out")
+    cells = cells_of((tmp_path / "out/table.md").read_text())[row.model]
+    assert cells[1:4] == ["46.00M", "-", "-"]  # nothing published of its size
+    assert cells[4:7] == ["41.8", "41.5", "-0.3"]
+    assert cells[7:10] == ["38.4", "38.6", "+0.2"]  # 38.61 - 38.4
+    assert cells[10] == "2.000"
+    notes = (tmp_path / "out/table.md").read_text()
+    assert "differs from the shipped configuration: epochs 12 -> 1;" in notes
+    assert "backbone.weights" not in notes
+    assert "training images an epoch" not in notes  # 7,329 updates of 16: COCO's
