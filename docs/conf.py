@@ -46,7 +46,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Names of this package must lead somewhere. Those of others are not looked up, which takes a network,
+# Names of this package must lead somewhere. Those of others would take a network to look up,
 # and the schema's classes are the tables of the page on settings.
 nitpicky = True
 nitpick_ignore_regex = [
@@ -56,7 +56,7 @@ nitpick_ignore_regex = [
 
 
 def insert_settings(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put the tables of settings, which the schema's dataclasses give, in the place of their marks."""
+    """Put the tables of settings in the place of their marks."""
     for mark, reference in REFERENCES.items():
         if mark in source[0]:
             source[0] = source[0].replace(mark, in_groups(reference()))
