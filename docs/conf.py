@@ -29,6 +29,8 @@ html_theme_options = {
 html_show_sourcelink = False
 html_copy_source = False
 
+# Places for pages to come: index.md names them by patterns.
+suppress_warnings = ["toc.empty_glob"]
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 4
 

@@ -19,7 +19,13 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The plan of the house has drawings and no commands.
+_WITHOUT_COMMANDS = ("architecture",)
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if page.stem not in _WITHOUT_COMMANDS
+]
 SHELL, PYTHON = ("", "bash", "sh", "shell", "console"), ("python",)
 IGNORED = ("text", "yaml", "json", "toml", "mermaid", "markdown")
 PROGRAMS = ("python", "torchrun", "pip", "make", "sbatch")
@@ -152,7 +158,7 @@ class Recorder:
                     for name, _, value in (v.partition("=") for v in before.split("\0"))
                     if name
                 )
-                program = os.path.relpath(program, self.folder).removeprefix("bin/")
+                program = program.removeprefix(f"{self.folder / 'bin'}{os.sep}")
                 words = [PLACEHOLDERS.get(word, word) for word in words]
                 found.append(Command(block, (program, *words), variables))
         return found
