@@ -7,6 +7,7 @@ does not parse, a name of this package that nothing documents.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -29,8 +30,6 @@ html_theme_options = {
 html_show_sourcelink = False
 html_copy_source = False
 
-# Places for pages to come: index.md names them by patterns.
-suppress_warnings = ["toc.empty_glob"]
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 4
 
@@ -57,11 +56,18 @@ nitpick_ignore_regex = [
 ]
 
 
-def insert_settings(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put the tables of settings in the place of their marks."""
+def complete(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put the tables of settings in the place of their marks, and leave out pages to come."""
     for mark, reference in REFERENCES.items():
         if mark in source[0]:
             source[0] = source[0].replace(mark, in_groups(reference()))
+    if page == "index":  # NAME? stands in the contents once there is such a page
+        lines = (
+            line.removesuffix("?")
+            for line in source[0].splitlines()
+            if not line.endswith("?") or Path(app.srcdir, f"{line[:-1]}.md").exists()
+        )
+        source[0] = "\n".join(lines)
 
 
 def classification() -> str:
@@ -101,4 +107,4 @@ def in_groups(table: str) -> str:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", insert_settings)
+    app.connect("source-read", complete)

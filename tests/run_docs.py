@@ -36,11 +36,6 @@ SMALL = [
     "eval_interval=1",
 ]
 SMALL_DETECTION = ["epochs=1", "schedule.warmup_epochs=0", "eval_interval=1"]
-    "epochs=1",
-    "schedule.warmup_epochs=0",
-    "eval_interval=1",
-    "checkpoint.interval=1",
-]
 DETECTOR = "configs/demo/overfit_coco.py"
 SET = [
     "data.train_annotations=annotations/instances_train2017.json",
