@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+
+pytest.importorskip("markdown_it", reason="the docs extra is not installed")
+
 from doc_pages import (
     IGNORED,
     PAGES,
