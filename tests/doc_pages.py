@@ -38,6 +38,7 @@ PLACEHOLDERS = {
     "CONFIG_A": "configs/demo/resnet18.yaml",
     "CONFIG_B": "configs/demo/kw_resnet18_1x.yaml",
     "CHECKPOINT": "work_dirs/kw_resnet18_1x/last.pth",
+    "work_dirs/.../best.pth": "work_dirs/mask_rcnn_kw_resnet50_1x/best.pth",
 }
 
 

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from doc_pages import PAGES, ROOT, SHELL, Command, Recorder, read_blocks
+from doc_pages import PAGES, ROOT, SHELL, Block, Command, Recorder, read_blocks
 
 # Of a classifier on the folder that generate() makes.
 SMALL = [
@@ -36,6 +36,7 @@ SMALL = [
     "eval_interval=1",
 ]
 SMALL_DETECTION = ["epochs=1", "schedule.warmup_epochs=0", "eval_interval=1"]
+LINKED = "data.root=data/linked"
 DETECTOR = "configs/demo/overfit_coco.py"
 SET = [
     "data.train_annotations=annotations/instances_train2017.json",
@@ -92,6 +93,8 @@ def shrink(command: Command) -> Run:
     script, *arguments = words
     if script in ELSEWHERE:
         return Run(elsewhere=ELSEWHERE[script])
+    if script == "-m" and arguments[0] == "pytest":
+        return Run(elsewhere="make test")
     if script == "-m":
         few = ["--train", "8", "--val", "4"] if arguments[0] == "kw.data.digit_scenes" else []
         return Run((sys.executable, "-m", *arguments, *few))
@@ -110,6 +113,8 @@ def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
     if name == "benchmark":
         layer = "--layer" in arguments
         return tool, [*without(arguments, BENCHMARK), *BENCHMARK[: -2 if layer else None]]
+    if name == "compare_backends":
+        return tool, [*without(arguments, ["--steps"]), "--steps", "1"]
     if name not in ("train", "test", "visualize", "check_coco"):
         return tool, arguments
     at = 1 if name == "visualize" else 0
@@ -131,6 +136,8 @@ def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
     else:
         dynamic = Path(config).stem.startswith("kw_")
         options = [*SMALL, f"temperature_epochs={0.5 if dynamic else 0}"]
+        if LINKED in arguments:  # made by the page itself
+            options = options[2:]
     return tool, with_options(arguments, options)
 
 
@@ -182,11 +189,43 @@ def generate(folder: Path) -> None:
         f"{row},{row.parts[0]},{row.parts[1]}" for row in rows if row.parts[1] in ("cat", "dog")
     ]
     (folder / "labels.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
+    # Two runs that pages compare and go on with.
+    for name in ("resnet18", "kw_resnet18_1x"):
+        words = (
+            "python",
+            "tools/train.py",
+            f"configs/demo/{name}.yaml",
+            "--work-dir",
+            f"runs/{name}",
+        )
+        start(folder, shrink(Command(Block(PAGES[0], 0, "", ""), words))).check_returncode()
+
+
+def start(folder: Path, small: Run) -> subprocess.CompletedProcess[str]:
+    """Run a command that was made small."""
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        **dict(small.variables),
+    }
+    return subprocess.run(small.words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def make_room(folder: Path, words: tuple[str, ...]) -> None:
+    """Remove the run that a page has trained before where it trains anew."""
+    if "tools/train.py" not in words or "--resume" in words:
+        return
+    named = words[words.index("--work-dir") + 1] if "--work-dir" in words else None
+    stem = Path(words[words.index("tools/train.py") + 1]).stem
+    shutil.rmtree(folder / (named or f"work_dirs/{stem}"), ignore_errors=True)
 
 
 def run(folder: Path, page: Path, recorder: Recorder) -> list[dict[str, object]]:
     """Run a page's commands in order; what became of each."""
     done: list[dict[str, object]] = []
+    shutil.rmtree(folder / "work_dirs", ignore_errors=True)
+    shutil.copytree(folder / "runs", folder / "work_dirs")
     for block in read_blocks(page):
         if block.mark == "file":
             (folder / block.what).parent.mkdir(parents=True, exist_ok=True)
@@ -203,15 +242,8 @@ def run(folder: Path, page: Path, recorder: Recorder) -> list[dict[str, object]]
                 done.append({**told, "not run": small.elsewhere})
                 continue
             begin = time.monotonic()
-            environment = {
-                **os.environ,
-                "PYTHON": sys.executable,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-                **dict(small.variables),
-            }
-            ended = subprocess.run(
-                small.words, cwd=folder, env=environment, capture_output=True, text=True
-            )
+            make_room(folder, small.words)
+            ended = start(folder, small)
             told |= {"status": ended.returncode, "seconds": round(time.monotonic() - begin)}
             if ended.returncode:
                 told["said"] = (ended.stderr or ended.stdout)[-1500:]
