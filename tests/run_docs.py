@@ -205,6 +205,7 @@ def start(folder: Path, small: Run) -> subprocess.CompletedProcess[str]:
     """Run a command that was made small."""
     environment = {
         **os.environ,
+        "OMP_NUM_THREADS": "1",  # on so little, threads would only wait for one another
         "PYTHON": sys.executable,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
         **dict(small.variables),
