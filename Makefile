@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo demo-detection pictures test lint format bench clean
+.PHONY: help install demo demo-detection pictures test lint docs format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
@@ -13,7 +13,8 @@ help:
 	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
-	@echo "make lint     check style, types and generated tables"
+	@echo "make lint     check style, types, generated tables and the documentation"
+	@echo "make docs     build the documentation's site; every warning is an error"
 	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
 	@echo "make format   rewrite the sources in the house style"
 
@@ -21,7 +22,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection,docs]"
 	touch $@
 
 demo: install
@@ -57,6 +58,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/render_tables.py --check
+	$(MAKE) docs
+
+# Anew every time: what is kept of an earlier build does not warn again.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -E -q -j 2 -d build/doctrees docs site
+	@echo "site/index.html"
 
 bench: install
 	$(BIN)/python tools/benchmark.py --standard
@@ -66,4 +73,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(DEMO) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,20 +1,50 @@
-"""The code in ``docs/converting.md`` runs, block after block, on small data."""
+"""The code in README.md and docs/: Python runs, every command is one that its tool understands.
+
+The commands themselves run in ``tests/run_docs.py``, which takes minutes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import configparser
 import functools
+import importlib.util
 import re
+import runpy
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import distributed
+
+pytest.importorskip("markdown_it", reason="the docs extra is not installed")
+
+from doc_pages import (
+    IGNORED,
+    PAGES,
+    PYTHON,
+    ROOT,
+    SHELL,
+    Block,
+    Command,
+    Recorder,
+    read_blocks,
+)
+from run_docs import shrink
+from torch import distributed, nn
 
 from kw import get_temperature
+from kw.cli import ToolParser, load_run
+from kw.config import ConfigError
+from kw.errors import UserError
 from kw.warehouse import KWLayer
 
-PAGE = Path(__file__).parents[1] / "docs" / "converting.md"
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+TRAIN = "tools/train.py"
 
 
 @pytest.fixture
@@ -26,21 +56,236 @@ def process_group(tmp_path):
     distributed.destroy_process_group()
 
 
+@pytest.fixture
+def recorder(tmp_path: Path) -> Recorder:
+    return Recorder(tmp_path)
+
+
+class _Parsed(Exception):
+    """Ends a tool once its command line is understood; carries what it understood."""
+
+
+def parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """A command line of a tool as the tool's own parser reads it.
+
+    Raises:
+        SystemExit: it refuses it.
+    """
+
+    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise _Parsed(argparse.ArgumentParser.parse_args(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToolParser, "parse_args", stop)
+        patch.setattr(sys, "argv", list(words))
+        tool = runpy.run_path(str(ROOT / words[0]), run_name="read")
+        try:
+            tool["main"]()
+        except _Parsed as understood:
+            return understood.args[0]
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    return argparse.Namespace()  # --reference and --help answer and end
+
+
+def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a command is none that could run."""
+    program, *words = command.words
+    if program in ("python", "torchrun"):
+        if program == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            run = get_args_parser().parse_args(words)
+            words = [run.training_script, *run.training_script_args]
+        check_python(tuple(words), monkeypatch)
+    elif program == "sbatch":
+        at = words.index("scripts/train.slurm")
+        options = dict(command.variables).get("OPTIONS", "").split()
+        for config in words[at + 1 :]:
+            check_python((TRAIN, config, "--launcher", "slurm", *options), monkeypatch)
+    elif program == "scripts/train.sh":
+        check_python((TRAIN, *words, "--launcher", "pytorch", "--resume"), monkeypatch)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(words) <= set(targets), words
+    elif program == "pip":
+        setup = configparser.ConfigParser()
+        setup.read(ROOT / "setup.cfg")
+        extras = [e for word in words for e in re.findall(r"\[(.+)\]", word) for e in e.split(",")]
+        assert set(extras) <= set(setup["options.extras_require"]), words
+    else:  # a script of this project's: what it is called with stands in its own usage
+        text = (ROOT / program).read_text()
+        assert all(word in text for word in words if word.startswith("--")), words
+
+
+def check_python(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    script, *arguments = words
+    if script == "-m":
+        assert importlib.util.find_spec(arguments[0]), words
+    elif script.startswith("tools/"):
+        args = vars(parsed(words, monkeypatch))
+        options = args.get("cfg_options", [])
+        named = [args.get("config"), *(args.get("configs") or ()), *(args.get("sets") or ())]
+        for config in named:
+            if config is None or not str(config).endswith((".yaml", ".py")):
+                continue
+            # A run of an earlier block leaves its configuration, of the kind that its name says.
+            earlier = str(config).startswith("work_dirs/")
+            kind = ".py" if str(config).endswith(".py") else ".yaml"
+            if earlier:
+                config = {
+                    ".py": "configs/demo/overfit_coco.py",
+                    ".yaml": "configs/demo/resnet18.yaml",
+                }[kind]
+            loaded(str(config), tuple(options), kind)
+    elif not Path(script).exists():
+        text = (ROOT / script).read_text()
+        assert all(word in text for word in arguments if word.startswith("--")), words
+
+
+def loaded(config: str, options: tuple[str, ...], kind: str) -> None:
+    """Every key of a command's options exists, and has a value that it may have."""
+    if kind == ".py":
+        pytest.importorskip("mmdet", exc_type=ImportError)
+    load_run(config, options)
+
+
+def shell_blocks(page: Path) -> Iterator[Block]:
+    return (b for b in read_blocks(page) if b.language in SHELL and b.mark != "file")
+
+
+@each_page
+def test_every_block_is_of_a_known_kind(page: Path) -> None:
+    for block in read_blocks(page):
+        known = block.language in (*SHELL, *PYTHON, *IGNORED) or block.mark
+        assert known, f"{block.place}: ```{block.language}: neither run nor marked"
+
+
+@each_page
+def test_commands(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bash reads the page's commands, and every tool its arguments, files and settings."""
+    for block in read_blocks(page):
+        if block.mark == "file":
+            recorder.write(block)
+    add_written_files(recorder)
+    monkeypatch.chdir(recorder.folder)
+    for block in shell_blocks(page):
+        if not block.runs and not re.search(r"\b(tools|scripts)/", block.code):
+            continue
+        for command in recorder.commands(block):
+            try:
+                check(command, monkeypatch)
+                if block.runs:
+                    shrink(command)
+            except KeyError:
+                pytest.fail(
+                    f"{block.place}: {' '.join(command.words)}: tests/run_docs.py cannot run it"
+                )
+            except (SystemExit, UserError, AssertionError, OSError) as error:
+                pytest.fail(f"{block.place}: {' '.join(command.words)}\n{error}")
+
+
+def add_written_files(recorder: Recorder) -> None:
+    """Tools are looked up where a reader starts them: beside the configurations."""
+    (recorder.folder / "tools").symlink_to(ROOT / "tools")
+    (recorder.folder / "docs").mkdir()
+    (recorder.folder / "docs/benchmarks").symlink_to(ROOT / "docs/benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("python tools/train.py configs/demo/resnet18.yaml --work-folder x", "SystemExit"),
+        ("python tools/train.py configs/demo/resnet19.yaml", "ConfigError"),
+        ("python tools/train.py configs/demo/resnet18.yaml --cfg-options epoch=3", "ConfigError"),
+        ("make everything", "AssertionError"),
+        ("pip install '.[all]'", "AssertionError"),
+        ("scripts/prepare_coco.sh --verify data/coco", "AssertionError"),
+        ("torchrun --processes 8 tools/train.py configs/demo/resnet18.yaml", "SystemExit"),
+    ],
+)
+def test_stale_commands_are_found(code, said, recorder, monkeypatch) -> None:
+    monkeypatch.chdir(recorder.folder)
+    (command,) = recorder.commands(Block(PAGES[0], 1, "bash", code))
+    kinds = {"ConfigError": ConfigError, "AssertionError": AssertionError, "SystemExit": SystemExit}
+    with pytest.raises(kinds[said]):
+        check(command, monkeypatch)
+
+
+def test_bash_makes_the_commands(recorder: Recorder) -> None:
+    code = (
+        "LIST='a=1 b=2'  # two words\n"
+        "NODES=2 scripts/train.sh configs/demo/{resnet18,kw_resnet18_1x}.yaml\n"
+        "python tools/test.py CONFIG \\\n    'x y' --cfg-options $LIST\n"
+    )
+    first, second = recorder.commands(Block(PAGES[0], 1, "bash", code))
+    names = ("configs/demo/resnet18.yaml", "configs/demo/kw_resnet18_1x.yaml")
+    assert first.words == ("scripts/train.sh", *names)
+    assert first.variables == (("NODES", "2"),)
+    assert second.words[2:] == (names[1], "x y", "--cfg-options", "a=1", "b=2")
+    with pytest.raises(AssertionError, match="mark the block"):
+        recorder.commands(Block(PAGES[0], 1, "bash", "curl example.org"))
+
+
+def run_python(page: Path, names: dict[str, Any]) -> None:
+    """Run the page's Python blocks, one after another, in one module."""
+    for block in read_blocks(page):
+        if block.language in PYTHON and block.mark != "file":
+            # Errors name the page's line.
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            if block.runs:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    exec(code, names)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "converting"], ids=lambda p: p.stem)
+def test_python(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in read_blocks(page):
+        if block.mark == "file":
+            recorder.write(block)
+    monkeypatch.chdir(recorder.folder)
+    monkeypatch.syspath_prepend(str(recorder.folder))
+    for name in (
+        "kaiming_normal_",
+        "normal_",
+        "trunc_normal_",
+    ):  # most of the seconds of large models
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    run_python(page, {"__name__": "page", **BEFORE.get(page.stem, dict)()})
+
+
+class _Staged(nn.Module):
+    """Names as in the README's plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        block = nn.ModuleDict({f"conv{i}": nn.Conv2d(8, 8, 3) for i in (1, 2)})
+        self.stages = nn.ModuleList([nn.ModuleList([block])])
+
+
+def before_readme() -> dict[str, Any]:
+    """What the README's blocks take for granted."""
+    path = Path("work_dirs/kw_resnet50_4x/best.pth")
+    path.parent.mkdir(parents=True)
+    torch.save(timm.create_model("kw_resnet50_4x").state_dict(), path)
+    batch = (torch.randn(2, 3, 64, 64), torch.randint(10, (2,)))
+    return {"loader": [batch] * 2, "warm_up_steps": 2, "my_network": _Staged()}
+
+
+BEFORE: dict[str, Callable[[], dict[str, Any]]] = {"README": before_readme}
+
+
 def test_converting_md(tmp_path, process_group, monkeypatch):
-    text = PAGE.read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) >= 12
+    page = ROOT / "docs" / "converting.md"
     # What is traced is the same, and no compiler is needed.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     batch = (torch.randn(4, 3, 64, 64), torch.randint(10, (4,)))
     names = {"loader": [batch] * 2, "epochs": 1, "path": tmp_path / "model.pth"}
     names["__name__"] = "converting"
-    for block in blocks:
-        line = text[: text.index(block)].count("\n")
-        code = compile("\n" * line + block, str(PAGE), "exec")  # errors name the page's line
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            exec(code, names)
+    run_python(page, names)
 
     assert names["step"] == 1
     assert names["loss"].isfinite()

@@ -1,0 +1,110 @@
+"""How the site is built from these pages: ``make docs``, into ``site/``.
+
+Every warning is an error: a link to a page, a heading or a file that is not there, a docstring that
+does not parse, a name of this package that nothing documents.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+os.environ.setdefault("KW_NATIVE", "0")  # importing is enough; nothing is compiled
+
+project = "kernelwarehouse"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "pydata_sphinx_theme"
+html_title = "kernelwarehouse"
+templates_path = ["_templates"]
+exclude_patterns = ["benchmarks/*.md"]
+
+# The whole contents stand beside every page: there are too few pages for a level more.
+html_sidebars = {"**": ["sidebar-contents.html"]}
+html_theme_options = {
+    "navbar_center": [],
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+}
+html_show_sourcelink = False
+html_copy_source = False
+
+myst_enable_extensions = ["attrs_inline", "colon_fence"]
+myst_heading_anchors = 4
+
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "extra_repr",
+}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Names of this package must lead somewhere. Those of others would take a network to look up,
+# and the schema's classes are the tables of the page on settings.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!kw\.).*"),
+    (r"py:class", r"kw\.config\.(run_)?schema\.\w+|kw\.warehouse\.partition\.\w+"),
+]
+
+
+def complete(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put the tables of settings in the place of their marks, and leave out pages to come."""
+    for mark, reference in REFERENCES.items():
+        if mark in source[0]:
+            source[0] = source[0].replace(mark, in_groups(reference()))
+    if page == "index":  # NAME? stands in the contents once there is such a page
+        lines = (
+            line.removesuffix("?")
+            for line in source[0].splitlines()
+            if not line.endswith("?") or Path(app.srcdir, f"{line[:-1]}.md").exists()
+        )
+        source[0] = "\n".join(lines)
+
+
+def classification() -> str:
+    from kw.config import reference
+
+    return reference()
+
+
+def detection() -> str:
+    from kw.config import reference
+    from kw.detection.schema import DetectionConfig
+
+    return reference(DetectionConfig)
+
+
+REFERENCES = {
+    "<!-- settings of a classifier -->": classification,
+    "<!-- settings of a detector -->": detection,
+}
+
+
+def in_groups(table: str) -> str:
+    """One table of settings as one table for every group, under a heading of its own."""
+    header, rule, *rows = table.splitlines()
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.split("`")[1].partition(".")[0], []).append(row)
+    parts = []
+    single = [rows[0] for rows in groups.values() if len(rows) == 1]
+    for name, lines in [("The run", single), *groups.items()]:
+        if name in groups and len(lines) == 1:
+            continue
+        title = name if name not in groups else f"`{name}`"
+        parts += [f"### {title}", "", header, rule, *lines, ""]
+    return "\n".join(parts)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", complete)

@@ -1,0 +1,286 @@
+"""Run the commands of README.md and docs/, end to end, on small generated data.
+
+python tests/run_docs.py               # all pages, minutes
+python tests/run_docs.py tour training # these
+
+A command is run as it stands, but on little: one epoch, small images, few of them, two processes
+for eight. What is tested elsewhere is not run here; it is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from doc_pages import PAGES, ROOT, SHELL, Block, Command, Recorder, read_blocks
+
+# Of a classifier on the folder that generate() makes.
+SMALL = [
+    "data.root=data/small",
+    "model.num_classes=4",
+    "data.input_size=32",
+    "data.workers=0",
+    "epochs=1",
+    "total_batch_size=16",
+    "batch_size=8",
+    "schedule.warmup_epochs=0",
+    "log_interval=1",
+    "eval_interval=1",
+]
+SMALL_DETECTION = ["epochs=1", "schedule.warmup_epochs=0", "eval_interval=1"]
+LINKED = "data.root=data/linked"
+DETECTOR = "configs/demo/overfit_coco.py"
+SET = [
+    "data.train_annotations=annotations/instances_train2017.json",
+    "data.val_annotations=annotations/instances_val2017.json",
+    "data.val_images=val2017",
+]
+ELSEWHERE = {
+    "pip": "installs",
+    "make": "install, demo, lint and test are what CI runs",
+    "sbatch": "tests/test_launchers.py, with stand-ins for slurm's commands",
+    "scripts/prepare_imagenet.sh": "tests/test_prepare_imagenet.py, on small archives",
+    "scripts/prepare_coco.sh": "tests/test_prepare_coco.py, on small archives",
+    "tools/convert_checkpoint.py": "tests/test_released_weights.py, on files with their keys",
+    "tests/kills.py": "tests/test_resume.py, with fewer kills",
+    "tests/time_coco_evaluation.py": "a measurement",
+}
+BENCHMARK = ["--mode", "inference", "--rounds", "1", "--batch-size", "1", "--input-size", "32"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command made small.
+
+    Attributes:
+        words: program and arguments.
+        variables: environment.
+        elsewhere: why it is not run here; empty where it is.
+    """
+
+    words: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    elsewhere: str = ""
+
+
+def shrink(command: Command) -> Run:
+    """What to run for a command.
+
+    Raises:
+        KeyError: nothing is known about it.
+    """
+    program, *words = command.words
+    if program in ELSEWHERE:
+        return Run(elsewhere=ELSEWHERE[program])
+    if program == "scripts/train.sh":
+        tool, arguments = shrink_tool("tools/train.py", words)
+        return Run(("scripts/train.sh", *arguments), (("PROCESSES", "1"),))
+    if program == "torchrun":
+        at = next(i for i, word in enumerate(words) if word.startswith("tools/"))
+        tool, arguments = shrink_tool(words[at], words[at + 1 :])
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        return Run((sys.executable, *launcher, tool, *arguments))
+    if program != "python":
+        raise KeyError(program)
+    script, *arguments = words
+    if script in ELSEWHERE:
+        return Run(elsewhere=ELSEWHERE[script])
+    if script == "-m" and arguments[0] == "pytest":
+        return Run(elsewhere="make test")
+    if script == "-m":
+        few = ["--train", "8", "--val", "4"] if arguments[0] == "kw.data.digit_scenes" else []
+        return Run((sys.executable, "-m", *arguments, *few))
+    if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
+        return Run(elsewhere="make bench, minutes")
+    if script.startswith("tools/"):
+        script, arguments = shrink_tool(script, arguments)
+    elif (ROOT / script).exists():
+        raise KeyError(script)
+    return Run((sys.executable, script, *arguments))
+
+
+def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """A tool's arguments with settings that make it small."""
+    name = Path(tool).stem
+    if name == "benchmark":
+        layer = "--layer" in arguments
+        return tool, [*without(arguments, BENCHMARK), *BENCHMARK[: -2 if layer else None]]
+    if name == "compare_backends":
+        return tool, [*without(arguments, ["--steps"]), "--steps", "1"]
+    if name not in ("train", "test", "visualize", "check_coco"):
+        return tool, arguments
+    at = 1 if name == "visualize" else 0
+    config = arguments[at]
+    detector = config.endswith(".py")
+    if config.startswith("work_dirs/"):  # small already
+        return tool, arguments
+    if detector:
+        options = list(SMALL_DETECTION)
+        if not config.startswith("configs/demo/"):
+            stem, arguments = Path(config).stem, [*arguments[:at], DETECTOR, *arguments[at + 1 :]]
+            options += SET
+            if name == "train" and "--work-dir" not in arguments:
+                arguments[at + 1 : at + 1] = ["--work-dir", f"work_dirs/{stem}"]
+        if name in ("visualize", "test"):
+            options = [o for o in options if o.startswith("data.")]
+        if name == "check_coco":
+            options = SET
+    else:
+        dynamic = Path(config).stem.startswith("kw_")
+        options = [*SMALL, f"temperature_epochs={0.5 if dynamic else 0}"]
+        if LINKED in arguments:  # made by the page itself
+            options = options[2:]
+    return tool, with_options(arguments, options)
+
+
+def with_options(arguments: list[str], options: list[str]) -> list[str]:
+    """Settings over those that the command gives itself."""
+    if not options:
+        return arguments
+    keys = {option.partition("=")[0] for option in options}
+    arguments = [word for word in arguments if word.partition("=")[0] not in keys]
+    if "--cfg-options" not in arguments:
+        return [*arguments, "--cfg-options", *options]
+    at = arguments.index("--cfg-options") + 1
+    return [*arguments[:at], *options, *arguments[at:]]
+
+
+def without(arguments: list[str], flags: list[str]) -> list[str]:
+    """Arguments without some flags and the values that follow them."""
+    kept, dropping = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            dropping = word in flags
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def generate(folder: Path) -> None:
+    """Data, and a folder to start the commands in."""
+    from coco_set import write_coco_set
+    from conftest import write_images
+
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "tools").symlink_to(ROOT / "tools")
+    write_images(folder / "data/small", "train", (8, 8, 8, 8), seed=0)
+    write_images(folder / "data/small", "val", (3, 3, 3, 2), seed=1)
+    coco = write_coco_set(folder / "data/coco", train=10)
+    for split in ("train", "val"):
+        (coco / split).rename(coco / f"{split}2017")
+        annotations = coco / "annotations"
+        (annotations / f"instances_{split}.json").rename(
+            annotations / f"instances_{split}2017.json"
+        )
+    shutil.copytree(coco, folder / "FOLDER")
+    photos = folder / "photos"
+    shutil.copytree(folder / "data/small", photos)
+    rows = [p.relative_to(photos) for p in sorted(photos.glob("*/*/*.png"))]
+    lines = [
+        f"{row},{row.parts[0]},{row.parts[1]}" for row in rows if row.parts[1] in ("cat", "dog")
+    ]
+    (folder / "labels.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
+    # Two runs that pages compare and go on with.
+    for name in ("resnet18", "kw_resnet18_1x"):
+        words = (
+            "python",
+            "tools/train.py",
+            f"configs/demo/{name}.yaml",
+            "--work-dir",
+            f"runs/{name}",
+        )
+        start(folder, shrink(Command(Block(PAGES[0], 0, "", ""), words))).check_returncode()
+
+
+def start(folder: Path, small: Run) -> subprocess.CompletedProcess[str]:
+    """Run a command that was made small."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",  # on so little, threads would only wait for one another
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        **dict(small.variables),
+    }
+    return subprocess.run(small.words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def make_room(folder: Path, words: tuple[str, ...]) -> None:
+    """Remove the run that a page has trained before where it trains anew."""
+    if "tools/train.py" not in words or "--resume" in words:
+        return
+    named = words[words.index("--work-dir") + 1] if "--work-dir" in words else None
+    stem = Path(words[words.index("tools/train.py") + 1]).stem
+    shutil.rmtree(folder / (named or f"work_dirs/{stem}"), ignore_errors=True)
+
+
+def run(folder: Path, page: Path, recorder: Recorder) -> list[dict[str, object]]:
+    """Run a page's commands in order; what became of each."""
+    done: list[dict[str, object]] = []
+    shutil.rmtree(folder / "work_dirs", ignore_errors=True)
+    shutil.copytree(folder / "runs", folder / "work_dirs")
+    for block in read_blocks(page):
+        if block.mark == "file":
+            (folder / block.what).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.what).write_text(block.code)
+        if block.language not in SHELL or block.mark == "file":
+            continue
+        if not block.runs:
+            done.append({"place": block.place, "not run": block.what})
+            continue
+        for command in recorder.commands(block):
+            small = shrink(command)
+            told: dict[str, object] = {"place": block.place, "command": " ".join(command.words)}
+            if small.elsewhere:
+                done.append({**told, "not run": small.elsewhere})
+                continue
+            begin = time.monotonic()
+            make_room(folder, small.words)
+            ended = start(folder, small)
+            told |= {"status": ended.returncode, "seconds": round(time.monotonic() - begin)}
+            if ended.returncode:
+                told["said"] = (ended.stderr or ended.stdout)[-1500:]
+            done.append(told)
+            print(f"{told['status']:3d} {told['seconds']:4d} s  {block.place}  {told['command']}")
+            if ended.returncode:
+                print(told["said"])
+            sys.stdout.flush()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", help="names of pages; all if left out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what became of each command")
+    args = parser.parse_args()
+    done: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        folder.mkdir()
+        generate(folder)
+        (Path(name) / "record").mkdir()
+        recorder = Recorder(Path(name) / "record")
+        for page in PAGES:
+            if not args.pages or page.stem in args.pages:
+                done += run(folder, page, recorder)
+    if args.json:
+        args.json.write_text(json.dumps(done, indent=1))
+    for told in done:
+        if "not run" in told:
+            print(f"not run: {told['place']}  {told.get('command', '')}  ({told['not run']})")
+    failed = [told for told in done if told.get("status")]
+    ran = sum("status" in told for told in done)
+    print(f"{ran} commands run, {len(failed)} failed, {len(done) - ran} not run here")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
