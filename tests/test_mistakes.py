@@ -84,7 +84,6 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("compare_backends.py --steps 0", ["--steps: '0': expected an integer >= 1"]),
     ("benchmark.py", ["expected one of: CONFIG or --layer; --standard; --render"]),
     ("benchmark.py configs/demo/resnet18.yaml", ["resnet18.yaml", "static network"]),
-    ("reproduce.py", ["required: TABLE"]),
     ("reproduce.py imagenet_300", ["'imagenet_300'", "imagenet_300ep"]),
     ("reproduce.py imagenet_300ep --rows none", ["none"]),
     ("scaling.py", ["required: COMMAND"]),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from kills import compare, run_with_kills
 from kills import settings as killed_settings
 
@@ -198,10 +199,13 @@ def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.S
     assert updates == list(range(1, 4 * settings["epochs"] + 1))
 
 
-def test_the_exit_status_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
-    import yaml
-
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_exit_status_says_so(
+    settings: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    """As Ctrl-C does, and torchrun when it is told to end: all processes get the signal."""
     settings["epochs"] = 500
+    settings["data"]["workers"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "tools/train.py", str(tmp_path / "config.yaml")]
     run = subprocess.Popen(
@@ -211,13 +215,14 @@ def test_the_exit_status_says_so(settings: dict[str, Any], tmp_path: Path) -> No
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     log = tmp_path / "run" / "log.jsonl"
     while not log.exists() or not log.read_text():
         assert run.poll() is None
         time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == EXIT_INTERRUPTED
-    assert "SIGTERM: saved" in errors
+    assert f"{number.name}: saved" in errors
     assert "Traceback" not in errors

@@ -6,6 +6,7 @@ A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int6
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -29,6 +30,10 @@ __all__ = [
     "deaths_explained",
     "stop_workers",
 ]
+
+
+GRACE = 20
+"""Seconds that a loader process goes on after SIGTERM."""
 
 
 class Loader(DataLoader[Any]):
@@ -144,12 +149,25 @@ def build_loader(
         collate_fn=with_faults(collate),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=_outlive_signals if workers else None,
         # Its own generator: a loader otherwise draws from the global one at each epoch's start,
         # which would make the model's random choices depend on how often data was loaded.
         generator=torch.Generator(),
     )
     loader.faults = FaultLog(len(dataset), dataset.bad_images)
     return loader
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a loader process: leave it to the run to end it.
+
+    Ctrl-C and torchrun send signals to a whole group of processes, slurm to all that there are. The
+    run then finishes an update, for which it needs images, and writes a checkpoint.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whoever ends processes for good, as Python does at its exit, is waiting for them.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 @contextmanager
