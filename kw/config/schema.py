@@ -23,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "PeerConfig",
     "RandomErasingConfig",
+    "StemConfig",
     "WarehouseConfig",
 ]
 
@@ -117,6 +118,14 @@ class PeerConfig:
 
 
 @dataclass
+class StemConfig:
+    """A stem for small images, in place of a ResNet's 7x7 convolution of stride 2 and pooling."""
+
+    stride: int = setting(1, "stride of its 3x3 convolution", minimum=1, maximum=4)
+    pool: bool = setting(False, "keep the max-pooling of stride 2 after it")
+
+
+@dataclass
 class ModelConfig:
     """The network: a timm backbone, and how it is converted."""
 
@@ -133,6 +142,9 @@ class ModelConfig:
         choices=("linear", "constant"),
     )
     timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
+    stem: StemConfig | None = setting(
+        None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
+    )
     kernel_warehouse: KernelWarehouseConfig | None = setting(
         None, "conversion, e.g. {plan: resnet18, cell_num_ratio: 4}; null = the static network"
     )
