@@ -40,7 +40,8 @@ def main() -> None:
         return _train(run, folder / run.name, args.threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        failed = [run.name for run, ok in zip(study.runs, pool.map(train, study.runs)) if not ok]
+        ended = list(pool.map(train, study.runs))
+    failed = [run.name for run, ok in zip(study.runs, ended, strict=True) if not ok]
     if failed:
         raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}")
 

@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "KernelWarehouseConfig",
+    "MemoryConfig",
     "ModelConfig",
     "PeerConfig",
     "RandomErasingConfig",
@@ -165,6 +166,25 @@ class RandomErasingConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """Images decoded once and held in memory, as bytes; they are augmented as batches, on the
+    device that trains (docs/data.md)."""
+
+    place: str = setting(
+        "device",
+        "memory of the device that trains, or of its host",
+        choices=("device", "host"),
+    )
+    size: int | None = setting(
+        None,
+        "training images are held as squares of this side: the shorter side is resized, the middle "
+        "cut out; null = as they are, all of one size",
+        minimum=1,
+        maximum=8192,
+    )
+
+
+@dataclass
 class DataConfig:
     """Images, augmentation, and how they are loaded."""
 
@@ -176,6 +196,9 @@ class DataConfig:
     )
     workers: int = setting(
         4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
+    )
+    memory: MemoryConfig | None = setting(
+        None, "hold the decoded images in memory, e.g. {place: device}; null = read files always"
     )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(

@@ -92,7 +92,7 @@ def load_study(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Stu
     for name in file.rows:
         config_path = path.parent / name
         own = load_config(config_path, check_model_name=False)
-        row_options = tuple([*_temperature(own, file.temperature_epochs), *shared])
+        row_options = (*_temperature(own, file.temperature_epochs), *shared)
         load_config(config_path, row_options, check_model_name=False)
         rows[config_path.stem] = config_path, row_options
     runs = tuple(

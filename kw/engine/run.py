@@ -22,13 +22,10 @@ from ..config.run_schema import ContractionConfig, RunConfig
 from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
-    ImageFolder,
-    Loader,
-    build_eval_loader,
-    build_train_loader,
-    build_transform,
     check_data_root,
     deaths_explained,
+    open_training,
+    open_validation,
     stop_workers,
 )
 from ..models import ImageClassifier, build_network, check_network
@@ -124,25 +121,9 @@ def build_runner(
     """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
     check_devices(config, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    check_data_root(config.data.root, config.model.num_classes)
-    data = config.data
-    train_set = ImageFolder(
-        data.root,
-        "train",
-        build_transform(data, True),
-        config.seed,
-        training=True,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
-    )
-    place = {"workers": data.workers, "rank": process.rank, "world_size": process.world_size}
+    classes = check_data_root(config.data.root, config.model.num_classes)
     try:
-        train_loader = build_train_loader(
-            train_set,
-            batch_size=config.batch_size,
-            total_batch_size=config.total_batch_size,
-            **place,
-        )
+        train_loader = open_training(config, process.device, process.rank, process.world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -156,19 +137,23 @@ def build_runner(
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(process.device)
     preprocessor = BatchPreprocessor(
-        data, config.model.num_classes, config.label_smoothing, config.seed, config.channels_last
+        config.data,
+        config.model.num_classes,
+        config.label_smoothing,
+        config.seed,
+        config.channels_last,
     )
     if config.compile:
         network.compile()
     model = ImageClassifier(network, preprocessor)
-    val_loader = _eval_loader(config, process)
+    val_loader = open_validation(config, process.device, process.rank, process.world_size)
     task = Task(
         model,
         network,
         # Looked up when it is called: the runner moves the model to its device.
         lambda n: evaluate(n, model.data_preprocessor, val_loader, config.precision),
         "top1",
-        list(train_set.classes),
+        classes,
         "config.yaml",
         to_yaml(config),
     )
@@ -266,7 +251,7 @@ def evaluate_checkpoint(
     try:
         check_devices(config, process)
         check_data_root(config.data.root, config.model.num_classes)
-        loader = _eval_loader(config, process)
+        loader = open_validation(config, process.device, process.rank, process.world_size)
         network = build_network(config.model)
         check_network(network, config.model, config.data.input_size)
         set_contraction(config.contraction, network)
@@ -291,25 +276,6 @@ def evaluate_checkpoint(
         leave_group()
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
-
-
-def _eval_loader(config: Config, process: Process) -> Loader:
-    data = config.data
-    dataset = ImageFolder(
-        data.root,
-        "val",
-        build_transform(data, False),
-        config.seed,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
-    )
-    return build_eval_loader(
-        dataset,
-        batch_size=config.eval_batch_size or config.batch_size,
-        workers=data.workers,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
 
 
 def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
