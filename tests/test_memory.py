@@ -288,7 +288,6 @@ def unequal(images: Path, tmp_path: Path) -> Path:
 
 
 def test_images_of_different_sizes_need_a_size(held: Settings, unequal: Path) -> None:
-    root = unequal
     with pytest.raises(DataError, match=r"20 x 20 .*dog/5\.png has 31 x 22; set data\.memory\.siz"):
         open_training(configured(held, root=str(unequal)), CPU, 0, 1)
     squares = {"place": "device", "size": 12}
