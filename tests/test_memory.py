@@ -107,8 +107,9 @@ def test_resampling_is_torchvisions(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_augmented_images_are_pillows(name: str) -> None:
-    """Cut, resized and mirrored; Pillow rounds once more in between."""
-    images = noise(4, 24, 40)
+    """Cut, resized and mirrored; Pillow rounds once more in between, and clips where filters
+    overshoot, for which these images have room."""
+    images = noise(4, 24, 40) // 2 + 64
     mirror = np.array([True, False, True, False])
     choices = Choices(*map(np.array, (TOP, LEFT, HEIGHT, WIDTH)), mirror, np.ones((4, 3)), ORDER)
     found = augment(input_size=12, interpolation=name).apply(images, choices)
@@ -303,7 +304,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     held: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 64 images of 1200 bytes: 76,800.
-    monkeypatch.setattr(memory_module, "_free_bytes", lambda place: 76_800 / 0.89)
+    monkeypatch.setattr(memory_module, "_free_bytes", lambda place: 76_800 / 0.91)
     with pytest.raises(DataError, match=r"64 images of 20 x 20 pixels take .* more than 90% of"):
         open_training(configured(held), CPU, 0, 1)
     monkeypatch.setattr(memory_module, "_free_bytes", lambda place: 76_800 / 0.9 + 1)

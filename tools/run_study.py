@@ -1,20 +1,26 @@
 #!/usr/bin/env python
 """Train every row of a study; what is finished is skipped, what is not is continued.
 
-python tools/run_study.py configs/tiny_imagenet/study_cpu.yaml --jobs 3
-python tools/run_study.py configs/tiny_imagenet/study.yaml --cfg-options data.root=PATH
+python tools/run_study.py configs/tiny_imagenet/tiny_imagenet_cpu.yaml --jobs 3
+python tools/run_study.py configs/tiny_imagenet/tiny_imagenet_gpu.yaml --cfg-options data.root=PATH
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kw.cli import ToolParser, add_options, number, output_folder, run_tool
+import torch
+
+from kw.benchmark.machine import describe_code, describe_machine, describe_versions
+from kw.cli import ToolParser, add_options, number, output_folder, run_tool, save_json
 from kw.config.study import StudyRun, load_study
 from kw.errors import UserError
+from kw.evaluation.study import STARTED
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -36,6 +42,9 @@ def main() -> None:
     study = load_study(args.study, args.cfg_options)
     folder = args.work_dir or Path("work_dirs", study.name)
 
+    if not (folder / STARTED).exists():
+        _note(args, folder / STARTED)
+
     def train(run: StudyRun) -> bool:
         return _train(run, folder / run.name, args.threads)
 
@@ -44,6 +53,22 @@ def main() -> None:
     failed = [run.name for run, ok in zip(study.runs, ended, strict=True) if not ok]
     if failed:
         raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}")
+
+
+def _note(args: Namespace, path: Path) -> None:
+    """Under what the runs were started; not where their files lie, which is no one else's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = f"python tools/run_study.py {args.study} --jobs {args.jobs} --threads {args.threads}"
+    options = [option for option in args.cfg_options if not option.startswith("data.root=")]
+    if options:
+        command += f" --cfg-options {shlex.join(options)}"
+    noted = {
+        "command": command,
+        "machine": describe_machine(device),
+        "versions": describe_versions(device),
+        "code": describe_code(),
+    }
+    save_json(noted, path)
 
 
 def _train(run: StudyRun, folder: Path, threads: int) -> bool:

@@ -64,12 +64,14 @@ class Study:
         name: the file's name.
         path: the file.
         rows: names of the rows, in the file's order.
+        options: settings over every row's own, to be read; a run has those it is started with.
         runs: seed by seed, so that a table is whole before it has a second seed.
     """
 
     name: str
     path: Path
     rows: tuple[str, ...]
+    options: tuple[str, ...]
     runs: tuple[StudyRun, ...]
 
 
@@ -100,7 +102,9 @@ def load_study(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Stu
         for seed in file.seeds
         for row, (config, row_options) in rows.items()
     )
-    return Study(path.stem, path, tuple(rows), runs)
+    if file.temperature_epochs is not None:
+        shared.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
+    return Study(path.stem, path, tuple(rows), tuple(shared), runs)
 
 
 def _check_rows(file: _StudyFile, report: Any) -> None:

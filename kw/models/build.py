@@ -86,7 +86,9 @@ def _convert(network: nn.Module, config: ModelConfig) -> nn.Module:
             return peers.convert(network, peer.method, **peer.settings())
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
-        raise ConfigError(f"{key}: {error}") from error
+        # Arguments of timm's may have made a network that the plan does not know.
+        given = f" (model.timm_args {config.timm_args})" if config.timm_args else ""
+        raise ConfigError(f"{key}: {error}{given}") from error
     return network
 
 

@@ -39,10 +39,8 @@ def set_small_stem(network: nn.Module, stride: int = 1, pool: bool = False) -> N
     any_network.conv1 = small
     if not pool:
         any_network.maxpool = nn.Identity()
-    _restate_reductions(any_network, stride * (2 if pool else 1))
-
-
-def _restate_reductions(network: Any, stem: int) -> None:
-    """What timm says of the stages' resolution: the stem's own and, by it, the stages'."""
-    for place, info in enumerate(network.feature_info):
-        info["reduction"] = info["reduction"] * stem // 4 if place else stem
+    # What timm says of resolutions: that of the convolution, then those of the stages.
+    first, *stages = any_network.feature_info
+    first["reduction"] = stride
+    for info in stages:
+        info["reduction"] = info["reduction"] // 4 * stride * (2 if pool else 1)
