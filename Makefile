@@ -53,6 +53,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/render_tables.py --check
+	$(BIN)/python tools/render_results.py --check
 
 bench: install
 	$(BIN)/python tools/benchmark.py --standard

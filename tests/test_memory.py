@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
@@ -328,3 +329,23 @@ def test_a_bad_file_is_an_error_where_the_policy_says_so(held: Settings, damaged
     settings = configured(held, root=str(damaged), bad_images={"policy": "raise"})
     with pytest.raises(DataError, match=r"cannot read image .*cat/3\.png"):
         open_training(settings, CPU, 0, 1)
+
+
+def test_loading_is_measured(
+    settings: Settings,
+    tmp_path: Path,
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    threads = torch.get_num_threads()
+    tool("tools/measure_loading.py", path, "--images", 80)
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "files",
+        "memory of the device",
+        "memory of the host",
+    ]
+    assert all(float(line.split("|")[3].replace(",", "")) > 0 for line in lines[2:])
