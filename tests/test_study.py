@@ -21,7 +21,7 @@ from kw.models import build_network
 from kw.models.complexity import analyze
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted((ROOT / "configs/tiny_imagenet").glob("*.yaml"))
+STUDIES = [ROOT / f"configs/tiny_imagenet/tiny_imagenet_{kind}.yaml" for kind in ("cpu", "gpu")]
 Tool = Callable[..., None]
 
 
