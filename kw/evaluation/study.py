@@ -218,6 +218,7 @@ def plot_study(summary: Summary, path: str | Path) -> None:
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # The file must not depend on when it was written.
     mpl.rcParams["svg.hashsalt"] = "kw"
@@ -241,5 +242,6 @@ def plot_study(summary: Summary, path: str | Path) -> None:
     axes["top1"].set(xlabel="epoch", ylabel="test top-1 (%)")
     for axis in axes.values():
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axes["top1"].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
