@@ -58,6 +58,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/render_tables.py --check
+	$(BIN)/python tools/render_results.py --check
 	$(MAKE) docs
 
 # Anew every time: what is kept of an earlier build does not warn again.

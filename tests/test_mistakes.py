@@ -21,6 +21,7 @@ from kw.errors import UserError, answer
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 R18 = "configs/demo/kw_resnet18_1x.yaml"
+STUDY = "configs/tiny_imagenet/tiny_imagenet_cpu.yaml"
 FITS = "--work-dir {place}/new --cfg-options data.root={place}/images model.num_classes=4"
 
 
@@ -100,6 +101,17 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("compare_runs.py {place}/run", ["log.jsonl:1: iter = None: expected int"]),
     ("compare_runs.py {place}/run --plot {place}/folder", ["--plot", "is a folder"]),
     ("render_tables.py --root {place}", ["--root", "expected a folder of families"]),
+    ("render_results.py --root {place}", ["--root", "a folder with results.md and results/"]),
+    ("run_study.py none.yaml", ["none.yaml", "no such file"]),
+    (f"run_study.py {R18}", ["seed = 0: expected a known key; did you mean seeds?"]),
+    (f"run_study.py {STUDY} --jobs 0", ["--jobs: '0': expected an integer >= 1"]),
+    (f"run_study.py {STUDY} --cfg-options epochs=0", ["epochs = 0: expected an integer >= 1"]),
+    (f"summarize_study.py {STUDY} --work-dir {{place}}", ["none of 15 runs of the study ended"]),
+    (f"summarize_study.py {STUDY} --plot {{place}}/folder", ["--plot", "is a folder"]),
+    ("measure_loading.py none.yaml", ["none.yaml", "no such file"]),
+    (f"measure_loading.py {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
+    (f"measure_attention.py {R18} none.pth --cfg-options data.root=x", ["data.root x does not"]),
+    (f"measure_attention.py {R18} none.pth --images 1", ["--images: '1': expected an integer"]),
 ]
 DETECTION: list[tuple[str, list[str]]] = [
     ("train.py none.py", ["none.py", "no such file"]),

@@ -122,6 +122,13 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
         "data.auto_augment",
     )
+    expect(
+        data.memory is None or data.auto_augment is None,
+        "null beside data.memory: policies work on one image at a time, not on batches of tensors "
+        "(data.color_jitter, data.random_erasing, data.mixup and data.cutmix do)",
+        "data.auto_augment",
+        "data.memory",
+    )
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")

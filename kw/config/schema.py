@@ -20,10 +20,12 @@ __all__ = [
     "Config",
     "DataConfig",
     "KernelWarehouseConfig",
+    "MemoryConfig",
     "ModelConfig",
     "PeerConfig",
     "PicturesConfig",
     "RandomErasingConfig",
+    "StemConfig",
     "WarehouseConfig",
 ]
 
@@ -118,6 +120,14 @@ class PeerConfig:
 
 
 @dataclass
+class StemConfig:
+    """A stem for small images, in place of a ResNet's 7x7 convolution of stride 2 and pooling."""
+
+    stride: int = setting(1, "stride of its 3x3 convolution", minimum=1, maximum=4)
+    pool: bool = setting(False, "keep the max-pooling of stride 2 after it")
+
+
+@dataclass
 class ModelConfig:
     """The network: a timm backbone, and how it is converted."""
 
@@ -134,6 +144,9 @@ class ModelConfig:
         choices=("linear", "constant"),
     )
     timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
+    stem: StemConfig | None = setting(
+        None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
+    )
     kernel_warehouse: KernelWarehouseConfig | None = setting(
         None, "conversion, e.g. {plan: resnet18, cell_num_ratio: 4}; null = the static network"
     )
@@ -154,6 +167,25 @@ class RandomErasingConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """Images decoded once and held in memory, as bytes; they are augmented as batches, on the
+    device that trains (docs/data.md)."""
+
+    place: str = setting(
+        "device",
+        "memory of the device that trains, or of its host",
+        choices=("device", "host"),
+    )
+    size: int | None = setting(
+        None,
+        "training images are held as squares of this side: the shorter side is resized, the middle "
+        "cut out; null = as they are, all of one size",
+        minimum=1,
+        maximum=8192,
+    )
+
+
+@dataclass
 class DataConfig:
     """Images, augmentation, and how they are loaded."""
 
@@ -165,6 +197,9 @@ class DataConfig:
     )
     workers: int = setting(
         4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
+    )
+    memory: MemoryConfig | None = setting(
+        None, "hold the decoded images in memory, e.g. {place: device}; null = read files always"
     )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(

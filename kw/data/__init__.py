@@ -17,7 +17,8 @@ from kw.data.loader import (
 from kw.data.preprocess import BatchPreprocessor
 from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
-from kw.data.seeding import derive_seed, seeded
+from kw.data.seeding import derive_seed, seeded, uniform_draws
+from kw.data.splits import open_training, open_validation, test_images
 from kw.data.transforms import build_transform
 
 __all__ = [
@@ -40,7 +41,11 @@ __all__ = [
     "check_data_root",
     "deaths_explained",
     "derive_seed",
+    "open_training",
+    "open_validation",
     "read_image",
     "seeded",
     "stop_workers",
+    "test_images",
+    "uniform_draws",
 ]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seeded"]
+__all__ = ["derive_seed", "seeded", "uniform_draws"]
 
 
 def derive_seed(*key: int | str) -> int:
@@ -28,6 +28,28 @@ def derive_seed(*key: int | str) -> int:
     # NumPy's SeedSequence is no substitute: it cannot tell (1,) from (1, 0).
     text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def uniform_draws(seeds: Sequence[int], count: int) -> np.ndarray:
+    """Numbers in [0, 1) for many seeds at once: a row each, by SplitMix64.
+
+    Steele, Lea and Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014. It has no
+    state to advance, so that a row depends on its seed alone.
+
+    Args:
+        seeds: 64-bit seeds, of :func:`derive_seed`.
+        count: numbers per seed.
+
+    Returns:
+        float64 [seeds, count].
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+        z = np.array(seeds, dtype=np.uint64)[:, None] + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)) * 2.0**-53
 
 
 @contextmanager

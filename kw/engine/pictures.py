@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, load_config
 from ..config.run_schema import RunConfig
 from ..config.schema import Config
-from ..data import build_transform, check_data_root, read_image, stop_workers
+from ..data import build_transform, check_data_root, read_image, stop_workers, test_images
 from ..models import build_network, check_network
 from ..pictures import (
     CellUse,
@@ -52,7 +52,7 @@ from ..warehouse import get_temperature, has_temperature
 from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .distributed import find_process
 from .optim import autocast
-from .run import build_preprocessor, build_test_set, build_training_loader, set_contraction
+from .run import build_preprocessor, build_training_loader, set_contraction
 from .saving import checkpoints
 from .schedule import Schedule
 
@@ -92,7 +92,7 @@ class _Trained:
 
     def chunks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Test images, a forward pass's worth at a time."""
-        dataset = build_test_set(self.config)
+        dataset = test_images(self.config)
         for start in range(0, len(indices), _CHUNK):
             yield read_images(dataset, indices[start : start + _CHUNK])
 
@@ -106,7 +106,7 @@ class _Trained:
                 yield coefficients(self.network, self.prepare(batch), names), batch["labels"]
 
     def use(self, layers: Sequence[DynamicLayer], images: int) -> dict[str, CellUse]:
-        indices = spaced(len(build_test_set(self.config)), images)
+        indices = spaced(len(test_images(self.config)), images)
         return cell_use(alpha for alpha, _ in self.coefficients(layers, indices))
 
 
@@ -219,7 +219,7 @@ def picture_classes(
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
     count = min(classes, config.model.num_classes)
-    indices = few_of_each(build_test_set(config).labels, count, images)
+    indices = few_of_each(test_images(config).labels, count, images)
     parts = list(trained.coefficients(chosen, indices))
     labels = torch.cat([labels for _, labels in parts])
     effects = {}

@@ -23,13 +23,11 @@ from ..config.run_schema import ContractionConfig, RunConfig
 from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
-    ImageFolder,
     Loader,
-    build_eval_loader,
-    build_train_loader,
-    build_transform,
     check_data_root,
     deaths_explained,
+    open_training,
+    open_validation,
     stop_workers,
 )
 from ..models import ImageClassifier, build_network, check_network
@@ -60,7 +58,6 @@ __all__ = [
     "assemble_runner",
     "build_preprocessor",
     "build_runner",
-    "build_test_set",
     "build_training_loader",
     "check_devices",
     "evaluate_checkpoint",
@@ -156,7 +153,7 @@ def build_runner(
         network.compile()
     average = distribute(network, config, process)
     model = ImageClassifier(network, build_preprocessor(config))
-    val_loader = _eval_loader(config, process)
+    val_loader = open_validation(config, process.device, process.rank, process.world_size)
     task = Task(
         model,
         network,
@@ -190,25 +187,8 @@ def build_training_loader(config: Config, process: Process) -> Loader:
         ConfigError: the batch sizes do not fit the images or the number of processes.
         DataError: the data folder is not as expected.
     """
-    data = config.data
-    train_set = ImageFolder(
-        data.root,
-        "train",
-        build_transform(data, True),
-        config.seed,
-        training=True,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
-    )
     try:
-        return build_train_loader(
-            train_set,
-            batch_size=config.batch_size,
-            total_batch_size=config.total_batch_size,
-            workers=data.workers,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
+        return open_training(config, process.device, process.rank, process.world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -221,23 +201,6 @@ def build_preprocessor(config: Config) -> BatchPreprocessor:
         config.label_smoothing,
         config.seed,
         config.channels_last,
-    )
-
-
-def build_test_set(config: Config) -> ImageFolder:
-    """The test images of a classifier's run.
-
-    Raises:
-        DataError: the data folder is not as expected.
-    """
-    data = config.data
-    return ImageFolder(
-        data.root,
-        "val",
-        build_transform(data, False),
-        config.seed,
-        bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
     )
 
 
@@ -334,7 +297,7 @@ def evaluate_checkpoint(
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
         check_data_root(config.data.root, config.model.num_classes)
-        loader = _eval_loader(config, process)
+        loader = open_validation(config, process.device, process.rank, process.world_size)
         network = build_network(config.model)
         check_network(network, config.model, config.data.input_size)
         set_contraction(config.contraction, network)
@@ -356,16 +319,6 @@ def evaluate_checkpoint(
         stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
-
-
-def _eval_loader(config: Config, process: Process) -> Loader:
-    return build_eval_loader(
-        build_test_set(config),
-        batch_size=config.eval_batch_size or config.batch_size,
-        workers=config.data.workers,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
 
 
 def set_contraction(config: ContractionConfig, network: nn.Module) -> None:

@@ -17,6 +17,7 @@ from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import ModelConfig
 from ..errors import one_line
 from ..warehouse import convert
+from .stem import set_small_stem
 
 __all__ = ["build_model", "build_network", "check_network"]
 
@@ -65,6 +66,11 @@ def build_network(config: ModelConfig) -> nn.Module:
             f"model.name {config.name!r}, model.timm_args {config.timm_args}: timm cannot build "
             f"it: {one_line(error)}"
         ) from error
+    if config.stem is not None:
+        try:
+            set_small_stem(network, config.stem.stride, config.stem.pool)
+        except ValueError as error:
+            raise ConfigError(f"model.stem, model.name {config.name!r}: {error}") from error
     if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
         _set_constant_drop_path(network, config)
     return _convert(network, config)
@@ -80,7 +86,9 @@ def _convert(network: nn.Module, config: ModelConfig) -> nn.Module:
             return peers.convert(network, peer.method, **peer.settings())
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
-        raise ConfigError(f"{key}: {error}") from error
+        # Arguments of timm's may have made a network that the plan does not know.
+        given = f" (model.timm_args {config.timm_args})" if config.timm_args else ""
+        raise ConfigError(f"{key}: {error}{given}") from error
     return network
 
 

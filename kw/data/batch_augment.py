@@ -1,0 +1,149 @@
+"""Augmentation of a batch of tensors: random resized crop, mirroring, colour jitter.
+
+The same distributions as :func:`kw.data.transforms.build_transform`, which works on one Pillow
+image at a time, but other draws: an image looks different, not differently distributed. What an
+image looks like depends on its own seed only, not on the batch that it is in. Draws are made on the
+host, so that the device is never waited for.
+
+Legend: B images, H x W their size, S ``input_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kw.config.schema import DataConfig
+from kw.data.resample import axis_weights, resample
+from kw.data.seeding import uniform_draws
+
+__all__ = ["BatchAugment", "Choices"]
+
+_ATTEMPTS = 10  # at a rectangle that fits, as in torchvision and timm
+_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
+class Choices(NamedTuple):
+    """What is done to each image of a batch; NumPy arrays, a value or a row per image."""
+
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    mirror: np.ndarray
+    """bool"""
+    factors: np.ndarray
+    """brightness, contrast and saturation, [B, 3]"""
+    order: np.ndarray
+    """in which order these three are applied, [B, 3]"""
+
+
+class BatchAugment:
+    """Augment batches of images that have one size.
+
+    Args:
+        config: the data settings, checked (:mod:`kw.config.rules`).
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    def choose(self, seeds: Sequence[int], height: int, width: int) -> Choices:
+        """Draw what is done to images of a size.
+
+        Args:
+            seeds: one 64-bit seed per image.
+            height: H.
+            width: W.
+        """
+        draws = uniform_draws(seeds, 2 * _ATTEMPTS + 7)
+        areas, ratios = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS : 2 * _ATTEMPTS]
+        y, x, mirror, order, *factors = draws[:, 2 * _ATTEMPTS :].T
+        tall, wide, centred = self._extents(areas, ratios, height, width)
+        config = self.config
+        strength = config.color_jitter or 0.0
+        least = max(0.0, 1 - strength)
+        return Choices(
+            top=_place(y, height, tall, centred),
+            left=_place(x, width, wide, centred),
+            height=tall,
+            width=wide,
+            mirror=mirror < config.horizontal_flip,
+            factors=least + (1 + strength - least) * np.stack(factors, -1),
+            order=np.array(_ORDERS)[(order * len(_ORDERS)).astype(np.int64)],
+        )
+
+    def _extents(
+        self, areas: np.ndarray, ratios: np.ndarray, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Height and width of the rectangles from draws [B, attempts]; where none of them fits the
+        image, the largest rectangle of an allowed shape, and True."""
+        low, high = self.config.crop_scale
+        area = (low + (high - low) * areas) * (height * width)
+        least, most = self.config.crop_ratio
+        ratio = np.exp(np.log(least) + (np.log(most) - np.log(least)) * ratios)
+        wide = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        tall = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (wide >= 1) & (wide <= width) & (tall >= 1) & (tall <= height)
+        first = fits.argmax(-1)[:, None]
+        wide, tall = (np.take_along_axis(each, first, -1)[:, 0] for each in (wide, tall))
+        shape = min(max(width / height, least), most)
+        none = ~fits.any(-1)
+        wide[none] = max(1, min(width, round(height * shape)))
+        tall[none] = max(1, min(height, round(width / shape)))
+        return tall, wide, none
+
+    def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Augment.
+
+        Args:
+            images: uint8 [B, 3, H, W], on any device.
+            seeds: one 64-bit seed per image.
+
+        Returns:
+            uint8 [B, 3, S, S].
+        """
+        return self.apply(images, self.choose(seeds, *images.shape[-2:]))
+
+    def apply(self, images: Tensor, choices: Choices) -> Tensor:
+        """Do to images what was chosen; arguments as for calling."""
+        height, width = images.shape[-2:]
+        side, how = self.config.input_size, self.config.interpolation
+        # One copy to the device for all four.
+        place = torch.from_numpy(
+            np.stack([choices.top, choices.height, choices.left, choices.width])
+        ).to(images.device, non_blocking=True)
+        rows = axis_weights(place[0], place[1], height, side, how)
+        columns = axis_weights(place[2], place[3], width, side, how)
+        mirror = torch.from_numpy(choices.mirror).to(images.device, non_blocking=True)
+        columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
+        cut = resample(images, rows, columns).round_().clamp_(0, 255)
+        if self.config.color_jitter:
+            cut = _jitter(cut, choices).round_()
+        return cut.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _place(draws: np.ndarray, room: int, extent: np.ndarray, centred: np.ndarray) -> np.ndarray:
+    """Where a rectangle begins: any of the ``room - extent + 1`` positions, or the middle one."""
+    free = room - extent
+    return np.where(centred, free // 2, (draws * (free + 1)).astype(np.int64))
+
+
+def _jitter(images: Tensor, choices: Choices) -> Tensor:
+    """Brightness, contrast and saturation, each image in an order of its own; [B, 3, S, S]."""
+    factors = torch.from_numpy(choices.factors).float().to(images.device, non_blocking=True)
+    order = torch.from_numpy(choices.order).to(images.device, non_blocking=True)
+    for turn in range(3):
+        now = order[:, turn].view(-1, 1, 1, 1)
+        factor = factors.gather(1, order[:, turn : turn + 1]).view(-1, 1, 1, 1)
+        red, green, blue = images.split(1, dim=1)
+        levels = 0.2989 * red + 0.587 * green + 0.114 * blue  # [B, 1, S, S]
+        mean = levels.mean((2, 3), keepdim=True)
+        # Each blends the image with another one: black, its mean grey, its own greys.
+        other = torch.where(now == 0, 0, torch.where(now == 1, mean, levels))
+        images = (other + factor * (images - other)).clamp(0, 255)
+    return images

@@ -1,0 +1,270 @@
+"""Images decoded once and held in memory, from which batches are cut and augmented as tensors.
+
+For data sets that fit: reading a file and augmenting one image at a time costs a processor core
+about a millisecond, so that a GPU waits for its loaders when networks and images are small.
+Training images are held as they are and augmented on the device that trains
+(:mod:`kw.data.batch_augment`); test images are held as the test transform leaves them.
+
+A batch is as in :mod:`kw.data.loader`, with ``images`` on the device. It depends on the seed, the
+epoch and the images in it, as there, and not on processes or on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from kw.config.schema import MemoryConfig
+from kw.data.batch_augment import BatchAugment
+from kw.data.dataset import UNREADABLE, ImageFolder
+from kw.data.faults import BadImage, FaultLog, FaultyDataset
+from kw.data.loader import Loader, build_loader, deaths_explained, stop_workers
+from kw.data.reading import BadImageError, DataError
+from kw.data.samplers import EvalBatchSampler, Key, TrainBatchSampler
+from kw.data.seeding import derive_seed
+
+__all__ = ["MemoryImages", "as_stored", "hold_in_memory", "memory_loader"]
+
+_ROOM = 0.9  # share of the free memory that images may take: a network has to fit as well
+_DECODED_AT_ONCE = 64
+
+
+class _Pixels(NamedTuple):
+    place: int
+    """in the data set"""
+    image: Tensor
+    """uint8, [3, H, W]"""
+
+
+class _Decoder(FaultyDataset):
+    """The images of a folder as they are held, each checked to have the size of the first.
+
+    A file that cannot be read is left out, and told of.
+    """
+
+    def __init__(self, folder: ImageFolder, first: int) -> None:
+        super().__init__(folder.seed, False, folder.bad_images)
+        self.folder = folder
+        self.shape = self._shape_from(first)
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.folder.path(index)
+
+    def read(self, index: int, key: Key) -> _Pixels:
+        """Decode an image.
+
+        Raises:
+            BadImageError: the file cannot be read.
+            DataError: it has another size than the first.
+        """
+        image = self.folder.read(index, key).image
+        if image.shape != self.shape:
+            raise DataError(
+                f"data.memory: images have different sizes: {_size(self.shape)} pixels, but "
+                f"{self.path(index)} has {_size(image.shape)}; set data.memory.size, e.g. "
+                f"{min(self.shape[1:])}, to hold squares, or data.memory to null"
+            )
+        return _Pixels(index, image)
+
+    def _shape_from(self, first: int) -> torch.Size:
+        """The shape of the first image that can be read."""
+        for index in [*range(first, len(self)), *range(first)]:
+            try:
+                return self.folder.read(index, (0, index)).image.shape
+            except BadImageError:
+                if self.bad_images.policy == "raise":
+                    raise
+        raise DataError(f"none of the {len(self)} images of {self.folder.folder} is readable")
+
+
+class MemoryImages(FaultyDataset):
+    """The decoded images of one split; gives whole batches.
+
+    Args:
+        folder: the split.
+        images: uint8 [held, 3, H, W].
+        rows: int64 [images of the split], the row of ``images`` that holds each.
+        device: where batches are wanted.
+        augment: for training; left out, images are given as they are held.
+        bad: the images that could not be read, by index. In training others stand in for them, by
+            the rule of :class:`~kw.data.faults.FaultyDataset`; in evaluation they are black and of
+            no class.
+
+    Attributes:
+        bytes: memory taken.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        images: Tensor,
+        rows: Tensor,
+        device: torch.device,
+        augment: BatchAugment | None,
+        bad: dict[int, BadImage],
+    ) -> None:
+        super().__init__(folder.seed, augment is not None, folder.bad_images)
+        self.folder = folder
+        self.images = images
+        self.rows = rows
+        self.device = device
+        self.augment = augment
+        self.bad = bad
+        labels = torch.from_numpy(folder.labels).clone()
+        if augment is None and bad:
+            labels[list(bad)] = UNREADABLE
+        self.labels = labels
+        self.bytes = images.numel()
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.folder.path(index)
+
+    def __getitems__(self, keys: Sequence[Key]) -> dict[str, Any]:
+        """The batch of these keys; torch's loader asks for it so.
+
+        Raises:
+            DataError: in place of an image that cannot be read, none can be found.
+        """
+        chosen = torch.tensor([self._readable(key) for key in keys])
+        images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
+        images = images.to(self.device, non_blocking=True)  # [B, 3, H, W]
+        if self.augment is not None:
+            images = self.augment(images, [derive_seed("image", self.seed, *key) for key in keys])
+        return {
+            "images": images,
+            "labels": self.labels[chosen],
+            "indices": torch.tensor([index for _, index in keys]),
+            "key": keys[0],
+        }
+
+    def _readable(self, key: Key) -> int:
+        if self.augment is None:
+            return key[1]
+        for index in self._candidates(key):
+            if index not in self.bad:
+                return index
+        raise DataError("none of the images drawn for one that cannot be read is readable")
+
+
+def hold_in_memory(
+    folder: ImageFolder,
+    sampler: TrainBatchSampler | EvalBatchSampler,
+    config: MemoryConfig,
+    device: torch.device,
+    *,
+    augment: BatchAugment | None = None,
+    workers: int = 0,
+) -> Loader:
+    """Decode a split, and give the loader that reads it from memory.
+
+    Args:
+        folder: the split; its transform makes of a file what is held.
+        sampler: which images this process reads, in which batches. An evaluating process holds its
+            share only, a training one all.
+        config: where they are held.
+        device: where batches are wanted.
+        augment: for training.
+        workers: processes that decode; they end before this returns.
+
+    Raises:
+        DataError: the images have different sizes or do not fit into memory, or a file cannot be
+            read and the policy is ``raise``.
+    """
+    indices = sampler.indices if isinstance(sampler, EvalBatchSampler) else range(len(folder))
+    rows = torch.full((len(folder),), -1, dtype=torch.int64)
+    rows[list(indices)] = torch.arange(len(indices))
+    place = device if config.place == "device" else torch.device("cpu")
+    decoder = _Decoder(folder, indices[0] if len(indices) else 0)
+    _check_room(len(indices), decoder.shape, place)
+    held = torch.zeros((len(indices), *decoder.shape), dtype=torch.uint8, device=place)
+    in_order = sampler
+    if isinstance(sampler, TrainBatchSampler):
+        in_order = EvalBatchSampler(len(folder), _DECODED_AT_ONCE)
+    decoding = build_loader(decoder, in_order, workers, _stacked)
+    with deaths_explained(decoding):
+        for batch in decoding:
+            held[rows[batch["places"]].to(place)] = batch["images"].to(place)
+    stop_workers(decoding)
+    faults = decoding.faults.take()
+    bad = {fault.image: fault for fault in faults}
+    return memory_loader(MemoryImages(folder, held, rows, device, augment, bad), sampler)
+
+
+def memory_loader(images: MemoryImages, sampler: TrainBatchSampler | EvalBatchSampler) -> Loader:
+    """The loader over images in memory, which loads in this process."""
+    loader = Loader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # see kw.data.loader.build_loader
+    )
+    loader.faults = FaultLog(len(images), images.bad_images)
+    loader.faults.met(images.bad.values())
+    return loader
+
+
+def as_stored(image: Image.Image) -> Tensor:
+    """An RGB image as it is -> uint8 [3, H, W]; the transform of training images held unresized."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _stacked(samples: list[_Pixels]) -> dict[str, Tensor]:
+    # torch's own collation stacks straight into memory that loader processes share.
+    return {
+        "images": default_collate([sample.image for sample in samples]),  # [B, 3, H, W]
+        "places": torch.tensor([sample.place for sample in samples]),
+    }
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _check_room(count: int, shape: torch.Size, place: torch.device) -> None:
+    """Refuse images that would not fit, before memory is asked for.
+
+    Raises:
+        DataError: with what they take and what is free.
+    """
+    needed, free = count * shape.numel(), _free_bytes(place)
+    if needed <= _ROOM * free:
+        return
+    what = "GPU memory" if place.type == "cuda" else "memory for each process"
+    others = "data.memory.place to host, " if place.type == "cuda" else ""
+    raise DataError(
+        f"data.memory: {count} images of {_size(shape)} pixels take {needed / 2**30:.2f} GiB, more "
+        f"than {_ROOM:.0%} of the {free / 2**30:.2f} GiB of {what} that are free; set "
+        f"data.memory.size to a smaller side, {others}or data.memory to null"
+    )
+
+
+def _free_bytes(place: torch.device) -> float:
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: they share the host
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024 / processes
+    except (OSError, KeyError, ValueError):  # no Linux: all of it, then
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+
+
+def _size(shape: torch.Size) -> str:
+    return f"{shape[2]} x {shape[1]}"

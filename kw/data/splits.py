@@ -1,0 +1,107 @@
+"""The two splits of a classifier's run, as loaders: from files or from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from PIL import Image
+
+from kw.config.schema import Config, DataConfig
+from kw.data.batch_augment import BatchAugment
+from kw.data.dataset import ImageFolder
+from kw.data.loader import Loader, build_eval_loader, build_train_loader
+from kw.data.memory import as_stored, hold_in_memory
+from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
+from kw.data.transforms import build_transform
+
+__all__ = ["open_training", "open_validation", "test_images"]
+
+
+def open_training(config: Config, device: torch.device, rank: int, world_size: int) -> Loader:
+    """The loader of one training process.
+
+    Before each epoch call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
+
+    Args:
+        config: the run.
+        device: the device that trains, where ``data.memory`` has batches assembled.
+        rank: this process, from 0.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the batches do not fit the data set, see
+            :class:`~kw.data.samplers.TrainBatchSampler`.
+        DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
+    """
+    data, memory = config.data, config.data.memory
+    if memory is None:
+        folder = _folder(config, "train", build_transform(data, True))
+        return build_train_loader(
+            folder,
+            batch_size=config.batch_size,
+            total_batch_size=config.total_batch_size,
+            workers=data.workers,
+            rank=rank,
+            world_size=world_size,
+        )
+    folder = _folder(config, "train", _as_held(data, memory.size))
+    sampler = TrainBatchSampler(
+        len(folder), config.batch_size, config.total_batch_size, rank, world_size, config.seed
+    )
+    return hold_in_memory(
+        folder, sampler, memory, device, augment=BatchAugment(data), workers=data.workers
+    )
+
+
+def open_validation(config: Config, device: torch.device, rank: int, world_size: int) -> Loader:
+    """The loader of one evaluating process: its share of the images, none of them twice.
+
+    Args:
+        config: the run.
+        device: the device that evaluates.
+        rank: this process, from 0.
+        world_size: number of processes.
+
+    Raises:
+        DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
+    """
+    data, folder = config.data, test_images(config)
+    batch_size = config.eval_batch_size or config.batch_size
+    if data.memory is None:
+        return build_eval_loader(
+            folder, batch_size=batch_size, workers=data.workers, rank=rank, world_size=world_size
+        )
+    sampler = EvalBatchSampler(len(folder), batch_size, rank, world_size)
+    return hold_in_memory(folder, sampler, data.memory, device, workers=data.workers)
+
+
+def test_images(config: Config) -> ImageFolder:
+    """The test images of a run, read from files whatever ``data.memory`` says.
+
+    Raises:
+        DataError: the data folder is not as expected.
+    """
+    return _folder(config, "val", build_transform(config.data, False))
+
+
+def _folder(
+    config: Config, split: str, transform: Callable[[Image.Image], torch.Tensor]
+) -> ImageFolder:
+    return ImageFolder(
+        config.data.root,
+        split,
+        transform,
+        config.seed,
+        training=split == "train",
+        bad_images=config.data.bad_images,
+        upright=config.data.exif_orientation == "apply",
+    )
+
+
+def _as_held(data: DataConfig, size: int | None) -> Callable[[Image.Image], torch.Tensor]:
+    """What becomes of a training image before it is held: nothing, or a square of a size."""
+    if size is None:
+        return as_stored
+    return build_transform(replace(data, input_size=size, test_crop_ratio=1.0), False)

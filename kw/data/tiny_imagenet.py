@@ -1,0 +1,167 @@
+"""tiny-imagenet-100: a data set of real images on which a table takes hours, not weeks.
+
+Tiny-ImageNet (Stanford CS231n) has 200 classes of ILSVRC2012 at 64x64, with 500 training and 50
+validation images each. This subset has every second class, in the order of their wnids, with the
+first 300 training images by name and all validation images: 30,000 and 5,000 images. From the
+original archive, http://cs231n.stanford.edu/tiny-imagenet-200.zip, or from one of the subset::
+
+    python -m kw.data.tiny_imagenet ARCHIVE data/tiny-imagenet-100
+
+The images are ImageNet's: for non-commercial research and education, by its terms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from kw.data.dataset import DataError
+from kw.data.whole_folder import is_written, whole_folder
+from kw.errors import answer
+
+__all__ = ["CLASSES", "prepare"]
+
+CLASSES = 100
+_TRAIN_PER_CLASS, _VAL_PER_CLASS = 300, 50
+_MARKER = "tiny-imagenet.json"
+_SETTINGS = {"classes": CLASSES, "train": _TRAIN_PER_CLASS, "val": _VAL_PER_CLASS}
+_LARGEST = 2**20  # bytes of a file: the images have a few thousand
+
+
+def prepare(archive: str | os.PathLike[str], root: str | os.PathLike[str]) -> dict[str, int]:
+    """Lay the subset out as ``root/{train,val}/<wnid>/*.JPEG``, and check its counts.
+
+    The folder appears only when it is complete; one that is complete is checked and left as it is.
+
+    Args:
+        archive: ``tiny-imagenet-200.zip`` as Stanford distributes it, or a ``.tar`` or ``.tar.gz``
+            of ``train/<wnid>/*.JPEG`` and ``val/<wnid>/*.JPEG`` in one folder.
+        root: folder to write; it must be absent, empty, or written by this function before.
+
+    Returns:
+        The number of images in ``train`` and ``val``.
+
+    Raises:
+        DataError: ``root`` has other content, the archive cannot be read or is another one, or a
+            count is wrong.
+    """
+    root = Path(root).expanduser().absolute()
+    if is_written(root, _MARKER, _SETTINGS, "images"):
+        return _counts(root)
+    try:
+        with (
+            _opened(Path(archive)) as (names, read),
+            whole_folder(root, _MARKER, _SETTINGS) as partial,
+        ):
+            for name, target in _chosen(names, read):
+                path = partial / target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(read(name))
+            counts = _counts(partial)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{archive}: cannot be read as an archive: {error}") from error
+    return counts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
+    """The names of an archive's files, and what reads one of them."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected tiny-imagenet-200.zip or a .tar.gz of it")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
+            yield list(sizes), lambda name: file.read(_sound(name, sizes[name], path))
+        return
+    with tarfile.open(path) as tar:
+        # In the archive's own order: a compressed one cannot be read backwards.
+        members = {member.name: member for member in tar if member.isfile()}
+
+        def read(name: str) -> bytes:
+            found = tar.extractfile(_sound_member(members[name], path))
+            return found.read() if found is not None else b""
+
+        yield list(members), read
+
+
+def _sound(name: str, size: int, path: Path) -> str:
+    if size > _LARGEST:
+        raise DataError(f"{path}: {name} has {size:,} bytes: that is no image of 64x64 pixels")
+    return name
+
+
+def _sound_member(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
+    _sound(member.name, member.size, path)
+    return member
+
+
+def _chosen(names: list[str], read: Callable[[str], bytes]) -> Iterator[tuple[str, Path]]:
+    """The subset's files, each with its place: names of the archive are never taken as paths."""
+    parts = {name: PurePosixPath(name).parts[1:] for name in names if name.endswith(".JPEG")}
+    train = {name: p[1] for name, p in parts.items() if p[:1] == ("train",) and len(p) > 2}
+    val = {name: p[1] for name, p in parts.items() if p[:1] == ("val",) and len(p) == 3}
+    labelled = [name for name in names if name.endswith("val_annotations.txt")]
+    if labelled:  # the original, whose validation images lie in one folder
+        lines = [line.split("\t") for line in read(labelled[0]).decode().splitlines()]
+        wnids = {line[0]: line[1] for line in lines if len(line) > 1}
+        val = {name: wnids.get(Path(name).name, "") for name in val}
+    kept = set(sorted({wnid for wnid in train.values() if wnid.isalnum()})[:: 2 if labelled else 1])
+    taken: Counter[str] = Counter()
+    first = set()
+    for name in sorted(train, key=lambda name: Path(name).name):
+        if train[name] in kept and taken[train[name]] < _TRAIN_PER_CLASS:
+            taken[train[name]] += 1
+            first.add(name)
+    for name in names:
+        if name in first:
+            yield name, Path("train", train[name], Path(name).name)
+        elif val.get(name) in kept:
+            yield name, Path("val", val[name], Path(name).name)
+
+
+def _counts(root: Path) -> dict[str, int]:
+    """Images of both splits, each checked class by class."""
+    counts = {}
+    for split, expected in (("train", _TRAIN_PER_CLASS), ("val", _VAL_PER_CLASS)):
+        found = Counter(path.parent.name for path in (root / split).glob("*/*.JPEG"))
+        odd = [f"{wnid} ({n})" for wnid, n in sorted(found.items()) if n != expected]
+        if len(found) != CLASSES or odd:
+            raise DataError(
+                f"{split}/ has {len(found)} classes, expected {CLASSES}"
+                + (f"; with other than {expected} images: {', '.join(odd[:5])}" if odd else "")
+                + "; is the archive complete, and Tiny-ImageNet's?"
+            )
+        counts[split] = found.total()
+    return counts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: write the images, print one line; exit status 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kw.data.tiny_imagenet",
+        description="Lay out 100 classes of Tiny-ImageNet as a folder of images.",
+    )
+    parser.add_argument("archive", help="tiny-imagenet-200.zip, or an archive of the subset")
+    parser.add_argument("root", help="folder to write: absent, empty, or written before")
+    options = parser.parse_args(arguments)
+    try:
+        counts = prepare(options.archive, options.root)
+    except (DataError, OSError) as error:
+        print(f"error: {answer(error) or error}", file=sys.stderr)
+        return 2
+    print(
+        f"tiny-imagenet-100: {counts['train']} training and {counts['val']} validation images of "
+        f"{CLASSES} classes in {options.root}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

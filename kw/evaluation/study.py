@@ -1,0 +1,247 @@
+"""What the runs of a study came to: a summary small enough to keep, and its table and curves.
+
+A summary is JSON with all that a page says of the study, so that no figure is typed by hand::
+
+    {"study": name, "command": ..., "machine": {...}, "versions": {...}, "code": {...},
+     "options": [settings over the rows' own], "images": test images,
+     "missing": [runs without an end], "runs": [see summarise_run]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import ReportError, read_run, render_table
+
+__all__ = [
+    "STARTED",
+    "binomial_error",
+    "plot_study",
+    "read_started",
+    "read_summary",
+    "render_page",
+    "study_table",
+    "summarise_run",
+]
+
+Summary = Mapping[str, Any]
+_DIGITS = 4
+STARTED = "study.json"
+"""File in the folder of a study's runs: under what they were started."""
+
+
+def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
+    """What the work directory of a finished run says.
+
+    Returns:
+        ``row``, ``seed``, ``params``, ``epochs``, ``top1``, ``top5`` and ``loss`` of the last
+        evaluation, ``best_top1`` and ``best_epoch``, ``temperature`` at the last update (null where
+        there is none), ``hours`` of training without evaluation, and ``curve``: per epoch
+        ``train_loss`` (mean over the epoch) and the evaluation's ``top1``, ``top5``, ``loss``.
+
+    Raises:
+        ReportError: no such run, or one without an evaluation.
+    """
+    run = read_run(folder)
+    training = [line for line in run.log if line["mode"] == "train"]
+    evaluations = [line for line in run.log if line["mode"] == "val"]
+    if not evaluations:
+        raise ReportError(f"{folder / 'log.jsonl'} has no evaluation")
+    losses = dict(run.curve("train", "loss"))
+    best = max(evaluations, key=lambda line: line["top1"])
+    last = evaluations[-1]
+    curve = [
+        {
+            "epoch": line["epoch"],
+            "train_loss": _short(losses.get(line["epoch"])),
+            **{key: _short(line[key]) for key in ("top1", "top5", "loss")},
+        }
+        for line in evaluations
+    ]
+    return {
+        "row": row,
+        "seed": seed,
+        "params": run.results["params"],
+        "epochs": last["epoch"],
+        **{key: _short(last[key]) for key in ("top1", "top5", "loss")},
+        "best_top1": _short(best["top1"]),
+        "best_epoch": best["epoch"],
+        "images": last["images"],
+        "temperature": training[-1].get("temperature"),
+        "hours": _short(sum(line["seconds"] for line in training) / 3600),
+        "curve": curve,
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, _DIGITS)
+
+
+def read_started(folder: Path) -> dict[str, Any]:
+    """What was noted when the runs of a folder were started: command, machine, versions, code.
+
+    Raises:
+        ReportError: nothing was.
+    """
+    path = folder / STARTED
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("command", "machine", "versions", "code")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: expected what tools/run_study.py notes: {error!r}") from error
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read a summary.
+
+    Raises:
+        ReportError: the file is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        study_table(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path}: expected a study's summary: {error!r}") from error
+    return content
+
+
+def binomial_error(percent: float, images: int) -> float:
+    """Standard error of an accuracy measured on so many images, in percent points."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / images)
+
+
+def study_table(summary: Summary) -> str:
+    """The study's rows in Markdown; figures of several seeds are their mean, with all of them
+    behind."""
+    by_row: dict[str, list[Summary]] = {}
+    for run in summary["runs"]:
+        by_row.setdefault(run["row"], []).append(run)
+    base = next(iter(by_row.values()), [])  # the first row: what the others are compared with
+    header = (
+        "Row",
+        "Parameters",
+        "top-1",
+        "to the first row",
+        "top-5",
+        "best epoch's top-1",
+        "training loss",
+        "test loss",
+        "hours",
+    )
+    rows = []
+    for row, runs in by_row.items():
+        top1, difference = _mean(runs, "top1"), ""
+        if runs is not base:
+            difference = f"{top1 - _mean(base, 'top1'):+.2f}"
+        each = f" ({', '.join(format(run['top1'], '.2f') for run in runs)})"
+        train = sum(run["curve"][-1]["train_loss"] for run in runs) / len(runs)
+        rows.append(
+            (
+                row,
+                f"{runs[0]['params'] / 1e6:.2f}M",
+                f"{top1:.2f}" + (each if len(runs) > 1 else ""),
+                difference,
+                f"{_mean(runs, 'top5'):.2f}",
+                f"{_mean(runs, 'best_top1'):.2f}",
+                f"{train:.3f}",
+                f"{_mean(runs, 'loss'):.3f}",
+                f"{sum(run['hours'] for run in runs):.2f}",
+            )
+        )
+    return render_table(header, rows)
+
+
+def _mean(runs: Sequence[Summary], key: str) -> float:
+    return sum(run[key] for run in runs) / len(runs)
+
+
+def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
+    """A page with every study's part made anew, between the lines that mark it.
+
+    Args:
+        text: the page; ``<!-- study NAME: begin -->`` and ``<!-- study NAME: end -->`` mark a part.
+        summaries: names and summaries.
+
+    Raises:
+        ReportError: the marks of a study are missing.
+    """
+    for name, summary in summaries:
+        begin, end = (f"<!-- study {name}: {mark} -->" for mark in ("begin", "end"))
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ReportError(f"expected once, in this order, the lines {begin!r} and {end!r}")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{_render(summary)}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def _render(summary: Summary) -> str:
+    runs = summary["runs"]
+    if not runs:
+        return "No run has ended yet."
+    rows = len({run["row"] for run in runs})
+    error = binomial_error(_mean(runs, "top1"), summary["images"])
+    machine, versions, code = (summary[key] for key in ("machine", "versions", "code"))
+    known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    said = [
+        f"{len(runs)} runs of {rows} rows, {sum(run['hours'] for run in runs):.1f} hours of "
+        f"training in all. Top-1 and top-5 in percent, of the last epoch, on {summary['images']:,} "
+        f"images; the standard error of one figure is {error:.2f} points, of a difference of two "
+        f"rows up to {math.sqrt(2) * error:.2f} (binomial).",
+        study_table(summary),
+    ]
+    if summary["missing"]:
+        said.append(f"Without an end: {', '.join(summary['missing'])}.")
+    annealed = [run["temperature"] for run in runs if run["temperature"] is not None]
+    if annealed:
+        said.append(
+            f"Temperature at the last update: at most {max(annealed):g}, in {len(annealed)} runs."
+        )
+    said.append(
+        f"Machine: {machine.get('gpu') or machine['cpu']}, {machine['cores']} cores. {known}. "
+        f"Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
+    )
+    options = " ".join(summary["options"])
+    said.append(f"    {summary['command']}\n\nOver the rows' own settings: `{options}`.")
+    return "\n\n".join(said)
+
+
+def plot_study(summary: Summary, path: str | Path) -> None:
+    """Training loss and test top-1 over epochs, one line a row (the mean of its seeds).
+
+    Raises:
+        ImportError: matplotlib is missing; it comes with the extra ``demo``.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # The file must not depend on when it was written.
+    mpl.rcParams["svg.hashsalt"] = "kw"
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = dict(zip(("train_loss", "top1"), figure.subplots(1, 2), strict=True))
+    rows = list(dict.fromkeys(run["row"] for run in summary["runs"]))
+    colours = mpl.colormaps["tab20"]
+    for place, row in enumerate(rows):
+        runs = [run["curve"] for run in summary["runs"] if run["row"] == row]
+        for key, axis in axes.items():
+            points = [sum(p[key] for p in same) / len(same) for same in zip(*runs, strict=True)]
+            axis.plot(
+                [point["epoch"] for point in runs[0]],
+                points,
+                label=row,
+                color=colours(place % 20),
+                linestyle="-" if place < 10 else "--",
+                marker=".",
+            )
+    axes["train_loss"].set(xlabel="epoch", ylabel="training loss")
+    axes["top1"].set(xlabel="epoch", ylabel="test top-1 (%)")
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*axes["top1"].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)

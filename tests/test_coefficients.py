@@ -1,0 +1,80 @@
+"""What is said of a network's attention, on networks whose attention is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from kw import convert, set_temperature
+from kw.config import config_from_mapping
+from kw.engine import train
+from kw.warehouse.coefficients import measure_coefficients
+
+
+def network(**overrides: Any) -> nn.Module:
+    """Two layers that share a warehouse of 9 + 9 mixtures."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    plan = {"rules": [{"match": r"\d", "warehouse": "all"}], "norm": "layer"}
+    return convert(layers, plan, **overrides)
+
+
+def test_at_the_start_every_mixture_has_its_own_cell() -> None:
+    model = network().train()
+    set_temperature(model, 1.0)
+    first, second = measure_coefficients(model, torch.randn(5, 4, 6, 6))
+    assert first == ("0", 9, 18, 1, 0, 0, 0)
+    assert second == ("2", 9, 18, 1, 0, 0, 0)
+    assert all(module.training for module in model.modules())
+
+
+def test_coefficients_are_measured_as_they_are_written_down() -> None:
+    """Against the attention's own output for two images, by hand."""
+    model: Any = network(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)
+    images = torch.randn(2, 4, 6, 6)
+    (first, _) = measure_coefficients(model, images)
+    alpha = model[0].attention(images.mean((2, 3)), torch.tensor(0.0))  # [2, 36, 36]
+    owners = [(i, cell) for i, cell in enumerate(model[0].attention.own.owners) if cell is not None]
+    own = torch.stack([alpha[:, i, cell] for i, cell in owners])
+    total = alpha.abs().sum() - own.abs().sum()
+    assert len(owners) == 18  # the others start on the null cell
+    assert first.own == pytest.approx(own.mean().item(), rel=1e-4)
+    assert first.others == pytest.approx(total.item() / (2 * 36), rel=1e-4)
+    assert first.negative == pytest.approx((alpha < 0).sum().item() / alpha.numel())
+    spread = ((alpha[0] - alpha[1]) / 2**0.5).square().sum()
+    centre = ((alpha[0] + alpha[1]) / 2).square().sum()
+    assert first.variation == pytest.approx((spread / centre).sqrt().item(), rel=1e-4)
+
+
+def test_equal_images_do_not_vary() -> None:
+    images = torch.randn(1, 4, 6, 6).expand(3, -1, -1, -1)
+    assert all(each.variation < 1e-5 for each in measure_coefficients(network(), images))
+
+
+def test_the_tool_names_every_layer(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings |= {"epochs": 1}
+    train(config_from_mapping(settings, check_model_name=False), tmp_path / "run")
+    run = tmp_path / "run"
+    tool("tools/measure_attention.py", run / "config.yaml", run / "last.pth", "--images", 8)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| layer")][1:]
+    assert len(names) == 20
+    assert names[0] == "layer1.0.conv1"
+
+    settings["model"].pop("kernel_warehouse")
+    static = tmp_path / "static.yaml"
+    static.write_text(yaml.safe_dump(settings | {"temperature_epochs": 0}))
+    with pytest.raises(SystemExit) as refused:
+        tool("tools/measure_attention.py", static, run / "last.pth")
+    assert refused.value.code == 2

@@ -1,0 +1,351 @@
+"""Images in memory: what a batch is made of, against Pillow, torchvision, timm and the files."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+import kw.data.memory as memory_module
+from kw.config import ConfigError, config_from_mapping
+from kw.config.schema import Config, DataConfig
+from kw.data import DataError, Loader, derive_seed, open_training, open_validation, uniform_draws
+from kw.data.batch_augment import BatchAugment, Choices
+from kw.data.resample import axis_weights, resample
+from kw.engine import load_checkpoint, train
+
+CPU = torch.device("cpu")
+Settings = dict[str, Any]
+
+
+def noise(count: int, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (count, 3, height, width), dtype=np.uint8)
+    )
+
+
+def augment(**settings: Any) -> BatchAugment:
+    return BatchAugment(DataConfig(root="unused", **{"input_size": 16, **settings}))
+
+
+# --- what is drawn ---------------------------------------------------------------------------
+
+
+def test_draws_are_splitmix64() -> None:
+    """The first outputs of the generator's public-domain C code for this seed (Vigna, 2015)."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    draws = uniform_draws([0, 1234567], 4)
+    assert draws[1].tolist() == [(value >> 11) / 2**53 for value in expected]
+    assert draws.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 60), (60, 20)])
+def test_rectangles_are_distributed_as_timms(height: int, width: int) -> None:
+    """Mean and spread of place and extent, and how often the whole rectangle was refused."""
+    config = {"crop_scale": [0.3, 1.0], "crop_ratio": [0.7, 1.4]}
+    chosen = augment(**config).choose([derive_seed(i) for i in range(4000)], height, width)
+    random.seed(0)
+    image = Image.new("RGB", (width, height))
+    expected = np.array(
+        [
+            RandomResizedCropAndInterpolation.get_params(image, (0.3, 1.0), (0.7, 1.4))
+            for _ in range(4000)
+        ]
+    ).T
+    for found, wanted in zip(chosen[:2], expected[:2], strict=True):
+        assert found.mean() == pytest.approx(wanted.mean(), abs=0.05 * height)
+        assert found.std() == pytest.approx(wanted.std(), rel=0.1)
+    for found, wanted in zip((chosen.height, chosen.width), expected[2:], strict=True):
+        assert found.mean() == pytest.approx(wanted.mean(), rel=0.02)
+        assert found.std() == pytest.approx(wanted.std(), rel=0.1, abs=0.02)
+    assert (chosen.top + chosen.height).max() <= height
+    assert (chosen.left + chosen.width).max() <= width
+    assert min(chosen.top.min(), chosen.left.min()) >= 0
+    assert chosen.mirror.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_an_image_without_a_fitting_rectangle_is_cut_in_the_middle() -> None:
+    settings = {"crop_scale": [1.0, 1.0], "crop_ratio": [0.5, 2.0]}
+    chosen = augment(**settings).choose([1, 2], 10, 41)
+    image = Image.new("RGB", (41, 10))
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+        image, (1.0, 1.0), (0.5, 2.0)
+    )
+    assert (width, left) == (20, 10)
+    for name, value in (("top", top), ("left", left), ("height", height), ("width", width)):
+        assert getattr(chosen, name).tolist() == [value, value]
+
+
+# --- what is done ----------------------------------------------------------------------------
+
+TOP, LEFT, HEIGHT, WIDTH = (0, 3, 11, 5), (0, 9, 2, 30), (24, 13, 9, 3), (40, 20, 37, 2)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_resampling_is_torchvisions(name: str) -> None:
+    """Four rectangles of one batch, larger and smaller than the output, against one at a time."""
+    images = noise(4, 24, 40)
+    places = [torch.tensor(values) for values in (TOP, HEIGHT, LEFT, WIDTH)]
+    rows = axis_weights(*places[:2], 24, 12, name)
+    found = resample(images, rows, axis_weights(*places[2:], 40, 12, name))
+    for each, image, *place in zip(found, images, TOP, LEFT, HEIGHT, WIDTH, strict=True):
+        expected = F.resized_crop(
+            image.float(), *place, size=[12, 12], interpolation=InterpolationMode(name)
+        )
+        torch.testing.assert_close(each, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_augmented_images_are_pillows(name: str) -> None:
+    """Cut, resized and mirrored; Pillow rounds once more in between, and clips where filters
+    overshoot, for which these images have room."""
+    images = noise(4, 24, 40) // 2 + 64
+    mirror = np.array([True, False, True, False])
+    choices = Choices(*map(np.array, (TOP, LEFT, HEIGHT, WIDTH)), mirror, np.ones((4, 3)), ORDER)
+    found = augment(input_size=12, interpolation=name).apply(images, choices)
+    assert found.dtype == torch.uint8
+    for i, image in enumerate(images):
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+        box = (LEFT[i], TOP[i], LEFT[i] + WIDTH[i], TOP[i] + HEIGHT[i])
+        pillow = pillow.crop(box).resize((12, 12), Image.Resampling[name.upper()])
+        if mirror[i]:
+            pillow = pillow.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        difference = found[i].permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()
+        assert difference.abs().max() <= (0 if name == "nearest" else 2)
+        assert difference.abs().float().mean() < 0.3
+
+
+ORDER = np.array([(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
+
+
+def test_colour_jitter_is_torchvisions() -> None:
+    """Each image with factors and an order of its own."""
+    images = noise(4, 12, 12)
+    factors = np.array([(1.4, 0.6, 1.3), (0.7, 1.2, 0.0), (1.0, 0.3, 1.9), (0.2, 1.8, 1.1)])
+    whole = np.zeros(4, dtype=np.int64), np.full(4, 12)
+    choices = Choices(
+        whole[0], whole[0], whole[1], whole[1], np.zeros(4, dtype=bool), factors, ORDER
+    )
+    found = augment(input_size=12, interpolation="bilinear", color_jitter=0.4).apply(
+        images, choices
+    )
+    steps: list[Callable[..., torch.Tensor]] = [
+        F.adjust_brightness,
+        F.adjust_contrast,
+        F.adjust_saturation,
+    ]
+    for each, image, own, order in zip(found, images, factors, ORDER, strict=True):
+        expected = image / 255
+        for step in order:
+            expected = steps[step](expected, own[step])
+        assert (each.float() - expected * 255).abs().max() <= 0.51
+
+
+def test_jitter_is_drawn_from_its_range() -> None:
+    chosen = augment(color_jitter=0.4).choose([derive_seed(i) for i in range(600)], 8, 8)
+    assert chosen.factors.min() >= 0.6
+    assert chosen.factors.max() <= 1.4
+    assert np.ptp(chosen.factors, axis=0).min() > 0.75
+    assert len(np.unique(chosen.order, axis=0)) == 6
+    assert (np.sort(chosen.order) == [0, 1, 2]).all()
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    images, seeds = noise(5, 20, 20), [derive_seed(i) for i in range(5)]
+    step = augment(color_jitter=0.4)
+    whole = step(images, seeds)
+    alone = [step(image[None], [seed]) for image, seed in zip(images, seeds, strict=True)]
+    assert (whole.int() - torch.cat(alone).int()).abs().max() <= 1  # a matrix product's rounding
+    assert len({each.numpy().tobytes() for each in whole}) == 5
+
+
+# --- loaders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(settings: Settings) -> Settings:
+    """The tests' run, with its images in memory."""
+    settings["data"]["memory"] = {"place": "device"}
+    return settings
+
+
+def configured(settings: Settings, **data: Any) -> Config:
+    return config_from_mapping(
+        {**settings, "data": {**settings["data"], **data}}, check_model_name=False
+    )
+
+
+def batches(loader: Loader, epoch: int = 1, start: int = 0) -> list[dict[str, Any]]:
+    sampler: Any = loader.batch_sampler
+    sampler.set_epoch(epoch, start)
+    return list(loader)
+
+
+def test_memory_holds_bytes_once(held: Settings) -> None:
+    loader: Any = open_training(configured(held), CPU, 0, 1)
+    images = loader.dataset.images
+    assert (images.dtype, tuple(images.shape)) == (torch.uint8, (64, 3, 20, 20))
+    assert loader.dataset.bytes == 64 * 3 * 20 * 20
+    share: Any = open_validation(configured(held), CPU, 1, 2)
+    assert len(share.dataset.images) == 9  # of 19: this process's
+    (batch,) = [batch for batch in share if len(batch["labels"]) == 9]
+    assert (batch["images"].dtype, tuple(batch["images"].shape)) == (torch.uint8, (9, 3, 32, 32))
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_batches_do_not_depend_on_processes_workers_or_resumption(
+    held: Settings, place: str
+) -> None:
+    memory = {"place": place}
+    whole = batches(open_training(configured(held, memory=memory), CPU, 0, 1))
+    assert len(whole) == 4
+    held["batch_size"] = 8
+    shares = [
+        batches(open_training(configured(held, memory=memory, workers=rank), CPU, rank, 2))
+        for rank in range(2)
+    ]
+    for key in ("images", "labels", "indices"):
+        for one, *two in zip(whole, *shares, strict=True):
+            assert torch.equal(one[key], torch.cat([share[key] for share in two]))
+    loader = open_training(configured(held, memory=memory), CPU, 0, 2)
+    later = batches(loader, start=2)
+    assert [batch["key"] for batch in later] == [batch["key"] for batch in shares[0][2:]]
+    assert all(map(torch.equal, *[[b["images"] for b in x] for x in (later, shares[0][2:])]))
+    other = batches(loader, epoch=2)
+    assert not torch.equal(other[0]["images"], shares[0][0]["images"])
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(held: Settings, tmp_path: Path) -> None:
+    held["checkpoint"] = {"updates": 3, "keep": 9}
+    held["data"]["mixup"] = 0.8
+    train(config_from_mapping(held), tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole/epoch_0_update_3.pth", tmp_path / "cut")
+    train(config_from_mapping(held), tmp_path / "cut", resume=True)
+    whole, cut = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "cut"))
+    assert whole["state_dict"].keys() == cut["state_dict"].keys()
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, cut["state_dict"][name]), name
+
+
+@pytest.fixture
+def damaged(images: Path, tmp_path: Path) -> Path:
+    """The tests' images, two of them no images."""
+    root = tmp_path / "damaged"
+    shutil.copytree(images, root)
+    (root / "train/cat/3.png").write_bytes(b"no image")
+    (root / "val/bird/2.png").write_bytes(b"no image")
+    return root
+
+
+def test_bad_files_are_treated_as_from_files(held: Settings, damaged: Path) -> None:
+    """The same substitutes, epoch by epoch; black and of no class in evaluation; each told once."""
+    allowed = {"root": str(damaged), "bad_images": {"max_fraction": 0.1}}
+    from_memory, from_files = (
+        open_training(configured(held, memory=memory, **allowed), CPU, 0, 1)
+        for memory in (held["data"]["memory"], None)
+    )
+    labels = [
+        [torch.cat([b["labels"] for b in batches(loader, epoch)]) for epoch in range(4)]
+        for loader in (from_memory, from_files)
+    ]
+    assert all(map(torch.equal, *labels))
+    (fault,) = from_memory.faults.take()
+    assert fault == from_files.faults.take()[0]
+    assert Path(fault.path) == damaged / "train/cat/3.png"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluation_is_that_of_files(held: Settings, damaged: Path, world_size: int) -> None:
+    allowed = {"root": str(damaged), "bad_images": {"max_fraction": 0.1}}
+    for rank in range(world_size):
+        found, expected = (
+            list(open_validation(configured(held, memory=memory, **allowed), CPU, rank, world_size))
+            for memory in (held["data"]["memory"], None)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in ("images", "labels", "indices"))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal(images: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "unequal"
+    shutil.copytree(images, root)
+    Image.new("RGB", (31, 22), (255, 0, 0)).save(root / "train/dog/5.png")
+    return root
+
+
+def test_images_of_different_sizes_need_a_size(held: Settings, unequal: Path) -> None:
+    with pytest.raises(DataError, match=r"20 x 20 .*dog/5\.png has 31 x 22; set data\.memory\.siz"):
+        open_training(configured(held, root=str(unequal)), CPU, 0, 1)
+    squares = {"place": "device", "size": 12}
+    loader: Any = open_training(configured(held, root=str(unequal), memory=squares), CPU, 0, 1)
+    assert tuple(loader.dataset.images.shape) == (64, 3, 12, 12)
+    red = loader.dataset.images[
+        [loader.dataset.path(i).name for i in range(64)].index("5.png") + 32
+    ]
+    assert red.float().mean((1, 2)).tolist() == [255, 0, 0]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read(
+    held: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 images of 1200 bytes: 76,800.
+    monkeypatch.setattr(memory_module, "_free_bytes", lambda place: 76_800 / 0.91)
+    with pytest.raises(DataError, match=r"64 images of 20 x 20 pixels take .* more than 90% of"):
+        open_training(configured(held), CPU, 0, 1)
+    monkeypatch.setattr(memory_module, "_free_bytes", lambda place: 76_800 / 0.9 + 1)
+    open_training(configured(held), CPU, 0, 1)
+
+
+def test_free_memory_is_between_nothing_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = memory_module._free_bytes(CPU)
+    assert 2**20 < alone < 2**50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_module._free_bytes(CPU) == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_policies_of_single_images_are_refused(held: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"data\.auto_augment = 'rand-m9': expected null beside"):
+        configured(held, auto_augment="rand-m9")
+
+
+def test_a_bad_file_is_an_error_where_the_policy_says_so(held: Settings, damaged: Path) -> None:
+    settings = configured(held, root=str(damaged), bad_images={"policy": "raise"})
+    with pytest.raises(DataError, match=r"cannot read image .*cat/3\.png"):
+        open_training(settings, CPU, 0, 1)
+
+
+def test_loading_is_measured(
+    settings: Settings,
+    tmp_path: Path,
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    threads = torch.get_num_threads()
+    tool("tools/measure_loading.py", path, "--images", 80)
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "files",
+        "memory of the device",
+        "memory of the host",
+    ]
+    assert all(float(line.split("|")[3].replace(",", "")) > 0 for line in lines[2:])

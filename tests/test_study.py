@@ -1,0 +1,234 @@
+"""Studies: what their files mean, that runs are skipped when done, and what pages say of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from kw.config import Config, ConfigError, config_from_mapping, load_config
+from kw.config.study import load_study
+from kw.evaluation import ReportError
+from kw.evaluation.study import binomial_error, render_page, study_table, summarise_run
+from kw.models import build_network
+from kw.models.complexity import analyze
+
+ROOT = Path(__file__).parents[1]
+STUDIES = [ROOT / f"configs/tiny_imagenet/tiny_imagenet_{kind}.yaml" for kind in ("cpu", "gpu")]
+Tool = Callable[..., None]
+
+
+# --- the shipped studies ---------------------------------------------------------------------
+
+# Parameters: 7x7 against 3x3, and 1000 classes against 100, each with a bias.
+OTHER_STEM, OTHER_CLASSES = 64 * 3 * (49 - 9), 513 * 900
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_rows_of_a_study_differ_in_the_network_alone(path: Path) -> None:
+    study = load_study(path)
+    assert len(study.rows) == 15
+    configs = {}
+    for run in study.runs[:15]:
+        configs[run.row] = load_config(run.config, run.options, check_model_name=False)
+    anneals = {row: config.temperature_epochs > 0 for row, config in configs.items()}
+    dynamic = {row for row in configs if row.startswith("kw_")} | {
+        "resnet18_dyconv4x",
+        "resnet18_odconv4x",
+    }
+    assert {row for row, does in anneals.items() if does} == dynamic - {
+        "kw_resnet18_1x_no_temperature"
+    }
+    assert len({c.temperature_epochs for c in configs.values() if c.temperature_epochs}) == 1
+    base = configs["resnet18"]
+    for config in configs.values():
+        config.model, config.temperature_epochs = base.model, base.temperature_epochs
+        assert config == base
+
+
+def test_rows_have_the_sizes_of_the_imagenet_models() -> None:
+    """Of the same names, less what the classifier and the stem differ by."""
+    for path in (ROOT / "configs/tiny_imagenet/resnet18").glob("*.yaml"):
+        imagenet = ROOT / "configs/imagenet/resnet18" / path.name
+        if not imagenet.exists():
+            imagenet = imagenet.with_name(path.stem + "_100ep.yaml")
+        if imagenet.exists():
+            ours, theirs = (
+                analyze(load_config(p, check_model_name=False)) for p in (path, imagenet)
+            )
+            assert theirs.params - ours.params == OTHER_STEM + OTHER_CLASSES, path.stem
+
+
+# --- the stem --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stem", "side"), [({"stride": 1}, 64), ({"stride": 2}, 32), ({"stride": 2, "pool": True}, 16)]
+)
+def test_stem_leaves_the_first_stage_its_resolution(stem: dict[str, Any], side: int) -> None:
+    network: Any = build_network(model(stem=stem))
+    found = []
+    network.layer1.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape))
+    network(torch.zeros(1, 3, 64, 64))
+    assert found == [(1, 64, side, side)]
+    assert [info["reduction"] for info in network.feature_info] == [
+        64 // side // (2 if stem.get("pool") else 1) if not i else (64 // side) * 2 ** (i - 1)
+        for i in range(5)
+    ]
+    deviation = math.sqrt(2 / (64 * 9))  # Kaiming's, fan out
+    assert network.conv1.weight.detach().std() == pytest.approx(deviation, rel=0.1)
+    assert isinstance(network.maxpool, nn.MaxPool2d) == ("pool" in stem)
+
+
+def test_stem_is_for_resnets() -> None:
+    with pytest.raises(ConfigError, match=r"model\.stem, model\.name 'convnext_atto': exp"):
+        build_network(model(name="convnext_atto", stem={"stride": 1}))
+
+
+def model(**settings: Any) -> Any:
+    mapping = {
+        "model": {"name": "resnet18", **settings},
+        "data": {"root": "unused"},
+        "optimizer": {"lr": 0.1},
+        "epochs": 1,
+        "total_batch_size": 2,
+        "batch_size": 2,
+    }
+    return config_from_mapping(mapping, check_model_name=False).model
+
+
+# --- files and runs --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(settings: dict[str, Any], tmp_path: Path) -> Path:
+    """Two rows, static and converted, two seeds."""
+    settings |= {"epochs": 1, "temperature_epochs": 1}
+    static = {**settings, "model": {**settings["model"]}, "temperature_epochs": 0}
+    del static["model"]["kernel_warehouse"]
+    for name, content in (("static", static), ("dynamic", settings)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    path = tmp_path / "small.yaml"
+    content = {
+        "rows": ["static.yaml", "dynamic.yaml"],
+        "seeds": [3, 5],
+        "options": {"data.memory": {"place": "host"}, "batch_size": 8},
+        "temperature_epochs": 0.5,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_study_says_which_runs_there_are(study: Path) -> None:
+    loaded = load_study(study, ["log_interval=2"])
+    assert [run.name for run in loaded.runs] == [
+        "static_seed3",
+        "dynamic_seed3",
+        "static_seed5",
+        "dynamic_seed5",
+    ]
+    found: list[Config] = [
+        load_config(run.config, run.options, check_model_name=False) for run in loaded.runs
+    ]
+    assert [(c.temperature_epochs, c.seed) for c in found] == [(0, 3), (0.5, 3), (0, 5), (0.5, 5)]
+    assert all((c.batch_size, c.log_interval) == (8, 2) for c in found)
+    assert all(c.data.memory is not None and c.data.memory.place == "host" for c in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": []}, r"small\.yaml:\d+: rows = \[\]: expected at least one"),
+        ({"rows": ["static.yaml", "./static.yaml"]}, "expected at least one, none twice"),
+        ({"rows": ["statc.yaml"]}, r"no such file.*did you mean.*static\.yaml"),
+        ({"seeds": [1, -1]}, "seeds = .*: expected a list of numbers, each >= 0"),
+        ({"options": {"epoch": 3}}, r"epoch = 3: expected a known key; did you mean epochs\?"),
+        ({"row": ["static.yaml"]}, r"row = .*did you mean rows\?"),
+        ({"temperature_epochs": 0}, r"temperature_epochs = 0: expected a number > 0"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(study: Path, change: dict[str, Any], said: str) -> None:
+    study.write_text(yaml.safe_dump({**yaml.safe_load(study.read_text()), **change}))
+    with pytest.raises(ConfigError, match=said):
+        load_study(study)
+
+
+def test_a_study_is_run_once_and_summarised(
+    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = {**yaml.safe_load(study.read_text()), "seeds": [3], "rows": ["dynamic.yaml"]}
+    study.write_text(yaml.safe_dump(content))
+    runs, docs = tmp_path / "runs", tmp_path / "docs"
+    tool("tools/run_study.py", study, "--work-dir", runs)
+    assert "dynamic_seed3: finished in" in capfd.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")}
+    tool("tools/run_study.py", study, "--work-dir", runs)
+    assert "dynamic_seed3: finished already" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")} == before
+
+    summary_file, plot = docs / "results/small.json", tmp_path / "curves.svg"
+    files = ("--json", summary_file, "--plot", plot)
+    tool("tools/summarize_study.py", study, "--work-dir", runs, *files)
+    summary = json.loads(summary_file.read_text())
+    results = json.loads((runs / "dynamic_seed3/results.json").read_text())
+    (found,) = summary["runs"]
+    assert (found["row"], found["params"]) == ("dynamic", results["params"])
+    assert found["top1"] == pytest.approx(results["top1"], abs=1e-4)
+    assert (found["temperature"], found["images"], found["epochs"]) == (0, 19, 1)
+    assert str(tmp_path / "runs") not in summary_file.read_text()
+    assert "dynamic" in plot.read_text()
+
+    page = docs / "results.md"
+    page.write_text("Before\n<!-- study small: begin --><!-- study small: end -->\nAfter\n")
+    with pytest.raises(SystemExit) as stale:
+        tool("tools/render_results.py", "--root", docs, "--check")
+    assert stale.value.code == 1
+    tool("tools/render_results.py", "--root", docs)
+    tool("tools/render_results.py", "--root", docs, "--check")
+    text = page.read_text()
+    assert f" {results['params'] / 1e6:.2f}M |" in text
+    assert text.startswith("Before\n")
+    assert text.endswith("\nAfter\n")
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def run(row: str, seed: int, top1: float) -> dict[str, Any]:
+    curve = [{"epoch": 1, "train_loss": 2.5, "top1": top1, "top5": 60.0, "loss": 2.0}]
+    figures = {"top1": top1, "top5": 60.0, "loss": 2.0, "best_top1": top1, "hours": 0.25}
+    return {"row": row, "seed": seed, "params": 1_250_000, **figures, "curve": curve}
+
+
+def test_seeds_are_averaged_and_shown() -> None:
+    summary = {"runs": [run("a", 0, 30.0), run("b", 0, 33.5), run("a", 1, 31.0), run("b", 1, 33.0)]}
+    lines = [[c.strip() for c in x.split("|")[1:-1]] for x in study_table(summary).splitlines()]
+    assert lines[2][:4] == ["a", "1.25M", "30.50 (30.00, 31.00)", ""]
+    assert lines[3][:4] == ["b", "1.25M", "33.25 (33.50, 33.00)", "+2.75"]
+    assert lines[3][-1] == "0.50"
+
+
+def test_binomial_error() -> None:
+    assert binomial_error(50, 2500) == pytest.approx(1.0)
+    assert binomial_error(20, 5000) == pytest.approx(0.5657, abs=1e-4)
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ReportError, match="study other: begin"):
+        render_page("<!-- study some: begin -->", [("other", {})])
+
+
+def test_a_run_that_never_evaluated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"no results\.json"):
+        summarise_run(tmp_path, "row", 0)
+
+
+def test_the_page_of_results_is_up_to_date(tool: Tool) -> None:
+    tool("tools/render_results.py", "--check")

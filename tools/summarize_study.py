@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Gather the finished runs of a study in one file, and plot their curves.
+
+python tools/summarize_study.py configs/tiny_imagenet/tiny_imagenet_cpu.yaml --plot curves.svg
+"""
+
+from pathlib import Path
+from typing import Any
+
+from kw.cli import ToolParser, output_file, run_tool, save_json
+from kw.config.study import load_study
+from kw.errors import UserError
+from kw.evaluation.study import plot_study, read_started, study_table, summarise_run
+
+RESULTS = Path(__file__).parents[1] / "docs/results"
+
+
+def main() -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("study", metavar="STUDY", help="a study, see configs/tiny_imagenet")
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="of the runs; default: work_dirs/STUDY's name"
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="default: docs/results/STUDY's name.json"
+    )
+    parser.add_argument(
+        "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (SVG or PNG)"
+    )
+    args = parser.parse_args()
+    study = load_study(args.study)
+    folder = args.work_dir or Path("work_dirs", study.name)
+    ended = [run for run in study.runs if (folder / run.name / "finished").exists()]
+    if not ended:
+        raise UserError(f"--work-dir {folder}: none of {len(study.runs)} runs of the study ended")
+    runs = [summarise_run(folder / run.name, run.row, run.seed) for run in ended]
+    missing = [run.name for run in study.runs if run not in ended]
+    summary: dict[str, Any] = {
+        "study": study.name,
+        **read_started(folder),
+        "options": list(study.options),
+        "images": runs[0]["images"],
+        "missing": missing,
+        "runs": runs,
+    }
+    save_json(summary, args.json or RESULTS / f"{study.name}.json")
+    print(study_table(summary))
+    if missing:
+        print(f"without an end: {', '.join(missing)}")
+    if args.plot is not None:
+        plot_study(summary, args.plot)
+        print(f"curves: {args.plot}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
