@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +31,6 @@ __all__ = [
     "deaths_explained",
     "stop_workers",
 ]
-
-
-GRACE = 20
-"""Seconds that a loader process goes on after SIGTERM."""
 
 
 class Loader(DataLoader[Any]):
@@ -164,10 +161,20 @@ def _outlive_signals(worker: int) -> None:
     Ctrl-C and torchrun send signals to a whole group of processes, slurm to all that there are. The
     run then finishes an update, for which it needs images, and writes a checkpoint.
     """
-    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whoever ends processes for good, as Python does at its exit, is waiting for them.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_run, name="signals", daemon=True).start()
+    else:  # on macOS: out of reach of torchrun
+        os.setpgid(0, 0)
+
+
+def _end_with_run() -> None:
+    """Follow a SIGTERM that the run itself sends, as Python does at its exit; no other."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -181,17 +188,19 @@ def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        deaths = [line for loader in loaders for line in _deaths(loader)]
+    except (RuntimeError, EOFError, OSError) as error:  # the latter in the middle of its answer
+        deaths = [line for loader in loaders for line in _deaths(loader, error)]
         if not deaths:
             raise
         raise DataError("; ".join(deaths)) from error
 
 
-def _deaths(loader: DataLoader[Any]) -> Iterator[str]:
+def _deaths(loader: DataLoader[Any], cause: Exception) -> Iterator[str]:
     processes: Any = getattr(loader._iterator, "_workers", ())
     dataset: Any = loader.dataset
     for worker, process in enumerate(processes):
+        if not isinstance(cause, RuntimeError):
+            process.join(0.1)  # its connections end before it does
         status = process.exitcode
         if not status:
             continue
