@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .assembly import (
     BlockGradients,
-    assemble,
     even_chunks,
     join,
     mix,
@@ -40,7 +39,7 @@ from .matmul import batch_matmul
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
-__all__ = ["Bmm", "conv_bmm"]
+__all__ = ["Bmm", "conv_bmm", "shifted"]
 
 LEAST_ROWS = 32
 
@@ -48,24 +47,33 @@ LEAST_ROWS = 32
 def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution as one batched matrix product, of ordinary differentiable operations.
 
-    Traced and exported with any number of samples, and differentiated any number of times; spatial
-    sizes are fixed. Every other back end is faster or takes less memory.
+    Traced and exported with any number of samples and any size, and differentiated any number of
+    times. Every other back end is faster or takes less memory. Columns stand in the order in which
+    blocks lie, so that assembled kernels are moved by rows of cells, once, or not at all.
     """
+    part, groups = spec.partition, spec.groups
+    size = spec.output_size(x.shape[2:])
+    taps = [tap.unflatten(1, (groups, -1)).flatten(3) for tap in shifted(x, spec)]  # [B, g, I, P]
+    # Either the grid or the cell spans space: taps come before the channels or after them.
+    after = math.prod(part.cell_kernel) > 1
+    columns = taps[0] if len(taps) == 1 else torch.stack(taps, 3 if after else 2).flatten(2, 3)
+    blocks = (alpha.to(cells.dtype) @ cells).to(x.dtype)  # [B, m, cell]
+    grid = blocks.unflatten(2, (part.cell_out, -1)).unflatten(1, part.grid)
+    kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, g O, I K]
+    y = kernels.unflatten(1, (groups, -1)) @ columns  # [B, g, O, P]
+    return y.flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+
+
+def shifted(x: Tensor, spec: ConvSpec) -> Iterator[Tensor]:
+    """What every tap reads, with ordinary operations: ``[B, C, *output size]`` each."""
     size = spec.output_size(x.shape[2:])
     if any(spec.padding):
         x = F.pad(x, [p for p in reversed(spec.padding) for _ in range(2)])
-    windows = []
     for tap in itertools.product(*map(range, spec.partition.kernel)):
-        starts = [t * d for t, d in zip(tap, spec.dilation, strict=True)]
-        axes = zip(starts, spec.stride, size, strict=True)
-        steps = [slice(start, start + s * (n - 1) + 1, s) for start, s, n in axes]
+        axes = zip(tap, spec.dilation, spec.stride, size, strict=True)
+        steps = [slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in axes]
         met = (slice(None), slice(None), *steps)
-        windows.append(x[met].flatten(2))  # [B, g I, P]
-    columns = torch.stack(windows, 2).unflatten(1, (spec.groups, -1))  # [B, g, I, K, P]
-    columns = columns.flatten(2, 3)  # [B, g, I K, P]
-    kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, g O, I, k..]
-    kernels = kernels.flatten(2).unflatten(1, (spec.groups, -1))  # [B, g, O, I K]
-    return (kernels @ columns).flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+        yield x[met]
 
 
 class Bmm(Contraction):
