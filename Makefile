@@ -20,7 +20,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection,export]"
 	touch $@
 
 demo: install

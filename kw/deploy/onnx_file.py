@@ -17,7 +17,7 @@ from .graph import quiet
 
 __all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx"]
 
-_INSTALL = "pip install 'kernelwarehouse[export]'"
+_INSTALL = "pip install -e '.[export]'"
 
 
 def needs(package: str) -> Any:
