@@ -42,7 +42,7 @@ FORMS = {
         "conv_bmm",
     ),
     "columns in groups": (lambda: KWConv2d(6, 8, 3, groups=2), (6, 9, 7), "conv_bmm"),
-    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 19), "conv_bmm"),
+    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 119), "conv_bmm"),
     "columns 3d": (lambda: KWConv3d(4, 4, 3, padding=1), (4, 5, 6, 7), "conv_bmm"),
     "mixed": (
         lambda: KWConv2d(8, 8, 3, 2, cell_inplane_ratio=0.25, cell_outplane_ratio=0.5),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import one_line
 from .description import ExportError, InputRange
 
 __all__ = ["BATCHES", "TOLERANCE", "Difference", "compare", "random_images"]
@@ -84,7 +85,16 @@ def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor])
     """
     difference = Difference()
     for images in batches:
-        difference.add(reference(images), written(images), tuple(images.shape))
+        shape = tuple(images.shape)
+        try:
+            found = written(images)
+        except MemoryError:
+            raise
+        except Exception as error:  # a runtime raises its own kinds
+            raise ExportError(
+                f"the written file refuses images {list(shape)}: {one_line(error)}"
+            ) from error
+        difference.add(reference(images), found, shape)
     return difference
 
 
