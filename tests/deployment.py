@@ -37,7 +37,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], **meta: Any) -> Path:
     for seed, key in enumerate(("state_dict", "ema_state_dict")):
         network = build_network(config.model)
         size = config.data.input_size
-        randomise(network, torch.randn(4, 3, size, size), seed)
+        randomise(network, torch.randn(32, 3, size, size), seed)
         states[key] = network.state_dict()
         for name, value in states[key].items():
             if name.endswith("temperature"):

@@ -42,7 +42,7 @@ FORMS = {
         "conv_bmm",
     ),
     "columns in groups": (lambda: KWConv2d(6, 8, 3, groups=2), (6, 9, 7), "conv_bmm"),
-    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 119), "conv_bmm"),
+    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 219), "conv_bmm"),
     "columns 3d": (lambda: KWConv3d(4, 4, 3, padding=1), (4, 5, 6, 7), "conv_bmm"),
     "mixed": (
         lambda: KWConv2d(8, 8, 3, 2, cell_inplane_ratio=0.25, cell_outplane_ratio=0.5),
@@ -134,7 +134,7 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
     settings = {**SETTINGS["model"], "kernel_warehouse": None, **model}
     config = config_from_mapping({**SETTINGS, "model": settings})
     network = build_network(config.model)
-    randomise(network, torch.randn(4, 3, 40, 40))
+    randomise(network, torch.randn(32, 3, 40, 40))
     network.eval()
     if model.get("peer", {}).get("method") != "condconv":
         kw.set_temperature(network, 0)
@@ -145,7 +145,7 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
     assert not [name for name in kept if "temperature" in name or "one_hot" in name]
     images = torch.randn(2, 3, 40, 57)
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(images), network(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(program.module()(images), network(images), atol=1e-4, rtol=1e-4)
     assert fold_temperature(network) is network
 
 
@@ -178,7 +178,9 @@ def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = [torch.from_numpy(rng.integers(0, 256, (3, 40, 40), np.uint8)) for _ in range(8)]
     found = {
-        precision: export(source, tmp_path / f"{precision}.onnx", Options(precision), images)
+        precision: export(
+            source, tmp_path / f"{precision}.onnx", Options(precision, 4, fixed_size=True), images
+        )
         for precision in ("fp32", "fp16", "int8")
     }
     assert found["fp32"].real.largest < 1e-5

@@ -94,8 +94,6 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
                 graph,
                 (example,),
                 dynamic_shapes={"images": shapes},
-                # Strided slices compare sizes; what cannot be proven is checked when it runs.
-                prefer_deferred_runtime_asserts_over_guards=True,
             )
     except (MemoryError, KeyboardInterrupt):
         raise

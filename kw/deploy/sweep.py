@@ -47,7 +47,7 @@ def random_source(config: Config, name: str) -> Source:
     """A configuration's network with weights of :func:`randomise`."""
     torch.manual_seed(0)
     size = config.data.input_size
-    network = randomise(build_network(config.model), torch.randn(2, 3, size, size))
+    network = randomise(build_network(config.model), torch.randn(8, 3, size, size))
     description = Description(
         model=name,
         classes=[str(label) for label in range(config.model.num_classes)],

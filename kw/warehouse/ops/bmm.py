@@ -13,7 +13,6 @@ Q input and P output positions.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,7 +38,7 @@ from .matmul import batch_matmul
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
-__all__ = ["Bmm", "conv_bmm", "shifted"]
+__all__ = ["Bmm", "conv_bmm", "unfold_taps"]
 
 LEAST_ROWS = 32
 
@@ -52,11 +51,11 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     blocks lie, so that assembled kernels are moved by rows of cells, once, or not at all.
     """
     part, groups = spec.partition, spec.groups
-    size = spec.output_size(x.shape[2:])
-    taps = [tap.unflatten(1, (groups, -1)).flatten(3) for tap in shifted(x, spec)]  # [B, g, I, P]
-    # Either the grid or the cell spans space: taps come before the channels or after them.
-    after = math.prod(part.cell_kernel) > 1
-    columns = taps[0] if len(taps) == 1 else torch.stack(taps, 3 if after else 2).flatten(2, 3)
+    taps, size = unfold_taps(x, spec)
+    taps = taps.unflatten(1, (groups, -1))  # [B, g, I, K, P]
+    if math.prod(part.cell_kernel) == 1:  # else the cell spans space, and taps come last in it
+        taps = taps.transpose(2, 3)
+    columns = taps.flatten(2, 3)
     blocks = (alpha.to(cells.dtype) @ cells).to(x.dtype)  # [B, m, cell]
     grid = blocks.unflatten(2, (part.cell_out, -1)).unflatten(1, part.grid)
     kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, g O, I K]
@@ -64,16 +63,20 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     return y.flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
 
 
-def shifted(x: Tensor, spec: ConvSpec) -> Iterator[Tensor]:
-    """What every tap reads, with ordinary operations: ``[B, C, *output size]`` each."""
-    size = spec.output_size(x.shape[2:])
-    if any(spec.padding):
-        x = F.pad(x, [p for p in reversed(spec.padding) for _ in range(2)])
-    for tap in itertools.product(*map(range, spec.partition.kernel)):
-        axes = zip(tap, spec.dilation, spec.stride, size, strict=True)
-        steps = [slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in axes]
-        met = (slice(None), slice(None), *steps)
-        yield x[met]
+def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
+    """What every tap reads of every channel, ``[B, C, K, P]``, and the output's size.
+
+    By a depthwise convolution with one-hot kernels: exact, one operator, and the size is that of
+    any convolution. Slices would compare sizes at every tap, over which tracing takes minutes.
+    """
+    channels, taps = x.shape[1], math.prod(spec.partition.kernel)
+    if spec.is_pointwise and not any(spec.padding) and all(s == 1 for s in spec.stride):
+        return x.flatten(2).unsqueeze(2), x.shape[2:]
+    one_hot = torch.eye(taps, dtype=x.dtype, device=x.device)
+    one_hot = one_hot.repeat(channels, 1).view(-1, 1, *spec.partition.kernel)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(spec.stride) - 1]
+    y = conv(x, one_hot, None, spec.stride, spec.padding, spec.dilation, channels)
+    return y.unflatten(1, (channels, taps)).flatten(3), y.shape[2:]
 
 
 class Bmm(Contraction):

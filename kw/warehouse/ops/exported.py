@@ -23,12 +23,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .assembly import assemble
-from .bmm import conv_bmm, shifted
+from .bmm import conv_bmm, unfold_taps
 from .grouped import conv_grouped
 from .spec import ConvSpec
 
@@ -79,10 +78,11 @@ def _hint(size: Any) -> int:
 
 
 def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    part, size = spec.partition, spec.output_size(x.shape[2:])
+    part = spec.partition
     spatial, out_blocks, in_blocks = part.grid
-    taps = torch.stack([tap.flatten(2) for tap in shifted(x, spec)], 1)  # [B, K, I, P]
-    inputs = taps.unflatten(2, (in_blocks, -1)).flatten(1, 2).flatten(2)  # [B, K GI, c_in P]
+    taps, size = unfold_taps(x, spec)  # [B, I, K, P]
+    inputs = taps.transpose(1, 2).unflatten(2, (in_blocks, -1))  # [B, K, GI, c_in, P]
+    inputs = inputs.flatten(1, 2).flatten(2)  # [B, K GI, c_in P]
     mixing = alpha.unflatten(1, (spatial, out_blocks, in_blocks)).permute(0, 2, 4, 1, 3)
     mixing = mixing.flatten(3).flatten(1, 2).to(cells.dtype)  # [B, GO n, K GI]
     mixed = (mixing @ inputs.to(cells.dtype)).to(x.dtype)
