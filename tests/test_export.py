@@ -241,6 +241,9 @@ def test_the_tool_writes_all_formats_and_cards(tmp_path: Path, tool: Any, capsys
     assert sorted(out.iterdir()) == sorted(files + [f.with_name(f.name + ".md") for f in files])
     expected = read_source(checkpoint, config).network(torch.zeros(2, 3, 40, 40))
     for file in files:
+        assert (
+            str(Path(kw.__file__).parent).encode() not in file.read_bytes()
+        )  # whose machine it was
         network = kw.load(file)
         torch.testing.assert_close(network(torch.zeros(2, 3, 40, 40)), expected)
         card = file.with_name(file.name + ".md").read_text()

@@ -58,6 +58,7 @@ def write_onnx(program: ExportedProgram, description: Description, path: Path) -
     except Exception as error:
         raise ExportError(f"{path}: PyTorch cannot write it as ONNX: {one_line(error)}") from error
     _name_axes(model, description)
+    _drop_traces(model)
     model.producer_name, model.producer_version = "kernelwarehouse", __version__
     onnx.checker.check_model(model)
     add_description(model, description)
@@ -87,6 +88,23 @@ def _name_axes(model: Any, description: Description) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param:
                 axis.dim_param = symbols.sub(lambda m: names[m[1]], axis.dim_param)
+
+
+def _drop_traces(model: Any) -> None:
+    """PyTorch notes at every node where in the sources it comes from: a quarter of a small file,
+    and paths of the machine that wrote it."""
+    for function in model.functions:
+        del function.metadata_props[:]
+    bodies = [model.graph, *model.functions]
+    while bodies:
+        body = bodies.pop()
+        for node in body.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+            bodies += [part.g for part in node.attribute if part.HasField("g")]
+        for value in (*getattr(body, "value_info", ()), *getattr(body, "initializer", ())):
+            del value.metadata_props[:]
+            value.doc_string = ""
 
 
 class OnnxNetwork(nn.Module):
