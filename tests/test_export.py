@@ -140,10 +140,12 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
         kw.set_temperature(network, 0)
     inputs = input_range(network, config.model, 40)
     assert inputs == InputRange(40, least=33)
+    if "nonlocal_basis_ratio" not in str(model):  # one with its size open suffices
+        inputs = replace(inputs, least=None)
     program = trace(Graph(network), inputs)
     kept = [*program.state_dict, *program.constants]
     assert not [name for name in kept if "temperature" in name or "one_hot" in name]
-    images = torch.randn(2, 3, 40, 57)
+    images = torch.randn(2, 3, 40, 57 if inputs.least else 40)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images), network(images), atol=1e-4, rtol=1e-4)
     assert fold_temperature(network) is network
@@ -181,14 +183,13 @@ def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
         precision: export(
             source, tmp_path / f"{precision}.onnx", Options(precision, 4, fixed_size=True), images
         )
-        for precision in ("fp32", "fp16", "int8")
+        for precision in ("fp16", "int8")
     }
-    assert found["fp32"].real.largest < 1e-5
-    assert found["fp32"].real.images == found["fp32"].real.same == 8
-    assert 1e-5 < found["fp16"].random.largest < 0.02
+    assert 1e-5 < found["fp16"].random.largest < 0.05
     assert 1e-4 < found["int8"].real.largest < 0.3
-    size = {name: written.path.stat().st_size for name, written in found.items()}
-    assert size["fp16"] < 0.8 * size["fp32"]
+    assert found["int8"].real.images == 8
+    halves = {each.data_type for each in onnx.load(found["fp16"].path).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in halves
     nodes = onnx.load(found["int8"].path).graph.node
     assert any(node.op_type == "QuantizeLinear" for node in nodes)
     text = onnxruntime.InferenceSession(found["int8"].path).get_modelmeta().custom_metadata_map

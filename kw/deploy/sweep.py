@@ -25,7 +25,7 @@ def randomise(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
     """Weights of which every part of the network shows in the logits, in place.
 
     Fresh networks hide mistakes: timm begins with residual branches that are multiplied by 0 or
-    1e-6, and biases of 0. The statistics of BatchNorm are then those of the images.
+    1e-6, and biases of 0. The statistics of BatchNorm2d are then those of the images.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,7 +33,9 @@ def randomise(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
             if parameter.ndim == 1:
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_(noise - 0.5 if name.endswith("bias") else noise + 0.5)
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # Not those of attention branches: pooled noise hardly varies, and dividing by that would
+        # make rounding errors large.
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
