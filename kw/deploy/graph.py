@@ -105,8 +105,9 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
 
 def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:
     """Write a ``.pt2`` file."""
-    for node in program.graph.nodes:  # lines of the sources, with paths of this machine
-        node.meta.pop("stack_trace", None)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of the sources, with paths of this machine
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(
