@@ -8,10 +8,16 @@ largest, on noise of several batch sizes and sizes. The status is 2 if any faile
 """
 
 import argparse
+from typing import Any
 
 from kw.cli import ToolParser, add_options, output_file, run_tool, save_json
 from kw.deploy import ExportError
 from kw.deploy.sweep import try_export
+
+
+def _rounding(row: dict[str, Any]) -> str:
+    """Of PyTorch's float32, where it is what the difference consists of."""
+    return "" if row["rounding"] is None else f" (float32 itself {row['rounding']:.1e})"
 
 
 def main() -> None:
@@ -33,8 +39,8 @@ def main() -> None:
         for row in try_export(config, args.formats, args.cfg_options):
             rows.append(row)
             found = (
-                f"{row['difference']:.1e} | {row['bytes'] / 1e6:.1f} | {row['seconds']} | "
-                f"{row['least'] or 'fixed'}"
+                f"{row['difference']:.1e}{_rounding(row)} | {row['bytes'] / 1e6:.1f} | "
+                f"{row['seconds']} | {row['least'] or 'fixed'}"
                 if row["fault"] is None
                 else f"failed: {row['fault']} | | |"
             )

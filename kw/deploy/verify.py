@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
 """Of logits, relative to the largest one or to 1, whichever is more."""
 
+MARGIN = 3.0
+"""How much farther from float64 than PyTorch's float32 a file may be: sums in another order."""
+WORST = 0.01
+"""Rounding of float32 beyond which agreement with float64 says nothing."""
+
 
 @dataclass
 class Difference:
@@ -28,12 +34,24 @@ class Difference:
         images: images that were compared.
         same: those of them that both give the same class.
         shapes: of the batches.
+        rounding: the same difference of the network in float32 from itself in float64, where the
+            files' was too large to be taken as it is.
+        exact: of the file from the network in float64, likewise.
     """
 
     largest: float = 0.0
     images: int = 0
     same: int = 0
     shapes: tuple[tuple[int, ...], ...] = ()
+    rounding: float | None = None
+    exact: float | None = None
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the file is about as near to float64 as PyTorch in float32 is."""
+        if self.rounding is None or self.exact is None:
+            return False
+        return self.exact <= max(TOLERANCE, MARGIN * self.rounding) and self.rounding <= WORST
 
     def add(self, expected: Tensor, found: Tensor, shape: tuple[int, ...]) -> None:
         """Take in the logits ``[B, C]`` of a batch.
@@ -96,6 +114,30 @@ def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor])
             ) from error
         difference.add(reference(images), found, shape)
     return difference
+
+
+def judge_by_float64(
+    reference: nn.Module,
+    written: nn.Module,
+    batches: Callable[[], Iterator[Tensor]],
+    difference: Difference,
+) -> Difference:
+    """What both differ from the network in float64, for networks that magnify rounding."""
+    exact = _Double(reference)
+    return replace(
+        difference,
+        rounding=compare(exact, reference, batches()).largest,
+        exact=compare(exact, written, batches()).largest,
+    )
+
+
+class _Double(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.double())
 
 
 def batched(images: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
