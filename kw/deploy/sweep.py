@@ -38,8 +38,8 @@ def randomise(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
         for norm in norms:
             norm.momentum = 1.0
         network.train()
-        # Attention branches keep theirs, and use them here: pooled noise hardly varies, and dividing
-        # by that would make rounding errors large.
+        # Attention branches keep theirs, and use them here: pooled noise hardly varies, and what is
+        # divided by that magnifies rounding.
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d):
                 module.eval()
