@@ -33,20 +33,29 @@ def randomise(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
             if parameter.ndim == 1:
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_(noise - 0.5 if name.endswith("bias") else noise + 0.5)
+            elif ".attention." in name:
+                # Fresh ones tip over at a rounding error, layer after layer: why peers begin at
+                # temperature 30.
+                parameter.mul_(0.1)
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
         network.train()
-        # Attention branches keep theirs, and use them here: pooled noise hardly varies, and what is
-        # divided by that magnifies rounding.
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                module.eval()
+        # Attention branches divide by the size of their input and not by its spread: pooled noise
+        # hardly varies, and what is divided by that magnifies rounding.
+        branches = [m.eval() for m in network.modules() if isinstance(m, nn.BatchNorm1d)]
+        hooks = [norm.register_forward_pre_hook(_take_size) for norm in branches]
         network(images)
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return network
+
+
+def _take_size(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    norm.running_var.copy_(inputs[0].square().mean(0))  # type: ignore[operator]
 
 
 def random_source(config: Config, name: str) -> Source:
