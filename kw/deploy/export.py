@@ -44,6 +44,10 @@ PRECISIONS = {
 """What each format can be written in. onnxruntime computes no bfloat16 on CPUs."""
 
 
+class Different(ExportError):
+    """A written file computes something else than the network."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to export.
@@ -138,9 +142,16 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
-        written = _write(source, inputs, partial, images)
-        classifier = load(written)
-        random, real = _verify(source, classifier, inputs, images, target)
+        try:
+            written = _write(source, inputs, partial, images)
+            random, real = _verify(source, load(written), inputs, images, target)
+        except Different:
+            if target.suffix != ".onnx":
+                raise
+            # onnxscript 0.7.2 has rules that change results, at a fixed batch of two for one.
+            written = _write(source, inputs, partial, images, optimize=False)
+            random, real = _verify(source, load(written), inputs, images, target)
+            notes += ("onnxscript's optimizer changes the result: written without it",)
         final = target.with_name(target.name)
         if target.suffix == ".safetensors":
             final = target.with_name(target.stem + written.name.removeprefix(partial.stem))
@@ -159,7 +170,13 @@ def export(
     return Written(final, card, random, real, inputs, seconds, notes)
 
 
-def _write(source: Source, inputs: InputRange, path: Path, images: Sequence[Tensor]) -> Path:
+def _write(
+    source: Source,
+    inputs: InputRange,
+    path: Path,
+    images: Sequence[Tensor],
+    optimize: bool = True,
+) -> Path:
     precision = inputs.precision
     description = with_precision(source.description, inputs, precision)
     if path.suffix == ".safetensors":
@@ -170,7 +187,7 @@ def _write(source: Source, inputs: InputRange, path: Path, images: Sequence[Tens
         save_graph(trace(Graph(source.network, DTYPES[precision]), inputs), description, path)
         return path
     graph = Graph(source.network, DTYPES.get(precision, torch.float32))
-    write_onnx(trace(graph, inputs, fixed_groups=True), description, path)
+    write_onnx(trace(graph, inputs, fixed_groups=True), description, path, optimize)
     if precision == "int8":
         quantize(path, description, _normalised(source, images))
     return path
@@ -186,7 +203,7 @@ def _verify(
     """The written file against the network.
 
     Raises:
-        ExportError: they differ by more than :data:`TOLERANCE`, where both compute in float32,
+        Different: they differ by more than :data:`TOLERANCE`, where both compute in float32,
             and by more than float32's rounding explains.
     """
     sizes = BATCHES if inputs.batch is None else (inputs.batch,)
@@ -203,7 +220,7 @@ def _verify(
         if inputs.precision == "fp32" and difference.largest > TOLERANCE:
             difference = judge_by_float64(source.network, classifier, batches, difference)
             if not difference.is_rounding:
-                raise ExportError(
+                raise Different(
                     f"{target}: logits differ from PyTorch's by {difference.largest:.2g} of the "
                     f"largest on {kind} images; expected at most {TOLERANCE:g}. Nothing was written"
                 )

@@ -66,7 +66,7 @@ def input_range(network: nn.Module, config: ModelConfig, size: int) -> InputRang
         check_network(network, config, size + 2 * reduction)
     except ConfigError:
         return InputRange(size)
-    return InputRange(size, least=min(reduction + 1, size))
+    return InputRange(size, least=min(_least(network, reduction), size))
 
 
 def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> ExportedProgram:
@@ -88,19 +88,31 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
         size = max(size, 4 * inputs.least)
         shapes |= {2: Dim("height", min=inputs.least), 3: Dim("width", min=inputs.least)}
     example = torch.zeros(inputs.batch or _EXAMPLES, 3, size, size)
+    groups = ops.fixed_groups() if fixed_groups else nullcontext()
     try:
-        with quiet(), ops.fixed_groups() if fixed_groups else nullcontext():
-            return torch.export.export(
-                graph,
-                (example,),
-                dynamic_shapes={"images": shapes},
-            )
+        with quiet(), groups:
+            try:
+                return _export(graph, example, shapes, deferred=False)
+            except torch._dynamo.exc.UserError:
+                # Something compares sizes, and cannot prove it of all: it is checked when it runs.
+                return _export(graph, example, shapes, deferred=True)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
         raise ExportError(
             f"PyTorch cannot trace {type(graph).__name__}: {one_line(error)}"
         ) from error
+
+
+def _export(
+    graph: nn.Module, example: Tensor, shapes: dict[int, Any], deferred: bool
+) -> ExportedProgram:
+    return torch.export.export(
+        graph,
+        (example,),
+        dynamic_shapes={"images": shapes},
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
 
 
 def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:
@@ -152,6 +164,17 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@torch.no_grad()
+def _least(network: nn.Module, reduction: int) -> int:
+    """The size from which on the deepest feature map has two positions: one more than the total
+    stride where convolutions pad, twice the stride where they do not, as in ConvNeXt."""
+    features = getattr(copy.deepcopy(network).to("meta"), "forward_features", None)
+    if features is None:
+        return 2 * reduction
+    deepest = features(torch.empty(1, 3, reduction + 1, reduction + 1, device="meta"))
+    return reduction + 1 if min(deepest.shape[2:]) >= 2 else 2 * reduction
 
 
 def _reduction(network: nn.Module) -> int:

@@ -34,8 +34,16 @@ def needs(package: str) -> Any:
         raise ExportError(f"ONNX files need the package {package}: {_INSTALL}") from error
 
 
-def write_onnx(program: ExportedProgram, description: Description, path: Path) -> None:
+def write_onnx(
+    program: ExportedProgram, description: Description, path: Path, optimize: bool = True
+) -> None:
     """Write a traced network as one file, checked by ONNX's own checker.
+
+    Args:
+        program: the traced network.
+        description: stored in the file's metadata.
+        path: the file.
+        optimize: fold constants and rewrite the graph, by onnxscript.
 
     Raises:
         ExportError: a package is missing, or the graph has no counterpart in ONNX.
@@ -48,6 +56,7 @@ def write_onnx(program: ExportedProgram, description: Description, path: Path) -
                 program,
                 dynamo=True,
                 verbose=False,
+                optimize=optimize,
                 input_names=["images"],
                 output_names=["logits"],
             )
