@@ -22,7 +22,8 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,detection,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[dev,demo,detection,docs,export]"
 	touch $@
 
 demo: install

@@ -1,8 +1,8 @@
 """KernelWarehouse: dynamic convolution with cells that layers share.
 
-``kw.warehouse`` and ``kw.peers`` need torch alone; :func:`build_model` brings in timm when it is
-first called. Where timm is imported, before or after, ``timm.create_model`` knows the models of
-:func:`list_models`.
+``kw.warehouse`` and ``kw.peers`` need torch alone; :func:`build_model` and :func:`load` bring in
+timm when they are first used. Where timm is imported, before or after, ``timm.create_model`` knows
+the models of :func:`list_models`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from .version import __version__
 from .warehouse import convert, get_temperature, set_temperature
 
 if TYPE_CHECKING:
+    from .deploy import load
     from .models import build_model
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "convert",
     "get_temperature",
     "list_models",
+    "load",
     "peers",
     "set_temperature",
 ]
@@ -34,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from .models import build_model
 
         return build_model
+    if name == "load":
+        from .deploy import load
+
+        return load
     raise AttributeError(f"module 'kw' has no attribute {name!r}")

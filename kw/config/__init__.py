@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .checking import check
-from .loading import read_config
+from .loading import parse_config, read_config
 from .printing import reference, to_dict, to_yaml
 from .schema import Config
 from .tree import ConfigError, Origin, entry_from_plain
@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "config_from_mapping",
+    "config_from_text",
     "load_config",
     "reference",
     "to_dict",
@@ -65,3 +66,17 @@ def config_from_mapping(
         ConfigError: with one line for every problem.
     """
     return check(entry_from_plain(mapping, Origin(source)), check_model_name)
+
+
+def config_from_text(text: str, source: str, *, check_model_name: bool = True) -> Config:
+    """Check a configuration that a checkpoint carries, as :func:`to_yaml` wrote it.
+
+    Args:
+        text: YAML, resolved.
+        source: what error messages call it.
+        check_model_name: as in :func:`load_config`.
+
+    Raises:
+        ConfigError: with one line for every problem.
+    """
+    return check(parse_config(text, source), check_model_name)

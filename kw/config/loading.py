@@ -27,7 +27,7 @@ import yaml
 
 from .tree import ConfigError, Entry, Origin, join, merge, show
 
-__all__ = ["OPTIONS", "SCALARS", "read_config", "read_option"]
+__all__ = ["OPTIONS", "SCALARS", "parse_config", "read_config", "read_option"]
 
 OPTIONS = "--cfg-options"
 BASE = "_base_"
@@ -193,6 +193,22 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
         raise ConfigError(*problems)
     # What is missing is missing from the file, whatever options there are.
     return Entry(tree.value, Origin(os.fspath(path)), tree.complete)
+
+
+def parse_config(text: str, source: str) -> Entry:
+    """The tree of a resolved configuration's text, without ``_base_``; nothing in it is checked.
+
+    Args:
+        text: YAML, as :func:`kw.config.to_yaml` writes it.
+        source: what error messages call it.
+
+    Raises:
+        ConfigError: it is no YAML mapping.
+    """
+    tree = _Reader(source).read(text)
+    if not isinstance(tree.value, dict) or BASE in tree.value:
+        raise ConfigError(f"{source}: expected a mapping of settings, without {BASE}")
+    return tree
 
 
 def _read_file(

@@ -56,7 +56,6 @@ class SqueezeSoftmax(MixtureAttention):
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
         """``[B, I]`` -> ``[B, 1, K]``."""
-        assert tau is not None
         logits = self.kernel_fc(self.fc(pooled).relu())
         return (logits / logit_scale(tau)).softmax(-1).unsqueeze(1)
 

@@ -28,9 +28,10 @@ __all__ = ["MixtureAttention", "MixtureLayer", "PrivateKernels", "check_settings
 MAX_TEMPERATURE = 30.0
 
 
-def logit_scale(tau: Tensor) -> Tensor:
-    """The divisor T of the logits at KernelWarehouse's temperature ``tau`` in [0, 1]."""
-    return 1 + (MAX_TEMPERATURE - 1) * tau
+def logit_scale(tau: Tensor | None) -> Tensor | float:
+    """The divisor T of the logits at KernelWarehouse's temperature ``tau`` in [0, 1]; at ``None``,
+    0 for good, it is 1."""
+    return 1.0 if tau is None else 1 + (MAX_TEMPERATURE - 1) * tau
 
 
 class MixtureAttention(nn.Module):

@@ -101,10 +101,9 @@ class OmniAttention(MixtureAttention):
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> coefficients and factors."""
-        assert tau is not None
         hidden = normalise(self.norm, self.fc(pooled)).relu()
         scale = logit_scale(tau)
-        one = hidden.new_ones(len(hidden), 1)
+        one = hidden.new_ones(hidden.shape[0], 1)
         space = kernel = one
         if self.spatial_fc is not None:
             space = (self.spatial_fc(hidden) / scale).sigmoid()  # [B, S]

@@ -12,6 +12,7 @@ from .same import KWConv2dSame
 from .temperature import (
     annealed_temperature,
     find_warehouses,
+    fold_temperature,
     get_temperature,
     has_temperature,
     set_temperature,
@@ -40,6 +41,7 @@ __all__ = [
     "drop_unused_warehouses",
     "explain",
     "find_warehouses",
+    "fold_temperature",
     "get_temperature",
     "has_temperature",
     "partition_kernels",

@@ -73,7 +73,7 @@ class KernelAttention(nn.Module):
         ValueError: an unknown ``norm`` or ``function``, or a ratio out of its range.
     """
 
-    one_hot: Tensor
+    one_hot: Tensor | None
 
     def __init__(
         self,
@@ -137,12 +137,13 @@ class KernelAttention(nn.Module):
         self.norm1.reset_parameters()
         _restore_one_hot(self)
 
-    def forward(self, pooled: Tensor, temperature: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
         """Coefficients of every mixture.
 
         Args:
             pooled: the layer's input averaged over positions, ``[B, C]``, float32.
-            temperature: scalar tau in [0, 1].
+            temperature: scalar tau in [0, 1]; ``None`` for 0 that stays
+                (:func:`kw.warehouse.fold_temperature`).
 
         Returns:
             ``[B, m, n]``, float32.
@@ -151,6 +152,8 @@ class KernelAttention(nn.Module):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             alpha = ATTENTION_FUNCTIONS[self.function](logits)[..., :-1]  # the null cell is dropped
+            if temperature is None or self.one_hot is None:
+                return alpha
             # A copy, since the buffer may be set anew before the backward pass reads it.
             tau = temperature.to(alpha).clone()
             return torch.lerp(alpha, self.one_hot.to(alpha), tau)
@@ -190,6 +193,8 @@ def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def _restore_one_hot(attention: KernelAttention, _incompatible_keys: object = None) -> None:
     weight, one_hot = attention.fc1.weight, attention.one_hot
+    if one_hot is None:
+        return
     if one_hot.device != weight.device:
         attention.one_hot = one_hot = torch.empty_like(one_hot, device=weight.device)
     if one_hot.is_meta:

@@ -62,6 +62,8 @@ def measure_coefficients(network: nn.Module, images: Tensor) -> list[LayerCoeffi
 
 
 def _measure(name: str, attention: KernelAttention, alpha: Tensor) -> LayerCoefficients:
+    if attention.one_hot is None:
+        raise ValueError(f"{name}: its temperature is folded, and which cells are its own is lost")
     start = attention.one_hot.to(alpha)  # [m, n]
     own = (alpha * start).sum() / (start.sum() * len(alpha))
     others = (alpha * (1 - start)).abs().sum(-1).mean()

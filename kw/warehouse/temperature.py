@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .attention import KernelAttention
 from .warehouse import Warehouse
 
 __all__ = [
     "annealed_temperature",
     "find_warehouses",
+    "fold_temperature",
     "get_temperature",
     "has_temperature",
     "set_temperature",
@@ -73,6 +75,23 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         )
     for temperature in temperatures:
         temperature.fill_(tau)
+
+
+def fold_temperature(model: nn.Module) -> nn.Module:
+    """Make temperature 0 final, in place: neither temperature nor one-hot start remain.
+
+    What is left of the attention is ``alpha = f(z)``, the constant path that is exported. The
+    network can no longer be annealed, nor its state be loaded into one that can.
+
+    Returns:
+        The model.
+    """
+    for warehouse in find_warehouses(model):
+        warehouse.temperature = None
+    for module in model.modules():
+        if isinstance(module, KernelAttention):
+            module.one_hot = None
+    return model
 
 
 def get_temperature(model: nn.Module) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
-from .bmm import conv_bmm
 from .contraction import Contraction, Cost, Problem
+from .exported import conv_exported, fixed_groups
 from .function import contract
 from .precision import assembly_precision, compute_types, set_assembly_precision
 from .spec import ConvSpec
@@ -31,6 +31,7 @@ __all__ = [
     "assembly_precision",
     "check_backend",
     "dynamic_conv",
+    "fixed_groups",
     "planner",
     "set_assembly_precision",
 ]
@@ -65,7 +66,7 @@ def dynamic_conv(
     x, cells = compute_types(x, cells)
     if _is_exporting():
         # A graph for other runtimes is made of operators that they know.
-        return conv_bmm(x, alpha, cells, spec)
+        return conv_exported(x, alpha, cells, spec)
     return contract(x, alpha, cells, spec, backend)
 
 

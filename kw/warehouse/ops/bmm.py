@@ -13,7 +13,6 @@ Q input and P output positions.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +24,6 @@ from torch import Tensor
 
 from .assembly import (
     BlockGradients,
-    assemble,
     even_chunks,
     join,
     mix,
@@ -40,7 +38,7 @@ from .matmul import batch_matmul
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
-__all__ = ["Bmm", "conv_bmm"]
+__all__ = ["Bmm", "conv_bmm", "unfold_taps"]
 
 LEAST_ROWS = 32
 
@@ -48,24 +46,37 @@ LEAST_ROWS = 32
 def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution as one batched matrix product, of ordinary differentiable operations.
 
-    Traced and exported with any number of samples, and differentiated any number of times; spatial
-    sizes are fixed. Every other back end is faster or takes less memory.
+    Traced and exported with any number of samples and any size, and differentiated any number of
+    times. Every other back end is faster or takes less memory. Columns stand in the order in which
+    blocks lie, so that assembled kernels are moved by rows of cells, once, or not at all.
     """
-    size = spec.output_size(x.shape[2:])
-    if any(spec.padding):
-        x = F.pad(x, [p for p in reversed(spec.padding) for _ in range(2)])
-    windows = []
-    for tap in itertools.product(*map(range, spec.partition.kernel)):
-        starts = [t * d for t, d in zip(tap, spec.dilation, strict=True)]
-        axes = zip(starts, spec.stride, size, strict=True)
-        steps = [slice(start, start + s * (n - 1) + 1, s) for start, s, n in axes]
-        met = (slice(None), slice(None), *steps)
-        windows.append(x[met].flatten(2))  # [B, g I, P]
-    columns = torch.stack(windows, 2).unflatten(1, (spec.groups, -1))  # [B, g, I, K, P]
-    columns = columns.flatten(2, 3)  # [B, g, I K, P]
-    kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, g O, I, k..]
-    kernels = kernels.flatten(2).unflatten(1, (spec.groups, -1))  # [B, g, O, I K]
-    return (kernels @ columns).flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+    part, groups = spec.partition, spec.groups
+    taps, size = unfold_taps(x, spec)
+    taps = taps.unflatten(1, (groups, -1))  # [B, g, I, K, P]
+    if math.prod(part.cell_kernel) == 1:  # else the cell spans space, and taps come last in it
+        taps = taps.transpose(2, 3)
+    columns = taps.flatten(2, 3)
+    blocks = (alpha.to(cells.dtype) @ cells).to(x.dtype)  # [B, m, cell]
+    grid = blocks.unflatten(2, (part.cell_out, -1)).unflatten(1, part.grid)
+    kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, g O, I K]
+    y = kernels.unflatten(1, (groups, -1)) @ columns  # [B, g, O, P]
+    return y.flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+
+
+def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
+    """What every tap reads of every channel, ``[B, C, K, P]``, and the output's size.
+
+    By a depthwise convolution with one-hot kernels: exact, one operator, and the size is that of
+    any convolution. Slices would compare sizes at every tap, over which tracing takes minutes.
+    """
+    channels, taps = x.shape[1], math.prod(spec.partition.kernel)
+    if spec.is_pointwise and not any(spec.padding) and all(s == 1 for s in spec.stride):
+        return x.flatten(2).unsqueeze(2), x.shape[2:]
+    one_hot = torch.eye(taps, dtype=x.dtype, device=x.device)
+    one_hot = one_hot.repeat(channels, 1).view(-1, 1, *spec.partition.kernel)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(spec.stride) - 1]
+    y = conv(x, one_hot, None, spec.stride, spec.padding, spec.dilation, channels)
+    return y.unflatten(1, (channels, taps)).flatten(3), y.shape[2:]
 
 
 class Bmm(Contraction):

@@ -18,7 +18,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def conv_grouped(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """One convolution with as many groups as samples; an ordinary one for a single sample."""
-    batch = len(x)
+    batch = x.shape[0]
     kernels = assemble(alpha, cells, spec).flatten(0, 1)  # [B * O, I / g, k..]
     y = _CONV[len(spec.partition.kernel)](
         x.reshape(1, -1, *x.shape[2:]),  # [1, B * I, ...]

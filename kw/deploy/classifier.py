@@ -1,0 +1,192 @@
+"""``kw.load``: a trained classifier, ready for images, from whatever file holds one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..data.preprocess import BatchPreprocessor
+from ..data.reading import read_image
+from ..data.transforms import build_transform
+from ..engine.checkpoint import CheckpointError, load_network
+from ..models.build import build_network
+from .description import Description, ExportError
+from .graph import load_graph
+from .onnx_file import OnnxNetwork
+from .source import read_source, ready
+from .weights import cast, read_weights
+
+__all__ = ["Classifier", "Prediction", "load"]
+
+FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
+Picture = str | os.PathLike[str] | Image.Image
+
+
+class Prediction(NamedTuple):
+    """One of the classes that an image may be."""
+
+    label: int
+    """place in :attr:`Classifier.classes`"""
+    name: str
+    probability: float
+
+
+class Classifier(nn.Module):
+    """A network with its preprocessing and the names of its classes, in evaluation mode.
+
+    Args:
+        network: normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``.
+        description: of it.
+
+    Attributes:
+        classes: class names, in the order of the logits.
+        transform: RGB image of any size -> uint8 tensor ``[3, S, S]``, as in evaluation.
+    """
+
+    def __init__(self, network: nn.Module, description: Description) -> None:
+        super().__init__()
+        config = description.config
+        self.network = network
+        self.description = description
+        self.classes = description.classes
+        self.transform = build_transform(config.data, False)
+        self.preprocess = BatchPreprocessor(config.data, config.model.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``; see :meth:`normalise`."""
+        return self.network(images)
+
+    def read(self, image: Picture) -> Tensor:
+        """A file or an image as uint8 ``[3, S, S]``, resized and cropped as in evaluation.
+
+        Raises:
+            BadImageError: the file cannot be read as an image.
+        """
+        data = self.description.config.data
+        if not isinstance(image, Image.Image):
+            upright = data.exif_orientation == "apply"
+            image = read_image(image, data.bad_images.max_pixels, upright)
+        return self.transform(image.convert("RGB"))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, S, S]`` -> what the network takes, on its device."""
+        batch = {"images": images, "labels": torch.zeros(len(images), dtype=torch.long)}
+        return self.preprocess(batch, training=False)[0]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, S, S]`` -> float32 ``[B, C]``; in parts where the file fixes the batch."""
+        fixed = self.description.input.batch
+        if fixed is None:
+            return self.network(self.normalise(images)).float()
+        found = []
+        for part in images.split(fixed):
+            missing = fixed - len(part)
+            whole = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
+            found.append(self.network(self.normalise(whole)).float()[: len(part)])
+        return torch.cat(found)
+
+    def predict(
+        self, images: Picture | Iterable[Picture] | Tensor, k: int = 5, batch_size: int = 32
+    ) -> list[list[Prediction]]:
+        """The likeliest classes of images.
+
+        Args:
+            images: files, PIL images, or a tensor uint8 ``[B, 3, S, S]`` of :meth:`read`; a
+                single one counts as a list of one.
+            k: classes an image, at most all.
+            batch_size: images that the network sees at a time.
+
+        Returns:
+            For every image its classes, the likeliest first.
+
+        Raises:
+            BadImageError: a file cannot be read as an image.
+            ValueError: ``k`` or ``batch_size`` is below 1.
+        """
+        if k < 1 or batch_size < 1:
+            raise ValueError(f"k is {k}, batch_size {batch_size}: expected 1 or more")
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]
+        items: Sequence[Picture | Tensor] = list(images)
+        found = []
+        for start in range(0, len(items), batch_size):
+            some = items[start : start + batch_size]
+            read = [item if isinstance(item, Tensor) else self.read(item) for item in some]
+            found += self.best(self.logits(torch.stack(read)), k)
+        return found
+
+    def best(self, logits: Tensor, k: int) -> list[list[Prediction]]:
+        """The ``k`` likeliest classes of every row of logits ``[B, C]``."""
+        top = logits.softmax(1).topk(min(k, len(self.classes)))
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [
+            [Prediction(label, self.classes[label], p) for label, p in zip(*row, strict=True)]
+            for row in rows
+        ]
+
+
+def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto") -> Classifier:
+    """A ready classifier, in evaluation mode, at temperature 0.
+
+    Args:
+        path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
+            ``.onnx`` or ``.pt2`` file of tools/export.py. A ``.pt2`` file is a program: load none
+            from a stranger.
+        device: where it computes.
+        weights: of a checkpoint: ``"model"``, ``"ema"``, or ``"auto"``: the average where there is
+            one.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or is nothing of these; the message
+            says what was expected.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ExportError(f"{file}: no such file or folder; expected {_expected()}")
+    suffix = ".pth" if file.is_dir() else file.suffix
+    if suffix == ".pth":
+        source = read_source(file, weights=weights)
+        network, description = source.network, source.description
+    elif suffix == ".safetensors":
+        network, description = _from_weights(file)
+    elif suffix == ".onnx":
+        network = OnnxNetwork(file, device)
+        description = Description.from_strings(network.metadata, str(file))
+    elif suffix == ".pt2":
+        network, description = load_graph(file)
+    else:
+        raise ExportError(f"{file}: expected {_expected()}, found {suffix or 'no suffix'!r}")
+    classifier = Classifier(network, description)
+    if suffix != ".pt2":  # a traced program refuses train() and eval(); it was traced in the latter
+        classifier.eval()
+    return _moved(classifier, device, file)
+
+
+def _moved(classifier: Classifier, device: str, file: Path) -> Classifier:
+    if device != "cpu" and file.suffix == ".pt2":
+        raise ExportError(f"{file}: a .pt2 file computes where it was traced, on the CPU; use cpu")
+    return classifier if device == "cpu" else classifier.to(device)
+
+
+def _from_weights(file: Path) -> tuple[nn.Module, Description]:
+    state, description = read_weights(file)
+    network = build_network(description.config.model)
+    try:
+        load_network(network, cast(state, torch.float32), str(file))
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    except ConfigError:
+        raise
+    return ready(network), description
+
+
+def _expected() -> str:
+    return f"a work directory of tools/train.py, or a file {', '.join(FORMATS)}"

@@ -1,0 +1,146 @@
+"""What an exported file says of itself: enough to use it without this project.
+
+The parts are JSON texts by name, which ONNX and safetensors store as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..config import Config, ConfigError, config_from_mapping, to_dict
+from ..config.schema import DataConfig
+from ..errors import UserError
+
+__all__ = ["Description", "ExportError", "InputRange", "preprocessing"]
+
+MARK = "kernelwarehouse"
+"""The part that tells our files from others; its value is the version of this layout."""
+VERSION = "1"
+
+
+class ExportError(UserError):
+    """A network cannot be exported as asked, or a file is not one that was exported here."""
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What images a file takes: float32 ``[B, 3, H, W]``, normalised.
+
+    Attributes:
+        size: side of the images that the network was made for, pixels.
+        least: least height and width; ``None`` where only ``size`` is taken.
+        batch: the number of images; ``None`` for any.
+        precision: of weights and arithmetic; inputs and logits are float32.
+    """
+
+    size: int
+    least: int | None = None
+    batch: int | None = None
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network's description.
+
+    Attributes:
+        model: its name.
+        classes: class names, in the order of the logits.
+        config: the configuration, resolved.
+        weights: ``"model"`` or ``"ema"``.
+        epoch: epochs trained, where known.
+        metrics: what the run's last evaluation found, where known.
+        input: what images it takes.
+        versions: of the packages that wrote the file.
+    """
+
+    model: str
+    classes: list[str]
+    config: Config
+    weights: str
+    epoch: int | None
+    metrics: dict[str, float]
+    input: InputRange
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_strings(self) -> dict[str, str]:
+        """The parts as JSON texts by name."""
+        parts = {
+            "model": self.model,
+            "classes": self.classes,
+            "preprocessing": preprocessing(self.config.data),
+            "input": asdict(self.input),
+            "weights": {"of": self.weights, "epoch": self.epoch, "metrics": self.metrics},
+            "config": to_dict(self.config),
+            "versions": self.versions,
+        }
+        texts = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
+        return {MARK: VERSION, **texts}
+
+    @staticmethod
+    def from_strings(texts: Mapping[str, str], source: str) -> Description:
+        """The description that :meth:`to_strings` wrote.
+
+        Raises:
+            ExportError: it is missing, or its parts are not what was written.
+        """
+        if texts.get(MARK) != VERSION:
+            raise ExportError(
+                f"{source}: holds no description of a classifier, as tools/export.py writes it "
+                f"(metadata {MARK!r}: expected {VERSION!r}, found {texts.get(MARK)!r})"
+            )
+        try:
+            weights = json.loads(texts["weights"])
+            known = {part.name for part in fields(InputRange)}
+            given = json.loads(texts["input"])
+            description = Description(
+                model=_of(str, json.loads(texts["model"])),
+                classes=[_of(str, name) for name in _of(list, json.loads(texts["classes"]))],
+                config=config_from_mapping(json.loads(texts["config"]), source),
+                weights=_of(str, weights["of"]),
+                epoch=None if weights["epoch"] is None else _of(int, weights["epoch"]),
+                metrics={name: _of(float, value) for name, value in weights["metrics"].items()},
+                input=InputRange(**{name: given[name] for name in known}),
+                versions=_of(dict, json.loads(texts["versions"])),
+            )
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ExportError(
+                f"{source}: its description is damaged ({type(error).__name__}: {error}); export "
+                "it again"
+            ) from error
+        if len(description.classes) != description.config.model.num_classes:
+            raise ExportError(
+                f"{source}: names {len(description.classes)} classes, its network has "
+                f"{description.config.model.num_classes}"
+            )
+        return description
+
+
+def preprocessing(data: DataConfig) -> dict[str, Any]:
+    """What happens to an image before the network, as in evaluation, for other programs."""
+    return {
+        "colour": "RGB",
+        "exif_orientation": data.exif_orientation,
+        "resize_shorter_side": math.floor(data.input_size / data.test_crop_ratio),
+        "interpolation": data.interpolation,
+        "centre_crop": data.input_size,
+        "scale": "1/255",
+        "mean": data.mean,
+        "std": data.std,
+        "layout": "float32 [batch, 3, height, width]",
+    }
+
+
+def _of(kind: type, value: Any) -> Any:
+    """The value, where it has the type."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value

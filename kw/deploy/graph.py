@@ -1,0 +1,185 @@
+"""A network as a graph of operators, for any number of images and, where it can, any size.
+
+Temperature 0 is made final before: no temperature and no one-hot start is left in the graph. Every
+dynamic layer takes the form that exports best (:mod:`kw.warehouse.ops.exported`).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..config import ConfigError
+from ..config.schema import ModelConfig
+from ..errors import one_line
+from ..models.build import check_network
+from ..warehouse import KWLayer, fold_temperature, ops
+from .description import Description, ExportError, InputRange
+
+__all__ = ["DTYPES", "Graph", "input_range", "load_graph", "save_graph", "trace"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FILE = "kernelwarehouse.json"
+_EXAMPLES = 3  # images of the example: neither 0 nor 1, which tracing takes for constants
+
+
+class Graph(nn.Module):
+    """The network to be traced: float32 images in, float32 logits out, whatever is between.
+
+    Args:
+        network: in evaluation mode; it is copied.
+        dtype: of weights and arithmetic; the attention stays in float32, as under autocast.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.network = fold_temperature(copy.deepcopy(network)).to(dtype)
+        self.dtype = dtype
+        for module in self.network.modules():
+            if isinstance(module, KWLayer):
+                module.attention.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype)).float()
+
+
+def input_range(network: nn.Module, config: ModelConfig, size: int) -> InputRange:
+    """What images a network takes: any from a least size on, or one size only.
+
+    A network with position embeddings for one size refuses others. The least size is that at which
+    the deepest feature map still has two positions along each axis: one is traced as a constant.
+    """
+    reduction = _reduction(network)
+    try:
+        check_network(network, config, size + 2 * reduction)
+    except ConfigError:
+        return InputRange(size)
+    return InputRange(size, least=min(_least(network, reduction), size))
+
+
+def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> ExportedProgram:
+    """The graph of a network.
+
+    Args:
+        graph: on the CPU.
+        inputs: which sizes are open.
+        fixed_groups: for a runtime whose convolutions have constant groups, such as ONNX's.
+
+    Raises:
+        ExportError: PyTorch cannot trace it.
+    """
+    shapes: dict[int, Any] = {}
+    size = inputs.size
+    if inputs.batch is None:
+        shapes[0] = Dim("batch", min=1)
+    if inputs.least is not None:
+        size = max(size, 4 * inputs.least)
+        shapes |= {2: Dim("height", min=inputs.least), 3: Dim("width", min=inputs.least)}
+    example = torch.zeros(inputs.batch or _EXAMPLES, 3, size, size)
+    groups = ops.fixed_groups() if fixed_groups else nullcontext()
+    try:
+        with quiet(), groups:
+            try:
+                return _export(graph, example, shapes, deferred=False)
+            except torch._dynamo.exc.UserError:
+                # Something compares sizes, and cannot prove it of all: it is checked when it runs.
+                return _export(graph, example, shapes, deferred=True)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"PyTorch cannot trace {type(graph).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _export(
+    graph: nn.Module, example: Tensor, shapes: dict[int, Any], deferred: bool
+) -> ExportedProgram:
+    return torch.export.export(
+        graph,
+        (example,),
+        dynamic_shapes={"images": shapes},
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
+
+
+def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:
+    """Write a ``.pt2`` file."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of the sources, with paths of this machine
+    buffer = io.BytesIO()
+    with quiet():
+        torch.export.save(
+            program, buffer, extra_files={_FILE: json.dumps(description.to_strings())}
+        )
+    path.write_bytes(buffer.getvalue())
+
+
+def load_graph(path: Path) -> tuple[nn.Module, Description]:
+    """Read a ``.pt2`` file: a program, which is trusted like one.
+
+    Raises:
+        ExportError: it cannot be read, or was not written here.
+    """
+    extra = {_FILE: ""}
+    try:
+        with quiet():
+            program = torch.export.load(path, extra_files=extra)
+            module = program.module()
+        texts = json.loads(extra[_FILE] or "{}")
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises whatever is where the damage is
+        raise ExportError(f"{path}: cannot be read as a .pt2 file: {one_line(error)}") from error
+    texts = texts if isinstance(texts, dict) else {}
+    return module, Description.from_strings(texts, str(path))
+
+
+def with_precision(description: Description, inputs: InputRange, precision: str) -> Description:
+    """The description of a file with these inputs, computed at this precision."""
+    return replace(description, input=replace(inputs, precision=precision))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PyTorch's exporters tell their progress and their own deprecations; a user can mend none."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@torch.no_grad()
+def _least(network: nn.Module, reduction: int) -> int:
+    """The size from which on the deepest feature map has two positions: one more than the total
+    stride where convolutions pad, twice the stride where they do not, as in ConvNeXt."""
+    features = getattr(copy.deepcopy(network).to("meta"), "forward_features", None)
+    if features is None:
+        return 2 * reduction
+    deepest = features(torch.empty(1, 3, reduction + 1, reduction + 1, device="meta"))
+    return reduction + 1 if min(deepest.shape[2:]) >= 2 else 2 * reduction
+
+
+def _reduction(network: nn.Module) -> int:
+    """Side of the image over side of the deepest feature map."""
+    info = getattr(network, "feature_info", None)
+    info = getattr(info, "info", info)
+    found = [entry["reduction"] for entry in info or [] if isinstance(entry, dict)]
+    return max([int(reduction) for reduction in found], default=32)

@@ -1,0 +1,153 @@
+"""ONNX files: written from a traced network, run by onnxruntime."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..errors import one_line
+from ..version import __version__
+from .description import Description, ExportError
+from .graph import quiet
+
+__all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx"]
+
+_INSTALL = "pip install -e '.[export]'"
+
+
+def needs(package: str) -> Any:
+    """An optional package.
+
+    Raises:
+        ExportError: it is not installed; the message says how to.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(f"ONNX files need the package {package}: {_INSTALL}") from error
+
+
+def write_onnx(
+    program: ExportedProgram, description: Description, path: Path, optimize: bool = True
+) -> None:
+    """Write a traced network as one file, checked by ONNX's own checker.
+
+    Args:
+        program: the traced network.
+        description: stored in the file's metadata.
+        path: the file.
+        optimize: fold constants and rewrite the graph, by onnxscript.
+
+    Raises:
+        ExportError: a package is missing, or the graph has no counterpart in ONNX.
+    """
+    onnx = needs("onnx")
+    needs("onnxscript")
+    try:
+        with quiet():
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=optimize,
+                input_names=["images"],
+                output_names=["logits"],
+            )
+        assert written is not None
+        model = written.model_proto
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{path}: PyTorch cannot write it as ONNX: {one_line(error)}") from error
+    _name_axes(model, description)
+    _drop_traces(model)
+    model.producer_name, model.producer_version = "kernelwarehouse", __version__
+    onnx.checker.check_model(model)
+    add_description(model, description)
+    path.write_bytes(model.SerializeToString())
+
+
+def add_description(model: Any, description: Description) -> None:
+    """Put the description into a model's metadata, in place of one that is there."""
+    onnx = needs("onnx")
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, description.to_strings())
+
+
+def _name_axes(model: Any, description: Description) -> None:
+    """Names for the open axes, where PyTorch leaves symbols: ``s77`` becomes ``batch``."""
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    names = {
+        axis.dim_param: name
+        for axis, name in zip(shape, ("batch", "channels", "height", "width"), strict=True)
+        if axis.dim_param
+    }
+    if not names:
+        return
+    symbols = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_param = symbols.sub(lambda m: names[m[1]], axis.dim_param)
+
+
+def _drop_traces(model: Any) -> None:
+    """PyTorch notes at every node where in the sources it comes from: a quarter of a small file,
+    and paths of the machine that wrote it."""
+    for function in model.functions:
+        del function.metadata_props[:]
+    bodies = [model.graph, *model.functions]
+    while bodies:
+        body = bodies.pop()
+        for node in body.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+            bodies += [part.g for part in node.attribute if part.HasField("g")]
+        for value in (*getattr(body, "value_info", ()), *getattr(body, "initializer", ())):
+            del value.metadata_props[:]
+            value.doc_string = ""
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as a network: images ``[B, 3, H, W]`` -> logits ``[B, C]``.
+
+    Args:
+        path: the file.
+        device: ``"cpu"``, or ``"cuda"`` with onnxruntime-gpu.
+
+    Raises:
+        ExportError: onnxruntime is missing, refuses the file, or has no such device.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        super().__init__()
+        runtime = needs("onnxruntime")
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[
+            device.partition(":")[0]
+        ]
+        if provider not in runtime.get_available_providers():
+            raise ExportError(
+                f"{path}: onnxruntime has no {provider} here; install onnxruntime-gpu, or use cpu"
+            )
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = runtime.InferenceSession(path, options, providers=[provider])
+        except Exception as error:
+            raise ExportError(f"{path}: onnxruntime refuses it: {one_line(error)}") from error
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, on the images' device."""
+        inputs = {"images": images.float().cpu().numpy()}
+        (logits,) = self.session.run(["logits"], inputs)
+        return torch.from_numpy(logits).to(images.device)

@@ -1,0 +1,97 @@
+"""Predictions for files and folders, a batch at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.dataset import IMAGE_EXTENSIONS
+from ..data.reading import BadImageError, DataError
+from .classifier import Classifier, Prediction
+
+__all__ = ["Result", "find_images", "predict_files"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a file.
+
+    Attributes:
+        file: as it was given, or found in a folder that was given.
+        predictions: the likeliest first; none for a file that could not be read.
+        reason: why it could not be read, or an empty string.
+    """
+
+    file: str
+    predictions: list[Prediction]
+    reason: str = ""
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files as given; of folders every image below, by its name, sorted by path.
+
+    Names with a leading dot are passed over, files as well as folders; links to folders are not
+    followed.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise DataError(f"{path}: no such file or folder")
+            found.append(path)
+            continue
+        inside = sorted(_walk(path))
+        if not inside:
+            raise DataError(f"{path}: holds no image; looked for {', '.join(IMAGE_EXTENSIONS)}")
+        found += inside
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
+                yield Path(place, name)
+
+
+def predict_files(
+    classifier: Classifier, files: Iterable[Path], k: int = 5, batch_size: int = 32
+) -> Iterator[Result]:
+    """A result for every file, in their order; those that cannot be read are passed over.
+
+    Args:
+        classifier: from :func:`kw.load`.
+        files: see :func:`find_images`.
+        k: classes an image.
+        batch_size: images that the network sees at a time; so many are in memory.
+    """
+    read: list[tuple[Path, torch.Tensor | str]] = []
+    for file in files:
+        try:
+            read.append((file, classifier.read(file)))
+        except BadImageError as error:
+            read.append((file, error.reason))
+        if sum(isinstance(item, torch.Tensor) for _, item in read) == batch_size:
+            yield from _results(classifier, read, k)
+            read = []
+    yield from _results(classifier, read, k)
+
+
+def _results(
+    classifier: Classifier, read: list[tuple[Path, torch.Tensor | str]], k: int
+) -> Iterator[Result]:
+    images = [item for _, item in read if isinstance(item, torch.Tensor)]
+    best = iter(classifier.best(classifier.logits(torch.stack(images)), k) if images else ())
+    for file, item in read:
+        if isinstance(item, str):
+            yield Result(str(file), [], item)
+        else:
+            yield Result(str(file), next(best))

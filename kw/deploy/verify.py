@@ -1,0 +1,149 @@
+"""A written file against the network it was made of: other batches, other sizes, real images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import one_line
+from .description import ExportError, InputRange
+
+__all__ = ["BATCHES", "TOLERANCE", "Difference", "compare", "random_images"]
+
+BATCHES = (1, 2, 5)
+TOLERANCE = 1e-4
+"""Of logits, relative to the largest one or to 1, whichever is more."""
+
+MARGIN = 3.0
+"""How much farther from float64 than PyTorch's float32 a file may be: sums in another order."""
+WORST = 0.01
+"""Rounding of float32 beyond which agreement with float64 says nothing."""
+
+
+@dataclass
+class Difference:
+    """How two networks' logits differ.
+
+    Attributes:
+        largest: largest difference, relative to the largest logit of the batch where that is
+            above 1.
+        images: images that were compared.
+        same: those of them that both give the same class.
+        shapes: of the batches.
+        rounding: the same difference of the network in float32 from itself in float64, where the
+            files' was too large to be taken as it is.
+        exact: of the file from the network in float64, likewise.
+    """
+
+    largest: float = 0.0
+    images: int = 0
+    same: int = 0
+    shapes: tuple[tuple[int, ...], ...] = ()
+    rounding: float | None = None
+    exact: float | None = None
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the file is about as near to float64 as PyTorch in float32 is."""
+        if self.rounding is None or self.exact is None:
+            return False
+        return self.exact <= max(TOLERANCE, MARGIN * self.rounding) and self.rounding <= WORST
+
+    def add(self, expected: Tensor, found: Tensor, shape: tuple[int, ...]) -> None:
+        """Take in the logits ``[B, C]`` of a batch.
+
+        Raises:
+            ExportError: other shapes, or values that are not finite.
+        """
+        if found.shape != expected.shape or not found.isfinite().all():
+            what = "values that are not finite" if found.shape == expected.shape else "logits"
+            raise ExportError(
+                f"the written file gives {what} {list(found.shape)} for images {list(shape)}; "
+                f"expected {list(expected.shape)}"
+            )
+        scale = max(1.0, float(expected.abs().max()))
+        self.largest = max(self.largest, float((found - expected).abs().max()) / scale)
+        self.images += len(expected)
+        self.same += int((found.argmax(1) == expected.argmax(1)).sum())
+        if shape not in self.shapes:
+            self.shapes = (*self.shapes, shape)
+
+
+def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
+    """Normal noise: every batch size at the network's own size, then the least size and an oblong
+    one, where these are open."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = BATCHES if inputs.batch is None else (inputs.batch,)
+    shapes = [(batch, 3, inputs.size, inputs.size) for batch in batches]
+    if inputs.least is not None:
+        some = batches[min(1, len(batches) - 1)]
+        shapes += [
+            (some, 3, inputs.least, inputs.least),
+            (some, 3, inputs.size + 9, inputs.least + 2),
+        ]
+    for shape in shapes:
+        yield torch.randn(shape, generator=generator)
+
+
+@torch.no_grad()
+def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor]) -> Difference:
+    """Run both on the same images.
+
+    Args:
+        reference: the network.
+        written: the file, as a network.
+        batches: images ``[B, 3, H, W]``, normalised.
+
+    Raises:
+        ExportError: the file gives no finite logits of the expected shape.
+    """
+    difference = Difference()
+    for images in batches:
+        shape = tuple(images.shape)
+        try:
+            found = written(images)
+        except MemoryError:
+            raise
+        except Exception as error:  # a runtime raises its own kinds
+            raise ExportError(
+                f"the written file refuses images {list(shape)}: {one_line(error)}"
+            ) from error
+        difference.add(reference(images), found, shape)
+    return difference
+
+
+def judge_by_float64(
+    reference: nn.Module,
+    written: nn.Module,
+    batches: Callable[[], Iterator[Tensor]],
+    difference: Difference,
+) -> Difference:
+    """What both differ from the network in float64, for networks that magnify rounding."""
+    exact = _Double(reference)
+    return replace(
+        difference,
+        rounding=compare(exact, reference, batches()).largest,
+        exact=compare(exact, written, batches()).largest,
+    )
+
+
+class _Double(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.double())
+
+
+def batched(images: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Images ``[3, S, S]`` in batches of alternating sizes, as far as they go."""
+    start = turn = 0
+    while start + sizes[turn % len(sizes)] <= len(images):
+        size = sizes[turn % len(sizes)]
+        yield torch.stack(list(images[start : start + size]))
+        start, turn = start + size, turn + 1

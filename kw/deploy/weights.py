@@ -1,0 +1,80 @@
+"""Weights alone, as safetensors: tensors without code, under a name that tells damage.
+
+As in PyTorch's model zoo a file's name ends with the first eight digits of its SHA-256; reading it
+compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import one_line
+from .description import Description, ExportError
+
+__all__ = ["cast", "read_weights", "write_weights"]
+
+DIGITS = 8
+_HASHED = re.compile(rf"-([0-9a-f]{{{DIGITS}}})\.safetensors$")
+
+
+def write_weights(state: dict[str, Tensor], description: Description, path: Path) -> Path:
+    """Write a network's state.
+
+    Args:
+        state: as ``state_dict`` gives it.
+        description: stored in the file's header.
+        path: ``NAME.safetensors``.
+
+    Returns:
+        The file: ``NAME-<first digits of its SHA-256>.safetensors``.
+    """
+    from safetensors.torch import save
+
+    # Copies: safetensors refuses tensors that share memory.
+    content = save({k: v.clone().contiguous() for k, v in state.items()}, description.to_strings())
+    name = _HASHED.sub(".safetensors", path.name)
+    digest = hashlib.sha256(content).hexdigest()[:DIGITS]
+    target = path.with_name(f"{name.removesuffix('.safetensors')}-{digest}.safetensors")
+    target.write_bytes(content)
+    return target
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
+    """Read what :func:`write_weights` wrote.
+
+    Raises:
+        ExportError: it cannot be read, is damaged, or was not written here.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expected = _HASHED.search(path.name)
+    if expected is not None and (found := _digest(path)) != expected[1]:
+        raise ExportError(
+            f"{path}: is damaged: its SHA-256 begins with {found}, its name says {expected[1]}; "
+            "copy it again"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise ExportError(f"{path}: cannot be read as safetensors: {one_line(error)}") from error
+    return state, Description.from_strings(metadata, str(path))
+
+
+def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state with floating-point tensors in another type."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:DIGITS]

@@ -1,0 +1,107 @@
+"""Dynamic convolutions of operators that other runtimes know, for any number of samples.
+
+ONNX fixes the groups of a convolution, so the usual form, one group a sample, exports for a fixed
+batch only. What is here instead, by layer:
+
+- ``columns`` (:func:`.bmm.conv_bmm`): kernels assembled, one batched matrix product;
+- ``mixed``: mixed inputs, one product with the shared cells, where that is less work (finely cut
+  kernels on few positions; a classifier, which has one);
+- ``grouped``: depthwise layers, where the runtime takes groups that depend on the batch, or the
+  batch is fixed;
+- ``each``: depthwise layers elsewhere: a loop over the samples around an ordinary convolution.
+  Batched products of one row are three to ten times slower there (docs/deployment.md).
+
+Legend: B samples, m mixtures, n cells, GO, GI blocks along output and input channels, O, I
+channels, K taps, P output positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .assembly import assemble
+from .bmm import conv_bmm, unfold_taps
+from .grouped import conv_grouped
+from .spec import ConvSpec
+
+__all__ = ["conv_exported", "fixed_groups"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+MIXED = 1.3
+"""Multiply-adds of mixed inputs that take as long as one of assembled kernels, which are moved."""
+
+_fixed_groups: ContextVar[bool] = ContextVar("fixed_groups", default=False)
+
+
+@contextlib.contextmanager
+def fixed_groups() -> Iterator[None]:
+    """What is exported meanwhile is for a runtime whose convolutions have constant groups."""
+    token = _fixed_groups.set(True)
+    try:
+        yield
+    finally:
+        _fixed_groups.reset(token)
+
+
+def conv_exported(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """The convolution in the form that suits the layer; arguments as for
+    :func:`kw.warehouse.ops.dynamic_conv`."""
+    if spec.is_depthwise:
+        each = _fixed_groups.get() and not isinstance(x.shape[0], int)
+        return (_conv_each if each else conv_grouped)(x, alpha, cells, spec)
+    form = _conv_mixed if _mixes(len(cells), spec, x.shape[2:]) else conv_bmm
+    return form(x, alpha, cells, spec)
+
+
+def _mixes(cells: int, spec: ConvSpec, size: Any) -> bool:
+    """Whether mixing inputs is less work, at the size of the example that is traced."""
+    part = spec.partition
+    if spec.groups > 1 or math.prod(part.cell_kernel) > 1:
+        return False
+    positions = math.prod(spec.output_size([_hint(n) for n in size]))
+    cell = part.cell_out * part.cell_in
+    mixed = cells * positions * (part.mixtures * part.cell_in + cell * part.grid[1])
+    return mixed <= MIXED * math.prod(part.kernel_shape) * (cells + positions)
+
+
+def _hint(size: Any) -> int:
+    """The example's size: to compare a symbolic one would bind the graph to the outcome."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    part = spec.partition
+    spatial, out_blocks, in_blocks = part.grid
+    taps, size = unfold_taps(x, spec)  # [B, I, K, P]
+    inputs = taps.transpose(1, 2).unflatten(2, (in_blocks, -1))  # [B, K, GI, c_in, P]
+    inputs = inputs.flatten(1, 2).flatten(2)  # [B, K GI, c_in P]
+    mixing = alpha.unflatten(1, (spatial, out_blocks, in_blocks)).permute(0, 2, 4, 1, 3)
+    mixing = mixing.flatten(3).flatten(1, 2).to(cells.dtype)  # [B, GO n, K GI]
+    mixed = (mixing @ inputs.to(cells.dtype)).to(x.dtype)
+    mixed = mixed.unflatten(1, (out_blocks, -1)).unflatten(3, (part.cell_in, -1))
+    shared = cells.to(x.dtype).view(-1, part.cell_out, part.cell_in).transpose(0, 1).flatten(1)
+    y = shared @ mixed.flatten(2, 3)  # [c_out, n c_in] @ [B, GO, n c_in, P]
+    return y.flatten(1, 2).unflatten(2, size)
+
+
+def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    from torch._higher_order_ops.scan import scan
+
+    conv = _CONV[len(spec.partition.kernel)]
+    slide = (spec.stride, spec.padding, spec.dilation, spec.groups)
+
+    def step(carry: Tensor, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        image, kernel = sample
+        return carry.clone(), conv(image.unsqueeze(0), kernel, None, *slide).squeeze(0)
+
+    # A scan carries something along; nothing is passed from sample to sample.
+    kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, C, 1, k..]
+    return scan(step, x.new_zeros(1), (x, kernels))[1]

@@ -1,0 +1,260 @@
+"""Exported files: forms of dynamic layers, what is left in the graph, agreement with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deployment import CLASSES, SETTINGS, write_checkpoint
+from torch import nn
+
+import kw
+from kw.config import config_from_mapping
+from kw.deploy import ExportError, export, read_source
+from kw.deploy.description import InputRange
+from kw.deploy.export import Options, check_target
+from kw.deploy.graph import Graph, input_range, trace
+from kw.deploy.onnx_file import OnnxNetwork, write_onnx
+from kw.deploy.sweep import random_source, randomise
+from kw.models import build_network
+from kw.warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, fold_temperature
+from kw.warehouse.ops import exported
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+FORMS = {
+    "columns": (lambda: KWConv2d(6, 8, 3, 2, padding=1), (6, 9, 7), "conv_bmm"),
+    "columns cut in 4": (
+        lambda: KWConv2d(8, 8, 3, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5),
+        (8, 9, 9),
+        "conv_bmm",
+    ),
+    "columns of whole kernels": (
+        lambda: KWConv2d(4, 6, 3, cell_num_ratio=4, spatial_partition=False),
+        (4, 9, 9),
+        "conv_bmm",
+    ),
+    "columns in groups": (lambda: KWConv2d(6, 8, 3, groups=2), (6, 9, 7), "conv_bmm"),
+    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 219), "conv_bmm"),
+    "columns 3d": (lambda: KWConv3d(4, 4, 3, padding=1), (4, 5, 6, 7), "conv_bmm"),
+    "mixed": (
+        lambda: KWConv2d(8, 8, 3, 2, cell_inplane_ratio=0.25, cell_outplane_ratio=0.5),
+        (8, 3, 3),
+        "_conv_mixed",
+    ),
+    "mixed linear": (lambda: KWLinear(16, 8, cell_inplane_ratio=0.125), (16,), "_conv_mixed"),
+    "grouped": (lambda: KWConv2d(6, 6, 3, groups=6, padding=1), (6, 7, 5), "conv_grouped"),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "form"), FORMS.values(), ids=FORMS)
+def test_every_form_is_the_definition(build: Any, shape: Any, form: str, monkeypatch: Any) -> None:
+    """Traced with an open batch, against one sample and one block at a time."""
+    torch.manual_seed(0)
+    layer = build().eval().requires_grad_(False)
+    used = []
+    for name in ("conv_bmm", "_conv_mixed", "conv_grouped"):
+        inner = getattr(exported, name)
+
+        def spy(*args: Any, name: str = name, inner: Any = inner) -> torch.Tensor:
+            used.append(name)
+            return inner(*args)
+
+        monkeypatch.setattr(exported, name, spy)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(layer, (torch.randn(3, *shape),), dynamic_shapes=(batch,))
+    assert used == [form]
+    layer.set_backend("reference")
+    for count in (1, 4):
+        x = torch.randn(count, *shape)
+        torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
+
+
+class Everything(nn.Module):
+    """Dynamic layers of every form beside one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
+        self.dense = KWConv2d(8, 16, 3, 2, padding=1, norm="layer")
+        self.depthwise = KWConv2d(16, 16, 3, padding=1, groups=16)
+        self.head = KWLinear(16, 4, cell_inplane_ratio=0.125)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.dense(self.stem(images)).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_onnxruntime_computes_what_pytorch_does(batch: int | None, tmp_path: Path) -> None:
+    """Depthwise layers loop over an open batch; a fixed one is grouped."""
+    network = Everything()
+    randomise(network, torch.randn(4, 3, 24, 24))
+    network.eval().requires_grad_(False)
+    inputs = InputRange(24, least=9, batch=batch)
+    source = random_source(config_from_mapping(SETTINGS), "tiny")
+    path = tmp_path / "net.onnx"
+    program = trace(Graph(network), inputs, fixed_groups=True)
+    write_onnx(program, replace(source.description, input=inputs), path)
+    graph = onnx.load(path).graph
+    assert ("Scan" in {node.op_type for node in graph.node}) == (batch is None)
+    assert [axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim] == [
+        "" if batch else "batch",
+        "",
+        "height",
+        "width",
+    ]
+    written = OnnxNetwork(path)
+    for shape in ((24, 24), (9, 33), (40, 17)):
+        for count in (1, 2, 5) if batch is None else (batch,):
+            images = torch.randn(count, 3, *shape)
+            torch.testing.assert_close(written(images), network(images), atol=1e-5, rtol=1e-5)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "kw low rank": {"kernel_warehouse": {"plan": "resnet18", "nonlocal_basis_ratio": 0.25}},
+    "kw softmax": {"kernel_warehouse": {"plan": "resnet18", "attention": "softmax"}},
+    "condconv": {"peer": {"method": "condconv", "kernels": 2}},
+    "dyconv": {"peer": {"method": "dyconv", "kernels": 2}},
+    "odconv": {"peer": {"method": "odconv", "kernels": 2}},
+    "odconv 1": {"peer": {"method": "odconv", "kernels": 1}},
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_temperature_is_folded(model: dict[str, Any]) -> None:
+    """The folded network is the network at 0, and traces with batch and size open."""
+    settings = {**SETTINGS["model"], "kernel_warehouse": None, **model}
+    config = config_from_mapping({**SETTINGS, "model": settings})
+    network = build_network(config.model)
+    randomise(network, torch.randn(32, 3, 40, 40))
+    network.eval()
+    if model.get("peer", {}).get("method") != "condconv":
+        kw.set_temperature(network, 0)
+    inputs = input_range(network, config.model, 40)
+    assert inputs == InputRange(40, least=33)
+    if "nonlocal_basis_ratio" not in str(model):  # one with its size open suffices
+        inputs = replace(inputs, least=None)
+    program = trace(Graph(network), inputs)
+    kept = [*program.state_dict, *program.constants]
+    assert not [name for name in kept if "temperature" in name or "one_hot" in name]
+    images = torch.randn(2, 3, 40, 57 if inputs.least else 40)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), network(images), atol=1e-4, rtol=1e-4)
+    assert fold_temperature(network) is network
+
+
+def test_a_network_of_one_size_is_exported_at_that_size() -> None:
+    arguments = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = {"name": "deit_tiny_patch16_224", "num_classes": 4, "timm_args": arguments}
+    config = config_from_mapping(
+        {**SETTINGS, "model": model, "data": {**SETTINGS["data"], "input_size": 32}}
+    )
+    network = build_network(config.model).eval()
+    assert input_range(network, config.model, 32) == InputRange(32, least=None)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = write_checkpoint(tmp_path_factory.mktemp("run") / "best.pth", SETTINGS)
+    return read_source(path)
+
+
+def test_source_is_the_average_at_temperature_0(source: Any) -> None:
+    assert source.description.weights == "ema"
+    assert source.description.metrics == {"top1": 20.0, "top5": 90.0}
+    assert kw.get_temperature(source.network) == 0
+    assert not source.network.training
+    assert any("temperature 0.5" in note for note in source.notes)
+
+
+def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
+    """Verified, but not held to 1e-4; the files are smaller, and say what they are."""
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 40, 40), np.uint8)) for _ in range(8)]
+    found = {
+        precision: export(
+            source, tmp_path / f"{precision}.onnx", Options(precision, 4, fixed_size=True), images
+        )
+        for precision in ("fp16", "int8")
+    }
+    assert 1e-5 < found["fp16"].random.largest < 0.05
+    assert 1e-4 < found["int8"].real.largest < 0.3
+    assert found["int8"].real.images == 8
+    halves = {each.data_type for each in onnx.load(found["fp16"].path).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in halves
+    nodes = onnx.load(found["int8"].path).graph.node
+    assert any(node.op_type == "QuantizeLinear" for node in nodes)
+    text = onnxruntime.InferenceSession(found["int8"].path).get_modelmeta().custom_metadata_map
+    assert json.loads(text["input"])["precision"] == "int8"
+    assert json.loads(text["classes"]) == CLASSES
+
+
+def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
+    """Verification has teeth: a network that is changed behind the file's back is found out."""
+    target = tmp_path / "net.safetensors"
+
+    class Shifting(nn.Module):
+        """Computes one thing and saves another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(source.network)
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {k: v + (k == "fc.bias") * 0.01 for k, v in self.inner.state_dict().items()}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    shifting = Shifting()
+    with pytest.raises(ExportError, match="differ from PyTorch's by"):
+        export(replace(source, network=shifting), target, Options())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [
+        ("net.tflite", "fp32", r"net.tflite: expected a name that ends with .onnx, .pt2, .safet"),
+        ("net.onnx", "bf16", "fp32, fp16, int8, not in bf16"),
+        ("net.pt2", "int8", "fp32, fp16, bf16, not in int8"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(name: str, precision: str, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        check_target(Path(name), Options(precision))
+
+
+def test_the_tool_writes_all_formats_and_cards(tmp_path: Path, tool: Any, capsys: Any) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(SETTINGS))
+    checkpoint = write_checkpoint(tmp_path / "best.pth", SETTINGS)
+    targets = [tmp_path / "out" / f"tiny.{end}" for end in ("onnx", "pt2", "safetensors")]
+    # Nothing open, which traces faster; what is open is tested above.
+    tool("tools/export.py", config, checkpoint, *targets, "--batch", 2, "--fixed-size")
+    out = tmp_path / "out"
+    (weights,) = out.glob("tiny-????????.safetensors")
+    files = [out / "tiny.onnx", out / "tiny.pt2", weights]
+    assert sorted(out.iterdir()) == sorted(files + [f.with_name(f.name + ".md") for f in files])
+    expected = read_source(checkpoint, config).network(torch.zeros(2, 3, 40, 40))
+    for file in files:
+        assert (
+            str(Path(kw.__file__).parent).encode() not in file.read_bytes()
+        )  # whose machine it was
+        network = kw.load(file)
+        torch.testing.assert_close(network(torch.zeros(2, 3, 40, 40)), expected)
+        card = file.with_name(file.name + ".md").read_text()
+        for words in ("# tiny", "plan resnet18, cell_num_ratio 1", "20", "bird, cat", file.name):
+            assert words in card
+        parameters = sum(p.numel() for p in read_source(checkpoint).network.parameters())
+        assert f"| parameters | {parameters:,} |" in card
+    assert "before annealing had ended" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Accuracy, agreement, size and speed of a model's files, on labelled images, on the CPU.
+
+python tools/compare_exports.py data/imagenet best.pth kw_resnet18_1x.onnx kw_resnet18_1x_int8.onnx
+
+The first file is what the others are compared with.
+"""
+
+import argparse
+from dataclasses import asdict
+
+from kw.cli import ToolParser, number, output_file, run_tool, save_json
+from kw.deploy.comparison import compare_files
+from kw.evaluation import render_table
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", metavar="DATA", help="a folder with val/<class>/*")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as for tools/predict.py")
+    parser.add_argument("--batch-size", type=number(int, 1, 65536), default=32, metavar="N")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write results to FILE")
+    args = parser.parse_args()
+    rows = compare_files(args.models, args.root, batch_size=args.batch_size)
+    header = ("file", "top-1 %", "top-5 %", "same class %", "largest difference", "MB")
+    cells = [
+        (
+            row.file,
+            f"{row.top1:.2f}",
+            f"{row.top5:.2f}",
+            f"{row.same:.2f}",
+            f"{row.difference:.1e}",
+            f"{row.megabytes:.2f}",
+            *(f"{each:.2f}" for each in row.milliseconds),
+        )
+        for row in rows
+    ]
+    print(render_table((*header, "ms an image, batch 1", "batch 8"), cells))
+    if args.json is not None:
+        save_json([asdict(row) for row in rows], args.json)
+
+
+if __name__ == "__main__":
+    run_tool(main)
