@@ -1,7 +1,7 @@
 """Images decoded once and held in memory, from which batches are cut and augmented as tensors.
 
 For data sets that fit: reading a file and augmenting one image at a time costs a processor core
-about a millisecond, so that a GPU waits for its loaders when networks and images are small.
+about half a millisecond, so that a GPU waits for its loaders when networks and images are small.
 Training images are held as they are and augmented on the device that trains
 (:mod:`kw.data.batch_augment`); test images are held as the test transform leaves them.
 
