@@ -112,6 +112,18 @@ MISTAKES: list[tuple[str, list[str]]] = [
     (f"measure_loading.py {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
     (f"measure_attention.py {R18} none.pth --cfg-options data.root=x", ["data.root x does not"]),
     (f"measure_attention.py {R18} none.pth --images 1", ["--images: '1': expected an integer"]),
+    (f"export.py {R18} none.pth x.onnx", ["none.pth", "no such file"]),
+    (f"export.py {R18} {{place}}/picture.png x.onnx", ["picture.png", "cannot be read"]),
+    (f"export.py {R18} none.pth x.tflite", ["x.tflite", ".onnx, .pt2, .safetensors", "'.tflite'"]),
+    (f"export.py {R18} none.pth x.onnx --batch 0", ["--batch", "expected an integer >= 1"]),
+    ("predict.py none.onnx {place}/none.jpg", ["none.jpg", "no such file or folder"]),
+    ("predict.py {place}/notes.json {place}/picture.png", ["notes.json", "found '.json'"]),
+    ("predict.py {place}/none.onnx {place}/picture.png", ["none.onnx", "no such file"]),
+    ("predict.py {place}/empty {place} --top 0", ["--top: '0': expected an integer >= 1"]),
+    ("compare_exports.py {place}/images none.pth", ["none.pth", "no such file or folder"]),
+    ("compare_exports.py {place}/folder none.pth", ["folder"]),
+    ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
+    (f"check_exports.py {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
 ]
 DETECTION: list[tuple[str, list[str]]] = [
     ("train.py none.py", ["none.py", "no such file"]),
