@@ -72,7 +72,7 @@ def run_dir(settings: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "start"])
 def test_resume_takes_the_newest_whole_file(
     settings: dict[str, Any], run_dir: Path, damage: str
 ) -> None:
@@ -83,6 +83,8 @@ def test_resume_takes_the_newest_whole_file(
         content = content[: len(content) // 2]
     elif damage == "empty":
         content = bytearray()
+    elif damage == "start":
+        content[:4096] = bytes(4096)  # a block that never reached the disk
     else:
         content[len(content) // 2] ^= 16
     newest.write_bytes(content)

@@ -50,7 +50,7 @@ def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
         report: told of every newer one that is passed over, and why.
     """
     for path in reversed(checkpoints(work_dir)):
-        fault = find_damage(path) if path.stat().st_size else "it is empty"
+        fault = find_damage(path, ours=True)
         if fault is None:
             return path
         report(f"passed over {path}: {fault}")
