@@ -188,7 +188,8 @@ def _render(summary: Summary) -> str:
     machine, versions, code = (summary[key] for key in ("machine", "versions", "code"))
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     said = [
-        f"{len(runs)} runs of {rows} rows, {sum(run['hours'] for run in runs):.1f} hours of "
+        f"{_counted(len(runs), 'run')} of {_counted(rows, 'row')}, "
+        f"{sum(run['hours'] for run in runs):.1f} hours of "
         f"training in all. Top-1 and top-5 in percent, of the last epoch, on {summary['images']:,} "
         f"images; the standard error of one figure is {error:.2f} points, of a difference of two "
         f"rows up to {math.sqrt(2) * error:.2f} (binomial).",
@@ -199,7 +200,8 @@ def _render(summary: Summary) -> str:
     annealed = [run["temperature"] for run in runs if run["temperature"] is not None]
     if annealed:
         said.append(
-            f"Temperature at the last update: at most {max(annealed):g}, in {len(annealed)} runs."
+            f"Temperature at the last update: at most {max(annealed):g}, in "
+            f"{_counted(len(annealed), 'run')}."
         )
     said.append(
         f"Machine: {machine.get('gpu') or machine['cpu']}, {machine['cores']} cores. {known}. "
@@ -208,6 +210,10 @@ def _render(summary: Summary) -> str:
     options = " ".join(summary["options"])
     said.append(f"    {summary['command']}\n\nOver the rows' own settings: `{options}`.")
     return "\n\n".join(said)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def plot_study(summary: Summary, path: str | Path) -> None:
