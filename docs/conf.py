@@ -7,7 +7,6 @@ does not parse, a name of this package that nothing documents.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -18,6 +17,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "pydata_sphinx_theme"
 html_title = "kernelwarehouse"
 templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["benchmarks/*.md"]
 
 # The whole contents stand beside every page: there are too few pages for a level more.
@@ -57,17 +58,10 @@ nitpick_ignore_regex = [
 
 
 def complete(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put the tables of settings in the place of their marks, and leave out pages to come."""
+    """Put the tables of settings in the place of their marks."""
     for mark, reference in REFERENCES.items():
         if mark in source[0]:
             source[0] = source[0].replace(mark, in_groups(reference()))
-    if page == "index":  # NAME? stands in the contents once there is such a page
-        lines = (
-            line.removesuffix("?")
-            for line in source[0].splitlines()
-            if not line.endswith("?") or Path(app.srcdir, f"{line[:-1]}.md").exists()
-        )
-        source[0] = "\n".join(lines)
 
 
 def classification() -> str:
