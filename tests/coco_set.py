@@ -57,7 +57,7 @@ def detector_text(root: Path) -> str:
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py"]
 _network = dict(
     name="resnet18",
-    timm_args=dict(channels=[8, 8, 16, 16]),
+    timm_args=dict(channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
     kernel_warehouse=dict(plan="resnet18"),
 )
 model = dict(

@@ -17,6 +17,8 @@ from PIL import Image
 torch.set_num_threads(1)
 
 CLASSES = ("bird", "cat", "dog", "fish")
+# ResNet18 with one block a stage: its plan finds a warehouse for every stage all the same.
+SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
 
 def write_images(root: Path, split: str, counts: tuple[int, ...], seed: int) -> None:
@@ -54,7 +56,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def settings(images: Path) -> dict[str, Any]:
-    """A run of seconds: a narrow ResNet18 without BatchNorm, converted, two epochs of four updates.
+    """A run of seconds: a small ResNet without BatchNorm, converted, two epochs of four updates.
 
     Without BatchNorm an update does not depend on how its images are dealt out.
     """
@@ -62,7 +64,7 @@ def settings(images: Path) -> dict[str, Any]:
         "model": {
             "name": "resnet18",
             "num_classes": 4,
-            "timm_args": {"channels": [8, 8, 16, 16], "norm_layer": "groupnorm1"},
+            "timm_args": {**SMALL, "norm_layer": "groupnorm1"},
             "kernel_warehouse": {"plan": "resnet18", "norm": "layer"},
         },
         "data": {"root": str(images), "input_size": 32, "workers": 0},

@@ -139,7 +139,7 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
     network.eval()
     if model.get("peer", {}).get("method") != "condconv":
         kw.set_temperature(network, 0)
-    inputs = input_range(network, config.model, 40)
+    inputs, _ = input_range(network, config.model, 40)
     assert inputs == InputRange(40, least=33)
     if "nonlocal_basis_ratio" not in str(model):  # one with its size open suffices
         inputs = replace(inputs, least=None)
@@ -152,14 +152,32 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
     assert fold_temperature(network) is network
 
 
-def test_a_network_of_one_size_is_exported_at_that_size() -> None:
-    arguments = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    model = {"name": "deit_tiny_patch16_224", "num_classes": 4, "timm_args": arguments}
-    config = config_from_mapping(
-        {**SETTINGS, "model": model, "data": {**SETTINGS["data"], "input_size": 32}}
-    )
-    network = build_network(config.model).eval()
-    assert input_range(network, config.model, 32) == InputRange(32, least=None)
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            {
+                "name": "deit_tiny_patch16_224",
+                "num_classes": 4,
+                "timm_args": {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2},
+            },
+            "position embeddings",
+        ),
+        (SETTINGS["model"], "open from 33 on"),
+    ],
+)
+def test_a_network_of_one_size_is_exported_at_that_size(
+    model: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "model": model, "data": {**SETTINGS["data"], "input_size": 32}}
+    source = read_source(write_checkpoint(tmp_path / "best.pth", settings))
+    written = export(source, tmp_path / "network.pt2", Options())
+    assert written.input == InputRange(32, least=None)
+    assert len(written.notes) == 1
+    assert "32 x 32 only" in written.notes[0]
+    assert why in written.notes[0]
+    with pytest.raises(AssertionError, match="32"):  # PyTorch's own guard
+        kw.load(written.path)(torch.zeros(1, 3, 48, 48))
 
 
 @pytest.fixture(scope="module")

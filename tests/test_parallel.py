@@ -227,7 +227,7 @@ def largest_difference(one: Any, other: Any) -> float:
 def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) -> None:
     """Accumulation, clipping and EMA; checkpoints of one layout, which either can go on from."""
     settings.update(
-        optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 1e-4, "clip_grad": 0.5},
+        optimizer={"name": "sgd", "lr": 0.01, "weight_decay": 1e-4, "clip_grad": 0.5},
         ema={"decay": 0.5},
         batch_size=4,
         eval_interval=2,

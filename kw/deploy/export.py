@@ -130,13 +130,10 @@ def export(
     begin = time.perf_counter()
     config = source.description.config
     size = config.data.input_size
-    inputs = input_range(source.network, config.model, size)
+    inputs, reason = input_range(source.network, config.model, size)
     notes: tuple[str, ...] = ()
-    if inputs.least is None:
-        notes = (
-            f"{config.model.name} takes images of {size} x {size} only (its position embeddings "
-            "belong to that size): the size is fixed",
-        )
+    if reason and not options.fixed_size:
+        notes = (f"the file takes images of {size} x {size} only: {reason}",)
     least = None if options.fixed_size else inputs.least
     inputs = replace(inputs, least=least, batch=options.batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,8 @@ class Graph(nn.Module):
         return self.network(images.to(self.dtype)).float()
 
 
-def input_range(network: nn.Module, config: ModelConfig, size: int) -> InputRange:
-    """What images a network takes: any from a least size on, or one size only.
+def input_range(network: nn.Module, config: ModelConfig, size: int) -> tuple[InputRange, str]:
+    """What images a network takes: any from a least size on, or one size only, and then why.
 
     A network with position embeddings for one size refuses others. The least size is that at which
     the deepest feature map still has two positions along each axis: one is traced as a constant.
@@ -65,8 +65,13 @@ def input_range(network: nn.Module, config: ModelConfig, size: int) -> InputRang
     try:
         check_network(network, config, size + 2 * reduction)
     except ConfigError:
-        return InputRange(size)
-    return InputRange(size, least=min(_least(network, reduction), size))
+        return InputRange(size), "its position embeddings belong to that size"
+    least = _least(network, reduction)
+    if size < least:
+        return InputRange(size), (
+            f"its deepest feature map has one position there, and sizes can be open from {least} on"
+        )
+    return InputRange(size, least), ""
 
 
 def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> ExportedProgram:
