@@ -1,6 +1,6 @@
 """Run the commands of README.md and docs/, end to end, on small generated data.
 
-python tests/run_docs.py               # all pages, minutes
+python tests/run_docs.py               # all pages, half an hour
 python tests/run_docs.py tour training # these
 
 A command is run as it stands, but on little: one epoch, small images, few of them, two processes
@@ -10,6 +10,7 @@ for eight. What is tested elsewhere is not run here; it is listed with the reaso
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import shutil
@@ -43,6 +44,20 @@ SET = [
     "data.val_annotations=annotations/instances_val2017.json",
     "data.val_images=val2017",
 ]
+# Of a study: its networks are narrow already.
+STUDY = [
+    "data.root=data/small",
+    "model.num_classes=4",
+    "data.input_size=32",
+    "epochs=1",
+    "total_batch_size=16",
+    "batch_size=16",
+    "schedule.warmup_epochs=0",
+    "log_interval=1",
+]
+# Of a published table, on the digits that --scale tiny takes.
+TABLE = ["epochs=1", "total_batch_size=256", "batch_size=256", "data.workers=0"]
+TABLE += ["data.input_size=16"]
 ELSEWHERE = {
     "pip": "installs",
     "make": "install, demo, lint and test are what CI runs",
@@ -53,7 +68,14 @@ ELSEWHERE = {
     "tests/kills.py": "tests/test_resume.py, with fewer kills",
     "tests/time_coco_evaluation.py": "a measurement",
 }
-BENCHMARK = ["--mode", "inference", "--rounds", "1", "--batch-size", "1", "--input-size", "32"]
+# What a page leaves open or takes for granted, and what generate() makes for it.
+STANDS_FOR = {
+    "IMAGES...": "photos/val/cat/0.png",
+    "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
+    "PROFILE.json": str(next(ROOT.glob("docs/scaling/profile-kw_resnet18_1x-*.json"))),
+    "BENCHMARK.json": str(next(ROOT.glob("docs/scaling/step-kw_resnet18_1x-*.json"))),
+}
+BENCHMARK = ["--rounds", "1", "--batch-size", "1", "--input-size", "32"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ def shrink(command: Command) -> Run:
     Raises:
         KeyError: nothing is known about it.
     """
-    program, *words = command.words
+    program, *words = (STANDS_FOR.get(word, word) for word in command.words)
     if program in ELSEWHERE:
         return Run(elsewhere=ELSEWHERE[program])
     if program == "scripts/train.sh":
@@ -100,6 +122,8 @@ def shrink(command: Command) -> Run:
         return Run((sys.executable, "-m", *arguments, *few))
     if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
         return Run(elsewhere="make bench, minutes")
+    if script == "tools/scaling.py" and arguments == ["render"]:
+        return Run(elsewhere="tests/test_scaling.py; it writes to the page")
     if script.startswith("tools/"):
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():
@@ -112,9 +136,28 @@ def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
     name = Path(tool).stem
     if name == "benchmark":
         layer = "--layer" in arguments
-        return tool, [*without(arguments, BENCHMARK), *BENCHMARK[: -2 if layer else None]]
+        mode = [] if "--mode" in arguments else ["--mode", "inference"]
+        few = [*mode, *BENCHMARK[: -2 if layer else None]]
+        return tool, [*without(arguments, BENCHMARK), *few]
     if name == "compare_backends":
         return tool, [*without(arguments, ["--steps"]), "--steps", "1"]
+    if name == "measure_loading":
+        arguments = [*without(arguments, ["--images"]), "--images", "16"]
+        return tool, with_options(arguments, [*SMALL[:4], "total_batch_size=8", "batch_size=8"])
+    if name == "export":  # the configuration of what was trained small
+        return tool, [str(Path(arguments[1]).parent / "config.yaml"), *arguments[1:]]
+    if name == "check_exports":
+        configs = [word for word in arguments if word.endswith(".yaml")]
+        return tool, [configs[0], *arguments[len(configs) :]]
+    if name == "run_study":
+        return tool, with_options(arguments, STUDY)
+    if name == "reproduce" and {"--run", "--collect"} & set(arguments):
+        arguments = [*without(arguments, ["--scale"]), "--scale", "tiny"]
+        return tool, with_options([*arguments, "--rows", "resnet18"], TABLE)
+    if name == "scaling" and arguments[0] in ("profile", "measure"):
+        arguments = [*without(arguments, ["--batch-size", "--processes"]), "--batch-size", "2"]
+        few = {"profile": ["--rounds", "1"], "measure": ["--rounds", "1", "--processes", "1", "2"]}
+        return tool, with_options([*arguments, *few[arguments[0]]], ["data.input_size=32"])
     if name not in ("train", "test", "visualize", "check_coco"):
         return tool, arguments
     at = 1 if name == "visualize" else 0
@@ -188,6 +231,10 @@ def generate(folder: Path) -> None:
     lines = [
         f"{row},{row.parts[0]},{row.parts[1]}" for row in rows if row.parts[1] in ("cat", "dog")
     ]
+    for name in ("DATA", "PATH", "data/imagenet"):
+        (folder / name).symlink_to(folder / "data/small")
+    for name in ("cat.jpg", "ONE.png", "OTHER.png"):
+        shutil.copy(photos / rows[len(name)], folder / name)
     (folder / "labels.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
     # Two runs that pages compare and go on with.
     for name in ("resnet18", "kw_resnet18_1x"):
@@ -210,7 +257,12 @@ def start(folder: Path, small: Run) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
         **dict(small.variables),
     }
-    return subprocess.run(small.words, cwd=folder, env=environment, capture_output=True, text=True)
+    words = [  # globs of what the page's commands have written, which bash could not see
+        path
+        for word in small.words
+        for path in (sorted(glob.glob(word, root_dir=folder)) if "*" in word else [word])
+    ]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def make_room(folder: Path, words: tuple[str, ...]) -> None:

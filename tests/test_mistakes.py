@@ -109,6 +109,11 @@ MISTAKES: list[tuple[str, list[str]]] = [
     (f"summarize_study.py {STUDY} --work-dir {{place}}", ["none of 15 runs of the study ended"]),
     (f"summarize_study.py {STUDY} --plot {{place}}/folder", ["--plot", "is a folder"]),
     ("measure_loading.py none.yaml", ["none.yaml", "no such file"]),
+    (
+        f"measure_loading.py {R18} --cfg-options data.root={{place}}/images model.num_classes=4"
+        " total_batch_size=512 batch_size=512",
+        ["the training set has 64 images, too few for one update"],
+    ),
     (f"measure_loading.py {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
     (f"measure_attention.py {R18} none.pth --cfg-options data.root=x", ["data.root x does not"]),
     (f"measure_attention.py {R18} none.pth --images 1", ["--images: '1': expected an integer"]),
