@@ -36,7 +36,7 @@ SMALL = [
     "log_interval=1",
     "eval_interval=1",
 ]
-SMALL_DETECTION = ["epochs=1", "schedule.warmup_epochs=0", "eval_interval=1"]
+SMALL_DETECTION = ["epochs=1", "batch_size=2", "schedule.warmup_epochs=0", "eval_interval=1"]
 LINKED = "data.root=data/linked"
 DETECTOR = "configs/demo/overfit_coco.py"
 SET = [
@@ -299,7 +299,8 @@ def run(folder: Path, page: Path, recorder: Recorder) -> list[dict[str, object]]
             ended = start(folder, small)
             told |= {"status": ended.returncode, "seconds": round(time.monotonic() - begin)}
             if ended.returncode:
-                told["said"] = (ended.stderr or ended.stdout)[-1500:]
+                said = ended.stdout[-1500:] + ended.stderr
+                told["said"] = said if len(said) < 4000 else said[:2000] + "\n...\n" + said[-2000:]
             done.append(told)
             print(f"{told['status']:3d} {told['seconds']:4d} s  {block.place}  {told['command']}")
             if ended.returncode:
