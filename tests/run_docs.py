@@ -73,9 +73,9 @@ STANDS_FOR = {
     "IMAGES...": "photos/val/cat/0.png",
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
     "PROFILE.json": str(next(ROOT.glob("docs/scaling/profile-kw_resnet18_1x-*.json"))),
-    "BENCHMARK.json": str(next(ROOT.glob("docs/scaling/step-kw_resnet18_1x-*.json"))),
+    "STEP.json": str(next(ROOT.glob("docs/scaling/step-kw_resnet18_1x-*.json"))),
 }
-BENCHMARK = ["--rounds", "1", "--batch-size", "1", "--input-size", "32"]
+BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,14 @@ def test_a_step_of_the_benchmark() -> None:
         read_step(folder / name.format("infer"), "kw_resnet18_4x")
 
 
+def test_a_step_that_was_predicted() -> None:
+    path = ROOT / "docs/scaling/step-kw_resnet18_4x-h100-bfloat16-b128.json"
+    step, device = read_step(path, "kw_resnet18_4x")
+    assert (step.images, device) == (128, "h100, predicted")
+    with pytest.raises(BenchmarkError, match="a step of kw_resnet18_4x; expected one of resnet18"):
+        read_step(path, "resnet18")
+
+
 def test_processes_that_cannot_be(source: NetworkSource, monkeypatch) -> None:
     with pytest.raises(BenchmarkError, match="expected at least 1"):
         Plan(source.config, (0, 2)).check()

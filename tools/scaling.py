@@ -4,7 +4,7 @@
 python tools/scaling.py profile configs/imagenet/resnet18/kw_resnet18_4x.yaml   # one process
 python tools/scaling.py measure configs/imagenet/resnet18/kw_resnet18_4x.yaml --processes 1 2 4
 python tools/scaling.py predict configs/imagenet/resnet18/kw_resnet18_4x.yaml --gpu h100
-python tools/scaling.py project PROFILE.json --step BENCHMARK.json --cluster h100-ndr
+python tools/scaling.py project PROFILE.json --step STEP.json --cluster h100-ndr
 python tools/scaling.py render [--check]          # the tables of docs/scaling.md, from its results
 
 docs/scaling.md has the formula, the links' speeds with their sources, and what was found.
@@ -75,7 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     predict.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     project.add_argument("profile", type=Path, metavar="PROFILE.json")
     project.add_argument(
-        "--step", type=Path, metavar="JSON", help="of tools/benchmark.py; default: the profile's"
+        "--step",
+        type=Path,
+        metavar="JSON",
+        help="of tools/benchmark.py or predict; default: the profile's",
     )
     project.add_argument("--cluster", choices=CLUSTERS, default="h100-ndr")
     project.add_argument("--gpus", nargs="+", type=number(int, 1), default=list(COUNTS))

@@ -169,7 +169,7 @@ def read_folder(folder: Path, benchmarks: Path | None = None) -> Folder:
                 found = _profile(content)
                 _add(profiles, found.model, found, path)
             elif kind == "step":
-                step = SingleStep(**{**content, "step": Step(**content["step"])})
+                step = _single(content)
                 _add(steps, step.model, step, path)
             elif kind == "processes":
                 measured = {
@@ -203,15 +203,29 @@ def read_profile(path: Path) -> Profile:
 
 
 def read_step(path: Path, model: str) -> tuple[Step, str]:
-    """A model's step from a result of ``tools/benchmark.py --mode train``, and on which device.
+    """A model's step, measured or predicted, and on which device.
+
+    Args:
+        path: what ``tools/benchmark.py --mode train`` or ``tools/scaling.py predict`` wrote.
+        model: name of the configuration.
 
     Raises:
-        BenchmarkError: the file cannot be read, is no such result, or has no figure of the model.
+        BenchmarkError: the file cannot be read, is neither, or has no figure of the model.
     """
+    content = _read(path)
     try:
-        result = Result.from_dict(_read(path))
+        if "step" in content:
+            single = _single(content)
+            if single.model != model:
+                raise BenchmarkError(f"{path} is a step of {single.model}; expected one of {model}")
+            return single.step, f"{single.device}{', predicted' if single.predicted else ''}"
+        result = Result.from_dict(content)
     except (KeyError, TypeError, ValueError) as error:
-        raise BenchmarkError(f"{path} is no result of tools/benchmark.py: {error!r}") from error
+        if isinstance(error, BenchmarkError):
+            raise
+        raise BenchmarkError(
+            f"{path}: neither tools/benchmark.py nor tools/scaling.py predict wrote it: {error!r}"
+        ) from error
     if result.conditions.mode == "train":
         for network in result.networks:
             if network.model == model and (step := _step_of(result, network)) is not None:
@@ -221,6 +235,10 @@ def read_step(path: Path, model: str) -> tuple[Step, str]:
         f"{path} has no training step of {model}; it has {result.conditions.mode} of {names}; "
         "measure one with tools/benchmark.py --mode train"
     )
+
+
+def _single(content: dict[str, Any]) -> SingleStep:
+    return SingleStep(**{**content, "step": Step(**content["step"])})
 
 
 def _steps_on_cpu(result: Result) -> list[SingleStep]:
