@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from kills import free_port
 
 from kw.config import ConfigError, load_config
 from kw.evaluation import paper_tables
@@ -300,6 +302,61 @@ def test_slurm(
     said = call(*options, *slurm, status=1)
     assert f"resnet50: {begun.parent} was begun with other settings (seed 9 -> 0)" in said
     assert "job 77: resnet50_dyconv4x" in said
+
+
+# sbatch at once and in sequence, and what the job's script calls.
+QUEUE = {
+    "sbatch": """while [[ $1 == --* ]]; do
+    case $1 in --array) last=${2#0-} ;; --output) output=${2//%A/77} ;; esac
+    [[ $1 == --parsable ]] && shift || shift 2
+done
+for index in $(seq 0 "$last"); do
+    SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$index "$@" > "${output//%a/$index}" 2>&1
+done
+echo 77
+""",
+    "squeue": "",
+    "srun": """while [[ $1 == --* ]]; do shift; done
+export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0
+exec "$@"
+""",
+    "scontrol": "echo 127.0.0.1",
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_launchers_train_to_the_end(
+    launcher: str,
+    tmp_path: Path,
+    images: Path,
+    call: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, body in QUEUE.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "here")
+    rows = ["resnet18"] if launcher == "torchrun" else ["resnet18", "resnet18_eca"]
+    options = [
+        "imagenet_resnet18_100ep",
+        "--scale",
+        "tiny",
+        "--work-dir",
+        tmp_path,
+        "--rows",
+        *rows,
+    ]
+    settings = [f"data.root={images}", "epochs=1", "data.workers=0"]
+    settings += ["total_batch_size=8", "batch_size=4"]
+    call(*options, "--run", "--launcher", launcher, "--gpus", 2, "--cfg-options", *settings)
+    folder = tmp_path / "tiny/imagenet_resnet18_100ep"
+    table = call(*options)
+    for index, row in enumerate(rows):
+        name = f"slurm-77_{index}.out" if launcher == "slurm" else f"{row}.log"
+        assert re.search(rf"{row} +done", table), (folder / "launch" / name).read_text()
+        assert json.loads((folder / row / "results.json").read_text())["images"] > 0
 
 
 def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
