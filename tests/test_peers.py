@@ -334,6 +334,17 @@ def test_autocast(method, shape):
 
 
 @every_method
+def test_hooks_are_kept(method):
+    model, seen = narrow_resnet(), []
+    handle = model.layer4[1].conv2.register_forward_hook(lambda *_: seen.append("after"))
+    kw.peers.convert(model, method, layers=r"layer4\.1\.conv2").eval()
+    model(torch.randn(1, 3, 32, 32))
+    handle.remove()
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == ["after"]
+
+
+@every_method
 def test_place_mode_and_bias_are_kept(method):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)).double().eval()
     nn.init.normal_(model[1].bias)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..warehouse import KWLayer
+from ..warehouse.convertible import arguments_of, succeed
 from ..warehouse.plan import nearest
 from .condconv import CondConv2d, CondLinear
 from .dyconv import DyConv2d
@@ -147,30 +148,13 @@ def _dynamic(
             "not their subclasses); leave it static by 'layers', a regular expression on names"
         )
     weight = module.get_parameter("weight")
-    bias = module._parameters.get("bias")
     place = {"name": name, "device": weight.device, "dtype": weight.dtype}
-    has_bias = bias is not None
     make: Any = cls  # the signatures of convolutions and linear layers differ
-    if isinstance(module, nn.Linear):
-        layer = make(module.in_features, module.out_features, has_bias, **settings, **place)
-    else:
-        assert isinstance(module, nn.Conv2d)
-        layer = make(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            has_bias,
-            module.padding_mode,
-            **settings,
-            **place,
-        )
-    if bias is not None:
-        layer.take_bias(bias)
-    return layer.train(module.training)
+    layer: MixtureLayer = make(*arguments_of(module), **settings, **place)
+    if module.bias is not None:
+        layer.take_bias(module.get_parameter("bias"))
+    succeed(module, layer)
+    return layer
 
 
 def _all_but_the_first(model: nn.Module, candidates: Layers) -> list[str]:

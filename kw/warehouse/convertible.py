@@ -14,7 +14,15 @@ from .partition import KernelShape
 from .same import KWConv2dSame
 from .warehouse import Warehouse
 
-__all__ = ["dynamic_layer", "has_kernel", "kernel_shape", "register_convertible", "why_static"]
+__all__ = [
+    "arguments_of",
+    "dynamic_layer",
+    "has_kernel",
+    "kernel_shape",
+    "register_convertible",
+    "succeed",
+    "why_static",
+]
 
 # By qualified name, so that a library's subclasses can stand here without being imported. Exact
 # classes: a subclass may compute something else (standardise its weights, for one).
@@ -102,35 +110,42 @@ def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer
         "slot": slot,
         "name": warehouse.shapes[slot].name,
     }
-    has_bias = module.bias is not None
-    counterpart = _COUNTERPARTS[_qualified(type(module))]
-    layer: KWLayer
-    if issubclass(counterpart, KWLinear):
-        assert isinstance(module, nn.Linear)
-        layer = counterpart(module.in_features, module.out_features, has_bias, **shared)
-    else:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        layer = counterpart(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            has_bias,
-            module.padding_mode,
-            **shared,
-        )
-    if has_bias:
+    make: Any = _COUNTERPARTS[_qualified(type(module))]  # the signatures of the two sorts differ
+    layer: KWLayer = make(*arguments_of(module), **shared)
+    if module.bias is not None:
         layer.bias = module.get_parameter("bias")
+    succeed(module, layer)
+    return layer
+
+
+def arguments_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a convolution or linear layer was built with, in the order of its class's arguments."""
+    has_bias = module._parameters.get("bias") is not None
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, has_bias
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return (
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        has_bias,
+        module.padding_mode,
+    )
+
+
+def succeed(module: nn.Module, layer: nn.Module) -> None:
+    """Give a layer the mode and the hooks of the one whose place it takes."""
     # The dictionaries themselves, which the handles that remove hooks refer to: timm's feature
     # extractors, for one, hook onto layers.
     for attribute, value in vars(module).items():
         if "_hooks" in attribute and "state_dict" not in attribute:
             setattr(layer, attribute, value)
     layer._is_full_backward_hook = module._is_full_backward_hook
-    return layer.train(module.training)
+    layer.train(module.training)
 
 
 def _qualified(kind: type) -> str:
