@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import kw
 from kw.config.schema import DataConfig
 from kw.data import BatchPreprocessor, ImageFolder, build_transform
 from kw.deploy import ExportError, export, read_source
+from kw.deploy.classifier import Classifier
+from kw.deploy.description import InputRange
 from kw.deploy.export import Options
 from kw.engine.checkpoint import load_checkpoint, save_checkpoint
 from kw.errors import UserError
@@ -224,3 +227,38 @@ def test_pt2_stays_on_the_cpu(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(classifier.logits(images), kw.load(run).logits(images))
     with pytest.raises(ExportError, match="on the CPU; use cpu"):
         kw.load(written.path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("takes", "shapes", "others", "message"),
+    [
+        (
+            InputRange(32),
+            [(2, 3, 32, 32), (0, 3, 32, 32)],
+            [(2, 3, 33, 32), (2, 3, 32, 31), (2, 1, 32, 32), (3, 32, 32)],
+            r"the file takes \[B, 3, 32, 32\]$",
+        ),
+        (
+            InputRange(32, least=9),
+            [(2, 3, 9, 70)],
+            [(2, 3, 9, 8), (2, 4, 9, 9), (2, 3, 9)],
+            r"the file takes \[B, 3, H, W\], H and W from 9 on$",
+        ),
+        (InputRange(8, batch=4), [(4, 3, 8, 8)], [(3, 3, 8, 8)], r"takes \[4, 3, 8, 8\]$"),
+    ],
+)
+def test_images_that_a_file_does_not_take(
+    takes: InputRange, shapes: list[Any], others: list[Any], message: str, run: Path
+) -> None:
+    """What was traced takes some sizes; a network from weights takes any."""
+    classifier = kw.load(run)
+    exported = Classifier(
+        torch.nn.Identity(), replace(classifier.description, input=takes), exported=True
+    )
+    for shape in shapes:
+        assert exported(torch.zeros(shape)).shape == shape
+    for shape in others:
+        with pytest.raises(ValueError, match=message) as error:
+            exported(torch.zeros(shape))
+        assert f"images {list(shape)}" in str(error.value)
+    assert classifier(torch.zeros(2, 3, 47, 50)).shape == (2, 4)

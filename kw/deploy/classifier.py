@@ -44,23 +44,33 @@ class Classifier(nn.Module):
     Args:
         network: normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``.
         description: of it.
+        exported: the network is a traced one, which takes what ``description.input`` says.
 
     Attributes:
         classes: class names, in the order of the logits.
         transform: RGB image of any size -> uint8 tensor ``[3, S, S]``, as in evaluation.
     """
 
-    def __init__(self, network: nn.Module, description: Description) -> None:
+    def __init__(
+        self, network: nn.Module, description: Description, exported: bool = False
+    ) -> None:
         super().__init__()
         config = description.config
         self.network = network
         self.description = description
+        self.exported = exported
         self.classes = description.classes
         self.transform = build_transform(config.data, False)
         self.preprocess = BatchPreprocessor(config.data, config.model.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``; see :meth:`normalise`."""
+        """Normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``; see :meth:`normalise`.
+
+        Raises:
+            ValueError: an exported file does not take images of this shape.
+        """
+        if self.exported:
+            self.description.input.check(images)
         return self.network(images)
 
     def read(self, image: Picture) -> Tensor:
@@ -85,12 +95,12 @@ class Classifier(nn.Module):
         """uint8 ``[B, 3, S, S]`` -> float32 ``[B, C]``; in parts where the file fixes the batch."""
         fixed = self.description.input.batch
         if fixed is None:
-            return self.network(self.normalise(images)).float()
+            return self(self.normalise(images)).float()
         found = []
         for part in images.split(fixed):
             missing = fixed - len(part)
             whole = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
-            found.append(self.network(self.normalise(whole)).float()[: len(part)])
+            found.append(self(self.normalise(whole)).float()[: len(part)])
         return torch.cat(found)
 
     def predict(
@@ -164,7 +174,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
         network, description = load_graph(file)
     else:
         raise ExportError(f"{file}: expected {_expected()}, found {suffix or 'no suffix'!r}")
-    classifier = Classifier(network, description)
+    classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2"))
     if suffix != ".pt2":  # a traced program refuses train() and eval(); it was traced in the latter
         classifier.eval()
     return _moved(classifier, device, file)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
 from ..config import Config, ConfigError, config_from_mapping, to_dict
 from ..config.schema import DataConfig
 from ..errors import UserError
@@ -41,6 +43,23 @@ class InputRange:
     least: int | None = None
     batch: int | None = None
     precision: str = "fp32"
+
+    def check(self, images: Tensor) -> None:
+        """Refuse images that such a file does not take.
+
+        Raises:
+            ValueError: the shape is another.
+        """
+        least = self.size if self.least is None else self.least
+        fits = images.dim() == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= least
+        fits = fits and (self.least is not None or max(images.shape[2:]) <= self.size)
+        if not fits or self.batch not in (None, len(images)):
+            side = f"{self.size}, {self.size}" if self.least is None else "H, W"
+            open_sides = "" if self.least is None else f", H and W from {least} on"
+            raise ValueError(
+                f"images {list(images.shape)}: the file takes "
+                f"[{'B' if self.batch is None else self.batch}, 3, {side}]{open_sides}"
+            )
 
 
 @dataclass(frozen=True)
