@@ -174,6 +174,26 @@ def test_training_at_batch_1(build, shape, norm):
     assert (layer.attention.fc1.weight.grad != 0).any()
 
 
+@every_layer
+@norms
+@pytest.mark.parametrize("training", [False, True])
+def test_no_samples_give_no_outputs(build, shape, norm, training):
+    """As of a static layer, whose gradients are then zeros: a detector's head without regions."""
+    layer = build(norm=norm).train(training)
+    set_temperature(layer, 0.3)
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    x = torch.randn(0, *shape[1:], requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert y.shape == layer(torch.randn(2, *shape[1:]))[:0].shape
+
+
 def test_batch_statistics_from_two_samples_on():
     layer = KWConv2d(4, 8, 3).train()
     layer(images(2))

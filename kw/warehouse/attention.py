@@ -182,7 +182,7 @@ def full_precision(pooled: Tensor) -> AbstractContextManager[Any]:
 
 def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden units ``[B, h]`` through a branch's normalisation, for a batch of any size."""
-    if norm.training and hidden.shape[0] == 1 and isinstance(norm, nn.BatchNorm1d):
+    if norm.training and hidden.shape[0] < 2 and isinstance(norm, nn.BatchNorm1d):
         # One sample has no variance over the batch: the running statistics stand in for it.
         return F.batch_norm(
             hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps

@@ -306,11 +306,11 @@ class KWLinear(KWLayer):
         """
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, N, I]
+        tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
         alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
         y = dynamic_conv(tokens.transpose(1, 2), alpha, cells, self.spec, self.backend)
-        y = y.transpose(1, 2).reshape(*x.shape[:-1], -1)
+        y = y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -51,6 +51,9 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+    if len(x) == 0:  # as static layers do: a detector's head may be left without regions
+        empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
+        return _laid_out(empty, lies_channels_last(x))
     with torch.no_grad(), _outside_autocast(x):
         contraction = planner.choose(_problem(x, cells, spec), backend)
         return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
@@ -66,6 +69,12 @@ def _run_backward(
     needs: Needs,
     anchor: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if len(x) == 0:
+        found = [
+            torch.zeros_like(t) if n else None
+            for t, n in zip((x, alpha, cells), needs, strict=True)
+        ]
+        return found[0], found[1], found[2]
     with torch.no_grad(), _outside_autocast(x):
         contraction = planner.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
