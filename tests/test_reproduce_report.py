@@ -75,7 +75,7 @@ def test_figures(task: Reproduction) -> None:
     assert dynamic.difference("top1") == pytest.approx(-3.5)
     assert dynamic.measured.deviations == (
         "epochs 100 -> 2",
-        "schedule.milestones [30.0, 60.0, 90.0] -> [0.6, 1.2, 1.8]",
+        "schedule.milestones [30, 60, 90] -> [0.6, 1.2, 1.8]",
         "temperature_epochs 10 -> 0.2",
         "precision 'fp32' -> 'bf16'",
     )
@@ -114,7 +114,7 @@ def test_forms_say_the_same_and_mark_what_is_doubtful(task: Reproduction, tmp_pa
     of_row = {model: re.findall(r"\[(\w)\]", row[0]) for model, row in cells.items()}
     assert [marks[m] for m in of_row["resnet18"]] == [
         "differs from the shipped configuration: epochs 100 -> 2; schedule.milestones "
-        "[30.0, 60.0, 90.0] -> [0.6, 1.2, 1.8]",
+        "[30, 60, 90] -> [0.6, 1.2, 1.8]",
         "mean and standard deviation of 2 seeds",
     ]
     assert "precision 'fp32' -> 'bf16'" in marks[of_row["kw_resnet18_1x"][0]]

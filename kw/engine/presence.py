@@ -365,8 +365,8 @@ class Presence:
         ]
 
     def _linger(self) -> None:
-        """Keep the store until the others know what this process knows."""
-        if self.rank != self.keeper or self._state == "had ended its run":
+        """Keep the store until the others know what this process knows, or have ended as well."""
+        if self.rank != self.keeper:
             return
         dead = {each["rank"] for each in self._missing or () if not each["lives"]}
         others = [r for r in range(self.world_size) if r != self.rank and r not in dead]

@@ -69,4 +69,6 @@ def _shown(value: Any) -> str:
         return f"{len(value)} steps"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value):
+        return f"[{', '.join(map(_shown, value))}]"
     return show(_plain(value))

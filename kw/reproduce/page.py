@@ -17,7 +17,7 @@ _STYLE = """
   --measured: #0b6cb0; --published: #b3540a; --loss: #6b4fa0; --quiet: #5a6069; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c; --faint: #363b43;
   --measured: #6db8f2; --published: #f0a463; --loss: #b9a2ea; --quiet: #a2a9b4; } }
-body { color: var(--ink); background: var(--paper); max-width: 84rem; margin: 2rem auto;
+body { color: var(--ink); background: var(--paper); max-width: 110rem; margin: 2rem auto;
   padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; }
@@ -25,6 +25,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .5rem; color: var(--quiet); }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; }
 thead th { vertical-align: bottom; } .words { text-align: left; }
+td.words { min-width: 10rem; }
 tbody th { text-align: left; font-weight: 600; white-space: nowrap; }
 .recalled { color: var(--quiet); font-style: italic; } .pending { color: var(--quiet); }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
@@ -86,8 +87,9 @@ def _table(sheet: Sheet) -> str:
             style = (
                 "recalled" if cell.endswith("?") else "pending" if cell in ("not run", NONE) else ""
             )
-            kind = f' class="{style}"' if style else _words(i in words)
-            cells.append(f"<td{kind}>{escape(cell)}</td>")
+            kinds = " ".join(name for name in ("words" if i in words else "", style) if name)
+            cells.append(f'<td class="{kinds}">' if kinds else "<td>")
+            cells.append(f"{escape(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     caption = (
         "Published figures and those measured here, of every run the best epoch's; accuracies and "

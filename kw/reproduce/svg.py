@@ -13,7 +13,7 @@ from html import escape
 
 __all__ = ["Axis", "Line", "Point", "chart"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 12, 40
 _CHARACTER, _LINE_HEIGHT = 6.0, 11  # of a label, pixels, about
 
 
