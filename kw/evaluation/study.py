@@ -204,7 +204,8 @@ def _render(summary: Summary) -> str:
             f"{_counted(len(annealed), 'run')}."
         )
     said.append(
-        f"Machine: {machine.get('gpu') or machine['cpu']}, {machine['cores']} cores. {known}. "
+        f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
+        f"{known}. "
         f"Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
     )
     options = " ".join(summary["options"])
@@ -231,7 +232,7 @@ def plot_study(summary: Summary, path: str | Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = dict(zip(("train_loss", "top1"), figure.subplots(1, 2), strict=True))
     rows = list(dict.fromkeys(run["row"] for run in summary["runs"]))
-    colours = mpl.colormaps["tab20"]
+    colours = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
     for place, row in enumerate(rows):
         runs = [run["curve"] for run in summary["runs"] if run["row"] == row]
         for key, axis in axes.items():
@@ -240,7 +241,7 @@ def plot_study(summary: Summary, path: str | Path) -> None:
                 [point["epoch"] for point in runs[0]],
                 points,
                 label=row,
-                color=colours(place % 20),
+                color=colours(place % colours.N),
                 linestyle="-" if place < 10 else "--",
                 marker=".",
             )
