@@ -413,6 +413,13 @@ def test_mistakes_leave_the_model_alone(model, arguments, message):
     assert list(network.named_modules()) == before
 
 
+@every_method
+@pytest.mark.parametrize("setting", ["warehouse", "cell_num_ratio"])
+def test_settings_of_other_layers_are_refused(method, setting):
+    with pytest.raises(ValueError, match=rf"unknown setting '{setting}'; nearest: .*'kernels'"):
+        METHODS[method](4, 4, 3, **{setting: None})
+
+
 def test_an_input_without_batch_is_refused():
     with pytest.raises(ValueError, match="ODConv2d takes"):
         ODConv2d(3, 4, 3)(torch.randn(3, 8, 8))

@@ -11,14 +11,13 @@ There is no temperature: the gates do not compete. A linear layer is a 1x1 convo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..warehouse import KernelShape, KWConv2d, KWLinear
-from ..warehouse.layers import Size
-from .mixture import MixtureAttention, MixtureLayer
+from ..warehouse import KernelShape, KWLinear
+from .mixture import MixtureAttention, MixtureConv2d, MixtureLayer
 
 __all__ = ["CondConv2d", "CondLinear"]
 
@@ -50,7 +49,7 @@ class Routing(MixtureAttention):
         return self.fc(pooled).sigmoid().unsqueeze(1)
 
 
-class CondConv2d(MixtureLayer, KWConv2d):
+class CondConv2d(MixtureConv2d):
     """``nn.Conv2d`` with K kernels mixed by sigmoid gates; the same arguments, then keywords:
 
     Args:
@@ -62,38 +61,7 @@ class CondConv2d(MixtureLayer, KWConv2d):
     """
 
     branch = Routing
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        kernels: int = 8,
-        name: str = "layer",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            kernels=kernels,
-            **place,
-        )
+    defaults: ClassVar[dict[str, Any]] = {"kernels": 8}
 
 
 class CondLinear(MixtureLayer, KWLinear):
@@ -108,6 +76,7 @@ class CondLinear(MixtureLayer, KWLinear):
     """
 
     branch = Routing
+    defaults: ClassVar[dict[str, Any]] = {"kernels": 8}
 
     def __init__(
         self,
@@ -115,10 +84,10 @@ class CondLinear(MixtureLayer, KWLinear):
         out_features: int,
         bias: bool = True,
         *,
-        kernels: int = 8,
         name: str = "layer",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, bias, kernels=kernels, **place)
+        super().__init__(in_features, out_features, bias, **place, **self.complete(settings))

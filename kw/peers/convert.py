@@ -48,13 +48,11 @@ class Method:
         linear: its linear layer, where it has one.
         choose: the names of the layers that it converts by default, from the model and its
             convolutions and linear layers.
-        settings: keywords of :func:`convert` that it knows.
     """
 
     conv: type[MixtureLayer]
     linear: type[MixtureLayer] | None
     choose: Callable[[nn.Module, Layers], list[str]]
-    settings: tuple[str, ...]
 
 
 def convert(
@@ -84,9 +82,9 @@ def convert(
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), METHODS)}")
     chosen = METHODS[method]
     for key in settings:
-        if key not in chosen.settings:
+        if key not in (known := chosen.conv.defaults):
             raise ValueError(
-                f"{method}: unknown setting {key!r}; {nearest(key, (*chosen.settings, 'layers'))}"
+                f"{method}: unknown setting {key!r}; {nearest(key, (*known, 'layers'))}"
             )
     if any(isinstance(module, KWLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has dynamic layers already; convert a static one")
@@ -186,7 +184,7 @@ def _last_blocks(model: nn.Module, candidates: Layers) -> list[str]:
 
 
 METHODS: dict[str, Method] = {
-    "condconv": Method(CondConv2d, CondLinear, _last_blocks, ("kernels",)),
-    "dyconv": Method(DyConv2d, None, _all_but_the_first, ("kernels", "reduction")),
-    "odconv": Method(ODConv2d, None, _without_shortcuts, ("kernels", "reduction")),
+    "condconv": Method(CondConv2d, CondLinear, _last_blocks),
+    "dyconv": Method(DyConv2d, None, _all_but_the_first),
+    "odconv": Method(ODConv2d, None, _without_shortcuts),
 }

@@ -12,14 +12,13 @@ kernels early on. ``T = 1 + 29 tau`` (:mod:`kw.peers.mixture`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..warehouse import KernelShape, KWConv2d
-from ..warehouse.layers import Size
-from .mixture import MixtureAttention, MixtureLayer, logit_scale
+from ..warehouse import KernelShape
+from .mixture import MixtureAttention, MixtureConv2d, logit_scale
 
 __all__ = ["DyConv2d"]
 
@@ -60,7 +59,7 @@ class SqueezeSoftmax(MixtureAttention):
         return (logits / logit_scale(tau)).softmax(-1).unsqueeze(1)
 
 
-class DyConv2d(MixtureLayer, KWConv2d):
+class DyConv2d(MixtureConv2d):
     """``nn.Conv2d`` with K kernels mixed by a softmax; the same arguments, then keywords:
 
     Args:
@@ -73,42 +72,7 @@ class DyConv2d(MixtureLayer, KWConv2d):
     """
 
     branch = SqueezeSoftmax
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        kernels: int = 4,
-        reduction: float = 0.25,
-        name: str = "layer",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            kernels=kernels,
-            reduction=reduction,
-            **place,
-        )
-        if self.bias is not None:
-            self.take_bias(self.bias)
+    defaults: ClassVar[dict[str, Any]] = {"kernels": 4, "reduction": 0.25}
 
     def take_bias(self, bias: nn.Parameter) -> None:
         """Give every kernel a bias ``b_k`` of its own, ``[K, O]``, that starts as the given one."""

@@ -20,10 +20,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..warehouse import KernelShape, KWLayer, Warehouse, WarehouseSettings
+from ..warehouse import KernelShape, KWConv2d, KWLayer, Warehouse, WarehouseSettings
 from ..warehouse.attention import full_precision
+from ..warehouse.layers import Size
+from ..warehouse.plan import nearest
 
-__all__ = ["MixtureAttention", "MixtureLayer", "PrivateKernels", "check_settings", "logit_scale"]
+__all__ = [
+    "MixtureAttention",
+    "MixtureConv2d",
+    "MixtureLayer",
+    "PrivateKernels",
+    "check_settings",
+    "logit_scale",
+]
 
 MAX_TEMPERATURE = 30.0
 
@@ -104,10 +113,25 @@ class PrivateKernels(Warehouse):
 
 
 class MixtureLayer(KWLayer):
-    """A dynamic layer whose warehouse is its own; it names its attention's class."""
+    """A dynamic layer whose warehouse is its own; it names its attention's class and settings."""
 
     branch: ClassVar[type[MixtureAttention]]
+    defaults: ClassVar[dict[str, Any]]
+    """The keywords of the layer, ``kernels`` and its attention's, with their defaults."""
     warehouse: PrivateKernels
+
+    def complete(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings with the defaults of those that are not given.
+
+        Raises:
+            ValueError: a setting that the method does not have.
+        """
+        for key in settings:
+            if key not in self.defaults:
+                raise ValueError(
+                    f"{type(self).__name__}: unknown setting {key!r}; {nearest(key, self.defaults)}"
+                )
+        return {**self.defaults, **settings}
 
     def own_warehouse(
         self,
@@ -126,6 +150,44 @@ class MixtureLayer(KWLayer):
     def extra_repr(self) -> str:
         kernels = self.warehouse.kernels
         return f"{super().extra_repr().rpartition(', warehouse')[0]}, kernels={kernels}"
+
+
+class MixtureConv2d(MixtureLayer, KWConv2d):
+    """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then the method's."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        name: str = "layer",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **place,
+            **self.complete(settings),
+        )
+        if self.bias is not None:
+            self.take_bias(self.bias)
 
 
 def check_settings(kernels: int, reduction: float = 1.0) -> None:

@@ -20,16 +20,15 @@ does the same. T falls linearly from 30 to 1 over the first 10 epochs: ``T = 1 +
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..warehouse import KernelShape, KWConv2d
+from ..warehouse import KernelShape
 from ..warehouse.attention import normalise
-from ..warehouse.layers import Size
-from .mixture import MixtureAttention, MixtureLayer, logit_scale
+from .mixture import MixtureAttention, MixtureConv2d, logit_scale
 
 __all__ = ["ODConv2d", "OmniAttention"]
 
@@ -119,7 +118,7 @@ class OmniAttention(MixtureAttention):
         return Attentions(alpha.flatten(2), channel, filters)
 
 
-class ODConv2d(MixtureLayer, KWConv2d):
+class ODConv2d(MixtureConv2d):
     """``nn.Conv2d`` with attention along all axes; the same arguments, then keywords:
 
     Args:
@@ -132,40 +131,7 @@ class ODConv2d(MixtureLayer, KWConv2d):
     """
 
     branch = OmniAttention
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        kernels: int = 1,
-        reduction: float = 0.0625,
-        name: str = "layer",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            kernels=kernels,
-            reduction=reduction,
-            **place,
-        )
+    defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, H', W']``.
