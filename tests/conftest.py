@@ -15,6 +15,9 @@ from PIL import Image
 
 # The networks of tests are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+# Autograd starts its threads at the first backward pass: none here, but some where that one is
+# inside torch.compile, and then processes that tests fork cannot run one (tests/processes.py).
+torch.ones(1, requires_grad=True).sum().backward()
 
 CLASSES = ("bird", "cat", "dog", "fish")
 # ResNet18 with one block a stage: its plan finds a warehouse for every stage all the same.

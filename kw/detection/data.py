@@ -30,7 +30,7 @@ from ..data import (
 )
 from ..errors import UserError, one_line
 from .config import DetectorConfig
-from .mmdet import CocoDataset
+from .mmdet import CocoDataset, register_all_modules
 from .schema import CocoDataConfig
 
 __all__ = ["Samples", "build_eval_loader", "build_train_loader"]
@@ -186,6 +186,7 @@ def _build(
     classes: Sequence[str],
     **settings: Any,
 ) -> Any:
+    register_all_modules(init_default_scope=True)
     try:
         # pycocotools prints how it is getting on.
         with contextlib.redirect_stdout(io.StringIO()):

@@ -10,16 +10,21 @@ import torch.distributed as dist
 from mmengine.runner import set_random_seed
 from torch import nn
 
-from ..data import DataError, Loader, deaths_explained, stop_workers
-from ..engine import load_checkpoint, load_network, set_contraction
+from ..data import DataError, Loader
+from ..engine import load_checkpoint, set_contraction
 from ..engine.distributed import Process, meet, process_group
-from ..engine.hooks.bad_images import tell_bad_images
 from ..engine.optim import autocast, build_optimizer
 from ..engine.parallel import distribute
 from ..engine.presence import at
-from ..engine.run import assemble_runner, check_devices, find_checkpoint, run_to_end
+from ..engine.run import (
+    assemble_runner,
+    check_devices,
+    evaluate_weights,
+    find_checkpoint,
+    run_to_end,
+)
 from ..engine.runner import Runner
-from ..engine.task import Task, headline
+from ..engine.task import Task
 from .config import DetectorConfig
 from .data import build_eval_loader, build_train_loader
 from .detector import build_detector, has_masks, keep_maps_exact, lr_scales
@@ -149,18 +154,13 @@ def evaluate_checkpoint(
         detector.to(process.device)
         loader = build_eval_loader(config, classes, process.rank, process.world_size)
         evaluator = _evaluator(run.data, classes, has_masks(detector))
-        metrics: dict[str, float | None] = {}
-        for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
-            if key in state:
-                load_network(detector, state[key], str(checkpoint))
-                at("in the evaluation")
-                with deaths_explained(loader):
-                    found = evaluate_detector(detector, loader, evaluator, run.precision)
-                metrics.update({prefix + name: value for name, value in found.items()})
-        tell_bad_images(loader)
-        stop_workers(loader)
-    epoch = state.get("meta", {}).get("epoch")
-    return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
+        return evaluate_weights(
+            detector,
+            state,
+            checkpoint,
+            loader,
+            lambda: evaluate_detector(detector, loader, evaluator, run.precision),
+        )
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:

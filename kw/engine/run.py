@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,16 +307,47 @@ def evaluate_checkpoint(
             network.to(memory_format=torch.channels_last)
         if config.compile:
             network.compile()
-        metrics: dict[str, float | None] = {}
-        for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
-            if key in state:
-                load_network(network, state[key], str(checkpoint))
-                at("in the evaluation")
-                with deaths_explained(loader):
-                    found = evaluate(network, preprocess, loader, config.precision)
-                metrics.update({prefix + name: value for name, value in found.items()})
-        tell_bad_images(loader)
-        stop_workers(loader)
+        return evaluate_weights(
+            network,
+            state,
+            checkpoint,
+            loader,
+            lambda: evaluate(network, preprocess, loader, config.precision),
+        )
+
+
+def evaluate_weights(
+    network: nn.Module,
+    state: Mapping[str, Any],
+    checkpoint: str | Path,
+    loader: Loader,
+    measure: Callable[[], Mapping[str, float | None]],
+) -> dict[str, Any]:
+    """Measure each set of weights of a checkpoint, the model's own and their average.
+
+    Args:
+        network: what they are loaded into.
+        state: the checkpoint.
+        checkpoint: its file.
+        loader: of the images; its processes are stopped afterwards.
+        measure: gives figures of the network as it is.
+
+    Returns:
+        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    metrics: dict[str, float | None] = {}
+    for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
+        if key in state:
+            load_network(network, state[key], str(checkpoint))
+            at("in the evaluation")
+            with deaths_explained(loader):
+                found = measure()
+            metrics.update({prefix + name: value for name, value in found.items()})
+    tell_bad_images(loader)
+    stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 
