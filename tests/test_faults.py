@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -395,6 +396,32 @@ def test_a_dead_process_is_reported_with_its_image(images: Path, tmp_path: Path)
         list(loader)
     with pytest.raises(RuntimeError, match="another"), deaths_explained():
         raise RuntimeError("another")
+
+
+def test_a_death_is_told_once() -> None:
+    """torch's handler raises again when the process is gone while its death is looked into."""
+
+    class Gone(SimpleNamespace):
+        def join(self, timeout: float) -> None:
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    def handler(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        loader: Any = SimpleNamespace(
+            _iterator=SimpleNamespace(_workers=[Gone(exitcode=-9, pid=7)]),
+            dataset=SimpleNamespace(in_hand=lambda worker: None),
+        )
+        with (
+            pytest.raises(DataError, match=r"pid 7\) was killed by SIGKILL"),
+            deaths_explained(loader),
+        ):
+            raise EOFError
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: Path) -> None:

@@ -189,10 +189,25 @@ def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, OSError) as error:  # the latter in the middle of its answer
-        deaths = [line for loader in loaders for line in _deaths(loader, error)]
+        with _without_child_signals():
+            deaths = [line for loader in loaders for line in _deaths(loader, error)]
         if not deaths:
             raise
         raise DataError("; ".join(deaths)) from error
+
+
+@contextmanager
+def _without_child_signals() -> Iterator[None]:
+    """While a death is looked into, torch's handler does not raise once more for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if handler is not None:  # one that is not Python's cannot be set from here
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _deaths(loader: DataLoader[Any], cause: Exception) -> Iterator[str]:
