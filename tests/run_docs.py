@@ -49,7 +49,6 @@ STUDY = [
     "data.root=data/small",
     "model.num_classes=4",
     "data.input_size=32",
-    "epochs=1",
     "total_batch_size=16",
     "batch_size=16",
     "schedule.warmup_epochs=0",
