@@ -73,6 +73,7 @@ class TrainLoop(EpochBasedTrainLoop):
         self.sampler.set_epoch(self._epoch, start)
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
+        at(f"at the start of epoch {self._epoch + 1}, loading images")
         batches = iter(self.dataloader)
         for update in range(start, self.updates_per_epoch):
             self.run_update(update, batches)
