@@ -130,7 +130,14 @@ def trainer(config: dict[str, Any], work_dir: Path) -> Callable[[int], Any]:
     return lambda rank: train(config_from_mapping(config), work_dir, launcher="pytorch")
 
 
-PLACES = ("in update [0-9]+ of epoch", "in the evaluation", "at the end of", "gathering")
+PLACES = (
+    "before the run began",  # where the last heartbeat that came may still be from
+    "looking for a checkpoint",
+    "in update [0-9]+ of epoch",
+    "in the evaluation",
+    "at the (start|end) of",
+    "gathering",
+)
 PLACE = f"({'|'.join(PLACES)})"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import socket
 import subprocess
@@ -144,6 +146,8 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
         _hosts = None
         if dist.is_initialized():
             dist.destroy_process_group()
+        atexit.unregister(_free_groups)
+        atexit.register(_free_groups)
 
 
 def hosts() -> Any:
@@ -247,6 +251,17 @@ def _end_later() -> None:
     timer = threading.Timer(30, os._exit, (EXIT_MISSING,))
     timer.daemon = True
     timer.start()
+
+
+def _free_groups() -> None:
+    """End gloo's threads while the interpreter still runs, by freeing the groups that they serve.
+
+    A run that has ended holds its groups in reference cycles (DistributedDataParallel's). To put
+    down the tensors of a call, a thread of gloo takes the interpreter's lock; if it comes for it
+    when the interpreter shuts down, the process aborts, whatever it was about to return (seen with
+    torch 2.15).
+    """
+    gc.collect()
 
 
 def _translate_slurm() -> None:
