@@ -52,7 +52,7 @@ pictures: install
 	PYTHON=$(BIN)/python scripts/make_pictures.sh
 
 test: install
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
