@@ -289,9 +289,11 @@ def unequal(images: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_images_of_different_sizes_need_a_size(held: Settings, unequal: Path) -> None:
+def test_images_of_different_sizes_need_a_size(
+    held: Settings, unequal: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"20 x 20 .*dog/5\.png has 31 x 22; set data\.memory\.siz"):
-        open_training(configured(held, root=str(unequal)), CPU, 0, 1)
+        train(configured(held, root=str(unequal)), tmp_path / "run")
     squares = {"place": "device", "size": 12}
     loader: Any = open_training(configured(held, root=str(unequal), memory=squares), CPU, 0, 1)
     assert tuple(loader.dataset.images.shape) == (64, 3, 12, 12)

@@ -91,7 +91,7 @@ def build_train_loader(
         world_size: number of processes.
 
     Raises:
-        UserError: from :class:`~kw.data.samplers.TrainBatchSampler`.
+        ConfigError: from :class:`~kw.data.samplers.TrainBatchSampler`.
     """
     sampler = TrainBatchSampler(
         len(dataset), batch_size, total_batch_size, rank, world_size, dataset.seed

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from kw.config import ConfigError
 from kw.data.seeding import derive_seed
-from kw.errors import UserError
 
 __all__ = ["EvalBatchSampler", "TrainBatchSampler"]
 
@@ -47,8 +47,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
         accumulation: micro-batches per update.
 
     Raises:
-        UserError: ``total_batch_size`` is no multiple of ``batch_size * world_size``, or there are
-            fewer images than one update takes.
+        ConfigError: ``total_batch_size`` is no multiple of ``batch_size * world_size``, or there
+            are fewer images than one update takes.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         if total_batch_size % step:
             below = total_batch_size // step * step
             nearest = f"{below} and {below + step}" if below else f"{step}"
-            raise UserError(
+            raise ConfigError(
                 f"total_batch_size {total_batch_size} is not a multiple of "
                 f"batch_size {batch_size} x {world_size} process(es) = {step}; "
                 f"the nearest that are: {nearest}; or choose a batch_size that divides "
@@ -79,7 +79,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
                 if fits
                 else f"set batch_size to at most {size // world_size} and total_batch_size to match"
             )
-            raise UserError(
+            raise ConfigError(
                 f"the training set has {size} images, too few for one update of "
                 f"total_batch_size {total_batch_size}; {remedy}"
             )

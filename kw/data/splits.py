@@ -31,7 +31,7 @@ def open_training(config: Config, device: torch.device, rank: int, world_size: i
         world_size: number of processes.
 
     Raises:
-        UserError: the batches do not fit the data set, see
+        ConfigError: the batches do not fit the data set, see
             :class:`~kw.data.samplers.TrainBatchSampler`.
         DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
     """

@@ -146,18 +146,15 @@ def build_train_loader(
     if data.group_by_aspect:
         infos = map(dataset.get_data_info, range(len(dataset)))
         groups = [int(info["width"] > info["height"]) for info in infos]
-    try:
-        sampler = TrainBatchSampler(
-            len(dataset),
-            run.batch_size,
-            run.total_batch_size,
-            rank,
-            world_size,
-            run.seed,
-            groups,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    sampler = TrainBatchSampler(
+        len(dataset),
+        run.batch_size,
+        run.total_batch_size,
+        rank,
+        world_size,
+        run.seed,
+        groups,
+    )
     samples = Samples(dataset, run.seed, data.bad_images)
     return build_loader(samples, sampler, data.workers, pseudo_collate)
 

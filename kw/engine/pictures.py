@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ..config import ConfigError, load_config
 from ..config.run_schema import RunConfig
 from ..config.schema import Config
-from ..data import build_transform, check_data_root, read_image, stop_workers, test_images
+from ..data import (
+    build_transform,
+    check_data_root,
+    open_training,
+    read_image,
+    stop_workers,
+    test_images,
+)
 from ..models import build_network, check_network
 from ..pictures import (
     CellUse,
@@ -52,7 +59,7 @@ from ..warehouse import get_temperature, has_temperature
 from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .distributed import find_process
 from .optim import autocast
-from .run import build_preprocessor, build_training_loader, set_contraction
+from .run import build_preprocessor, set_contraction
 from .saving import checkpoints
 from .schedule import Schedule
 
@@ -311,7 +318,7 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
     """
     classes = check_data_root(config.data.root, config.model.num_classes)
     process = find_process("none")
-    loader = build_training_loader(config, process)
+    loader = open_training(config, process.device, process.rank, process.world_size)
     sampler: Any = loader.batch_sampler
     for name, value, most in (
         ("--epoch", epoch, config.epochs),

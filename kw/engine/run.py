@@ -58,7 +58,6 @@ __all__ = [
     "assemble_runner",
     "build_preprocessor",
     "build_runner",
-    "build_training_loader",
     "check_devices",
     "evaluate_checkpoint",
     "find_checkpoint",
@@ -138,7 +137,7 @@ def build_runner(
         )
     resume_from = find_checkpoint(resume, work_dir, process)
     classes = check_data_root(config.data.root, config.model.num_classes)
-    train_loader = build_training_loader(config, process)
+    train_loader = open_training(config, process.device, process.rank, process.world_size)
 
     set_random_seed(config.seed)
     network = build_network(config.model)
@@ -178,19 +177,6 @@ def build_runner(
         resume_from,
         hooks,
     )
-
-
-def build_training_loader(config: Config, process: Process) -> Loader:
-    """The loader of a classifier's training images.
-
-    Raises:
-        ConfigError: the batch sizes do not fit the images or the number of processes.
-        DataError: the data folder is not as expected.
-    """
-    try:
-        return open_training(config, process.device, process.rank, process.world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def build_preprocessor(config: Config) -> BatchPreprocessor:
@@ -329,7 +315,7 @@ def evaluate_weights(
         network: what they are loaded into.
         state: the checkpoint.
         checkpoint: its file.
-        loader: of the images; its processes are stopped afterwards.
+        loader: of the images; its processes are stopped, whatever happens.
         measure: gives figures of the network as it is.
 
     Returns:
@@ -339,15 +325,17 @@ def evaluate_weights(
         CheckpointError: the checkpoint is of another model.
     """
     metrics: dict[str, float | None] = {}
-    for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
-        if key in state:
-            load_network(network, state[key], str(checkpoint))
-            at("in the evaluation")
-            with deaths_explained(loader):
-                found = measure()
-            metrics.update({prefix + name: value for name, value in found.items()})
-    tell_bad_images(loader)
-    stop_workers(loader)
+    try:
+        for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
+            if key in state:
+                load_network(network, state[key], str(checkpoint))
+                at("in the evaluation")
+                with deaths_explained(loader):
+                    found = measure()
+                metrics.update({prefix + name: value for name, value in found.items()})
+        tell_bad_images(loader)
+    finally:
+        stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 

@@ -76,7 +76,7 @@ class CondLinear(MixtureLayer, KWLinear):
     """
 
     branch = Routing
-    defaults: ClassVar[dict[str, Any]] = {"kernels": 8}
+    defaults = CondConv2d.defaults
 
     def __init__(
         self,
