@@ -44,6 +44,9 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "adamw: added to the denominator", above=0, maximum=1)
     momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
     nesterov: bool = setting(False, "sgd: Nesterov's form")
+    attention_lr: float = setting(
+        1.0, "factor on the learning rate of attention branches", above=0, maximum=1e6
+    )
     clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
 
 

@@ -78,6 +78,19 @@ class WarehouseConfig:
     spatial_partition: bool | None = setting(
         None, "true: cells are 1 x 1; false: cells keep the kernel's spatial size"
     )
+    start: str | None = setting(
+        None,
+        "keep: begin as the static network, with its weights; paper: cells and attention at random, "
+        "to be annealed (temperature_epochs)",
+        choices=("keep", "paper"),
+    )
+    firmness: float | None = setting(
+        None,
+        "start keep: how firmly the coefficients are held at first; a logit matters once it has "
+        "changed by a share of it",
+        minimum=0.01,
+        maximum=1e6,
+    )
 
 
 @dataclass

@@ -19,11 +19,22 @@ __all__ = ["Study", "StudyRun", "load_study"]
 
 
 @dataclass
+class _Variant:
+    config: str = setting(doc="configuration, relative to the study", example="resnet18.yaml")
+    options: dict[str, Any] = setting({}, "settings by dotted key, over those of the study")
+    continues: str | None = setting(
+        None, "name of an earlier row from whose weights, of the same seed, this one starts"
+    )
+
+
+@dataclass
 class _StudyFile:
     rows: list[str] = setting(
-        doc="configurations, relative to this file, in the order in which they are run",
+        doc="configurations, relative to this file, and names of variants, in the order in which "
+        "they are run",
         example="[resnet18/resnet18.yaml]",
     )
+    variants: dict[str, _Variant] = setting({}, "rows with settings of their own, by name")
     seeds: list[int] = setting([0], "a run of every row for each", minimum=0, maximum=2**31 - 1)
     options: dict[str, Any] = setting({}, "settings by dotted key, over every row's own")
     temperature_epochs: float | None = setting(
@@ -43,12 +54,14 @@ class StudyRun:
         seed: of the run.
         config: file of the configuration.
         options: ``a.b=value`` settings over those of the file.
+        continues: name of the run from whose last checkpoint this one starts.
     """
 
     row: str
     seed: int
     config: Path
     options: tuple[str, ...]
+    continues: str | None = None
 
     @property
     def name(self) -> str:
@@ -90,25 +103,45 @@ def load_study(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Stu
     path = Path(path)
     file = check_tree(read_config(path), Schema(_StudyFile, _check_rows, lambda _: ()))
     shared = [f"{key}={json.dumps(value)}" for key, value in file.options.items()] + [*options]
-    rows: dict[str, tuple[Path, tuple[str, ...]]] = {}
+    rows: dict[str, tuple[Path, tuple[str, ...], str | None]] = {}
+    own_settings: list[str] = []
     for name in file.rows:
-        config_path = path.parent / name
+        variant = file.variants.get(name) or _Variant(name)
+        config_path = path.parent / variant.config
         own = load_config(config_path, check_model_name=False)
-        row_options = (*_temperature(own, file.temperature_epochs), *shared)
+        further = [f"{key}={json.dumps(value)}" for key, value in variant.options.items()]
+        row_options = (*_temperature(own, file.temperature_epochs), *shared, *further)
         load_config(config_path, row_options, check_model_name=False)
-        rows[config_path.stem] = config_path, row_options
+        row = name if name in file.variants else config_path.stem
+        rows[row] = config_path, row_options, variant.continues
+        if further or variant.continues:
+            start = [f"continues {variant.continues}"] if variant.continues else []
+            own_settings.append(f"{row}: {' '.join([*start, *further])}")
     runs = tuple(
-        StudyRun(row, seed, config, (*row_options, f"seed={seed}"))
+        StudyRun(
+            row,
+            seed,
+            config,
+            (*row_options, f"seed={seed}"),
+            None if continues is None else f"{continues}_seed{seed}",
+        )
         for seed in file.seeds
-        for row, (config, row_options) in rows.items()
+        for row, (config, row_options, continues) in rows.items()
     )
     if file.temperature_epochs is not None:
         shared.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
-    return Study(path.stem, path, tuple(rows), tuple(shared), runs)
+    return Study(path.stem, path, tuple(rows), (*shared, *own_settings), runs)
 
 
 def _check_rows(file: _StudyFile, report: Any) -> None:
-    names = [Path(row).stem for row in file.rows]
+    names = [row if row in file.variants else Path(row).stem for row in file.rows]
+    for name, variant in file.variants.items():
+        if name not in names:
+            report(file, ("variants",), f"every name to stand in rows, which {name} does not")
+        elif variant.continues is not None and variant.continues not in names[: names.index(name)]:
+            known = ", ".join(names[: names.index(name)]) or "none"
+            expected = f"{name}.continues to name a row before it ({known})"
+            report(file, ("variants",), expected)
     for key, values in (("rows", names), ("seeds", file.seeds)):
         if not values or len(set(values)) < len(values):
             report(file, (key,), "at least one, none twice")

@@ -7,6 +7,9 @@ original archive, http://cs231n.stanford.edu/tiny-imagenet-200.zip, or from one 
 
     python -m kw.data.tiny_imagenet ARCHIVE data/tiny-imagenet-100
 
+Settings are chosen on images that no claim is made on: with ``--hold-out 50`` the last 50 training
+images of every class are the validation set, and the real one is left out.
+
 The images are ImageNet's: for non-commercial research and education, by its terms.
 """
 
@@ -31,11 +34,12 @@ __all__ = ["CLASSES", "prepare"]
 CLASSES = 100
 _TRAIN_PER_CLASS, _VAL_PER_CLASS = 300, 50
 _MARKER = "tiny-imagenet.json"
-_SETTINGS = {"classes": CLASSES, "train": _TRAIN_PER_CLASS, "val": _VAL_PER_CLASS}
 _LARGEST = 2**20  # bytes of a file: the images have a few thousand
 
 
-def prepare(archive: str | os.PathLike[str], root: str | os.PathLike[str]) -> dict[str, int]:
+def prepare(
+    archive: str | os.PathLike[str], root: str | os.PathLike[str], hold_out: int = 0
+) -> dict[str, int]:
     """Lay the subset out as ``root/{train,val}/<wnid>/*.JPEG``, and check its counts.
 
     The folder appears only when it is complete; one that is complete is checked and left as it is.
@@ -44,6 +48,8 @@ def prepare(archive: str | os.PathLike[str], root: str | os.PathLike[str]) -> di
         archive: ``tiny-imagenet-200.zip`` as Stanford distributes it, or a ``.tar`` or ``.tar.gz``
             of ``train/<wnid>/*.JPEG`` and ``val/<wnid>/*.JPEG`` in one folder.
         root: folder to write; it must be absent, empty, or written by this function before.
+        hold_out: training images of every class that make ``val``, in place of the validation
+            images; 0: the validation images.
 
     Returns:
         The number of images in ``train`` and ``val``.
@@ -53,18 +59,22 @@ def prepare(archive: str | os.PathLike[str], root: str | os.PathLike[str]) -> di
             count is wrong.
     """
     root = Path(root).expanduser().absolute()
-    if is_written(root, _MARKER, _SETTINGS, "images"):
-        return _counts(root)
+    if not 0 <= hold_out < _TRAIN_PER_CLASS:
+        raise DataError(f"--hold-out {hold_out}: expected 0 to {_TRAIN_PER_CLASS - 1} images")
+    sizes = {"train": _TRAIN_PER_CLASS - hold_out, "val": hold_out or _VAL_PER_CLASS}
+    settings = {"classes": CLASSES, **sizes}
+    if is_written(root, _MARKER, settings, "images"):
+        return _counts(root, sizes)
     try:
         with (
             _opened(Path(archive)) as (names, read),
-            whole_folder(root, _MARKER, _SETTINGS) as partial,
+            whole_folder(root, _MARKER, settings) as partial,
         ):
-            for name, target in _chosen(names, read):
+            for name, target in _chosen(names, read, hold_out):
                 path = partial / target
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(read(name))
-            counts = _counts(partial)
+            counts = _counts(partial, sizes)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{archive}: cannot be read as an archive: {error}") from error
     return counts
@@ -102,7 +112,9 @@ def _sound_member(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
     return member
 
 
-def _chosen(names: list[str], read: Callable[[str], bytes]) -> Iterator[tuple[str, Path]]:
+def _chosen(
+    names: list[str], read: Callable[[str], bytes], hold_out: int
+) -> Iterator[tuple[str, Path]]:
     """The subset's files, each with its place: names of the archive are never taken as paths."""
     parts = {name: PurePosixPath(name).parts[1:] for name in names if name.endswith(".JPEG")}
     train = {name: p[1] for name, p in parts.items() if p[:1] == ("train",) and len(p) > 2}
@@ -114,22 +126,23 @@ def _chosen(names: list[str], read: Callable[[str], bytes]) -> Iterator[tuple[st
         val = {name: wnids.get(Path(name).name, "") for name in val}
     kept = set(sorted({wnid for wnid in train.values() if wnid.isalnum()})[:: 2 if labelled else 1])
     taken: Counter[str] = Counter()
-    first = set()
+    first: dict[str, str] = {}
     for name in sorted(train, key=lambda name: Path(name).name):
         if train[name] in kept and taken[train[name]] < _TRAIN_PER_CLASS:
             taken[train[name]] += 1
-            first.add(name)
+            is_held_out = taken[train[name]] > _TRAIN_PER_CLASS - hold_out
+            first[name] = "val" if is_held_out else "train"
     for name in names:
         if name in first:
-            yield name, Path("train", train[name], Path(name).name)
-        elif val.get(name) in kept:
+            yield name, Path(first[name], train[name], Path(name).name)
+        elif not hold_out and val.get(name) in kept:
             yield name, Path("val", val[name], Path(name).name)
 
 
-def _counts(root: Path) -> dict[str, int]:
+def _counts(root: Path, sizes: dict[str, int]) -> dict[str, int]:
     """Images of both splits, each checked class by class."""
     counts = {}
-    for split, expected in (("train", _TRAIN_PER_CLASS), ("val", _VAL_PER_CLASS)):
+    for split, expected in sizes.items():
         found = Counter(path.parent.name for path in (root / split).glob("*/*.JPEG"))
         odd = [f"{wnid} ({n})" for wnid, n in sorted(found.items()) if n != expected]
         if len(found) != CLASSES or odd:
@@ -150,9 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("archive", help="tiny-imagenet-200.zip, or an archive of the subset")
     parser.add_argument("root", help="folder to write: absent, empty, or written before")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="validate on N training images of every class, and leave the validation images out",
+    )
     options = parser.parse_args(arguments)
     try:
-        counts = prepare(options.archive, options.root)
+        counts = prepare(options.archive, options.root, options.hold_out)
     except (DataError, OSError) as error:
         print(f"error: {answer(error) or error}", file=sys.stderr)
         return 2

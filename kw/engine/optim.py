@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..config.run_schema import OptimizerConfig
 from ..registry import OPTIM_WRAPPERS
+from ..warehouse import KWLayer
 from .finite import FiniteGuard
 from .parallel import placed_like, set_gradient_sync, whole_norm
 
@@ -47,6 +48,11 @@ def build_optimizer(
         lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
             group's stands in its ``lr_scale``, which the schedule multiplies by.
     """
+    branches = tuple(
+        f"{prefix}.attention."
+        for prefix, module in network.named_modules()
+        if isinstance(module, KWLayer)
+    )
     norms = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in network.named_modules()
@@ -60,6 +66,8 @@ def build_optimizer(
         small = parameter.ndim <= 1 or name.endswith(".bias")
         exempt = {"norm_and_bias": small, "norm": name in norms, "none": False}
         scale = 1.0 if lr_scales is None else lr_scales.get(name, 1.0)
+        if name.startswith(branches):
+            scale *= config.attention_lr
         grouped.setdefault((scale, exempt[config.exempt_from_decay]), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {
@@ -67,9 +75,9 @@ def build_optimizer(
             "weight_decay": 0.0 if exempt else config.weight_decay,
             "lr_scale": scale,
         }
-        # The full rate comes first: it is the one that is logged.
+        # The schedule's own rate comes first, where there is one: it is the one that is logged.
         for (scale, exempt), parameters in sorted(
-            grouped.items(), key=lambda item: (-item[0][0], item[0][1])
+            grouped.items(), key=lambda item: (item[0][0] != 1, -item[0][0], item[0][1])
         )
     ]
     fused = True if device.type in ("cpu", "cuda") else None

@@ -143,6 +143,9 @@ class MixtureLayer(KWLayer):
         kernels, rest = settings["kernels"], {k: v for k, v in settings.items() if k != "kernels"}
         return PrivateKernels(shape, self.branch, kernels, rest, device=device, dtype=dtype)
 
+    def _begin(self) -> None:
+        """As the method's paper initialises it; ``kw.peers.convert`` keeps static kernels."""
+
     def take_bias(self, bias: nn.Parameter) -> None:
         """Keep the bias of the static layer whose place this one takes."""
         self.bias = bias

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from .partition import CellSlice
 
-__all__ = ["ATTENTION_FUNCTIONS", "KernelAttention", "full_precision", "normalise"]
+__all__ = ["ATTENTION_FUNCTIONS", "EPS", "LOGITS", "KernelAttention", "full_precision", "normalise"]
 
-_EPS = 1e-3
+EPS = 1e-3
+"""Added to the sum of magnitudes that the contrasting and the rectified function divide by."""
 
 
 def contrasting(logits: Tensor) -> Tensor:
     """``z_j / (sum_p |z_p| + 1e-3)``: signed, so that cells can be subtracted."""
-    return logits / (logits.abs().sum(-1, keepdim=True) + _EPS)
+    return logits / (logits.abs().sum(-1, keepdim=True) + EPS)
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -41,12 +42,41 @@ def sigmoid(logits: Tensor) -> Tensor:
 
 def rectified(logits: Tensor) -> Tensor:
     """``max(z_j, 0) / (sum_p |z_p| + 1e-3)``: the contrasting function without its negatives."""
-    return logits.relu() / (logits.abs().sum(-1, keepdim=True) + _EPS)
+    return logits.relu() / (logits.abs().sum(-1, keepdim=True) + EPS)
 
 
 ATTENTION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     function.__name__: function for function in (contrasting, softmax, sigmoid, rectified)
 }
+"""From logits ``[..., n + 1]``, the null cell last, to coefficients of the same shape."""
+
+
+def _ratio_logits(alpha: Tensor, firmness: float) -> Tensor:
+    # The magnitudes add up to c - eps, so that the denominator of Eq. 5 is c.
+    null = firmness * (1 - alpha.abs().sum(-1, keepdim=True)) - EPS
+    return torch.cat([firmness * alpha, null], -1)
+
+
+def _softmax_logits(alpha: Tensor, firmness: float) -> Tensor:
+    return torch.cat([alpha, 1 - alpha.sum(-1, keepdim=True)], -1).log()
+
+
+def _sigmoid_logits(alpha: Tensor, firmness: float) -> Tensor:
+    return torch.cat([alpha.logit(), torch.zeros_like(alpha[..., :1])], -1)
+
+
+LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "contrasting": _ratio_logits,
+    "softmax": _softmax_logits,
+    "sigmoid": _sigmoid_logits,
+    "rectified": _ratio_logits,
+}
+"""The inverses: from wanted coefficients ``[..., n]`` and the firmness c to logits ``[..., n + 1]``.
+
+Which coefficients a function can give is for the caller to know: magnitudes that sum to at most
+``1 - eps / c`` (contrasting, rectified), positive ones (all but contrasting) that sum to less than
+1 (softmax).
+"""
 
 
 class KernelAttention(nn.Module):
@@ -136,6 +166,22 @@ class KernelAttention(nn.Module):
             nn.init.zeros_(self.basis_bias)
         self.norm1.reset_parameters()
         _restore_one_hot(self)
+
+    @torch.no_grad()
+    def hold(self, alpha: Tensor, firmness: float) -> None:
+        """Give every mixture the coefficients ``alpha`` at temperature 0, whatever the input.
+
+        The logits' weights become zero and their biases what the attention function makes
+        ``alpha`` of. The biases and weights train as before: the hidden units are not zero.
+
+        Args:
+            alpha: ``[m, n]``; what the function cannot give is not checked (:data:`LOGITS`).
+            firmness: c; a logit must change by a share of it before the coefficients do.
+        """
+        logits = LOGITS[self.function](alpha, firmness).flatten()
+        bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
+        nn.init.zeros_(self.fc2.weight)
+        bias.copy_(logits)
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
         """Coefficients of every mixture.

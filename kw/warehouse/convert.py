@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .auto import auto_plan
+from .conversion import Conversion, KeptWarehouse, say
 from .convertible import dynamic_layer, has_kernel, kernel_shape
 from .layers import KWLayer
 from .ops import check_backend
 from .plan import Plan, Rule, nearest
 from .plans import PLANS
+from .probe import arguments
+from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 
 __all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
@@ -40,13 +44,19 @@ def convert(
     model: nn.Module,
     plan: str | Plan | Mapping[str, Any],
     example_input: Any = None,
+    *,
+    batches: Iterable[Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Replace the layers that a plan names by KernelWarehouse layers, in place.
 
-    New parameters take the device and dtype of the old ones and a fresh initialisation; biases are
-    kept. The temperature is 0 until :func:`kw.set_temperature` sets it. A model is converted as a
-    whole or, when anything is refused, left as it was.
+    The converted network begins as the static one: at temperature 0, which it has until
+    :func:`kw.set_temperature` sets another, its outputs are the same where the budget is 1 or more,
+    and below 1 as near as its cells can come (:mod:`kw.warehouse.start`). With ``start="paper"``
+    cells and attention are initialised at random instead, for training from nothing with annealing.
+    New parameters take the device and dtype of the old ones; biases are kept. One line says what
+    was done (logger ``kw``, or stderr); ``model.warehouses.conversion`` has it in full. A model is
+    converted as a whole or, when anything is refused, left as it was.
 
     Args:
         model: any network; its class and module names stay.
@@ -54,6 +64,8 @@ def convert(
             derive a plan (:func:`auto_plan`); a warning then names what cannot be converted.
         example_input: for ``"auto"``, a batch of at least two samples to run the network on: a
             tensor, or a tuple or mapping of arguments. Default: images of the network's size.
+        batches: real inputs of the network, each as ``example_input``; a few hundred images do.
+            Below a budget of 1 the cells then keep the layers' outputs instead of their weights.
         **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
 
     Returns:
@@ -62,9 +74,10 @@ def convert(
     Raises:
         ValueError: an unknown plan or setting; a rule that matches no layer; a layer that two rules
             claim or that stands in the network twice; a layer that cannot be converted; a warehouse
-            whose layers cannot be partitioned as set. The message names layer, warehouse and
-            remedy.
+            whose layers cannot be partitioned as set, or whose attention function cannot keep
+            static kernels. The message names layer, warehouse and remedy.
     """
+    before = _count_parameters(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
     elif example_input is not None:
@@ -87,15 +100,30 @@ def convert(
                 f"the model already has a warehouse {name!r}; name the new one otherwise"
             )
     warehouses, layers = WarehouseDict(), {}
+    squares = {} if batches is None else _input_squares(model, groups, batches)
+    outcome: dict[str, KeptWarehouse] = {}
     for group in groups.values():
         shapes = [kernel_shape(name, module) for name, module in group.layers]
         weight = group.layers[0][1].get_parameter("weight")
         warehouses[group.name] = warehouse = Warehouse(
             shapes, group.settings, name=group.name, device=weight.device, dtype=weight.dtype
         )
-        for slot, (name, module) in enumerate(group.layers):
-            layers[name] = dynamic_layer(module, warehouse, slot)
+        members = [
+            dynamic_layer(module, warehouse, slot)
+            for slot, (_, module) in enumerate(group.layers)
+        ]
+        kept = None
+        if group.settings.start == "keep" and not weight.is_meta:
+            kernels = [module.get_parameter("weight") for _, module in group.layers]
+            inputs = [squares.get(name) for name, _ in group.layers] if squares else None
+            kept = keep_kernels(warehouse, [layer.attention for layer in members], kernels, inputs)
+        mixtures = sum(part.mixtures for part in warehouse.partition.layers)
+        outcome[group.name] = KeptWarehouse(
+            len(members), mixtures, warehouse.partition.cells, kept
+        )
+        layers.update(zip((name for name, _ in group.layers), members, strict=True))
 
+    static = tuple(_static_layers(model, layers))
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     if present is None:
@@ -103,7 +131,66 @@ def convert(
     else:
         for name, added in warehouses.items():
             present[name] = added
+        warehouses = present
+    after = _count_parameters(model)
+    warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
+    say(str(warehouses.conversion))
     return model
+
+
+@torch.no_grad()
+def _input_squares(
+    model: nn.Module, groups: Mapping[str, _Group], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """The mean square of every input channel of the layers to be converted, ``[I]``.
+
+    Raises:
+        ValueError: no batch, or one that the model does not take.
+    """
+    sums: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            channels = -1 if isinstance(module, nn.Linear) else 1
+            rows = args[0].movedim(channels, -1).flatten(0, -2)
+            sums[name] = sums.get(name, 0) + rows.float().square().sum(0)
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name))
+        for group in groups.values()
+        for name, module in group.layers
+    ]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in batches:
+            args, kwargs = arguments(batch)
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    if not sums:
+        raise ValueError("batches: expected at least one batch of inputs, found none")
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _static_layers(model: nn.Module, converted: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The layers with kernels of their own that are not converted, now or before."""
+    dynamic = [name for name, module in model.named_modules() if isinstance(module, KWLayer)]
+    inside = tuple(f"{name}." for name in dynamic)
+    for name, module in model.named_modules():
+        if name and has_kernel(module) and name not in converted and not name.startswith(inside):
+            yield name
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:

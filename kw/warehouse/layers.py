@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
+from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseSettings
 
 __all__ = ["KWConv1d", "KWConv2d", "KWConv3d", "KWConvNd", "KWLayer", "KWLinear"]
@@ -30,8 +31,9 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class KWLayer(nn.Module):
     """What all dynamic layers share: a warehouse, an attention branch, a bias.
 
-    A layer made on its own registers the warehouse that it makes for itself. One that shares a
-    warehouse only refers to it, so that cells stand once among a model's parameters.
+    A layer made on its own registers the warehouse that it makes for itself, and begins as a static
+    layer of random weights (unless ``start="paper"``). One that shares a warehouse only refers to
+    it, so that cells stand once among a model's parameters.
 
     Args:
         shape: the layer's kernel.
@@ -48,6 +50,8 @@ class KWLayer(nn.Module):
     """
 
     warehouse: Warehouse
+    attention: Any
+    """:class:`KernelAttention`, or what another method has in its place."""
 
     def __init__(
         self,
@@ -87,6 +91,8 @@ class KWLayer(nn.Module):
         self.backend = "auto"
         cells = self.warehouse.cells
         self.attention = self.warehouse.build_attention(slot)
+        if warehouse is None:
+            self._begin()
         self.partition = self.warehouse.partition.layers[slot]
         self.bias: nn.Parameter | None = None
         if bias:
@@ -107,6 +113,16 @@ class KWLayer(nn.Module):
         """
         own = WarehouseSettings().with_overrides(settings, type(self).__name__)
         return Warehouse([shape], own, device=device, dtype=dtype)
+
+    def _begin(self) -> None:
+        """As a static layer with a kernel that is Kaiming normal (fan out, ReLU)."""
+        settings, cells = self.warehouse.settings, self.warehouse.cells
+        if settings.start == "paper" or cells.is_meta:
+            return
+        shape = self.warehouse.partition.layers[0].kernel_shape
+        kernel = torch.empty(shape, device=cells.device, dtype=cells.dtype)
+        nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        keep_kernels(self.warehouse, [self.attention], [kernel])
 
     def reset_parameters(self) -> None:
         """Zero bias; attention and warehouse reset their own."""

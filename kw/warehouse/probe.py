@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Use", "default_example", "probe"]
+__all__ = ["Use", "arguments", "default_example", "probe"]
 
 _BATCH = 3  # seldom the size of anything else, as 2 and 4 are
 
@@ -76,7 +76,7 @@ def probe(
         ValueError: an example without a batch, or one on which the network cannot run.
     """
     example = default_example(model) if example_input is None else example_input
-    args, kwargs = _arguments(example)
+    args, kwargs = arguments(example)
     batch = _batch_size(args, kwargs)
     try:
         return _run(_copy(model, "meta"), layers, _to(args, "meta"), _to(kwargs, "meta"), batch)
@@ -172,7 +172,8 @@ def _copy(model: nn.Module, device: str | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as arguments of ``forward``: a mapping by name, a tuple or list in order."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}

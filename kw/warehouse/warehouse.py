@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KernelAttention
+from .conversion import Conversion
 from .partition import KernelShape, partition_kernels
 
-__all__ = ["Warehouse", "WarehouseDict", "WarehouseSettings"]
+__all__ = ["STARTS", "Warehouse", "WarehouseDict", "WarehouseSettings"]
+
+STARTS = ("keep", "paper")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class WarehouseSettings:
         norm: ``"batch"`` or ``"layer"``, the attention branch's normalisation.
         attention: ``"contrasting"``, ``"softmax"``, ``"sigmoid"`` or ``"rectified"``.
         spatial_partition: whether every spatial position of a kernel is a block of its own.
+        start: ``"keep"``: the layers begin as static ones, with the kernels that they replace
+            (:mod:`kw.warehouse.start`); ``"paper"``: cells and attention are initialised at random
+            and the temperature is annealed.
+        firmness: c, how firmly ``"keep"`` holds the coefficients that it begins with.
     """
 
     cell_num_ratio: float = 1.0
@@ -43,6 +50,8 @@ class WarehouseSettings:
     norm: str = "batch"
     attention: str = "contrasting"
     spatial_partition: bool = True
+    start: str = "keep"
+    firmness: float = 5.0
 
     def with_overrides(self, overrides: Mapping[str, Any], source: str) -> WarehouseSettings:
         """A copy with some settings replaced.
@@ -96,6 +105,16 @@ class Warehouse(nn.Module):
     ) -> None:
         super().__init__()
         settings = settings or WarehouseSettings()
+        if settings.start not in STARTS:
+            raise ValueError(
+                f"warehouse {name!r}: start {settings.start!r} is unknown; choose one of "
+                f"{', '.join(map(repr, STARTS))}"
+            )
+        if not 0.01 <= settings.firmness <= 1e6:
+            raise ValueError(
+                f"warehouse {name!r}: firmness is {settings.firmness}; expected a number from 0.01 "
+                "to 1e6"
+            )
         self.name = name
         self.settings = settings
         self.shapes = tuple(shapes)
@@ -160,7 +179,12 @@ class WarehouseDict(nn.ModuleDict):
     Layers refer to their warehouse without registering it, so that every cell appears once among
     the model's parameters. Called, it returns its input: as the last child of an ``nn.Sequential``
     it leaves the result alone.
+
+    Attributes:
+        conversion: what the last :func:`kw.convert` of the model did.
     """
+
+    conversion: Conversion | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return x

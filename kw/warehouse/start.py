@@ -1,0 +1,204 @@
+"""The start that keeps a trained network: cells and coefficients that make given kernels.
+
+At temperature 0 a mixture's block is ``alpha E``. Where the logits' weights are zero, alpha is what
+their biases say, for every input: it may be any matrix A that the attention function can give
+(:meth:`KernelAttention.hold`), and the cells are then chosen so that ``A E`` is the kernel that the
+layer had. Parameters, checkpoints and forward pass are those of the paper.
+
+- Budget b >= 1: a mixture takes the cell that the one-hot start gives it (paper: Eq. 5), with
+  coefficient p; all other coefficients are q. For the contrasting function ``p = 1 - eps / c`` and
+  ``q = 0``. The other functions have no useful zero: ``p = c / (1 + c)`` and
+  ``q = 1 / (2 n (1 + c))``, and the cells take back what q adds. Cells that no mixture starts on
+  stay random.
+- Budget b < 1: n cells cannot hold all blocks. The truncated singular value decomposition of the
+  matrix of all blocks has the smallest error (Eckart and Young); given how large the layers' inputs
+  are, alternating least squares make the error of the outputs small instead. Both have negative
+  coefficients, which only the contrasting function can give.
+
+Legend: m mixtures of a layer, M of all layers of the warehouse, n cells, D values of a cell, c the
+    firmness, O, I output and input channels, g groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import EPS, KernelAttention
+from .ops.assembly import to_blocks
+from .partition import Partition
+from .warehouse import Warehouse
+
+__all__ = ["keep_kernels"]
+
+_ROUNDS = 20
+"""Rounds of alternating least squares; the error falls by less than 1% after about ten."""
+
+
+@torch.no_grad()
+def keep_kernels(
+    warehouse: Warehouse,
+    attentions: Sequence[KernelAttention],
+    kernels: Sequence[Tensor],
+    inputs: Sequence[Tensor | None] | None = None,
+) -> float:
+    """Make layers compute what static kernels compute, at temperature 0.
+
+    Args:
+        warehouse: its cells are set.
+        attentions: those of all its layers, in their order; their logits are set.
+        kernels: ``[O, I / g, k_1 .. k_d]`` of every layer (a linear layer's weight, ``[O, I]``).
+        inputs: mean square of every layer's input channels, ``[I]``, to weigh errors by where the
+            cells cannot hold all kernels; ``None`` for a layer that is not known.
+
+    Returns:
+        How much was kept: 1 - (squared error / squared norm) of all kernels, weighted by
+        ``inputs`` where they are given; 1 where the budget is 1 or more.
+
+    Raises:
+        ValueError: a budget below 1 with an attention function that has no negative coefficients.
+    """
+    settings, layout = warehouse.settings, warehouse.partition
+    parts = layout.layers
+    # In float64 on the CPU: some devices have none.
+    blocks = torch.cat([_blocks(k, part) for k, part in zip(kernels, parts, strict=True)])
+    is_contrasting = settings.attention == "contrasting"
+    if settings.cell_num_ratio >= 1:
+        kept = 1.0
+        own, other = _shares(settings.firmness, layout.cells, is_contrasting)
+        cells = warehouse.cells.detach().to("cpu", torch.float64)
+        owned = [cell for own_slice in layout.slices for cell in own_slice.owners]
+        cells[owned] = _without_others(blocks, cells, owned, own, other)
+        for attention in attentions:
+            alpha = torch.full((attention.mixtures, layout.cells), other, dtype=torch.float64)
+            alpha[range(attention.mixtures), list(attention.own.owners)] = own
+            attention.hold(alpha, settings.firmness)
+    else:
+        if not is_contrasting:
+            raise ValueError(
+                f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
+                f"attention {settings.attention!r} cannot keep static kernels: fewer cells than "
+                "mixtures have to be subtracted from each other, which only 'contrasting' can; set "
+                "start='paper', which initialises at random"
+            )
+        weights = None
+        if inputs is not None:
+            weights = _weights(inputs, parts, [shape.groups for shape in warehouse.shapes])
+        alpha, cells = _low_rank(blocks, layout.cells)
+        if weights is not None:
+            alpha, cells = _weighted_low_rank(blocks, weights, alpha, cells, parts[0])
+        error = blocks - alpha @ cells
+        total, lost = blocks.square(), error.square()
+        if weights is not None:
+            span = math.prod(parts[0].cell_kernel)
+            by_value = _by_value(weights, parts[0].cell_out, span)
+            total, lost = total * by_value, lost * by_value
+        kept = 1 - (lost.sum() / total.sum()).item() if total.any() else 1.0
+        # Cells may be as large as they like, coefficients not.
+        scale = alpha.abs().sum(-1).max().item() / (1 - EPS / settings.firmness) or 1.0
+        cells = cells * scale
+        rows = (alpha / scale).split([part.mixtures for part in parts])
+        for attention, own_rows in zip(attentions, rows, strict=True):
+            attention.hold(own_rows, settings.firmness)
+    warehouse.cells.copy_(cells)
+    return kept
+
+
+def _blocks(kernel: Tensor, part: Partition) -> Tensor:
+    """A layer's kernel as ``[m, D]``."""
+    kernel = kernel.detach().to("cpu", torch.float64)
+    taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, K, O, I / g]
+    return to_blocks(taps, part)[0]
+
+
+def _shares(firmness: float, cells: int, is_contrasting: bool) -> tuple[float, float]:
+    """Coefficient p of a mixture's own cell, and q of each other one."""
+    if is_contrasting:
+        return 1 - EPS / firmness, 0.0
+    return firmness / (1 + firmness), 1 / (2 * cells * (1 + firmness))
+
+
+def _without_others(
+    blocks: Tensor, cells: Tensor, owned: Sequence[int | None], own: float, other: float
+) -> Tensor:
+    """The owned cells E of ``(p - q) E_i + q sum_j E_j = blocks_i``, over all cells j."""
+    free = cells.sum(0) - cells[owned].sum(0)
+    total = (blocks.sum(0) - len(blocks) * other * free) / (own - other + len(blocks) * other)
+    return (blocks - other * (total + free)) / (own - other)
+
+
+def _low_rank(blocks: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """The best ``alpha [M, n]`` and ``cells [n, D]``, by the eigenvectors of the smaller Gram
+    matrix."""
+    mixtures, values = blocks.shape
+    wide = mixtures <= values
+    _, vectors = torch.linalg.eigh(blocks @ blocks.t() if wide else blocks.t() @ blocks)
+    basis = vectors.flip(-1)[:, :cells]  # eigenvalues rise
+    alpha, kept = (basis, basis.t() @ blocks) if wide else (blocks @ basis, basis.t())
+    missing = cells - basis.shape[1]  # more cells than values: some are not needed
+    return (
+        torch.nn.functional.pad(alpha, (0, missing)),
+        torch.nn.functional.pad(kept, (0, 0, 0, missing)),
+    )
+
+
+def _weights(
+    inputs: Sequence[Tensor | None], parts: Sequence[Partition], groups: Sequence[int]
+) -> Tensor:
+    """How much a block's errors count by input channel of the cell, ``[M, c_in]``, mean 1."""
+    rows = []
+    for square, part, group_count in zip(inputs, parts, groups, strict=True):
+        spatial, out_blocks, in_blocks = part.grid
+        in_per_group = in_blocks * part.cell_in
+        if square is None:
+            rows.append(torch.ones(part.mixtures, part.cell_in, dtype=torch.float64))
+            continue
+        # Input channels [g, I / g]; output blocks belong to groups in order, some to several.
+        by_group = square.to("cpu", torch.float64).view(group_count, in_per_group)
+        out_channels = out_blocks * part.cell_out
+        group_of = torch.arange(out_channels) * group_count // out_channels
+        by_block = by_group[group_of].view(out_blocks, part.cell_out, in_blocks, part.cell_in)
+        by_block = by_block.mean(1)[None].expand(spatial, -1, -1, -1)
+        rows.append(by_block.reshape(part.mixtures, part.cell_in))
+    weights = torch.cat(rows)
+    # Channels that were always zero may wake up later.
+    weights = weights / weights.mean().clamp_min(1e-30)
+    return weights.clamp_min(1e-4)
+
+
+def _by_value(weights: Tensor, cell_out: int, span: int) -> Tensor:
+    """Weights ``[M, c_in]`` for every value of a cell, ``[M, c_out * c_in * span]``."""
+    return weights[:, None, :, None].expand(-1, cell_out, -1, span).flatten(1)
+
+
+def _weighted_low_rank(
+    blocks: Tensor, weights: Tensor, alpha: Tensor, cells: Tensor, part: Partition
+) -> tuple[Tensor, Tensor]:
+    """Alternating least squares of ``sum weights * (blocks - alpha E)^2`` from a first guess."""
+    span, mixtures = math.prod(part.cell_kernel), len(blocks)
+    shape = (part.cell_out, part.cell_in, span)
+    distinct, group = weights.unique(dim=0, return_inverse=True)
+    for _ in range(_ROUNDS):
+        target = blocks.view(mixtures, *shape)
+        updated = torch.empty(len(cells), *shape, dtype=cells.dtype)
+        for channel in range(part.cell_in):  # its weights are the same for all of its values
+            weighted = alpha * weights[:, channel, None]
+            right = weighted.t() @ target[:, :, channel].flatten(1)
+            solved = _solve(alpha.t() @ weighted, right)
+            updated[:, :, channel] = solved.view(len(cells), part.cell_out, span)
+        cells = updated.flatten(1)
+        for number, row in enumerate(distinct):
+            rows = group == number
+            weighted = cells * _by_value(row[None], part.cell_out, span)
+            alpha[rows] = _solve(weighted @ cells.t(), weighted @ blocks[rows].t()).t()
+    return alpha, cells
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """Least squares by a symmetric matrix that may be singular up to rounding."""
+    ridge = 1e-10 * gram.diagonal().mean().clamp_min(1e-30)
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram, right)
