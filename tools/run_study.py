@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,11 +45,19 @@ def main() -> None:
     if not (folder / STARTED).exists():
         _note(args, folder / STARTED)
 
+    started: dict[str, Future[bool]] = {}
+
     def train(run: StudyRun) -> bool:
-        return _train(run, folder / run.name, args.threads)
+        # Runs start in order, so that the one before has a thread already.
+        if run.continues is not None and not started[run.continues].result():
+            print(f"{run.name}: left out, {run.continues} failed", file=sys.stderr, flush=True)
+            return False
+        return _train(run, folder, args.threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        ended = list(pool.map(train, study.runs))
+        for run in study.runs:
+            started[run.name] = pool.submit(train, run)
+        ended = [future.result() for future in started.values()]
     failed = [run.name for run, ok in zip(study.runs, ended, strict=True) if not ok]
     if failed:
         raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}")
@@ -71,18 +79,22 @@ def _note(args: Namespace, path: Path) -> None:
     save_json(noted, path)
 
 
-def _train(run: StudyRun, folder: Path, threads: int) -> bool:
+def _train(run: StudyRun, runs: Path, threads: int) -> bool:
     """One run, to its end; its output goes to ``output.txt`` of its folder."""
+    folder = runs / run.name
     if (folder / "finished").exists():
         print(f"{run.name}: finished already", flush=True)
         return True
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), str(run.config), "--work-dir", str(folder), "--resume"]
+    options = [*run.options]
+    if run.continues is not None:
+        options.append(f"model.weights={runs / run.continues / 'last.pth'}")
     started = time.time()
     print(f"{run.name}: started", flush=True)
     with open(folder / "output.txt", "a") as output:
         status = subprocess.call(
-            [*command, "--cfg-options", *run.options],
+            [*command, "--cfg-options", *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},

@@ -80,8 +80,8 @@ class WarehouseConfig:
     )
     start: str | None = setting(
         None,
-        "keep: begin as the static network, with its weights; paper: cells and attention at random, "
-        "to be annealed (temperature_epochs)",
+        "keep: begin as the static network, with its weights; paper: cells and attention at "
+        "random, to be annealed (temperature_epochs)",
         choices=("keep", "paper"),
     )
     firmness: float | None = setting(
@@ -124,6 +124,12 @@ class PeerConfig:
     layers: str | None = setting(
         None, "regular expression on the whole names of the layers to convert"
     )
+    start: str | None = setting(
+        None,
+        "keep: begin as the static network, with its weights; paper: kernels and attention at "
+        "random, to be annealed where there is a temperature (temperature_epochs)",
+        choices=("keep", "paper"),
+    )
 
     def settings(self) -> dict[str, Any]:
         """What differs from the method's own, as keyword arguments of :func:`kw.peers.convert`."""
@@ -157,6 +163,14 @@ class ModelConfig:
         choices=("linear", "constant"),
     )
     timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
+    weights: str | None = setting(
+        None,
+        "trained weights to start from: a file (.safetensors, .pth) of the static network, before "
+        "it is converted, or of the converted one; timm or timm:TAG takes those of timm's hub",
+    )
+    freeze: list[str] = setting(
+        [], "regular expressions: parameters and modules of these names do not train"
+    )
     stem: StemConfig | None = setting(
         None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
     )

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import os
 import random
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..models.weights import CheckpointError, find_damage, refuse_other
 from .layout import layout_fault
 from .parallel import placed_like
 
@@ -42,10 +40,6 @@ __all__ = [
     "save_checkpoint",
     "sync_folder",
 ]
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be read, or does not fit the model."""
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -108,32 +102,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_damage(path: Path, *, ours: bool = False) -> str | None:
-    """What is wrong with a file, by its checksums; None for a whole one.
-
-    Reads all of it, about a gigabyte a second.
-
-    Args:
-        path: the file.
-        ours: :func:`save_checkpoint` wrote it, so that it has to be an archive. Other files may be
-            in torch's older format, which has no checksums: ``torch.load`` decides on them.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if start != b"PK\x03\x04":
-            if not ours:
-                return None
-            return "its beginning is damaged" if start else "it is empty"
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        return f"it is cut off or damaged ({error})"
-    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:
-        return f"it is damaged ({error})"
-    return None if damaged is None else f"it is damaged (checksum of {damaged})"
-
-
 def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
     """Load a network's state, all of it or nothing.
 
@@ -141,19 +109,7 @@ def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: 
         CheckpointError: keys are missing, unexpected or of another shape; all are listed.
     """
     own = network.state_dict()
-    faults = [f"missing {key}" for key in own if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in own]
-    faults += [
-        f"{key} is {list(state[key].shape)}, the model's is {list(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if faults:
-        shown = "\n  ".join(faults[:20])
-        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise CheckpointError(
-            f"{source} is of another model ({len(faults)} differences):\n  {shown}{more}"
-        )
+    refuse_other(own, state, source)
     network.load_state_dict({key: placed_like(state[key], value) for key, value in own.items()})
 
 

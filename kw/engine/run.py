@@ -30,7 +30,7 @@ from ..data import (
     open_validation,
     stop_workers,
 )
-from ..models import ImageClassifier, build_network, check_network
+from ..models import ImageClassifier, build_network, check_network, start_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import CheckpointError, load_checkpoint, load_network
@@ -140,7 +140,8 @@ def build_runner(
     train_loader = open_training(config, process.device, process.rank, process.world_size)
 
     set_random_seed(config.seed)
-    network = build_network(config.model)
+    # A checkpoint to go on from brings its own weights.
+    network = start_network(config.model, resumes=resume_from is not None)
     check_network(network, config.model, config.data.input_size)
     set_contraction(config.contraction, network)
     if config.channels_last:

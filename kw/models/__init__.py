@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .released import RELEASED, ReleasedModel, list_models
 
 if TYPE_CHECKING:
-    from .build import build_model, build_network, check_network
+    from .build import build_model, build_network, check_network, start_network
     from .classifier import ImageClassifier
 
 __all__ = [
@@ -19,11 +19,12 @@ __all__ = [
     "build_network",
     "check_network",
     "list_models",
+    "start_network",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build_model", "build_network", "check_network"):
+    if name in ("build_model", "build_network", "check_network", "start_network"):
         from . import build
 
         return getattr(build, name)

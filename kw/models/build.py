@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import peers
@@ -17,13 +17,16 @@ from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import ModelConfig
 from ..errors import one_line
 from ..warehouse import convert
+from .freezing import freeze
 from .stem import set_small_stem
+from .weights import is_converted, load_start, read_weights
 
-__all__ = ["build_model", "build_network", "check_network"]
+__all__ = ["build_model", "build_network", "check_network", "start_network"]
 
 
 def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
-    """Build the network of a configuration, with fresh weights.
+    """Build the network of a configuration as its training begins: with fresh weights, or those of
+    ``model.weights``.
 
     Args:
         config: a configuration file, or a mapping with its keys.
@@ -34,23 +37,94 @@ def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
 
     Raises:
         kw.config.ConfigError: the configuration is wrong; the message names file, key and remedy.
+        kw.models.weights.CheckpointError: ``model.weights`` cannot be read or does not fit.
     """
     loaded = config_from_mapping(config) if isinstance(config, Mapping) else load_config(config)
-    return build_network(loaded.model)
+    return start_network(loaded.model)
 
 
-def build_network(config: ModelConfig) -> nn.Module:
-    """Build the classifier that a configuration's ``model`` describes, with fresh weights.
+def start_network(
+    config: ModelConfig,
+    state: Mapping[str, Tensor] | None = None,
+    source: str = "weights",
+    *,
+    resumes: bool = False,
+) -> nn.Module:
+    """Build a classifier as its training begins: with its trained weights, frozen where it says so.
 
     Args:
         config: the network's settings.
+        state: weights to start from, in place of ``config.weights``.
+        source: what messages call them.
+        resumes: a checkpoint of the run brings all weights: none are read.
 
     Returns:
         A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
     Raises:
+        ConfigError: as for :func:`build_network`.
+        CheckpointError: the weights cannot be read or do not fit the network.
+    """
+    if resumes:
+        network = build_network(config)
+        freeze(network, config.freeze)
+        return network
+    if state is None and config.weights is not None:
+        source = f"model.weights {config.weights}"
+        state = _read_start(config)
+    network = _static_network(config)
+    if state is None:
+        network = _convert(network, config)
+    elif not is_converted(state):
+        load_start(network, state, source)
+        network = _convert(network, config)
+    else:
+        if config.kernel_warehouse is None and config.peer is None:
+            raise ConfigError(
+                f"{source} are those of a converted network, and this one is static; set "
+                "model.kernel_warehouse (or model.peer) as it was converted"
+            )
+        network = _convert(network, config, begin=False)
+        load_start(network, state, source)
+    freeze(network, config.freeze)
+    return network
+
+
+def build_network(config: ModelConfig) -> nn.Module:
+    """Build the classifier that a configuration's ``model`` describes, for a checkpoint's weights.
+
+    Args:
+        config: the network's settings; ``weights`` and ``freeze`` are for training
+            (:func:`start_network`).
+
+    Returns:
+        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``, initialised at
+        random.
+
+    Raises:
         ConfigError: timm refuses its arguments, or the conversion does not fit the network.
     """
+    return _convert(_static_network(config), config, begin=False)
+
+
+def _read_start(config: ModelConfig) -> Mapping[str, Tensor]:
+    """The weights that ``config.weights`` names."""
+    assert config.weights is not None
+    name, _, tag = config.weights.partition(":")
+    if name != "timm":
+        return read_weights(config.weights)
+    wanted = f"{config.name}.{tag}" if tag else config.name
+    try:
+        return timm.create_model(wanted, pretrained=True, **config.timm_args).state_dict()
+    except Exception as error:  # the hub, the network, or timm's own checks
+        raise ConfigError(
+            f"model.weights {config.weights!r}: timm cannot bring the weights of {wanted!r}: "
+            f"{one_line(error)}; give a file instead"
+        ) from error
+
+
+def _static_network(config: ModelConfig) -> nn.Module:
+    """timm's network, with the stem and the drop path that the configuration asks for."""
     try:
         network = timm.create_model(
             config.name,
@@ -73,17 +147,22 @@ def build_network(config: ModelConfig) -> nn.Module:
             raise ConfigError(f"model.stem, model.name {config.name!r}: {error}") from error
     if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
         _set_constant_drop_path(network, config)
-    return _convert(network, config)
+    return network
 
 
-def _convert(network: nn.Module, config: ModelConfig) -> nn.Module:
-    """The network in the dynamic form that the configuration asks for, if any."""
+def _convert(network: nn.Module, config: ModelConfig, begin: bool = True) -> nn.Module:
+    """The network in the dynamic form that the configuration asks for, if any.
+
+    Where training does not begin with it, because a checkpoint's weights follow, nothing has to be
+    kept, and nothing is said.
+    """
     warehouse, peer = config.kernel_warehouse, config.peer
+    begun: dict[str, Any] = {} if begin else {"start": "paper", "announce": False}
     try:
         if warehouse is not None:
-            return convert(network, warehouse.plan, **warehouse.overrides())
+            return convert(network, warehouse.plan, **{**warehouse.overrides(), **begun})
         if peer is not None:
-            return peers.convert(network, peer.method, **peer.settings())
+            return peers.convert(network, peer.method, **{**peer.settings(), **begun})
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
         # Arguments of timm's may have made a network that the plan does not know.

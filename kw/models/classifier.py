@@ -9,6 +9,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from .freezing import hold_frozen
 
 __all__ = ["ImageClassifier"]
 
@@ -28,6 +29,13 @@ class ImageClassifier(BaseModel):
 
     def init_weights(self) -> None:
         """Nothing: the network was initialised when it was built."""
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        """Training mode, but for what is frozen."""
+        super().train(mode)
+        if mode:
+            hold_frozen(self.network)
+        return self
 
     def forward(self, images: Tensor, targets: Tensor, mode: str = "tensor") -> Any:
         """Loss or logits.

@@ -6,12 +6,14 @@ Importing this module registers them; :mod:`kw.models.registration` does so once
 
     timm.create_model("kw_resnet50_4x", num_classes=10)
     timm.create_model("kw_resnet50_4x", features_only=True)
+    timm.create_model("kw_resnet50_4x", pretrained=True, num_classes=10)
     weights = {"file": "best.pth"}
     timm.create_model("kw_resnet50_4x", pretrained=True, pretrained_cfg_overlay=weights)
 
-No weights are hosted: ``pretrained=True`` needs a file, e.g. a checkpoint of a training run, of
-which timm reads ``state_dict``. A network is at temperature 0 until the weights or
-:func:`kw.set_temperature` set another.
+``pretrained=True`` takes the weights that timm has for the static network, and converts it with
+them: no weights of converted networks are hosted. A file may hold either, the static network's or
+the converted one's. A network is at temperature 0 until the weights or :func:`kw.set_temperature`
+set another. ``start="paper"`` initialises it at random for training with annealing.
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    register_model,
+)
 from torch import Tensor, nn
 
 from ..warehouse import convert, drop_unused_warehouses
+from ..warehouse.conversion import say
 from .released import RELEASED, ReleasedModel
+from .weights import is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
@@ -46,24 +55,35 @@ def _default_cfg(released: ReleasedModel) -> dict[str, Any]:
 def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
     """What ``timm.create_model`` calls for a name."""
 
-    def converted(**kwargs: Any) -> nn.Module:
-        return convert(
-            timm.create_model(released.backbone, **kwargs), released.plan, **released.settings
-        )
-
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, start: str = "keep", **kwargs: Any) -> nn.Module:
         if (wrapper := kwargs.pop("feature_cls", "getter")) != "getter":
             raise ValueError(
                 f"{name}: feature_cls is {wrapper!r}, which takes layers out of the network and "
                 "loses the warehouses that they share; only 'getter', the default, keeps them"
             )
+        file = _file(kwargs) if pretrained else None
+        state = None if file is None else read_weights(file)
+        has_all = state is not None and is_converted(state)
+        settings: dict[str, Any] = {**released.settings, "start": "paper" if has_all else start}
+
+        def converted(**arguments: Any) -> nn.Module:
+            from_hub = pretrained and file is None
+            network: Any = timm.create_model(
+                released.backbone, pretrained=from_hub, **arguments
+            )
+            if from_hub and network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
+                say(f"{name}: the classifier of {network.num_classes} classes starts afresh")
+            if state is not None and not has_all:
+                load_start(network, _for_channels(state, network, arguments), str(file))
+            return convert(network, released.plan, announce=not has_all, **settings)
+
         feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
         if released.plan in _OUT_INDICES:
             feature_cfg["out_indices"] = _OUT_INDICES[released.plan]
         model = build_model_with_cfg(
             converted,
             name,
-            pretrained,
+            has_all,
             feature_cfg=feature_cfg,
             pretrained_filter_fn=_checked_weights,
             **kwargs,
@@ -74,6 +94,26 @@ def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's {released.backbone}, converted by the plan {released.plan!r}."
     return create
+
+
+def _file(arguments: dict[str, Any]) -> str | None:
+    """The file of weights that the arguments of ``timm.create_model`` name, if they do."""
+    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    config: Any = arguments.get("pretrained_cfg")
+    named = config.get("file") if isinstance(config, dict) else getattr(config, "file", None)
+    return overlay.get("file") or named
+
+
+def _for_channels(
+    state: dict[str, Tensor], network: nn.Module, arguments: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Weights for images of other than three channels, as timm adapts them."""
+    config: Any = network.pretrained_cfg
+    first = f"{config['first_conv']}.weight"
+    channels = arguments.get("in_chans", 3)
+    if channels == 3 or first not in state:
+        return state
+    return {**state, first: adapt_input_conv(channels, state[first])}
 
 
 def _checked_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

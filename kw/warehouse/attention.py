@@ -71,7 +71,7 @@ LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": _sigmoid_logits,
     "rectified": _ratio_logits,
 }
-"""The inverses: from wanted coefficients ``[..., n]`` and the firmness c to logits ``[..., n + 1]``.
+"""The inverses: from coefficients ``[..., n]`` and the firmness c to logits ``[..., n + 1]``.
 
 Which coefficients a function can give is for the caller to know: magnitudes that sum to at most
 ``1 - eps / c`` (contrasting, rectified), positive ones (all but contrasting) that sum to less than

@@ -68,7 +68,9 @@ class Conversion:
         """One line."""
         before, after = self.params_before, self.params_after
         shown = ", ".join(self.static[:3]) + (", ..." if len(self.static) > 3 else "")
-        static = f"{len(self.static)} layers stay static ({shown})" if self.static else "none static"
+        static = (
+            f"{len(self.static)} layers stay static ({shown})" if self.static else "none static"
+        )
         return (
             f"{self.model}: {self.layers} layers converted, {len(self.warehouses)} warehouses; "
             f"{static}; parameters {_count(before)} -> {_count(after)} "

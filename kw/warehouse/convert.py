@@ -46,6 +46,7 @@ def convert(
     example_input: Any = None,
     *,
     batches: Iterable[Any] | None = None,
+    announce: bool = True,
     **overrides: Any,
 ) -> nn.Module:
     """Replace the layers that a plan names by KernelWarehouse layers, in place.
@@ -66,6 +67,7 @@ def convert(
             tensor, or a tuple or mapping of arguments. Default: images of the network's size.
         batches: real inputs of the network, each as ``example_input``; a few hundred images do.
             Below a budget of 1 the cells then keep the layers' outputs instead of their weights.
+        announce: whether the line is said.
         **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
 
     Returns:
@@ -99,7 +101,8 @@ def convert(
             raise ValueError(
                 f"the model already has a warehouse {name!r}; name the new one otherwise"
             )
-    warehouses, layers = WarehouseDict(), {}
+    warehouses = WarehouseDict()
+    layers: dict[str, nn.Module] = {}
     squares = {} if batches is None else _input_squares(model, groups, batches)
     outcome: dict[str, KeptWarehouse] = {}
     for group in groups.values():
@@ -109,8 +112,7 @@ def convert(
             shapes, group.settings, name=group.name, device=weight.device, dtype=weight.dtype
         )
         members = [
-            dynamic_layer(module, warehouse, slot)
-            for slot, (_, module) in enumerate(group.layers)
+            dynamic_layer(module, warehouse, slot) for slot, (_, module) in enumerate(group.layers)
         ]
         kept = None
         if group.settings.start == "keep" and not weight.is_meta:
@@ -118,9 +120,7 @@ def convert(
             inputs = [squares.get(name) for name, _ in group.layers] if squares else None
             kept = keep_kernels(warehouse, [layer.attention for layer in members], kernels, inputs)
         mixtures = sum(part.mixtures for part in warehouse.partition.layers)
-        outcome[group.name] = KeptWarehouse(
-            len(members), mixtures, warehouse.partition.cells, kept
-        )
+        outcome[group.name] = KeptWarehouse(len(members), mixtures, warehouse.partition.cells, kept)
         layers.update(zip((name for name, _ in group.layers), members, strict=True))
 
     static = tuple(_static_layers(model, layers))
@@ -134,7 +134,8 @@ def convert(
         warehouses = present
     after = _count_parameters(model)
     warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
-    say(str(warehouses.conversion))
+    if announce:
+        say(str(warehouses.conversion))
     return model
 
 

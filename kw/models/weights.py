@@ -1,0 +1,226 @@
+"""Trained weights that a network starts from, whatever project wrote them; all of them or none.
+
+What is read: safetensors and torch files (``weights_only``: no code runs) of timm, torchvision and
+this project, with the tensors at the top or under ``state_dict``, ``model`` and the like; the
+moving average where a file has one.
+
+What is adapted, and said: prefixes of wrappers, the names of the original releases where timm knows
+them (``checkpoint_filter_fn``), torchvision's names, and a classifier of another width, which is
+left as it was initialised.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, one_line
+from ..warehouse.conversion import say
+
+__all__ = [
+    "CheckpointError",
+    "classifier_names",
+    "find_damage",
+    "is_converted",
+    "load_start",
+    "read_weights",
+    "refuse_other",
+]
+
+State = Mapping[str, Tensor]
+
+_AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema")
+_MODELS = ("state_dict", "model", "model_state", "weights")
+_WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")
+_SHOWN = 20
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU; its moving average where it has one, which is said.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors' own kind, or the system's
+            raise CheckpointError(f"weights {path}: cannot be read: {one_line(error)}") from error
+    if (fault := find_damage(path)) is not None:
+        raise CheckpointError(f"weights {path}: cannot be read: {fault}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise CheckpointError(
+            f"weights {path}: cannot be read as tensors and plain types: {one_line(error)}; a file "
+            "that holds other objects: load it where it comes from and save its state_dict alone"
+        ) from error
+    key = next((k for k in (*_AVERAGES, *_MODELS) if _holds_tensors(content, k)), None)
+    state = content if key is None else content[key]
+    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(
+            f"weights {path}: expected tensors by name, or a mapping with 'state_dict'; found "
+            f"{_outline(content)}"
+        )
+    if key in _AVERAGES:
+        say(f"{path}: its moving average ({key!r}) is taken, not the model's own weights")
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"weights {path}: {len(strange)} entries are no tensors: {', '.join(strange[:5])}"
+        )
+    return {_WRAPPERS.sub("", name, count=1): value for name, value in state.items()}
+
+
+def _holds_tensors(content: Any, key: str) -> bool:
+    inner = content.get(key) if isinstance(content, dict) else None
+    return isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values())
+
+
+def _outline(content: Any) -> str:
+    if isinstance(content, dict):
+        return f"a mapping with {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
+    return f"a {type(content).__name__}"
+
+
+def is_converted(state: State) -> bool:
+    """Whether weights are those of a converted network, of this project's or its peers' layers."""
+    return any(k.startswith("warehouses.") or ".warehouse." in k for k in state)
+
+
+def classifier_names(network: nn.Module) -> tuple[str, ...]:
+    """The prefixes of the parameters of a timm network's classifier; none where it has none."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    named = config.get("classifier") or ()
+    names = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(f"{start}{name}." for name in names for start in ("", "warehouses."))
+
+
+def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
+    """Load weights to start from: all of them, but for a classifier of another width.
+
+    Args:
+        network: of the same structure as the weights; a classifier that differs, or that is missing
+            in the weights, stays as it is, which is said.
+        state: the weights, under timm's names or those that are known (this module's head).
+        source: what messages call them.
+        keep_head: whether the classifier's weights are wanted at all.
+
+    Raises:
+        CheckpointError: anything else is missing, unexpected or of another shape; nothing is
+            loaded then.
+    """
+    own = network.state_dict()
+    state = _renamed(network, own, state)
+    head = classifier_names(network)
+    heads = [key for key in own if key.startswith(head)]
+    other = [key for key in heads if key not in state or state[key].shape != own[key].shape]
+    if other or not keep_head:
+        if other and keep_head:
+            found = [
+                f"{key} {list(own[key].shape)} ("
+                + (f"{list(state[key].shape)} in the weights)" if key in state else "missing)")
+                for key in other
+            ]
+            say(f"{source}: the classifier starts from fresh weights: {', '.join(found)}")
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
+        state = {**state, **{key: own[key] for key in heads}}
+    refuse_other(own, state, source)
+    network.load_state_dict({key: state[key] for key in own})
+
+
+def _renamed(network: nn.Module, own: State, state: State) -> State:
+    """Weights under the network's own names, where the names are known."""
+    # Counters of batches, which files from before 2018 lack, change nothing.
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    body = {key for key in own if not key.startswith(classifier_names(network))}
+    if body <= state.keys() | counters.keys():
+        return {**counters, **state}
+    if all(key.startswith(("features.", "classifier.")) for key in state):  # torchvision's
+        return _in_order(own, state)
+    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return {**counters, **state}
+    try:
+        return {**counters, **translate(dict(state), network)}
+    except Exception:  # it expects the names of one release; others are refused by name
+        return {**counters, **state}
+
+
+def _in_order(own: State, state: State) -> State:
+    """torchvision's MobileNetV2 and ConvNeXt have timm's tensors, in timm's order, but for axes of
+    one element; other names are refused later, by name."""
+    if len(own) != len(state):
+        return state
+    renamed = {}
+    for (key, value), (other, found) in zip(own.items(), state.items(), strict=True):
+        if key.rpartition(".")[2] != other.rpartition(".")[2] and found.dim() < 3:
+            return state
+        fits = value.numel() == found.numel() and value.squeeze().shape == found.squeeze().shape
+        renamed[key] = found.view(value.shape) if fits else found
+    return renamed
+
+
+def refuse_other(own: State, state: State, source: str) -> None:
+    """Refuse a state that does not fit in every tensor.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or of another shape; all are listed.
+    """
+    faults = [f"missing {key}" for key in own if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in own]
+    faults += [
+        f"{key} is {list(state[key].shape)}, the model's is {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:_SHOWN])
+        rest = len(faults) - _SHOWN
+        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        raise CheckpointError(
+            f"{source} is of another model ({len(faults)} differences):\n  {shown}{more}"
+        )
+
+
+def find_damage(path: Path, *, ours: bool = False) -> str | None:
+    """What is wrong with a file, by its checksums; None for a whole one.
+
+    Reads all of it, about a gigabyte a second.
+
+    Args:
+        path: the file.
+        ours: this project wrote it, so that it has to be an archive. Other files may be in torch's
+            older format, which has no checksums: ``torch.load`` decides on them.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start != b"PK\x03\x04":
+            if not ours:
+                return None
+            return "its beginning is damaged" if start else "it is empty"
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        return f"it is cut off or damaged ({error})"
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:
+        return f"it is damaged ({error})"
+    return None if damaged is None else f"it is damaged (checksum of {damaged})"
