@@ -18,7 +18,7 @@ from torch import nn
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.engine import train
-from kw.peers import CondConv2d, CondLinear, DyConv2d, ODConv2d
+from kw.peers import CondConv2d, CondLinear, DyConv2d, ODConv2d, mixture
 from kw.warehouse import KWLayer, find_warehouses, has_temperature, set_backend
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +272,7 @@ def test_layouts(network, method, some, static):
 def test_networks_train(network, method, batch):
     torch.manual_seed(0)
     model = timm.create_model(network, num_classes=5)
-    assert kw.peers.convert(model, method, kernels=2) is model
+    assert kw.peers.convert(model, method, kernels=2, start="paper") is model
     if has_temperature(model):
         kw.set_temperature(model, 0.5)
     assert_trains(model.eval() if batch == 1 else model, torch.randn(batch, 3, 64, 64))
@@ -289,7 +289,7 @@ def test_one_sample_trains(method):
 @every_method
 @pytest.mark.parametrize("batch", [1, 3])
 def test_back_ends_agree_on_a_network(method, batch):
-    model = kw.peers.convert(narrow_resnet(), method, kernels=3).eval()
+    model = kw.peers.convert(narrow_resnet(), method, kernels=3, start="paper").eval()
     x = torch.randn(batch, 3, 32, 32)
     expected = model(x)
     for backend in ("reference", "grouped"):
@@ -308,7 +308,7 @@ def test_samples_do_not_meet(method):
 @torch.no_grad()
 @every_method
 def test_copies_and_files(method):
-    model = disturb(kw.peers.convert(narrow_resnet(), method)).eval()
+    model = disturb(kw.peers.convert(narrow_resnet(), method, start="paper")).eval()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -359,6 +359,160 @@ def test_place_mode_and_bias_are_kept(method):
     assert (kept == bias).all()
 
 
+# --- the start --------------------------------------------------------------------------------
+
+
+STATIC = {
+    **{
+        f"conv {name}": (lambda s=s: nn.Conv2d(6, **{"out_channels": 8, **s}))
+        for name, s in SHAPES.items()
+    },
+    "linear": lambda: nn.Linear(6, 8),
+}
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+every_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def randomise_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def assert_same(static, dynamic, x, training=False):
+    """The same outputs at every temperature, relative to the largest."""
+    for tau in (0, 0.5, 1) if has_temperature(dynamic) else (None,):
+        if tau is not None:
+            kw.set_temperature(dynamic, tau)
+        # Copies, since training moves the statistics.
+        expected, found = (copy.deepcopy(m).train(training)(x) for m in (static, dynamic))
+        assert found.dtype == expected.dtype
+        assert (found - expected).abs().max() <= TOLERANCES[x.dtype] * expected.abs().max()
+
+
+@every_mode
+@every_dtype
+@pytest.mark.parametrize("kernels", [1, 4])
+@every_method
+def test_a_network_begins_as_the_static_one(method, kernels, dtype, training):
+    static = randomise_norms(narrow_resnet()).to(dtype)
+    dynamic = kw.peers.convert(copy.deepcopy(static), method, kernels=kernels)
+    assert_same(static, dynamic, torch.randn(4, 3, 64, 64, dtype=dtype), training)
+
+
+@every_dtype
+@every_method
+def test_a_network_of_depthwise_layers_begins_as_the_static_one(method, dtype):
+    torch.manual_seed(0)
+    static = randomise_norms(timm.create_model("mobilenetv2_050", num_classes=5)).to(dtype)
+    dynamic = kw.peers.convert(copy.deepcopy(static), method, kernels=2)
+    assert_same(static, dynamic, torch.randn(2, 3, 32, 32, dtype=dtype))
+
+
+@every_mode
+@every_dtype
+@pytest.mark.parametrize("kernels", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [(m, name) for m in METHODS for name in STATIC if name != "linear" or m == "condconv"],
+)
+def test_a_layer_begins_as_the_static_one(method, layer, kernels, dtype, training):
+    torch.manual_seed(0)
+    static = nn.Sequential(STATIC[layer]()).to(dtype)
+    dynamic = kw.peers.convert(copy.deepcopy(static), method, layers="0", kernels=kernels)
+    x = inputs(dtype=dtype)
+    assert_same(static, dynamic, x.mean((2, 3)) if layer == "linear" else x, training)
+
+
+def copies(layer):
+    """Every block's copies without their mean, ``[m, K, D]``."""
+    cells = layer.warehouse.cells.detach().clone()
+    cells = cells.view(layer.partition.mixtures, layer.warehouse.kernels, -1)
+    return cells - cells.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("is_zero", [False, True])
+@every_method
+def test_copies_differ_by_noise(method, is_zero):
+    """Of a tenth of the kernel's size; of a random kernel's where the static one is zero."""
+    layer = nn.Conv2d(32, 64, 3)
+    nn.init.normal_(layer.weight, std=0 if is_zero else 0.7)
+    layer = kw.peers.convert(nn.Sequential(layer), method, layers="0", kernels=4)[0]
+    size = (2 / (64 * 9)) ** 0.5 if is_zero else float(layer.warehouse.cells.detach().std())
+    found = float(copies(layer).square().mean().sqrt())
+    assert found == pytest.approx(mixture.NOISE * size * 0.75**0.5, rel=0.03)
+
+
+def steps(method, count):
+    """Steps of SGD on a layer of four kernels.
+
+    Returns:
+        By how much the four differ in the first gradient of what gives their logits, how the
+        inputs change their coefficients in the end, and how far they have moved apart.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 8, 3)).double()
+    layer = kw.peers.convert(model, method, layers="0", kernels=4)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, target = inputs(8, dtype=torch.float64), torch.randn(8, 8, 7, 6, dtype=torch.float64)
+    before, first = copies(layer), None
+    for _ in range(count):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        head = layer.attention.fc if method == "condconv" else layer.attention.kernel_fc
+        first = head.weight.grad.clone() if first is None else first
+        optimizer.step()
+    coefficients = layer.attention(layer.pooled(x), layer.warehouse.temperature)
+    alpha = coefficients.alpha if method == "odconv" else coefficients
+    alpha = alpha.detach().unflatten(-1, (-1, 4))
+    alpha = alpha - alpha.mean(-1, keepdim=True)
+    gradient, alpha, moved = first - first.mean(0), alpha - alpha.mean(0), copies(layer) - before
+    return [float(change.abs().max()) for change in (gradient, alpha, moved)]
+
+
+@every_method
+def test_copies_part(method):
+    """From the second step on: in the first, all copies have the same gradient."""
+    assert min(steps(method, 2)) > 1e-6
+    assert steps(method, 1)[2] < 1e-12
+
+
+@every_method
+def test_exact_copies_would_not(method, monkeypatch):
+    monkeypatch.setattr(mixture, "NOISE", 0)
+    assert max(steps(method, 2)) < 1e-12
+
+
+@every_method
+def test_the_papers_start_is_that_of_a_layer_on_its_own(method):
+    torch.manual_seed(0)
+    layer = METHODS[method](6, 8, 3, kernels=3, bias=False)
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, bias=False))
+    torch.manual_seed(0)
+    kw.peers.convert(model, method, layers="0", kernels=3, start="paper")
+    for mine, theirs in zip(model[0].parameters(), layer.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("start", ["keep", "paper"])
+def test_one_line_says_what_was_done(start, caplog):
+    with caplog.at_level("INFO", logger="kw"):
+        kw.peers.convert(narrow_resnet(), "dyconv", start=start)
+        kw.peers.convert(narrow_resnet(), "dyconv", start=start, announce=False)
+    (line,) = caplog.messages
+    assert line.startswith("ResNet: 20 layers converted")
+    assert "2 layers stay static (conv1, fc)" in line
+    assert "parameters 67,701 -> 243,687" in line
+    assert ("weights kept" in line) == (start == "keep")
+    assert ("replaced by random ones" in line) == (start == "paper")
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 
@@ -377,6 +531,11 @@ class Odd(nn.Conv2d):
         (narrow_resnet, {"method": "dyconf"}, "'dyconf' is unknown; nearest: 'dyconv'"),
         (narrow_resnet, {"method": "dyconv", "kernel": 4}, "unknown setting 'kernel'.*'kernels'"),
         (narrow_resnet, {"method": "condconv", "reduction": 1}, "unknown setting 'reduction'"),
+        (
+            narrow_resnet,
+            {"method": "dyconv", "start": "kept"},
+            "start 'kept' is unknown; choose one of 'keep', 'paper'",
+        ),
         (narrow_resnet, {"method": "dyconv", "kernels": 0}, "kernels is 0; expected an integer"),
         (narrow_resnet, {"method": "dyconv", "kernels": 2.5}, "kernels is 2.5"),
         (narrow_resnet, {"method": "odconv", "reduction": 0}, "reduction is 0; expected a number"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .freezing import freeze
 from .stem import set_small_stem
 from .weights import is_converted, load_start, read_weights
 
-__all__ = ["build_model", "build_network", "check_network", "start_network"]
+__all__ = ["build_model", "build_network", "check_network", "read_start", "start_network"]
 
 
 def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -49,6 +49,8 @@ def start_network(
     source: str = "weights",
     *,
     resumes: bool = False,
+    keep_head: bool = True,
+    batches: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Build a classifier as its training begins: with its trained weights, frozen where it says so.
 
@@ -57,6 +59,8 @@ def start_network(
         state: weights to start from, in place of ``config.weights``.
         source: what messages call them.
         resumes: a checkpoint of the run brings all weights: none are read.
+        keep_head: whether the weights of the classifier are wanted.
+        batches: images ``[B, 3, H, W]``, as for :func:`kw.convert`.
 
     Returns:
         A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
@@ -71,13 +75,13 @@ def start_network(
         return network
     if state is None and config.weights is not None:
         source = f"model.weights {config.weights}"
-        state = _read_start(config)
+        state = read_start(config)
     network = _static_network(config)
     if state is None:
-        network = _convert(network, config)
+        network = _convert(network, config, batches=batches)
     elif not is_converted(state):
-        load_start(network, state, source)
-        network = _convert(network, config)
+        load_start(network, state, source, keep_head)
+        network = _convert(network, config, batches=batches)
     else:
         if config.kernel_warehouse is None and config.peer is None:
             raise ConfigError(
@@ -85,7 +89,7 @@ def start_network(
                 "model.kernel_warehouse (or model.peer) as it was converted"
             )
         network = _convert(network, config, begin=False)
-        load_start(network, state, source)
+        load_start(network, state, source, keep_head)
     freeze(network, config.freeze)
     return network
 
@@ -107,8 +111,17 @@ def build_network(config: ModelConfig) -> nn.Module:
     return _convert(_static_network(config), config, begin=False)
 
 
-def _read_start(config: ModelConfig) -> Mapping[str, Tensor]:
-    """The weights that ``config.weights`` names."""
+def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, Tensor]:
+    """The weights that ``config.weights`` names.
+
+    Args:
+        config: the network's settings, with weights.
+        key: what messages call them.
+
+    Raises:
+        ConfigError: timm cannot bring them.
+        CheckpointError: the file cannot be read.
+    """
     assert config.weights is not None
     name, _, tag = config.weights.partition(":")
     if name != "timm":
@@ -118,7 +131,7 @@ def _read_start(config: ModelConfig) -> Mapping[str, Tensor]:
         return timm.create_model(wanted, pretrained=True, **config.timm_args).state_dict()
     except Exception as error:  # the hub, the network, or timm's own checks
         raise ConfigError(
-            f"model.weights {config.weights!r}: timm cannot bring the weights of {wanted!r}: "
+            f"{key} {config.weights!r}: timm cannot bring the weights of {wanted!r}: "
             f"{one_line(error)}; give a file instead"
         ) from error
 
@@ -150,7 +163,12 @@ def _static_network(config: ModelConfig) -> nn.Module:
     return network
 
 
-def _convert(network: nn.Module, config: ModelConfig, begin: bool = True) -> nn.Module:
+def _convert(
+    network: nn.Module,
+    config: ModelConfig,
+    begin: bool = True,
+    batches: Iterable[Any] | None = None,
+) -> nn.Module:
     """The network in the dynamic form that the configuration asks for, if any.
 
     Where training does not begin with it, because a checkpoint's weights follow, nothing has to be
@@ -160,7 +178,8 @@ def _convert(network: nn.Module, config: ModelConfig, begin: bool = True) -> nn.
     begun: dict[str, Any] = {} if begin else {"start": "paper", "announce": False}
     try:
         if warehouse is not None:
-            return convert(network, warehouse.plan, **{**warehouse.overrides(), **begun})
+            settings = {**warehouse.overrides(), **begun}
+            return convert(network, warehouse.plan, batches=batches, **settings)
         if peer is not None:
             return peers.convert(network, peer.method, **{**peer.settings(), **begun})
     except ValueError as error:

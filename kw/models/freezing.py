@@ -15,7 +15,7 @@ from ..warehouse.plan import nearest
 __all__ = ["freeze", "hold_frozen"]
 
 
-def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None) -> None:
     """Freeze the parameters whose whole name, or that of a module around them, matches a pattern.
 
     The cells of a warehouse belong to all layers that use it: they are frozen with the last one of
@@ -24,31 +24,30 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     Args:
         network: its parameters' ``requires_grad`` is set.
         patterns: regular expressions, for instance ``"layer[12]"`` or ``".*\\.bn\\d"``.
+        part: the network is a part of what trains, and may be frozen as a whole: what messages call
+            it, in place of ``"model"``.
 
     Raises:
         ConfigError: a pattern that is none, or that matches nothing, or nothing is left to train.
     """
+    key = f"{part or 'model'}.freeze"
     names = [name for name, _ in network.named_parameters()]
     frozen: set[str] = set()
     for pattern in patterns:
         try:
             compiled = re.compile(pattern)
         except re.error as error:
-            raise ConfigError(
-                f"model.freeze {pattern!r} is no regular expression: {error}"
-            ) from None
+            raise ConfigError(f"{key} {pattern!r} is no regular expression: {error}") from None
         found = {name for name in names if any(map(compiled.fullmatch, _and_around(name)))}
         if not found:
             modules = [name for name, _ in network.named_modules() if name]
-            raise ConfigError(
-                f"model.freeze {pattern!r} matches nothing; {nearest(pattern, modules)}"
-            )
+            raise ConfigError(f"{key} {pattern!r} matches nothing; {nearest(pattern, modules)}")
         frozen |= found
     if not frozen:
         return
     _freeze_cells(network, frozen)
-    if frozen >= set(names):
-        raise ConfigError(f"model.freeze {list(patterns)}: nothing is left to train")
+    if part is None and frozen >= set(names):
+        raise ConfigError(f"{key} {list(patterns)}: nothing is left to train")
     count = 0
     for name, parameter in network.named_parameters():
         if name in frozen:

@@ -6,7 +6,8 @@ NeurIPS 2019, arXiv 1904.04971), layer and routing function::
     y = sigma((alpha_1 W_1 + ... + alpha_K W_K) * x)
     alpha = sigmoid(GlobalAveragePool(x) R)
 
-There is no temperature: the gates do not compete. A linear layer is a 1x1 convolution.
+There is no temperature: the gates do not compete. A linear layer is a 1x1 convolution. Gates of a
+converted static network start at 1/2, so that its kernels are ``2 / K`` times the static ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape, KWLinear
-from .mixture import MixtureAttention, MixtureConv2d, MixtureLayer
+from .mixture import MixtureAttention, MixtureConv2d, MixtureLayer, silence
 
 __all__ = ["CondConv2d", "CondLinear"]
 
@@ -47,6 +48,11 @@ class Routing(MixtureAttention):
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
         """``[B, I]`` -> ``[B, 1, K]``."""
         return self.fc(pooled).sigmoid().unsqueeze(1)
+
+    def hold(self) -> float:
+        """All gates at 1/2."""
+        silence(self.fc)
+        return 2 / self.fc.out_features
 
 
 class CondConv2d(MixtureConv2d):

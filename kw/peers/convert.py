@@ -1,8 +1,8 @@
 """``kw.peers.convert``: a static network to one of the methods that the paper compares with.
 
 The network keeps its class, its attributes and its module names, as with :func:`kw.convert`; every
-new layer holds its kernels itself. Which layers each method converts by default is what leads to
-the published sizes:
+new layer holds its kernels itself, copies of the static one's at first (``start``). Which layers
+each method converts by default is what leads to the published sizes:
 
 ========  =================================================================  =====================
 method    layers                                                             sizes
@@ -27,8 +27,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..warehouse import KWLayer
-from ..warehouse.convertible import arguments_of, succeed
+from ..warehouse.conversion import Conversion, KeptWarehouse, say
+from ..warehouse.convertible import arguments_of, has_kernel, succeed
 from ..warehouse.plan import nearest
+from ..warehouse.warehouse import STARTS
 from .condconv import CondConv2d, CondLinear
 from .dyconv import DyConv2d
 from .mixture import MixtureLayer
@@ -56,35 +58,50 @@ class Method:
 
 
 def convert(
-    model: nn.Module, method: str, *, layers: str | None = None, **settings: Any
+    model: nn.Module,
+    method: str,
+    *,
+    layers: str | None = None,
+    start: str = "keep",
+    announce: bool = True,
+    **settings: Any,
 ) -> nn.Module:
     """Replace layers by those of another method, in place.
 
-    New parameters take the device and dtype of the old ones and a fresh initialisation; biases are
-    kept. The temperature, of methods that have one, is that of :func:`kw.set_temperature`. A model
-    is converted as a whole or, when anything is refused, left as it was.
+    The converted network begins as the static one: its outputs are the same at every temperature
+    (:meth:`kw.peers.mixture.MixtureLayer.keep`). New parameters take the device and dtype of the
+    old ones; biases are kept. The temperature, of methods that have one, is that of
+    :func:`kw.set_temperature`. One line says what was done (logger ``kw``, or stderr). A model is
+    converted as a whole or, when anything is refused, left as it was.
 
     Args:
         model: any network with the names of timm's; with others, give ``layers``.
         method: ``"condconv"``, ``"dyconv"`` or ``"odconv"``.
         layers: regular expression; the layers whose whole name matches it are converted, in place
             of those that the method converts by default.
+        start: ``"keep"``: begin as the static network; ``"paper"``: kernels and attention are
+            initialised at random, as the method's paper says, for training from nothing.
+        announce: whether the line is said.
         **settings: ``kernels`` (K), and the ``reduction`` of DY-Conv and ODConv.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: an unknown method or setting; no layer to convert; a layer that cannot be
-            converted or stands in the network twice; a model that is converted already.
+        ValueError: an unknown method, start or setting; no layer to convert; a layer that cannot
+            be converted or stands in the network twice; a model that is converted already.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), METHODS)}")
+    if start not in STARTS:
+        raise ValueError(
+            f"{method}: start {start!r} is unknown; choose one of {', '.join(map(repr, STARTS))}"
+        )
     chosen = METHODS[method]
     for key in settings:
         if key not in (known := chosen.conv.defaults):
             raise ValueError(
-                f"{method}: unknown setting {key!r}; {nearest(key, (*known, 'layers'))}"
+                f"{method}: unknown setting {key!r}; {nearest(key, (*known, 'layers', 'start'))}"
             )
     if any(isinstance(module, KWLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has dynamic layers already; convert a static one")
@@ -99,9 +116,26 @@ def convert(
             "convert"
         )
     made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
+    before = _count_parameters(model)
+    outcome = {}
+    for name, layer in made.items():
+        weight, kept = candidates[name].get_parameter("weight"), None
+        if start == "keep" and not weight.is_meta:
+            layer.keep(weight)
+            kept = 1.0
+        cells = len(layer.warehouse.cells)
+        outcome[name] = KeptWarehouse(1, layer.partition.mixtures, cells, kept)
+    static = tuple(n for n, m in model.named_modules() if n and has_kernel(m) and n not in made)
     for name, layer in made.items():
         model.set_submodule(name, layer)
+    if announce:
+        after = _count_parameters(model)
+        say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))
     return model
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

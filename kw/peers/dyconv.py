@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape
-from .mixture import MixtureAttention, MixtureConv2d, logit_scale
+from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
 
 __all__ = ["DyConv2d"]
 
@@ -57,6 +57,11 @@ class SqueezeSoftmax(MixtureAttention):
         """``[B, I]`` -> ``[B, 1, K]``."""
         logits = self.kernel_fc(self.fc(pooled).relu())
         return (logits / logit_scale(tau)).softmax(-1).unsqueeze(1)
+
+    def hold(self) -> float:
+        """All coefficients at 1/K."""
+        silence(self.kernel_fc)
+        return 1.0
 
 
 class DyConv2d(MixtureConv2d):

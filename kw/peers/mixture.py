@@ -9,7 +9,12 @@ is a whole kernel. Partition, contraction back ends, padding and temperature are
 annealing in other units, so one buffer and one schedule drive all methods:
 ``T = 1 + (30 - 1) * tau`` with KernelWarehouse's ``tau`` from 1 to 0.
 
-Legend: B samples, I, O input and output channels, K kernels, S positions of a kernel.
+**Start.** A layer on its own begins as its paper says. In place of a static one
+(:func:`kw.peers.convert`) it keeps that one's function: attention is constant at first, and the
+kernels are copies of the static kernel that differ by noise, which cancels in their mixture.
+
+Legend: B samples, I, O input and output channels, g groups, K kernels, S positions of a kernel,
+    m mixtures, D values of a cell.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 from ..warehouse import KernelShape, KWConv2d, KWLayer, Warehouse, WarehouseSettings
 from ..warehouse.attention import full_precision
 from ..warehouse.layers import Size
+from ..warehouse.ops.assembly import to_blocks
 from ..warehouse.plan import nearest
 
 __all__ = [
@@ -32,9 +38,14 @@ __all__ = [
     "PrivateKernels",
     "check_settings",
     "logit_scale",
+    "silence",
 ]
 
 MAX_TEMPERATURE = 30.0
+
+NOISE = 0.1
+"""Size of the noise that parts copies of a static kernel, relative to the kernel's root mean
+square, before the copies' mean is taken off."""
 
 
 def logit_scale(tau: Tensor | None) -> Tensor | float:
@@ -65,6 +76,24 @@ class MixtureAttention(nn.Module):
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
         raise NotImplementedError
+
+    def hold(self) -> float:
+        """Make attention constant and alike for all kernels, whatever input and temperature.
+
+        The maps that give the logits become zero (:func:`silence`); they train as before, since
+        what they map is not zero.
+
+        Returns:
+            What a static kernel is multiplied by for the mixture of its copies to be the kernel.
+        """
+        raise NotImplementedError
+
+
+def silence(*heads: nn.Linear) -> None:
+    """Make maps to logits give zero for every input."""
+    for head in heads:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
 
 
 class PrivateKernels(Warehouse):
@@ -144,11 +173,32 @@ class MixtureLayer(KWLayer):
         return PrivateKernels(shape, self.branch, kernels, rest, device=device, dtype=dtype)
 
     def _begin(self) -> None:
-        """As the method's paper initialises it; ``kw.peers.convert`` keeps static kernels."""
+        """As the method's paper initialises it; :meth:`keep` is for static layers' places."""
 
     def take_bias(self, bias: nn.Parameter) -> None:
         """Keep the bias of the static layer whose place this one takes."""
         self.bias = bias
+
+    @torch.no_grad()
+    def keep(self, kernel: Tensor) -> None:
+        """Compute what a static layer with this kernel computes, at every temperature.
+
+        Every kernel becomes a copy of it with noise (:data:`NOISE`) that sums to zero over the
+        copies. Exact copies would stay that for ever: their gradients would be alike, and nothing
+        would tell the coefficients apart.
+
+        Args:
+            kernel: ``[O, I / g, k_1 .. k_d]``; a linear layer's weight, ``[O, I]``.
+        """
+        # In float64 on the CPU: some devices have none.
+        kernel = kernel.detach().to("cpu", torch.float64) * self.attention.hold()
+        taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, S, O, I / g]
+        blocks = to_blocks(taps, self.partition)[0].unsqueeze(1)  # [m, 1, D]
+        # What the paper's initialisation has drawn; a kernel of zeros leaves it its size.
+        drawn = self.warehouse.cells.to(blocks).view(len(blocks), -1, blocks.shape[2])  # [m, K, D]
+        scale = (kernel.square().mean() / drawn.square().mean()).sqrt() if kernel.any() else 1.0
+        noise = NOISE * scale * (drawn - drawn.mean(1, keepdim=True))
+        self.warehouse.cells.copy_((blocks + noise).flatten(0, 1))  # cell i * K + k
 
     def extra_repr(self) -> str:
         kernels = self.warehouse.kernels

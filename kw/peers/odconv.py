@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import normalise
-from .mixture import MixtureAttention, MixtureConv2d, logit_scale
+from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
 
 __all__ = ["ODConv2d", "OmniAttention"]
 
@@ -116,6 +116,12 @@ class OmniAttention(MixtureAttention):
         if self.filter_fc is not None:
             filters = (self.filter_fc(hidden) / scale).sigmoid()
         return Attentions(alpha.flatten(2), channel, filters)
+
+    def hold(self) -> float:
+        """All factors at 1/2, all coefficients of kernels at 1/K."""
+        factors = (self.channel_fc, self.filter_fc, self.spatial_fc)
+        silence(*(head for head in (*factors, self.kernel_fc) if head is not None))
+        return 2.0 ** sum(head is not None for head in factors)
 
 
 class ODConv2d(MixtureConv2d):

@@ -51,6 +51,7 @@ class Conversion:
         params_after: parameters of the converted one.
         warehouses: by name.
         static: the names of the layers with kernels that stay static.
+        method: the method of :mod:`kw.peers`; ``None``: KernelWarehouse.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Conversion:
     params_after: int
     warehouses: dict[str, KeptWarehouse] = field(default_factory=dict)
     static: tuple[str, ...] = ()
+    method: str | None = None
 
     @property
     def layers(self) -> int:
@@ -68,12 +70,11 @@ class Conversion:
         """One line."""
         before, after = self.params_before, self.params_after
         shown = ", ".join(self.static[:3]) + (", ..." if len(self.static) > 3 else "")
-        static = (
-            f"{len(self.static)} layers stay static ({shown})" if self.static else "none static"
-        )
+        static = f"{_counted(len(self.static), 'layer')} static" + (f" ({shown})" if shown else "")
+        into = _counted(len(self.warehouses), "warehouse") if self.method is None else self.method
         return (
-            f"{self.model}: {self.layers} layers converted, {len(self.warehouses)} warehouses; "
-            f"{static}; parameters {_count(before)} -> {_count(after)} "
+            f"{self.model}: {_counted(self.layers, 'layer')} converted to {into}, {static}; "
+            f"parameters {_count(before)} -> {_count(after)} "
             f"({100 * (after / max(before, 1) - 1):+.1f}%); weights {self._weights()}"
         )
 
@@ -83,32 +84,29 @@ class Conversion:
         if not held:
             return "replaced by random ones"
         if min(held) == 1:
-            kept = "kept: outputs at temperature 0 are the static network's"
+            where = "" if self.method else " at temperature 0"
+            kept = f"kept, outputs{where} are the static network's"
         else:
             kept = f"kept in part, {100 * min(held):.0f}% to {100 * max(held):.0f}% of a warehouse"
         lost = len(shares) - len(held)
-        return kept + (f"; {lost} warehouses replaced by random ones" if lost else "")
+        return kept + (f"; those of {_counted(lost, 'warehouse')} replaced" if lost else "")
 
-    def table(self) -> str:
-        """A line for every warehouse."""
-        header = ("warehouse", "layers", "mixtures", "cells", "kept")
-        rows = [
-            (name, str(w.layers), str(w.mixtures), str(w.cells), _share(w.kept))
-            for name, w in self.warehouses.items()
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """For every warehouse its name, layers, mixtures, cells, and the share kept."""
+        return [
+            (
+                name,
+                str(warehouse.layers),
+                str(warehouse.mixtures),
+                str(warehouse.cells),
+                "replaced" if warehouse.kept is None else f"{100 * warehouse.kept:.2f}%",
+            )
+            for name, warehouse in self.warehouses.items()
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [[*row[:1], *row[1:]] for row in (header, *rows)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if place == 0 else text.rjust(width)
-                for place, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
 
 
-def _share(kept: float | None) -> str:
-    return "replaced" if kept is None else f"{100 * kept:.2f}%"
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _count(number: int) -> str:

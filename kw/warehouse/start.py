@@ -8,8 +8,8 @@ layer had. Parameters, checkpoints and forward pass are those of the paper.
 - Budget b >= 1: a mixture takes the cell that the one-hot start gives it (paper: Eq. 5), with
   coefficient p; all other coefficients are q. For the contrasting function ``p = 1 - eps / c`` and
   ``q = 0``. The other functions have no useful zero: ``p = c / (1 + c)`` and
-  ``q = 1 / (2 n (1 + c))``, and the cells take back what q adds. Cells that no mixture starts on
-  stay random.
+  ``q = min(c, 1) / (2 n (1 + c))``, and the cells take back what q adds. Cells that no mixture
+  starts on stay random.
 - Budget b < 1: n cells cannot hold all blocks. The truncated singular value decomposition of the
   matrix of all blocks has the smallest error (Eckart and Young); given how large the layers' inputs
   are, alternating least squares make the error of the outputs small instead. Both have negative
@@ -34,8 +34,8 @@ from .warehouse import Warehouse
 
 __all__ = ["keep_kernels"]
 
-_ROUNDS = 20
-"""Rounds of alternating least squares; the error falls by less than 1% after about ten."""
+_ROUNDS, _ENOUGH = 20, 1e-3
+"""Alternating least squares end after so many rounds, or one that takes less off the error."""
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def _shares(firmness: float, cells: int, is_contrasting: bool) -> tuple[float, f
     """Coefficient p of a mixture's own cell, and q of each other one."""
     if is_contrasting:
         return 1 - EPS / firmness, 0.0
-    return firmness / (1 + firmness), 1 / (2 * cells * (1 + firmness))
+    return firmness / (1 + firmness), min(firmness, 1) / (2 * cells * (1 + firmness))
 
 
 def _without_others(
@@ -178,27 +178,34 @@ def _weighted_low_rank(
     blocks: Tensor, weights: Tensor, alpha: Tensor, cells: Tensor, part: Partition
 ) -> tuple[Tensor, Tensor]:
     """Alternating least squares of ``sum weights * (blocks - alpha E)^2`` from a first guess."""
-    span, mixtures = math.prod(part.cell_kernel), len(blocks)
-    shape = (part.cell_out, part.cell_in, span)
+    shape = (part.cell_out, part.cell_in, math.prod(part.cell_kernel))
+    by_value = _by_value(weights, part.cell_out, shape[2])
+    weighted = blocks * by_value
+    # [c_in, M, c_out * span]: a channel's values share their weights, hence the normal matrix.
+    by_channel = weighted.unflatten(1, shape).permute(2, 0, 1, 3).flatten(2)
     distinct, group = weights.unique(dim=0, return_inverse=True)
+    last = math.inf
     for _ in range(_ROUNDS):
-        target = blocks.view(mixtures, *shape)
-        updated = torch.empty(len(cells), *shape, dtype=cells.dtype)
-        for channel in range(part.cell_in):  # its weights are the same for all of its values
-            weighted = alpha * weights[:, channel, None]
-            right = weighted.t() @ target[:, :, channel].flatten(1)
-            solved = _solve(alpha.t() @ weighted, right)
-            updated[:, :, channel] = solved.view(len(cells), part.cell_out, span)
-        cells = updated.flatten(1)
+        grams = (alpha * weights.t().unsqueeze(2)).transpose(1, 2) @ alpha  # [c_in, n, n]
+        solved = _solve(grams, alpha.t() @ by_channel)  # [c_in, n, c_out * span]
+        solved = solved.unflatten(2, (shape[0], shape[2]))
+        cells = solved.permute(1, 2, 0, 3).flatten(1)
+        rows = solved.flatten(2)
+        products = rows @ rows.transpose(1, 2)  # [c_in, n, n]
+        right = cells @ weighted.t()  # [n, M]
         for number, row in enumerate(distinct):
-            rows = group == number
-            weighted = cells * _by_value(row[None], part.cell_out, span)
-            alpha[rows] = _solve(weighted @ cells.t(), weighted @ blocks[rows].t()).t()
+            members = group == number
+            gram = torch.tensordot(row, products, 1)
+            alpha[members] = _solve(gram, right[:, members]).t()
+        error = ((blocks - alpha @ cells).square() * by_value).sum().item()
+        if error > (1 - _ENOUGH) * last:
+            break
+        last = error
     return alpha, cells
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """Least squares by a symmetric matrix that may be singular up to rounding."""
-    ridge = 1e-10 * gram.diagonal().mean().clamp_min(1e-30)
-    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, right)
+    """Least squares by symmetric matrices ``[..., n, n]`` that may be singular up to rounding."""
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+    ridge = 1e-9 * size[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Convert a trained static network: its checkpoint in, a converted network's checkpoint out.
+
+python tools/convert_network.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \
+    --weights resnet18.safetensors --images data/imagenet/val
+python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
+
+Prints what every warehouse kept, and how far the outputs are from the static network's. Below a
+budget of 1 kernels are kept in part; every other one of --images then says which part matters, and
+the rest measure the difference. The start is "keep", whatever the configuration says.
+"""
+
+import argparse
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kw import __version__
+from kw.cli import ToolParser, add_config_options, number, output_file, run_tool
+from kw.config import ConfigError, load_config, to_yaml
+from kw.config.schema import Config
+from kw.data import BatchPreprocessor, build_transform
+from kw.data.reading import read_image
+from kw.deploy import find_images
+from kw.engine.checkpoint import save_checkpoint
+from kw.evaluation import render_table
+from kw.models import check_network, start_network
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_options(parser)
+    parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="of the static network: a file, timm or timm:TAG; default: model.weights",
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="real images; default: random ones")
+    parser.add_argument(
+        "--count", type=number(int, 2, 10**6), default=128, metavar="N", help="images, default 128"
+    )
+    args = parser.parse_args()
+    config = load_config(args.config, args.cfg_options)
+    model = replace(config.model, weights=args.weights or config.model.weights, freeze=[])
+    if model.weights is None:
+        raise ConfigError("expected the static network's weights: --weights or model.weights")
+    if model.kernel_warehouse is None and model.peer is None:
+        raise ConfigError(f"{args.config} is a static network; expected model.kernel_warehouse")
+    converted = replace(
+        model,
+        kernel_warehouse=model.kernel_warehouse and replace(model.kernel_warehouse, start="keep"),
+        peer=model.peer and replace(model.peer, start="keep"),
+    )
+
+    torch.manual_seed(config.seed)
+    static = start_network(replace(model, kernel_warehouse=None, peer=None)).eval()
+    check_network(static, model, config.data.input_size)
+    images = _images(config, args.images, args.count)
+    source, fit = f"{model.weights}", images[::2].split(32)
+    network = start_network(
+        converted, static.state_dict(), source, batches=fit if args.images else None
+    )
+    table, difference, same, count = _compare(static, network.eval(), images[1::2])
+    print(table)
+    what = "images" if args.images else "random images"
+    print(
+        f"outputs on {count} {what}: largest difference {difference:.2e} of the largest logit, "
+        f"the same class for {same}"
+    )
+    meta = {
+        "config": to_yaml(replace(config, model=converted)),
+        "source": Path(source).name,
+        "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
+    }
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint({"meta": meta, "state_dict": network.state_dict()}, args.target)
+    print(f"wrote {args.target}")
+
+
+def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
+    """Normalised images ``[B, 3, S, S]``, spread over a folder's files, or noise."""
+    size, data = config.data.input_size, config.data
+    if folder is None:
+        return torch.randn(count, 3, size, size)
+    files = find_images([folder])
+    transform, upright = build_transform(data, False), data.exif_orientation == "apply"
+    chosen = itertools.islice(files, 0, None, max(len(files) // count, 1))
+    read = [
+        transform(read_image(file, data.bad_images.max_pixels, upright).convert("RGB"))
+        for file in itertools.islice(chosen, count)
+    ]
+    batch = {"images": torch.stack(read), "labels": torch.zeros(len(read), dtype=torch.long)}
+    return BatchPreprocessor(data, config.model.num_classes)(batch, False)[0]
+
+
+@torch.no_grad()
+def _compare(
+    static: torch.nn.Module, network: torch.nn.Module, images: torch.Tensor
+) -> tuple[str, float, int, int]:
+    """The table of warehouses, the largest relative difference, equal classes, images."""
+    before = torch.cat([static(part) for part in images.split(32)])
+    after = torch.cat([network(part) for part in images.split(32)])
+    warehouses = getattr(network, "warehouses", None)
+    rows = [] if warehouses is None else warehouses.conversion.rows()
+    table = render_table(("warehouse", "layers", "mixtures", "cells", "kept"), rows)
+    difference = ((after - before).abs().max() / before.abs().max()).item()
+    same = int((after.argmax(1) == before.argmax(1)).sum())
+    return table, difference, same, len(images)
+
+
+if __name__ == "__main__":
+    run_tool(main)
