@@ -58,7 +58,7 @@ _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py"]
 _network = dict(
     name="resnet18",
     timm_args=dict(channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
-    kernel_warehouse=dict(plan="resnet18"),
+    kernel_warehouse=dict(plan="resnet18", start="paper"),
 )
 model = dict(
     data_preprocessor=dict(pad_size_divisor=16),

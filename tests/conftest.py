@@ -68,7 +68,7 @@ def settings(images: Path) -> dict[str, Any]:
             "name": "resnet18",
             "num_classes": 4,
             "timm_args": {**SMALL, "norm_layer": "groupnorm1"},
-            "kernel_warehouse": {"plan": "resnet18", "norm": "layer"},
+            "kernel_warehouse": {"plan": "resnet18", "norm": "layer", "start": "paper"},
         },
         "data": {"root": str(images), "input_size": 32, "workers": 0},
         "optimizer": {"name": "adamw", "lr": 0.002, "weight_decay": 0.05},

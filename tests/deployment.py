@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
         "name": "resnet18",
         "num_classes": 4,
         "timm_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]},
-        "kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 1},
+        "kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 1, "start": "paper"},
     },
     "data": {"root": "nowhere", "input_size": 40, "interpolation": "bilinear"},
     "epochs": 2,

@@ -33,7 +33,7 @@ def settings(images: Path) -> dict[str, Any]:
             "num_classes": 4,
             "drop_path_rate": 0.3,
             "timm_args": {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]},
-            "kernel_warehouse": {"plan": "resnet18"},
+            "kernel_warehouse": {"plan": "resnet18", "start": "paper"},
         },
         "data": {
             "root": str(images),

@@ -15,18 +15,20 @@ from kw.warehouse import (
     KWLinear,
 )
 
+# Attention at random: where a static network is kept, coefficients do not depend on the input.
+PAPER = {"start": "paper"}
 LAYERS = {
-    "conv1d": (lambda **kw: KWConv1d(6, 8, 3, padding=1, **kw), (4, 6, 9)),
-    "conv2d": (lambda **kw: KWConv2d(6, 8, 3, padding=1, groups=2, **kw), (4, 6, 7, 5)),
-    "conv3d": (lambda **kw: KWConv3d(6, 8, 3, padding=1, **kw), (4, 6, 3, 5, 4)),
-    "linear": (lambda **kw: KWLinear(6, 8, **kw), (4, 5, 6)),
+    "conv1d": (lambda **kw: KWConv1d(6, 8, 3, padding=1, **PAPER | kw), (4, 6, 9)),
+    "conv2d": (lambda **kw: KWConv2d(6, 8, 3, padding=1, groups=2, **PAPER | kw), (4, 6, 7, 5)),
+    "conv3d": (lambda **kw: KWConv3d(6, 8, 3, padding=1, **PAPER | kw), (4, 6, 3, 5, 4)),
+    "linear": (lambda **kw: KWLinear(6, 8, **PAPER | kw), (4, 5, 6)),
 }
 every_layer = pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
 norms = pytest.mark.parametrize("norm", ["batch", "layer"])
 
 
 def small(seed=0, **settings):
-    """Three layers on two warehouses, with biases that are not zero."""
+    """Three layers on two warehouses, with biases that are not zero and attention at random."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1),
@@ -35,7 +37,7 @@ def small(seed=0, **settings):
         nn.Conv2d(8, 16, 1, stride=2),
     )
     rules = [{"match": "0|2", "warehouse": "spatial"}, {"match": "3", "warehouse": "pointwise"}]
-    convert(model, {"rules": rules, **settings})
+    convert(model, {"rules": rules, **PAPER, **settings})
     set_temperature(model, 0.3)
     return model
 

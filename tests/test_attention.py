@@ -38,7 +38,7 @@ def direct(z, function):
 def test_attention_formula(function, norm, tau):
     torch.manual_seed(0)
     layer = KWConv2d(
-        40, 12, 3, attention=function, norm=norm, reduction=0.5, cell_num_ratio=2
+        40, 12, 3, attention=function, norm=norm, reduction=0.5, cell_num_ratio=2, start="paper"
     ).double()
     attention = disturb(layer).eval().attention
     pooled = torch.randn(5, 40, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_attention_formula(function, norm, tau):
 
 @torch.no_grad()
 def test_contrasting_attention_has_negative_coefficients():
-    layer = KWConv2d(8, 8, 3).eval()
+    layer = KWConv2d(8, 8, 3, start="paper").eval()
     alpha = layer.attention(torch.randn(4, 8), torch.tensor(0.0))
     assert (alpha < 0).any()
     assert (alpha > 0).any()
@@ -81,7 +81,11 @@ def test_nonlocal_basis_formula(slot):
     """Own cells directly, the others through the low-rank map, put back in cell order."""
     torch.manual_seed(0)
     convs = [nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 1), nn.Conv2d(8, 8, (3, 1))]
-    plan = {"rules": [{"match": r"\d", "warehouse": "w"}], "nonlocal_basis_ratio": 0.5}
+    plan = {
+        "rules": [{"match": r"\d", "warehouse": "w"}],
+        "nonlocal_basis_ratio": 0.5,
+        "start": "paper",
+    }
     model = convert(
         nn.Sequential(*convs), {**plan, "cell_num_ratio": 4, "cell_inplane_ratio": 0.5}
     ).double()
@@ -109,7 +113,7 @@ def test_nonlocal_basis_formula(slot):
 
 def test_nonlocal_basis_without_foreign_cells():
     """A layer alone in its warehouse has direct logits only, and no empty map."""
-    layer = KWConv2d(8, 8, 3, nonlocal_basis_ratio=0.5)
+    layer = KWConv2d(8, 8, 3, nonlocal_basis_ratio=0.5, start="paper")
     assert layer.attention.fc3 is None
     assert layer.attention.fc2.weight.shape == (9 * 10, 16)
     assert_trains(layer, torch.randn(2, 8, 5, 5))

@@ -126,7 +126,7 @@ def test_architecture(name):
     model, x = build(name)
     static = copy.deepcopy(model)
     plan, report = auto_plan(model, example_of(name, x))
-    convert(model, plan)
+    convert(model, plan, start="paper")
     layers = [n for n, module in model.named_modules() if isinstance(module, KWLayer)]
     assert sorted(layers) == sorted(n for names in report.warehouses.values() for n in names)
     grown = parameters(model) / parameters(static)
@@ -216,7 +216,7 @@ def test_drop_path_keeps_dropping(name):
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what is refused, tested below
-        convert(model, "auto", example_input=example_of(name, x))
+        convert(model, "auto", example_input=example_of(name, x), start="paper")
     assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == rates
     for module in model.modules():  # BatchNorm and the attention see the same batch eight times
         module.train(isinstance(module, DropPath))

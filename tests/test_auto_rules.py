@@ -366,7 +366,7 @@ def test_unknown_setting():
 @torch.no_grad()
 def test_same_padding_is_timms(size, kernel, stride, dilation, groups):
     conv = Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=groups)
-    model = convert(nn.Sequential(copy.deepcopy(conv)), plan_of(("0", "w")))
+    model = convert(nn.Sequential(copy.deepcopy(conv)), plan_of(("0", "w"), start="paper"))
     layer = model[0]
     assert type(layer) is KWConv2dSame
     set_temperature(model, 1.0)

@@ -57,7 +57,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
             "name": "resnet18",
             "num_classes": 4,
             "timm_args": {"channels": [8, 8, 16, 16]},
-            "kernel_warehouse": {"plan": "resnet18"},
+            "kernel_warehouse": {"plan": "resnet18", "start": "paper"},
         },
         "data": {"root": str(images), "input_size": 32, "workers": 0},
         "optimizer": {"name": "adamw", "lr": 0.002},

@@ -52,7 +52,7 @@ def tiny(tmp_path: Path, name: str = "kw_tiny_1x", **model: object) -> str:
             "name": "resnet18",
             "num_classes": 4,
             "timm_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-            "kernel_warehouse": {"plan": "resnet18"},
+            "kernel_warehouse": {"plan": "resnet18", "start": "paper"},
             **model,
         },
         "data": {"root": "none", "input_size": 16},
@@ -258,7 +258,7 @@ def test_memory_is_exact_to_the_byte() -> None:
 
 
 def test_networks_of_one_static_form_share_a_run(tmp_path: Path) -> None:
-    half = {"kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 2}}
+    half = {"kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 2, "start": "paper"}}
     paths = [tiny(tmp_path), tiny(tmp_path, "kw_tiny_2x", **half)]
     paths.append(tiny(tmp_path, "kw_tiny_5", num_classes=5))
     first, second = load_cases(paths)

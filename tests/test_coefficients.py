@@ -21,7 +21,7 @@ def network(**overrides: Any) -> nn.Module:
     """Two layers that share a warehouse of 9 + 9 mixtures."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-    plan = {"rules": [{"match": r"\d", "warehouse": "all"}], "norm": "layer"}
+    plan = {"rules": [{"match": r"\d", "warehouse": "all"}], "norm": "layer", "start": "paper"}
     return convert(layers, plan, **overrides)
 
 

@@ -99,7 +99,7 @@ def test_temperature_1_is_the_static_resnet18():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.5, 1)
             module.running_mean.normal_(0, 0.1)
-    model = convert(copy.deepcopy(static), "resnet18")
+    model = convert(copy.deepcopy(static), "resnet18", start="paper")
     missing, unexpected = static.load_state_dict(own_kernels(model), strict=False)
     assert not unexpected
     assert "fc.weight" in missing
@@ -161,7 +161,7 @@ def test_all_kinds_of_layers():
 @torch.no_grad()
 def test_geometry_and_bias_are_kept(conv):
     """At temperature 1 the layer is a convolution as before, with its own cells for a kernel."""
-    model = convert(nn.Sequential(copy.deepcopy(conv)), plan_of(("0", "w")))
+    model = convert(nn.Sequential(copy.deepcopy(conv)), plan_of(("0", "w"), start="paper"))
     layer = model[0]
     assert (layer.bias is None) == (conv.bias is None)
     set_temperature(model, 1.0)
@@ -223,7 +223,7 @@ def test_temperature_starts_at_zero():
 
 
 def test_backend_is_set_where_it_can_do_the_layer():
-    model = convert(narrow_resnet(), "resnet18").eval()
+    model = convert(narrow_resnet(), "resnet18", start="paper").eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)

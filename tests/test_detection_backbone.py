@@ -32,7 +32,7 @@ PLANS = {"mobilenetv2_100": "mobilenetv2_4x", "deit_tiny_patch16_224": "deit"}
 def network(name: str, converted: bool = True) -> dict[str, Any]:
     settings: dict[str, Any] = {"name": name, "num_classes": 5, "timm_args": NARROW[name]}
     if converted:
-        settings["kernel_warehouse"] = {"plan": PLANS.get(name, name)}
+        settings["kernel_warehouse"] = {"plan": PLANS.get(name, name), "start": "paper"}
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import kw
 from kw.models import RELEASED
 from kw.warehouse import find_warehouses
+from kw.warehouse.attention import KernelAttention
 
 SMALL = "kw_resnet18_1d4x"
 # One a family; the third converts its classifier.
@@ -98,6 +100,9 @@ def test_feature_wrappers_that_lose_the_warehouses_are_refused() -> None:
 def disturbed(name: str, **settings: object) -> torch.nn.Module:
     torch.manual_seed(1)
     model = timm.create_model(name, **settings).eval()
+    for module in model.modules():
+        if isinstance(module, KernelAttention):
+            module.reset_parameters()  # at random: every weight counts
     kw.set_temperature(model, 0.25)
     return model
 
@@ -146,13 +151,61 @@ def test_weights_of_another_model_are_refused(
     path = tmp_path / "other.pth"
     torch.save(timm.create_model(other).state_dict(), path)
     overlay = {"file": str(path)}
-    with pytest.raises(ValueError, match=f"not those of {SMALL}: .*(missing|of another shape): "):
+    with pytest.raises(ValueError, match=r"other.pth is of another model .*\n  (missing|conv1)"):
         timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
 
 
-def test_pretrained_without_a_file_says_so() -> None:
-    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {SMALL}"):
-        timm.create_model(SMALL, pretrained=True)
+@pytest.mark.parametrize("classes", [1000, 10])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_static_weights_are_kept(
+    classes: int, channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a file of the static network; the classifier of other classes is replaced and said."""
+    caplog.set_level(logging.INFO, "kw")
+    torch.manual_seed(0)
+    static = timm.create_model("resnet18").eval()
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    overlay = {"file": str(tmp_path / "static.pth")}
+    settings: dict[str, object] = {"num_classes": classes, "in_chans": channels}
+    model = timm.create_model(
+        "kw_resnet18_1x", pretrained=True, pretrained_cfg_overlay=overlay, **settings
+    ).eval()
+    x = torch.randn(2, channels, 64, 64)
+    found = model.forward_features(x)
+    expected = static.forward_features(x.expand(-1, 3, -1, -1) if channels == 1 else x)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert ("classifier starts from fresh weights" in caplog.text) == (classes != 1000)
+
+
+def test_pretrained_takes_timms_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the static network, by timm's own way."""
+    caplog.set_level(logging.INFO, "kw")
+    create = timm.create_model
+    asked = []
+
+    def hub(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        if pretrained and not name.startswith("kw_"):
+            asked.append(name)
+            pretrained = False
+            torch.manual_seed(5)
+        return create(name, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    model = timm.create_model("kw_resnet18_1x", pretrained=True, num_classes=7).eval()
+    assert asked == ["resnet18"]
+    assert "the classifier of 7 classes starts afresh" in caplog.text
+    torch.manual_seed(5)
+    static = create("resnet18", num_classes=7).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(model(x), static(x), atol=1e-5)
+
+
+def test_the_papers_start_by_name() -> None:
+    with torch.device("meta"):
+        settings = timm.create_model(SMALL, start="paper").warehouses["layer1"].settings
+    assert settings.start == "paper"
 
 
 def test_copies_keep_their_warehouses() -> None:

@@ -31,27 +31,41 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 FORMS = {
-    "columns": (lambda: KWConv2d(6, 8, 3, 2, padding=1), (6, 9, 7), "conv_bmm"),
+    "columns": (lambda: KWConv2d(6, 8, 3, 2, padding=1, start="paper"), (6, 9, 7), "conv_bmm"),
     "columns cut in 4": (
-        lambda: KWConv2d(8, 8, 3, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5),
+        lambda: KWConv2d(8, 8, 3, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5, start="paper"),
         (8, 9, 9),
         "conv_bmm",
     ),
     "columns of whole kernels": (
-        lambda: KWConv2d(4, 6, 3, cell_num_ratio=4, spatial_partition=False),
+        lambda: KWConv2d(4, 6, 3, cell_num_ratio=4, spatial_partition=False, start="paper"),
         (4, 9, 9),
         "conv_bmm",
     ),
-    "columns in groups": (lambda: KWConv2d(6, 8, 3, groups=2), (6, 9, 7), "conv_bmm"),
-    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2), (6, 219), "conv_bmm"),
-    "columns 3d": (lambda: KWConv3d(4, 4, 3, padding=1), (4, 5, 6, 7), "conv_bmm"),
+    "columns in groups": (
+        lambda: KWConv2d(6, 8, 3, groups=2, start="paper"),
+        (6, 9, 7),
+        "conv_bmm",
+    ),
+    "columns 1d": (lambda: KWConv1d(6, 8, 3, dilation=2, start="paper"), (6, 219), "conv_bmm"),
+    "columns 3d": (lambda: KWConv3d(4, 4, 3, padding=1, start="paper"), (4, 5, 6, 7), "conv_bmm"),
     "mixed": (
-        lambda: KWConv2d(8, 8, 3, 2, cell_inplane_ratio=0.25, cell_outplane_ratio=0.5),
+        lambda: KWConv2d(
+            8, 8, 3, 2, cell_inplane_ratio=0.25, cell_outplane_ratio=0.5, start="paper"
+        ),
         (8, 3, 3),
         "_conv_mixed",
     ),
-    "mixed linear": (lambda: KWLinear(16, 8, cell_inplane_ratio=0.125), (16,), "_conv_mixed"),
-    "grouped": (lambda: KWConv2d(6, 6, 3, groups=6, padding=1), (6, 7, 5), "conv_grouped"),
+    "mixed linear": (
+        lambda: KWLinear(16, 8, cell_inplane_ratio=0.125, start="paper"),
+        (16,),
+        "_conv_mixed",
+    ),
+    "grouped": (
+        lambda: KWConv2d(6, 6, 3, groups=6, padding=1, start="paper"),
+        (6, 7, 5),
+        "conv_grouped",
+    ),
 }
 
 
@@ -84,9 +98,9 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
-        self.dense = KWConv2d(8, 16, 3, 2, padding=1, norm="layer")
-        self.depthwise = KWConv2d(16, 16, 3, padding=1, groups=16)
-        self.head = KWLinear(16, 4, cell_inplane_ratio=0.125)
+        self.dense = KWConv2d(8, 16, 3, 2, padding=1, norm="layer", start="paper")
+        self.depthwise = KWConv2d(16, 16, 3, padding=1, groups=16, start="paper")
+        self.head = KWLinear(16, 4, cell_inplane_ratio=0.125, start="paper")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.dense(self.stem(images)).relu()).relu()
@@ -120,8 +134,12 @@ def test_onnxruntime_computes_what_pytorch_does(batch: int | None, tmp_path: Pat
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "kw low rank": {"kernel_warehouse": {"plan": "resnet18", "nonlocal_basis_ratio": 0.25}},
-    "kw softmax": {"kernel_warehouse": {"plan": "resnet18", "attention": "softmax"}},
+    "kw low rank": {
+        "kernel_warehouse": {"plan": "resnet18", "nonlocal_basis_ratio": 0.25, "start": "paper"}
+    },
+    "kw softmax": {
+        "kernel_warehouse": {"plan": "resnet18", "attention": "softmax", "start": "paper"}
+    },
     "condconv": {"peer": {"method": "condconv", "kernels": 2}},
     "dyconv": {"peer": {"method": "dyconv", "kernels": 2}},
     "odconv": {"peer": {"method": "odconv", "kernels": 2}},

@@ -103,12 +103,12 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            KWConv2d(3, 8, 3, padding=1, bias=False),
+            KWConv2d(3, 8, 3, padding=1, bias=False, start="paper"),
             nn.BatchNorm2d(8),
             nn.ReLU(),
-            KWConv2d(8, 16, 1, stride=2),
+            KWConv2d(8, 16, 1, stride=2, start="paper"),
         )
-        self.head = KWLinear(16, 5)
+        self.head = KWLinear(16, 5, start="paper")
 
     def forward(self, x):
         return self.head(self.body(x).flatten(2).transpose(1, 2)).mean(1)
@@ -215,7 +215,7 @@ def test_unknown_assembly_precision_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graph_replays_the_layer():
-    layer = KWConv2d(16, 16, 3, padding=1, device="cuda").eval()
+    layer = KWConv2d(16, 16, 3, padding=1, device="cuda", start="paper").eval()
     x = torch.randn(4, 16, 9, 9, device="cuda")
     with torch.no_grad():
         layer(x)

@@ -20,7 +20,7 @@ SETTINGS = {
         "name": "resnet18",
         "num_classes": 5,
         "timm_args": {"channels": [8, 8, 16, 16]},
-        "kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 2},
+        "kernel_warehouse": {"plan": "resnet18", "cell_num_ratio": 2, "start": "paper"},
     },
     "data": {"root": "none", "input_size": 64},
     "optimizer": {"name": "adamw", "lr": 0.001, "weight_decay": 0.05, "clip_grad": 5.0},

@@ -71,7 +71,7 @@ class Golden:
         ]
         settings = {k: v for k, v in manager.items() if k not in ("sharing_range", "norm_layer")}
         norm = {"LayerNorm": "layer"}.get(manager.get("norm_layer"), "batch")
-        convert(model, {"rules": rules, "norm": norm, **settings})
+        convert(model, {"rules": rules, "norm": norm, "start": "paper", **settings})
         self.load(model)
         set_backend(model, backend)
         return model

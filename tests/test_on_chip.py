@@ -124,7 +124,7 @@ def test_input_of_any_strides(strange):
 def test_forced_on_a_network():
     """Through the layer, autograd and back: as the library's back end."""
     torch.manual_seed(0)
-    layer = KWConv2d(4, 6, 3, padding=1).to(DEVICE).eval()
+    layer = KWConv2d(4, 6, 3, padding=1, start="paper").to(DEVICE).eval()
     x = torch.randn(3, 4, 5, 5, device=DEVICE)
     results = []
     for name in ("on_chip", "kernels"):

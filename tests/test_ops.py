@@ -186,7 +186,7 @@ def test_padding(dims, mode, padding, kernel):
     torch.manual_seed(0)
     factory = {"dtype": torch.float64}
     args = (2, 4, kernel, 1, padding, 2 if padding == "same" else 1)
-    layer = LAYER[dims](*args, padding_mode=mode, **factory).eval()
+    layer = LAYER[dims](*args, padding_mode=mode, start="paper", **factory).eval()
     layer.bias.normal_()
     static = getattr(nn, f"Conv{dims}d")(*args, padding_mode=mode, **factory)
     set_temperature(layer, 0.3)
@@ -200,7 +200,7 @@ def test_uneven_padding_per_axis(mode):
     """The order of axes: height pads 2, width 0; strided and dilated too."""
     torch.manual_seed(0)
     args = (4, 4, (3, 2), (2, 1), (2, 0), (1, 2), 2)
-    layer = KWConv2d(*args, padding_mode=mode, dtype=torch.float64).eval()
+    layer = KWConv2d(*args, padding_mode=mode, start="paper", dtype=torch.float64).eval()
     static = nn.Conv2d(*args, padding_mode=mode, dtype=torch.float64)
     x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
     torch.testing.assert_close(layer(x), static_twin(layer, static, x))
@@ -222,7 +222,8 @@ def test_unknown_padding_is_refused():
 @torch.no_grad()
 def test_linear_over_any_number_of_token_axes(shape):
     torch.manual_seed(0)
-    layer = KWLinear(6, 4, cell_num_ratio=4, cell_inplane_ratio=0.5, dtype=torch.float64).eval()
+    settings = {"cell_num_ratio": 4, "cell_inplane_ratio": 0.5, "start": "paper"}
+    layer = KWLinear(6, 4, dtype=torch.float64, **settings).eval()
     layer.bias.normal_()
     set_temperature(layer, 0.3)
     x = torch.randn(shape, dtype=torch.float64)

@@ -26,7 +26,7 @@ def build(name: str, **settings: Any) -> nn.Module:
         return timm.create_model(name, **settings)
     released = RELEASED[name]
     static = timm.create_model(released.backbone, **settings)
-    return convert(static, released.plan, **released.settings)
+    return convert(static, released.plan, start="paper", **released.settings)
 
 
 def parameters(model: nn.Module) -> int:

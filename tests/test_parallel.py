@@ -80,7 +80,7 @@ def build(name: str = "resnet18", **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     narrow = {"channels": (16, 16, 32, 32), "norm_layer": "groupnorm1"}
     model = timm.create_model(name, num_classes=4, **narrow)
-    kw.convert(model, "resnet18", norm="layer", **settings)
+    kw.convert(model, "resnet18", norm="layer", start="paper", **settings)
     return model
 
 

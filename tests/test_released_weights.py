@@ -39,7 +39,7 @@ def config_of(released: str) -> dict[str, Any]:
     if ratio:
         ours = RELEASED[f"kw_{backbone}_{ratio}x"]
         assert ours.backbone == backbone
-        model["kernel_warehouse"] = {"plan": ours.plan, **ours.settings}
+        model["kernel_warehouse"] = {"plan": ours.plan, "start": "paper", **ours.settings}
     return {
         "model": model,
         "data": {"root": "none"},

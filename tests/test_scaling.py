@@ -68,7 +68,9 @@ def test_the_rule_gives_the_buckets_that_ddp_ends_up_with(tmp_path: Path, bucket
     """Cells shared by several layers come after the first of them, whatever their registration."""
     torch.manual_seed(0)
     blocks = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)]
-    network = convert(nn.Sequential(nn.Conv2d(3, 64, 3), *blocks), "auto", cell_num_ratio=2)
+    network = convert(
+        nn.Sequential(nn.Conv2d(3, 64, 3), *blocks), "auto", cell_num_ratio=2, start="paper"
+    )
     assert any("cells" in name for name, _ in network.named_parameters())
     images = torch.randn(2, 3, 8, 8)
     came: list[int] = []

@@ -14,6 +14,8 @@ from networks import disturb, narrow_resnet
 from torch import nn
 
 import kw
+import kw.config
+from kw.engine.optim import build_optimizer
 from kw.warehouse import PLANS, KWConv2d, KWLayer, Plan, Rule, WarehouseSettings
 from kw.warehouse.attention import ATTENTION_FUNCTIONS
 from kw.warehouse.ops import assemble
@@ -320,6 +322,30 @@ def test_a_layer_alone_begins_as_a_static_one():
     dynamic = KWConv2d(8, 16, 3, padding=1, start="paper")
     alpha = dynamic.attention(dynamic.pooled(x), None)
     assert not torch.equal(alpha[0], alpha[3])
+
+
+def test_attention_branches_may_have_a_rate_of_their_own():
+    settings = {"lr": 0.5, "weight_decay": 0.1, "attention_lr": 3}
+    config = kw.config.config_from_mapping(
+        {
+            "model": {"name": "resnet18"},
+            "data": {"root": "x"},
+            "optimizer": settings,
+            "epochs": 1,
+            "total_batch_size": 1,
+            "batch_size": 1,
+        },
+        check_model_name=False,
+    )
+    model = narrow_resnet()
+    kw.convert(model, "resnet18")
+    optimizer = build_optimizer(model, config.optimizer, torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        inside = {".attention." in names[id(parameter)] for parameter in group["params"]}
+        assert inside == {group["lr_scale"] == 3}
+    assert optimizer.param_groups[0]["lr_scale"] == 1  # the one that is logged
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1, 3}
 
 
 # --- what is said, and wrapped ---------------------------------------------------------------

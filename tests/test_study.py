@@ -152,12 +152,75 @@ def test_a_study_says_which_runs_there_are(study: Path) -> None:
         ({"options": {"epoch": 3}}, r"epoch = 3: expected a known key; did you mean epochs\?"),
         ({"row": ["static.yaml"]}, r"row = .*did you mean rows\?"),
         ({"temperature_epochs": 0}, r"temperature_epochs = 0: expected a number > 0"),
+        (
+            {"variants": {"more": {"config": "static.yaml"}}},
+            "to stand in rows, which more does not",
+        ),
+        (
+            {
+                "rows": ["static.yaml", "more", "dynamic.yaml"],
+                "variants": {"more": {"config": "static.yaml", "continues": "dynamic"}},
+            },
+            r"more\.continues to name a row before it \(static\)",
+        ),
+        (
+            {
+                "rows": ["static.yaml", "more"],
+                "variants": {"more": {"config": "static.yaml", "options": {"epoch": 3}}},
+            },
+            r"epoch = 3: expected a known key; did you mean epochs\?",
+        ),
     ],
 )
 def test_mistakes_in_a_study_are_named(study: Path, change: dict[str, Any], said: str) -> None:
     study.write_text(yaml.safe_dump({**yaml.safe_load(study.read_text()), **change}))
     with pytest.raises(ConfigError, match=said):
         load_study(study)
+
+
+def test_a_row_may_continue_another(
+    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A variant has settings of its own, and starts from the weights of its seed's run."""
+    content = {
+        **yaml.safe_load(study.read_text()),
+        "rows": ["static.yaml", "converted"],
+        "variants": {
+            "converted": {
+                "config": "dynamic.yaml",
+                "options": {
+                    "model.kernel_warehouse.start": "keep",
+                    "temperature_epochs": 0,
+                    "optimizer.lr": 1e-9,
+                    "schedule.final_lr": 0,
+                },
+                "continues": "static",
+            }
+        },
+        "seeds": [3],
+    }
+    study.write_text(yaml.safe_dump(content))
+    runs = tmp_path / "runs"
+    tool("tools/run_study.py", study, "--work-dir", runs, "--jobs", 2)
+    found = [
+        json.loads((runs / f"{row}_seed3/results.json").read_text())
+        for row in ("static", "converted")
+    ]
+    assert found[1]["params"] > found[0]["params"]
+    assert found[1]["loss"] == pytest.approx(
+        found[0]["loss"], rel=1e-4
+    )  # a rate of next to nothing
+    (line,) = [text for text in load_study(study).options if text.startswith("converted: ")]
+    assert line.startswith("converted: continues static model.kernel_warehouse.start=")
+    tool("tools/summarize_study.py", study, "--work-dir", runs, "--json", tmp_path / "s.json")
+    assert "converted" in capfd.readouterr().out
+    # One whose start failed is left out, and fails as well.
+    other = tmp_path / "other"
+    (other / "static_seed3").mkdir(parents=True)
+    (other / "static_seed3/epoch_1.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit):
+        tool("tools/run_study.py", study, "--work-dir", other)
+    assert "converted_seed3: left out, static_seed3 failed" in capfd.readouterr().err
 
 
 def test_a_study_is_run_once_and_summarised(

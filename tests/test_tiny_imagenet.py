@@ -86,6 +86,22 @@ def test_both_archives_give_the_subset(
     assert found == EXPECTED
 
 
+def test_training_images_are_held_out(tmp_path: Path) -> None:
+    """The last ones of every class validate, and the validation images are left out."""
+    archive, root = zipped(tmp_path / "a.zip", original()), tmp_path / "held_out"
+    for _ in range(2):  # the second time it is there already
+        assert tiny_imagenet.prepare(archive, root, 1) == {"train": 4, "val": 2}
+    found = {str(p.relative_to(root)): p.read_bytes().decode() for p in root.rglob("*.JPEG")}
+    train = {name: text for name, text in EXPECTED.items() if name.startswith("train")}
+    last = {name: text for name, text in train.items() if name.endswith("_10.JPEG")}
+    expected = {k: v for k, v in train.items() if k not in last}
+    assert found == expected | {k.replace("train", "val"): v for k, v in last.items()}
+    with pytest.raises(tiny_imagenet.DataError, match="--hold-out 3: expected 0 to 2"):
+        tiny_imagenet.prepare(archive, tmp_path / "none", 3)
+    with pytest.raises(tiny_imagenet.DataError):
+        tiny_imagenet.prepare(archive, root, 0)  # it holds another split
+
+
 def test_names_of_an_archive_lead_nowhere_else(tmp_path: Path) -> None:
     files = {
         **subset(),

@@ -99,7 +99,7 @@ def test_coefficients_are_the_layers_own() -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 0.5])
 def test_layers_know_their_own_cells(ratio: float) -> None:
     halves = {"cell_inplane_ratio": 0.5, "cell_outplane_ratio": 0.5} if ratio < 1 else {}
-    network = convert(narrow_resnet(), "resnet18", cell_num_ratio=ratio, **halves)
+    network = convert(narrow_resnet(), "resnet18", cell_num_ratio=ratio, start="paper", **halves)
     layers = dynamic_layers(network)
     assert len(layers) == 20
     for layer in layers:
@@ -204,7 +204,7 @@ def cell_ratios(ratio: float) -> Any:
 
 
 def test_maps_are_cam_before_a_linear_classifier() -> None:
-    network = convert(narrow_resnet(), "resnet18").eval()
+    network = convert(narrow_resnet(), "resnet18", start="paper").eval()
     x = torch.randn(2, 3, 96, 96)
     classes = torch.tensor([3, 0])
     found = class_maps(network, x, classes, least=3)
@@ -231,7 +231,7 @@ def test_every_backbone(name: str) -> None:
     """Coefficients of all its layers, and a map; parameters are as they were."""
     plan, size, arguments = BACKBONES[name]
     torch.manual_seed(0)
-    network = convert(timm.create_model(name, num_classes=3, **arguments), plan)
+    network = convert(timm.create_model(name, num_classes=3, **arguments), plan, start="paper")
     x = torch.randn(2, 3, size, size)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -335,7 +335,7 @@ def test_other_pictures_have_their_panels() -> None:
     pictures = np.zeros((2, 8, 8, 3), np.uint8)
     kernels = {"a": torch.randn(2, 4, 3, 3, 3), "b": torch.randn(2, 4, 1, 7, 7)}
     assert len(draw_kernels(kernels, pictures, ["x", "y"], "t").axes) == 3 + 2 * 3 * 2
-    network = convert(narrow_resnet(), "resnet18")
+    network = convert(narrow_resnet(), "resnet18", start="paper")
     for count, panels in ((1, 2), (7, 20)):
         found = class_maps(network, torch.randn(count, 3, 32, 32))
         pictures = np.zeros((count, 32, 32, 3), np.uint8)
@@ -379,7 +379,7 @@ def recipe(images: Path) -> dict[str, Any]:
             "num_classes": 4,
             "drop_path_rate": 0.2,
             "timm_args": {"channels": [8, 8, 16, 16]},
-            "kernel_warehouse": {"plan": "resnet18"},
+            "kernel_warehouse": {"plan": "resnet18", "start": "paper"},
         },
         "data": {
             "root": str(images),

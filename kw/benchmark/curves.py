@@ -100,7 +100,7 @@ def start(settings: CurveSettings) -> nn.Module:
         plan = "convnext_tiny"
     else:
         raise ValueError(f"model {settings.model!r} is unknown; known: {', '.join(MODELS)}")
-    network = convert(network, plan, cell_num_ratio=settings.ratio)
+    network = convert(network, plan, cell_num_ratio=settings.ratio, start="paper")
     set_temperature(network, 0.5)
     return network
 

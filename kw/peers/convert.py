@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..warehouse import KWLayer
-from ..warehouse.conversion import Conversion, KeptWarehouse, say
+from ..warehouse.conversion import Conversion, KeptWarehouse, count_parameters, say
 from ..warehouse.convertible import arguments_of, has_kernel, succeed
 from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
@@ -116,7 +116,7 @@ def convert(
             "convert"
         )
     made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
-    before = _count_parameters(model)
+    before = count_parameters(model)
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
@@ -129,13 +129,9 @@ def convert(
     for name, layer in made.items():
         model.set_submodule(name, layer)
     if announce:
-        after = _count_parameters(model)
+        after = count_parameters(model)
         say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))
     return model
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -156,7 +156,8 @@ class KernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the one-hot start."""
+        """The paper's start: Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the
+        one-hot assignment. :meth:`hold` sets another."""
         for linear in (self.fc1, self.fc2, self.fc3):
             if linear is not None:
                 nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")

@@ -7,7 +7,10 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-__all__ = ["Conversion", "KeptWarehouse", "say"]
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "say"]
 
 _logger = logging.getLogger("kw")
 
@@ -103,6 +106,11 @@ class Conversion:
             )
             for name, warehouse in self.warehouses.items()
         ]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Values of a model's parameters; those of lazy modules have no number yet."""
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
 def _counted(number: int, what: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, say
+from .conversion import Conversion, KeptWarehouse, count_parameters, say
 from .convertible import dynamic_layer, has_kernel, kernel_shape
 from .layers import KWLayer
 from .ops import check_backend
@@ -79,7 +79,7 @@ def convert(
             whose layers cannot be partitioned as set, or whose attention function cannot keep
             static kernels. The message names layer, warehouse and remedy.
     """
-    before = _count_parameters(model)
+    before = count_parameters(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
     elif example_input is not None:
@@ -132,7 +132,7 @@ def convert(
         for name, added in warehouses.items():
             present[name] = added
         warehouses = present
-    after = _count_parameters(model)
+    after = count_parameters(model)
     warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
     if announce:
         say(str(warehouses.conversion))
@@ -188,10 +188,6 @@ def _static_layers(model: nn.Module, converted: Mapping[str, nn.Module]) -> Iter
     for name, module in model.named_modules():
         if name and has_kernel(module) and name not in converted and not name.startswith(inside):
             yield name
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
