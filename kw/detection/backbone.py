@@ -19,18 +19,21 @@ Legend: B images, C channels, H x W positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from ..config import ConfigError, load_config
 from ..config.checking import Schema, check_tree
 from ..config.schema import ModelConfig
 from ..config.tree import Origin, entry_from_plain
-from ..engine.checkpoint import load_checkpoint, load_network
-from ..models import build_network
+from ..models import build_network, start_network
+from ..models.freezing import freeze as freeze_by_name
+from ..models.weights import CheckpointError, classifier_names, is_converted
 from ..registry import MODELS
 from ..warehouse import (
     Warehouse,
@@ -39,7 +42,9 @@ from ..warehouse import (
     has_temperature,
     set_temperature,
 )
+from ..warehouse.conversion import say
 from .layout import frozen_parameters
+from .weights import StartWeights, read_backbone
 
 __all__ = ["Backbone", "read_network"]
 
@@ -53,20 +58,26 @@ class Backbone(nn.Module):
 
     Args:
         network: a classification configuration (YAML), or a mapping with the keys of its
-            ``model``.
-        weights: checkpoint of that classifier (``tools/train.py``, or the authors' by
-            ``tools/convert_checkpoint.py``); its moving average where it has one. Everything must
-            fit but the classifier itself, which may have other classes.
+            ``model``; ``weights`` and ``freeze`` there belong to the classifier's training.
+        weights: where training starts from: the file of a classifier, converted or static, or of a
+            detector, of which the backbone is taken; ``timm`` or ``timm:TAG``; or weights that were
+            read already. Static ones are loaded before the network is converted, which keeps what
+            it computes, also where the network's own start is ``"paper"``. Everything must fit but
+            the classifier itself. Its moving average where a file has one.
         out_indices: which maps: places in timm's ``feature_info`` of the network, and one more for
             what its last convolution makes of the last (MobileNetV2). Default: the maps of stride
             4 to 32, of those that there are.
         frozen_stages: -1 trains everything, 0 freezes the stem, n the stem and n stages. A
             warehouse is frozen when every layer that uses it is.
+        freeze: patterns of parameters or modules of the network that do not train, besides
+            (:func:`kw.models.freezing.freeze`).
         norm_eval: BatchNorm, that of attention too, uses and keeps its statistics.
         output_norm: LayerNorm over the channels of every map, as ConvNeXt's detectors have it.
         grad_checkpointing: keep only the blocks' inputs for the backward pass. Where norm_eval is
             off, BatchNorm's statistics are then updated twice an iteration.
         drop_path_rate: in place of the classifier's own; stochastic depth grows from 0 to this.
+        resumes: a checkpoint of the detector brings all weights: none are read, and nothing has to
+            be kept in the conversion.
 
     Attributes:
         out_channels: channels of the maps.
@@ -79,25 +90,33 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        network: str | Mapping[str, Any],
-        weights: str | None = None,
+        network: str | Mapping[str, Any] | ModelConfig,
+        weights: str | StartWeights | None = None,
         out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
+        freeze: Sequence[str] = (),
         norm_eval: bool = False,
         output_norm: bool = False,
         grad_checkpointing: bool = False,
         drop_path_rate: float | None = None,
+        resumes: bool = False,
     ) -> None:
         super().__init__()
-        config = read_network(network)
+        config = replace(read_network(network), weights=None, freeze=[])
         if drop_path_rate is not None:
             config.drop_path_rate = drop_path_rate
-        built: Any = build_network(config)
+        if resumes:
+            weights = None
+        elif weights is not None and not isinstance(weights, StartWeights):
+            weights = read_backbone(weights, config)
+        built: Any
+        if weights is None:
+            built = start_network(config, resumes=resumes)
+        else:
+            built = _started(config, weights, out_indices)
         self.network = built
         if not hasattr(self.network, "forward_intermediates"):
             raise ConfigError(f"model.backbone.network: timm's {config.name} has no feature maps")
-        if weights is not None:
-            load_classifier(self.network, weights)
         if has_temperature(self.network):
             set_temperature(self.network, 0.0)
         self.norm_eval = norm_eval
@@ -107,7 +126,7 @@ class Backbone(nn.Module):
             frozen = frozen_parameters(self.network, frozen_stages)
         except ValueError as error:
             raise ConfigError(f"model.backbone.frozen_stages: {error}") from error
-        self._freeze(frozen)
+        self._freeze(frozen, freeze)
         self.output_norms: Any = None
         if output_norm:
             self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in self.out_channels)
@@ -191,25 +210,30 @@ class Backbone(nn.Module):
         _remove(self.network, called)
         drop_unused_warehouses(self.network)
 
-    def _freeze(self, frozen: set[str]) -> None:
+    def _freeze(self, frozen: set[str], patterns: Sequence[str]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in frozen)
+        freeze_by_name(self.network, patterns, "model.backbone")
         for module in self.network.modules():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 self._kept_in_eval.append(module)
 
 
-def read_network(network: str | Mapping[str, Any], folder: Path | None = None) -> ModelConfig:
+def read_network(
+    network: str | Mapping[str, Any] | ModelConfig, folder: Path | None = None
+) -> ModelConfig:
     """The ``model`` of a classification configuration.
 
     Args:
-        network: a file, or a mapping with the keys of ``model``.
+        network: a file, a mapping with the keys of ``model``, or what was read of them.
         folder: where a relative file name starts, if it does not in the working directory.
 
     Raises:
         ConfigError: the file or the mapping is wrong.
     """
+    if isinstance(network, ModelConfig):
+        return network
     if isinstance(network, str):
         beside = folder is not None and (folder / network).is_file()
         path = folder / network if folder is not None and beside else Path(network)
@@ -224,19 +248,63 @@ def read_network(network: str | Mapping[str, Any], folder: Path | None = None) -
     return check_tree(entry, schema)
 
 
-def load_classifier(network: nn.Module, weights: str) -> None:
-    """Load all of a classifier's weights but the classifying layer.
+def _started(
+    config: ModelConfig, weights: StartWeights, out_indices: Sequence[int] | None
+) -> nn.Module:
+    """The whole network with weights, before anything is taken out.
 
     Raises:
-        CheckpointError: the file cannot be read, or anything else in it does not fit.
+        ConfigError: it cannot be built.
+        CheckpointError: the weights are of another network.
     """
-    checkpoint = load_checkpoint(weights)
-    state = checkpoint.get("ema_state_dict", checkpoint["state_dict"])
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    head = (f"{config['classifier']}.", "warehouses.classifier.")
-    own = {key: value for key, value in network.state_dict().items() if key.startswith(head)}
-    body = {key: value for key, value in state.items() if not key.startswith(head)}
-    load_network(network, {**body, **own}, weights)
+    source, state = weights.source, weights.backbone
+    converts = config.kernel_warehouse is not None or config.peer is not None
+    if is_converted(state) and not converts:
+        raise CheckpointError(
+            f"{source} is of another model: converted, where this one is static; set "
+            "model.backbone.network.kernel_warehouse (or peer) as it was converted"
+        )
+    if converts and not is_converted(state):
+        config = _keeping(config, source)
+    if weights.prefix:
+        state = _with_unused(config, state, out_indices)
+    network = start_network(config, state, source, keep_head=False)
+    if weights.caffe_style and any(isinstance(m, Bottleneck) for m in network.modules()):
+        raise CheckpointError(
+            f"{source}: its configuration has a backbone with style='caffe', which strides in "
+            f"the first convolution of a block; {config.name} strides in the second and would "
+            "compute something else with the same weights: take one with style='pytorch'"
+        )
+    return network
+
+
+def _keeping(config: ModelConfig, source: str) -> ModelConfig:
+    """A network that keeps static weights, whatever its file says of training from nothing."""
+    warehouse, peer = config.kernel_warehouse, config.peer
+    settings = [warehouse, *warehouse.warehouses.values()] if warehouse is not None else [peer]
+    if all(own is None or own.start != "paper" for own in settings):
+        return config
+    say(f"{source} are kept: the network's start 'paper', which replaces them, is not used")
+    if peer is not None:
+        return replace(config, peer=replace(peer, start="keep"))
+    assert warehouse is not None
+    named = {name: replace(own, start=None) for name, own in warehouse.warehouses.items()}
+    return replace(config, kernel_warehouse=replace(warehouse, start="keep", warehouses=named))
+
+
+def _with_unused(
+    config: ModelConfig, state: dict[str, Tensor], out_indices: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """A detector's backbone with fresh weights for what it lacks and no map of ours depends on."""
+    if not is_converted(state):
+        config = replace(config, kernel_warehouse=None, peer=None)
+    whole = build_network(config)
+    head = classifier_names(whole)
+    own = {key: value for key, value in whole.state_dict().items() if not key.startswith(head)}
+    if own.keys() <= state.keys():
+        return state
+    used = Backbone(config, out_indices=out_indices, resumes=True).network.state_dict()
+    return {**{key: value for key, value in own.items() if key not in used}, **state}
 
 
 def _remove(module: nn.Module, called: set[nn.Module]) -> None:

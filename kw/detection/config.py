@@ -40,7 +40,8 @@ _INSTEAD = {
     "train_dataloader": "data, batch_size and train_pipeline",
     "val_dataloader": "data, eval_batch_size and test_pipeline",
     "data_root": "data.root",
-    "load_from": "model.backbone.weights",
+    "resume": "--resume",
+    "resume_from": "--resume",
     "max_epochs": "epochs",
 }
 
@@ -239,7 +240,15 @@ def _resolve_network(content: dict[str, Any], path: str) -> None:
     from .backbone import read_network
 
     config = read_network(backbone["network"], Path(path).parent)
-    backbone["network"] = _without_defaults(dataclasses.asdict(config))
+    settings = _without_defaults(dataclasses.asdict(config))
+    for name, nothing in (("weights", "None"), ("freeze", "[]")):
+        found = settings.pop(name, None)
+        if found and name not in backbone and content.get("load_from") is None:
+            raise ConfigError(
+                f"{path}: model.backbone.network has {name} = {found!r}, which is for training the "
+                f"classifier: set model.backbone.{name} to what the detector wants, or {nothing}"
+            )
+    backbone["network"] = settings
 
 
 def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
 from .schema import LayerDecayConfig
 
-__all__ = ["build_detector", "has_masks", "keep_maps_exact", "lr_scales"]
+__all__ = ["build_detector", "has_masks", "keep_maps_exact", "lr_scales", "without_weights"]
 
 
 def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
@@ -49,6 +49,14 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     del detector._dump_init_info
     detector.dataset_meta = {"classes": tuple(classes)}
     return detector
+
+
+def without_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """A detector's settings without weights to start from, for one that a checkpoint brings."""
+    backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
+    if backbone.get("type") == "kw.Backbone":
+        backbone["resumes"] = True
+    return {**model, "backbone": backbone}
 
 
 def keep_maps_exact(detector: Any) -> None:

@@ -15,9 +15,8 @@ from ..engine.distributed import find_process
 from .annotations import load_annotations
 from .config import DetectorConfig
 from .data import build_eval_loader
-from .detector import build_detector
+from .detector import build_detector, without_weights
 from .drawing import draw_detections, draw_ground_truth
-from .run import without_weights
 from .sets import class_names
 from .sheets import contact_sheet, side_by_side
 

@@ -27,10 +27,11 @@ from ..engine.runner import Runner
 from ..engine.task import Task
 from .config import DetectorConfig
 from .data import build_eval_loader, build_train_loader
-from .detector import build_detector, has_masks, keep_maps_exact, lr_scales
+from .detector import build_detector, has_masks, keep_maps_exact, lr_scales, without_weights
 from .evaluation import CocoEvaluator
 from .schema import CocoDataConfig
 from .sets import check_sets, class_names
+from .start import start_detector
 
 __all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
 
@@ -65,7 +66,12 @@ def build_runner(
     resume_from = find_checkpoint(resume, work_dir, process)
     classes = class_names(run.data)
     set_random_seed(run.seed)
-    detector = build_detector(config.model, classes)
+    if resume_from is not None:  # which brings all weights
+        detector = build_detector(without_weights(config.model), classes)
+    elif run.load_from is not None:
+        detector = start_detector(config.model, classes, run.load_from)
+    else:
+        detector = build_detector(config.model, classes)
     if run.precision != "fp32":
         keep_maps_exact(detector)
     masks = has_masks(detector)
@@ -161,12 +167,6 @@ def evaluate_checkpoint(
             loader,
             lambda: evaluate_detector(detector, loader, evaluator, run.precision),
         )
-
-
-def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """A detector's settings without weights to start from, for one that is loaded whole."""
-    backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
-    return {**model, "backbone": backbone}
 
 
 def _evaluator(data: CocoDataConfig, classes: list[str], masks: bool) -> CocoEvaluator:

@@ -73,6 +73,11 @@ class _Detection:
 class DetectionConfig(RunConfig, _Detection):
     """How a detector is trained."""
 
+    load_from: str | None = setting(
+        None,
+        "file of a detector, mmdetection's or of this project, to start from with neck and heads; "
+        "its backbone in place of model.backbone.weights",
+    )
     optimizer: DetectionOptimizerConfig = field(metadata={"doc": "the optimizer"})
 
 
@@ -81,6 +86,8 @@ def _rules(config: DetectionConfig, report: Report) -> None:
     classes = config.data.classes
     if classes is not None and (not classes or len(set(classes)) < len(classes)):
         report(config, ("data.classes",), "names, none twice; null for all of the file")
+    if config.load_from is not None and "://" in config.load_from:
+        report(config, ("load_from",), "a file: download it first")
 
 
 def _ignored(config: DetectionConfig) -> Iterator[tuple[str, str]]:

@@ -81,11 +81,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     if key in _AVERAGES:
         say(f"{path}: its moving average ({key!r}) is taken, not the model's own weights")
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    strange = [
+        str(name)
+        for name, value in state.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor)
+    ]
     if strange:
-        raise CheckpointError(
-            f"weights {path}: {len(strange)} entries are no tensors: {', '.join(strange[:5])}"
-        )
+        found = ", ".join(strange[:5])
+        raise CheckpointError(f"weights {path}: {len(strange)} entries are no tensors: {found}")
     return {_WRAPPERS.sub("", name, count=1): value for name, value in state.items()}
 
 

@@ -1,6 +1,7 @@
 """The method, on torch alone: cells, warehouses, attention, dynamic layers, plans, conversion."""
 
 from .auto import AutoReport, auto_plan
+from .conversion import Conversion, KeptWarehouse
 from .convert import convert, drop_unused_warehouses, resolve_plan, set_backend
 from .convertible import register_convertible
 from .explain import LayerChoice, explain
@@ -22,12 +23,14 @@ from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
 __all__ = [
     "PLANS",
     "AutoReport",
+    "Conversion",
     "KWConv1d",
     "KWConv2d",
     "KWConv2dSame",
     "KWConv3d",
     "KWLayer",
     "KWLinear",
+    "KeptWarehouse",
     "KernelShape",
     "LayerChoice",
     "Plan",

@@ -1,0 +1,129 @@
+"""A whole detector to start from: mmdetection's, published or your own, or one of this project.
+
+The backbone is loaded into the static network before it is converted, which keeps what it computes;
+neck and heads by name. What depends on the number of classes starts afresh where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..models.weights import CheckpointError, refuse_other
+from ..warehouse.conversion import say
+from .backbone import Backbone
+from .detector import build_detector, without_weights
+from .weights import StartWeights, count_parts, part_of, read_detector
+
+__all__ = ["start_detector"]
+
+_SHOWN = 20
+
+
+def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str) -> Any:
+    """Build a detector with the weights of another one; what was loaded and what not is said.
+
+    Args:
+        model: for mmdetection's registry, as for :func:`build_detector`.
+        classes: category names.
+        load_from: file of a detector of the same kind. A part that either of the two lacks, masks
+            for instance, is left out; one that both have must fit in every tensor, but for those
+            whose shape follows from the number of classes.
+
+    Returns:
+        mmdetection's detector.
+
+    Raises:
+        ConfigError: the detector cannot be built.
+        CheckpointError: the file cannot be read, or does not fit.
+    """
+    start = read_detector(load_from)
+    settings = without_weights(model)
+    if settings["backbone"].pop("resumes", False):  # the backbone is this project's
+        settings["backbone"]["weights"] = start
+        if (replaced := model["backbone"].get("weights")) is not None:
+            say(
+                f"{start.source} brings the backbone: model.backbone.weights {replaced} is not read"
+            )
+    detector = build_detector(settings, classes)
+    _load(detector, start, model, classes)
+    return detector
+
+
+def _load(
+    detector: Any, start: StartWeights, model: dict[str, Any], classes: Sequence[str]
+) -> None:
+    """Load what the backbone has not loaded; all of it or nothing.
+
+    Args:
+        detector: its backbone has its weights.
+        start: weights of a detector.
+        model: the detector's settings.
+        classes: its category names.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    has_network = isinstance(detector.backbone, Backbone)
+    found = start.others if has_network else start.state
+    every = detector.state_dict()
+    own = {
+        k: v for k, v in every.items() if not (has_network and k.startswith("backbone.network."))
+    }
+    shared = set(map(part_of, own)) & set(map(part_of, found))
+    if not shared:
+        raise CheckpointError(
+            f"{start.source}: none of its parts ({count_parts(found) or 'a backbone alone'}) is "
+            f"one of the detector's ({count_parts(own)})"
+        )
+    unused = [name for name in found if part_of(name) not in shared]
+    state = {name: value for name, value in found.items() if part_of(name) in shared}
+    absent = {name: value for name, value in own.items() if part_of(name) not in shared}
+    other = {name for name in own if name in state and state[name].shape != own[name].shape}
+    resized = other & _of_classes(own, model, classes) if other else set()
+    # Counters of batches, which old files lack, change nothing.
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    kept = {name: own[name] for name in resized}
+    refuse_other(own, {**counters, **state, **absent, **kept}, start.source)
+    loaded = {name: value for name, value in state.items() if name not in resized}
+    detector.load_state_dict({**every, **loaded})
+
+    backbone = f"backbone {len(start.backbone)}, " if has_network else ""
+    say(f"{start.source}: tensors loaded: {backbone}{count_parts(loaded)}")
+    if resized or absent:
+        reasons = [
+            f"{name} {list(own[name].shape)} ({list(state[name].shape)} in the file)"
+            for name in own
+            if name in resized
+        ]
+        _say_names(f"{start.source}: start afresh", [*reasons, *absent])
+    if unused:
+        _say_names(f"{start.source}: not used", unused)
+    if not resized and start.classes is not None:
+        _compare_classes(start, classes)
+
+
+def _of_classes(
+    own: Mapping[str, Tensor], model: dict[str, Any], classes: Sequence[str]
+) -> set[str]:
+    """The tensors whose shape follows from the number of classes: those that one more changes."""
+    wider = build_detector(without_weights(model), [*classes, "one more"]).state_dict()
+    return {name for name, value in own.items() if wider[name].shape != value.shape}
+
+
+def _compare_classes(start: StartWeights, classes: Sequence[str]) -> None:
+    """Tell of as many classes with other names, which the heads now take for each other."""
+    assert start.classes is not None
+    pairs = list(zip(start.classes, classes, strict=False))
+    differ = [f"{theirs} -> {ours}" for theirs, ours in pairs if theirs != ours]
+    if len(start.classes) == len(classes) and differ:
+        _say_names(f"{start.source}: as many classes of other names, heads loaded as", differ)
+
+
+def _say_names(what: str, names: Iterable[str]) -> None:
+    listed = list(names)
+    rest = len(listed) - _SHOWN
+    more = f", ... and {rest} more" if rest > 0 else ""
+    say(f"{what}: {len(listed)}: {', '.join(listed[:_SHOWN])}{more}")

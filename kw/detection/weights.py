@@ -1,0 +1,154 @@
+"""Trained weights that a backbone or a whole detector starts from, whatever project wrote them.
+
+A classifier's file holds a network; a detector's holds the backbone under ``backbone.``
+(mmdetection, whose ResNets have torchvision's names, and timm's) or ``backbone.network.`` (this
+project), and neck and heads beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..config.schema import ModelConfig
+from ..models.build import read_start
+from ..models.weights import CheckpointError, read_weights
+from ..warehouse.conversion import say
+
+__all__ = ["StartWeights", "count_parts", "part_of", "read_backbone", "read_detector"]
+
+_BACKBONE = "backbone."
+_OURS = ("backbone.network.", "backbone.output_norms.")
+# A setting of mmdetection's ResNets, in the text of the configuration that a file brings along.
+_CAFFE = re.compile(r"""style['"]?\s*[=:]\s*['"]caffe""")
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Weights of a classifier or of a detector.
+
+    Attributes:
+        source: what messages call them.
+        state: all of them, by the file's names.
+        prefix: of the backbone's names; empty for a classifier's weights.
+        classes: names of the detector's categories, where the file has them.
+        caffe_style: the file says that its blocks of three convolutions stride in the first one.
+    """
+
+    source: str
+    state: Mapping[str, Tensor]
+    prefix: str = ""
+    classes: tuple[str, ...] | None = None
+    caffe_style: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StartWeights:
+        """Itself: settings are copied, the tensors in them need not be."""
+        return self
+
+    @property
+    def backbone(self) -> dict[str, Tensor]:
+        """The network's weights, by names without the prefix."""
+        start = len(self.prefix)
+        return {k[start:]: v for k, v in self.state.items() if k.startswith(self.prefix)}
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Those that are not the network's: neck, heads."""
+        return {k: v for k, v in self.state.items() if not k.startswith(self.prefix)}
+
+
+def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
+    """The weights that ``model.backbone.weights`` names; what is not a backbone's is said.
+
+    Args:
+        weights: file of a classifier or of a detector; ``timm`` or ``timm:TAG``.
+        config: the network.
+
+    Raises:
+        ConfigError: timm cannot bring them.
+        CheckpointError: the file cannot be read.
+    """
+    if not isinstance(weights, str):
+        raise ConfigError(
+            f"model.backbone.weights = {weights!r}: expected a file, timm, timm:TAG or None"
+        )
+    source = f"model.backbone.weights {weights}"
+    if weights.partition(":")[0] == "timm":
+        wanted = replace(config, weights=weights)
+        return StartWeights(source, read_start(wanted, "model.backbone.weights"))
+    state = read_weights(weights)
+    if not _is_detector(state):
+        return StartWeights(source, state)
+    start = _detector_weights(source, weights, state)
+    rest = f"not used here: {count_parts(start.others)}" if start.others else "it is all there is"
+    say(f"{source}: the {len(start.backbone)} tensors of the backbone are taken; {rest}")
+    return start
+
+
+def read_detector(file: str) -> StartWeights:
+    """The weights that ``load_from`` names.
+
+    Raises:
+        CheckpointError: the file cannot be read, or it holds no detector.
+    """
+    state = read_weights(file)
+    source = f"load_from {file}"
+    if not _is_detector(state):
+        found = ", ".join(list(state)[:3])
+        raise CheckpointError(
+            f"{source}: expected a detector's weights, named backbone.*, found {found}, ...; a "
+            "classifier's belong to model.backbone.weights"
+        )
+    return _detector_weights(source, file, state)
+
+
+def part_of(name: str) -> str:
+    """The part of a detector that a tensor belongs to: ``neck``, ``roi_head.mask_head``."""
+    steps = name.split(".")
+    is_inner = steps[0] == "roi_head" or name.startswith(_OURS)
+    return ".".join(steps[: 2 if is_inner else 1])
+
+
+def count_parts(names: Iterable[str]) -> str:
+    """The number of tensors of every part, as text."""
+    counts = Counter(map(part_of, names))
+    return ", ".join(f"{part} {count}" for part, count in counts.items())
+
+
+def _is_detector(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(_BACKBONE) for name in state)
+
+
+def _detector_weights(source: str, file: str, state: Mapping[str, Tensor]) -> StartWeights:
+    names = [name for name in state if name.startswith(_BACKBONE)]
+    is_ours = all(name.startswith(_OURS) for name in names)
+    meta = _read_meta(file)
+    data = meta.get("dataset_meta")
+    named: Any = data if isinstance(data, dict) else meta
+    classes = named.get("classes", named.get("CLASSES"))
+    text = meta.get("cfg", meta.get("config"))
+    return StartWeights(
+        source,
+        state,
+        _OURS[0] if is_ours else _BACKBONE,
+        tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None,
+        isinstance(text, str) and _CAFFE.search(text) is not None,
+    )
+
+
+def _read_meta(file: str) -> dict[str, Any]:
+    """What a file says about itself; it was read before, now its tensors stay on disk."""
+    if file.endswith(".safetensors"):
+        return {}
+    mapped = zipfile.is_zipfile(file)  # not torch's older format
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    meta = content.get("meta") if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
