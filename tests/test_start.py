@@ -70,8 +70,8 @@ SETTINGS = {
     "layer norm": {"norm": "layer"},
     "nonlocal basis": {"nonlocal_basis_ratio": 0.25, "cell_num_ratio": 2},
     **{f: {"attention": f, "cell_num_ratio": 2} for f in ATTENTION_FUNCTIONS},
-    "firm": {"firmness": 500},
-    "loose": {"firmness": 0.02, "attention": "rectified"},
+    "firm": {"firmness": 20},
+    "loose": {"firmness": 0.002, "attention": "rectified"},
     "per warehouse": {"warehouses": {"all": {"cell_num_ratio": 3}}},
 }
 
@@ -286,7 +286,7 @@ def test_everything_parts_from_the_start(function, nonlocal_basis_ratio):
 
 def test_a_loose_start_moves_more_than_a_firm_one():
     moved = []
-    for firmness in (1, 100):
+    for firmness in (0.1, 10):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
         plan, _ = everything({"firmness": firmness, "cell_num_ratio": 4})
@@ -430,7 +430,7 @@ def test_the_papers_start_is_drawn_as_before():
     ("setting", "message"),
     [
         ({"start": "kept"}, "start 'kept' is unknown; choose one of 'keep', 'paper'"),
-        ({"firmness": 0.0}, "firmness is 0.0; expected a number from 0.01"),
+        ({"firmness": 0.0}, "firmness is 0.0; expected a number from 0.001"),
         ({"firmness": float("nan")}, "firmness is nan"),
     ],
 )

@@ -86,9 +86,9 @@ class WarehouseConfig:
     )
     firmness: float | None = setting(
         None,
-        "start keep: how firmly the coefficients are held at first; a logit matters once it has "
-        "changed by a share of it",
-        minimum=0.01,
+        "start keep: how firmly the coefficients are held at first: the logits' scale, over the "
+        "number of cells",
+        minimum=0.001,
         maximum=1e6,
     )
 

@@ -51,17 +51,17 @@ ATTENTION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """From logits ``[..., n + 1]``, the null cell last, to coefficients of the same shape."""
 
 
-def _ratio_logits(alpha: Tensor, firmness: float) -> Tensor:
+def _ratio_logits(alpha: Tensor, scale: float) -> Tensor:
     # The magnitudes add up to c - eps, so that the denominator of Eq. 5 is c.
-    null = firmness * (1 - alpha.abs().sum(-1, keepdim=True)) - EPS
-    return torch.cat([firmness * alpha, null], -1)
+    null = scale * (1 - alpha.abs().sum(-1, keepdim=True)) - EPS
+    return torch.cat([scale * alpha, null], -1)
 
 
-def _softmax_logits(alpha: Tensor, firmness: float) -> Tensor:
+def _softmax_logits(alpha: Tensor, scale: float) -> Tensor:
     return torch.cat([alpha, 1 - alpha.sum(-1, keepdim=True)], -1).log()
 
 
-def _sigmoid_logits(alpha: Tensor, firmness: float) -> Tensor:
+def _sigmoid_logits(alpha: Tensor, scale: float) -> Tensor:
     return torch.cat([alpha.logit(), torch.zeros_like(alpha[..., :1])], -1)
 
 
@@ -71,7 +71,7 @@ LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": _sigmoid_logits,
     "rectified": _ratio_logits,
 }
-"""The inverses: from coefficients ``[..., n]`` and the firmness c to logits ``[..., n + 1]``.
+"""The inverses: from coefficients ``[..., n]`` and their scale c to logits ``[..., n + 1]``.
 
 Which coefficients a function can give is for the caller to know: magnitudes that sum to at most
 ``1 - eps / c`` (contrasting, rectified), positive ones (all but contrasting) that sum to less than
@@ -169,7 +169,7 @@ class KernelAttention(nn.Module):
         _restore_one_hot(self)
 
     @torch.no_grad()
-    def hold(self, alpha: Tensor, firmness: float) -> None:
+    def hold(self, alpha: Tensor, scale: float) -> None:
         """Give every mixture the coefficients ``alpha`` at temperature 0, whatever the input.
 
         The logits' weights become zero and their biases what the attention function makes
@@ -177,9 +177,9 @@ class KernelAttention(nn.Module):
 
         Args:
             alpha: ``[m, n]``; what the function cannot give is not checked (:data:`LOGITS`).
-            firmness: c; a logit must change by a share of it before the coefficients do.
+            scale: c; a logit must change by a share of it before the coefficients do.
         """
-        logits = LOGITS[self.function](alpha, firmness).flatten()
+        logits = LOGITS[self.function](alpha, scale).flatten()
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
         nn.init.zeros_(self.fc2.weight)
         bias.copy_(logits)

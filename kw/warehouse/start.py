@@ -15,8 +15,12 @@ layer had. Parameters, checkpoints and forward pass are those of the paper.
   are, alternating least squares make the error of the outputs small instead. Both have negative
   coefficients, which only the contrasting function can give.
 
+The scale c of the logits is ``firmness * n``. An update of AdamW moves every logit by about the
+learning rate lr, so that the coefficients of a mixture together move by ``n lr / c``: as much in a
+large warehouse as in a small one.
+
 Legend: m mixtures of a layer, M of all layers of the warehouse, n cells, D values of a cell, c the
-    firmness, O, I output and input channels, g groups.
+    scale of the logits, O, I output and input channels, g groups.
 """
 
 from __future__ import annotations
@@ -66,16 +70,17 @@ def keep_kernels(
     # In float64 on the CPU: some devices have none.
     blocks = torch.cat([_blocks(k, part) for k, part in zip(kernels, parts, strict=True)])
     is_contrasting = settings.attention == "contrasting"
+    scale = settings.firmness * layout.cells
     if settings.cell_num_ratio >= 1:
         kept = 1.0
-        own, other = _shares(settings.firmness, layout.cells, is_contrasting)
+        own, other = _shares(scale, layout.cells, is_contrasting)
         cells = warehouse.cells.detach().to("cpu", torch.float64)
         owned = [cell for own_slice in layout.slices for cell in own_slice.owners]
         cells[owned] = _without_others(blocks, cells, owned, own, other)
         for attention in attentions:
             alpha = torch.full((attention.mixtures, layout.cells), other, dtype=torch.float64)
             alpha[range(attention.mixtures), list(attention.own.owners)] = own
-            attention.hold(alpha, settings.firmness)
+            attention.hold(alpha, scale)
     else:
         if not is_contrasting:
             raise ValueError(
@@ -98,11 +103,11 @@ def keep_kernels(
             total, lost = total * by_value, lost * by_value
         kept = 1 - (lost.sum() / total.sum()).item() if total.any() else 1.0
         # Cells may be as large as they like, coefficients not.
-        scale = alpha.abs().sum(-1).max().item() / (1 - EPS / settings.firmness) or 1.0
-        cells = cells * scale
-        rows = (alpha / scale).split([part.mixtures for part in parts])
+        size = alpha.abs().sum(-1).max().item() / (1 - EPS / scale) or 1.0
+        cells = cells * size
+        rows = (alpha / size).split([part.mixtures for part in parts])
         for attention, own_rows in zip(attentions, rows, strict=True):
-            attention.hold(own_rows, settings.firmness)
+            attention.hold(own_rows, scale)
     warehouse.cells.copy_(cells)
     return kept
 
@@ -114,11 +119,11 @@ def _blocks(kernel: Tensor, part: Partition) -> Tensor:
     return to_blocks(taps, part)[0]
 
 
-def _shares(firmness: float, cells: int, is_contrasting: bool) -> tuple[float, float]:
+def _shares(scale: float, cells: int, is_contrasting: bool) -> tuple[float, float]:
     """Coefficient p of a mixture's own cell, and q of each other one."""
     if is_contrasting:
-        return 1 - EPS / firmness, 0.0
-    return firmness / (1 + firmness), min(firmness, 1) / (2 * cells * (1 + firmness))
+        return 1 - EPS / scale, 0.0
+    return scale / (1 + scale), min(scale, 1) / (2 * cells * (1 + scale))
 
 
 def _without_others(

@@ -39,7 +39,8 @@ class WarehouseSettings:
         start: ``"keep"``: the layers begin as static ones, with the kernels that they replace
             (:mod:`kw.warehouse.start`); ``"paper"``: cells and attention are initialised at random
             and the temperature is annealed.
-        firmness: c, how firmly ``"keep"`` holds the coefficients that it begins with.
+        firmness: how firmly ``"keep"`` holds the coefficients that it begins with: the logits'
+            scale c over the number of cells.
     """
 
     cell_num_ratio: float = 1.0
@@ -51,7 +52,7 @@ class WarehouseSettings:
     attention: str = "contrasting"
     spatial_partition: bool = True
     start: str = "keep"
-    firmness: float = 5.0
+    firmness: float = 0.5
 
     def with_overrides(self, overrides: Mapping[str, Any], source: str) -> WarehouseSettings:
         """A copy with some settings replaced.
@@ -110,10 +111,10 @@ class Warehouse(nn.Module):
                 f"warehouse {name!r}: start {settings.start!r} is unknown; choose one of "
                 f"{', '.join(map(repr, STARTS))}"
             )
-        if not 0.01 <= settings.firmness <= 1e6:
+        if not 0.001 <= settings.firmness <= 1e6:
             raise ValueError(
-                f"warehouse {name!r}: firmness is {settings.firmness}; expected a number from 0.01 "
-                "to 1e6"
+                f"warehouse {name!r}: firmness is {settings.firmness}; expected a number from "
+                "0.001 to 1e6"
             )
         self.name = name
         self.settings = settings
