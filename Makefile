@@ -9,7 +9,7 @@ DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
-	@echo "make demo     train and compare a static and a KernelWarehouse network on digits"
+	@echo "make demo     train and compare static and KernelWarehouse networks on digits"
 	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
@@ -24,16 +24,20 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--editable ".[dev,demo,detection,docs,export]"
+	touch $@ $(VENV)/demo-installed
+
+$(VENV)/demo-installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
-demo: install
-	rm -rf $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x
-	$(BIN)/python -m kw.data.digits $(DEMO)/digits
-	$(BIN)/python tools/train.py configs/demo/resnet18.yaml --work-dir $(DEMO)/resnet18
-	$(BIN)/python tools/train.py configs/demo/kw_resnet18_1x.yaml --work-dir $(DEMO)/kw_resnet18_1x
-	$(BIN)/python tools/test.py configs/demo/resnet18.yaml $(DEMO)/resnet18/best.pth
-	$(BIN)/python tools/test.py configs/demo/kw_resnet18_1x.yaml $(DEMO)/kw_resnet18_1x/best.pth
-	$(BIN)/python tools/compare_runs.py $(DEMO)/resnet18 $(DEMO)/kw_resnet18_1x --plot $(DEMO)/curves.png
+# One seed; configs/demo/demo_seeds.yaml has five.
+demo: $(VENV)/demo-installed
+	rm -rf $(DEMO)/runs
+	$(BIN)/python -m kw.data.two_inks $(DEMO)/two_inks
+	$(BIN)/python tools/run_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs --jobs 2
+	$(BIN)/python tools/summarize_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs \
+		--json $(DEMO)/demo.json --plot $(DEMO)/curves.png --differences
 
 demo-detection: $(DEMO)/kw_resnet18_1x/best.pth
 	rm -rf $(DEMO)/mask_rcnn_kw_resnet18_1x
