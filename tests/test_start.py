@@ -242,6 +242,52 @@ def test_fewer_cells_need_negative_coefficients(function):
     kw.convert(model, plan, start="paper")
 
 
+@pytest.mark.parametrize("plan_settings", [{}, HALF])
+def test_weights_that_are_not_finite_are_refused(plan_settings):
+    model, plan = halved(**dict.fromkeys(HALF, 1))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weight of layer '1' is not finite"):
+        kw.convert(model, {**plan, **plan_settings})
+
+
+def test_shared_weights_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'0'.*shares its weight with '1'"):
+        kw.convert(model, {"rules": [{"match": "0", "warehouse": "w"}]})
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be trained"):
+        kw.convert(narrow_resnet(), "resnet18")
+
+
+def test_a_second_conversion_leaves_the_branches_of_the_first():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    kw.convert(model, {"rules": [{"match": "0", "warehouse": "a"}]})
+    kw.convert(model, {"rules": [{"match": ".*1.*", "warehouse": "b"}]})
+    assert [isinstance(m, KWLayer) for m in (model[0], model[1], model[0].attention.fc1)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_reset_parameters_begins_as_a_static_layer(function):
+    """Also after a stay on the meta device."""
+    with torch.device("meta"):
+        layer = KWConv2d(4, 8, 3, cell_num_ratio=2, attention=function)
+    layer.to_empty(device="cpu")
+    for module in (layer.warehouse, layer.attention, layer):
+        module.reset_parameters()
+    alpha = layer.attention(torch.randn(2, 4), layer.warehouse.temperature)
+    assert torch.equal(alpha[0], alpha[1])
+    owners = torch.tensor(layer.attention.own.owners)
+    assert torch.equal(alpha[0].argmax(-1), owners)
+
+
 def test_zero_kernels_are_kept():
     model, plan = halved()
     for layer in model:
@@ -250,10 +296,57 @@ def test_zero_kernels_are_kept():
     assert not model(torch.randn(2, 8, 3, 3).double()).any()
 
 
-def test_batches_that_are_none_are_refused():
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        (torch.randn(2, 8, 3, 3), r"is a tensor; expected several batches"),
+        ([(torch.randn(2, 8, 3, 3).double(), torch.zeros(2))], "without labels"),
+        ([torch.randn(2, 8, 3, 3)], "does not take a batch of .2, 8, 3, 3"),
+        ([torch.full((2, 8, 3, 3), torch.nan).double()], "input of layer '0' is not finite"),
+    ],
+)
+def test_batches_that_cannot_be(batches, message):
     model, plan = halved()
-    with pytest.raises(ValueError, match="at least one batch"):
-        kw.convert(model, plan, batches=[])
+    with pytest.raises(ValueError, match=message):
+        kw.convert(model, plan, batches=batches)
+    assert not any(isinstance(module, KWLayer) for module in model.modules())
+    kw.convert(model, plan, start="paper", batches=[])  # not looked at
+
+
+def test_layers_that_no_batch_reaches_count_little(caplog):
+    """The scale of the inputs does not matter."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16, bias=False) for _ in "abc")
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    caplog.set_level(logging.INFO, "kw")
+    found = []
+    for scale in (1e-3, 1, 1e3):
+        torch.manual_seed(0)
+        model = Network().double()
+        x = torch.randn(8, 5, 16).double() * scale
+        expected = model(x)
+        rules = {"rules": [{"match": "[abc]", "warehouse": "w"}], **HALF}
+        kw.convert(model, rules, batches=[x])
+        found.append(difference(model(x), expected))
+    assert found == pytest.approx([found[1]] * 3, rel=1e-4)
+    assert "1 layers were not called and count little: c" in caplog.text
+
+
+def test_cells_that_are_not_needed_may_train():
+    """More cells than a cell has values: the others stay random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 4, groups=16, padding="same") for _ in range(8)))
+    kw.convert(model, {"rules": [{"match": ".", "warehouse": "w"}], "cell_num_ratio": 0.5})
+    cells = model.warehouses["w"].cells
+    assert cells.shape == (64, 16)
+    assert cells.any(1).all()
 
 
 # --- from the start on -----------------------------------------------------------------------
@@ -367,14 +460,23 @@ def test_one_line_says_what_was_done(caplog):
     kw.convert(narrow_resnet(), "resnet18", start="paper")
     assert "weights replaced by random ones" in caplog.records[0].message
     caplog.clear()
+    kw.convert(narrow_resnet(), "resnet18", warehouses={"layer1": {"start": "paper"}})
+    assert "weights kept in part: 3 of 4 warehouses" in caplog.records[0].message
+    caplog.clear()
     kw.convert(narrow_resnet(), "resnet18", announce=False)
     assert not caplog.records
 
 
 def test_the_line_goes_to_stderr_where_nobody_logs(capsys, monkeypatch):
+    kw.convert(narrow_resnet(), "resnet18")  # a handler is there, but for warnings only
+    assert "20 layers converted" in capsys.readouterr().err
     monkeypatch.setattr(logging.Logger, "hasHandlers", lambda self: False)
     kw.convert(narrow_resnet(), "resnet18")
     assert "20 layers converted" in capsys.readouterr().err
+    monkeypatch.setattr(logging.getLogger("kw"), "level", logging.WARNING)
+    kw.convert(narrow_resnet(), "resnet18")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(logging.getLogger("kw"), "level", logging.NOTSET)
     monkeypatch.setenv("RANK", "1")
     kw.convert(narrow_resnet(), "resnet18")
     assert not capsys.readouterr().err

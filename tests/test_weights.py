@@ -19,7 +19,7 @@ import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.engine import train
 from kw.models import start_network
-from kw.models.weights import CheckpointError, read_weights
+from kw.models.weights import CheckpointError, load_start, read_weights
 
 NARROW = {"name": "resnet18", "num_classes": 5, "timm_args": {"channels": [8, 16, 16, 32]}}
 DYNAMIC = {"plan": "resnet18", "cell_num_ratio": 2}
@@ -62,6 +62,13 @@ FILES = {
     "torchvision's trainer": lambda state: {"model": state, "optimizer": {}, "epoch": 3},
     "wrapped": lambda state: {f"module.{key}": value for key, value in state.items()},
     "compiled and wrapped": lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+    "torch's average": lambda state: {
+        "model": other(state),
+        "model_ema": {
+            **{f"module.{key}": value for key, value in state.items()},
+            "n_averaged": torch.tensor(3),
+        },
+    },
     "before batches were counted": lambda state: {
         key: value for key, value in state.items() if "num_batches" not in key
     },
@@ -137,7 +144,7 @@ def test_torchvision(name: str, classes: int, tmp_path: Path, caplog: Any) -> No
     if classes == 1000:
         assert close(network(x), theirs(x))
     else:
-        assert "the classifier starts from fresh weights" in caplog.text
+        assert "the classifier (" in caplog.text
         assert network(x).shape == (2, 7)
         first = next(p for p in theirs.parameters() if p.dim() == 4)
         if not dynamic:
@@ -237,6 +244,41 @@ def test_damaged_files(suffix: str, tmp_path: Path) -> None:
         read_weights(path)
 
 
+def test_torchvisions_other_networks_are_refused(tmp_path: Path) -> None:
+    """MobileNetV3's tensors have timm's shapes and order, but its BatchNorm another epsilon."""
+    path = tmp_path / "weights.pth"
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"missing conv_stem\.weight"):
+        start_network(config(name="mobilenetv3_small_100", timm_args={}, weights=str(path)).model)
+
+
+def test_a_network_without_a_classifier_leaves_the_files(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "kw")
+    torch.save(static().state_dict(), tmp_path / "static.pth")
+    torch.manual_seed(0)
+    headless = timm.create_model("resnet18", channels=[8, 16, 16, 32], num_classes=0)
+    load_start(headless, read_weights(tmp_path / "static.pth"), "static.pth")
+    assert "its classifier is not used" in caplog.text
+    assert torch.equal(headless.conv1.weight, static().conv1.weight)
+
+
+def test_a_converted_classifier_of_other_classes_begins_held(tmp_path: Path) -> None:
+    """Its warehouse is found by its layers, whatever its name."""
+    rules = [
+        {"match": r"layer\d.*conv\d", "warehouse": "body"},
+        {"match": "fc", "warehouse": "end"},
+    ]
+    dynamic = {"plan": {"rules": rules}}
+    trained = start_network(config(kernel_warehouse={**dynamic, "start": "paper"}).model)
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    network: Any = start_network(
+        config(num_classes=7, kernel_warehouse=dynamic, weights=str(tmp_path / "weights.pth")).model
+    )
+    assert not network.fc.attention.fc2.weight.any()
+    branch = "layer1.0.conv1.attention.fc2.weight"
+    assert torch.equal(network.state_dict()[branch], trained.state_dict()[branch])
+
+
 # --- freezing --------------------------------------------------------------------------------
 
 
@@ -257,6 +299,10 @@ def test_freezing(caplog: Any) -> None:
     # layer1's cells are layer1's alone; of layer2's, layer3's first convolutions use some.
     assert "warehouses.layer2.cells" in left
     assert "warehouses.layer2.cells (" in caplog.text
+    branches = start_network(config(kernel_warehouse=dynamic, freeze=[r".*\.attention"]).model)
+    assert {name for name in trains(branches) if name.startswith("warehouses")} == {
+        f"warehouses.layer{stage}.cells" for stage in range(1, 5)
+    }
     alone = start_network(config(kernel_warehouse=dynamic, freeze=[r"layer[1234]"]).model)
     assert not any(name.startswith("warehouses") for name in trains(alone))
 

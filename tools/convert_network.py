@@ -11,7 +11,6 @@ the rest measure the difference. The start is "keep", whatever the configuration
 """
 
 import argparse
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from kw.deploy import find_images
 from kw.engine.checkpoint import save_checkpoint
 from kw.evaluation import render_table
 from kw.models import check_network, start_network
+from kw.models.build import read_start, with_start
+from kw.models.weights import is_converted
 
 
 def main() -> None:
@@ -51,12 +52,15 @@ def main() -> None:
         raise ConfigError(f"{args.config} is a static network; expected model.kernel_warehouse")
     converted = replace(
         model,
-        kernel_warehouse=model.kernel_warehouse and replace(model.kernel_warehouse, start="keep"),
+        kernel_warehouse=model.kernel_warehouse and with_start(model.kernel_warehouse, "keep"),
         peer=model.peer and replace(model.peer, start="keep"),
     )
 
     torch.manual_seed(config.seed)
-    static = start_network(replace(model, kernel_warehouse=None, peer=None)).eval()
+    state, plain = read_start(model), replace(model, kernel_warehouse=None, peer=None)
+    if is_converted(state):
+        raise ConfigError(f"{model.weights} holds a converted network already")
+    static = start_network(plain, state, str(model.weights)).eval()
     check_network(static, model, config.data.input_size)
     images = _images(config, args.images, args.count)
     source, fit = f"{model.weights}", images[::2].split(32)
@@ -66,6 +70,8 @@ def main() -> None:
     kept = getattr(network, "warehouses", None)
     whole = kept is None or all(w.kept == 1 for w in kept.conversion.warehouses.values())
     unseen = images if whole else images[1::2]
+    if not len(unseen):
+        raise ConfigError("--images: expected two images at least, below a budget of 1")
     table, difference, same = _compare(static, network.eval(), unseen)
     print(table)
     what = "images" if args.images else "random images"
@@ -90,10 +96,11 @@ def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
         return torch.randn(count, 3, size, size)
     files = find_images([folder])
     transform, upright = build_transform(data, False), data.exif_orientation == "apply"
-    chosen = itertools.islice(files, 0, None, max(len(files) // count, 1))
+    count = min(count, len(files))
+    chosen = [files[place * len(files) // count] for place in range(count)]
     read = [
         transform(read_image(file, data.bad_images.max_pixels, upright).convert("RGB"))
-        for file in itertools.islice(chosen, count)
+        for file in chosen
     ]
     batch = {"images": torch.stack(read), "labels": torch.zeros(len(read), dtype=torch.long)}
     return BatchPreprocessor(data, config.model.num_classes)(batch, False)[0]

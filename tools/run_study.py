@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _note(args: Namespace, path: Path) -> None:
-    """Under what the runs were started; not where their files lie, which is no one else's."""
+    """Under what the runs were started, without local paths."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = f"python tools/run_study.py {args.study} --jobs {args.jobs} --threads {args.threads}"
     options = [option for option in args.cfg_options if not option.startswith("data.root=")]

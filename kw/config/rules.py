@@ -106,6 +106,14 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "model.peer",
         "model.kernel_warehouse",
     )
+    dynamic = model.kernel_warehouse
+    if dynamic is not None and dynamic.cell_num_ratio is not None and dynamic.cell_num_ratio < 1:
+        expect(
+            config.temperature_epochs == 0 or dynamic.start == "paper",
+            "0 below a budget of 1 for start: keep, which holds at temperature 0 alone",
+            key,
+            "model.kernel_warehouse.start",
+        )
     if model.peer is not None:
         expect(
             model.peer.reduction is None or model.peer.method != "condconv",

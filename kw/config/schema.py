@@ -86,8 +86,8 @@ class WarehouseConfig:
     )
     firmness: float | None = setting(
         None,
-        "start keep: how firmly the coefficients are held at first: the logits' scale, over the "
-        "number of cells",
+        "start keep: the logits' scale over the number of cells; larger values change the "
+        "coefficients more slowly",
         minimum=0.001,
         maximum=1e6,
     )

@@ -7,8 +7,9 @@ original archive, http://cs231n.stanford.edu/tiny-imagenet-200.zip, or from one 
 
     python -m kw.data.tiny_imagenet ARCHIVE data/tiny-imagenet-100
 
-Settings are chosen on images that no claim is made on: with ``--hold-out 50`` the last 50 training
-images of every class are the validation set, and the real one is left out.
+Settings are chosen on images that no published figure uses: with
+``--hold-out 50`` the last 50 training images of every class are the validation set, and the real
+one is left out.
 
 The images are ImageNet's: for non-commercial research and education, by its terms.
 """

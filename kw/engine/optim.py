@@ -49,7 +49,7 @@ def build_optimizer(
             group's stands in its ``lr_scale``, which the schedule multiplies by.
     """
     branches = tuple(
-        f"{prefix}.attention."
+        f"{prefix}.attention.".removeprefix(".")
         for prefix, module in network.named_modules()
         if isinstance(module, KWLayer)
     )

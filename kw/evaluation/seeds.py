@@ -7,17 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .report import render_table
-from .study import binomial_error
+from .study import binomial_error, mean_and_error
 
-__all__ = ["difference_table", "mean_and_error"]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of at least two values and its standard error, from their spread."""
-    count = len(values)
-    mean = sum(values) / count
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, math.sqrt(variance / count)
+__all__ = ["difference_table"]
 
 
 def difference_table(summary: Mapping[str, Any]) -> str:

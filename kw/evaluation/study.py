@@ -20,6 +20,7 @@ from .report import ReportError, read_run, render_table
 __all__ = [
     "STARTED",
     "binomial_error",
+    "mean_and_error",
     "plot_study",
     "read_started",
     "read_summary",
@@ -115,9 +116,17 @@ def binomial_error(percent: float, images: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / images)
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two values and its standard error, from their spread."""
+    count = len(values)
+    mean = sum(values) / count
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
 def study_table(summary: Summary) -> str:
-    """The study's rows in Markdown; figures of several seeds are their mean, with all of them
-    behind."""
+    """The study's rows in Markdown. Figures of several seeds are their mean; top-1 has its standard
+    error and all of them behind, its difference to the first row the error over paired seeds."""
     by_row: dict[str, list[Summary]] = {}
     for run in summary["runs"]:
         by_row.setdefault(run["row"], []).append(run)
@@ -137,8 +146,11 @@ def study_table(summary: Summary) -> str:
     for row, runs in by_row.items():
         top1, difference = _mean(runs, "top1"), ""
         if runs is not base:
-            difference = f"{top1 - _mean(base, 'top1'):+.2f}"
-        each = f" ({', '.join(format(run['top1'], '.2f') for run in runs)})"
+            difference = f"{top1 - _mean(base, 'top1'):+.2f}" + _paired_error(runs, base)
+        values = [run["top1"] for run in runs]
+        each = f" ({', '.join(format(value, '.2f') for value in values)})"
+        if len(runs) > 1:
+            each = f" ± {mean_and_error(values)[1]:.2f}{each}"
         train = sum(run["curve"][-1]["train_loss"] for run in runs) / len(runs)
         rows.append(
             (
@@ -154,6 +166,13 @@ def study_table(summary: Summary) -> str:
             )
         )
     return render_table(header, rows)
+
+
+def _paired_error(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
+    """The standard error of a difference over the seeds of both rows; "" for fewer than two."""
+    others = {run["seed"]: run["top1"] for run in base}
+    pairs = [run["top1"] - others[run["seed"]] for run in runs if run["seed"] in others]
+    return f" ± {mean_and_error(pairs)[1]:.2f}" if len(pairs) > 1 else ""
 
 
 def _mean(runs: Sequence[Summary], key: str) -> float:

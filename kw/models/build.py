@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ from torch.func import functional_call
 
 from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
-from ..config.schema import ModelConfig
+from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
 from ..errors import one_line
 from ..warehouse import convert
 from .freezing import freeze
 from .stem import set_small_stem
 from .weights import is_converted, load_start, read_weights
 
-__all__ = ["build_model", "build_network", "check_network", "read_start", "start_network"]
+__all__ = [
+    "build_model",
+    "build_network",
+    "check_network",
+    "read_start",
+    "start_network",
+    "with_start",
+]
 
 
 def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -88,10 +96,19 @@ def start_network(
                 f"{source} are those of a converted network, and this one is static; set "
                 "model.kernel_warehouse (or model.peer) as it was converted"
             )
-        network = _convert(network, config, begin=False)
+        # A classifier of other classes begins as the configuration says.
+        network = _convert(network, config, announce=False)
         load_start(network, state, source, keep_head)
     freeze(network, config.freeze)
     return network
+
+
+def with_start(config: KernelWarehouseConfig, start: str) -> KernelWarehouseConfig:
+    """A conversion with this start for every warehouse, whatever plan and settings say."""
+    planned = config.plan.get("warehouses") if isinstance(config.plan, Mapping) else None
+    own = {name: config.warehouses.get(name, WarehouseConfig()) for name in planned or ()}
+    own = {name: replace(one, start=start) for name, one in {**own, **config.warehouses}.items()}
+    return replace(config, start=start, warehouses=own)
 
 
 def build_network(config: ModelConfig) -> nn.Module:
@@ -167,21 +184,30 @@ def _convert(
     network: nn.Module,
     config: ModelConfig,
     begin: bool = True,
+    announce: bool = True,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
     """The network in the dynamic form that the configuration asks for, if any.
 
-    Where training does not begin with it, because a checkpoint's weights follow, nothing has to be
-    kept, and nothing is said.
+    Args:
+        network: the static one.
+        config: its settings.
+        begin: training begins with it; otherwise a checkpoint's weights follow, so that nothing has
+            to be kept, and nothing is said.
+        announce: say what was done.
+        batches: as for :func:`kw.convert`.
     """
     warehouse, peer = config.kernel_warehouse, config.peer
-    begun: dict[str, Any] = {} if begin else {"start": "paper", "announce": False}
+    settings: dict[str, Any] = {"announce": announce and begin}
     try:
         if warehouse is not None:
-            settings = {**warehouse.overrides(), **begun}
-            return convert(network, warehouse.plan, batches=batches, **settings)
+            if not begin:
+                warehouse = with_start(warehouse, "paper")
+            settings |= {**warehouse.overrides(), "batches": batches}
+            return convert(network, warehouse.plan, **settings)
         if peer is not None:
-            return peers.convert(network, peer.method, **{**peer.settings(), **begun})
+            settings |= {**peer.settings(), **({} if begin else {"start": "paper"})}
+            return peers.convert(network, peer.method, **settings)
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
         # Arguments of timm's may have made a network that the plan does not know.

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..warehouse import convert, drop_unused_warehouses
 from ..warehouse.conversion import say
 from .released import RELEASED, ReleasedModel
-from .weights import is_converted, load_start, read_weights
+from .weights import classifier_names, is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
@@ -97,6 +97,9 @@ def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
 def _file(arguments: dict[str, Any]) -> str | None:
     """The file of weights that the arguments of ``timm.create_model`` name, if they do."""
     overlay = arguments.get("pretrained_cfg_overlay") or {}
+    for key in ("state_dict", "url", "hf_hub_id", "custom_load"):
+        if overlay.get(key):
+            raise ValueError(f"pretrained_cfg_overlay has {key!r}; give weights as 'file'")
     config: Any = arguments.get("pretrained_cfg")
     named = config.get("file") if isinstance(config, dict) else getattr(config, "file", None)
     return overlay.get("file") or named
@@ -125,7 +128,9 @@ def _checked_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     """
     expected = model.state_dict()
     config: Any = model.pretrained_cfg
-    head = (f"{config['classifier']}.", "warehouses.classifier.")
+    head = classifier_names(model)
+    if not any(key.startswith(head) for key in expected):  # num_classes=0
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
     other_head = {
         key
         for key in expected

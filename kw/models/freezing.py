@@ -28,11 +28,13 @@ def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None)
             it, in place of ``"model"``.
 
     Raises:
-        ConfigError: a pattern that is none, or that matches nothing, or nothing is left to train.
+        ConfigError: an invalid regular expression, one that matches nothing, or nothing is left to
+            train.
     """
     key = f"{part or 'model'}.freeze"
     names = [name for name, _ in network.named_parameters()]
     frozen: set[str] = set()
+    layers: set[str] = set()
     for pattern in patterns:
         try:
             compiled = re.compile(pattern)
@@ -43,9 +45,14 @@ def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None)
             modules = [name for name, _ in network.named_modules() if name]
             raise ConfigError(f"{key} {pattern!r} matches nothing; {nearest(pattern, modules)}")
         frozen |= found
+        layers |= {
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, KWLayer) and any(map(compiled.fullmatch, _and_around(name)))
+        }
     if not frozen:
         return
-    _freeze_cells(network, frozen)
+    _freeze_cells(network, frozen, layers)
     if part is None and frozen >= set(names):
         raise ConfigError(f"{key} {list(patterns)}: nothing is left to train")
     count = 0
@@ -56,20 +63,19 @@ def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None)
     say(f"frozen: {len(frozen)} of {len(names)} parameters ({count:,} values)")
 
 
-def _freeze_cells(network: nn.Module, frozen: set[str]) -> None:
+def _freeze_cells(network: nn.Module, frozen: set[str], layers: set[str]) -> None:
     """Add to the frozen parameters the cells that frozen layers alone use."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     users: dict[str, list[bool]] = {}
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, KWLayer):
-            branch = all(names[id(p)] in frozen for p in module.attention.parameters())
-            users.setdefault(names[id(module.warehouse.cells)], []).append(branch)
+            users.setdefault(names[id(module.warehouse.cells)], []).append(name in layers)
     shared = []
-    for cells, layers in users.items():
-        if all(layers):
+    for cells, are_frozen in users.items():
+        if all(are_frozen):
             frozen.add(cells)
-        elif any(layers) and cells not in frozen:
-            shared.append(f"{cells} ({sum(layers)} of its {len(layers)} layers)")
+        elif any(are_frozen) and cells not in frozen:
+            shared.append(f"{cells} ({sum(are_frozen)} of its {len(are_frozen)} layers)")
     if shared:
         say(f"frozen in part, so that the cells go on training: {', '.join(shared)}")
 

@@ -5,8 +5,8 @@ this project, with the tensors at the top or under ``state_dict``, ``model`` and
 moving average where a file has one.
 
 What is adapted, and said: prefixes of wrappers, the names of the original releases where timm knows
-them (``checkpoint_filter_fn``), torchvision's names, and a classifier of another width, which is
-left as it was initialised.
+them (``checkpoint_filter_fn``), torchvision's names, and a classifier of another width, which
+starts from small random weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
+from ..warehouse import KWLayer
 from ..warehouse.conversion import say
 
 __all__ = [
@@ -39,7 +40,7 @@ State = Mapping[str, Tensor]
 
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema")
 _MODELS = ("state_dict", "model", "model_state", "weights")
-_WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 _SHOWN = 20
 
 
@@ -60,7 +61,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return _unwrapped(load_file(path), path)
         except Exception as error:  # safetensors' own kind, or the system's
             raise CheckpointError(f"weights {path}: cannot be read: {one_line(error)}") from error
     if (fault := find_damage(path)) is not None:
@@ -81,6 +82,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     if key in _AVERAGES:
         say(f"{path}: its moving average ({key!r}) is taken, not the model's own weights")
+    counted = state.get("n_averaged")
+    if isinstance(counted, Tensor) and counted.ndim == 0:  # of torch's AveragedModel
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
     strange = [
         str(name)
         for name, value in state.items()
@@ -89,7 +93,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if strange:
         found = ", ".join(strange[:5])
         raise CheckpointError(f"weights {path}: {len(strange)} entries are no tensors: {found}")
-    return {_WRAPPERS.sub("", name, count=1): value for name, value in state.items()}
+    return _unwrapped(state, path)
+
+
+def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names without the prefixes of wrappers."""
+    named = {_WRAPPERS.sub("", name): value for name, value in state.items()}
+    if len(named) < len(state):
+        raise CheckpointError(f"weights {path}: some tensors are there with and without a prefix")
+    return named
 
 
 def _holds_tensors(content: Any, key: str) -> bool:
@@ -109,11 +121,17 @@ def is_converted(state: State) -> bool:
 
 
 def classifier_names(network: nn.Module) -> tuple[str, ...]:
-    """The prefixes of the parameters of a timm network's classifier; none where it has none."""
+    """The prefixes of the parameters of a timm network's classifier, and of the warehouses that it
+    alone uses; none where it has none."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     named = config.get("classifier") or ()
-    names = (named,) if isinstance(named, str) else tuple(named)
-    return tuple(f"{start}{name}." for name in names for start in ("", "warehouses."))
+    names = [f"{name}." for name in ((named,) if isinstance(named, str) else named)]
+    users: dict[int, list[bool]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, KWLayer):
+            users.setdefault(id(module.warehouse), []).append(f"{name}.".startswith(tuple(names)))
+    cells = [f"{n}." for n, m in network.named_modules() if all(users.get(id(m), [False]))]
+    return (*names, *cells)
 
 
 def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
@@ -121,7 +139,7 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
 
     Args:
         network: of the same structure as the weights; a classifier that differs, or that is missing
-            in the weights, stays as it is, which is said.
+            in the weights, starts from small random weights, which is said.
         state: the weights, under timm's names or those that are known (this module's head).
         source: what messages call them.
         keep_head: whether the classifier's weights are wanted at all.
@@ -133,7 +151,10 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
     own = network.state_dict()
     state = _renamed(network, own, state)
     head = classifier_names(network)
-    heads = [key for key in own if key.startswith(head)]
+    heads = [key for key in own if head and key.startswith(head)]
+    if head and not heads and any(key.startswith(head) for key in state):
+        say(f"{source}: its classifier is not used, the network has none")
+        keep_head = False
     other = [key for key in heads if key not in state or state[key].shape != own[key].shape]
     if other or not keep_head:
         if other and keep_head:
@@ -142,11 +163,27 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
                 + (f"{list(state[key].shape)} in the weights)" if key in state else "missing)")
                 for key in other
             ]
-            say(f"{source}: the classifier starts from fresh weights: {', '.join(found)}")
+            say(
+                f"{source}: the classifier ({', '.join(head)}) starts from small random weights: "
+                f"{', '.join(found)}"
+            )
         state = {key: value for key, value in state.items() if not key.startswith(head)}
         state = {**state, **{key: own[key] for key in heads}}
     refuse_other(own, state, source)
     network.load_state_dict({key: state[key] for key in own})
+    if other and keep_head:
+        _soften(network, head)
+
+
+@torch.no_grad()
+def _soften(network: nn.Module, head: tuple[str, ...]) -> None:
+    """Small weights for a fresh classifier on trained features: classes begin equally likely, where
+    timm's initialisation of some networks begins with a loss several times that."""
+    for name, module in network.named_modules():
+        if f"{name}." in head and isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _renamed(network: nn.Module, own: State, state: State) -> State:
@@ -156,7 +193,9 @@ def _renamed(network: nn.Module, own: State, state: State) -> State:
     body = {key for key in own if not key.startswith(classifier_names(network))}
     if body <= state.keys() | counters.keys():
         return {**counters, **state}
-    if all(key.startswith(("features.", "classifier.")) for key in state):  # torchvision's
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    like_torchvision = str(config.get("architecture")).startswith(("mobilenetv2_", "convnext_"))
+    if like_torchvision and all(key.startswith(("features.", "classifier.")) for key in state):
         return _in_order(own, state)
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is None:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from .partition import CellSlice
 
-__all__ = ["ATTENTION_FUNCTIONS", "EPS", "LOGITS", "KernelAttention", "full_precision", "normalise"]
+__all__ = [
+    "ATTENTION_FUNCTIONS",
+    "EPS",
+    "LOGITS",
+    "KernelAttention",
+    "full_precision",
+    "normalise",
+    "own_and_other",
+]
 
 EPS = 1e-3
 """Added to the sum of magnitudes that the contrasting and the rectified function divide by."""
@@ -79,6 +87,17 @@ Which coefficients a function can give is for the caller to know: magnitudes tha
 """
 
 
+def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float]:
+    """Coefficient p of a mixture's own cell, and q of each other one, at the held start.
+
+    Contrasting: ``1 - eps / c`` and 0. The other functions have no useful zero: ``c / (1 + c)`` and
+    ``min(c, 1) / (2 n (1 + c))``.
+    """
+    if function == "contrasting":
+        return 1 - EPS / scale, 0.0
+    return scale / (1 + scale), min(scale, 1) / (2 * cells * (1 + scale))
+
+
 class KernelAttention(nn.Module):
     """Mixture coefficients ``alpha = (1 - tau) * f(z) + tau * beta`` of one layer.
 
@@ -98,6 +117,8 @@ class KernelAttention(nn.Module):
             shared map of rank ``q = max(int((n - own) * ratio), 16)``; without such cells it has no
             effect.
         nonlocal_own: number of own cells with direct logits, where the ratio is below 1.
+        start_scale: c of the held one-hot start (:meth:`hold_own`), which ``reset_parameters``
+            ends with; ``None``: the paper's start, random coefficients.
 
     Raises:
         ValueError: an unknown ``norm`` or ``function``, or a ratio out of its range.
@@ -116,6 +137,7 @@ class KernelAttention(nn.Module):
         function: str = "contrasting",
         nonlocal_basis_ratio: float = 1.0,
         nonlocal_own: int = 0,
+        start_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,6 +152,7 @@ class KernelAttention(nn.Module):
         if not reduction > 0:
             raise ValueError(f"reduction is {reduction}; it must be above 0")
         self.function = function
+        self.start_scale = start_scale
         self.cells = cells
         self.own = own
         self.mixtures = len(own.owners)
@@ -156,8 +179,8 @@ class KernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The paper's start: Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the
-        one-hot assignment. :meth:`hold` sets another."""
+        """Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the one-hot assignment;
+        then, where the start is held, :meth:`hold_own`."""
         for linear in (self.fc1, self.fc2, self.fc3):
             if linear is not None:
                 nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
@@ -167,6 +190,8 @@ class KernelAttention(nn.Module):
             nn.init.zeros_(self.basis_bias)
         self.norm1.reset_parameters()
         _restore_one_hot(self)
+        if self.start_scale is not None and not self.fc1.weight.is_meta:
+            self.hold_own(self.start_scale)
 
     @torch.no_grad()
     def hold(self, alpha: Tensor, scale: float) -> None:
@@ -183,6 +208,18 @@ class KernelAttention(nn.Module):
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
         nn.init.zeros_(self.fc2.weight)
         bias.copy_(logits)
+
+    def hold_own(self, scale: float) -> None:
+        """:meth:`hold` every mixture's own cell (budgets of 1 and more).
+
+        Args:
+            scale: c, as for :meth:`hold`; :func:`own_and_other` says which coefficients.
+        """
+        own, other = own_and_other(self.function, scale, self.cells)
+        size = (self.mixtures, self.cells)
+        alpha = torch.full(size, other, dtype=torch.float64, device="cpu")
+        alpha[range(self.mixtures), list(self.own.owners)] = own
+        self.hold(alpha, scale)
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
         """Coefficients of every mixture.

@@ -16,13 +16,14 @@ _logger = logging.getLogger("kw")
 
 
 def say(line: str) -> None:
-    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where nobody has
-    configured logging. Of several processes the first speaks."""
+    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where that would not
+    show it. A level above INFO of the logger ``kw`` itself silences it. Of several processes the
+    first speaks."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    if _logger.hasHandlers():
+    if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
         _logger.info(line)
-    else:
+    elif _logger.level <= logging.INFO:  # nobody has asked for silence
         print(line, file=sys.stderr)
 
 
@@ -86,13 +87,12 @@ class Conversion:
         held = [share for share in shares if share is not None]
         if not held:
             return "replaced by random ones"
-        if min(held) == 1:
+        if min(held) == 1 and len(held) == len(shares):
             where = "" if self.method else " at temperature 0"
-            kept = f"kept, outputs{where} are the static network's"
-        else:
-            kept = f"kept in part, {100 * min(held):.0f}% to {100 * max(held):.0f}% of a warehouse"
-        lost = len(shares) - len(held)
-        return kept + (f"; those of {_counted(lost, 'warehouse')} replaced" if lost else "")
+            return f"kept, outputs{where} are the static network's"
+        low, high = f"{100 * min(held):.0f}%", f"{100 * max(held):.0f}%"
+        part = f"between {low} and {high} of the kernels of " if min(held) < 1 else ""
+        return f"kept in part: {part}{len(held)} of {_counted(len(shares), 'warehouse')}"
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """For every warehouse its name, layers, mixtures, cells, and the share kept."""

@@ -55,7 +55,8 @@ def convert(
     :func:`kw.set_temperature` sets another, its outputs are the same where the budget is 1 or more,
     and below 1 as near as its cells can come (:mod:`kw.warehouse.start`). With ``start="paper"``
     cells and attention are initialised at random instead, for training from nothing with annealing.
-    New parameters take the device and dtype of the old ones; biases are kept. One line says what
+    New parameters take the device and dtype of the old ones, and train also where those were
+    frozen: freeze after the conversion. Biases are kept. One line says what
     was done (logger ``kw``, or stderr); ``model.warehouses.conversion`` has it in full. A model is
     converted as a whole or, when anything is refused, left as it was.
 
@@ -65,8 +66,9 @@ def convert(
             derive a plan (:func:`auto_plan`); a warning then names what cannot be converted.
         example_input: for ``"auto"``, a batch of at least two samples to run the network on: a
             tensor, or a tuple or mapping of arguments. Default: images of the network's size.
-        batches: real inputs of the network, each as ``example_input``; a few hundred images do.
-            Below a budget of 1 the cells then keep the layers' outputs instead of their weights.
+        batches: several real inputs of the network, each as ``example_input``, without labels; a
+            few hundred images do. Below a budget of 1 the errors of the kernels are then weighted
+            by how large the layers' input channels are.
         announce: whether the line is said.
         **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
 
@@ -79,6 +81,8 @@ def convert(
             whose layers cannot be partitioned as set, or whose attention function cannot keep
             static kernels. The message names layer, warehouse and remedy.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
     before = count_parameters(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
@@ -103,7 +107,8 @@ def convert(
             )
     warehouses = WarehouseDict()
     layers: dict[str, nn.Module] = {}
-    squares = {} if batches is None else _input_squares(model, groups, batches)
+    fitted = [g for g in groups.values() if g.settings.cell_num_ratio < 1 and _keeps(g)]
+    squares = {} if batches is None or not fitted else _input_squares(model, fitted, batches)
     outcome: dict[str, KeptWarehouse] = {}
     for group in groups.values():
         shapes = [kernel_shape(name, module) for name, module in group.layers]
@@ -115,7 +120,7 @@ def convert(
             dynamic_layer(module, warehouse, slot) for slot, (_, module) in enumerate(group.layers)
         ]
         kept = None
-        if group.settings.start == "keep" and not weight.is_meta:
+        if _keeps(group):
             kernels = [module.get_parameter("weight") for _, module in group.layers]
             inputs = [squares.get(name) for name, _ in group.layers] if squares else None
             kept = keep_kernels(warehouse, [layer.attention for layer in members], kernels, inputs)
@@ -139,38 +144,55 @@ def convert(
     return model
 
 
+def _keeps(group: _Group) -> bool:
+    """Whether static kernels are there to be kept."""
+    weight = group.layers[0][1].get_parameter("weight")
+    return group.settings.start == "keep" and not weight.is_meta
+
+
 @torch.no_grad()
 def _input_squares(
-    model: nn.Module, groups: Mapping[str, _Group], batches: Iterable[Any]
+    model: nn.Module, groups: Iterable[_Group], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """The mean square of every input channel of the layers to be converted, ``[I]``.
+    """The mean square of every input channel of the layers to be converted, ``[I]``; layers that
+    are never called are left out, which is said.
 
     Raises:
-        ValueError: no batch, or one that the model does not take.
+        ValueError: no batch, or one that the model does not take, or that is not finite.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError("batches is a tensor; expected several batches, e.g. batches=[images]")
+    layers = dict(layer for group in groups for layer in group.layers)
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, named: Any) -> None:
             channels = -1 if isinstance(module, nn.Linear) else 1
-            rows = args[0].movedim(channels, -1).flatten(0, -2)
+            x: Tensor = next(iter((*args, *named.values())))
+            rows = x.movedim(channels, -1).flatten(0, -2)
             sums[name] = sums.get(name, 0) + rows.float().square().sum(0)
             counts[name] = counts.get(name, 0) + len(rows)
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name))
-        for group in groups.values()
-        for name, module in group.layers
+        module.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, module in layers.items()
     ]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
             args, kwargs = arguments(batch)
-            model(*args, **kwargs)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:  # whatever a foreign forward method raises
+                raise ValueError(
+                    f"batches: {type(model).__name__} does not take a batch of {_shapes(batch)} "
+                    f"({type(error).__name__}: {error}); give its inputs alone, without labels, of "
+                    "its type and on its device"
+                ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -178,7 +200,18 @@ def _input_squares(
             module.training = mode
     if not sums:
         raise ValueError("batches: expected at least one batch of inputs, found none")
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ValueError(f"batches: the input of layer {name!r} is not finite")
+    if unseen := [name for name in layers if name not in sums]:
+        say(f"batches: {len(unseen)} layers were not called and count little: {unseen[0]}, ...")
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _shapes(batch: Any) -> str:
+    args, kwargs = arguments(batch)
+    values = (*args, *kwargs.values())
+    return ", ".join(str(list(v.shape)) if isinstance(v, Tensor) else repr(v)[:40] for v in values)
 
 
 def _static_layers(model: nn.Module, converted: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -256,14 +289,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
 def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     """Which layer joins which warehouse; warehouses in the order of rules, then of first use."""
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, KWLayer))
     candidates = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and has_kernel(module)
+        if name and has_kernel(module) and not name.startswith(inside)
     }
-    names: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}  # of modules, and of weights that several modules share
     for name, module in candidates.items():
-        names.setdefault(id(module), []).append(name)
+        for shared in {id(module), id(module._parameters.get("weight", module))}:
+            names.setdefault(shared, []).append(name)
     taken: dict[str, Rule] = {}
     groups: dict[str, _Group] = {}
     for rule in plan.rules:
@@ -298,6 +333,13 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                 raise ValueError(
                     f"plan: layer {name!r} goes to warehouse {claimed.warehouse_of(name)!r} by "
                     f"rule {claimed.match!r} and to {own!r} by {rule.match!r}; narrow one of them"
+                )
+            weight = candidates[name]._parameters.get("weight")
+            tied = [twin for twin in names.get(id(weight), ()) if twin != name]
+            if tied and candidates[tied[0]] is not candidates[name]:
+                raise ValueError(
+                    f"plan: layer {name!r} (warehouse {own!r}) shares its weight with {tied[0]!r}, "
+                    "which conversion would separate; leave both static, or untie them first"
                 )
             if twins := [twin for twin in names[id(candidates[name])] if twin != name]:
                 raise ValueError(

@@ -29,17 +29,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import EPS, KernelAttention
+from .attention import EPS, KernelAttention, own_and_other
 from .ops.assembly import to_blocks
 from .partition import Partition
 from .warehouse import Warehouse
 
 __all__ = ["keep_kernels"]
 
-_ROUNDS, _ENOUGH = 20, 1e-3
-"""Alternating least squares end after so many rounds, or one that takes less off the error."""
+_ROUNDS, _ENOUGH = 10, 1e-2
+"""Alternating least squares end after so many rounds, or when a round lowers the error by less than
+this share."""
 
 
 @torch.no_grad()
@@ -56,74 +58,68 @@ def keep_kernels(
         attentions: those of all its layers, in their order; their logits are set.
         kernels: ``[O, I / g, k_1 .. k_d]`` of every layer (a linear layer's weight, ``[O, I]``).
         inputs: mean square of every layer's input channels, ``[I]``, to weigh errors by where the
-            cells cannot hold all kernels; ``None`` for a layer that is not known.
+            cells cannot hold all kernels; ``None`` for a layer that was never called.
 
     Returns:
         How much was kept: 1 - (squared error / squared norm) of all kernels, weighted by
         ``inputs`` where they are given; 1 where the budget is 1 or more.
 
     Raises:
-        ValueError: a budget below 1 with an attention function that has no negative coefficients.
+        ValueError: a budget below 1 with an attention function that has no negative coefficients,
+            or a kernel that is not finite.
     """
     settings, layout = warehouse.settings, warehouse.partition
-    parts = layout.layers
+    parts, scale = layout.layers, settings.firmness * layout.cells
+    for kernel, shape in zip(kernels, warehouse.shapes, strict=True):
+        if not kernel.isfinite().all():
+            raise ValueError(
+                f"warehouse {warehouse.name!r}: the weight of layer {shape.name!r} is not finite; "
+                "nothing of it can be kept"
+            )
     # In float64 on the CPU: some devices have none.
     blocks = torch.cat([_blocks(k, part) for k, part in zip(kernels, parts, strict=True)])
-    is_contrasting = settings.attention == "contrasting"
-    scale = settings.firmness * layout.cells
+    cells = warehouse.cells.detach().to("cpu").to(torch.float64)
     if settings.cell_num_ratio >= 1:
-        kept = 1.0
-        own, other = _shares(scale, layout.cells, is_contrasting)
-        cells = warehouse.cells.detach().to("cpu", torch.float64)
+        own, other = own_and_other(settings.attention, scale, layout.cells)
         owned = [cell for own_slice in layout.slices for cell in own_slice.owners]
         cells[owned] = _without_others(blocks, cells, owned, own, other)
         for attention in attentions:
-            alpha = torch.full((attention.mixtures, layout.cells), other, dtype=torch.float64)
-            alpha[range(attention.mixtures), list(attention.own.owners)] = own
-            attention.hold(alpha, scale)
+            attention.hold_own(scale)
+        warehouse.cells.copy_(cells)
+        return 1.0
+    if settings.attention != "contrasting":
+        raise ValueError(
+            f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
+            f"attention {settings.attention!r} cannot keep static kernels: fewer cells than "
+            "mixtures have to be subtracted from each other, which only 'contrasting' can; set "
+            "start='paper', which initialises at random"
+        )
+    alpha, live = _low_rank(blocks, layout.cells)
+    total, error = blocks.square(), None
+    if inputs is not None and any(square is not None for square in inputs):
+        weights = _weights(inputs, parts, [shape.groups for shape in warehouse.shapes])
+        alpha, live = _weighted_low_rank(blocks, weights, alpha, live, parts[0])
+        by_value = _by_value(weights, parts[0].cell_out, math.prod(parts[0].cell_kernel))
+        total, error = total * by_value, (blocks - alpha @ live).square() * by_value
     else:
-        if not is_contrasting:
-            raise ValueError(
-                f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
-                f"attention {settings.attention!r} cannot keep static kernels: fewer cells than "
-                "mixtures have to be subtracted from each other, which only 'contrasting' can; set "
-                "start='paper', which initialises at random"
-            )
-        weights = None
-        if inputs is not None:
-            weights = _weights(inputs, parts, [shape.groups for shape in warehouse.shapes])
-        alpha, cells = _low_rank(blocks, layout.cells)
-        if weights is not None:
-            alpha, cells = _weighted_low_rank(blocks, weights, alpha, cells, parts[0])
-        error = blocks - alpha @ cells
-        total, lost = blocks.square(), error.square()
-        if weights is not None:
-            span = math.prod(parts[0].cell_kernel)
-            by_value = _by_value(weights, parts[0].cell_out, span)
-            total, lost = total * by_value, lost * by_value
-        kept = 1 - (lost.sum() / total.sum()).item() if total.any() else 1.0
-        # Cells may be as large as they like, coefficients not.
-        size = alpha.abs().sum(-1).max().item() / (1 - EPS / scale) or 1.0
-        cells = cells * size
-        rows = (alpha / size).split([part.mixtures for part in parts])
-        for attention, own_rows in zip(attentions, rows, strict=True):
-            attention.hold(own_rows, scale)
+        error = (blocks - alpha @ live).square()
+    # Cells may be as large as they like, coefficients not. Cells that are not needed, where there
+    # are more of them than values, stay random.
+    size = alpha.abs().sum(-1).max().item() / (1 - EPS / scale) or 1.0
+    cells[: len(live)] = live * size
+    alpha = F.pad(alpha / size, (0, layout.cells - len(live)))
+    rows = alpha.split([part.mixtures for part in parts])
+    for attention, own_rows in zip(attentions, rows, strict=True):
+        attention.hold(own_rows, scale)
     warehouse.cells.copy_(cells)
-    return kept
+    return 1 - (error.sum() / total.sum()).item() if total.any() else 1.0
 
 
 def _blocks(kernel: Tensor, part: Partition) -> Tensor:
     """A layer's kernel as ``[m, D]``."""
-    kernel = kernel.detach().to("cpu", torch.float64)
+    kernel = kernel.detach().to("cpu").to(torch.float64)
     taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, K, O, I / g]
     return to_blocks(taps, part)[0]
-
-
-def _shares(scale: float, cells: int, is_contrasting: bool) -> tuple[float, float]:
-    """Coefficient p of a mixture's own cell, and q of each other one."""
-    if is_contrasting:
-        return 1 - EPS / scale, 0.0
-    return scale / (1 + scale), min(scale, 1) / (2 * cells * (1 + scale))
 
 
 def _without_others(
@@ -136,18 +132,13 @@ def _without_others(
 
 
 def _low_rank(blocks: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """The best ``alpha [M, n]`` and ``cells [n, D]``, by the eigenvectors of the smaller Gram
-    matrix."""
+    """The best ``alpha [M, r]`` and ``cells [r, D]``, with r the smaller of n and D, by the
+    eigenvectors of the smaller Gram matrix."""
     mixtures, values = blocks.shape
     wide = mixtures <= values
     _, vectors = torch.linalg.eigh(blocks @ blocks.t() if wide else blocks.t() @ blocks)
     basis = vectors.flip(-1)[:, :cells]  # eigenvalues rise
-    alpha, kept = (basis, basis.t() @ blocks) if wide else (blocks @ basis, basis.t())
-    missing = cells - basis.shape[1]  # more cells than values: some are not needed
-    return (
-        torch.nn.functional.pad(alpha, (0, missing)),
-        torch.nn.functional.pad(kept, (0, 0, 0, missing)),
-    )
+    return (basis, basis.t() @ blocks) if wide else (blocks @ basis, basis.t())
 
 
 def _weights(
@@ -155,16 +146,16 @@ def _weights(
 ) -> Tensor:
     """How much a block's errors count by input channel of the cell, ``[M, c_in]``, mean 1."""
     rows = []
+    seen = [square.mean().item() for square in inputs if square is not None]
     for square, part, group_count in zip(inputs, parts, groups, strict=True):
         spatial, out_blocks, in_blocks = part.grid
         in_per_group = in_blocks * part.cell_in
-        if square is None:
-            rows.append(torch.ones(part.mixtures, part.cell_in, dtype=torch.float64))
-            continue
+        if square is None:  # never called: it counts as little as the least of the others
+            square = torch.full((group_count * in_per_group,), min(seen), device="cpu")
         # Input channels [g, I / g]; output blocks belong to groups in order, some to several.
-        by_group = square.to("cpu", torch.float64).view(group_count, in_per_group)
+        by_group = square.to("cpu").to(torch.float64).view(group_count, in_per_group)
         out_channels = out_blocks * part.cell_out
-        group_of = torch.arange(out_channels) * group_count // out_channels
+        group_of = torch.arange(out_channels, device="cpu") * group_count // out_channels
         by_block = by_group[group_of].view(out_blocks, part.cell_out, in_blocks, part.cell_in)
         by_block = by_block.mean(1)[None].expand(spatial, -1, -1, -1)
         rows.append(by_block.reshape(part.mixtures, part.cell_in))
@@ -212,5 +203,5 @@ def _weighted_low_rank(
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
     """Least squares by symmetric matrices ``[..., n, n]`` that may be singular up to rounding."""
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-    ridge = 1e-9 * size[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    ridge = 1e-9 * size[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device="cpu")
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))

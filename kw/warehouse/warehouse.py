@@ -145,6 +145,12 @@ class Warehouse(nn.Module):
         if self.temperature is not None:
             nn.init.zeros_(self.temperature)
 
+    @property
+    def start_scale(self) -> float | None:
+        """Scale c of the logits at the start ``"keep"``; ``None`` at the paper's."""
+        keeps = self.settings.start == "keep"
+        return self.settings.firmness * self.partition.cells if keeps else None
+
     def build_attention(self, slot: int) -> nn.Module:
         """The attention branch of the layer that was given as ``shapes[slot]``."""
         settings, shape = self.settings, self.shapes[slot]
@@ -159,6 +165,7 @@ class Warehouse(nn.Module):
                 function=settings.attention,
                 nonlocal_basis_ratio=settings.nonlocal_basis_ratio,
                 nonlocal_own=int(settings.cell_num_ratio * mixtures),
+                start_scale=self.start_scale if settings.cell_num_ratio >= 1 else None,
                 device=self.cells.device,
                 dtype=self.cells.dtype,
             )
