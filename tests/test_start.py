@@ -323,7 +323,7 @@ def test_layers_that_no_batch_reaches_count_little(caplog):
             self.a, self.b, self.c = (nn.Linear(16, 16, bias=False) for _ in "abc")
 
         def forward(self, x):
-            return self.b(self.a(x))
+            return self.b(input=self.a(x))
 
     caplog.set_level(logging.INFO, "kw")
     found = []

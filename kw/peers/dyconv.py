@@ -83,12 +83,13 @@ class DyConv2d(MixtureConv2d):
         """Give every kernel a bias ``b_k`` of its own, ``[K, O]``, that starts as the given one."""
         self.bias = nn.Parameter(bias.detach().repeat(self.warehouse.kernels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, H', W']``.
 
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        x = input  # named as torch's layers name it
         pi = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, pi)
         if self.bias is None:

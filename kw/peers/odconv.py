@@ -139,12 +139,13 @@ class ODConv2d(MixtureConv2d):
     branch = OmniAttention
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, H', W']``.
 
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        x = input  # named as torch's layers name it
         alpha, channel, filters = self.attention(self.pooled(x), self.warehouse.temperature)
         x = x * channel.to(x.dtype)[..., None, None]
         y = self.convolve(x, alpha) if alpha.shape[2] > 1 else self._convolve_alike(x)

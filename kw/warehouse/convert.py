@@ -53,7 +53,7 @@ def convert(
 
     The converted network begins as the static one: at temperature 0, which it has until
     :func:`kw.set_temperature` sets another, its outputs are the same where the budget is 1 or more,
-    and below 1 as near as its cells can come (:mod:`kw.warehouse.start`). With ``start="paper"``
+    and below 1 as near as its cells can come (``kw.warehouse.start``). With ``start="paper"``
     cells and attention are initialised at random instead, for training from nothing with annealing.
     New parameters take the device and dtype of the old ones, and train also where those were
     frozen: freeze after the conversion. Biases are kept. One line says what

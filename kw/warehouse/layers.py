@@ -229,12 +229,13 @@ class KWConvNd(KWLayer):
             raise ValueError(f"padding {padding!r} is unknown; give sizes, 'same' or 'valid'")
         return [(p, p) for p in self._per_axis(padding)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, I, *space]`` -> ``[B, O, *space']``.
 
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        x = input  # named as torch's layers name it
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, alpha)
         if self.bias is None:
@@ -314,12 +315,13 @@ class KWLinear(KWLayer):
     def spec(self) -> ConvSpec:
         return ConvSpec(self.partition, (1,), (0,), (1,))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, ..., I]`` -> ``[B, ..., O]``; the axes between are tokens, the first is the sample.
 
         Raises:
             ValueError: an input without a batch axis: weights belong to samples.
         """
+        x = input  # named as torch's layers name it
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]

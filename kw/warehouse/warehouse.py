@@ -37,7 +37,7 @@ class WarehouseSettings:
         attention: ``"contrasting"``, ``"softmax"``, ``"sigmoid"`` or ``"rectified"``.
         spatial_partition: whether every spatial position of a kernel is a block of its own.
         start: ``"keep"``: the layers begin as static ones, with the kernels that they replace
-            (:mod:`kw.warehouse.start`); ``"paper"``: cells and attention are initialised at random
+            (``kw.warehouse.start``); ``"paper"``: cells and attention are initialised at random
             and the temperature is annealed.
         firmness: how firmly ``"keep"`` holds the coefficients that it begins with: the logits'
             scale c over the number of cells.
