@@ -209,6 +209,7 @@ class KernelAttention(nn.Module):
         nn.init.zeros_(self.fc2.weight)
         bias.copy_(logits)
 
+    @torch.no_grad()
     def hold_own(self, scale: float) -> None:
         """:meth:`hold` every mixture's own cell (budgets of 1 and more).
 
@@ -216,10 +217,14 @@ class KernelAttention(nn.Module):
             scale: c, as for :meth:`hold`; :func:`own_and_other` says which coefficients.
         """
         own, other = own_and_other(self.function, scale, self.cells)
-        size = (self.mixtures, self.cells)
-        alpha = torch.full(size, other, dtype=torch.float64, device="cpu")
-        alpha[range(self.mixtures), list(self.own.owners)] = own
-        self.hold(alpha, scale)
+        row = torch.full((self.cells,), other, dtype=torch.float64, device="cpu")
+        row[0] = own
+        logits = LOGITS[self.function](row, scale).tolist()  # every mixture's, but for their order
+        bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
+        nn.init.zeros_(self.fc2.weight)
+        table = bias.view(self.mixtures, -1).fill_(logits[1])
+        table[range(self.mixtures), list(self.own.owners)] = logits[0]
+        table[:, -1] = logits[-1]
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
         """Coefficients of every mixture.
