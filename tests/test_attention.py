@@ -132,7 +132,7 @@ def test_initialisation():
     """Kaiming normal, fan out, ReLU: linear weights, and cells by the slice of each layer."""
     torch.manual_seed(0)
     shapes = [KernelShape(64, 64, (3, 3), name="a"), KernelShape(256, 128, (3, 3), name="b")]
-    warehouse = Warehouse(shapes)
+    warehouse = Warehouse(shapes, WarehouseSettings(start="paper"))
     for own, cells in zip(warehouse.partition.slices, (9, 72), strict=True):
         part = warehouse.cells[own.start : own.stop]
         assert len(part) == cells

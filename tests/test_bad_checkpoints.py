@@ -279,4 +279,4 @@ def test_sources_run_nothing_that_users_give() -> None:
             assert name not in FORBIDDEN, f"{where}: {name}"
             is_yaml = name.endswith("Loader") and "yaml" in name
             assert not is_yaml or "Safe" in name, where
-    assert seen == 2
+    assert seen == 4

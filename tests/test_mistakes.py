@@ -95,6 +95,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("benchmark.py --layer in=3,out=3", ["--layer", "size missing"]),
     ("benchmark.py --render {place}/folder", ["folder has no files benchmark-*.json"]),
     (f"convert_checkpoint.py none.pth {R18} out.pth", ["none.pth", "no such file"]),
+    (f"convert_network.py {R18} out.pth --weights none.pth", ["none.pth", "no such file"]),
     (f"convert_checkpoint.py {{place}}/picture.png {R18} {{place}}/o.pth", ["picture.png"]),
     (f"convert_checkpoint.py {{place}}/empty {R18} {{place}}/folder", ["is a folder"]),
     ("compare_runs.py {place}/folder", ["folder has no results.json"]),

@@ -507,7 +507,7 @@ def test_one_line_says_what_was_done(start, caplog):
         kw.peers.convert(narrow_resnet(), "dyconv", start=start, announce=False)
     (line,) = caplog.messages
     assert line.startswith("ResNet: 20 layers converted")
-    assert "2 layers stay static (conv1, fc)" in line
+    assert "2 layers static (conv1, fc)" in line
     assert "parameters 67,701 -> 243,687" in line
     assert ("weights kept" in line) == (start == "keep")
     assert ("replaced by random ones" in line) == (start == "paper")

@@ -273,8 +273,8 @@ def run(row: str, seed: int, top1: float) -> dict[str, Any]:
 def test_seeds_are_averaged_and_shown() -> None:
     summary = {"runs": [run("a", 0, 30.0), run("b", 0, 33.5), run("a", 1, 31.0), run("b", 1, 33.0)]}
     lines = [[c.strip() for c in x.split("|")[1:-1]] for x in study_table(summary).splitlines()]
-    assert lines[2][:4] == ["a", "1.25M", "30.50 (30.00, 31.00)", ""]
-    assert lines[3][:4] == ["b", "1.25M", "33.25 (33.50, 33.00)", "+2.75"]
+    assert lines[2][:4] == ["a", "1.25M", "30.50 ± 0.50 (30.00, 31.00)", ""]
+    assert lines[3][:4] == ["b", "1.25M", "33.25 ± 0.25 (33.50, 33.00)", "+2.75 ± 0.75"]
     assert lines[3][-1] == "0.50"
 
 
