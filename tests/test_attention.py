@@ -15,6 +15,7 @@ from kw.warehouse import (
     KernelShape,
     KWConv2d,
     Warehouse,
+    WarehouseSettings,
 )
 
 # --- attention ------------------------------------------------------------------------------------
