@@ -181,8 +181,9 @@ class KernelAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the one-hot assignment;
         then, where the start is held, :meth:`hold_own`."""
+        held = None if self.start_scale is None else self.fc2  # becomes zero
         for linear in (self.fc1, self.fc2, self.fc3):
-            if linear is not None:
+            if linear is not None and linear is not held:
                 nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)

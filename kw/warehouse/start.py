@@ -78,15 +78,19 @@ def keep_kernels(
             )
     # In float64 on the CPU: some devices have none.
     blocks = torch.cat([_blocks(k, part) for k, part in zip(kernels, parts, strict=True)])
-    cells = warehouse.cells.detach().to("cpu").to(torch.float64)
     if settings.cell_num_ratio >= 1:
         own, other = own_and_other(settings.attention, scale, layout.cells)
         owned = [cell for own_slice in layout.slices for cell in own_slice.owners]
-        cells[owned] = _without_others(blocks, cells, owned, own, other)
+        kept = blocks / own
+        if other:
+            cells = warehouse.cells.detach().to("cpu").to(torch.float64)
+            kept = _without_others(blocks, cells, owned, own, other)
+        warehouse.cells[owned] = kept.to(warehouse.cells)
         for attention in attentions:
-            attention.hold_own(scale)
-        warehouse.cells.copy_(cells)
+            if attention.start_scale != scale:  # held since it was made
+                attention.hold_own(scale)
         return 1.0
+    cells = warehouse.cells.detach().to("cpu").to(torch.float64)
     if settings.attention != "contrasting":
         raise ValueError(
             f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
