@@ -46,7 +46,10 @@ CONVERSIONS: list[Any] = [
     *({"plan": {}}, {"plan": {"rules": []}}, {"plan": {"layers": 3}}, {"plan": {"warehouses": {}}}),
     *({"plan": "auto"}, {"plan": ""}, {"plan": "resnet18", "warehouses": {"nowhere": {}}}),
     {"plan": "resnet18", "warehouses": {"nowhere": {"cell_num_ratio": 2}}},
-    *({"plan": "resnet18", "cell_num_ratio": 1e-9}, {"plan": "resnet18", "cell_num_ratio": 1000}),
+    *(
+        {"plan": "resnet18", "cell_num_ratio": 1e-9},
+        {"plan": "resnet18", "cell_num_ratio": 1000, "start": "paper"},
+    ),
     *({"plan": "resnet18", "cell_num_ratio": 0.333}, {"plan": "resnet18", "cell_num_ratio": 1.7}),
     *({"plan": "resnet18", "cell_inplane_ratio": 0.3}, {"plan": "resnet18", "reduction": 1e-9}),
     *({"plan": "resnet18", "cell_outplane_ratio": 999}, {"plan": "resnet18", "reduction": 64}),
