@@ -9,7 +9,7 @@ DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
-	@echo "make demo     train and compare static and KernelWarehouse networks on digits"
+	@echo "make demo     compare static and KernelWarehouse networks of equal size on digits"
 	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
@@ -37,7 +37,7 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python -m kw.data.two_inks $(DEMO)/two_inks
 	$(BIN)/python tools/run_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs --jobs 2
 	$(BIN)/python tools/summarize_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs \
-		--json $(DEMO)/demo.json --plot $(DEMO)/curves.png --differences
+		--json $(DEMO)/demo.json --plot $(DEMO)/curves.png
 
 demo-detection: $(DEMO)/kw_resnet18_1x/best.pth
 	rm -rf $(DEMO)/mask_rcnn_kw_resnet18_1x

@@ -48,7 +48,7 @@ CONVERSIONS: list[Any] = [
     {"plan": "resnet18", "warehouses": {"nowhere": {"cell_num_ratio": 2}}},
     *(
         {"plan": "resnet18", "cell_num_ratio": 1e-9},
-        {"plan": "resnet18", "cell_num_ratio": 1000, "start": "paper"},
+        {"plan": "resnet18", "cell_num_ratio": 1000},
     ),
     *({"plan": "resnet18", "cell_num_ratio": 0.333}, {"plan": "resnet18", "cell_num_ratio": 1.7}),
     *({"plan": "resnet18", "cell_inplane_ratio": 0.3}, {"plan": "resnet18", "reduction": 1e-9}),

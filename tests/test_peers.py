@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -629,3 +630,25 @@ def test_a_conversion_that_does_not_fit_is_a_mistake_in_the_configuration(
     del settings["model"]["kernel_warehouse"]
     with pytest.raises(ConfigError, match=r"model\.peer: layers 'stage1' matches no layer"):
         kw.build_model(settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_kept_is_refused(method):
+    everything = r"conv\d"
+
+    def model():
+        layers = OrderedDict((f"conv{i}", nn.Conv2d(4, 4, 3)) for i in range(3))
+        return nn.Sequential(layers)
+
+    broken = model()
+    with torch.no_grad():
+        broken.conv1.weight[0] = torch.inf
+    with pytest.raises(ValueError, match="the weight of layer 'conv1' is not finite"):
+        kw.peers.convert(broken, method, layers=everything)
+    assert not any(isinstance(module, KWLayer) for module in broken.modules())
+    tied = model()
+    tied.conv2.weight = tied.conv1.weight
+    with pytest.raises(ValueError, match="'conv1' shares its weight with 'conv2'"):
+        kw.peers.convert(tied, method, layers=everything)
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be trained"):
+        kw.peers.convert(model(), method, layers=everything)

@@ -288,6 +288,13 @@ def test_reset_parameters_begins_as_a_static_layer(function):
     assert torch.equal(alpha[0].argmax(-1), owners)
 
 
+def test_functions_without_an_inverse_are_refused(monkeypatch):
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "cubed", lambda logits: logits**3)
+    with pytest.raises(ValueError, match=r"'cubed' has no inverse .*set start='paper'"):
+        kw.convert(narrow_resnet(), "resnet18", attention="cubed")
+    kw.convert(narrow_resnet(), "resnet18", attention="cubed", start="paper")
+
+
 def test_zero_kernels_are_kept():
     model, plan = halved()
     for layer in model:
@@ -336,7 +343,7 @@ def test_layers_that_no_batch_reaches_count_little(caplog):
         kw.convert(model, rules, batches=[x])
         found.append(difference(model(x), expected))
     assert found == pytest.approx([found[1]] * 3, rel=1e-4)
-    assert "1 layers were not called and count little: c" in caplog.text
+    assert "layers that no batch reaches count little: c" in caplog.text
 
 
 def test_cells_that_are_not_needed_may_train():
@@ -461,7 +468,10 @@ def test_one_line_says_what_was_done(caplog):
     assert "weights replaced by random ones" in caplog.records[0].message
     caplog.clear()
     kw.convert(narrow_resnet(), "resnet18", warehouses={"layer1": {"start": "paper"}})
-    assert "weights kept in part: 3 of 4 warehouses" in caplog.records[0].message
+    assert (
+        "kept in part: 3 warehouses, those of 1 other replaced by random ones"
+        in caplog.records[0].message
+    )
     caplog.clear()
     kw.convert(narrow_resnet(), "resnet18", announce=False)
     assert not caplog.records

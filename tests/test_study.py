@@ -16,7 +16,13 @@ from torch import nn
 from kw.config import Config, ConfigError, config_from_mapping, load_config
 from kw.config.study import load_study
 from kw.evaluation import ReportError
-from kw.evaluation.study import binomial_error, render_page, study_table, summarise_run
+from kw.evaluation.study import (
+    binomial_error,
+    describe_study,
+    render_page,
+    study_table,
+    summarise_run,
+)
 from kw.models import build_network
 from kw.models.complexity import analyze
 
@@ -276,6 +282,22 @@ def test_seeds_are_averaged_and_shown() -> None:
     assert lines[2][:4] == ["a", "1.25M", "30.50 ± 0.50 (30.00, 31.00)", ""]
     assert lines[3][:4] == ["b", "1.25M", "33.25 ± 0.25 (33.50, 33.00)", "+2.75 ± 0.75"]
     assert lines[3][-1] == "0.50"
+
+
+def test_a_study_says_how_far_chance_goes() -> None:
+    one = {"runs": [run("a", 0, 50.0)], "images": 2500}
+    assert "the standard error of one figure is 1.00 points" in describe_study(one)
+    assert "±" not in describe_study(one) + study_table(one)
+    # Errors of differences are over seeds that both rows have.
+    several = [run("a", 0, 50.0), run("a", 1, 52.0), run("b", 1, 53.0), run("b", 0, 52.0)]
+    text = describe_study({"runs": several, "images": 2500})
+    assert "± is the standard error over seeds" in text
+    assert "+1.50 ± 0.50" in study_table({"runs": several})
+
+
+def test_small_networks_are_counted_exactly() -> None:
+    table = study_table({"runs": [{**run("a", 0, 50.0), "params": 101_968}]})
+    assert "| 101,968 |" in table
 
 
 def test_binomial_error() -> None:

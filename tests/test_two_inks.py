@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 from kw.data.dataset import DataError
 from kw.data.digits import choose_val, load_scans
 from kw.data.two_inks import choose_scans, main, see, write_two_inks
-from kw.evaluation.seeds import difference_table
 
 SIZES = {"train": 160, "val": 80}
 
@@ -90,17 +89,3 @@ def test_the_light_tells_which_ink_counts() -> None:
             assert ink * sign * (1 if warm else -1) > 20
             red, blue = image[..., 0].mean(), image[..., 2].mean()
             assert (red > blue) == warm
-
-
-def test_difference_table_pairs_seeds() -> None:
-    def run(row: str, seed: int, top1: float) -> dict[str, object]:
-        return {"row": row, "seed": seed, "top1": top1, "params": 1234, "hours": 0.01}
-
-    runs = [run("a", 0, 71.0), run("a", 1, 73.0), run("b", 0, 70.0), run("b", 1, 71.0)]
-    table = difference_table({"images": 5000, "runs": runs})
-    assert "| 72.00 ± 1.00 |" in table
-    assert "| +1.50 ± 0.50 |" in table
-    assert "1,234" in table
-    one = difference_table({"images": 5000, "runs": [runs[0], runs[2]]})
-    assert "| 71.00 ± 0.64 |" in one
-    assert "| +1.00 ± 0.91 |" in one

@@ -10,8 +10,13 @@ from typing import Any
 from kw.cli import ToolParser, output_file, run_tool, save_json
 from kw.config.study import load_study
 from kw.errors import UserError
-from kw.evaluation.seeds import difference_table
-from kw.evaluation.study import plot_study, read_started, study_table, summarise_run
+from kw.evaluation.study import (
+    describe_study,
+    plot_study,
+    read_started,
+    study_table,
+    summarise_run,
+)
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 
@@ -27,9 +32,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (SVG or PNG)"
-    )
-    parser.add_argument(
-        "--differences", action="store_true", help="print how far the first row is ahead instead"
     )
     args = parser.parse_args()
     study = load_study(args.study)
@@ -48,7 +50,7 @@ def main() -> None:
         "runs": runs,
     }
     save_json(summary, args.json or RESULTS / f"{study.name}.json")
-    print((difference_table if args.differences else study_table)(summary))
+    print(f"{describe_study(summary)}\n\n{study_table(summary)}")
     if missing:
         print(f"without an end: {', '.join(missing)}")
     if args.plot is not None:

@@ -185,6 +185,7 @@ def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.kernel_warehouse is None and config.model.peer is None:
         for name in ("backend", "planner", "assembly_precision"):
             yield f"contraction.{name}", "the network is static"
+        yield "optimizer.attention_lr", "the network is static"
     if data.random_erasing is not None and data.random_erasing.probability == 0:
         for name in ("mode", "count"):
             yield f"data.random_erasing.{name}", "data.random_erasing.probability is 0"

@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+_STARTS = ("keep", "paper")
+
+
 @dataclass
 class _PlanConfig:
     # A base class of its own only so that `plan` comes first and needs no default.
@@ -82,7 +85,7 @@ class WarehouseConfig:
         None,
         "keep: begin as the static network, with its weights; paper: cells and attention at "
         "random, to be annealed (temperature_epochs)",
-        choices=("keep", "paper"),
+        choices=_STARTS,
     )
     firmness: float | None = setting(
         None,
@@ -128,7 +131,7 @@ class PeerConfig:
         None,
         "keep: begin as the static network, with its weights; paper: kernels and attention at "
         "random, to be annealed where there is a temperature (temperature_epochs)",
-        choices=("keep", "paper"),
+        choices=_STARTS,
     )
 
     def settings(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ..config.checking import Schema, check_tree
 from ..config.schema import ModelConfig
 from ..config.tree import Origin, entry_from_plain
 from ..models import build_network, start_network
+from ..models.build import with_start
 from ..models.freezing import freeze as freeze_by_name
 from ..models.weights import CheckpointError, classifier_names, is_converted
 from ..registry import MODELS
@@ -288,8 +289,7 @@ def _keeping(config: ModelConfig, source: str) -> ModelConfig:
     if peer is not None:
         return replace(config, peer=replace(peer, start="keep"))
     assert warehouse is not None
-    named = {name: replace(own, start=None) for name, own in warehouse.warehouses.items()}
-    return replace(config, kernel_warehouse=replace(warehouse, start="keep", warehouses=named))
+    return replace(config, kernel_warehouse=with_start(warehouse, "keep"))
 
 
 def _with_unused(

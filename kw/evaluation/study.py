@@ -20,6 +20,7 @@ from .report import ReportError, read_run, render_table
 __all__ = [
     "STARTED",
     "binomial_error",
+    "describe_study",
     "mean_and_error",
     "plot_study",
     "read_started",
@@ -155,7 +156,7 @@ def study_table(summary: Summary) -> str:
         rows.append(
             (
                 row,
-                f"{runs[0]['params'] / 1e6:.2f}M",
+                _size(runs[0]["params"]),
                 f"{top1:.2f}" + (each if len(runs) > 1 else ""),
                 difference,
                 f"{_mean(runs, 'top5'):.2f}",
@@ -166,6 +167,10 @@ def study_table(summary: Summary) -> str:
             )
         )
     return render_table(header, rows)
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f}M" if parameters >= 10**6 else f"{parameters:,}"
 
 
 def _paired_error(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
@@ -198,20 +203,29 @@ def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
     return text
 
 
+def describe_study(summary: Summary) -> str:
+    """How many runs and images a study's table stands on, and how far chance goes in it."""
+    runs, images = summary["runs"], summary["images"]
+    rows = len({run["row"] for run in runs})
+    error = binomial_error(_mean(runs, "top1"), images)
+    several = len({run["seed"] for run in runs}) > 1
+    return (
+        f"{_counted(len(runs), 'run')} of {_counted(rows, 'row')}, "
+        f"{sum(run['hours'] for run in runs):.1f} hours of training in all. Top-1 and top-5 in "
+        f"percent, of the last epoch, on {images:,} images; the standard error of one figure is "
+        f"{error:.2f} points, of a difference of two rows up to {math.sqrt(2) * error:.2f} "
+        f"(binomial)." + (" ± is the standard error over seeds." if several else "")
+    )
+
+
 def _render(summary: Summary) -> str:
     runs = summary["runs"]
     if not runs:
         return "No run has ended yet."
-    rows = len({run["row"] for run in runs})
-    error = binomial_error(_mean(runs, "top1"), summary["images"])
     machine, versions, code = (summary[key] for key in ("machine", "versions", "code"))
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     said = [
-        f"{_counted(len(runs), 'run')} of {_counted(rows, 'row')}, "
-        f"{sum(run['hours'] for run in runs):.1f} hours of "
-        f"training in all. Top-1 and top-5 in percent, of the last epoch, on {summary['images']:,} "
-        f"images; the standard error of one figure is {error:.2f} points, of a difference of two "
-        f"rows up to {math.sqrt(2) * error:.2f} (binomial).",
+        describe_study(summary),
         study_table(summary),
     ]
     if summary["missing"]:

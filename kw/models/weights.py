@@ -61,9 +61,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return _unwrapped(load_file(path), path)
+            tensors = load_file(path)
         except Exception as error:  # safetensors' own kind, or the system's
             raise CheckpointError(f"weights {path}: cannot be read: {one_line(error)}") from error
+        return _unwrapped(tensors, path)
     if (fault := find_damage(path)) is not None:
         raise CheckpointError(f"weights {path}: cannot be read: {fault}")
     try:
@@ -140,7 +141,8 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
     Args:
         network: of the same structure as the weights; a classifier that differs, or that is missing
             in the weights, starts from small random weights, which is said.
-        state: the weights, under timm's names or those that are known (this module's head).
+        state: the weights, under timm's names or others that :func:`read_weights` may give
+            (torchvision's, those of original releases).
         source: what messages call them.
         keep_head: whether the classifier's weights are wanted at all.
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -91,6 +92,8 @@ def convert(
         ValueError: an unknown method, start or setting; no layer to convert; a layer that cannot
             be converted or stands in the network twice; a model that is converted already.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), METHODS)}")
     if start not in STARTS:
@@ -158,11 +161,19 @@ def _dynamic(
     name: str, candidates: Layers, method: Method, title: str, settings: dict[str, Any]
 ) -> MixtureLayer:
     module = candidates[name]
-    twins = [other for other, m in candidates.items() if m is module and other != name]
+    own = module._parameters.get("weight")
+    twins = [
+        other
+        for other, m in candidates.items()
+        if other != name
+        and (m is module or (own is not None and m._parameters.get("weight") is own))
+    ]
     if twins:
+        what = (
+            "is the same module as" if candidates[twins[0]] is module else "shares its weight with"
+        )
         raise ValueError(
-            f"{title}: layer {name!r} is the same module as {twins[0]!r}; leave shared modules "
-            "static by 'layers'"
+            f"{title}: layer {name!r} {what} {twins[0]!r}; leave both static by 'layers'"
         )
     computed = is_parametrized(module) or not isinstance(
         module._parameters.get("weight"), nn.Parameter

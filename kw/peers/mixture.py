@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ..warehouse import KernelShape, KWConv2d, KWLayer, Warehouse, WarehouseSettings
 from ..warehouse.attention import full_precision
 from ..warehouse.layers import Size
-from ..warehouse.ops.assembly import to_blocks
 from ..warehouse.plan import nearest
+from ..warehouse.start import kernel_blocks
 
 __all__ = [
     "MixtureAttention",
@@ -189,14 +189,16 @@ class MixtureLayer(KWLayer):
 
         Args:
             kernel: ``[O, I / g, k_1 .. k_d]``; a linear layer's weight, ``[O, I]``.
+
+        Raises:
+            ValueError: the kernel is not finite.
         """
-        # In float64 on the CPU: some devices have none.
-        kernel = kernel.detach().to("cpu", torch.float64) * self.attention.hold()
-        taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, S, O, I / g]
-        blocks = to_blocks(taps, self.partition)[0].unsqueeze(1)  # [m, 1, D]
+        static = kernel_blocks(kernel, self.partition, self.shape.name)
+        blocks = (static * self.attention.hold()).unsqueeze(1)  # [m, 1, D]
         # What the paper's initialisation has drawn; a kernel of zeros leaves it its size.
-        drawn = self.warehouse.cells.to(blocks).view(len(blocks), -1, blocks.shape[2])  # [m, K, D]
-        scale = (kernel.square().mean() / drawn.square().mean()).sqrt() if kernel.any() else 1.0
+        drawn = self.warehouse.cells.to("cpu").to(blocks)
+        drawn = drawn.view(len(blocks), -1, blocks.shape[2])  # [m, K, D]
+        scale = (blocks.square().mean() / drawn.square().mean()).sqrt() if blocks.any() else 1.0
         noise = NOISE * scale * (drawn - drawn.mean(1, keepdim=True))
         self.warehouse.cells.copy_((blocks + noise).flatten(0, 1))  # cell i * K + k
 

@@ -149,6 +149,11 @@ class KernelAttention(nn.Module):
             raise ValueError(f"attention norm {norm!r} is unknown; choose 'batch' or 'layer'")
         if not 0 < nonlocal_basis_ratio <= 1:
             raise ValueError(f"nonlocal_basis_ratio is {nonlocal_basis_ratio}; expected (0, 1]")
+        if start_scale is not None and function not in LOGITS:
+            raise ValueError(
+                f"attention {function!r} has no inverse (kw.warehouse.attention.LOGITS): it cannot "
+                "begin as a static layer; set start='paper'"
+            )
         if not reduction > 0:
             raise ValueError(f"reduction is {reduction}; it must be above 0")
         self.function = function

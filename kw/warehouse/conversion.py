@@ -92,7 +92,10 @@ class Conversion:
             return f"kept, outputs{where} are the static network's"
         low, high = f"{100 * min(held):.0f}%", f"{100 * max(held):.0f}%"
         part = f"between {low} and {high} of the kernels of " if min(held) < 1 else ""
-        return f"kept in part: {part}{len(held)} of {_counted(len(shares), 'warehouse')}"
+        lost = len(shares) - len(held)
+        return f"kept in part: {part}{_counted(len(held), 'warehouse')}" + (
+            f", those of {_counted(lost, 'other')} replaced by random ones" if lost else ""
+        )
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """For every warehouse its name, layers, mixtures, cells, and the share kept."""

@@ -56,9 +56,9 @@ def convert(
     and below 1 as near as its cells can come (``kw.warehouse.start``). With ``start="paper"``
     cells and attention are initialised at random instead, for training from nothing with annealing.
     New parameters take the device and dtype of the old ones, and train also where those were
-    frozen: freeze after the conversion. Biases are kept. One line says what
-    was done (logger ``kw``, or stderr); ``model.warehouses.conversion`` has it in full. A model is
-    converted as a whole or, when anything is refused, left as it was.
+    frozen: freeze after the conversion. Biases are kept. One line says what was done (logger
+    ``kw``, or stderr); ``model.warehouses.conversion`` has it in full. A model is converted as a
+    whole or, when anything is refused, left as it was.
 
     Args:
         model: any network; its class and module names stay.
@@ -79,7 +79,8 @@ def convert(
         ValueError: an unknown plan or setting; a rule that matches no layer; a layer that two rules
             claim or that stands in the network twice; a layer that cannot be converted; a warehouse
             whose layers cannot be partitioned as set, or whose attention function cannot keep
-            static kernels. The message names layer, warehouse and remedy.
+            static kernels; weights that are shared or not finite; batches that the model does not
+            take. The message names layer, warehouse and remedy.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
@@ -109,6 +110,8 @@ def convert(
     layers: dict[str, nn.Module] = {}
     fitted = [g for g in groups.values() if g.settings.cell_num_ratio < 1 and _keeps(g)]
     squares = {} if batches is None or not fitted else _input_squares(model, fitted, batches)
+    if batches is not None and not fitted and announce:
+        say("batches are not used: no budget is below 1 with start 'keep'")
     outcome: dict[str, KeptWarehouse] = {}
     for group in groups.values():
         shapes = [kernel_shape(name, module) for name, module in group.layers]
@@ -204,7 +207,7 @@ def _input_squares(
         if not total.isfinite().all():
             raise ValueError(f"batches: the input of layer {name!r} is not finite")
     if unseen := [name for name in layers if name not in sums]:
-        say(f"batches: {len(unseen)} layers were not called and count little: {unseen[0]}, ...")
+        say(f"layers that no batch reaches count little: {', '.join(unseen[:5])} ({len(unseen)})")
     return {name: total / counts[name] for name, total in sums.items()}
 
 

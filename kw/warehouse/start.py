@@ -37,7 +37,7 @@ from .ops.assembly import to_blocks
 from .partition import Partition
 from .warehouse import Warehouse
 
-__all__ = ["keep_kernels"]
+__all__ = ["keep_kernels", "kernel_blocks"]
 
 _ROUNDS, _ENOUGH = 10, 1e-2
 """Alternating least squares end after so many rounds, or when a round lowers the error by less than
@@ -55,7 +55,9 @@ def keep_kernels(
 
     Args:
         warehouse: its cells are set.
-        attentions: those of all its layers, in their order; their logits are set.
+        attentions: those of all its layers, in their order. At a budget of 1 or more they hold
+            their own cells since they were made (:attr:`KernelAttention.start_scale`); below, their
+            logits are set.
         kernels: ``[O, I / g, k_1 .. k_d]`` of every layer (a linear layer's weight, ``[O, I]``).
         inputs: mean square of every layer's input channels, ``[I]``, to weigh errors by where the
             cells cannot hold all kernels; ``None`` for a layer that was never called.
@@ -70,14 +72,15 @@ def keep_kernels(
     """
     settings, layout = warehouse.settings, warehouse.partition
     parts, scale = layout.layers, settings.firmness * layout.cells
-    for kernel, shape in zip(kernels, warehouse.shapes, strict=True):
-        if not kernel.isfinite().all():
-            raise ValueError(
-                f"warehouse {warehouse.name!r}: the weight of layer {shape.name!r} is not finite; "
-                "nothing of it can be kept"
-            )
-    # In float64 on the CPU: some devices have none.
-    blocks = torch.cat([_blocks(k, part) for k, part in zip(kernels, parts, strict=True)])
+    if settings.cell_num_ratio < 1 and settings.attention != "contrasting":
+        raise ValueError(
+            f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
+            f"attention {settings.attention!r} cannot keep static kernels: fewer cells than "
+            "mixtures have to be subtracted from each other, which only 'contrasting' can; set "
+            "start='paper', which initialises at random"
+        )
+    names = [shape.name for shape in warehouse.shapes]
+    blocks = torch.cat(list(map(kernel_blocks, kernels, parts, names)))
     if settings.cell_num_ratio >= 1:
         own, other = own_and_other(settings.attention, scale, layout.cells)
         owned = [cell for own_slice in layout.slices for cell in own_slice.owners]
@@ -86,42 +89,43 @@ def keep_kernels(
             cells = warehouse.cells.detach().to("cpu").to(torch.float64)
             kept = _without_others(blocks, cells, owned, own, other)
         warehouse.cells[owned] = kept.to(warehouse.cells)
-        for attention in attentions:
-            if attention.start_scale != scale:  # held since it was made
-                attention.hold_own(scale)
         return 1.0
-    cells = warehouse.cells.detach().to("cpu").to(torch.float64)
-    if settings.attention != "contrasting":
-        raise ValueError(
-            f"warehouse {warehouse.name!r}: cell_num_ratio {settings.cell_num_ratio:g} with "
-            f"attention {settings.attention!r} cannot keep static kernels: fewer cells than "
-            "mixtures have to be subtracted from each other, which only 'contrasting' can; set "
-            "start='paper', which initialises at random"
-        )
     alpha, live = _low_rank(blocks, layout.cells)
-    total, error = blocks.square(), None
+    by_value = torch.ones((), dtype=torch.float64, device="cpu")
     if inputs is not None and any(square is not None for square in inputs):
         weights = _weights(inputs, parts, [shape.groups for shape in warehouse.shapes])
         alpha, live = _weighted_low_rank(blocks, weights, alpha, live, parts[0])
         by_value = _by_value(weights, parts[0].cell_out, math.prod(parts[0].cell_kernel))
-        total, error = total * by_value, (blocks - alpha @ live).square() * by_value
-    else:
-        error = (blocks - alpha @ live).square()
+    total = (blocks.square() * by_value).sum().item()
+    error = ((blocks - alpha @ live).square() * by_value).sum().item()
     # Cells may be as large as they like, coefficients not. Cells that are not needed, where there
     # are more of them than values, stay random.
     size = alpha.abs().sum(-1).max().item() / (1 - EPS / scale) or 1.0
-    cells[: len(live)] = live * size
+    warehouse.cells[: len(live)] = (live * size).to(warehouse.cells)
     alpha = F.pad(alpha / size, (0, layout.cells - len(live)))
     rows = alpha.split([part.mixtures for part in parts])
     for attention, own_rows in zip(attentions, rows, strict=True):
         attention.hold(own_rows, scale)
-    warehouse.cells.copy_(cells)
-    return 1 - (error.sum() / total.sum()).item() if total.any() else 1.0
+    return 1 - error / total if total else 1.0
 
 
-def _blocks(kernel: Tensor, part: Partition) -> Tensor:
-    """A layer's kernel as ``[m, D]``."""
+def kernel_blocks(kernel: Tensor, part: Partition, name: str) -> Tensor:
+    """A static layer's kernel as the blocks of its mixtures.
+
+    Args:
+        kernel: ``[O, I / g, k_1 .. k_d]``; a linear layer's weight, ``[O, I]``.
+        part: how it is cut.
+        name: the layer's, for the message.
+
+    Returns:
+        ``[m, D]``, float64 on the CPU: some devices have none.
+
+    Raises:
+        ValueError: the kernel is not finite.
+    """
     kernel = kernel.detach().to("cpu").to(torch.float64)
+    if not kernel.isfinite().all():
+        raise ValueError(f"the weight of layer {name!r} is not finite: it cannot be kept")
     taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, K, O, I / g]
     return to_blocks(taps, part)[0]
 
