@@ -86,13 +86,13 @@ def place(
 
 @pytest.fixture(autouse=True)
 def on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = engine_run.build_network
+    build = engine_run.start_network
 
-    def build_without_data(config: Any) -> torch.nn.Module:
+    def build_without_data(*args: Any, **options: Any) -> torch.nn.Module:
         with META:
-            return build(config)
+            return build(*args, **options)
 
-    monkeypatch.setattr(engine_run, "build_network", build_without_data)
+    monkeypatch.setattr(engine_run, "start_network", build_without_data)
 
 
 def attempt(case: Case, work_dir: Path) -> tuple[str, str]:
