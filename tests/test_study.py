@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,8 @@ def test_mistakes_in_a_study_are_named(study: Path, change: dict[str, Any], said
         load_study(study)
 
 
-def test_a_row_may_continue_another(
-    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A variant has settings of its own, and starts from the weights of its seed's run."""
+def continuing(study: Path) -> None:
+    """Makes it a study of a static network, and of one that is converted from there."""
     content = {
         **yaml.safe_load(study.read_text()),
         "rows": ["static.yaml", "converted"],
@@ -206,53 +205,55 @@ def test_a_row_may_continue_another(
         "seeds": [3],
     }
     study.write_text(yaml.safe_dump(content))
-    runs = tmp_path / "runs"
-    tool("tools/run_study.py", study, "--work-dir", runs, "--jobs", 2)
-    found = [
-        json.loads((runs / f"{row}_seed3/results.json").read_text())
-        for row in ("static", "converted")
-    ]
-    assert found[1]["params"] > found[0]["params"]
-    assert found[1]["loss"] == pytest.approx(
-        found[0]["loss"], rel=1e-4
-    )  # a rate of next to nothing
-    (line,) = [text for text in load_study(study).options if text.startswith("converted: ")]
-    assert line.startswith("converted: continues static model.kernel_warehouse.start=")
-    tool("tools/summarize_study.py", study, "--work-dir", runs, "--json", tmp_path / "s.json")
-    assert "converted" in capfd.readouterr().out
-    # One whose start failed is left out, and fails as well.
-    other = tmp_path / "other"
-    (other / "static_seed3").mkdir(parents=True)
-    (other / "static_seed3/epoch_1.pth").write_bytes(b"no checkpoint")
+
+
+def test_a_row_whose_start_failed_is_left_out(
+    study: Path,
+    tmp_path: Path,
+    tool: Tool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    continuing(study)
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: 2)
     with pytest.raises(SystemExit):
-        tool("tools/run_study.py", study, "--work-dir", other)
-    assert "converted_seed3: left out, static_seed3 failed" in capfd.readouterr().err
+        tool("tools/run_study.py", study, "--work-dir", tmp_path / "runs")
+    said = capfd.readouterr().err
+    assert "static_seed3: status 2" in said
+    assert "converted_seed3: left out, static_seed3 failed" in said
 
 
 def test_a_study_is_run_once_and_summarised(
     study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    content = {**yaml.safe_load(study.read_text()), "seeds": [3], "rows": ["dynamic.yaml"]}
-    study.write_text(yaml.safe_dump(content))
+    continuing(study)
     runs, docs = tmp_path / "runs", tmp_path / "docs"
-    tool("tools/run_study.py", study, "--work-dir", runs)
-    assert "dynamic_seed3: finished in" in capfd.readouterr().out
+    tool("tools/run_study.py", study, "--work-dir", runs, "--jobs", 2)
+    assert "converted_seed3: finished in" in capfd.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")}
     tool("tools/run_study.py", study, "--work-dir", runs)
-    assert "dynamic_seed3: finished already" in capfd.readouterr().out
+    assert "converted_seed3: finished already" in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")} == before
 
     summary_file, plot = docs / "results/small.json", tmp_path / "curves.svg"
     files = ("--json", summary_file, "--plot", plot)
     tool("tools/summarize_study.py", study, "--work-dir", runs, *files)
     summary = json.loads(summary_file.read_text())
-    results = json.loads((runs / "dynamic_seed3/results.json").read_text())
-    (found,) = summary["runs"]
-    assert (found["row"], found["params"]) == ("dynamic", results["params"])
+    static, results = (
+        json.loads((runs / f"{row}_seed3/results.json").read_text())
+        for row in ("static", "converted")
+    )
+    assert results["params"] > static["params"]
+    # It starts from the weights of its seed's run, at a rate of next to nothing.
+    assert results["loss"] == pytest.approx(static["loss"], rel=1e-4)
+    found = summary["runs"][1]
+    assert (found["row"], found["params"]) == ("converted", results["params"])
     assert found["top1"] == pytest.approx(results["top1"], abs=1e-4)
     assert (found["temperature"], found["images"], found["epochs"]) == (0, 19, 1)
     assert str(tmp_path / "runs") not in summary_file.read_text()
-    assert "dynamic" in plot.read_text()
+    assert "converted" in plot.read_text()
+    (line,) = [text for text in load_study(study).options if text.startswith("converted: ")]
+    assert line.startswith("converted: continues static model.kernel_warehouse.start=")
 
     page = docs / "results.md"
     page.write_text("Before\n<!-- study small: begin --><!-- study small: end -->\nAfter\n")
