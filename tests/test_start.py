@@ -424,11 +424,11 @@ def test_a_layer_alone_begins_as_a_static_one():
     assert not torch.equal(alpha[0], alpha[3])
 
 
-def test_attention_branches_may_have_a_rate_of_their_own():
-    settings = {"lr": 0.5, "weight_decay": 0.1, "attention_lr": 3}
+def test_attention_branches_and_the_classifier_may_have_rates_of_their_own():
+    settings = {"lr": 0.5, "weight_decay": 0.1, "attention_lr": 3, "head_lr": 5}
     config = kw.config.config_from_mapping(
         {
-            "model": {"name": "resnet18"},
+            "model": {"name": "resnet18", "kernel_warehouse": {"plan": "resnet18"}},
             "data": {"root": "x"},
             "optimizer": settings,
             "epochs": 1,
@@ -442,10 +442,16 @@ def test_attention_branches_may_have_a_rate_of_their_own():
     optimizer = build_optimizer(model, config.optimizer, torch.device("cpu"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
-        inside = {".attention." in names[id(parameter)] for parameter in group["params"]}
-        assert inside == {group["lr_scale"] == 3}
+        inside = [names[id(parameter)] for parameter in group["params"]]
+        assert {".attention." in name for name in inside} == {group["lr_scale"] == 3}
+        assert {name.startswith("fc.") for name in inside} == {group["lr_scale"] == 5}
     assert optimizer.param_groups[0]["lr_scale"] == 1  # the one that is logged
-    assert {group["lr_scale"] for group in optimizer.param_groups} == {1, 3}
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1, 3, 5}
+    model.pretrained_cfg = {}
+    with pytest.raises(
+        kw.config.ConfigError, match=r"head_lr = 5: .*which module is its classifier"
+    ):
+        build_optimizer(model, config.optimizer, torch.device("cpu"))
 
 
 # --- what is said, and wrapped ---------------------------------------------------------------

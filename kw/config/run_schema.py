@@ -47,6 +47,13 @@ class OptimizerConfig:
     attention_lr: float = setting(
         1.0, "factor on the learning rate of attention branches", above=0, maximum=1e6
     )
+    head_lr: float = setting(
+        1.0,
+        "factor on the learning rate of the classifier: a new one on a trained network has "
+        "everything to learn",
+        above=0,
+        maximum=1e6,
+    )
     clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..config import ConfigError
 from ..config.run_schema import OptimizerConfig
+from ..models.weights import classifier_names
 from ..registry import OPTIM_WRAPPERS
 from ..warehouse import KWLayer
 from .finite import FiniteGuard
@@ -47,12 +49,21 @@ def build_optimizer(
             sharded parameters has none.
         lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
             group's stands in its ``lr_scale``, which the schedule multiplies by.
+
+    Raises:
+        ConfigError: the classifier has a rate of its own, and the network does not say where it is.
     """
     branches = tuple(
         f"{prefix}.attention.".removeprefix(".")
         for prefix, module in network.named_modules()
         if isinstance(module, KWLayer)
     )
+    heads = classifier_names(network)
+    if config.head_lr != 1 and not heads:
+        raise ConfigError(
+            f"optimizer.head_lr = {config.head_lr:g}: the network does not say which module is its "
+            "classifier; set 1"
+        )
     norms = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in network.named_modules()
@@ -68,6 +79,8 @@ def build_optimizer(
         scale = 1.0 if lr_scales is None else lr_scales.get(name, 1.0)
         if name.startswith(branches):
             scale *= config.attention_lr
+        if name.startswith(heads):
+            scale *= config.head_lr
         grouped.setdefault((scale, exempt[config.exempt_from_decay]), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {
