@@ -164,7 +164,7 @@ def test_architecture(name):
     model.reset_classifier(7)
     model.eval()
     with torch.no_grad():
-        head = model.forward_head(model.forward_features(x))
+        head = model.forward_head(features)
     assert head.shape == (2, 7)
 
 
