@@ -187,6 +187,17 @@ def test_kernels_start_as_static_ones():
         assert float(cells.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["dyconv", "odconv"])
+def test_branches_keep_their_start_whatever_the_order_of_resets(method):
+    branch = METHODS[method](64, 64, 3, kernels=4).attention
+    for module in branch.modules():  # children after their parents
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    weight = branch.kernel_fc.weight.detach()
+    assert float(weight.std()) == pytest.approx((2 / len(weight)) ** 0.5, rel=0.3)
+    assert not branch.kernel_fc.bias.any()
+
+
 # --- temperature ------------------------------------------------------------------------------
 
 

@@ -280,8 +280,9 @@ def test_reset_parameters_begins_as_a_static_layer(function):
     with torch.device("meta"):
         layer = KWConv2d(4, 8, 3, cell_num_ratio=2, attention=function)
     layer.to_empty(device="cpu")
-    for module in (layer.warehouse, layer.attention, layer):
-        module.reset_parameters()
+    for module in layer.modules():  # children after their parents
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
     alpha = layer.attention(torch.randn(2, 4), layer.warehouse.temperature)
     assert torch.equal(alpha[0], alpha[1])
     owners = torch.tensor(layer.attention.own.owners)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape
+from ..warehouse.attention import BranchLinear
 from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
 
 __all__ = ["DyConv2d"]
@@ -43,8 +44,8 @@ class SqueezeSoftmax(MixtureAttention):
     ) -> None:
         super().__init__()
         hidden = max(int(shape.in_channels * reduction), 1)
-        self.fc = nn.Linear(shape.in_channels, hidden, device=device, dtype=dtype)
-        self.kernel_fc = nn.Linear(hidden, kernels, device=device, dtype=dtype)
+        self.fc = BranchLinear(shape.in_channels, hidden, device=device, dtype=dtype)
+        self.kernel_fc = BranchLinear(hidden, kernels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

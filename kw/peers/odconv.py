@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape
-from ..warehouse.attention import normalise
+from ..warehouse.attention import BranchLinear, normalise
 from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
 
 __all__ = ["ODConv2d", "OmniAttention"]
@@ -79,11 +79,11 @@ class OmniAttention(MixtureAttention):
         hidden = max(int(channels * reduction), 16)
 
         def head(size: int, wanted: bool) -> nn.Linear | None:
-            return nn.Linear(hidden, size, **factory) if wanted else None
+            return BranchLinear(hidden, size, **factory) if wanted else None
 
-        self.fc = nn.Linear(channels, hidden, bias=False, **factory)
+        self.fc = BranchLinear(channels, hidden, bias=False, **factory)
         self.norm = nn.BatchNorm1d(hidden, **factory)
-        self.channel_fc = nn.Linear(hidden, channels, **factory)
+        self.channel_fc = BranchLinear(hidden, channels, **factory)
         self.filter_fc = head(shape.out_channels, not is_depthwise)
         self.spatial_fc = head(positions, positions > 1)
         self.kernel_fc = head(kernels, kernels > 1)

@@ -23,6 +23,7 @@ __all__ = [
     "ATTENTION_FUNCTIONS",
     "EPS",
     "LOGITS",
+    "BranchLinear",
     "KernelAttention",
     "full_precision",
     "normalise",
@@ -98,6 +99,18 @@ def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float
     return scale / (1 + scale), min(scale, 1) / (2 * cells * (1 + scale))
 
 
+class BranchLinear(nn.Linear):
+    """A linear layer that its attention initialises: resetting every module of a network, parents
+    before children as in FSDP's recipe, leaves what the attention has set."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        super().reset_parameters()  # random numbers are drawn as nn.Linear draws them
+
+    def reset_parameters(self) -> None:
+        """Nothing: the attention's ``reset_parameters`` does it."""
+
+
 class KernelAttention(nn.Module):
     """Mixture coefficients ``alpha = (1 - tau) * f(z) + tau * beta`` of one layer.
 
@@ -163,18 +176,20 @@ class KernelAttention(nn.Module):
         self.mixtures = len(own.owners)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = max(int(in_channels * reduction), 16)
-        self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **factory)
+        self.fc1 = BranchLinear(in_channels, hidden, bias=norm == "layer", **factory)
         self.norm1 = (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **factory)
         self.fc3: nn.Linear | None = None
         if nonlocal_basis_ratio == 1 or nonlocal_own == cells:
-            self.fc2 = nn.Linear(hidden, self.mixtures * (cells + 1), **factory)
+            self.fc2 = BranchLinear(hidden, self.mixtures * (cells + 1), **factory)
             self.register_parameter("basis_bias", None)
         else:
             foreign = cells - nonlocal_own
             rank = max(int(foreign * nonlocal_basis_ratio), 16)
             self.nonlocal_split = (nonlocal_own, rank, 1)
-            self.fc2 = nn.Linear(hidden, self.mixtures * sum(self.nonlocal_split), False, **factory)
-            self.fc3 = nn.Linear(rank, foreign, bias=False, **factory)
+            self.fc2 = BranchLinear(
+                hidden, self.mixtures * sum(self.nonlocal_split), False, **factory
+            )
+            self.fc3 = BranchLinear(rank, foreign, bias=False, **factory)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (cells + 1), **factory))
         # beta follows from the partition, so it is no part of a checkpoint; it is made anew
         # whenever weights are loaded, because a model built on the meta device has none until then.
