@@ -294,6 +294,7 @@ def test_a_study_says_how_far_chance_goes() -> None:
     text = describe_study({"runs": several, "images": 2500})
     assert "± is the standard error over seeds" in text
     assert "+1.50 ± 0.50" in study_table({"runs": several})
+    assert " +2.00 |" in study_table({"runs": [several[0], several[3], run("b", 1, 90.0)]})
 
 
 def test_small_networks_are_counted_exactly() -> None:

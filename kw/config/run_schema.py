@@ -49,8 +49,7 @@ class OptimizerConfig:
     )
     head_lr: float = setting(
         1.0,
-        "factor on the learning rate of the classifier: a new one on a trained network has "
-        "everything to learn",
+        "factor on the learning rate of the classifier: above 1 for a new one on a trained network",
         above=0,
         maximum=1e6,
     )

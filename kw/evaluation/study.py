@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ __all__ = [
     "STARTED",
     "binomial_error",
     "describe_study",
-    "mean_and_error",
     "plot_study",
     "read_started",
     "read_summary",
@@ -117,17 +117,16 @@ def binomial_error(percent: float, images: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / images)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of at least two values and its standard error, from their spread."""
-    count = len(values)
-    mean = sum(values) / count
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, math.sqrt(variance / count)
+def _standard_error(values: Sequence[float]) -> str:
+    """ " ± " and the standard error of the mean, from the spread; "" for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    return f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def study_table(summary: Summary) -> str:
     """The study's rows in Markdown. Figures of several seeds are their mean; top-1 has its standard
-    error and all of them behind, its difference to the first row the error over paired seeds."""
+    error and all of them behind. Its difference to the first row is over the seeds of both rows."""
     by_row: dict[str, list[Summary]] = {}
     for run in summary["runs"]:
         by_row.setdefault(run["row"], []).append(run)
@@ -145,19 +144,15 @@ def study_table(summary: Summary) -> str:
     )
     rows = []
     for row, runs in by_row.items():
-        top1, difference = _mean(runs, "top1"), ""
-        if runs is not base:
-            difference = f"{top1 - _mean(base, 'top1'):+.2f}" + _paired_error(runs, base)
+        difference = "" if runs is base else _difference(runs, base)
         values = [run["top1"] for run in runs]
-        each = f" ({', '.join(format(value, '.2f') for value in values)})"
-        if len(runs) > 1:
-            each = f" ± {mean_and_error(values)[1]:.2f}{each}"
+        each = f"{_standard_error(values)} ({', '.join(format(value, '.2f') for value in values)})"
         train = sum(run["curve"][-1]["train_loss"] for run in runs) / len(runs)
         rows.append(
             (
                 row,
                 _size(runs[0]["params"]),
-                f"{top1:.2f}" + (each if len(runs) > 1 else ""),
+                f"{_mean(runs, 'top1'):.2f}" + (each if len(runs) > 1 else ""),
                 difference,
                 f"{_mean(runs, 'top5'):.2f}",
                 f"{_mean(runs, 'best_top1'):.2f}",
@@ -173,11 +168,11 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e6:.2f}M" if parameters >= 10**6 else f"{parameters:,}"
 
 
-def _paired_error(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
-    """The standard error of a difference over the seeds of both rows; "" for fewer than two."""
+def _difference(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
+    """Over the seeds that both rows have, with its standard error; "" where there is none."""
     others = {run["seed"]: run["top1"] for run in base}
     pairs = [run["top1"] - others[run["seed"]] for run in runs if run["seed"] in others]
-    return f" ± {mean_and_error(pairs)[1]:.2f}" if len(pairs) > 1 else ""
+    return f"{sum(pairs) / len(pairs):+.2f}{_standard_error(pairs)}" if pairs else ""
 
 
 def _mean(runs: Sequence[Summary], key: str) -> float:
