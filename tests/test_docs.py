@@ -247,7 +247,8 @@ def test_python(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch)
             recorder.write(block)
     monkeypatch.chdir(recorder.folder)
     monkeypatch.syspath_prepend(str(recorder.folder))
-    for name in ("kaiming_normal_", "normal_", "trunc_normal_"):  # most of the seconds of large models
+    # Random values take most of the seconds of large models.
+    for name in ("kaiming_normal_", "normal_", "trunc_normal_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: nn.init.constant_(tensor, 0.01))
     run_python(page, {"__name__": "page", **BEFORE.get(page.stem, dict)()})
 

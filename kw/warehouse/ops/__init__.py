@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
-from .contraction import Contraction, Cost, Problem
+from .contraction import Contraction, Cost, Problem, check_operands
 from .exported import conv_exported, fixed_groups
 from .function import contract
 from .precision import assembly_precision, compute_types, set_assembly_precision
@@ -56,10 +56,11 @@ def dynamic_conv(
         ``[B, O, *output space]``, without the bias.
 
     Raises:
-        ValueError: an unknown back end, or one that cannot do this layer; input and cells of
-            different types.
+        ValueError: an unknown back end, or one that cannot do this layer; a tensor of another
+            shape, type or device than the layer and the others say.
     """
     if backend in YARDSTICKS:
+        check_operands(x, alpha, cells, spec)
         if len(x) > 0:
             return YARDSTICKS[backend](x, alpha, cells, spec)
         backend = "auto"

@@ -88,7 +88,7 @@ class Bmm(Contraction):
     def refusal(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         parts = []
         for samples, rows in _chunks(x, cells, spec, training=False):
             some, values = _take_rows(spec, rows)
@@ -102,7 +102,7 @@ class Bmm(Contraction):
             _output_rows(parts[-1], rows, spec).copy_(_output_rows(part, slice(None), some))
         return join(parts)
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

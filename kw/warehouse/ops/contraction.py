@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from .spec import ConvSpec
 from .summing import GradientSum
 
-__all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction"]
+__all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction", "check_operands"]
 
 Needs = tuple[bool, bool, bool]
 """Whether the gradient of the input, of the coefficients and of the cells is wanted."""
@@ -120,10 +120,66 @@ class Cost:
         )
 
 
+def check_operands(
+    x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, grad: Tensor | None = None
+) -> None:
+    """Refuse tensors that are not one contraction's.
+
+    Args:
+        x: ``[B, I, *space]``, of a floating-point type.
+        alpha: ``[B, m, n]``, of the cells' type, or float32 beside 16 bit.
+        cells: ``[n, cell]``, of the input's type, or float32 beside 16 bit.
+        spec: the layer.
+        grad: of the output: ``[B, O, *output space]``, of the input's type.
+
+    Raises:
+        ValueError: another shape or type, or another device than the input's, naming the tensor.
+    """
+    part = spec.partition
+    dims = len(part.kernel)
+    if x.dim() != dims + 2 or x.shape[1] != spec.in_channels:
+        _refuse("the input", x, f"[batch, {spec.in_channels}] and {dims} spatial axes")
+    cell = part.cell_out * part.cell_in * math.prod(part.cell_kernel)
+    if cells.dim() != 2 or cells.shape[1] != cell:
+        _refuse("the cells", cells, f"[cells, {cell}]")
+    shape = (x.shape[0], part.mixtures, cells.shape[0])
+    if alpha.shape != shape:
+        _refuse("the coefficients", alpha, f"[samples, mixtures, cells] = {list(shape)}")
+    if not x.is_floating_point():
+        _refuse("the input", x, "a floating-point type")
+    _check_type("the cells", cells, x)
+    _check_type("the coefficients", alpha, cells)
+    tensors = [("the cells", cells), ("the coefficients", alpha)]
+    if grad is not None:
+        made = (x.shape[0], spec.out_channels, *spec.output_size(x.shape[2:]))
+        if grad.shape != made or grad.dtype != x.dtype:
+            _refuse("the output's gradient", grad, f"{list(made)}, {x.dtype}")
+        tensors.append(("the output's gradient", grad))
+    for name, tensor in tensors:
+        if tensor.device != x.device:
+            _refuse(name, tensor, f"the input's device, {x.device}")
+
+
+def _check_type(name: str, tensor: Tensor, beside: Tensor) -> None:
+    if tensor.dtype != beside.dtype and not (
+        tensor.dtype == torch.float32 and beside.dtype in (torch.float16, torch.bfloat16)
+    ):
+        also = "" if beside.dtype.itemsize >= 4 else " or torch.float32"
+        _refuse(name, tensor, f"{beside.dtype}{also}")
+
+
+def _refuse(name: str, tensor: Tensor, expected: str) -> NoReturn:
+    raise ValueError(
+        f"{name}: expected {expected}; found {list(tensor.shape)}, {tensor.dtype} on "
+        f"{tensor.device}"
+    )
+
+
 class Contraction:
     """One way of computing ``y_b = conv(x_b, assemble(alpha_b, cells))`` and its gradients.
 
-    Both methods run without autograd and outside of autocast. ``x`` has the dtype in which the
+    Both methods run without autograd and outside of autocast, and check what they are given: a back
+    end that reads memory by itself would read beyond its end. ``x`` has the dtype in which the
     output is returned; ``cells`` has the same or, for kernels that are assembled in float32 and
     rounded once, float32; ``alpha`` has that or float32. Gradients have their tensor's dtype.
     The output may lie contiguous or channels last; the caller brings it into the input's layout.
@@ -142,8 +198,13 @@ class Contraction:
         raise NotImplementedError
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        """``x [B, I, *space]``, ``alpha [B, m, n]``, ``cells [n, cell]`` -> ``[B, O, *space']``."""
-        raise NotImplementedError
+        """``x [B, I, *space]``, ``alpha [B, m, n]``, ``cells [n, cell]`` -> ``[B, O, *space']``.
+
+        Raises:
+            ValueError: the tensors do not fit the layer (:func:`check_operands`).
+        """
+        check_operands(x, alpha, cells, spec)
+        return self._forward(x, alpha, cells, spec)
 
     def backward(
         self,
@@ -155,7 +216,28 @@ class Contraction:
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of ``x``, ``alpha`` and ``cells`` for ``grad [B, O, *space']``; ``None`` where
-        not wanted."""
+        not wanted.
+
+        Raises:
+            ValueError: the tensors do not fit the layer (:func:`check_operands`).
+        """
+        check_operands(x, alpha, cells, spec, grad)
+        return self._backward(grad, x, alpha, cells, spec, needs)
+
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+        """:meth:`forward` of tensors that fit."""
+        raise NotImplementedError
+
+    def _backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """:meth:`backward` of tensors that fit."""
         raise NotImplementedError
 
     def cost(self, problem: Problem) -> Cost:
@@ -178,9 +260,23 @@ class SummingContraction(Contraction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As :meth:`backward`; the cells' gradient is added to ``total``, if there is one, and
         ``None`` is returned for it."""
+        check_operands(x, alpha, cells, spec, grad)
+        return self._backward_summing(grad, x, alpha, cells, spec, needs, total)
+
+    def _backward_summing(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        spec: ConvSpec,
+        needs: Needs,
+        total: GradientSum | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """:meth:`backward_summing` of tensors that fit."""
         raise NotImplementedError
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,
@@ -189,4 +285,4 @@ class SummingContraction(Contraction):
         spec: ConvSpec,
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.backward_summing(grad, x, alpha, cells, spec, needs, None)
+        return self._backward_summing(grad, x, alpha, cells, spec, needs, None)

@@ -44,7 +44,7 @@ class Depthwise(Contraction):
     def refusal(self, problem: Problem) -> str | None:
         return None if problem.spec.is_depthwise else "does depthwise layers only"
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         by_sample = _is_cpu_2d(x) and _by_sample(x[0].numel(), _lies_last(x), spec, False)
         apply = convolve_each if by_sample else convolve
         parts = []
@@ -53,7 +53,7 @@ class Depthwise(Contraction):
             parts.append(apply(x[chunk], kernels, spec))
         return join(parts)
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

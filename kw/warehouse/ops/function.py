@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import planner
 from .bmm import conv_bmm
-from .contraction import Needs, Problem, SummingContraction
+from .contraction import Needs, Problem, SummingContraction, check_operands
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
@@ -51,6 +51,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+    check_operands(x, alpha, cells, spec)  # before the planner reads shapes
     if len(x) == 0:  # as static layers do: a detector's head may be left without regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
@@ -69,6 +70,7 @@ def _run_backward(
     needs: Needs,
     anchor: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    check_operands(x, alpha, cells, spec, grad)
     if len(x) == 0:
         found = [
             torch.zeros_like(t) if n else None
@@ -103,6 +105,7 @@ def _dynamic_conv(
 @_dynamic_conv.register_fake
 def _(x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str) -> Tensor:
     decoded = ConvSpec.decode(spec)
+    check_operands(x, alpha, cells, decoded)
     size = decoded.output_size(x.shape[2:])
     if lies_channels_last(x):
         return x.new_empty(x.shape[0], *size, decoded.out_channels).movedim(-1, 1)

@@ -50,7 +50,7 @@ class Kernels(Contraction):
     def refusal(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         last = _by_sample(x, spec)
         apply = convolve_each if last else convolve
         parts = []
@@ -59,7 +59,7 @@ class Kernels(Contraction):
             parts.append(apply(x[chunk], kernels, spec))
         return join(parts)
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

@@ -49,7 +49,7 @@ class MixInputs(Contraction):
             f"the {per_group} of each of the {groups} groups"
         )
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         parts = []
         for samples, chunks in _chunks(x, cells, spec):
             inputs = _inputs(x[samples], spec).to(cells.dtype)  # [b, (GI, K), (P, c_in)]
@@ -66,7 +66,7 @@ class MixInputs(Contraction):
             parts.append(_output(total.to(x.dtype), x.shape[2:], spec))
         return join(parts)
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

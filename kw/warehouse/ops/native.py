@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import ClassVar
@@ -26,6 +27,7 @@ __all__ = ["Native"]
 
 log = logging.getLogger(__name__)
 
+_POSITIONS = 1 << 28  # times taps: entries of four bytes in the tables of make_phases (common.h)
 _ARGUMENTS = {"kw_mix": (5, 4), "kw_gradients": (7, 4)}  # pointers, integers
 
 
@@ -47,19 +49,21 @@ class Native(SummingContraction):
             return f"does convolutions without groups only, not with {problem.spec.groups}"
         if len(problem.spec.partition.kernel) > 3:
             return "does at most three spatial axes"
+        taps = math.prod(problem.spec.partition.kernel)
+        if taps * max(math.prod(problem.size), problem.positions) > _POSITIONS:
+            return "does images of at most 2^28 positions over the kernel's taps"
         if os.environ.get("KW_NATIVE") == "0":
             return "is turned off by KW_NATIVE=0"
         return _no_library()
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        x, last = _dense(x)
-        alpha, cells = alpha.contiguous(), cells.contiguous()
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+        (x, last), (alpha, _), (cells, _) = map(_dense, (x, alpha, cells))
         y = _empty((len(x), spec.out_channels, *spec.output_size(x.shape[2:])), x, last)
         layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
         _call("kw_mix", layer, (x, alpha, cells, y), (False, last, last))
         return y
 
-    def backward_summing(
+    def _backward_summing(
         self,
         grad: Tensor,
         x: Tensor,
@@ -69,9 +73,8 @@ class Native(SummingContraction):
         needs: Needs,
         total: GradientSum | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, last = _dense(x)
-        grad, grad_last = _dense(grad)
-        alpha, cells = alpha.contiguous(), cells.contiguous()
+        (x, last), (grad, grad_last) = _dense(x), _dense(grad)
+        (alpha, _), (cells, _) = _dense(alpha), _dense(cells)
         layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
         x_grad = _empty(x.shape, x, last) if needs[0] else None
         alpha_grad = torch.empty_like(alpha) if needs[1] else None
@@ -108,7 +111,7 @@ def _library() -> ctypes.CDLL:
     for name, (pointers, integers) in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
-        function.restype = None
+        function.restype = ctypes.c_int64
     return loaded
 
 
@@ -129,7 +132,8 @@ def _call(
     flags: Sequence[bool],
 ) -> None:
     pointers = (None if t is None else t.data_ptr() for t in tensors)
-    getattr(_library(), name)(layer, *pointers, *flags, torch.get_num_threads())
+    if getattr(_library(), name)(layer, *pointers, *flags, torch.get_num_threads()):
+        raise MemoryError("back end 'native': no memory is left for what it computes on the way")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,6 +158,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
     """The tensor without gaps, and whether its channels lie last; copied where it must be."""
+    x = x.resolve_neg()  # of an imaginary part's view: the sign is in no byte
     if x.is_contiguous():
         return x, False
     form = _LAST.get(x.dim())

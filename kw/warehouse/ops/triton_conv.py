@@ -67,7 +67,7 @@ class TritonConv(Contraction):
         found = launch.kernel_module()
         return found if isinstance(found, str) else None
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         x = _readable(x, spec)
         y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
         columns = columns_of(cells, spec)
@@ -82,7 +82,7 @@ class TritonConv(Contraction):
                     del blocks, chunk  # before the next is made
         return y
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

@@ -74,7 +74,7 @@ class TritonOnChip(Contraction):
                 return f"needs {wanted >> 10} KB of shared memory; the device has {there >> 10}"
         return None
 
-    def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         y = _empty(x, spec.out_channels, spec.output_size(x.shape[2:]))
         if len(x):
             with torch.cuda.device_of(x):
@@ -82,7 +82,7 @@ class TritonOnChip(Contraction):
                 launch.convolve_on_chip(mixture, x, y)
         return y
 
-    def backward(
+    def _backward(
         self,
         grad: Tensor,
         x: Tensor,

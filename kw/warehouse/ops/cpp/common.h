@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <new>
 #include <vector>
 
 #include "tiles.h"
@@ -41,9 +43,11 @@ class Scratch {
   float* get(Index floats) {
     if (floats > size_) {
       std::free(data_);
-      size_ = (floats + floats / 8 + 1023) / 1024 * 1024;
-      data_ = static_cast<float*>(std::aligned_alloc(4096, size_ * sizeof(float)));
-      if (!data_) std::abort();
+      size_ = 0;
+      const Index wanted = (floats + floats / 8 + 1023) / 1024 * 1024;
+      data_ = static_cast<float*>(std::aligned_alloc(4096, wanted * sizeof(float)));
+      if (!data_) throw std::bad_alloc();
+      size_ = wanted;
     }
     return data_;
   }
@@ -53,21 +57,31 @@ class Scratch {
   Index size_ = 0;
 };
 
-// f(task) for every task, on as many threads; who does which decides nothing but the time.
+// f(task) for every task, on as many threads; who does which decides nothing but the time. An
+// exception may not leave a thread of OpenMP: the first is kept, and thrown when all have ended.
 template <class F>
 void parallel(Index tasks, Index threads, F f) {
   struct Shared {
     F& f;
     Index tasks;
     std::atomic<Index> next;
-  } shared{f, tasks, {0}};
+    std::atomic<bool> failed;
+    std::exception_ptr error;
+  } shared{f, tasks, {0}, {false}, nullptr};
   auto run = [](void* argument) {
     auto& s = *static_cast<Shared*>(argument);
-    for (Index t; (t = s.next.fetch_add(1)) < s.tasks;) s.f(t);
+    try {
+      for (Index t; !s.failed && (t = s.next.fetch_add(1)) < s.tasks;) s.f(t);
+    } catch (...) {
+      if (!s.failed.exchange(true)) s.error = std::current_exception();
+    }
   };
   const Index count = std::min(tasks, threads);
-  if (count < 2 || !GOMP_parallel) return run(&shared);
-  GOMP_parallel(run, &shared, static_cast<unsigned>(count), 0);
+  if (count < 2 || !GOMP_parallel)
+    run(&shared);
+  else
+    GOMP_parallel(run, &shared, static_cast<unsigned>(count), 0);
+  if (shared.error) std::rethrow_exception(shared.error);
 }
 
 // Results of equal geometry: they use the same taps. A phase is a residue of the position modulo
