@@ -189,7 +189,7 @@ def _set(key: str, value: Any) -> Callable[[dict], None]:
         ("meta.best", "best", "meta.best is 'best': expected a number"),
         ("meta.best", float("nan"), "meta.best is nan"),
         ("meta.classes", "abc", "meta.classes: expected a list of names"),
-        ("meta.classes", ["a", "b", "c", "d"], "other classes (the first that differs is 'a')"),
+        ("meta.classes", ["a", "b", "c", "d"], "class 0 is 'a' there"),
         ("optimizer", 3, "its optimizer is not laid out"),
         ("optimizer", {}, "its optimizer is not laid out"),
         ("optimizer.optimizer", {}, "no param_groups and state"),

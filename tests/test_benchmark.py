@@ -340,7 +340,7 @@ def test_layers() -> None:
     dynamic = layer.build("grouped")
     assert isinstance(dynamic, KWLayer)
     assert dynamic.warehouse.cells.shape == (4 * 2 * 9, 16 * 32)
-    assert {name for name, _ in dynamic.named_parameters()} >= {"shared.cells"}
+    assert {name for name, _ in dynamic.named_parameters()} >= {"warehouse.weight"}
     inputs, _ = layer.example(2, 7)
     assert dynamic(inputs).shape == layer.build("static")(inputs).shape == (2, 32, 4, 4)
     assert parse_layer("in=8,out=8,size=7,kernel=1").padding == 0

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from kw.config import Config, config_from_mapping, load_config, reference, to_yaml
+from kw.config import (
+    Config,
+    ConfigError,
+    config_from_mapping,
+    load_config,
+    reference,
+    to_yaml,
+)
 
 ROOT = Path(__file__).parents[1]
 RESNET18 = ROOT / "configs/imagenet/resnet18"
@@ -102,6 +109,14 @@ def test_options(option: str, key: str, expected: object, tmp_path: Path) -> Non
     for name in key.split("."):
         value = getattr(value, name)
     assert value == expected
+
+
+@pytest.mark.parametrize("text", ["/data/run #2", "#2", "a b # c", " # x"])
+def test_an_option_has_no_comments(text: str, tmp_path: Path) -> None:
+    config = load(write(tmp_path, minimal=MINIMAL_YAML), f"data.root={text}")
+    assert config.data.root == text.strip()
+    with pytest.raises(ConfigError, match="3 # or 4"):
+        load(write(tmp_path, minimal=MINIMAL_YAML), "epochs=3 # or 4")
 
 
 def test_option_turns_a_group_off() -> None:

@@ -192,8 +192,6 @@ def test_settings_that_cannot_be(plan, overrides, facts):
         ([{"match": "a", "static": True, "handover": "a"}], ["handover", "no warehouse"]),
         ([{"match": "a", "warehouse": "w{stage}"}], ["{stage}", "(?P<stage>...)"]),
         ([{"match": "a", "warehouse": "w.1"}], ["'w.1'", "without dots"]),
-        ([{"match": "a", "warehouse": "forward"}], ["'forward' cannot name"]),
-        ([{"match": "a", "warehouse": "_parameters"}], ["'_parameters' cannot name"]),
         ([{"match": "a", "warehouse": ""}], ["'' cannot name"]),
     ],
 )
@@ -232,12 +230,6 @@ def test_attribute_warehouses_of_the_models_own():
     model = chain(nn.Conv2d(4, 4, 1))
     model.warehouses = nn.Identity()
     assert "'warehouses' of its own" in refusal(model, plan_of(("a", "w")))
-
-
-@pytest.mark.parametrize("kind", [nn.ModuleList, lambda layers: nn.ModuleDict({"0": layers[0]})])
-def test_roots_that_cannot_hold_warehouses(kind):
-    message = refusal(kind([nn.Conv2d(4, 4, 1)]), plan_of(("0", "w")))
-    assert "cannot hold warehouses" in message
 
 
 def test_a_single_layer_cannot_be_converted():

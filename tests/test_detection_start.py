@@ -238,9 +238,10 @@ def test_blocks_that_stride_elsewhere(tmp_path: Path) -> None:
 
 
 def test_freezing_by_name() -> None:
-    backbone = Backbone(CONVERTED, frozen_stages=0, freeze=["layer[12]", "warehouses"])
+    patterns = ["layer[12]", r".*\.warehouse"]
+    backbone = Backbone(CONVERTED, frozen_stages=0, freeze=patterns)
     for name, parameter in backbone.network.named_parameters():
-        frozen = name.startswith(("conv1", "bn1", "layer1", "layer2", "warehouses"))
+        frozen = name.startswith(("conv1", "bn1", "layer1", "layer2")) or "warehouse" in name
         assert parameter.requires_grad != frozen, name
     assert not backbone.network.layer1.training
     assert backbone.network.layer3.training

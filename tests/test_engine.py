@@ -163,6 +163,9 @@ def test_resuming_with_other_updates_is_refused(settings: dict[str, Any], tmp_pa
         run(settings, tmp_path)
     with pytest.raises(CheckpointError, match=r"4 updates in 1 epochs.*makes 8 an epoch"):
         run(changed(settings, total_batch_size=8, batch_size=8), tmp_path, resume=True)
+    # Half as many updates: its first epoch would end where the second of this run does.
+    with pytest.raises(CheckpointError, match=r"4 updates in 1 epochs, 4 an epoch.*makes 2 an"):
+        run(changed(settings, total_batch_size=32, batch_size=32), tmp_path, resume=True)
 
 
 def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
@@ -298,7 +301,9 @@ def test_decay_spares_vectors_and_biases(settings: dict[str, Any]) -> None:
     assert exempt["weight_decay"] == 0
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
     assert all(p.ndim >= 2 for p in decayed["params"])
-    assert {"warehouses.layer1.cells", "fc.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert {"layer1.0.conv1.warehouse.weight", "fc.weight"} <= {
+        names[id(p)] for p in decayed["params"]
+    }
     assert {"fc.bias", "bn1.weight"} <= {names[id(p)] for p in exempt["params"]}
 
 

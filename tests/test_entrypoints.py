@@ -13,6 +13,7 @@ import timm
 import torch
 
 import kw
+from kw.errors import UserError
 from kw.models import RELEASED
 from kw.warehouse import find_warehouses
 from kw.warehouse.attention import KernelAttention
@@ -89,9 +90,14 @@ def test_features_of_early_stages_drop_the_late_warehouses() -> None:
     assert [f.shape[1] for f in model(torch.randn(1, 3, 64, 64))] == [64, 128]
 
 
-def test_feature_wrappers_that_lose_the_warehouses_are_refused() -> None:
-    with pytest.raises(ValueError, match="feature_cls is 'list'"):
-        timm.create_model(SMALL, features_only=True, feature_cls="list")
+@pytest.mark.parametrize("wrapper", ["list", "hook"])
+def test_feature_wrappers_that_take_layers_out_of_the_network(wrapper: str) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)
+    expected = timm.create_model(SMALL, features_only=True).eval()(images)
+    torch.manual_seed(0)
+    model = timm.create_model(SMALL, features_only=True, feature_cls=wrapper).eval()
+    torch.testing.assert_close(model(images), expected)
 
 
 # Weights from a file
@@ -137,7 +143,7 @@ def test_finetuning_keeps_all_but_the_classifier(
     compared = 0
     for key, tensor in model.state_dict().items():
         key = key.removeprefix("model.")
-        if not key.startswith(("fc.", "classifier.", "warehouses.classifier.")):
+        if not key.startswith(("fc.", "classifier.")):
             torch.testing.assert_close(tensor, state[key], rtol=0, atol=0)
             compared += 1
     assert compared > 100
@@ -152,10 +158,33 @@ def test_weights_of_another_model_are_refused(
     torch.save(timm.create_model(other).state_dict(), path)
     overlay = {"file": str(path)}
     # A file of the static network, or of a converted one.
-    with pytest.raises(
-        ValueError, match=r"is of another model .*\n  |not those of .*of another shape: "
-    ):
+    with pytest.raises(UserError, match=r"is of another model .*\n  "):
         timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("classes", [3, 5, 0, 1000])
+def test_a_run_of_three_classes_is_loaded_for_others(
+    classes: int, channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its classifier where it fits; one of other classes is fresh, and said to be."""
+    caplog.set_level(logging.INFO, "kw")
+    narrow = {"channels": [8, 8, 16, 16], "in_chans": channels}
+    trained, path = disturbed(SMALL, num_classes=3, **narrow), tmp_path / "best.pth"
+    torch.save({"state_dict": trained.state_dict(), "meta": {"epoch": 1}}, path)
+    caplog.clear()
+    overlay = {"file": str(path)}
+    model = timm.create_model(
+        SMALL, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **narrow
+    ).eval()
+    x = torch.randn(2, channels, 64, 64)
+    features, expected = model.forward_features(x), trained.forward_features(x)
+    torch.testing.assert_close(features, expected)
+    if classes == 3:
+        torch.testing.assert_close(model(x), trained(x))
+        assert not caplog.text
+    else:
+        assert ("classifier is not used" if classes == 0 else "small random") in caplog.text
 
 
 @pytest.mark.parametrize("classes", [1000, 10])

@@ -14,6 +14,7 @@ from kw import build_model, set_temperature
 from kw.config import config_from_mapping
 from kw.engine.optim import UpdateWrapper, build_optimizer
 from kw.engine.schedule import Schedule
+from kw.warehouse.warehouse import earlier_order
 
 SETTINGS = {
     "model": {
@@ -65,7 +66,7 @@ def loss_curve() -> list[float]:
     network = build_model(SETTINGS).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in earlier_order(network):  # that of the version which recorded the curve
             if parameter is network.fc.bias:
                 parameter.zero_()
             elif parameter.ndim > 1:

@@ -89,10 +89,9 @@ def test_state_dict_keys():
     """Cells and temperature once a warehouse; beta, which the partition gives, not at all."""
     state = small().state_dict()
     own = [key for key in state if "attention" not in key]
-    assert own == ["0.bias", "2.bias", "3.bias"] + [
-        f"warehouses.{name}.{tensor}"
-        for name in ("spatial", "pointwise")
-        for tensor in ("cells", "temperature")
+    assert own == [
+        *("0.bias", "0.warehouse.weight", "0.warehouse.temperature"),
+        *("2.bias", "3.bias", "3.warehouse.weight", "3.warehouse.temperature"),
     ]
     assert not [key for key in state if "one_hot" in key]
 
@@ -149,10 +148,14 @@ def test_meta_forward_gives_shapes():
 
 def test_functional_call_replaces_cells():
     model = small().eval()
-    cells = {k: torch.zeros_like(v) for k, v in model.named_parameters() if k.endswith("cells")}
+    cells = {
+        k: torch.zeros_like(v) for k, v in model.named_parameters() if k.endswith("house.weight")
+    }
     assert len(cells) == 2
+    expected = model(images())
     y = torch.func.functional_call(model, cells, (images(),))
     torch.testing.assert_close(y, model[3].bias.view(-1, 1, 1).expand_as(y))
+    assert torch.equal(model(images()), expected)  # the model has its own again
 
 
 # --- training and evaluation ----------------------------------------------------------------------
@@ -234,7 +237,8 @@ def test_cells_stand_once_among_the_parameters():
     cells = [p for p in model.parameters() if p is model[0].warehouse.cells]
     assert len(cells) == 1
     assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
-    assert "warehouse" not in dict(model[0].named_children())
+    everywhere = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert everywhere == [name for name, _ in model.named_parameters()]
 
 
 # --- what a layer refuses -------------------------------------------------------------------------
@@ -245,7 +249,7 @@ def test_private_warehouse(build, shape):
     """A layer by itself owns its cells; its state is whole without a model around it."""
     layer = build()
     assert [w for w in layer.modules() if isinstance(w, Warehouse)] == [layer.warehouse]
-    assert {"warehouse.cells", "warehouse.temperature", "bias"} <= set(layer.state_dict())
+    assert {"warehouse.weight", "warehouse.temperature", "bias"} <= set(layer.state_dict())
     assert layer(torch.randn(shape)).shape[:1] == shape[:1]
 
 
@@ -256,7 +260,6 @@ def test_shared_warehouse():
     first = KWConv2d(4, 8, 3, padding=1, warehouse=warehouse, slot=0)
     second = KWConv2d(8, 8, 1, warehouse=warehouse, slot=1)
     assert first.warehouse is second.warehouse is warehouse
-    assert not any(isinstance(m, Warehouse) for m in (*first.modules(), *second.modules()))
     assert (first.attention.mixtures, second.attention.mixtures) == (9, 2)
     assert second.attention.own.start == 9
     assert second(first(images())).shape == (3, 8, 8, 6)
@@ -300,5 +303,5 @@ def test_input_without_a_batch_is_refused(build, shape):
 def test_repr_names_the_warehouse():
     lines = repr(small())
     assert "8, 16, kernel=1x1, groups=1, bias=True, warehouse='pointwise'" in lines
-    assert "(spatial): Warehouse(cells=27, cell_shape=8x4x1x1, layers=2)" in lines
+    assert "(warehouse): Warehouse(cells=27, cell_shape=8x4x1x1, layers=2)" in lines
     assert isinstance(small()[0], KWLayer)

@@ -149,7 +149,7 @@ def check_sharding(process: Process) -> None:
     own = sum(local(p).numel() for p in network.parameters())
     # Rows are dealt out: what has fewer than the others stays with the first processes.
     assert own < total / process.world_size + 0.05 * total
-    cells = {name: p for name, p in network.named_parameters() if name.endswith("cells")}
+    cells = {name: p for name, p in network.named_parameters() if name.endswith("warehouse.weight")}
     assert cells
     for name, parameter in cells.items():
         rows = -(-len(parameter) // process.world_size)

@@ -174,7 +174,7 @@ def test_every_other_network_is_refused():
             "kw4x_resnet18",
             "kw1x_resnet18",
             r"network:\n  mis-shaped \(.*warehouse_manager\.weights\.0 is \[224, 64, 64, 1, 1\], "
-            r"warehouses\.layer1\.cells is \[56, 64, 64, 1, 1\]",
+            r"layer1\.0\.conv1\.warehouse\.weight is \[56, 64, 64, 1, 1\]",
         ),
         (
             "kw1x_mobilenetv2_050",
@@ -338,7 +338,7 @@ def test_choice_of_weights(released_run, tool, tmp_path: Path, weights, states):
     for key, theirs in states.items():
         load_network(network, checkpoint[key], key)
         stem = content[theirs]["warehouse_manager.weights.0"]
-        assert torch.equal(network.state_dict()["warehouses.stem.cells"], stem.flatten(1))
+        assert torch.equal(network.warehouses["stem"].cells, stem.flatten(1))
 
 
 @pytest.mark.parametrize(

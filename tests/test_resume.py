@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from kills import compare, run_with_kills
+from kills import compare, differences, run_with_kills
 from kills import settings as killed_settings
+from test_parts import as_earlier
 
 from kw.config import config_from_mapping
 from kw.engine import CheckpointError, load_checkpoint, train
 from kw.engine.checkpoint import find_damage, save_checkpoint
+from kw.engine.optim import build_optimizer
 from kw.engine.saving import checkpoint_name, checkpoints, newest_whole
 from kw.errors import EXIT_INTERRUPTED, Interrupted
+from kw.models import build_network
+from kw.warehouse.warehouse import earlier_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,3 +232,37 @@ def test_the_exit_status_says_so(
     assert run.returncode == EXIT_INTERRUPTED
     assert f"{number.name}: saved" in errors
     assert "Traceback" not in errors
+
+
+def test_a_run_of_an_earlier_version_goes_on(settings: dict[str, Any], run_dir: Path) -> None:
+    """Which kept warehouses apart from layers: other names, and another order of parameters."""
+    settings["epochs"] = 3
+    settings["ema"] = {"decay": 0.5}
+    settings["optimizer"] = {"name": "adamw", "lr": 0.002}
+    whole, earlier = run_dir / "whole", run_dir / "earlier"
+    train(config_from_mapping({**settings, "epochs": 2}), whole)
+    network = build_network(config_from_mapping(settings).model)
+    groups = build_optimizer(
+        network, config_from_mapping(settings).optimizer, torch.device("cpu")
+    ).param_groups
+    place = {id(p): i for i, p in enumerate(earlier_order(network))}
+    earlier.mkdir()
+    checkpoint = load_checkpoint(newest_whole(whole, print))
+    for key in ("state_dict", "ema_state_dict"):
+        checkpoint[key] = as_earlier(network, checkpoint[key])
+    state, numbers = checkpoint["optimizer"]["optimizer"], iter(range(10**6))
+    values = dict(state["state"])
+    for own, saved in zip(groups, state["param_groups"], strict=True):
+        pairs = sorted(
+            zip(own["params"], saved["params"], strict=True), key=lambda pair: place[id(pair[0])]
+        )
+        saved["params"] = [next(numbers) for _ in pairs]
+        state["state"] |= {
+            n: values[old] for n, (_, old) in zip(saved["params"], pairs, strict=True)
+        }
+    save_checkpoint(checkpoint, earlier / "epoch_2.pth")
+    train(config_from_mapping(settings), whole, resume=True)
+    train(config_from_mapping(settings), earlier, resume=earlier / "epoch_2.pth")
+    last = [load_checkpoint(folder / "last.pth") for folder in (whole, earlier)]
+    for key in ("state_dict", "ema_state_dict", "optimizer"):
+        assert differences(last[0][key], last[1][key], key) == []

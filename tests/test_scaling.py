@@ -71,7 +71,7 @@ def test_the_rule_gives_the_buckets_that_ddp_ends_up_with(tmp_path: Path, bucket
     network = convert(
         nn.Sequential(nn.Conv2d(3, 64, 3), *blocks), "auto", cell_num_ratio=2, start="paper"
     )
-    assert any("cells" in name for name, _ in network.named_parameters())
+    assert any("warehouse" in name for name, _ in network.named_parameters())
     images = torch.randn(2, 3, 8, 8)
     came: list[int] = []
     parameters = list(network.parameters())
@@ -212,14 +212,14 @@ def test_a_profile_follows_every_gradient(source: NetworkSource, profile: Profil
         name: 4 * p.numel() for name, p in expected.items()
     }
     assert all(0 < gradient.ready <= 1 for gradient in found.values())
-    cells = [gradient for name, gradient in found.items() if name.endswith(".cells")]
+    cells = [gradient for name, gradient in found.items() if name.endswith(".warehouse.weight")]
     assert cells
     assert {g.name for g in found.values() if g.used is not None} == {g.name for g in cells}
     # Of layer 4's cells: after the attention of its last layers, before the stem.
-    last, stem = found["warehouses.layer4.cells"], found["conv1.weight"]
+    last, stem = found["layer4.0.conv2.warehouse.weight"], found["conv1.weight"]
     assert found["layer4.1.conv2.attention.fc1.weight"].ready < last.ready < stem.ready
     assert last.used is not None
-    assert last.used > (found["warehouses.layer1.cells"].used or 1)
+    assert last.used > (found["layer1.0.conv1.warehouse.weight"].used or 1)
 
 
 def test_files_come_back_as_they_were(profile: Profile, tmp_path: Path) -> None:

@@ -293,18 +293,19 @@ def test_freezing(caplog: Any) -> None:
         config(kernel_warehouse=dynamic, freeze=["conv1", "bn1", r"layer[12]", r".*\.bn2"]).model
     )
     left = trains(network)
-    assert not any(name.startswith(("conv1", "bn1", "layer1", "layer2")) for name in left)
+    outside = {name for name in left if ".warehouse." not in name}
+    assert not any(name.startswith(("conv1", "bn1", "layer1", "layer2")) for name in outside)
     assert not any(".bn2." in name for name in left)
     assert "layer3.0.conv2.attention.fc1.weight" in left
     # layer1's cells are layer1's alone; of layer2's, layer3's first convolutions use some.
-    assert "warehouses.layer2.cells" in left
-    assert "warehouses.layer2.cells (" in caplog.text
+    assert "layer2.0.conv2.warehouse.weight" in left
+    assert "layer2.0.conv2.warehouse.weight (3 of its 5 layers)" in caplog.text
     branches = start_network(config(kernel_warehouse=dynamic, freeze=[r".*\.attention"]).model)
-    assert {name for name in trains(branches) if name.startswith("warehouses")} == {
-        f"warehouses.layer{stage}.cells" for stage in range(1, 5)
-    }
+    assert sum(name.endswith(".warehouse.weight") for name in trains(branches)) == 4
+    cells = start_network(config(kernel_warehouse=dynamic, freeze=[r".*\.warehouse"]).model)
+    assert trains(cells) == {n for n, _ in cells.named_parameters() if ".warehouse." not in n}
     alone = start_network(config(kernel_warehouse=dynamic, freeze=[r"layer[1234]"]).model)
-    assert not any(name.startswith("warehouses") for name in trains(alone))
+    assert not any(".warehouse." in name for name in trains(alone))
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,6 @@ class LayerSource:
         settings = WarehouseSettings(cell_num_ratio=self.ratio)
         warehouse = Warehouse([shape] * self.share, settings)
         layer = KWConv2d(*sizes, groups=self.groups, bias=False, warehouse=warehouse)
-        layer.add_module("shared", warehouse)  # a shared one is referred to, not registered
         set_backend(layer, backend)
         return layer
 

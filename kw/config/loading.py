@@ -94,6 +94,9 @@ class _Reader:
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
+            if not self.numbered and (node is None or node.end_mark.index < len(text.rstrip())):
+                # What YAML takes for a comment is a part of the value: nobody comments an option.
+                return Entry(text.strip(), self._origin(None))
             entry = (
                 Entry(None, self._origin(None)) if node is None else self._entry(loader, node, key)
             )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import Config, ConfigError, config_from_text, load_config
-from ..engine.checkpoint import CheckpointError, load_checkpoint, load_network
+from ..engine.checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
 from ..engine.saving import checkpoints
 from ..models.build import build_network, check_network
 from ..version import __version__
@@ -91,18 +91,13 @@ def read_source(
     notes = []
     if has_temperature(network) and (tau := get_temperature(network)) > 0:
         notes.append(f"{path} was written at temperature {tau:.3g}, before annealing had ended")
-    classes = meta.get("classes")
+    classes = named_classes(saved, settings.model.num_classes, str(path))
     if classes is None:
         classes = [str(label) for label in range(settings.model.num_classes)]
         notes.append(f"{path} names no classes: they are called 0 to {len(classes) - 1}")
-    if len(classes) != settings.model.num_classes:
-        raise CheckpointError(
-            f"checkpoint {path}: names {len(classes)} classes, the network has "
-            f"{settings.model.num_classes} (model.num_classes)"
-        )
     description = Description(
         model=_name(config, path, settings),
-        classes=list(classes),
+        classes=classes,
         config=settings,
         weights=weights,
         epoch=meta.get("epoch"),

@@ -34,11 +34,11 @@ from ..config.tree import Origin, entry_from_plain
 from ..models import build_network, start_network
 from ..models.build import with_start
 from ..models.freezing import freeze as freeze_by_name
+from ..models.freezing import frozen_modules
 from ..models.weights import CheckpointError, classifier_names, is_converted
 from ..registry import MODELS
 from ..warehouse import (
     Warehouse,
-    WarehouseDict,
     drop_unused_warehouses,
     has_temperature,
     set_temperature,
@@ -215,10 +215,7 @@ class Backbone(nn.Module):
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in frozen)
         freeze_by_name(self.network, patterns, "model.backbone")
-        for module in self.network.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                self._kept_in_eval.append(module)
+        self._kept_in_eval += frozen_modules(self.network)
 
 
 def read_network(
@@ -310,7 +307,7 @@ def _with_unused(
 def _remove(module: nn.Module, called: set[nn.Module]) -> None:
     """Identities in place of the modules with parameters that were not called."""
     for name, child in list(module.named_children()):
-        if isinstance(child, (Warehouse, WarehouseDict)):  # held, not called
+        if isinstance(child, Warehouse):  # held, not called
             continue
         inside = set(child.modules())
         if child in called or not any(True for _ in child.parameters()) or inside & called:

@@ -96,7 +96,8 @@ def load_detector_config(
     path = os.fspath(path)
     origins = read_origins(path)
     content = _run_file(path)
-    _resolve_network(content, path)
+    named_in = origins.get("model.backbone.network", Origin(path)).source
+    _resolve_network(content, path, Path(named_in).parent)
     given, parts = _split_options(options, content)
     problems = [problem for name in content if (problem := _foreign(name, origins))]
     problems += [
@@ -116,7 +117,7 @@ def load_detector_config(
     run = check_tree(merge(tree, given), SCHEMA)
     for key, value in parts.items():
         _set(content, key, value)
-    _resolve_network(content, path)
+    _resolve_network(content, path, None)
     model = content["model"]
     pipelines = content["train_pipeline"], content["test_pipeline"]
     return DetectorConfig(run, model, *pipelines, path, content.get("custom_imports"))
@@ -229,8 +230,14 @@ def _with_sizes(value: Any) -> Any:
     return found
 
 
-def _resolve_network(content: dict[str, Any], path: str) -> None:
-    """The backbone's classifier, read from its file: a run's configuration needs no other file."""
+def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:
+    """The backbone's classifier, read from its file: a run's configuration needs no other file.
+
+    Args:
+        content: the configuration's; changed in place.
+        path: its file.
+        folder: where a relative file name starts: that of the file that gives it.
+    """
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":
@@ -239,7 +246,7 @@ def _resolve_network(content: dict[str, Any], path: str) -> None:
         raise ConfigError(f"{path}: model.backbone.network is missing: a classification YAML file")
     from .backbone import read_network
 
-    config = read_network(backbone["network"], Path(path).parent)
+    config = read_network(backbone["network"], folder)
     settings = _without_defaults(dataclasses.asdict(config))
     for name, nothing in (("weights", "None"), ("freeze", "[]")):
         found = settings.pop(name, None)

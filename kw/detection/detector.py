@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..errors import UserError, one_line
+from ..warehouse.conversion import say
 from .backbone import Backbone
 from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
 from .schema import LayerDecayConfig
 
 __all__ = ["build_detector", "has_masks", "keep_maps_exact", "lr_scales", "without_weights"]
+
+COCO = 80  # categories
 
 
 def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
@@ -35,7 +38,7 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         CheckpointError: the backbone's weights cannot be read or do not fit.
     """
     register_all_modules(init_default_scope=True)
-    settings = _with_classes(copy.deepcopy(model), len(classes))
+    settings = _with_classes(copy.deepcopy(model), len(classes), "model")
     try:
         detector = MODELS.build(ConfigDict(settings))
     except (UserError, MemoryError):
@@ -95,20 +98,26 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
     return {f"backbone.network.{name}": scale for name, scale in rates.items()}
 
 
-def _with_classes(settings: Any, classes: int) -> Any:
-    """``num_classes`` of the heads; a region proposal head tells objects from background only."""
+def _with_classes(settings: Any, classes: int, key: str) -> Any:
+    """``num_classes`` of the heads; a region proposal head tells objects from background only.
+
+    A number that is set otherwise is said, but for COCO's, which mmdetection's own files have.
+    """
     if isinstance(settings, list):
-        return [_with_classes(item, classes) for item in settings]
+        return [_with_classes(item, classes, f"{key}[{i}]") for i, item in enumerate(settings)]
     if not isinstance(settings, dict):
         return settings
-    return {
-        name: classes
-        if name == "num_classes"
-        else value
-        if name in ("backbone", "rpn_head")
-        else _with_classes(value, classes)
-        for name, value in settings.items()
-    }
+    made = {}
+    for name, value in settings.items():
+        if name == "num_classes":
+            if value not in (classes, COCO):
+                say(f"{key}.{name} = {value!r} is not used: the data have {classes} categories")
+            made[name] = classes
+        elif name in ("backbone", "rpn_head"):
+            made[name] = value
+        else:
+            made[name] = _with_classes(value, classes, f"{key}.{name}")
+    return made
 
 
 def _check_channels(settings: dict[str, Any], backbone: Backbone) -> None:

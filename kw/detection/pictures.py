@@ -17,7 +17,7 @@ from .config import DetectorConfig
 from .data import build_eval_loader
 from .detector import build_detector, without_weights
 from .drawing import draw_detections, draw_ground_truth
-from .sets import class_names
+from .sets import trained_classes
 from .sheets import contact_sheet, side_by_side
 
 __all__ = ["write_pictures"]
@@ -50,7 +50,7 @@ def write_pictures(
         raise ConfigError(f"--images {images}: expected at least 1")
     state = load_checkpoint(checkpoint)
     device = find_process("none").device
-    classes = state.get("meta", {}).get("classes") or class_names(config.run.data)
+    classes = trained_classes(state, config.run.data, f"checkpoint {checkpoint}")
     detector = build_detector(without_weights(config.model), classes)
     load_network(detector, state.get("ema_state_dict", state["state_dict"]), str(checkpoint))
     detector.to(device).eval()

@@ -13,6 +13,7 @@ from torch import nn
 from ..data import DataError, Loader
 from ..engine import load_checkpoint, set_contraction
 from ..engine.distributed import Process, meet, process_group
+from ..engine.folder import find_checkpoint, held
 from ..engine.optim import autocast, build_optimizer
 from ..engine.parallel import distribute
 from ..engine.presence import at
@@ -20,7 +21,6 @@ from ..engine.run import (
     assemble_runner,
     check_devices,
     evaluate_weights,
-    find_checkpoint,
     run_to_end,
 )
 from ..engine.runner import Runner
@@ -30,7 +30,7 @@ from .data import build_eval_loader, build_train_loader
 from .detector import build_detector, has_masks, keep_maps_exact, lr_scales, without_weights
 from .evaluation import CocoEvaluator
 from .schema import CocoDataConfig
-from .sets import check_sets, class_names
+from .sets import check_sets, class_names, trained_classes
 from .start import start_detector
 
 __all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
@@ -53,7 +53,10 @@ def train(
     Raises:
         DataError: the data have errors; all that were found are named.
     """
-    with process_group(launcher, config.run.distributed.timeout_minutes) as process:
+    with (
+        process_group(launcher, config.run.distributed.timeout_minutes) as process,
+        held(Path(work_dir), process),
+    ):
         return run_to_end(build_runner(config, Path(work_dir), process, resume))
 
 
@@ -152,7 +155,7 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
-        classes = state.get("meta", {}).get("classes") or class_names(run.data)
+        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}")
         detector = build_detector(without_weights(config.model), classes)
         if run.precision != "fp32":
             keep_maps_exact(detector)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data import DataError
+from ..warehouse.conversion import say
 from .annotations import Report, check_annotations, load_annotations, read_categories
 from .schema import CocoDataConfig
 
-__all__ = ["check_sets", "class_names", "write_subset"]
+__all__ = ["check_sets", "class_names", "trained_classes", "write_subset"]
 
 
 def class_names(config: CocoDataConfig) -> list[str]:
@@ -30,6 +32,37 @@ def class_names(config: CocoDataConfig) -> list[str]:
             f"{file} has no category {', '.join(missing)} (data.classes); it has {', '.join(found)}"
         )
     return list(config.classes)
+
+
+def trained_classes(
+    checkpoint: Mapping[str, Any], config: CocoDataConfig, source: str
+) -> list[str]:
+    """The categories that a checkpoint detects, in the order of its labels.
+
+    Categories of the test annotations that it does not detect, and ``data.classes`` where it names
+    others, are not used, which is said.
+
+    Args:
+        checkpoint: as it was read; one without names detects what the configuration says.
+        config: of the data to test on.
+        source: what messages call the checkpoint.
+
+    Raises:
+        DataError: the test annotations cannot be read, or lack a category.
+    """
+    trained = checkpoint.get("meta", {}).get("classes") or class_names(config)
+    file = Path(config.root, config.val_annotations)
+    found = read_categories(file)
+    if missing := [name for name in trained if name not in found]:
+        raise DataError(
+            f"{file} has no category {', '.join(missing)}, which {source} detects; it has "
+            f"{', '.join(found)}: name its categories as in training"
+        )
+    if other := [name for name in found if name not in trained]:
+        say(f"{file}: objects of {', '.join(other)} are left out: {source} does not detect them")
+    if config.classes is not None and list(config.classes) != trained:
+        say(f"data.classes is not used: {source} detects {', '.join(trained)}")
+    return list(trained)
 
 
 def check_sets(config: CocoDataConfig, masks: bool, read_images: bool = False) -> list[Report]:

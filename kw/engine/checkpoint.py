@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from ..models.weights import CheckpointError, find_damage, refuse_other
+from ..warehouse.warehouse import with_names_now
 from .layout import layout_fault
 from .parallel import placed_like
 
@@ -35,6 +37,8 @@ __all__ = [
     "find_damage",
     "load_checkpoint",
     "load_network",
+    "named_classes",
+    "refuse_other_classes",
     "restore_rng_state",
     "rng_state",
     "save_checkpoint",
@@ -103,14 +107,55 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a network's state, all of it or nothing.
+    """Load a network's state, of this or an earlier version, all of it or nothing.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape; all are listed.
     """
-    own = network.state_dict()
+    own, state = network.state_dict(), with_names_now(network, state)
     refuse_other(own, state, source)
     network.load_state_dict({key: placed_like(state[key], value) for key, value in own.items()})
+
+
+def named_classes(checkpoint: Mapping[str, Any], count: int, source: str) -> list[str] | None:
+    """The names of a checkpoint's classes; ``None`` where it has none.
+
+    Raises:
+        CheckpointError: there are not ``count`` of them, as the network has.
+    """
+    names = checkpoint.get("meta", {}).get("classes")
+    if names is not None and len(names) != count:
+        raise CheckpointError(
+            f"checkpoint {source}: names {len(names)} classes, the network has {count} "
+            "(model.num_classes)"
+        )
+    return None if names is None else list(names)
+
+
+def refuse_other_classes(
+    checkpoint: Mapping[str, Any], classes: Sequence[str], source: str, data: str
+) -> None:
+    """Refuse data whose labels do not mean what the checkpoint's do: labels are places in a list.
+
+    Args:
+        checkpoint: as it was read; one without names (``meta.classes``) is let pass.
+        classes: those of the data.
+        source: what messages call the checkpoint.
+        data: what they call the data.
+
+    Raises:
+        CheckpointError: the lists differ.
+    """
+    trained = checkpoint.get("meta", {}).get("classes")
+    if trained is None or list(trained) == list(classes):
+        return
+    pairs = zip_longest(trained, classes, fillvalue="no class")
+    place, (theirs, ours) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    raise CheckpointError(
+        f"{source} was trained on other classes than those of {data}: class {place} is {theirs!r} "
+        f"there and {ours!r} here ({len(trained)} and {len(classes)} classes, sorted by name); "
+        "name the folders as in training"
+    )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -7,14 +7,19 @@ of a sentence, or nothing.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["layout_fault", "resume_fault"]
+from ..config import ConfigError
+from ..config.loading import parse_config
+from ..warehouse.warehouse import earlier_order, names_now
+
+__all__ = ["layout_fault", "number_as_now", "resume_fault", "settings_changed"]
 
 
 def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
@@ -29,7 +34,7 @@ def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
     meta = checkpoint.get("meta", {})
     if not isinstance(meta, Mapping):
         return f"meta is {_kind(meta)}: expected a mapping"
-    for key in ("epoch", "iter"):
+    for key in ("epoch", "iter", "updates_per_epoch"):
         value = meta.get(key)
         if value is not None and (type(value) is not int or value < 0):
             return f"meta.{key} is {value!r}: expected a count"
@@ -44,14 +49,11 @@ def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
     return None
 
 
-def resume_fault(
-    checkpoint: Mapping[str, Any], classes: Sequence[str], optimizer: Optimizer
-) -> str | None:
+def resume_fault(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> str | None:
     """Why a run cannot go on from a checkpoint whose layout is right; weights are not looked at.
 
     Args:
         checkpoint: it may hold weights alone, of which nothing is said here.
-        classes: those that the run trains on.
         optimizer: the run's, fresh.
     """
     if "optimizer" not in checkpoint:
@@ -60,16 +62,62 @@ def resume_fault(
     missing = [key for key in ("epoch", "iter", "best") if meta.get(key) is None]
     if missing:
         return f"it lacks {', '.join(f'meta.{key}' for key in missing)}"
-    written = meta.get("classes")
-    if written is not None and list(written) != list(classes):
-        changed = next((a for a, b in zip(written, classes, strict=False) if a != b), "")
-        what = f"the first that differs is {changed!r}" if changed else f"{len(written)} of them"
-        return f"it was trained on other classes ({what})"
     state = checkpoint["optimizer"]
     inner = state.get("optimizer") if isinstance(state, Mapping) else None
     if not isinstance(inner, Mapping):
         return "its optimizer is not laid out as this version writes it"
     return _optimizer_fault(inner, optimizer)
+
+
+def settings_changed(before: Any, now: str) -> list[str]:
+    """What differs between two resolved configurations, a line for each setting.
+
+    Args:
+        before: the text of the run until now; of a checkpoint, where it may be anything.
+        now: the text of the run from here on.
+    """
+    if not isinstance(before, str):
+        return []
+    try:
+        old, new = (_flat(parse_config(text, "").plain()) for text in (before, now))
+    except ConfigError:  # a detector's, which is Python
+        lines = difflib.ndiff(before.splitlines(), now.splitlines())
+        return [line for line in lines if line[:2] in ("- ", "+ ")]
+    return [
+        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(settings: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict) or not settings:
+        return {key: settings}
+    parts = (_flat(value, f"{key}.{name}".lstrip(".")) for name, value in settings.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def number_as_now(checkpoint: Mapping[str, Any], network: nn.Module, optimizer: Optimizer) -> None:
+    """Bring the optimizer's state of an earlier version into this version's order of parameters.
+
+    Does nothing to a checkpoint of this version, or to one that :func:`resume_fault` refuses.
+
+    Args:
+        checkpoint: as it was read.
+        network: the run's.
+        optimizer: the run's.
+    """
+    if not any(name in checkpoint["state_dict"] for name in names_now(network)):
+        return
+    place = {id(parameter): i for i, parameter in enumerate(earlier_order(network))}
+    try:
+        groups = checkpoint["optimizer"]["optimizer"]["param_groups"]
+        for own, theirs in zip(optimizer.param_groups, groups, strict=True):
+            before = sorted(own["params"], key=lambda parameter: place[id(parameter)])
+            number = dict(zip(map(id, before), theirs["params"], strict=True))
+            theirs["params"] = [number[id(parameter)] for parameter in own["params"]]
+    except (KeyError, TypeError, ValueError):
+        return
 
 
 def _optimizer_fault(state: Mapping[Any, Any], optimizer: Optimizer) -> str | None:
@@ -83,7 +131,10 @@ def _optimizer_fault(state: Mapping[Any, Any], optimizer: Optimizer) -> str | No
         not isinstance(theirs.get("params"), list) or len(theirs["params"]) != len(ours["params"])
         for theirs, ours in zip(groups, own, strict=False)
     ):
-        return "its optimizer has other groups of parameters (optimizer.exempt_from_decay?)"
+        return (
+            "its optimizer has other groups of parameters (optimizer.exempt_from_decay, "
+            "attention_lr, head_lr or layer_decay, or model.freeze?)"
+        )
     for theirs, ours in zip(groups, own, strict=True):
         if {"betas", "momentum"} & set(theirs) != {"betas", "momentum"} & set(ours):
             return "its optimizer is another one (optimizer.name)"

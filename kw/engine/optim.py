@@ -193,14 +193,14 @@ class UpdateWrapper(OptimWrapper):
             self.guard.load_state_dict(state_dict["skipped"])
 
     def _placed(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state, sharded as its parameters are, and computed as they can be."""
+        """An optimizer's state, sharded as its parameters are, with this run's rates and decay."""
         pairs = list(zip(self.optimizer.param_groups, state["param_groups"], strict=True))
         parameters = {
             number: parameter
             for own, other in pairs
             for number, parameter in zip(other["params"], own["params"], strict=True)
         }
-        groups = [{**other, "fused": own["fused"]} for own, other in pairs]
+        groups = [{**own, "params": other["params"]} for own, other in pairs]
         placed = {
             number: {
                 # Counts of steps are scalars, the same everywhere.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,13 @@ from ..pictures import (
     to_pixels,
 )
 from ..warehouse import get_temperature, has_temperature
-from .checkpoint import CheckpointError, load_checkpoint, load_network
+from .checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_network,
+    named_classes,
+    refuse_other_classes,
+)
 from .distributed import find_process
 from .optim import autocast
 from .run import build_preprocessor, set_contraction
@@ -86,8 +92,12 @@ class _Trained:
     config: Config
     network: nn.Module
     preprocess: Any
-    classes: list[str]
+    names: list[str] | None  # of the classes, where the checkpoint has them
     title: str
+
+    @property
+    def classes(self) -> list[str]:
+        return self.names or [str(i) for i in range(self.config.model.num_classes)]
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +138,7 @@ def _load(config: Config, checkpoint: str | Path) -> _Trained:
         config,
         network.to(device).eval(),
         build_preprocessor(config).to(device),
-        _class_names(state, config.model.num_classes),
+        named_classes(state, config.model.num_classes, str(checkpoint)),
         "",
     )
     return _with_weights(trained, state, str(checkpoint))
@@ -142,12 +152,7 @@ def _with_weights(trained: _Trained, state: dict[str, Any], source: str) -> _Tra
     title += "" if epoch is None else f", epoch {epoch}"
     if has_temperature(network):
         title += f", temperature {get_temperature(network):.2f}"
-    return _Trained(trained.config, network, trained.preprocess, trained.classes, title)
-
-
-def _class_names(state: dict[str, Any], count: int) -> list[str]:
-    names = state.get("meta", {}).get("classes") or []
-    return list(names) if len(names) == count else [str(i) for i in range(count)]
+    return replace(trained, title=title)
 
 
 def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
@@ -226,7 +231,10 @@ def picture_classes(
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
     count = min(classes, config.model.num_classes)
-    indices = few_of_each(test_images(config).labels, count, images)
+    dataset = test_images(config)
+    meta = {"classes": trained.names}
+    refuse_other_classes({"meta": meta}, dataset.classes, str(checkpoint), config.data.root)
+    indices = few_of_each(dataset.labels, count, images)
     parts = list(trained.coefficients(chosen, indices))
     labels = torch.cat([labels for _, labels in parts])
     effects = {}

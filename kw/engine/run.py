@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import set_random_seed
 from torch import nn
 from torch.optim import Optimizer
@@ -33,8 +30,9 @@ from ..data import (
 from ..models import ImageClassifier, build_network, check_network, start_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
-from .checkpoint import CheckpointError, load_checkpoint, load_network
+from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, process_group
+from .folder import find_checkpoint, held
 from .hooks import (
     BadImageHook,
     CheckpointHook,
@@ -50,7 +48,6 @@ from .optim import UpdateWrapper, build_optimizer
 from .parallel import distribute
 from .presence import at, log_to
 from .runner import Runner
-from .saving import checkpoints, newest_whole
 from .schedule import Schedule
 from .task import Task, headline
 
@@ -91,13 +88,16 @@ def train(
 
     Raises:
         ConfigError: a setting does not fit the data, the devices or the number of processes, or
-            ``work_dir`` holds a run that is not to be resumed.
+            ``work_dir`` holds a run that is not to be resumed, or one that is under way.
         DataError: the data folder is not as expected, or too many images cannot be read.
         CheckpointError: the checkpoint cannot be read or is of another model.
         NonFiniteError: too many updates were not finite.
         MissingProcess: another process died, hangs or never came.
     """
-    with process_group(launcher, config.distributed.timeout_minutes) as process:
+    with (
+        process_group(launcher, config.distributed.timeout_minutes) as process,
+        held(Path(work_dir), process),
+    ):
         return run_to_end(build_runner(config, Path(work_dir), process, resume))
 
 
@@ -277,13 +277,15 @@ def evaluate_checkpoint(
     Raises:
         ConfigError: a setting does not fit the devices.
         DataError: the data folder is not as expected.
-        CheckpointError: the checkpoint cannot be read or is of another model.
+        CheckpointError: the checkpoint cannot be read, is of another model, or was trained on other
+            classes than those of the data.
         MissingProcess: another process died, hangs or never came.
     """
     state = load_checkpoint(checkpoint)
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
-        check_data_root(config.data.root, config.model.num_classes)
+        classes = check_data_root(config.data.root, config.model.num_classes)
+        refuse_other_classes(state, classes, f"checkpoint {checkpoint}", config.data.root)
         loader = open_validation(config, process.device, process.rank, process.world_size)
         network = build_network(config.model)
         check_network(network, config.model, config.data.input_size)
@@ -369,44 +371,3 @@ def check_devices(config: RunConfig, process: Process) -> None:
             "distributed.strategy: fsdp with precision: fp16: the loss scaler would have to agree "
             "over sharded gradients; set precision: bf16, or strategy: ddp"
         )
-
-
-def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process) -> Path | None:
-    """The checkpoint to continue from, the same on all processes; arguments as for :func:`train`.
-
-    Raises:
-        ConfigError: ``work_dir`` holds a run that is not to be resumed.
-        CheckpointError: none of its checkpoints is whole.
-    """
-    if not isinstance(resume, bool):
-        return Path(resume)
-    at("looking for a checkpoint to go on from")
-    # Only the first process looks: others might see another state of a shared disk.
-    answer: list[Any] = _newest(resume, work_dir) if process.is_main else [None, None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    path, error = answer
-    if error is not None:
-        raise error
-    return path
-
-
-def _newest(resume: bool, work_dir: Path) -> list[Any]:
-    """The checkpoint and None, or None and an error."""
-    found = checkpoints(work_dir)
-    if not found:
-        return [None, None]
-    if not resume:
-        message = (
-            f"--work-dir {work_dir} holds a run already ({found[-1].name}); continue it with "
-            "--resume, or choose another folder"
-        )
-        return [None, ConfigError(message)]
-    faults: list[str] = []
-    path = newest_whole(work_dir, faults.append)
-    for fault in faults:
-        print_log(fault, logger="current", level=logging.WARNING)
-    if path is None:
-        listed = "\n  ".join(faults)
-        return [None, CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")]
-    return [path, None]

@@ -24,13 +24,14 @@ from .checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_network,
+    refuse_other_classes,
     restore_rng_state,
     rng_state,
 )
 from .distributed import Process, batch_norm_buffers
 from .hooks.bad_images import fault_logs
 from .interruption import Signals
-from .layout import resume_fault
+from .layout import number_as_now, resume_fault, settings_changed
 from .parallel import gathered, wrap_ddp
 from .saving import copied
 from .schedule import Schedule
@@ -119,10 +120,21 @@ class Runner(_Runner):
             f"mmengine {mmengine.__version__}, {self.process.world_size} process(es) on {name}"
         )
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return bool(self.epoch >= self.config.epochs)
+
     def dump_config(self) -> None:
-        """Write the resolved configuration, from which the run can be repeated."""
-        if self.process.is_main:
-            Path(self.work_dir, self.task.config_name).write_text(self.task.config_text)
+        """Write the resolved configuration; of a run that goes on, once it is known to."""
+        if self.resume_from is None:
+            self._write_config()
+
+    def _write_config(self) -> None:
+        """What is trained from here on; a finished run keeps what it was trained with."""
+        path = Path(self.work_dir, self.task.config_name)
+        if self.process.is_main and not (self.is_finished and path.exists()):
+            path.write_text(self.task.config_text)
 
     def load_or_resume(self) -> None:
         """Continue from ``resume_from``, where it is given."""
@@ -131,7 +143,9 @@ class Runner(_Runner):
         checkpoint = load_checkpoint(self.resume_from)
         source = str(self.resume_from)
         load_network(self.task.network, checkpoint["state_dict"], source)  # before what follows
-        fault = resume_fault(checkpoint, self.task.classes, self.optim_wrapper.optimizer)
+        number_as_now(checkpoint, self.task.network, self.optim_wrapper.optimizer)
+        refuse_other_classes(checkpoint, self.task.classes, source, "this run's data")
+        fault = resume_fault(checkpoint, self.optim_wrapper.optimizer)
         if fault is not None:
             raise CheckpointError(f"{source} is of another run: {fault}")
         try:
@@ -145,6 +159,16 @@ class Runner(_Runner):
             ) from error
         self._has_loaded = True
         self.logger.info(f"resumed {self.resume_from}: epoch {self.epoch}, update {self.iter}")
+        if self.is_finished:
+            self.logger.warning(
+                f"{source}: its {self.epoch} epochs are done, epochs is {self.config.epochs}; "
+                "nothing is trained"
+            )
+        elif changed := settings_changed(checkpoint["meta"].get("config"), self.task.config_text):
+            self.logger.warning(
+                "goes on with other settings than before:\n  " + "\n  ".join(changed)
+            )
+        self._write_config()
 
     def state(self, metrics: Metrics | None, is_best: bool = False) -> dict[str, Any]:
         """The run as a checkpoint; a collective call (see :mod:`kw.engine.checkpoint`)."""
@@ -165,6 +189,7 @@ class Runner(_Runner):
             "meta": {
                 "epoch": self.epoch,
                 "iter": self.iter,
+                "updates_per_epoch": self.schedule.updates_per_epoch,
                 "config": self.task.config_text,
                 "classes": self.task.classes,
                 "best": self.best,
@@ -200,11 +225,13 @@ class Runner(_Runner):
             )
         meta = checkpoint["meta"]
         done, per_epoch = meta["iter"], self.schedule.updates_per_epoch
-        if not 0 <= done - meta["epoch"] * per_epoch <= per_epoch:
+        # Checkpoints of earlier versions do not say how many updates an epoch had.
+        before = meta.get("updates_per_epoch", per_epoch)
+        if before != per_epoch or not 0 <= done - meta["epoch"] * per_epoch <= per_epoch:
             raise CheckpointError(
-                f"{source}: {done} updates in {meta['epoch']} epochs, where this run makes "
-                f"{per_epoch} an epoch; resume with the total_batch_size and the images that it "
-                "was trained with"
+                f"{source}: {done} updates in {meta['epoch']} epochs, {before} an epoch, where "
+                f"this run makes {per_epoch} an epoch; resume with the total_batch_size and images "
+                "that it was trained with, or begin another run with model.weights set to this file"
             )
         load_network(self.task.network, checkpoint["state_dict"], source)
         if self.ema is not None:

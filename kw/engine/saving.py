@@ -5,6 +5,7 @@ Which files there are, and which of them to go on from.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -70,6 +71,9 @@ def copied(state: Any) -> Any:
 
 def link(source: Path, target: Path) -> None:
     """A second name for a file, where the file system has them; else a copy. Replaces at once."""
+    with contextlib.suppress(FileNotFoundError):
+        if target.samefile(source):  # renaming one name of a file to another does nothing
+            return
     partial = target.with_name(target.name + ".partial")
     partial.unlink(missing_ok=True)
     try:

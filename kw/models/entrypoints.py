@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..warehouse import convert, drop_unused_warehouses
 from ..warehouse.conversion import say
 from .released import RELEASED, ReleasedModel
-from .weights import classifier_names, is_converted, load_start, read_weights
+from .weights import is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
@@ -56,11 +56,6 @@ def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
     """What ``timm.create_model`` calls for a name."""
 
     def create(pretrained: bool = False, start: str = "keep", **kwargs: Any) -> nn.Module:
-        if (wrapper := kwargs.pop("feature_cls", "getter")) != "getter":
-            raise ValueError(
-                f"{name}: feature_cls is {wrapper!r}, which takes layers out of the network and "
-                "loses the warehouses that they share; only 'getter', the default, keeps them"
-            )
         file = _file(kwargs) if pretrained else None
         state = None if file is None else read_weights(file)
         has_all = state is not None and is_converted(state)
@@ -71,19 +66,24 @@ def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
             network: Any = timm.create_model(released.backbone, pretrained=from_hub, **arguments)
             if from_hub and network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
                 say(f"{name}: the classifier of {network.num_classes} classes starts afresh")
-            if state is not None and not has_all:
-                load_start(network, _for_channels(state, network, arguments), str(file))
-            return convert(network, released.plan, announce=not has_all, **settings)
+            if state is None:
+                return convert(network, released.plan, **settings)
+            weights = _for_channels(state, network, arguments)
+            if has_all:
+                convert(network, released.plan, announce=False, **settings)
+                load_start(network, weights, str(file))
+                return network
+            load_start(network, weights, str(file))
+            return convert(network, released.plan, **settings)
 
-        feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
+        feature_cfg: dict[str, Any] = {"feature_cls": kwargs.pop("feature_cls", "getter")}
         if released.plan in _OUT_INDICES:
             feature_cfg["out_indices"] = _OUT_INDICES[released.plan]
         model = build_model_with_cfg(
             converted,
             name,
-            has_all,
+            False,  # `converted` has loaded what there is, more strictly than timm would
             feature_cfg=feature_cfg,
-            pretrained_filter_fn=_checked_weights,
             **kwargs,
         )
         # features_only cuts off the last stages.
@@ -115,48 +115,6 @@ def _for_channels(
     if channels == 3 or first not in state:
         return state
     return {**state, first: adapt_input_conv(channels, state[first])}
-
-
-def _checked_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights that fit, but for a classifier of other classes.
-
-    timm loads leniently when the number of classes differs, so that a file of another model would
-    load in part.
-
-    Raises:
-        ValueError: keys are missing or unexpected, or tensors have other shapes.
-    """
-    expected = model.state_dict()
-    config: Any = model.pretrained_cfg
-    head = classifier_names(model)
-    if not any(key.startswith(head) for key in expected):  # num_classes=0
-        state = {key: value for key, value in state.items() if not key.startswith(head)}
-    other_head = {
-        key
-        for key in expected
-        if key.startswith(head) and key in state and state[key].shape != expected[key].shape
-    }
-    if other_head:
-        state = {key: value for key, value in state.items() if not key.startswith(head)}
-    body = {key for key in expected if not key.startswith(head)}
-    first = f"{config['first_conv']}.weight"  # timm adapts it to other numbers of channels
-    faults = {
-        "missing": sorted(key for key in body if key not in state),
-        "unexpected": sorted(state.keys() - expected.keys()),
-        "of another shape": sorted(
-            key
-            for key in body
-            if key in state and key != first and state[key].shape != expected[key].shape
-        ),
-    }
-    if any(faults.values()):
-        lists = "; ".join(
-            f"{len(keys)} {fault}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
-            for fault, keys in faults.items()
-            if keys
-        )
-        raise ValueError(f"these weights are not those of {config['architecture']}: {lists}")
-    return state
 
 
 # timm looks a model's configuration up in its module, under this name.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from torch import nn
 
 from ..config import ConfigError
-from ..warehouse import KWLayer
+from ..warehouse import KWLayer, find_warehouses
 from ..warehouse.conversion import say
 from ..warehouse.plan import nearest
 
-__all__ = ["freeze", "hold_frozen"]
+__all__ = ["freeze", "frozen_modules", "hold_frozen"]
 
 
 def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None) -> None:
     """Freeze the parameters whose whole name, or that of a module around them, matches a pattern.
 
-    The cells of a warehouse belong to all layers that use it: they are frozen with the last one of
-    them, and which warehouses therefore go on training is said.
+    The cells of a warehouse belong to all layers that use it, as ``LAYER.warehouse.weight`` of each
+    of them: they are frozen when the patterns match them all, and which cells go on training
+    because they match some is said.
 
     Args:
         network: its parameters' ``requires_grad`` is set.
@@ -32,52 +34,52 @@ def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None)
             train.
     """
     key = f"{part or 'model'}.freeze"
-    names = [name for name, _ in network.named_parameters()]
-    frozen: set[str] = set()
-    layers: set[str] = set()
+    paths = _paths(network)
+    matched: set[str] = set()
     for pattern in patterns:
         try:
             compiled = re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"{key} {pattern!r} is no regular expression: {error}") from None
-        found = {name for name in names if any(map(compiled.fullmatch, _and_around(name)))}
+        found = {
+            path
+            for path in chain.from_iterable(paths.values())
+            if any(map(compiled.fullmatch, _and_around(path)))
+        }
         if not found:
             modules = [name for name, _ in network.named_modules() if name]
             raise ConfigError(f"{key} {pattern!r} matches nothing; {nearest(pattern, modules)}")
-        frozen |= found
-        layers |= {
-            name
-            for name, module in network.named_modules()
-            if isinstance(module, KWLayer) and any(map(compiled.fullmatch, _and_around(name)))
-        }
+        matched |= found
+    frozen = {name for name, own in paths.items() if matched.issuperset(own)}
+    shared = [
+        f"{name} ({len(matched.intersection(own))} of its {len(own)} layers)"
+        for name, own in paths.items()
+        if name not in frozen and not matched.isdisjoint(own)
+    ]
+    if shared:
+        say(f"frozen in part, so that the cells go on training: {', '.join(shared)}")
     if not frozen:
         return
-    _freeze_cells(network, frozen, layers)
-    if part is None and frozen >= set(names):
+    if part is None and frozen >= paths.keys():
         raise ConfigError(f"{key} {list(patterns)}: nothing is left to train")
     count = 0
     for name, parameter in network.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
             count += parameter.numel()
-    say(f"frozen: {len(frozen)} of {len(names)} parameters ({count:,} values)")
+    say(f"frozen: {len(frozen)} of {len(paths)} parameters ({count:,} values)")
 
 
-def _freeze_cells(network: nn.Module, frozen: set[str], layers: set[str]) -> None:
-    """Add to the frozen parameters the cells that frozen layers alone use."""
+def _paths(network: nn.Module) -> dict[str, list[str]]:
+    """Every parameter's name -> the names under which it is reached: cells, through each of the
+    layers that use them."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    users: dict[str, list[bool]] = {}
+    paths: dict[str, list[str]] = {name: [] for name in names.values()}
     for name, module in network.named_modules():
         if isinstance(module, KWLayer):
-            users.setdefault(names[id(module.warehouse.cells)], []).append(name in layers)
-    shared = []
-    for cells, are_frozen in users.items():
-        if all(are_frozen):
-            frozen.add(cells)
-        elif any(are_frozen) and cells not in frozen:
-            shared.append(f"{cells} ({sum(are_frozen)} of its {len(are_frozen)} layers)")
-    if shared:
-        say(f"frozen in part, so that the cells go on training: {', '.join(shared)}")
+            path = f"{name}.warehouse.weight".removeprefix(".")
+            paths[names[id(module.warehouse.weight)]].append(path)
+    return {name: found or [name] for name, found in paths.items()}
 
 
 def _and_around(name: str) -> Iterable[str]:
@@ -88,9 +90,16 @@ def _and_around(name: str) -> Iterable[str]:
 
 
 def hold_frozen(network: nn.Module) -> None:
-    """Evaluation mode for modules of which every parameter is frozen: BatchNorm keeps its
-    statistics, dropout is off."""
+    """Evaluation mode for frozen modules: BatchNorm keeps its statistics, dropout is off."""
+    for module in frozen_modules(network):
+        module.eval()
+
+
+def frozen_modules(network: nn.Module) -> Iterator[nn.Module]:
+    """Modules of which every parameter is frozen, whatever becomes of cells that they share with
+    others."""
+    cells = {id(warehouse.cells) for warehouse in find_warehouses(network)}
     for module in network.modules():
-        parameters = list(module.parameters())
+        parameters = [p for p in module.parameters() if id(p) not in cells]
         if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
+            yield module

@@ -5,7 +5,8 @@ MobileNetV2 and of the original ConvNeXt; ours are timm's. What differs is
 
 - the names of modules: the rules of :data:`FAMILIES`;
 - the cells: ``warehouse_manager.weights.K`` is ``[n, c_out, c_in, *kernel]``, ours is
-  ``warehouses.NAME.cells``, two-dimensional; both number warehouses alike;
+  ``LAYER.warehouse.weight``, two-dimensional, where LAYER is the first that uses them; both
+  number warehouses alike;
 - axes of size one: ConvNeXt's LayerScale is ``[1, C, 1, 1]`` in their converted networks;
 - the temperature: theirs is a number that is not saved, ours a buffer; it is 0 after training.
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..warehouse import Warehouse
+from ..warehouse import find_warehouses
 
 __all__ = ["FAMILIES", "Family", "ReleasedError", "Weights", "read_released", "translate"]
 
@@ -181,15 +182,12 @@ def translate(
             message lists missing, unexpected and mis-shaped keys.
     """
     own = network.state_dict()
-    warehouses = [
-        (name, warehouse)
-        for name, warehouse in network.named_modules()
-        if isinstance(warehouse, Warehouse)
-    ]
+    paths = {warehouse: path for path, warehouse in network.named_modules()}
+    warehouses = [(paths[warehouse], warehouse) for warehouse in find_warehouses(network)]
     renamed = dict(_rename(state, _family_of(model), [name for name, _ in warehouses]))
     temperatures = {f"{name}.temperature" for name, _ in warehouses}
     cell_shapes = {
-        f"{name}.cells": [warehouse.partition.cells, *warehouse.partition.cell_shape]
+        f"{name}.weight": [warehouse.partition.cells, *warehouse.partition.cell_shape]
         for name, warehouse in warehouses
     }
     translated, missing, misshaped, unused = {}, [], [], dict(renamed)
@@ -239,7 +237,7 @@ def _rename(
             ours = family.rename(theirs)
         else:
             number = int(cells[1])
-            ours = f"{warehouses[number]}.cells" if number < len(warehouses) else theirs
+            ours = f"{warehouses[number]}.weight" if number < len(warehouses) else theirs
         if ours in seen:
             raise ReleasedError(f"{seen[ours]} and {theirs} both stand for {ours}")
         seen[ours] = theirs

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
-from ..warehouse import KWLayer
 from ..warehouse.conversion import say
+from ..warehouse.warehouse import with_names_now
 
 __all__ = [
     "CheckpointError",
@@ -122,17 +122,10 @@ def is_converted(state: State) -> bool:
 
 
 def classifier_names(network: nn.Module) -> tuple[str, ...]:
-    """The prefixes of the parameters of a timm network's classifier, and of the warehouses that it
-    alone uses; none where it has none."""
+    """The prefixes of the parameters of a timm network's classifier; none where it has none."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     named = config.get("classifier") or ()
-    names = [f"{name}." for name in ((named,) if isinstance(named, str) else named)]
-    users: dict[int, list[bool]] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, KWLayer):
-            users.setdefault(id(module.warehouse), []).append(f"{name}.".startswith(tuple(names)))
-    cells = [f"{n}." for n, m in network.named_modules() if all(users.get(id(m), [False]))]
-    return (*names, *cells)
+    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
 def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
@@ -151,7 +144,7 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
             loaded then.
     """
     own = network.state_dict()
-    state = _renamed(network, own, state)
+    state = _renamed(network, own, with_names_now(network, state))
     head = classifier_names(network)
     heads = [key for key in own if head and key.startswith(head)]
     if head and not heads and any(key.startswith(head) for key in state):

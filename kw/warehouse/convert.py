@@ -1,7 +1,7 @@
 """``convert``: from a static network to its KernelWarehouse form, by a plan.
 
 The network keeps its class, its attributes and its module names: only the layers that the plan
-names are replaced, and their warehouses join it as ``model.warehouses``.
+names are replaced. Their warehouses are registered by them, and listed in ``model.warehouses``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from .plan import Plan, Rule, nearest
 from .plans import PLANS
 from .probe import arguments
 from .start import keep_kernels
-from .warehouse import Warehouse, WarehouseDict, WarehouseSettings
+from .warehouse import Warehouse, WarehouseDict, WarehouseSettings, accept_earlier_names
 
 __all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
-
-_RESERVED = frozenset(dir(nn.ModuleDict())) | {"training"}
 
 
 @dataclass
@@ -97,10 +95,6 @@ def convert(
         raise ValueError(
             f"{type(model).__name__} has an attribute 'warehouses' of its own; rename it"
         )
-    if isinstance(model, nn.ModuleList | nn.ModuleDict) and not _has_forward(model):
-        raise ValueError(
-            f"a {type(model).__name__} cannot hold warehouses; convert the module that contains it"
-        )
     for name in groups:
         if present is not None and name in present:
             raise ValueError(
@@ -135,10 +129,10 @@ def convert(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     if present is None:
-        model.add_module("warehouses", warehouses)
+        model.warehouses = warehouses  # type: ignore[assignment]  # an index, not a module
+        model.register_load_state_dict_pre_hook(accept_earlier_names)
     else:
-        for name, added in warehouses.items():
-            present[name] = added
+        present.update(warehouses)
         warehouses = present
     after = count_parameters(model)
     warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
@@ -244,17 +238,17 @@ def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
 
 
 def drop_unused_warehouses(model: nn.Module) -> nn.Module:
-    """Remove the warehouses that no layer uses any more, in place.
+    """Take the warehouses that no layer uses any more off ``model.warehouses``, in place.
 
-    After layers were cut off a converted network, its last stages or its classifier, say: cells
-    that get no gradient are refused by DDP.
+    After layers were cut off a converted network, its last stages or its classifier, say, they are
+    no longer among its parameters; this frees their memory.
     """
-    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
-    for module in list(model.modules()):
-        if isinstance(module, WarehouseDict):
-            for name, warehouse in list(module.items()):
-                if warehouse not in used:
-                    del module[name]
+    modules = set(model.modules())
+    for module in modules:
+        index = module.__dict__.get("warehouses")
+        if isinstance(index, WarehouseDict):
+            for name in [name for name, warehouse in index.items() if warehouse not in modules]:
+                del index[name]
     return model
 
 
@@ -268,10 +262,6 @@ def _derive_plan(model: nn.Module, example_input: Any, overrides: Mapping[str, A
             stacklevel=3,
         )
     return plan.with_overrides({"warehouses": overrides.get("warehouses") or {}})
-
-
-def _has_forward(model: nn.Module) -> bool:
-    return type(model).forward is not nn.Module.forward
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -386,8 +376,5 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
 
 
 def _check_name(name: str) -> None:
-    if "." in name or not name or name in _RESERVED:
-        raise ValueError(
-            f"plan: {name!r} cannot name a warehouse (a name without dots that nn.ModuleDict does "
-            "not use)"
-        )
+    if "." in name or not name:
+        raise ValueError(f"plan: {name!r} cannot name a warehouse: expected a name without dots")

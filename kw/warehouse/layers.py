@@ -31,9 +31,8 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class KWLayer(nn.Module):
     """What all dynamic layers share: a warehouse, an attention branch, a bias.
 
-    A layer made on its own registers the warehouse that it makes for itself, and begins as a static
-    layer of random weights (unless ``start="paper"``). One that shares a warehouse only refers to
-    it, so that cells stand once among a model's parameters.
+    A layer made on its own makes a warehouse for itself, and begins as a static layer of random
+    weights (unless ``start="paper"``).
 
     Args:
         shape: the layer's kernel.
@@ -86,7 +85,7 @@ class KWLayer(nn.Module):
                 raise ValueError(
                     f"slot {slot} of warehouse {warehouse.name!r} is for {laid_out}, not {shape}"
                 )
-            self.__dict__["warehouse"] = warehouse  # past nn.Module: referred to, not registered
+            self.warehouse = warehouse
         self.shape = shape
         self.backend = "auto"
         cells = self.warehouse.cells
@@ -144,6 +143,15 @@ class KWLayer(nn.Module):
     def spec(self) -> ConvSpec:
         """The layer as its contraction sees it."""
         raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no weight of its own: it assembles a kernel for every "
+                "sample. What reads or fuses the weights of convolutions has to leave it out; its "
+                "cells are layer.warehouse.weight, and layer.bias is as in a static layer"
+            )
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         shape = self.shape

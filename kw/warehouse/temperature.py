@@ -6,13 +6,13 @@ first epochs of training and is 0 afterwards, in evaluation and in finetuning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import nn
 
 from .attention import KernelAttention
-from .warehouse import Warehouse
+from .warehouse import Warehouse, WarehouseDict
 
 __all__ = [
     "annealed_temperature",
@@ -25,20 +25,19 @@ __all__ = [
 
 
 def find_warehouses(model: nn.Module) -> list[Warehouse]:
-    """Every warehouse that the model holds or that one of its layers uses, each once.
+    """Every warehouse that a layer of the model uses, each once; in the plan's order, where the
+    model was converted by one.
 
     Looks through any wrapper that registers the model as a submodule (DDP, ``torch.compile``,
     averaged models).
     """
-
-    def used() -> Iterator[nn.Module]:
-        for module in model.modules():
-            yield module
-            # A part of a model, e.g. one stage, uses warehouses that the whole model registers.
-            if isinstance(warehouse := module.__dict__.get("warehouse"), Warehouse):
-                yield warehouse
-
-    return [module for module in dict.fromkeys(used()) if isinstance(module, Warehouse)]
+    modules = dict.fromkeys(model.modules())
+    planned = (module.__dict__.get("warehouses") for module in modules)
+    in_order = chain.from_iterable(
+        index.values() for index in planned if isinstance(index, WarehouseDict)
+    )
+    used = [warehouse for warehouse in in_order if warehouse in modules]
+    return [m for m in dict.fromkeys(chain(used, modules)) if isinstance(m, Warehouse)]
 
 
 def has_temperature(model: nn.Module) -> bool:

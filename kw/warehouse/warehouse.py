@@ -6,9 +6,12 @@ Paper: KernelWarehouse (ICML 2024, arXiv 2406.07879), warehouse construction-wit
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +20,20 @@ from .attention import KernelAttention
 from .conversion import Conversion
 from .partition import KernelShape, partition_kernels
 
-__all__ = ["STARTS", "Warehouse", "WarehouseDict", "WarehouseSettings"]
+__all__ = [
+    "STARTS",
+    "Warehouse",
+    "WarehouseDict",
+    "WarehouseSettings",
+    "accept_earlier_names",
+    "earlier_order",
+    "names_now",
+    "with_names_now",
+]
 
 STARTS = ("keep", "paper")
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,13 @@ class Warehouse(nn.Module):
     """Cells shared by the layers of (about) one stage.
 
     The cells are one 2-D parameter ``[n, c_out * c_in * cell_kernel]``: two dimensions survive
-    ``.to(memory_format=torch.channels_last)``, and mixing is one matrix product with it.
+    ``.to(memory_format=torch.channels_last)``, and mixing is one matrix product with it. It is
+    called ``weight``, as code that sorts parameters by their names expects.
+
+    Every layer that uses a warehouse registers it, so that a part of a network has the cells that
+    it needs. ``parameters()`` and ``state_dict()`` of the network or of a part have them once,
+    under the name of the first layer that uses them.
+
     The temperature is a buffer here, once for all layers that use the warehouse: checkpoints carry
     it, copies and averages receive it, and changing it neither recompiles nor copies to the device.
     It is ``None`` where a method's attention has no temperature (:mod:`kw.peers`).
@@ -129,11 +149,16 @@ class Warehouse(nn.Module):
         )
         cell_numel = torch.Size(self.partition.cell_shape).numel()
         cells = torch.empty(self.partition.cells, cell_numel, device=device, dtype=dtype)
-        self.cells = nn.Parameter(cells)
+        self.weight = nn.Parameter(cells)
         # Zero, the state after annealing: a loop that never calls set_temperature trains a dynamic
         # network, not a static one.
         self.register_buffer("temperature", torch.zeros((), device=device, dtype=dtype))
         self.reset_parameters()
+
+    @property
+    def cells(self) -> nn.Parameter:
+        """The parameter ``weight``, ``[n, c_out * c_in * cell_kernel]``."""
+        return self.weight
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) on each layer's own cells, seen as one kernel
@@ -176,17 +201,75 @@ class Warehouse(nn.Module):
         """Its input: a call tells whoever shards parameters that the cells are about to be used."""
         return x
 
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself, once in a traversal, also where duplicates are asked for.
+
+        ``torch.func.functional_call`` would take several names of one module for tied weights.
+        """
+        memo = set() if memo is None else memo
+        if self not in memo:
+            memo.add(self)
+            yield prefix, self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Once for each state dict, however many layers lead here."""
+        where, first = _saved_to.get(self, (None, prefix))
+        is_same = where is not None and where() is destination
+        if is_same and first != prefix and f"{first}weight" in destination:
+            return
+        if isinstance(destination, OrderedDict):  # a dict of the caller's takes no weak reference
+            _saved_to[self] = (weakref.ref(destination), prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """From whichever of the layers that lead here the state names; missing if none of them.
+
+        One call of ``load_state_dict`` visits a warehouse once for each of its layers.
+        """
+        if f"{prefix}cells" in state_dict:  # the name in earlier versions
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}cells")
+        visited = _loaded_from.get(self)
+        first = visited is None or visited[0] is not missing_keys
+        if not first and f"{prefix}weight" not in state_dict:
+            return
+        absent: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs
+        )
+        if not first:
+            assert visited is not None
+            for key in visited[1]:
+                missing_keys.remove(key)
+        missing_keys += absent
+        _loaded_from[self] = (missing_keys, absent)
+
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.partition.cell_shape))
         return f"cells={self.partition.cells}, cell_shape={shape}, layers={len(self.shapes)}"
 
 
-class WarehouseDict(nn.ModuleDict):
-    """A converted model's warehouses by name.
+# What is known of a state dict while it is made or loaded, outside of the modules: these are copied
+# and pickled.
+_saved_to: WeakKeyDictionary[Warehouse, tuple[weakref.ref[Any], str]] = WeakKeyDictionary()
+_loaded_from: WeakKeyDictionary[Warehouse, tuple[list[str], list[str]]] = WeakKeyDictionary()
 
-    Layers refer to their warehouse without registering it, so that every cell appears once among
-    the model's parameters. Called, it returns its input: as the last child of an ``nn.Sequential``
-    it leaves the result alone.
+
+class WarehouseDict(dict[str, Warehouse]):
+    """A converted model's warehouses by name: an index, the modules belong to the layers.
 
     Attributes:
         conversion: what the last :func:`kw.convert` of the model did.
@@ -194,5 +277,52 @@ class WarehouseDict(nn.ModuleDict):
 
     conversion: Conversion | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+
+def names_now(model: nn.Module) -> dict[str, str]:
+    """Names of cells and temperatures in the states of earlier versions -> their names now.
+
+    Earlier versions kept a model's warehouses apart from its layers: ``warehouses.NAME.cells``.
+    """
+    paths = {
+        module: path for path, module in model.named_modules() if isinstance(module, Warehouse)
+    }
+    found = {f"{path}.cells": f"{path}.weight" for path in paths.values()}
+    for root, module in model.named_modules():
+        index = module.__dict__.get("warehouses")
+        if not isinstance(index, WarehouseDict):
+            continue
+        for name, warehouse in index.items():
+            if warehouse in paths:
+                old = f"{root}.warehouses.{name}".removeprefix(".")
+                found[f"{old}.cells"] = f"{paths[warehouse]}.weight"
+                found[f"{old}.temperature"] = f"{paths[warehouse]}.temperature"
+    return found
+
+
+def earlier_order(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters in the order of earlier versions, where cells came after the layers."""
+    order = list(model.parameters())
+    for module in model.modules():
+        index = module.__dict__.get("warehouses")
+        if isinstance(index, WarehouseDict):
+            cells = [warehouse.weight for warehouse in index.values()]
+            inside = {id(parameter) for parameter in module.parameters()}
+            moved = {id(parameter) for parameter in cells} & inside
+            rest = [parameter for parameter in order if id(parameter) not in moved]
+            last = max((i for i, p in enumerate(rest) if id(p) in inside), default=-1)
+            rest[last + 1 : last + 1] = [p for p in cells if id(p) in moved]
+            order = rest
+    return order
+
+
+def with_names_now(model: nn.Module, state: Mapping[str, _Value]) -> dict[str, _Value]:
+    """A state of this or an earlier version under the names of this one."""
+    renamed = names_now(model)
+    return {renamed.get(key, key): value for key, value in state.items()}
+
+
+def accept_earlier_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of ``model.load_state_dict``: renames the entries of earlier versions in place."""
+    for old, new in names_now(model).items():
+        if prefix + old in state:
+            state[prefix + new] = state.pop(prefix + old)

@@ -1,0 +1,212 @@
+"""A run meets its folder, its settings and its data again: what differs is refused or said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_engine import CPU, changed, run
+
+from kw.config import ConfigError, config_from_mapping
+from kw.data import DataError
+from kw.engine import CheckpointError, build_runner, evaluate_checkpoint, load_checkpoint
+from kw.engine.folder import held
+from kw.engine.layout import settings_changed
+from kw.engine.pictures import picture_classes
+from kw.engine.saving import link
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+import torch
+from kw.engine.distributed import Process
+from kw.engine.folder import held
+with held(Path(sys.argv[1]), Process(0, 1, torch.device("cpu"))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+# --- one run in a folder ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["asked", "killed"])
+def test_a_folder_is_one_runs(settings: dict[str, Any], tmp_path: Path, end: str) -> None:
+    arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, **pipes) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            message = rf"in use by a run \(process {other.pid} on .+\); wait for it"
+            for resume in (False, True):
+                with pytest.raises(ConfigError, match=message):
+                    run(settings, tmp_path, resume=resume)
+            assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        finally:
+            if end == "killed":
+                other.kill()
+            else:
+                other.communicate("")
+    with held(tmp_path, CPU):
+        assert (tmp_path / "run.lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_lets_go_of_the_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="num_classes"):
+        run(changed(settings, model__num_classes=9), tmp_path)
+    with held(tmp_path, CPU):
+        pass
+
+
+def test_links_to_the_same_file_leave_nothing_behind(tmp_path: Path) -> None:
+    newest, best = tmp_path / "epoch_1.pth", tmp_path / "best.pth"
+    newest.write_text("1")
+    for _ in range(2):
+        link(newest, best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "epoch_1.pth"]
+    newest.unlink()
+    newest.write_text("2")
+    link(newest, best)
+    assert best.read_text() == "2"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# --- settings on resume -----------------------------------------------------------------------
+
+
+def log_text(work_dir: Path) -> str:
+    newest = max(work_dir.glob("*/*.log"), key=lambda path: path.stat().st_mtime_ns)
+    return newest.read_text()
+
+
+SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 1e-4, "momentum": 0.9}
+ADAM = {"name": "adamw", "lr": 0.01, "weight_decay": 0.05, "betas": [0.9, 0.999]}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key", "value"),
+    [
+        (SGD, "weight_decay", 0.01),
+        (SGD, "momentum", 0.5),
+        (ADAM, "betas", [0.5, 0.9]),
+        (ADAM, "eps", 1e-4),
+    ],
+)
+def test_an_optimizers_settings_are_those_of_the_configuration(
+    settings: dict[str, Any], tmp_path: Path, optimizer: dict[str, Any], key: str, value: Any
+) -> None:
+    """As in a run that has them from the start; its state is that of the checkpoint."""
+    settings = changed(settings, optimizer=optimizer, epochs=1)
+    run(settings, tmp_path)
+    settings = changed(settings, epochs=2, **{f"optimizer__{key}": value})
+    runner = build_runner(config_from_mapping(settings), tmp_path, CPU, resume=True)
+    fresh = build_runner(config_from_mapping(settings), tmp_path / "fresh", CPU)
+    runner.load_or_resume()
+    groups = [r.optim_wrapper.optimizer.param_groups for r in (runner, fresh)]
+    for own, expected in zip(*groups, strict=True):
+        strip = {"params", "lr"}
+        assert {k: v for k, v in own.items() if k not in strip} == {
+            k: v for k, v in expected.items() if k not in strip
+        }
+    assert runner.optim_wrapper.optimizer.state
+    shown = yaml.safe_load(str(value))
+    assert f"optimizer.{key}: " in log_text(tmp_path)
+    assert f"-> {shown}" in log_text(tmp_path)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optimizer"][key] == value
+
+
+def test_other_groups_of_parameters_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(changed(settings, epochs=1), tmp_path)
+    with pytest.raises(CheckpointError, match=r"other groups of parameters \(.*attention_lr"):
+        run(changed(settings, epochs=2, optimizer__attention_lr=3), tmp_path, resume=True)
+
+
+def test_what_differs_between_settings() -> None:
+    before = "epochs: 3\ndata:\n  root: a\n  mean: [1, 2]\nema: null\n"
+    now = "epochs: 4\ndata:\n  root: a\n  mean: [1, 3]\nema:\n  decay: 0.5\nseed: 1\n"
+    assert settings_changed(before, before) == settings_changed(None, now) == []
+    assert settings_changed(before, now) == [
+        "epochs: 3 -> 4",
+        "data.mean: [1, 2] -> [1, 3]",
+        "ema.decay: not set -> 0.5",
+        "seed: not set -> 1",
+    ]
+    detectors = [f"model = dict(a=1)\nepochs = {epochs}\n" for epochs in (3, 4)]
+    assert settings_changed(*detectors) == ["- epochs = 3", "+ epochs = 4"]
+
+
+def test_a_finished_run_keeps_its_configuration(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = changed(settings, epochs=1)
+    metrics = run(settings, tmp_path)
+    files = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "last.pth")}
+    run(changed(settings, seed=5), tmp_path, resume=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    assert "1 epochs are done" in log_text(tmp_path)
+    assert "nothing is trained" in log_text(tmp_path)
+    run(changed(settings, seed=5, epochs=2), tmp_path, resume=True)
+    assert "seed: 0 -> 5" in log_text(tmp_path)
+    assert "seed: 5" in (tmp_path / "config.yaml").read_text()
+    assert metrics["images"] == 19
+
+
+@pytest.mark.parametrize(("before", "after"), [(16, 32), (32, 16)])
+def test_an_epoch_of_other_updates_is_refused(
+    settings: dict[str, Any], tmp_path: Path, before: int, after: int
+) -> None:
+    """Two epochs of two updates are as many as one of four: nothing would be trained."""
+    batch = {"total_batch_size": before, "batch_size": 16}
+    run(changed(settings, epochs=1, **batch), tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+    batch = {"total_batch_size": after, "batch_size": 16}
+    message = rf"{64 // before} an epoch, where this run makes {64 // after} an epoch"
+    with pytest.raises(CheckpointError, match=message):
+        run(changed(settings, epochs=2, **batch), tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+# --- classes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(settings: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    """A run, and settings for its pictures with the first class's folder renamed."""
+    run(changed(settings, epochs=1), tmp_path / "run")
+    root = tmp_path / "renamed"
+    shutil.copytree(settings["data"]["root"], root)
+    for split in ("train", "val"):
+        first = min((root / split).iterdir())
+        first.rename(first.with_name("zebra"))
+    return changed(settings, data__root=str(root)), tmp_path / "run" / "last.pth"
+
+
+def test_other_classes_are_refused(trained: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    settings, checkpoint = trained
+    config = config_from_mapping(settings)
+    names = load_checkpoint(checkpoint)["meta"]["classes"]
+    message = rf"class 0 is '{names[0]}' there and '{names[1]}' here \(4 and 4 classes"
+    with pytest.raises(CheckpointError, match=message):
+        evaluate_checkpoint(config, checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        run(changed(settings, epochs=2), checkpoint.parent, resume=True)
+    arguments = {"layers": None, "images": 4, "classes": 2}
+    with pytest.raises(CheckpointError, match=message):
+        picture_classes(config, checkpoint, tmp_path / "classes.png", **arguments)
+
+
+def test_a_checkpoint_without_names_is_evaluated(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    settings, checkpoint = trained
+    state = load_checkpoint(checkpoint)
+    del state["meta"]["classes"]
+    torch.save(state, tmp_path / "nameless.pth")
+    assert (
+        evaluate_checkpoint(config_from_mapping(settings), tmp_path / "nameless.pth")["top1"] >= 0
+    )
