@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_tools import call
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from kw.config import ConfigError, config_from_mapping
+from kw.config import ConfigError, config_from_mapping, load_config
 from kw.models import RELEASED, build_network
 from kw.models.complexity import analyze, count_macs
 from kw.warehouse import set_backend
@@ -181,3 +182,28 @@ def test_tool_checks_every_file_first(tool, capsys, tmp_path: Path):
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert "no such file" in printed.err
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("training", [False, True])
+def test_torchs_counter_sees_dynamic_convolutions(device: str, training: bool) -> None:
+    """Forward and backward, whatever back end does them; the static network's come three times."""
+    config = load_config("configs/imagenet/resnet18/kw_resnet18_4x.yaml", ["data.input_size=64"])
+    cost = analyze(config)
+    with torch.device(device):
+        network = build_network(config.model).train(training)
+        images = torch.randn(2, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        if training:
+            network(images).sum().backward()
+        else:
+            with torch.no_grad():
+                network(images)
+    # All but the input's gradient of the first layer, which nobody asks for.
+    first = 2 * 64 * 3 * 49 * 32 * 32
+    attention = cost.macs_attention
+    expected = cost.macs_static + cost.macs_assembly + attention
+    if training:
+        expected = 3 * cost.macs_static + 4 * cost.macs_assembly + 3 * attention
+    macs = counter.get_total_flops() / 2
+    assert macs == pytest.approx(2 * expected - training * first, rel=2e-3)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from deployment import CLASSES, SETTINGS, write_checkpoint
 from torch import nn
@@ -294,3 +295,61 @@ def test_the_tool_writes_all_formats_and_cards(tmp_path: Path, tool: Any, capsys
         parameters = sum(p.numel() for p in read_source(checkpoint).network.parameters())
         assert f"| parameters | {parameters:,} |" in card
     assert "before annealing had ended" in capsys.readouterr().err
+
+
+# --- other people's exports -------------------------------------------------------------------
+
+
+def dynamic_network(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    narrow = {"channels": [8, 8, 16, 16]} if name == "resnet18" else {}
+    network = timm.create_model(name, num_classes=4, **narrow)
+    return kw.convert(network, "auto", start="paper").eval()
+
+
+each_kind = pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035"])
+
+
+@each_kind
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_a_trace_takes_any_number_of_images(name: str, batch: int) -> None:
+    network = dynamic_network(name)
+    traced = torch.jit.trace(network, torch.randn(batch, 3, 64, 64), check_trace=False)
+    for images in (torch.randn(1, 3, 64, 64), torch.randn(3, 3, 64, 64)):
+        torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("way", ["traced", "exported"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_a_users_own_onnx_export_takes_any_number_of_images(
+    name: str, way: str, batch: int, tmp_path: Path
+) -> None:
+    if name == "mobilenetv2_035" and way == "exported":
+        pytest.skip("ONNX fixes a convolution's groups: kw.deploy exports depthwise layers")
+    runtime = pytest.importorskip("onnxruntime")
+    network, path = dynamic_network(name), tmp_path / "network.onnx"
+    images = torch.randn(batch, 3, 64, 64)
+    if way == "traced":
+        axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+        torch.onnx.export(network, (images,), path, dynamo=False, **axes)
+    else:
+        shapes = ({0: torch.export.Dim.DYNAMIC},)
+        torch.onnx.export(network, (images,), path, dynamo=True, dynamic_shapes=shapes)
+    session = runtime.InferenceSession(path)
+    for count in (1, 2, 3):
+        images = torch.randn(count, 3, 64, 64)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per")
+@torch.no_grad()
+def test_dynamic_quantisation_of_other_layers() -> None:
+    network, images = dynamic_network("resnet18"), torch.randn(2, 3, 64, 64)
+    kinds = {torch.nn.Linear}
+    quantised = torch.ao.quantization.quantize_dynamic(network, kinds, dtype=torch.qint8)
+    expected = network(images)
+    assert (quantised(images) - expected).abs().max() < 0.1 * expected.abs().max()

@@ -69,7 +69,7 @@ def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
     By a depthwise convolution with one-hot kernels: exact, one operator, and the size is that of
     any convolution. Slices would compare sizes at every tap, over which tracing takes minutes.
     """
-    channels, taps = x.shape[1], math.prod(spec.partition.kernel)
+    channels, taps = spec.in_channels, math.prod(spec.partition.kernel)
     if spec.is_pointwise and not any(spec.padding) and all(s == 1 for s in spec.stride):
         return x.flatten(2).unsqueeze(2), x.shape[2:]
     one_hot = torch.eye(taps, dtype=x.dtype, device=x.device)

@@ -8,6 +8,7 @@ batch only. What is here instead, by layer:
   kernels on few positions; a classifier, which has one);
 - ``grouped``: depthwise layers, where the runtime takes groups that depend on the batch, or the
   batch is fixed;
+- ``columns`` again: depthwise layers that ``torch.jit.trace`` traces, which fixes the groups;
 - ``each``: depthwise layers elsewhere: a loop over the samples around an ordinary convolution.
   Batched products of one row are three to ten times slower there (docs/deployment.md).
 
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def fixed_groups() -> Iterator[None]:
 def conv_exported(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution in the form that suits the layer; arguments as for
     :func:`kw.warehouse.ops.dynamic_conv`."""
-    if spec.is_depthwise:
+    if spec.is_depthwise and not torch.jit.is_tracing():
         each = _fixed_groups.get() and not isinstance(x.shape[0], int)
         return (_conv_each if each else conv_grouped)(x, alpha, cells, spec)
     form = _conv_mixed if _mixes(len(cells), spec, x.shape[2:]) else conv_bmm
@@ -74,7 +76,8 @@ def _mixes(cells: int, spec: ConvSpec, size: Any) -> bool:
 
 def _hint(size: Any) -> int:
     """The example's size: to compare a symbolic one would bind the graph to the outcome."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)
 
 
 def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
@@ -88,8 +91,13 @@ def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tens
     mixed = (mixing @ inputs.to(cells.dtype)).to(x.dtype)
     mixed = mixed.unflatten(1, (out_blocks, -1)).unflatten(3, (part.cell_in, -1))
     shared = cells.to(x.dtype).view(-1, part.cell_out, part.cell_in).transpose(0, 1).flatten(1)
-    y = shared @ mixed.flatten(2, 3)  # [c_out, n c_in] @ [B, GO, n c_in, P]
-    return y.flatten(1, 2).unflatten(2, size)
+    columns = mixed.flatten(2, 3).flatten(0, 1)  # [B GO, n c_in, P]
+    if torch.jit.is_tracing():
+        y = shared @ columns  # [B GO, c_out, P]
+    else:
+        # Behind a product that broadcasts, torch 2.15 takes an open batch for the example's one.
+        y = torch.bmm(shared.expand(columns.shape[0], -1, -1), columns)
+    return y.unflatten(0, (-1, out_blocks)).flatten(1, 2).unflatten(2, size)
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:

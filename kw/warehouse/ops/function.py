@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import register_flop_formula
 
 from .backends import planner
 from .bmm import conv_bmm
@@ -39,7 +41,7 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
     Returns:
         ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
     """
-    if torch.compiler.is_compiling() or not _is_plain(x):
+    if torch.compiler.is_compiling() or not _is_plain(x) or _is_counted():
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
         return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells))
@@ -48,6 +50,14 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+
+
+def _is_counted() -> bool:
+    """Whether torch's FlopCounterMode is on: it sees operators, not what compiled code does."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__name__.endswith("FlopCounterMode") for mode in modes)
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
@@ -168,6 +178,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.kw.dynamic_conv_backward
     results = op(grad, x, alpha, cells, ctx.spec, ctx.backend, list(needs))
     return *(g if needed else None for g, needed in zip(results, needs, strict=True)), None, None
+
+
+@register_flop_formula(torch.ops.kw.dynamic_conv, get_raw=True)
+def _flops(
+    x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str, **_: Any
+) -> int:
+    """Two operations for each multiply-add of assembly and convolution."""
+    problem = _problem(x, cells, ConvSpec.decode(spec))
+    return 2 * (problem.assembly_macs + problem.conv_macs)
+
+
+@register_flop_formula(torch.ops.kw.dynamic_conv_backward, get_raw=True)
+def _backward_flops(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: Sequence[int],
+    backend: str,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    """The kernels again for the input's gradient, and theirs for those of what they are made of."""
+    problem = _problem(x, cells, ConvSpec.decode(spec))
+    convolutions = needs[0] + (needs[1] or needs[2])
+    return 2 * (sum(needs) * problem.assembly_macs + convolutions * problem.conv_macs)
 
 
 _dynamic_conv.register_autograd(_backward, setup_context=_setup_context)
