@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from networks import plan_of
 from timm.layers import Conv2dSame
-from torch import nn
+from torch import Tensor, nn
 
 from kw import convert, set_temperature
 from kw.warehouse import (
@@ -415,3 +415,29 @@ def test_models_of_timm_bring_their_size():
     with torch.device("meta"):
         model = timm.create_model("resnet18", pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     assert auto_plan(model)[1].converted == 19
+
+
+class OfImages(nn.Module):
+    """As detectors do: a list of images of any sizes becomes a padded batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        size = IMAGES.shape[-2:]
+        padding = [(0, size[1] - x.shape[2], 0, size[0] - x.shape[1]) for x in images]
+        padded = [nn.functional.pad(x, p) for x, p in zip(images, padding, strict=True)]
+        return self.net(torch.stack(padded))
+
+
+def test_a_list_of_images_is_one_argument() -> None:
+    images = [IMAGES[0], IMAGES[1, :, :-2, :-1], IMAGES[0]]
+    report = report_of(OfImages(), images)
+    expected = report_of(Net())
+    assert report.warehouses == {
+        name: [f"net.{layer}" for layer in layers] for name, layers in expected.warehouses.items()
+    }
+    assert len(report.refused) == len(expected.refused)
+    with pytest.raises(ValueError, match="at least two samples"):
+        report_of(OfImages(), [IMAGES[0]])

@@ -63,7 +63,8 @@ def convert(
         plan: the name of a released plan, a :class:`Plan`, a mapping of rules, or ``"auto"`` to
             derive a plan (:func:`auto_plan`); a warning then names what cannot be converted.
         example_input: for ``"auto"``, a batch of at least two samples to run the network on: a
-            tensor, or a tuple or mapping of arguments. Default: images of the network's size.
+            tensor, a list of images, or a tuple or mapping of arguments. Default: images of the
+            network's size.
         batches: several real inputs of the network, each as ``example_input``, without labels; a
             few hundred images do. Below a budget of 1 the errors of the kernels are then weighted
             by how large the layers' input channels are.

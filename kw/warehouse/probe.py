@@ -66,8 +66,8 @@ def probe(
     Args:
         model: the network; it is not touched.
         layers: the layers to watch, by name.
-        example_input: a batch of at least two samples: a tensor, or a tuple or mapping of arguments
-            of ``forward``. ``None``: :func:`default_example`.
+        example_input: a batch of at least two samples: a tensor, a list of images, or a tuple or
+            mapping of arguments of ``forward``. ``None``: :func:`default_example`.
 
     Returns:
         Every layer's use.
@@ -173,15 +173,21 @@ def _copy(model: nn.Module, device: str | None = None) -> nn.Module:
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as arguments of ``forward``: a mapping by name, a tuple or list in order."""
+    """An example as arguments of ``forward``: a mapping by name, a tuple in order; anything else,
+    such as a list of images, is one argument."""
     if isinstance(example, Mapping):
         return (), dict(example)
-    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    given = next(iter((*args, *kwargs.values())), None)
+    images = _tensors(given) if isinstance(given, list) else []
+    are_samples = bool(images) and all(image.dim() < 4 for image in images)  # no batch axis
+    if are_samples and len(images) > 1:
+        return len(images)  # a detector puts them, of sizes of their own, in a batch
     first = next(iter(_tensors((args, kwargs))), None)
-    if first is None or first.dim() < 2 or len(first) < 2:
+    if first is None or first.dim() < 2 or len(first) < 2 or are_samples:
         found = "no tensor" if first is None else f"a tensor of {list(first.shape)}"
         raise ValueError(
             f"auto: example_input has {found}; give a batch of at least two samples, so that the "
