@@ -363,3 +363,24 @@ def test_lists_of_layers_are_converted() -> None:
     kw.convert(layers, plan_of(("0|1", "w")))
     assert len(list(layers)) == 2
     assert layers[0].warehouse is layers[1].warehouse is layers.warehouses["w"]
+
+
+class Pretrained(nn.Sequential):
+    """With the method of Hugging Face's models that writes class and weights."""
+
+    def save_pretrained(self, folder: str) -> None:
+        raise AssertionError(f"it was saved to {folder}")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_save_pretrained_is_refused(inside: bool, copied) -> None:
+    """``from_pretrained`` would give the static network, random in part."""
+    network = Pretrained(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model = chain(network) if inside else network
+    kw.convert(model, plan_of((r"(a\.)?[02]", "w")))
+    saver = copied(model).a if inside else copied(model)
+    with pytest.raises(ValueError, match="save_pretrained cannot save a converted network"):
+        saver.save_pretrained("folder")

@@ -28,7 +28,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..warehouse import KWLayer
-from ..warehouse.conversion import Conversion, KeptWarehouse, count_parameters, say
+from ..warehouse.conversion import (
+    Conversion,
+    KeptWarehouse,
+    count_parameters,
+    guard_saving,
+    say,
+)
 from ..warehouse.convertible import arguments_of, has_kernel, succeed
 from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
@@ -131,6 +137,7 @@ def convert(
     static = tuple(n for n, m in model.named_modules() if n and has_kernel(m) and n not in made)
     for name, layer in made.items():
         model.set_submodule(name, layer)
+    guard_saving(model)
     if announce:
         after = count_parameters(model)
         say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))

@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "say"]
+__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving", "say"]
 
 _logger = logging.getLogger("kw")
 
@@ -122,3 +123,22 @@ def _counted(number: int, what: str) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.2f}M" if number >= 10**6 else f"{number:,}"
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Refuse Hugging Face's ``save_pretrained`` on what was converted.
+
+    It writes the name of the class and the weights. ``from_pretrained`` would make the static
+    network again, leave its kernels random where they were converted, and only log it.
+    """
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.__dict__["save_pretrained"] = _refuse_saving
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "save_pretrained cannot save a converted network: from_pretrained would build the static "
+        "one, with random weights in place of the converted layers. Save its state_dict with "
+        "torch.save; to load it, build the static network, convert it alike, then load_state_dict"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, say
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, say
 from .convertible import dynamic_layer, has_kernel, kernel_shape
 from .layers import KWLayer
 from .ops import check_backend
@@ -135,6 +135,7 @@ def convert(
     else:
         present.update(warehouses)
         warehouses = present
+    guard_saving(model)
     after = count_parameters(model)
     warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
     if announce:
