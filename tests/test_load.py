@@ -72,6 +72,70 @@ def test_images_are_prepared_as_in_evaluation(run: Path, images: Path) -> None:
         assert [p.probability for p in row] == pytest.approx(shares[best].tolist(), abs=1e-4)
 
 
+def oddities() -> dict[str, Image.Image]:
+    """What must be read alike from a file and from what Pillow makes of it."""
+    draw = np.random.default_rng(0)
+    colour = Image.fromarray(draw.integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    deep = Image.fromarray(draw.integers(0, 65536, (30, 50), dtype=np.uint16))
+    clear = colour.convert("RGBA")
+    clear.putalpha(40)
+    return {
+        "turned.png": colour,
+        "deep.png": deep,
+        "palette.png": colour.quantize(8),
+        "clear.png": clear,
+        "grey.png": colour.convert("L"),
+        "black_and_white.png": colour.convert("1"),
+    }
+
+
+@pytest.mark.parametrize("name", oddities())
+def test_a_picture_is_read_alike_from_file_memory_and_array(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    classifier, image, path = kw.load(run), oddities()[name], tmp_path / name
+    exif = Image.Exif()
+    if name.startswith("turned"):
+        exif[0x0112] = 6
+    image.save(path, exif=exif)
+    expected = classifier.read(path)
+    with Image.open(path) as opened:
+        assert torch.equal(classifier.read(opened), expected)
+        assert torch.equal(classifier.read(opened), expected)  # it is left open
+    if not name.startswith("turned"):
+        assert torch.equal(classifier.read(image), expected)
+    if name in ("deep.png", "grey.png"):
+        assert torch.equal(classifier.read(np.asarray(image)), expected)
+    probabilities = [
+        [p.probability for p in classifier.predict(one, k=4)[0]] for one in (path, expected)
+    ]
+    assert probabilities[0] == probabilities[1]
+
+
+def test_arrays_and_tensors_that_mean_nothing_are_refused(run: Path) -> None:
+    classifier = kw.load(run)
+    array = np.zeros((30, 50, 3), np.uint8)
+    ready = classifier.read(array)
+    size = ready.shape[1]
+    for one in (array, ready):
+        assert len(classifier.predict(one)) == 1
+    for several in (np.stack([array, array]), [array, array], torch.stack([ready, ready])):
+        assert len(classifier.predict(several)) == 2
+    for wrong in (
+        array.astype(np.float32) / 255,
+        array.transpose(2, 0, 1),
+        np.zeros((30, 50, 4), np.uint8),
+        np.zeros((30, 50), np.int64),
+    ):
+        with pytest.raises(ValueError, match=r"an array of .*expected RGB, uint8"):
+            classifier.predict(wrong)
+    for wrong in (ready / 255, ready[:, 1:], ready[0], torch.zeros(2, 3, size, size)):
+        with pytest.raises(ValueError, match=rf"expected uint8 \[3, {size}, {size}\]"):
+            classifier.predict(wrong)
+    with pytest.raises(UserError, match="cannot read image of mode F"):
+        classifier.predict(Image.new("F", (4, 4)))
+
+
 def test_pictures_of_all_kinds(run: Path, images: Path) -> None:
     """A path, an image and a tensor of it, grey images, all classes at most."""
     classifier = kw.load(run)

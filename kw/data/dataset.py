@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import has_file_allowed_extension, make_dataset
 
 from kw.config.run_schema import BadImagesConfig
 from kw.data.faults import FaultyDataset
 from kw.data.reading import DataError, read_image
 from kw.data.seeding import seeded
+from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
+from kw.warehouse.conversion import say
 
 __all__ = [
-    "IMAGE_EXTENSIONS",
     "UNREADABLE",
     "DataError",
     "ImageFolder",
@@ -26,7 +27,6 @@ __all__ = [
     "check_data_root",
 ]
 
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
 
 UNREADABLE = -1
@@ -51,8 +51,8 @@ class ImageFolder(FaultyDataset):
 
     Args:
         root: folder that holds the splits.
-        split: folder under ``root``; its folders are the classes. Names with a leading dot are
-            skipped, files as well as folders.
+        split: folder under ``root``; its folders are the classes. What is no image or hidden
+            (:mod:`.walk`) is left out, which is said.
         transform: RGB image -> uint8 tensor [3, S, S].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
@@ -84,12 +84,17 @@ class ImageFolder(FaultyDataset):
         self.transform = transform
         self.upright = upright
         self.classes = _find_classes(folder)
-        samples = make_dataset(
-            str(folder),
-            {name: label for label, name in enumerate(self.classes)},
-            is_valid_file=_is_image,
-            allow_empty=True,
-        )
+        left_out = Counter(_beside(folder))
+        samples = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            # By folder and name, which is not by path: "a/b.png" comes after "a.png".
+            for path in sorted(
+                walk_images(folder / name, left_out), key=lambda p: (str(p.parent), p.name)
+            )
+        ]
+        if left_out:
+            say(f"{folder}: left out: {describe(left_out)}")
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
         _check_not_empty(folder, self.classes, set(self.labels.tolist()))
         # A list of a million strings is copied page by page into every forked worker, because
@@ -168,7 +173,7 @@ def check_data_root(
 def _check_split(root: str | os.PathLike[str], split: str) -> list[str]:
     folder = Path(root).expanduser() / split
     classes = _find_classes(folder)
-    filled = {label for label, name in enumerate(classes) if _has_image(folder / name)}
+    filled = {i for i, name in enumerate(classes) if any(True for _ in walk_images(folder / name))}
     _check_not_empty(folder, classes, filled)
     return classes
 
@@ -182,7 +187,7 @@ def _find_classes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"data.root {root} has no {folder.name}/; {_LAYOUT}; {_found(root)}")
     with os.scandir(folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        classes = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     if not classes:
         raise DataError(f"{folder} has no class folders; {_LAYOUT}; {_found(folder)}")
     return classes
@@ -198,28 +203,21 @@ def _check_not_empty(folder: Path, classes: list[str], filled: set[int]) -> None
         )
 
 
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path)
-    return not name.startswith(".") and has_file_allowed_extension(name, IMAGE_EXTENSIONS)
-
-
-def _has_image(folder: Path) -> bool:
-    """Whether an image lies in a folder or below; stops at the first."""
-    below = []
+def _beside(folder: Path) -> Iterator[str]:
+    """What lies beside the class folders, by kind."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                below.append(Path(entry.path))
-            elif _is_image(entry.name):
-                return True
-    return any(_has_image(path) for path in below)
+            if entry.is_dir() and is_hidden(entry.name):
+                yield "hidden folders"
+            elif not entry.is_dir() and not is_hidden(entry.name):
+                yield "files beside the class folders"
 
 
 def _found(folder: Path) -> str:
     """What lies in a folder, for an error message."""
     with os.scandir(folder) as entries:
         names = sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
-    images = sum(map(_is_image, names))
+    images = sum(map(is_image, names))
     flat = f", {images} of them images" if images else ""
     return f"{folder} holds {_some(names)}{flat}" if names else f"{folder} is empty"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,14 @@ class BadImageError(DataError):
 
 
 def read_image(
-    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, upright: bool = True
+    source: str | os.PathLike[str] | Image.Image,
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = True,
 ) -> Image.Image:
     """Read an image by its content, whatever its name ends with.
 
     Args:
-        path: the file.
+        source: the file, or what ``PIL.Image.open`` has made of it.
         max_pixels: larger images are refused by their header, before memory is asked for.
         upright: turn the image as its EXIF orientation says.
 
@@ -79,12 +82,15 @@ def read_image(
         OSError: the machine has no file handle left.
         MemoryError: the machine has no memory left.
     """
+    path = f"of mode {source.mode}" if isinstance(source, Image.Image) else source
     # Pillow warns of damaged metadata, and of sizes that it does not refuse yet; per process and
     # image, which nobody reads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path) as file:
+            opened = source if isinstance(source, Image.Image) else Image.open(source)
+            # One that was given stays open.
+            with nullcontext(opened) if opened is source else opened as file:
                 width, height = file.size
                 if width * height > max_pixels:
                     raise BadImageError.of(path, _too_large(width, height, max_pixels))

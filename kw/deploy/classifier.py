@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .weights import cast, read_weights
 __all__ = ["Classifier", "Prediction", "load"]
 
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
-Picture = str | os.PathLike[str] | Image.Image
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
 
 class Prediction(NamedTuple):
@@ -74,16 +75,41 @@ class Classifier(nn.Module):
         return self.network(images)
 
     def read(self, image: Picture) -> Tensor:
-        """A file or an image as uint8 ``[3, S, S]``, resized and cropped as in evaluation.
+        """An image as uint8 ``[3, S, S]``, resized and cropped as in evaluation.
+
+        Args:
+            image: a file, an image of Pillow's, or an array of one: uint8 ``[H, W, 3]``, or grey
+                ``[H, W]`` in uint8 or uint16.
 
         Raises:
-            BadImageError: the file cannot be read as an image.
+            BadImageError: it cannot be read as an image.
+            ValueError: an array of another kind.
         """
+        if isinstance(image, np.ndarray):
+            is_grey = image.ndim == 2 and image.dtype in (np.uint8, np.uint16)
+            if not is_grey and not (
+                image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+            ):
+                raise ValueError(
+                    f"an array of {list(image.shape)}, {image.dtype}: expected RGB, uint8 "
+                    "[H, W, 3], or grey, uint8 or uint16 [H, W]"
+                )
+            image = Image.fromarray(image)
         data = self.description.config.data
-        if not isinstance(image, Image.Image):
-            upright = data.exif_orientation == "apply"
-            image = read_image(image, data.bad_images.max_pixels, upright)
-        return self.transform(image.convert("RGB"))
+        upright = data.exif_orientation == "apply"
+        return self.transform(read_image(image, data.bad_images.max_pixels, upright))
+
+    def _read(self, item: Picture | Tensor) -> Tensor:
+        """As :meth:`read`; what that has read already as it is."""
+        if not isinstance(item, Tensor):
+            return self.read(item)
+        size = self.description.config.data.input_size
+        if item.dtype != torch.uint8 or item.shape != (3, size, size):
+            raise ValueError(
+                f"a tensor of {list(item.shape)}, {item.dtype}: expected uint8 [3, {size}, "
+                f"{size}], as read() gives it; give other images as files, arrays or Pillow's"
+            )
+        return item
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, S, S]`` -> what the network takes, on its device."""
@@ -109,8 +135,9 @@ class Classifier(nn.Module):
         """The likeliest classes of images.
 
         Args:
-            images: files, PIL images, or a tensor uint8 ``[B, 3, S, S]`` of :meth:`read`; a
-                single one counts as a list of one.
+            images: files, PIL images and arrays as for :meth:`read`, or tensors uint8
+                ``[3, S, S]`` that it gave, also as one ``[B, 3, S, S]``; a single one counts as a
+                list of one.
             k: classes an image, at most all.
             batch_size: images that the network sees at a time.
 
@@ -119,18 +146,18 @@ class Classifier(nn.Module):
 
         Raises:
             BadImageError: a file cannot be read as an image.
-            ValueError: ``k`` or ``batch_size`` is below 1.
+            ValueError: ``k`` or ``batch_size`` is below 1; an array or a tensor of another kind.
         """
         if k < 1 or batch_size < 1:
             raise ValueError(f"k is {k}, batch_size {batch_size}: expected 1 or more")
-        if isinstance(images, (str, os.PathLike, Image.Image)):
-            images = [images]
+        is_one = isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
+        if is_one or isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]  # type: ignore[list-item]  # an iterable of several is no array
         items: Sequence[Picture | Tensor] = list(images)
         found = []
         for start in range(0, len(items), batch_size):
             some = items[start : start + batch_size]
-            read = [item if isinstance(item, Tensor) else self.read(item) for item in some]
-            found += self.best(self.logits(torch.stack(read)), k)
+            found += self.best(self.logits(torch.stack([self._read(item) for item in some])), k)
         return found
 
     def best(self, logits: Tensor, k: int) -> list[list[Prediction]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..data.dataset import IMAGE_EXTENSIONS
 from ..data.reading import BadImageError, DataError
+from ..data.walk import IMAGE_EXTENSIONS, describe, walk_images
+from ..warehouse.conversion import say
 from .classifier import Classifier, Prediction
 
 __all__ = ["Result", "find_images", "predict_files"]
@@ -34,8 +36,7 @@ class Result:
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files as given; of folders every image below, by its name, sorted by path.
 
-    Names with a leading dot are passed over, files as well as folders; links to folders are not
-    followed.
+    What is no image or hidden (:mod:`kw.data.walk`) is left out, which is said.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -47,19 +48,14 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
                 raise DataError(f"{path}: no such file or folder")
             found.append(path)
             continue
-        inside = sorted(_walk(path))
+        left_out: Counter[str] = Counter()
+        inside = sorted(walk_images(path, left_out))
+        if left_out:
+            say(f"{path}: left out: {describe(left_out)}")
         if not inside:
             raise DataError(f"{path}: holds no image; looked for {', '.join(IMAGE_EXTENSIONS)}")
         found += inside
     return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
-                yield Path(place, name)
 
 
 def predict_files(

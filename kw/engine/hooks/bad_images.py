@@ -60,7 +60,8 @@ class BadImageHook(Hook):
             return
         if runner.process.is_main:
             for _, path, reason in new:
-                runner.logger.warning(f"cannot read {path}: {reason}; {_INSTEAD[split]}")
+                shown = path.encode("utf-8", "backslashreplace").decode()
+                runner.logger.warning(f"cannot read {shown}: {reason}; {_INSTEAD[split]}")
                 line = {"split": split, "path": path, "reason": reason}
                 write_line(runner, "bad_image", epoch, update, line)
             _write_list(runner)
@@ -105,6 +106,8 @@ def _write_list(runner: Any) -> None:
         for fault in log.known.values()
     ]
     if lines:
-        path.write_text("".join(lines))
+        path.write_text(
+            "".join(lines), encoding="utf-8", errors="surrogateescape"
+        )  # names as bytes
     else:
         path.unlink(missing_ok=True)
