@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 from kw.config.schema import DataConfig
 from kw.data import (
@@ -240,8 +241,8 @@ def test_misshapen_folders_are_described(root: Path, tmp_path: Path) -> None:
     refused("train has no class folders", "holds 0.png, 1.JPEG, 2 of them images")
     (tmp_path / "train" / "ant").mkdir()
     refused("1 of 1 class folders", "have no image: ant", "*.jpeg", "ant is empty")
-    put("train/ant/0.gif")
-    refused("have no image: ant", "ant holds 0.gif")
+    put("train/ant/0.txt")
+    refused("have no image: ant", "ant holds 0.txt")
     with pytest.raises(DataError, match="have no image: ant"):
         ImageFolder(tmp_path, "train", build_transform(make_config(), training=False))
     put("train/ant/deeper/0.png", "train/bee/0.png")
@@ -287,7 +288,7 @@ def test_test_images_are_resized_by_the_shorter_side_and_cropped_centrally() -> 
     assert torch.equal(out[0, 0], torch.from_numpy(ramp[0, 38 : 38 + 224].copy()))
     for ratio, resized in ((0.9, 17), (1.0, 16), (0.95, 16)):
         transform = build_transform(make_config(test_crop_ratio=ratio), training=False)
-        assert transform.transforms[0].size == resized  # type: ignore[attr-defined]
+        assert transform.transforms[0].resize.size == resized  # type: ignore[attr-defined]
 
 
 def test_training_transform_follows_the_configuration() -> None:
@@ -406,3 +407,36 @@ def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"kernelwarehouse\[demo\]"):
         write_digits(tmp_path / "digits")
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(2000, 30), (30, 2000), (9000, 500), (3, 901), (40, 333)])
+def test_long_pictures_are_tested_as_if_they_were_resized_whole(
+    size: tuple[int, int], interpolation: str
+) -> None:
+    draw = np.random.default_rng(0)
+    image = Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    config = DataConfig(root="x", input_size=32, interpolation=interpolation)
+    found = build_transform(config, False)(image)
+    whole = create_transform(
+        32, interpolation=interpolation, crop_pct=config.test_crop_ratio, normalize=False
+    )(image)
+    difference = (found.int() - whole.int()).abs()
+    assert difference.max() <= (0 if max(size) < 8 * min(size) else 1)
+
+
+def test_a_very_long_picture_takes_little_memory() -> None:
+    """2 x 60,000 pixels: whole, 256 pixels wide, they would be 5.9 GB."""
+    made: list[int] = []
+    image = Image.new("RGB", (2, 60_000))
+    resize = Image.Image.resize
+
+    def noted(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", noted)
+        transform = build_transform(DataConfig(root="x", input_size=224), False)
+        assert transform(image).shape == (3, 224, 224)
+    assert max(made) < 10**6

@@ -6,6 +6,7 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
+from torchvision.transforms import Compose, Resize
 
 from kw.config.schema import DataConfig
 
 __all__ = ["build_transform"]
+
+_LONG = 8  # times the shorter side: what is longer is resized in the middle alone
 
 
 def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
@@ -35,13 +39,15 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
         RGB image of any size -> uint8 tensor [3, S, S].
     """
     if not training:
-        return create_transform(
+        test = create_transform(
             config.input_size,
             is_training=False,
             interpolation=config.interpolation,
             crop_pct=config.test_crop_ratio,
             normalize=False,
         )
+        resize, *rest = test.transforms
+        return Compose([_ResizeMiddle(resize, config.input_size, config.interpolation), *rest])
     transform = create_transform(
         config.input_size,
         is_training=True,
@@ -61,6 +67,49 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
     return transform
+
+
+class _ResizeMiddle:
+    """Resizing of the shorter side, of very long images in the middle alone, which is cut out next.
+
+    A picture of 2 x 60,000 pixels would otherwise become one of two billion.
+    """
+
+    def __init__(self, resize: Resize, crop: int, interpolation: str) -> None:
+        self.resize, self.crop = resize, crop
+        self.filter = Image.Resampling[interpolation.upper()]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        size = int(self.resize.size)  # of the shorter side
+        scaled = int(size * long / short)
+        if scaled <= _LONG * size:
+            return self.resize(image)
+        # Outputs beside the middle that its edges' filters reach: three of the source's pixels.
+        beside = math.ceil(3 * max(1.0, size / short))
+        start = round((scaled - self.crop) / 2)
+        first, last = max(start - beside, 0), min(start + self.crop + beside, scaled)
+        low, high = first * long / scaled, last * long / scaled  # in the source's pixels
+        edges = max(math.floor(low), 0), min(math.ceil(high), long)
+        is_wide = image.width == long
+        whole = (scaled, size) if is_wide else (size, scaled)
+        part = image.crop(
+            (edges[0], 0, edges[1], short) if is_wide else (0, edges[0], short, edges[1])
+        )
+        # Each step rounds to whole numbers: first the one that Pillow 12 would take first.
+        horizontal_first = whole[0] * image.height <= image.width * whole[1]
+        for horizontal in (horizontal_first, not horizontal_first):
+            count, start_at, end_at = size, 0.0, float(short)
+            if horizontal == is_wide:
+                count, start_at, end_at = last - first, low - edges[0], high - edges[0]
+            if horizontal:
+                box = (start_at, 0.0, end_at, float(part.height))
+                part = part.resize((count, part.height), self.filter, box)
+            else:
+                box = (0.0, start_at, float(part.width), end_at)
+                part = part.resize((part.width, count), self.filter, box)
+        cut = start - first, start - first + self.crop
+        return part.crop((cut[0], 0, cut[1], size) if is_wide else (0, cut[0], size, cut[1]))
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
