@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import nn
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
 from kw.config import ConfigError
+from kw.data import DataError
 from kw.detection import load_detector_config
 from kw.detection.detector import build_detector, has_masks, lr_scales
+from kw.detection.sets import trained_classes
 from kw.warehouse import KWLayer
 
 COCO = Path(__file__).parents[1] / "configs" / "coco"
@@ -175,3 +178,55 @@ def test_mmdetections_own_configurations_serve_as_bases(tmp_path: Path) -> None:
     detector: Any = build_detector(config.model, ["a", "b"])
     assert detector.bbox_head.num_classes == 2
     assert not has_masks(detector)
+
+
+def test_a_network_is_looked_for_beside_the_file_that_names_it(file: Path, tmp_path: Path) -> None:
+    """Not beside a file elsewhere that inherits from it."""
+    text = file.read_text()
+    start = text.index("_network = dict(")
+    end = text.index("model = dict(", start)
+    for folder, classes in (("base", 8), ("mine", 16)):
+        (tmp_path / folder).mkdir()
+        channels = [classes, 8, 16, 16]
+        network = (
+            f"model: {{name: resnet18, timm_args: {{channels: {channels}}}, num_classes: 2}}\n"
+        )
+        network += (
+            "data: {root: x, input_size: 32}\nepochs: 1\ntotal_batch_size: 1\nbatch_size: 1\n"
+        )
+        network += "optimizer: {name: sgd, lr: 0.1}\nschedule: {name: cosine}\n"
+        (tmp_path / folder / "network.yaml").write_text(network)
+    base = tmp_path / "base" / "detector.py"
+    base.write_text(text[:start] + '_network = "network.yaml"\n' + text[end:])
+    inherits = tmp_path / "mine" / "detector.py"
+    inherits.write_text('_base_ = ["../base/detector.py"]\nepochs = 3\n')
+    for path in (base, inherits):
+        network = load_detector_config(path).model["backbone"]["network"]
+        assert network["timm_args"]["channels"][0] == 8
+
+
+def test_the_classes_of_a_checkpoint_meet_those_of_the_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kw")
+    root = write_coco_set(tmp_path / "set")
+    path = tmp_path / "detector.py"
+    path.write_text(detector_text(root))
+    data = load_detector_config(path, ["data.classes=[red, blue]"]).run.data
+    state = {"meta": {"classes": ["green", "red"]}}
+    assert trained_classes(state, data, "best.pth") == ["green", "red"]
+    assert "objects of blue are left out: best.pth does not detect them" in caplog.text
+    assert "data.classes is not used: best.pth detects green, red" in caplog.text
+    with pytest.raises(DataError, match=r"has no category yellow, which best\.pth detects"):
+        trained_classes({"meta": {"classes": ["red", "yellow"]}}, data, "best.pth")
+    assert trained_classes({}, data, "best.pth") == ["red", "blue"]
+
+
+def test_another_number_of_classes_is_said(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kw")
+    option = "model.roi_head.bbox_head.num_classes=5"
+    detector = build_detector(load_detector_config(file, [option]).model, ["a", "b", "c"])
+    assert detector.roi_head.bbox_head.num_classes == 3
+    key = "model.roi_head.bbox_head.num_classes"
+    assert caplog.text.count("is not used") == 1
+    assert f"{key} = 5 is not used: the data have 3 categories" in caplog.text
