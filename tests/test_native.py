@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kw.warehouse.ops import compiled, native
+from kw.warehouse.ops.cache import cache_folder
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.native import Native
 from kw.warehouse.ops.reference import conv_reference
@@ -294,3 +298,16 @@ def test_a_cache_that_everybody_writes_to_is_not_used(fresh, tmp_path, monkeypat
         with pytest.raises(OSError, match="native-"):  # nothing was compiled
             compiled._load()
         assert (tried[-1] == tmp_path) == is_used
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("KW_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder.parent == tmp_path
+    assert folder.name == f"kernelwarehouse-{os.getuid()}"
