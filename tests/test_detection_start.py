@@ -13,6 +13,7 @@ import timm
 import torch
 from coco_set import detector_text, write_coco_set
 from safetensors.torch import save_file
+from test_parts import as_earlier
 from torch import Tensor, nn
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
@@ -235,6 +236,18 @@ def test_blocks_that_stride_elsewhere(tmp_path: Path) -> None:
             continue
         with pytest.raises(CheckpointError, match="style='caffe'"):
             Backbone(network, weights=str(path))
+
+
+def test_a_detectors_backbone_of_an_earlier_version(tmp_path: Path) -> None:
+    backbone, path = Backbone(CONVERTED), tmp_path / "detector.pth"
+    state = backbone.network.state_dict()
+    named = {f"backbone.network.{name}": value for name, value in state.items()}
+    earlier = as_earlier(backbone.network, named, "backbone.network.")
+    assert any(".warehouses." in name for name in earlier)
+    torch.save({"state_dict": earlier, "meta": {}}, path)
+    loaded = Backbone(CONVERTED, weights=str(path)).network.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_freezing_by_name() -> None:

@@ -211,7 +211,7 @@ def test_the_same_destination_again() -> None:
 
 
 def as_earlier(model: nn.Module, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """A state as versions before 0.2 wrote it: warehouses apart from the layers, after them."""
+    """A state as earlier versions wrote it: warehouses apart from the layers, after them."""
     names = {w: f"{prefix}warehouses.{name}" for name, w in model.warehouses.items()}
     paths = {f"{prefix}{p}": names[m] for p, m in model.named_modules() if isinstance(m, Warehouse)}
     rest, cells = {}, {}

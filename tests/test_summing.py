@@ -63,14 +63,14 @@ def compiler():
 def added(monkeypatch):
     """For every gradient of cells that ``native`` computes: whether it was added to others."""
     calls = []
-    original = Native._backward_summing
+    original = Native.backward_summing
 
     def spied(self, *arguments):
         total = arguments[-1]
         calls.append(None if total is None else total.value is not None)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Native, "_backward_summing", spied)
+    monkeypatch.setattr(Native, "backward_summing", spied)
     return calls
 
 

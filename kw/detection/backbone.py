@@ -44,6 +44,7 @@ from ..warehouse import (
     set_temperature,
 )
 from ..warehouse.conversion import say
+from ..warehouse.warehouse import with_names_now
 from .layout import frozen_parameters
 from .weights import StartWeights, read_backbone
 
@@ -296,6 +297,7 @@ def _with_unused(
     if not is_converted(state):
         config = replace(config, kernel_warehouse=None, peer=None)
     whole = build_network(config)
+    state = with_names_now(whole, state)
     head = classifier_names(whole)
     own = {key: value for key, value in whole.state_dict().items() if not key.startswith(head)}
     if own.keys() <= state.keys():

@@ -10,8 +10,8 @@ A checkpoint is a mapping:
 - ``optimizer``, ``hooks``: what resuming needs besides;
 - ``ranks``: what belongs to single processes: generators, and within an epoch the statistics of
   BatchNorm;
-- ``meta``: ``epoch`` and ``iter`` done, ``config`` as text, ``classes``, ``best``, ``metrics``,
-  versions.
+- ``meta``: ``epoch`` and ``iter`` done, ``updates_per_epoch``, ``config`` as text, ``classes``,
+  ``best``, ``metrics``, versions.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def refuse_other_classes(
     place, (theirs, ours) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
     raise CheckpointError(
         f"{source} was trained on other classes than those of {data}: class {place} is {theirs!r} "
-        f"there and {ours!r} here ({len(trained)} and {len(classes)} classes, sorted by name); "
-        "name the folders as in training"
+        f"there and {ours!r} here ({len(trained)} and {len(classes)} classes); a label is a place "
+        "in their list: name folders or categories as in training"
     )
 
 

@@ -33,13 +33,15 @@ def held(work_dir: Path, process: Process) -> Iterator[None]:
 
     Raises:
         ConfigError: another run writes there.
+        OSError: the folder cannot be made; on all processes.
     """
     at("taking hold of the work directory")
-    error, handle = None, None
+    error: Exception | None = None
+    handle = None
     if process.is_main:
         try:
             handle = _lock(work_dir)
-        except ConfigError as refused:
+        except (ConfigError, OSError) as refused:  # the other processes wait for an answer
             error = refused
     _raise_everywhere(error)
     try:

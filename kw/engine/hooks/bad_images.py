@@ -106,8 +106,7 @@ def _write_list(runner: Any) -> None:
         for fault in log.known.values()
     ]
     if lines:
-        path.write_text(
-            "".join(lines), encoding="utf-8", errors="surrogateescape"
-        )  # names as bytes
+        # Names that are not UTF-8 are written as the bytes that they are.
+        path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     else:
         path.unlink(missing_ok=True)

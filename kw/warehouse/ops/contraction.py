@@ -258,22 +258,8 @@ class SummingContraction(Contraction):
         needs: Needs,
         total: GradientSum | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As :meth:`backward`; the cells' gradient is added to ``total``, if there is one, and
-        ``None`` is returned for it."""
-        check_operands(x, alpha, cells, spec, grad)
-        return self._backward_summing(grad, x, alpha, cells, spec, needs, total)
-
-    def _backward_summing(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-        total: GradientSum | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """:meth:`backward_summing` of tensors that fit."""
+        """As :meth:`backward`, of tensors that were checked; the cells' gradient is added to
+        ``total``, if there is one, and ``None`` is returned for it."""
         raise NotImplementedError
 
     def _backward(
@@ -285,4 +271,4 @@ class SummingContraction(Contraction):
         spec: ConvSpec,
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self._backward_summing(grad, x, alpha, cells, spec, needs, None)
+        return self.backward_summing(grad, x, alpha, cells, spec, needs, None)

@@ -95,7 +95,8 @@ def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tens
     if torch.jit.is_tracing():
         y = shared @ columns  # [B GO, c_out, P]
     else:
-        # Behind a product that broadcasts, torch 2.15 takes an open batch for the example's one.
+        # With an example of one image, torch 2.15 fixes an open batch to 1 behind a product that
+        # broadcasts.
         y = torch.bmm(shared.expand(columns.shape[0], -1, -1), columns)
     return y.unflatten(0, (-1, out_blocks)).flatten(1, 2).unflatten(2, size)
 

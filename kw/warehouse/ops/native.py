@@ -63,7 +63,7 @@ class Native(SummingContraction):
         _call("kw_mix", layer, (x, alpha, cells, y), (False, last, last))
         return y
 
-    def _backward_summing(
+    def backward_summing(
         self,
         grad: Tensor,
         x: Tensor,
