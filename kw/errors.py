@@ -1,4 +1,4 @@
-"""Mistakes that a user can correct, as against bugs; and what a tool says of either.
+"""Mistakes that a user can correct, as against bugs; what a tool says of either, and of the rest.
 
 Every room raises its own kind of :class:`UserError`: ``ConfigError``, ``DataError``,
 ``CheckpointError`` and so on. This module imports nothing of the project.
@@ -7,17 +7,27 @@ Every room raises its own kind of :class:`UserError`: ``ConfigError``, ``DataErr
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_MISSING",
     "Interrupted",
     "MissingProcess",
+    "OutOfMemory",
     "UserError",
     "answer",
+    "memory_for",
     "one_line",
+    "say",
 ]
+
+_logger = logging.getLogger("kw")
 
 EXIT_INTERRUPTED = 75
 """Status of a program that was asked to leave and saved its work: EX_TEMPFAIL, try again."""
@@ -28,6 +38,10 @@ EXIT_MISSING = 69
 
 class UserError(ValueError):
     """Something that a user gave is wrong; the message says what, where, and what was expected."""
+
+
+class OutOfMemory(UserError):
+    """Memory did not suffice for some images; the message names them."""
 
 
 class Interrupted(Exception):
@@ -69,6 +83,18 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocat
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
 
 
+def say(line: str) -> None:
+    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where that would not
+    show it. A level above INFO of the logger ``kw`` itself silences it. Of several processes the
+    first speaks."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
+        _logger.info(line)
+    elif _logger.level <= logging.INFO:  # nobody has asked for silence
+        print(line, file=sys.stderr)
+
+
 def one_line(error: BaseException) -> str:
     """What another library said, in one line, with the kind of its error."""
     lines = str(error).strip().splitlines()
@@ -91,22 +117,52 @@ def answer(error: BaseException) -> str | None:
         where = f"{' -> '.join(names)}: " if names else ""
         return f"{where}{error.strerror}; {_REMEDIES[error.errno]}"
     text = str(error)
-    # torch.OutOfMemoryError is GPU memory; on the CPU PyTorch raises a plain RuntimeError.
-    is_runtime = isinstance(error, RuntimeError)
-    if isinstance(error, MemoryError) or (
-        is_runtime and (type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(text))
-    ):
-        what = text.split(". ")[0].splitlines()[0] if text else "out of memory"
+    if _is_memory(error):
         return (
-            f"out of memory: {what}; lower batch_size (total_batch_size may stay: updates are then "
-            "accumulated), eval_batch_size, data.input_size or the network's size"
+            f"out of memory: {_asked_for(error)}; lower batch_size (total_batch_size may stay: "
+            "updates are then accumulated), eval_batch_size, data.input_size or the network's size"
         )
-    if is_runtime and _WORKER_DIED.search(text):
+    if isinstance(error, RuntimeError) and _WORKER_DIED.search(text):
         return (
             f"{text.splitlines()[0]}; a loader process died, usually for want of memory: lower "
             "data.workers, or give /dev/shm more room"
         )
     return None
+
+
+@contextmanager
+def memory_for(images: Callable[[], Iterable[object]]) -> Iterator[None]:
+    """Name the images that memory did not suffice for.
+
+    Args:
+        images: their files; asked for where it comes to that.
+
+    Raises:
+        OutOfMemory: in the place of what Python or PyTorch raise.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory with {', '.join(map(str, images()))}: {_asked_for(error)}; lower "
+            "eval_batch_size if there are several images, or leave out those that are too large "
+            "(data.bad_images.max_pixels)"
+        ) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError is GPU memory; on the CPU PyTorch raises a plain RuntimeError.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or bool(_NO_MEMORY.search(str(error))))
+    )
+
+
+def _asked_for(error: BaseException) -> str:
+    text = str(error)
+    return text.split(". ")[0].splitlines()[0] if text else "no more is left"
 
 
 def _own_words(error: UserError) -> str:

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kw.config.run_schema import BadImagesConfig
 from kw.data import DataError
-from kw.detection.annotations import check_annotations, load_annotations, read_categories
+from kw.detection.annotations import (
+    category_ids,
+    check_annotations,
+    load_annotations,
+    read_categories,
+)
 from kw.detection.findings import KINDS, Report
+from kw.detection.run_lengths import bounds
+from kw.detection.schema import CocoDataConfig
 
 Content = dict[str, Any]
 Fault = Callable[[Content, Path], None]
@@ -31,7 +39,7 @@ def sound() -> Content:
             {
                 "id": 10 + i,
                 "image_id": 1 + i,
-                "category_id": (9, 3, 7)[i % 3],
+                "category_id": (9, 3, 7, 3)[i],
                 "bbox": [left, top, right - left, bottom - top],
                 "area": (right - left) * (bottom - top),
                 "iscrowd": 0,
@@ -149,6 +157,41 @@ def corners(content: Content, _: Path) -> None:
         row["bbox"] = [x, y, x + w, y + h]
 
 
+def every(**values: Any) -> Fault:
+    """A fault of all objects; those of polygons are no crowds before."""
+
+    def apply(content: Content, _: Path) -> None:
+        runs = content["annotations"][4]["segmentation"]
+        for row in content["annotations"]:
+            row.update({"iscrowd": 0, "segmentation": runs, "bbox": [10, 0, 20, 40], "area": 800})
+            row.update(values)
+
+    return apply
+
+
+def fractions(content: Content, _: Path) -> None:
+    for row in content["annotations"]:
+        x, y, w, h = row["bbox"]
+        row["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
+        row["area"] = row["bbox"][2] * row["bbox"][3]
+        row["segmentation"] = [[0, 0, 0.5, 0, 0.5, 0.5]]
+        row["iscrowd"] = 0
+
+
+def thin(content: Content, _: Path) -> None:
+    polygon = [[6, 6, 6.5, 6, 6.5, 20, 6, 20]]
+    content["annotations"][1].update(bbox=[6, 6, 0.5, 14], area=7, segmentation=polygon)
+
+
+def float_tiff(path: Path) -> None:
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(path, "tiff")
+
+
+def dogs(content: Content, _: Path) -> None:
+    content["categories"].append({"id": 4, "name": "dog"})
+    content["annotations"][3]["category_id"] = 4
+
+
 SQUARE = [5, 5, 25, 5, 25, 25, 5, 25]
 # kind of finding, fault, a part of its example; other kinds that it entails
 FAULTS: list[tuple[Any, ...]] = [
@@ -176,13 +219,13 @@ FAULTS: list[tuple[Any, ...]] = [
     ("category-id-twice", again("categories", name="fox"), "category 3"),
     (
         "category-name-twice",
-        again("categories", id=4),
+        dogs,
         "categories 3 and 4 are both 'dog'",
-        {"category-unused"},
     ),
+    ("category-double", again("categories", id=4), "dog (category 4)"),
     ("category-name-empty", category(name=" "), "category 3"),
     ("unknown-image", thing(image_id=77), "annotation 11: image_id 77", {"image-empty"}),
-    ("unknown-category", thing(category_id=1), "annotation 11: category_id 1", {"category-unused"}),
+    ("unknown-category", thing(category_id=1), "annotation 11: category_id 1"),
     ("image-missing", file("2.png", os.remove), "2.png (image 2)"),
     ("image-missing", image(file_name="no/2.png"), "no/2.png (image 2)"),
     ("image-unreadable", file("2.png", lambda path: path.write_bytes(b"no image")), "2.png"),
@@ -191,9 +234,13 @@ FAULTS: list[tuple[Any, ...]] = [
         image(width=HEIGHT, height=WIDTH),
         "is 60 x 40, the annotation file says 40 x 60",
     ),
-    ("image-turned", file("2.png", turned((WIDTH, HEIGHT), 6)), "the size before turning"),
-    ("image-turned", file("2.png", turned((HEIGHT, WIDTH), 8)), "the size after turning"),
-    ("image-turned", file("2.png", turned((WIDTH, HEIGHT), 3)), "orientation 3"),
+    (
+        "image-size-turned",
+        file("2.png", turned((WIDTH, HEIGHT), 6)),
+        "2.png (image 2): 60 x 40 is its size before turning (orientation 6)",
+    ),
+    ("image-turned", file("2.png", turned((WIDTH, HEIGHT), 3)), "orientation 3; it is turned"),
+    ("image-unreadable", file("2.png", float_tiff), "32-bit pixels (mode F)"),
     ("file-name-twice", again("images", id=6), "images 2 and 6 are both 2.png", {"image-empty"}),
     ("box-format", thing(bbox=[1, 2, 3]), "bbox [1, 2, 3]"),
     ("box-format", thing(bbox=[1, 2, 3, "4"]), "'4'"),
@@ -201,12 +248,37 @@ FAULTS: list[tuple[Any, ...]] = [
     ("box-format", thing(bbox={"x": 1}), "{'x': 1}"),
     ("box-negative", thing(bbox=[20, 20, -5, 5]), "bbox [20, 20, -5, 5], image 60 x 40"),
     ("box-empty", thing(bbox=[20, 20, 5, 0], area=0), "bbox [20, 20, 5, 0]"),
-    ("box-outside", thing(bbox=[61, 6, 20, 14]), "annotation 11 of image 2: bbox [61"),
-    ("box-partly-outside", thing(bbox=[45, 6, 20, 14]), "bbox [45, 6, 20, 14], image 60 x 40"),
-    ("box-corners", corners, "fit when their last two numbers are taken", {"box-partly-outside"}),
+    (
+        "box-outside",
+        thing(bbox=[61, 6, 20, 14]),
+        "annotation 11 of image 2: bbox [61",
+        {"box-mask-apart"},
+    ),
+    ("box-partly-outside", move(40, 0), "bbox [46, 6, 20, 14]", {"mask-partly-outside"}),
+    (
+        "box-corners",
+        corners,
+        "fit when their last two numbers are taken",
+        {"box-partly-outside", "box-mask"},
+    ),
+    ("box-fractions", fractions, "5 of 5 boxes end before (1, 1)", {"left-out", "nothing-left"}),
+    ("box-mask-apart", thing(bbox=[30, 6, 20, 14]), "its mask from corner to corner: 6, 6, 26, 20"),
+    (
+        "box-mask-apart",
+        change("annotations", 4, bbox=[40, 0, 20, 40]),
+        "corner to corner: 10, 0, 30, 40",
+    ),
+    ("box-mask", thing(bbox=[15, 6, 20, 14]), "bbox [15, 6, 20, 14] (left, top, width, height)"),
+    ("nothing-left", every(iscrowd=1), "0 of 5 objects are used; left out: 5 iscrowd 1"),
+    ("nothing-left", every(ignore=1), "left out: 5 ignore 1", {"left-out"}),
+    ("nothing-left", every(area=0), "left out: 5 area 0", {"left-out", "area"}),
+    ("left-out", thing(ignore=1), "annotation 11 of image 2: ignore 1"),
+    ("left-out", thin, "annotation 11 of image 2: narrower than a pixel"),
+    ("category-left-out", change("annotations", 2, ignore=1), "eel (1)", {"left-out"}),
+    ("federated", image(neg_category_ids=[3]), "image 2 has neg_category_ids"),
     ("area", thing(area=320), "area 320, bbox [6, 6, 20, 14]"),
-    ("area", thing(area=0), "area 0"),
-    ("area", thing(segmentation=[[6, 6, 9, 6, 9, 9]]), "area 280, polygons 4.5"),
+    ("area", thing(area=0), "area 0", {"left-out"}),
+    ("area", thing(segmentation=[[6, 6, 9, 6, 9, 9]]), "area 280, polygons 4.5", {"box-mask"}),
     ("mask-missing", thing(segmentation=None), "segmentation None"),
     ("mask-missing", thing(segmentation=[]), "segmentation []"),
     ("mask-format", thing(segmentation="polygon"), "segmentation 'polygon'"),
@@ -217,7 +289,7 @@ FAULTS: list[tuple[Any, ...]] = [
     ("polygon-broken", thing(segmentation=[SQUARE, [1, 1, "2", 2, 3, 3]]), "not a finite number"),
     ("polygon-broken", thing(segmentation=[SQUARE, [1, 1, 2, float("inf"), 3, 3]]), "not a finite"),
     ("polygon-short", thing(segmentation=[[1, 2, 3, 4], SQUARE]), "4 coordinates"),
-    ("polygon-flat", thing(segmentation=[SQUARE, [1, 1, 2, 2, 3, 3]]), "[1, 1, 2, 2, 3, 3]"),
+    ("polygon-flat", thing(segmentation=[SQUARE, [9, 9, 8, 8, 7, 7]]), "[9, 9, 8, 8, 7, 7]"),
     ("mask-outside", move(70, 0), "from (76, 6) to (96, 20), image 60 x 40", {"box-outside"}),
     ("mask-partly-outside", move(-10, 0), "from (-4, 6)", {"box-partly-outside"}),
     ("run-length-size", crowd(size=[WIDTH, HEIGHT]), "size [60, 40], image [40, 60]"),
@@ -288,6 +360,62 @@ def test_the_model_and_the_file_must_agree(folder: Path) -> None:
     text = report.render()
     assert "eal; the file has 'eel'" in text
     assert "the file has 3 categories (cat, dog, eel), the model 80 classes" in text
+
+
+def test_what_the_settings_leave_out(folder: Path) -> None:
+    content = sound()
+
+    def settings(**values: Any) -> Any:
+        return CocoDataConfig(root="", **values)
+
+    counts = found(check(content, folder, settings=settings(min_size=41)))
+    assert counts == {"nothing-left": 1, "left-out": 4}
+    assert found(check(content, folder, settings=settings(min_size=41), training=False)) == {}
+    content["annotations"] += [{**content["annotations"][0], "id": 20 + i} for i in range(3)]
+    limited = settings(max_detections=3)
+    assert found(check(content, folder, settings=limited)) == {}
+    report = check(content, folder, settings=limited, training=False)
+    assert found(report) == {"crowded": 1}
+    assert "image 1: 4 objects; 3 detections of a category count" in report.render()
+    small = BadImagesConfig(max_pixels=WIDTH * HEIGHT - 1)
+    assert found(check(content, folder, settings=settings(bad_images=small))) == {
+        "image-unreadable": 5
+    }
+
+
+def test_orientation(folder: Path) -> None:
+    """An image's size must be that of the picture as it is read."""
+    turned((HEIGHT, WIDTH), 8)(folder / "images" / "2.png")
+    assert found(check(sound(), folder)) == {}
+    left = CocoDataConfig(root="", exif_orientation="ignore")
+    report = check(sound(), folder, settings=left)
+    assert found(report) == {"image-size-turned": 1}
+    assert "60 x 40 is its size after turning" in report.render()
+    turned((WIDTH, HEIGHT), 8)(folder / "images" / "2.png")
+    assert found(check(sound(), folder, settings=left)) == {}
+
+
+def test_a_category_listed_twice(folder: Path) -> None:
+    content = sound()
+    content["categories"].insert(0, {"id": 1, "name": "cat", "supercategory": "none"})
+    assert found(check(content, folder)) == {"category-double": 1}
+    assert category_ids(content, "file") == {"dog": 3, "eel": 7, "cat": 9}
+    dogs(content, folder)
+    with pytest.raises(DataError, match=r"rename one, or give the objects of both one category_id"):
+        category_ids(content, "file")
+
+
+def test_the_extent_of_run_lengths() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = rng.integers(1, 9, 2)
+        mask = rng.random((height, width)) < rng.choice([0, 0.1, 0.5, 1])
+        pixels = np.concatenate([[False], mask.T.ravel()])
+        ends = np.flatnonzero(np.diff(pixels)) if mask.any() else np.array([], int)
+        counts = np.diff(np.concatenate([[0], ends, [mask.size]])).tolist()
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        expected = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if mask.any() else None
+        assert bounds(counts, int(height)) == expected
 
 
 def test_boxes_only(folder: Path) -> None:

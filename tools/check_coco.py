@@ -5,9 +5,9 @@ python tools/check_coco.py configs/coco/mask_rcnn_kw_resnet50_1x.py --cfg-option
 python tools/check_coco.py annotations/instances_train2017.json train2017 \\
     annotations/instances_val2017.json val2017 --json problems.json
 
-A detector's configuration names both of its sets. Every further set is also compared with the
-first, whose images it should not share. Exit status: 0 if there are no errors (there may be
-warnings), else 2.
+A detector's configuration names both of its sets, and how they are read. Of files, the first is
+taken to be trained on and further ones to be tested on, which should not share its images. Exit
+status: 0 if there are no errors (there may be warnings), else 2.
 """
 
 import argparse
@@ -58,7 +58,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterato
     first: Report | None = None
     for file, folder in zip(args.sets[::2], args.sets[1::2], strict=True):
         report = check_annotations(
-            file, folder, masks=not args.no_masks, read_images=args.read_images, other=first
+            file,
+            folder,
+            masks=not args.no_masks,
+            read_images=args.read_images,
+            other=first,
+            training=first is None,
         )
         first = first or report
         yield report

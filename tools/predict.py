@@ -1,17 +1,34 @@
 #!/usr/bin/env python
-"""Classify image files and folders of them with a trained model.
+"""Classify images, or find objects in them, with a trained model: files and folders of them.
 
 python tools/predict.py kw_resnet18_1x.onnx cat.jpg photos/ --top 5 --json predictions.json
+python tools/predict.py work_dirs/mine photos/ --score 0.3 --pictures found --json found.json
+python tools/predict.py work_dirs/mine test2017/ --annotations image_info_test-dev2017.json \\
+    --json results.json
 
 MODEL is a work directory or checkpoint of tools/train.py, or a file of tools/export.py. Files that
 cannot be read are passed over and listed at the end; the status is 2 only if none could be read.
+
+A detector's --json is an annotation file in COCO's format whose annotations have scores; with
+--annotations it is COCO's results format, with the ids of that file, which needs no annotations.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from kw.cli import ToolParser, device, number, output_file, run_tool, save_json
-from kw.data.reading import DataError
+from kw.cli import (
+    ToolParser,
+    device,
+    number,
+    output_file,
+    output_folder,
+    run_tool,
+    save_json,
+)
+from kw.data.reading import BadImageError, DataError
 from kw.deploy import find_images, load, predict_files
 from kw.deploy.source import WEIGHTS
 from kw.evaluation import render_table
@@ -22,18 +39,42 @@ def main() -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="work directory, .pth, .safetensors, .onnx or .pt2 (a program: trust it like one)",
+        help="work directory, .pth, .safetensors, .onnx or .pt2; the last, and a detector's work "
+        "directory (config.py), are programs: trust them like one",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files and folders")
-    parser.add_argument("--top", type=number(int, 1), default=5, metavar="K", help="classes each")
-    parser.add_argument("--batch-size", type=number(int, 1, 65536), default=32, metavar="N")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write results to FILE")
+    of_classes = parser.add_argument_group("of a classifier")
+    of_classes.add_argument("--top", type=number(int, 1), metavar="K", help="classes each (5)")
+    of_classes.add_argument("--batch-size", type=number(int, 1, 65536), metavar="N", help="(32)")
+    of_classes.add_argument("--weights", choices=WEIGHTS, help="of a checkpoint (auto)")
+    of_objects = parser.add_argument_group("of a detector")
+    of_objects.add_argument(
+        "--score", type=number(float, 0, 1), help="leave out detections below this score (0.3)"
+    )
+    of_objects.add_argument(
+        "--pictures", type=output_folder, metavar="DIR", help="draw what is found into DIR"
+    )
+    of_objects.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="annotation file that names the images, below the one folder IMAGES",
+    )
     args = parser.parse_args()
+    run = _detector_run(args.model)
+    foreign = ("top", "batch_size", "weights") if run else ("score", "pictures", "annotations")
+    for name in foreign:
+        if getattr(args, name) is not None:
+            kind = "detector" if run else "classifier"
+            parser.error(f"--{name.replace('_', '-')}: {args.model} is a {kind}")
+    (find_objects if run else classify)(args)
+
+
+def classify(args: argparse.Namespace) -> None:
     files = find_images(args.images)
-    classifier = load(args.model, args.device, args.weights)
-    results = list(predict_files(classifier, files, args.top, args.batch_size))
+    classifier = load(args.model, args.device, args.weights or "auto")
+    results = list(predict_files(classifier, files, args.top or 5, args.batch_size or 32))
     rows = [
         (result.file if place == 0 else "", best.name, f"{100 * best.probability:.2f}")
         for result in results
@@ -41,19 +82,86 @@ def main() -> None:
     ]
     if rows:
         print(render_table(("file", "class", "%"), rows))
-    unreadable = [result for result in results if result.reason]
-    for result in unreadable:
-        print(f"cannot read {result.file}: {result.reason}", file=sys.stderr)
+    unreadable = [(result.file, result.reason) for result in results if result.reason]
     if args.json is not None:
         images = [
             {"file": result.file, "predictions": [best._asdict() for best in result.predictions]}
             for result in results
             if not result.reason
         ]
-        faults = [{"file": result.file, "reason": result.reason} for result in unreadable]
+        faults = [{"file": file, "reason": reason} for file, reason in unreadable]
         save_json({"model": args.model, "images": images, "unreadable": faults}, args.json)
-    if len(unreadable) == len(results):
-        raise DataError(f"none of {len(results)} file(s) could be read as an image")
+    _tell_unreadable(unreadable, len(results))
+
+
+def find_objects(args: argparse.Namespace) -> None:
+    from kw.detection import predictor as detection
+    from kw.detection.annotations import load_annotations
+    from kw.detection.pictures import picture_names, save_picture
+
+    content = None
+    if args.annotations is not None:
+        content = load_annotations(args.annotations, ("images", "categories"))
+        files = list(_listed(args, content))
+        ids = [image["id"] for image in content["images"]]
+    else:
+        files, ids = list(_found(args.images)), []
+    detector = detection.load(args.model, args.device)
+    score = 0.3 if args.score is None else args.score
+    names = picture_names([name for _, name in files])
+    unreadable: list[tuple[str, str]] = []
+    found: list[tuple[Any, Any]] = []  # by image id, or by file name
+    rows = []
+    for place, ((file, name), picture) in enumerate(zip(files, names, strict=True)):
+        try:
+            each = detector.predict(file, score)
+        except BadImageError as error:
+            unreadable.append((str(file), error.reason))
+            continue
+        found.append((name if content is None else ids[place], each))
+        counts = [each.labels.tolist().count(label) for label in range(len(detector.classes))]
+        named = [f"{n} {c}" for n, c in zip(counts, detector.classes, strict=True) if n]
+        rows.append((str(file), ", ".join(named) or "nothing"))
+        if args.pictures is not None:
+            save_picture(detector.draw(file, each), args.pictures / picture)
+    if rows:
+        print(render_table(("file", f"objects, score {score:g} and above"), rows))
+    if args.json is not None:
+        if content is None:
+            save_json(detection.coco_file(found, detector.classes), args.json)
+        else:
+            save_json(detection.coco_results(found, detector.classes, content), args.json)
+    _tell_unreadable(unreadable, len(files))
+
+
+def _detector_run(model: str) -> bool:
+    """Whether a model is a detector's run, which is known by its config.py."""
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    return (path.is_dir() or path.suffix == ".pth") and (folder / "config.py").is_file()
+
+
+def _found(paths: list[str]) -> Iterator[tuple[Path, str]]:
+    """Files, and their names below the folder that was given."""
+    for path in map(Path, paths):
+        for file in find_images([path]):
+            yield file, (file.relative_to(path) if path.is_dir() else file).as_posix()
+
+
+def _listed(args: argparse.Namespace, content: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    if len(args.images) != 1 or not Path(args.images[0]).is_dir():
+        raise DataError("--annotations: expected one folder as IMAGES")
+    for image in content["images"]:
+        if "id" not in image or not isinstance(image.get("file_name"), str):
+            raise DataError(f"{args.annotations}: image {image} needs an id and a file_name")
+        yield Path(args.images[0], image["file_name"]), image["file_name"]
+
+
+def _tell_unreadable(unreadable: list[tuple[str, str]], of: int) -> None:
+    for file, reason in unreadable:
+        print(f"cannot read {file}: {reason}", file=sys.stderr)
+    if len(unreadable) == of:
+        raise DataError(f"none of {of} file(s) could be read as an image")
 
 
 if __name__ == "__main__":

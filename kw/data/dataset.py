@@ -17,7 +17,7 @@ from kw.data.faults import FaultyDataset
 from kw.data.reading import DataError, read_image
 from kw.data.seeding import seeded
 from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
-from kw.warehouse.conversion import say
+from kw.errors import say
 
 __all__ = [
     "UNREADABLE",

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 from kw.config.run_schema import BadImagesConfig
 from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.seeding import derive_seed
+from kw.errors import memory_for
 
 __all__ = ["BadImage", "Delivered", "FaultLog", "FaultyDataset", "with_faults"]
 
@@ -90,8 +91,9 @@ class FaultyDataset(Dataset[Any]):
         Raises:
             BadImageError: it cannot be read, and the policy is ``raise``.
             DataError: it cannot be read, nor can any of the substitutes.
+            OutOfMemory: memory does not suffice for it.
         """
-        with self._noted(key[1]):
+        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
             return self._get(key)
 
     def _get(self, key: tuple[int, int]) -> Any:

@@ -10,15 +10,26 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kw.errors import UserError
 
-__all__ = ["MAX_PIXELS", "BadImageError", "DataError", "read_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "BadImageError",
+    "DataError",
+    "Header",
+    "Picture",
+    "read_header",
+    "read_image",
+]
+
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 MAX_PIXELS = 178_956_970
 """Where Pillow refuses by itself: 512 MiB of RGB."""
@@ -61,42 +72,91 @@ class BadImageError(DataError):
         return cls(f"cannot read image {os.fspath(path)}: {reason}", os.fspath(path), reason)
 
 
+class Header(NamedTuple):
+    """What the beginning of an image file says."""
+
+    size: tuple[int, int]
+    """width and height as stored"""
+    orientation: int
+    """EXIF's, 1 to 8; 1 where there is none"""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height when it is turned as its orientation says."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
+
+def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Header:
+    """Read the beginning of an image file; what it shows to be unusable is refused.
+
+    Raises:
+        BadImageError, OSError: as :func:`read_image`, which also finds files that end too early.
+    """
+    with _readable(path), Image.open(path) as file:
+        _refuse(file, path, max_pixels)
+        # Pillow turns TIFF files itself, whatever is asked for; of a PNG it would read the pixels,
+        # to look for EXIF data behind them.
+        return Header(file.size, _orientation(file) if "exif" in file.info else 1)
+
+
 def read_image(
-    source: str | os.PathLike[str] | Image.Image,
+    source: Picture,
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
 ) -> Image.Image:
     """Read an image by its content, whatever its name ends with.
 
     Args:
-        source: the file, or what ``PIL.Image.open`` has made of it.
+        source: the file, what ``PIL.Image.open`` has made of it, or an array of its pixels: uint8
+            ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
         max_pixels: larger images are refused by their header, before memory is asked for.
         upright: turn the image as its EXIF orientation says.
 
     Returns:
-        RGB, in memory.
+        RGB, in memory, without metadata.
 
     Raises:
         BadImageError: the file is missing, may not be read, is empty, ends too early, is no image,
             is too large, or has pixels without a defined white.
+        ValueError: an array of another kind.
         OSError: the machine has no file handle left.
         MemoryError: the machine has no memory left.
     """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     path = f"of mode {source.mode}" if isinstance(source, Image.Image) else source
+    with _readable(path):
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        # One that was given stays open.
+        with nullcontext(opened) if opened is source else opened as file:
+            _refuse(file, path, max_pixels)
+            file.load()
+            image = _to_rgb(file)
+            turn = _TURNS.get(_orientation(file)) if upright else None
+            image = image if turn is None else image.transpose(turn)
+            image.info = {}  # or it would be turned again when it is read again
+            return image
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
+    if not is_grey and not (array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8):
+        raise ValueError(
+            f"an array of {list(array.shape)}, {array.dtype}: expected RGB, uint8 [H, W, 3], or "
+            "grey, uint8 or uint16 [H, W]"
+        )
+    return Image.fromarray(array)
+
+
+@contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make one kind of error of whatever a file makes Pillow raise."""
     # Pillow warns of damaged metadata, and of sizes that it does not refuse yet; per process and
     # image, which nobody reads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            opened = source if isinstance(source, Image.Image) else Image.open(source)
-            # One that was given stays open.
-            with nullcontext(opened) if opened is source else opened as file:
-                width, height = file.size
-                if width * height > max_pixels:
-                    raise BadImageError.of(path, _too_large(width, height, max_pixels))
-                file.load()
-                image = _to_rgb(file)
-                return _turned(file, image) if upright else image
+            yield
         except (BadImageError, MemoryError):
             raise
         except OSError as error:
@@ -110,15 +170,28 @@ def read_image(
             raise BadImageError.of(path, str(error) or type(error).__name__) from error
 
 
+def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -> None:
+    """Refuse by the header: too large, or pixels without a defined white."""
+    width, height = image.size
+    if width * height > max_pixels:
+        reason = f"{width} x {height} pixels, more than {max_pixels} (a decompression bomb?)"
+        raise BadImageError.of(path, reason)
+    if image.mode in ("I", "F") and not _is_16_bit(image):
+        reason = f"32-bit pixels (mode {image.mode}), of which nothing says what is white"
+        raise BadImageError.of(path, reason)
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    in_32 = image.mode == "I" and image.format in ("PPM", "PNG")
+    return in_32 or image.mode.startswith("I;16")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PPM", "PNG")):
+    if _is_16_bit(image):
         # Pillow clips at 255. White is 65535 in PNG; its PPM reader scales to the same.
         grey = np.asarray(image, dtype=np.float64) * (255 / _white(image))
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {mode}), of which nothing says what is white")
-    if mode == "RGBa":
+    if image.mode == "RGBa":
         image = image.convert("RGBA")  # undoes the multiplication by alpha
     return image.convert("RGB")
 
@@ -130,18 +203,13 @@ def _white(image: Image.Image) -> int:
     return 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
 
 
-def _turned(file: Image.Image, image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        # Pillow turns TIFF files itself and removes the mark.
-        orientation = file.getexif().get(_ORIENTATION, 1)
+        # Pillow turns TIFF files itself and removes the mark when it has loaded them.
+        found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data say nothing, the pixels are there
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
-
-
-def _too_large(width: int, height: int, most: int) -> str:
-    return f"{width} x {height} pixels, more than {most} (a decompression bomb?)"
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _reason(path: str | os.PathLike[str], error: OSError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..data.preprocess import BatchPreprocessor
-from ..data.reading import read_image
+from ..data.reading import Picture, read_image
 from ..data.transforms import build_transform
 from ..engine.checkpoint import CheckpointError, load_network
 from ..models.build import build_network
@@ -27,7 +27,6 @@ from .weights import cast, read_weights
 __all__ = ["Classifier", "Prediction", "load"]
 
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
 
 class Prediction(NamedTuple):
@@ -85,16 +84,6 @@ class Classifier(nn.Module):
             BadImageError: it cannot be read as an image.
             ValueError: an array of another kind.
         """
-        if isinstance(image, np.ndarray):
-            is_grey = image.ndim == 2 and image.dtype in (np.uint8, np.uint16)
-            if not is_grey and not (
-                image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
-            ):
-                raise ValueError(
-                    f"an array of {list(image.shape)}, {image.dtype}: expected RGB, uint8 "
-                    "[H, W, 3], or grey, uint8 or uint16 [H, W]"
-                )
-            image = Image.fromarray(image)
         data = self.description.config.data
         upright = data.exif_orientation == "apply"
         return self.transform(read_image(image, data.bad_images.max_pixels, upright))

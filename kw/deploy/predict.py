@@ -12,7 +12,7 @@ import torch
 
 from ..data.reading import BadImageError, DataError
 from ..data.walk import IMAGE_EXTENSIONS, describe, walk_images
-from ..warehouse.conversion import say
+from ..errors import say
 from .classifier import Classifier, Prediction
 
 __all__ = ["Result", "find_images", "predict_files"]

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .config import load_detector_config
     from .pictures import write_pictures
+    from .predictor import Predictor, load
     from .run import evaluate_checkpoint, train
 
 __all__ = [
     "Backbone",
+    "Predictor",
     "bind",
     "evaluate_checkpoint",
+    "load",
     "load_detector_config",
     "train",
     "write_pictures",
@@ -27,6 +30,8 @@ __all__ = [
 
 _HOMES = {
     "Backbone": "backbone",
+    "Predictor": "predictor",
+    "load": "predictor",
     "load_detector_config": "config",
     "evaluate_checkpoint": "run",
     "train": "run",

@@ -10,13 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kw.data.dataset import DataError
 from kw.detection.findings import Findings, Report, some
 from kw.detection.image_checks import check_images, check_leak
-from kw.detection.object_checks import check_boxes, check_masks
+from kw.detection.object_checks import check_boxes, check_masks, is_box
+from kw.detection.schema import CocoDataConfig
+from kw.detection.usage import OUTSIDE, Usage, why_unused
 
 __all__ = ["Report", "category_ids", "check_annotations", "load_annotations", "read_categories"]
 
@@ -27,6 +30,11 @@ _KEYS = {
     "categories": ("id", "name"),
 }
 _NUMBERS = (int, float)
+# LVIS's lists of what was looked for in an image, and of what was not annotated wholly.
+_FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
+
+COCO_DETECTIONS = 100
+"""Detections of a category in an image that count in COCO's evaluation."""
 
 
 class _Unusable(DataError):
@@ -37,11 +45,17 @@ class _Unusable(DataError):
         self.kind = kind
 
 
-def load_annotations(annotations_file: str | os.PathLike[str]) -> dict[str, Any]:
+def load_annotations(
+    annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
+) -> dict[str, Any]:
     """Read a file; of its content only the outer structure is checked.
 
+    Args:
+        annotations_file: in COCO's format; UTF-8, with or without a byte-order mark.
+        tables: the lists that it must have.
+
     Raises:
-        DataError: it cannot be read, is not JSON, or lacks one of the three lists.
+        DataError: it cannot be read, is not JSON, or lacks one of the lists.
     """
     file = os.fspath(annotations_file)
     try:
@@ -54,10 +68,12 @@ def load_annotations(annotations_file: str | os.PathLike[str]) -> dict[str, Any]
     if not isinstance(content, dict):
         what = f"{file} holds {_a(content)}"
         raise _Unusable("structure", f"{what}, expected an object with {', '.join(_TABLES)}")
-    for table in _TABLES:
+    for table in tables:
         if table not in content:
             near = difflib.get_close_matches(table, content, 1)
             hint = f"; did it mean {near[0]!r}?" if near else f"; it has {some(list(content))}"
+            if table == "annotations" and not near:
+                hint += ": tools/predict.py takes images that are not annotated"
             raise _Unusable("structure", f"{file} lacks {table!r}{hint}")
         rows = content[table]
         if not isinstance(rows, list):
@@ -72,10 +88,13 @@ def load_annotations(annotations_file: str | os.PathLike[str]) -> dict[str, Any]
 def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
     """Category names and their ids, in the order of the ids.
 
+    A category without objects is left out where another has its name: some exporters list the name
+    of the project, or of the group, as a category too.
+
     Raises:
         DataError: a category has no id or no name, or one that another has.
     """
-    categories = content["categories"]
+    categories = _without_doubles(content)
     named = {}
     for category in categories:
         if type(category.get("id")) is not int or not _is_name(category.get("name")):
@@ -83,8 +102,26 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
         named[category["name"]] = category["id"]
     if len(named) < len(categories) or len(set(named.values())) < len(categories):
         what = "categories of the same name or id"
-        raise DataError(f"{file} has {what}; tools/check_coco.py lists them")
+        raise DataError(
+            f"{file} has {what}: rename one, or give the objects of both one category_id "
+            "(tools/check_coco.py lists them)"
+        )
     return dict(sorted(named.items(), key=lambda pair: pair[1]))
+
+
+def _without_doubles(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Categories without those that have no object and the name of another."""
+    used = _values(content["annotations"], "category_id")
+    names = Counter(each.get("name") for each in content["categories"] if _is_named(each))
+    taken = {each["name"] for each in content["categories"] if each.get("id") in used}
+    kept: list[Mapping[str, Any]] = []
+    for each in content["categories"]:
+        if _is_named(each) and names[each["name"]] > 1 and each.get("id") not in used:
+            if each["name"] in taken:
+                continue
+            taken.add(each["name"])
+        kept.append(each)
+    return kept
 
 
 def read_categories(annotations_file: str | os.PathLike[str]) -> list[str]:
@@ -105,6 +142,9 @@ def check_annotations(
     masks: bool = True,
     read_images: bool = False,
     other: Report | None = None,
+    training: bool = True,
+    settings: CocoDataConfig | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> Report:
     """Check a set and list everything that is wrong with it; raises nothing for what it finds.
 
@@ -117,22 +157,32 @@ def check_annotations(
         read_images: decode all images too, which finds damaged ones; otherwise read their headers.
         other: report on the set that this one must not share images with, as a validation set must
             not with its training set.
+        training: whether the set is trained on; else it is evaluated against.
+        settings: how the images are read and which are left out. Default: a run's defaults.
+        content: the file's, where it is read already.
 
     Returns:
         The report; ``raise_for_errors`` turns it into a refusal.
     """
     file, folder = os.fspath(annotations_file), os.fspath(images_dir)
     findings = Findings()
-    try:
-        content = load_annotations(file)
-    except _Unusable as error:
-        findings.add(error.kind, str(error))
-        return Report(file, folder, 0, 0, (), tuple(findings.listed()))
+    settings = settings or CocoDataConfig(root=folder)
+    if content is None:
+        try:
+            content = load_annotations(file)
+        except _Unusable as error:
+            findings.add(error.kind, str(error))
+            return Report(file, folder, 0, 0, (), tuple(findings.listed()))
     images, objects, categories = (_check_table(content, table, findings) for table in _TABLES)
     for table, rows in zip(_TABLES[:2], (images, objects), strict=True):
         if not content[table]:
             findings.add("no-images" if table == "images" else "no-objects", file)
         _check_ids(table[:-1], rows, findings)
+    kept = _without_doubles({**content, "categories": categories})
+    for category in categories:
+        if not any(category is each for each in kept):
+            findings.add("category-double", f"{category['name']} (category {category['id']})")
+    categories = [dict(each) for each in kept]
     _check_categories(categories, classes, num_classes, findings)
     _check_links(content, images, objects, categories, findings)
 
@@ -141,7 +191,16 @@ def check_annotations(
     check_boxes(placed, sizes, findings)
     if masks:
         check_masks(placed, sizes, findings)
-    check_images(images, folder, findings, decode=read_images)
+    wanted = {c["id"]: c["name"] for c in categories if classes is None or c["name"] in classes}
+    _check_usage(placed, wanted, sizes, training, settings, findings)
+    check_images(
+        images,
+        folder,
+        findings,
+        decode=read_images,
+        upright=settings.exif_orientation == "apply",
+        max_pixels=settings.bad_images.max_pixels,
+    )
     names = frozenset(image["file_name"] for image in images)
     if other is not None:
         check_leak(names, folder, other, findings)
@@ -199,6 +258,37 @@ def _wrong_value(table: str, row: Mapping[str, Any]) -> tuple[str, str] | None:
     elif not isinstance(row["name"], str):
         return "name", "text"
     return None
+
+
+def _check_usage(
+    objects: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    sizes: Mapping[int, tuple[int, int]],
+    training: bool,
+    settings: CocoDataConfig,
+    findings: Findings,
+) -> None:
+    """Compare the objects that are listed with those that are used."""
+    usage, in_image = Usage(), Counter[int]()
+    for each in objects:
+        if each["category_id"] not in names or not is_box(each["bbox"]):
+            continue
+        reason = why_unused(each, sizes[each["image_id"]], training, settings.min_size)
+        usage.count(names[each["category_id"]], reason)
+        if reason is None:
+            in_image[each["image_id"]] += 1
+        elif not each.get("iscrowd") and reason != OUTSIDE:  # these are listed as boxes
+            what = f"annotation {each['id']} of image {each['image_id']}: {reason}"
+            findings.add("left-out", what)
+    if usage.listed and not usage.used:
+        findings.add("nothing-left", str(usage))
+    else:
+        findings.add_all("category-left-out", usage.without_any())
+    most = settings.max_detections or COCO_DETECTIONS
+    for image_id, number in in_image.items():
+        if number > most and not training:
+            what = f"image {image_id}: {number:,} objects; {most} detections of a category count"
+            findings.add("crowded", f"{what} (data.max_detections)")
 
 
 def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], findings: Findings) -> None:
@@ -264,6 +354,8 @@ def _check_links(
     )
     owner: dict[str, int] = {}
     for image in images:
+        if listed := [key for key in _FEDERATED if image.get(key)]:
+            findings.add("federated", f"image {image['id']} has {' and '.join(listed)}")
         if image["id"] not in shown:
             findings.add("image-empty", f"{image['file_name']} (image {image['id']})")
         if image["file_name"] in owner:
@@ -275,6 +367,10 @@ def _check_links(
 
 def _values(rows: Iterable[Mapping[str, Any]], key: str) -> set[int]:
     return {row[key] for row in rows if type(row.get(key)) is int}
+
+
+def _is_named(category: Mapping[str, Any]) -> bool:
+    return _is_name(category.get("name"))
 
 
 def _is_name(value: Any) -> bool:

@@ -31,6 +31,7 @@ from ..config import ConfigError, load_config
 from ..config.checking import Schema, check_tree
 from ..config.schema import ModelConfig
 from ..config.tree import Origin, entry_from_plain
+from ..errors import say
 from ..models import build_network, start_network
 from ..models.build import with_start
 from ..models.freezing import freeze as freeze_by_name
@@ -43,7 +44,6 @@ from ..warehouse import (
     has_temperature,
     set_temperature,
 )
-from ..warehouse.conversion import say
 from ..warehouse.warehouse import with_names_now
 from .layout import frozen_parameters
 from .weights import StartWeights, read_backbone

@@ -28,8 +28,9 @@ from .origins import entry_with_origins, read_origins
 from .packages import packages_from_metadata
 from .schema import SCHEMA, DetectionConfig
 
-__all__ = ["DetectorConfig", "load_detector_config"]
+__all__ = ["DetectorConfig", "detection_limits", "load_detector_config"]
 
+_LIMIT = "max_per_img"
 _OF_MMDET = ("model", "train_pipeline", "test_pipeline")
 _OF_RUN = tuple(field.name for field in dataclasses.fields(DetectionConfig))
 # What sets the same in mmdetection.
@@ -119,6 +120,8 @@ def load_detector_config(
         _set(content, key, value)
     _resolve_network(content, path, None)
     model = content["model"]
+    if run.data.max_detections is not None:
+        _set_limit(model, run.data.max_detections)
     pipelines = content["train_pipeline"], content["test_pipeline"]
     return DetectorConfig(run, model, *pipelines, path, content.get("custom_imports"))
 
@@ -213,6 +216,27 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     old = target[place] if isinstance(target, list) else target.get(place)
     target[place] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
     target[place] = _with_sizes(target[place])
+
+
+def detection_limits(model: dict[str, Any]) -> list[int]:
+    """How many detections of an image a detector gives at most, where its settings say so."""
+    return [part[_LIMIT] for part in _test_settings(model) if isinstance(part.get(_LIMIT), int)]
+
+
+def _set_limit(model: dict[str, Any], limit: int) -> None:
+    """Let a detector give so many detections of an image."""
+    parts = [part for part in _test_settings(model) if _LIMIT in part]
+    if not parts:
+        raise ConfigError(f"data.max_detections: model.test_cfg has no {_LIMIT} to set")
+    for part in parts:
+        part[_LIMIT] = limit
+
+
+def _test_settings(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a detector of one stage, and of the last one of two."""
+    settings = model.get("test_cfg")
+    parts = [settings, settings.get("rcnn")] if isinstance(settings, dict) else []
+    return [part for part in parts if isinstance(part, dict)]
 
 
 def _with_sizes(value: Any) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,12 @@ from ..data import (
     read_image,
     seeded,
 )
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, say
+from .annotations import category_ids, load_annotations
 from .config import DetectorConfig
 from .mmdet import CocoDataset, register_all_modules
 from .schema import CocoDataConfig
+from .usage import Usage
 
 __all__ = ["Samples", "build_eval_loader", "build_train_loader"]
 
@@ -49,17 +53,29 @@ class Samples(FaultyDataset):
             number of loader processes nor what was drawn before matters.
         bad_images: what becomes of images that cannot be read; evaluation leaves them out, which
             makes all objects in them missed ones.
+        upright: turn images as their EXIF data say.
+        masks: whether training needs the objects' masks.
+
+    Raises:
+        ConfigError: a transform mixes several images.
     """
 
-    def __init__(self, dataset: Any, seed: int, bad_images: BadImagesConfig | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        bad_images: BadImagesConfig | None = None,
+        upright: bool = True,
+        masks: bool = False,
+    ) -> None:
         bad_images = bad_images or BadImagesConfig(policy="raise")
         super().__init__(seed, not dataset.test_mode, bad_images)
         self.dataset = dataset
         self.metainfo = dataset.metainfo  # the runner asks for it
         steps = dataset.pipeline.transforms
-        for place, step in enumerate(steps):
-            if type(step) is LoadImageFromFile and _is_plain(step):
-                steps[place] = LoadImage(step, bad_images.max_pixels)
+        self._pipeline = "train_pipeline" if self.training else "test_pipeline"
+        self._masks = masks
+        steps[:] = with_our_reading(steps, bad_images.max_pixels, upright, self._pipeline)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,21 +89,83 @@ class Samples(FaultyDataset):
 
         Raises:
             BadImageError: the image cannot be read.
-            DataError: its transforms fail or keep dropping it.
+            ConfigError: the transforms do not make what a detector needs.
+            DataError: they fail or keep dropping it.
         """
         with seeded("detection", self.seed, *key):
             # A random crop may miss every object: another crop of the same image then.
             for _ in range(_TRIES if self.training else 1):
                 try:
                     sample = self.dataset.prepare_data(index)
-                except DataError:
+                except (UserError, MemoryError):
                     raise
-                except (OSError, AttributeError, ValueError) as error:
-                    message = f"{self.path(index)}: {type(error).__name__}: {error}"
-                    raise DataError(message) from error
+                except Exception as error:  # what mmdetection's or the user's transforms raise
+                    what = f"{self._pipeline} fails on it: {one_line(error)}"
+                    raise DataError(f"{self.path(index)}: {what}") from error
                 if sample is not None:
+                    check_sample(sample, self._pipeline, self.training, self._masks)
                     return sample
-        raise DataError(f"{self.path(index)}: train_pipeline left no object in {_TRIES} tries")
+        drops = "left no object in" if self.training else "left out the image in"
+        tries = f"{_TRIES} tries" if self.training else "its only try"
+        raise DataError(
+            f"{self.path(index)}: {self._pipeline} {drops} {tries}: loosen what filters "
+            "(FilterAnnotations, random crops), or remove the image"
+        )
+
+
+def with_our_reading(
+    steps: Sequence[Any], max_pixels: int, upright: bool, pipeline: str
+) -> list[Any]:
+    """The transforms of a pipeline, with this project's reading of files.
+
+    Args:
+        steps: mmdetection's transforms.
+        max_pixels: larger images are refused.
+        upright: turn images as their EXIF data say.
+        pipeline: what messages call them.
+
+    Raises:
+        ConfigError: a transform mixes several images.
+    """
+    for step in steps:
+        if hasattr(step, "get_indexes"):
+            raise ConfigError(
+                f"{pipeline}: {type(step).__name__} mixes several images; the transforms here get "
+                "one at a time: leave it out"
+            )
+    return [
+        LoadImage(step, max_pixels, upright)
+        if type(step) is LoadImageFromFile and _is_plain(step)
+        else step
+        for step in steps
+    ]
+
+
+def check_sample(sample: Any, pipeline: str, training: bool = False, masks: bool = False) -> None:
+    """Refuse a sample that a detector cannot use.
+
+    Args:
+        sample: what the transforms have made.
+        pipeline: what messages call them.
+        training: whether it is trained on.
+        masks: whether it needs masks then.
+
+    Raises:
+        ConfigError: it is no sample, or something is missing in it; says which transform gives it.
+    """
+    packed = sample.get("data_samples") if isinstance(sample, dict) else None
+    if packed is None or "inputs" not in sample:
+        raise ConfigError(f"{pipeline}: expected to load an image and to end with PackDetInputs")
+    if training:
+        needed = ["bboxes", "labels", *(["masks"] if masks else [])]
+        missing = [key for key in needed if key not in packed.gt_instances]
+        remedy = f"LoadAnnotations with with_bbox{' and with_mask' if masks else ''}"
+    else:
+        needed = ["img_id", "ori_shape", "img_shape"]
+        missing = [key for key in needed if key not in packed.metainfo]
+        remedy = "PackDetInputs with them in meta_keys"
+    if missing:
+        raise ConfigError(f"{pipeline} gives no {', '.join(missing)}: it needs {remedy}")
 
 
 def _is_plain(step: LoadImageFromFile) -> bool:
@@ -102,20 +180,30 @@ class LoadImage(BaseTransform):
     Args:
         settings: the transform that it stands for.
         max_pixels: larger images are refused.
+        upright: turn images as their EXIF data say, as OpenCV does.
     """
 
-    def __init__(self, settings: LoadImageFromFile, max_pixels: int) -> None:
+    def __init__(self, settings: LoadImageFromFile, max_pixels: int, upright: bool = True) -> None:
         self.settings = settings
         self.max_pixels = max_pixels
+        self.upright = upright
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read ``img_path``.
 
         Raises:
             BadImageError: it cannot be read.
+            DataError: it is of another size than its annotations are for.
         """
-        # OpenCV turns colour images as their EXIF data say, so that annotations fit either.
-        image = read_image(results["img_path"], self.max_pixels, upright=True)
+        path = results["img_path"]
+        image = read_image(path, self.max_pixels, self.upright)
+        said = results.get("width"), results.get("height")
+        if None not in said and said != image.size:
+            raise DataError(
+                f"{path}: read as {image.width} x {image.height} pixels, the annotation file says "
+                f"{said[0]} x {said[1]}: its objects would lie elsewhere; tools/check_coco.py "
+                "lists such images and what helps (data.exif_orientation, the file's sizes)"
+            )
         pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # BGR, as OpenCV's
         results["img"] = pixels.astype(np.float32) if self.settings.to_float32 else pixels
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
@@ -123,25 +211,44 @@ class LoadImage(BaseTransform):
 
 
 def build_train_loader(
-    config: DetectorConfig, classes: Sequence[str], rank: int, world_size: int
+    config: DetectorConfig,
+    classes: Sequence[str],
+    rank: int,
+    world_size: int,
+    masks: bool = False,
+    content: Mapping[str, Any] | None = None,
 ) -> Loader:
     """The training images of one process; epochs as in :class:`kw.data.TrainBatchSampler`.
+
+    Objects that are listed but not used are said, by number, reason and category.
+
+    Args:
+        config: detector and data.
+        classes: names of the categories.
+        rank: this process's.
+        world_size: number of processes.
+        masks: whether the detector learns masks.
+        content: of the annotation file, where it is read already.
 
     Raises:
         ConfigError: the batch does not fit the processes or the images, or a transform of
             ``train_pipeline`` does not exist.
-        DataError: no image is left to train on.
+        DataError: no image or no object is left to train on.
     """
     run, data = config.run, config.run.data
+    file = Path(data.root, data.train_annotations)
+    if content is None:
+        content = load_annotations(file)
+    usage = _listed(content, file, classes, data)
+    if not usage.used:
+        raise DataError(f"{file}: nothing to train on: {usage}; tools/check_coco.py lists them")
     filters = {"filter_empty_gt": not data.keep_empty, "min_size": data.min_size}
     dataset = _build(
-        config.train_pipeline, "train_pipeline", data, True, classes, filter_cfg=filters
+        config.train_pipeline, "train_pipeline", data, True, classes, content, filter_cfg=filters
     )
-    if len(dataset) == 0:
-        raise DataError(
-            f"{data.train_annotations}: no image with an object of "
-            f"{', '.join(classes[:5])} and a side of {data.min_size} pixels (data.min_size)"
-        )
+    usage.used = Counter(classes[label] for label in _used(dataset))
+    if not usage.is_complete():
+        say(f"{file}: {usage}")
     groups = None
     if data.group_by_aspect:
         infos = map(dataset.get_data_info, range(len(dataset)))
@@ -155,24 +262,48 @@ def build_train_loader(
         run.seed,
         groups,
     )
-    samples = Samples(dataset, run.seed, data.bad_images)
+    samples = Samples(dataset, run.seed, data.bad_images, data.exif_orientation == "apply", masks)
     return build_loader(samples, sampler, data.workers, pseudo_collate)
 
 
 def build_eval_loader(
-    config: DetectorConfig, classes: Sequence[str], rank: int, world_size: int
+    config: DetectorConfig,
+    classes: Sequence[str],
+    rank: int,
+    world_size: int,
+    content: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """This process's share of the test images, none of them twice.
+    """This process's share of the test images, none of them twice; arguments as above.
 
     Raises:
         ConfigError: a transform of ``test_pipeline`` does not exist.
+        DataError: the annotation file cannot be read.
     """
-    run = config.run
-    dataset = _build(config.test_pipeline, "test_pipeline", run.data, False, classes)
+    run, data = config.run, config.run.data
+    if content is None:
+        content = load_annotations(Path(data.root, data.val_annotations))
+    dataset = _build(config.test_pipeline, "test_pipeline", data, False, classes, content)
     batch_size = run.eval_batch_size or run.batch_size
     sampler = EvalBatchSampler(len(dataset), batch_size, rank, world_size)
-    samples = Samples(dataset, run.seed, run.data.bad_images)
-    return build_loader(samples, sampler, run.data.workers, pseudo_collate)
+    samples = Samples(dataset, run.seed, data.bad_images, data.exif_orientation == "apply")
+    return build_loader(samples, sampler, data.workers, pseudo_collate)
+
+
+def _listed(
+    content: Mapping[str, Any], file: Path, classes: Sequence[str], data: CocoDataConfig
+) -> Usage:
+    ids = category_ids(content, str(file))
+    names = {ids[name]: name for name in classes}
+    sizes = {each["id"]: (each["width"], each["height"]) for each in content["images"]}
+    return Usage.of(content["annotations"], names, sizes, min_size=data.min_size)
+
+
+def _used(dataset: Any) -> Iterator[int]:
+    """The label of every object that training uses."""
+    for index in range(len(dataset)):
+        for each in dataset.get_data_info(index)["instances"]:
+            if not each["ignore_flag"]:
+                yield each["bbox_label"]
 
 
 def _build(
@@ -181,6 +312,7 @@ def _build(
     data: CocoDataConfig,
     training: bool,
     classes: Sequence[str],
+    content: Mapping[str, Any],
     **settings: Any,
 ) -> Any:
     register_all_modules(init_default_scope=True)
@@ -188,6 +320,7 @@ def _build(
         # pycocotools prints how it is getting on.
         with contextlib.redirect_stdout(io.StringIO()):
             return CocoDataset(
+                content,
                 data_root=data.root,
                 ann_file=data.train_annotations if training else data.val_annotations,
                 data_prefix={"img": data.train_images if training else data.val_images},

@@ -10,8 +10,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..errors import UserError, one_line
-from ..warehouse.conversion import say
+from ..errors import UserError, one_line, say
 from .backbone import Backbone
 from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules

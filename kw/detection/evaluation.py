@@ -5,6 +5,7 @@ fraction of the time. Of each category in an image the best ``maxDets`` detectio
 100 as COCO defines. mmdetection's own metric takes 100, 300 and 1,000: its mAP is this one, its
 mAP_50, mAP_75 and those of the sizes count up to 1,000 detections. They differ from ours only for a
 detector that gives more than 100 of one category in an image; most are set to give 100 in all.
+Another limit than 100 can be set.
 
 Legend: N detections of an image, H x W its pixels.
 """
@@ -12,6 +13,7 @@ Legend: N detections of an image, H x W its pixels.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from kw.data.dataset import DataError
-from kw.detection.annotations import category_ids, load_annotations
+from kw.detection.annotations import COCO_DETECTIONS, category_ids, load_annotations
 from kw.detection.findings import some
 from kw.detection.ground_truth import read_truth
 from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator
@@ -69,10 +71,14 @@ class CocoEvaluator:
         classes: category names in the order of the model's labels; categories that are not named
             are left out, their objects too. Default: all, in the order of their ids.
         masks: whether masks are evaluated as well; every object then needs a segmentation.
+        max_detections: detections of a category in an image that count, more than 10; the figure
+            ``AR_100`` has this number in its name.
+        content: the file's, where it is read already.
 
     Attributes:
         classes: the category names; a label is a place in this list.
         image_ids: the file's images.
+        objects: how many there are in an image, by its id, without crowds.
 
     Raises:
         DataError: the file cannot be used, or a class is not in it.
@@ -83,10 +89,14 @@ class CocoEvaluator:
         annotations_file: str | os.PathLike[str],
         classes: Sequence[str] | None = None,
         masks: bool = False,
+        max_detections: int = COCO_DETECTIONS,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         self.file = os.fspath(annotations_file)
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
-        content = load_annotations(self.file)
+        self._most = [1, 10, max_detections]
+        if content is None:
+            content = load_annotations(self.file)
         ids = category_ids(content, self.file)
         self.classes = list(ids if classes is None else classes)
         missing = [name for name in self.classes if name not in ids]
@@ -101,6 +111,8 @@ class CocoEvaluator:
             for image in self._truth["images"]
         }
         self.image_ids = list(self._sizes)
+        annotations = self._truth["annotations"]
+        self.objects = Counter(each["image_id"] for each in annotations if not each["iscrowd"])
         self._found: dict[int, _Detections] = {}
         self._categories: dict[str, Figures] = {}
 
@@ -228,7 +240,8 @@ class CocoEvaluator:
         categories = {}
         for kind in self.kinds:
             stats, precision = self._run(kind, found)
-            figures.update({f"{kind}_{k}": v for k, v in zip(FIGURES, stats, strict=True)})
+            names = [f"AR_{self._most[-1]}" if name == "AR_100" else name for name in FIGURES]
+            figures.update({f"{kind}_{k}": v for k, v in zip(names, stats, strict=True)})
             categories[kind] = dict(zip(self.classes, precision, strict=True))
         return _Outcome(figures, categories)
 
@@ -243,6 +256,7 @@ class CocoEvaluator:
         evaluator = coco.COCOeval_faster(truth, results, kind, print_function=_silent)
         evaluator.params.imgIds = sorted(self._sizes)
         evaluator.params.catIds = sorted(self._category_ids)
+        evaluator.params.maxDets = self._most
         evaluator.run()
         # [IoU, recall, category, size, maxDets]: all sizes, most detections
         precision = evaluator.eval["precision"][:, :, :, 0, -1]

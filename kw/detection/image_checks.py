@@ -7,25 +7,14 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image
-
+from kw.data.reading import MAX_PIXELS, BadImageError, Header, read_header, read_image
 from kw.detection.findings import Findings, Report
 
 __all__ = ["check_images", "check_leak"]
 
-_ORIENTATION = 0x0112  # EXIF's tag; values of 5 and more swap width and height
 _PER_TASK = 64
-
-
-class _Header(NamedTuple):
-    size: tuple[int, int] = (0, 0)
-    """width and height as stored"""
-    orientation: int = 1
-    problem: str | None = None
-    """kind of a finding"""
-    reason: str = ""
 
 
 def check_images(
@@ -33,6 +22,8 @@ def check_images(
     images_dir: str | os.PathLike[str],
     findings: Findings,
     decode: bool = False,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
 ) -> None:
     """Open every image file and compare its size.
@@ -42,6 +33,8 @@ def check_images(
         images_dir: folder that the names are relative to.
         findings: list to add to.
         decode: read the pixels too, which finds files that end too early; otherwise the headers.
+        upright: whether training turns images as their EXIF data say.
+        max_pixels: larger images are refused by training.
         threads: files opened at a time, most of which wait for the disk. Default: 4 per processor,
             16 at most.
     """
@@ -54,18 +47,23 @@ def check_images(
     names = [image["file_name"] for image in images]
     tasks = [names[start : start + _PER_TASK] for start in range(0, len(names), _PER_TASK)]
 
-    def read(task: list[str]) -> list[_Header]:
-        return [_read_header(os.path.join(folder, name), decode) for name in task]
+    def read(task: list[str]) -> list[Header | str]:
+        return [_read(os.path.join(folder, name), decode, max_pixels) for name in task]
 
+    # Reading an image puts warnings aside, which is no thread's own: all of them are put back here.
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(threads or min(16, 4 * (os.cpu_count() or 1))) as pool,
     ):
-        # Damaged EXIF data and very large images make Pillow warn; neither is a fault here.
-        warnings.simplefilter("ignore")
         headers = [header for task in pool.map(read, tasks) for header in task]
     for image, header in zip(images, headers, strict=True):
-        _compare(image, header, findings)
+        name = f"{image['file_name']} (image {image['id']})"
+        if header == _MISSING:
+            findings.add("image-missing", name)
+        elif isinstance(header, str):
+            findings.add("image-unreadable", f"{name}: {header}")
+        else:
+            _compare(name, (image["width"], image["height"]), header, upright, findings)
 
 
 def check_leak(
@@ -86,43 +84,39 @@ def check_leak(
             findings.add("leak", f"{here} is {there}")
 
 
-def _read_header(path: str, decode: bool) -> _Header:
+_MISSING = "no such file"
+
+
+def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
+    """The header, or why training cannot read the file."""
     try:
-        with Image.open(path) as image:
-            size = image.size
-            # Pillow would look for EXIF data behind a PNG's pixels, and read them for that.
-            marked = "exif" in image.info or image.format == "TIFF"
-            orientation = image.getexif().get(_ORIENTATION, 1) if marked else 1
-            if decode:
-                image.load()
-    except FileNotFoundError:
-        return _Header(problem="image-missing")
-    except Exception as error:  # decoders raise whatever a damaged file makes them raise
-        return _Header(problem="image-unreadable", reason=f": {error or type(error).__name__}")
-    return _Header(size, orientation if isinstance(orientation, int) else 1)
+        header = read_header(path, max_pixels)
+        if decode:
+            read_image(path, max_pixels)
+    except BadImageError as error:
+        return error.reason if os.path.exists(path) else _MISSING
+    return header
 
 
-def _compare(image: Mapping[str, Any], header: _Header, findings: Findings) -> None:
-    name = f"{image['file_name']} (image {image['id']})"
-    if header.problem is not None:
-        findings.add(header.problem, name + header.reason)
-        return
-    said = (image["width"], image["height"])
-    turned = header.size[::-1] if header.orientation >= 5 else header.size
-    if said not in (header.size, turned):
+def _compare(
+    name: str, said: tuple[int, int], header: Header, upright: bool, findings: Findings
+) -> None:
+    """Compare the size that the annotation file says with the one that training sees."""
+    seen = header.upright_size if upright else header.size
+    if said == seen:
+        # An orientation that keeps the size may be meant either way.
+        if header.orientation > 1 and header.upright_size == header.size:
+            does = "is" if upright else "is not"
+            findings.add(
+                "image-turned", f"{name}: orientation {header.orientation}; it {does} turned"
+            )
+    elif said == seen[::-1] and header.orientation >= 5:
+        when = f"{'before' if upright else 'after'} turning (orientation {header.orientation})"
+        findings.add("image-size-turned", f"{name}: {_times(said)} is its size {when}")
+    else:
         findings.add(
-            "image-size",
-            f"{name} is {_times(header.size)}, the annotation file says {_times(said)}",
+            "image-size", f"{name} is {_times(seen)}, the annotation file says {_times(said)}"
         )
-    elif turned != header.size:
-        when = "before" if said == header.size else "after"
-        findings.add(
-            "image-turned",
-            f"{name}: orientation {header.orientation}; the annotation file has the size {when} "
-            "turning",
-        )
-    elif header.orientation not in (0, 1):
-        findings.add("image-turned", f"{name}: orientation {header.orientation}")
 
 
 def _times(size: tuple[int, int]) -> str:

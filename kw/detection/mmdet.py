@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from .annotations import category_ids
 from .ops import bind
 
 bind()
@@ -16,16 +18,40 @@ from mmdet.utils import register_all_modules  # noqa: E402
 __all__ = ["MODELS", "CocoDataset", "register_all_modules"]
 
 
-class _OrderedCoco(COCO):
-    """Category ids in the order of the names that are asked for, not of the file."""
+class _Loaded(COCO):
+    """The content of an annotation file that is in memory already."""
 
-    def get_cat_ids(self, cat_names: Any = (), **others: Any) -> list[int]:
-        ids = super().get_cat_ids(cat_names=list(cat_names), **others)
-        place = {name: i for i, name in enumerate(cat_names)}
-        return sorted(ids, key=lambda i: place[self.cats[i]["name"]]) if place else ids
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.dataset = content
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+
+    def get_cat_ids(self, cat_names: Any = (), **_: Any) -> list[int]:
+        """In the order of the names that are asked for, not of the file."""
+        ids = category_ids(self.dataset, "annotations")
+        return [ids[name] for name in cat_names]
 
 
 class CocoDataset(_CocoDataset):
-    """mmdetection's, whose labels are places in ``metainfo.classes`` whatever the file's order."""
+    """mmdetection's, of a file that is read already.
 
-    COCOAPI = _OrderedCoco
+    A label is a place in ``metainfo.classes`` whatever the file's order. Where images without
+    objects are left out, so are those whose objects are all left out.
+
+    Args:
+        content: of the annotation file, see :func:`kw.detection.annotations.load_annotations`.
+        **settings: as mmdetection's.
+    """
+
+    def __init__(self, content: Mapping[str, Any], **settings: Any) -> None:
+        self.COCOAPI = lambda _: _Loaded(content)
+        super().__init__(**settings)
+        del self.COCOAPI  # the content is not kept
+
+    def filter_data(self) -> list[dict[str, Any]]:
+        """mmdetection's, which looks at what is listed, not at what is left."""
+        kept: list[dict[str, Any]] = super().filter_data()
+        if not self.test_mode and (self.filter_cfg or {}).get("filter_empty_gt"):
+            return [info for info in kept if info["instances"]]
+        return kept

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from kw.detection.findings import Findings
-from kw.detection.run_lengths import decompress
+from kw.detection.run_lengths import bounds, decompress
 
-__all__ = ["check_boxes", "check_masks"]
+__all__ = ["check_boxes", "check_masks", "is_box"]
 
 # COCO's own boxes and polygons pass the border by fractions of a pixel.
 _BORDER = 1.0
@@ -37,7 +37,7 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
     """
     good = []
     for each in objects:
-        if _is_box(each["bbox"]):
+        if is_box(each["bbox"]):
             good.append(each)
         else:
             findings.add("box-format", _say(each, f"bbox {_short(each['bbox'])}"))
@@ -67,6 +67,10 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
             findings.add(kind, _say(good[i], f"bbox {good[i]['bbox']}, image {width} x {height}"))
     for i in np.flatnonzero(area).tolist():
         findings.add("area", _say(good[i], f"area {areas[i]:g}, bbox {good[i]['bbox']}"))
+
+    small = ((start >= 0) & (end <= 1.001)).all(1) & (limits > 2).all(1)
+    if small.mean() > 0.99 and (extent < 1).any():
+        findings.add("box-fractions", f"{small.sum():,} of {len(good):,} boxes end before (1, 1)")
 
     # As corners all of them would fit; as left, top, width, height many do not.
     fit = ((extent >= start) & (extent <= limits + _BORDER) & (start >= -_BORDER)).all(1)
@@ -165,6 +169,8 @@ def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) 
             where_to = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
             findings.add(kind, _say(each, f"{where_to}, image {width} x {height}"))
 
+    _compare_boxes([each for each, _ in shapes], np.concatenate([low, high], 1), findings)
+
     # Polygons may overlap and annotators round, so only what is far off is worth a line.
     total = np.add.reduceat(areas, of_shape)
     stated = np.array([each["area"] for each, _ in shapes], dtype=np.float64)
@@ -196,9 +202,44 @@ def _check_runs(
             "run-length-broken",
             _say(each, f"{sum(counts):,} pixels, the image has {width * height:,}"),
         )
+    elif (extent := bounds(counts, height)) is not None:
+        _compare_boxes([each], np.array([extent], dtype=np.float64), findings)
 
 
-def _is_box(box: Any) -> bool:
+def _compare_boxes(
+    objects: Sequence[Mapping[str, Any]], extents: np.ndarray, findings: Findings
+) -> None:
+    """Compare boxes with the extents of the masks: they may be of different objects.
+
+    Args:
+        objects: annotations.
+        extents: ``[N, 4]``, left, top, right, bottom of their masks.
+        findings: list to add to.
+    """
+    pairs = [
+        i
+        for i, each in enumerate(objects)
+        if is_box(each["bbox"]) and min(each["bbox"][2:]) > 0  # others are listed as boxes
+    ]
+    boxes = np.array([objects[i]["bbox"] for i in pairs], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = extents[pairs]
+    shared = np.minimum(boxes[:, 2:], masks[:, 2:]) - np.maximum(boxes[:, :2], masks[:, :2])
+    apart = (shared < -_BORDER).any(1)
+    # A pixel more on each side: thin objects are rounded to nothing.
+    both = (shared + 2 * _BORDER).clip(0).prod(1)
+    sides = [ends[:, 2:] - ends[:, :2] + 2 * _BORDER for ends in (boxes, masks)]
+    either = sides[0].prod(1) + sides[1].prod(1) - both
+    for kind, where in (("box-mask-apart", apart), ("box-mask", ~apart & (both < 0.5 * either))):
+        for i in np.flatnonzero(where).tolist():
+            ends = ", ".join(f"{value:g}" for value in masks[i])
+            box = objects[pairs[i]]["bbox"]
+            what = f"bbox {box} (left, top, width, height), its mask from corner to corner: {ends}"
+            findings.add(kind, _say(objects[pairs[i]], what))
+
+
+def is_box(box: Any) -> bool:
+    """Whether it is a list of four finite numbers."""
     return (
         type(box) is list
         and len(box) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from ..engine.run import (
 )
 from ..engine.runner import Runner
 from ..engine.task import Task
-from .config import DetectorConfig
+from ..errors import memory_for, say
+from .annotations import COCO_DETECTIONS, load_annotations
+from .config import DetectorConfig, detection_limits
 from .data import build_eval_loader, build_train_loader
 from .detector import build_detector, has_masks, keep_maps_exact, lr_scales, without_weights
 from .evaluation import CocoEvaluator
 from .schema import CocoDataConfig
-from .sets import check_sets, class_names, trained_classes
+from .sets import check_sets, class_names, read_sets, trained_classes
 from .start import start_detector
 
 __all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
@@ -67,7 +70,8 @@ def build_runner(
     run = config.run
     check_devices(run, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    classes = class_names(run.data)
+    contents = read_sets(run.data)
+    classes = class_names(run.data, contents[0])
     set_random_seed(run.seed)
     if resume_from is not None:  # which brings all weights
         detector = build_detector(without_weights(config.model), classes)
@@ -79,15 +83,16 @@ def build_runner(
         keep_maps_exact(detector)
     masks = has_masks(detector)
     if run.data.check:
-        _check_data(run.data, masks, process)
+        _check_data(run.data, masks, process, contents)
     set_contraction(run.contraction, detector)
     if run.sync_bn and process.world_size > 1:
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     detector.to(process.device)
     average = distribute(detector, run, process)
-    train_loader = build_train_loader(config, classes, process.rank, process.world_size)
-    val_loader = build_eval_loader(config, classes, process.rank, process.world_size)
-    evaluator = _evaluator(run.data, classes, masks)
+    place = process.rank, process.world_size
+    train_loader = build_train_loader(config, classes, *place, masks, contents[0])
+    val_loader = build_eval_loader(config, classes, *place, contents[1])
+    evaluator = _evaluator(config, classes, masks, contents[1])
     task = Task(
         detector,
         detector,
@@ -123,14 +128,15 @@ def evaluate_detector(
     model: Any = detector
     seen = 0
     for batch in loader:
-        with autocast(precision, device.type):
-            samples = model.val_step(batch)
-        for sample in samples:
-            found = sample.pred_instances
-            masks = found.masks if "masks" in found else None
-            boxes, scores = found.bboxes.float(), found.scores.float()
-            evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
-            seen += 1
+        with memory_for(lambda: map(_name, batch["data_samples"])):  # noqa: B023 -- called inside
+            with autocast(precision, device.type):
+                samples = model.val_step(batch)
+            for sample in samples:
+                found = sample.pred_instances
+                masks = found.masks if "masks" in found else None
+                boxes, scores = found.bboxes.float(), found.scores.float()
+                evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
+                seen += 1
     detector.train(training)
     meet("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
@@ -141,6 +147,10 @@ def evaluate_detector(
     if left_out:
         figures["unreadable_images"] = float(left_out)
     return figures
+
+
+def _name(sample: Any) -> str:
+    return str(sample.get("img_path", f"image {sample.img_id}"))
 
 
 def evaluate_checkpoint(
@@ -155,14 +165,15 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
-        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}")
+        content = load_annotations(Path(run.data.root, run.data.val_annotations))
+        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}", content)
         detector = build_detector(without_weights(config.model), classes)
         if run.precision != "fp32":
             keep_maps_exact(detector)
         set_contraction(run.contraction, detector)
         detector.to(process.device)
-        loader = build_eval_loader(config, classes, process.rank, process.world_size)
-        evaluator = _evaluator(run.data, classes, has_masks(detector))
+        loader = build_eval_loader(config, classes, process.rank, process.world_size, content)
+        evaluator = _evaluator(config, classes, has_masks(detector), content)
         return evaluate_weights(
             detector,
             state,
@@ -172,18 +183,51 @@ def evaluate_checkpoint(
         )
 
 
-def _evaluator(data: CocoDataConfig, classes: list[str], masks: bool) -> CocoEvaluator:
-    return CocoEvaluator(Path(data.root, data.val_annotations), classes, masks)
+def _evaluator(
+    config: DetectorConfig, classes: list[str], masks: bool, content: Mapping[str, Any]
+) -> CocoEvaluator:
+    """The evaluator of the test images.
+
+    Raises:
+        DataError: there is no object to evaluate against.
+    """
+    data = config.run.data
+    file = Path(data.root, data.val_annotations)
+    most = data.max_detections or COCO_DETECTIONS
+    evaluator = CocoEvaluator(file, classes, masks, most, content)
+    if not (in_image := evaluator.objects):
+        raise DataError(
+            f"{file}: no object to evaluate against (of {', '.join(classes[:5])}; crowds do not "
+            "count); tools/predict.py finds objects without"
+        )
+    most = min([most, *detection_limits(config.model)])
+    if beyond := {i: n for i, n in in_image.items() if n > most}:
+        worst = max(beyond, key=beyond.__getitem__)
+        say(
+            f"{file}: {len(beyond):,} images have more than {most} objects (image {worst}: "
+            f"{beyond[worst]:,}), of which {most} can be found at most; data.max_detections sets "
+            "the limit"
+        )
+    return evaluator
 
 
-def _check_data(data: CocoDataConfig, masks: bool, process: Process) -> None:
-    """Refuse data with errors, on all processes, though only one looks."""
+def _check_data(
+    data: CocoDataConfig,
+    masks: bool,
+    process: Process,
+    contents: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> None:
+    """Refuse data with errors, on all processes, though only one looks; warnings are said."""
     at("checking the data")
     found: list[Any] = [None]
     if process.is_main:
         try:
-            reports = check_sets(data, masks)
+            reports = check_sets(data, masks, contents=contents)
             found = ["\n".join(report.render() for report in reports if report.errors)]
+            for report in reports:
+                if not report.errors and report.warnings:
+                    told = [f"{each.count:,} {each.text}" for each in report.warnings]
+                    say(f"{report.annotations_file} (tools/check_coco.py): {'; '.join(told)}")
         except DataError as error:
             found = [str(error)]
     if process.world_size > 1:

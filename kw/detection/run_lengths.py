@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["are_run_lengths", "decompress", "encode_masks", "import_evaluator"]
+__all__ = ["are_run_lengths", "bounds", "decompress", "encode_masks", "import_evaluator"]
+
+
+_PIXELS = 2**25  # of masks that are compressed at a time
 
 
 def encode_masks(masks: Any) -> list[dict[str, Any]]:
@@ -27,9 +30,13 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
         raise ValueError(f"masks must be [N, H, W], not {list(masks.shape)}")
     if masks.shape[0] == 0:
         return []
-    # Run lengths go down columns; turned on the device, which is quick there.
-    columns = (masks != 0).transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # [N, W, H]
-    return list(mask_api.encode(columns.T))
+    # A few at a time: a hundred masks of a photo take gigabytes on the way.
+    runs: list[dict[str, Any]] = []
+    for part in masks.split(max(1, _PIXELS // masks[0].numel())):
+        # Run lengths go down columns; turned on the device, which is quick there.
+        columns = (part != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
+        runs += mask_api.encode(columns.T)  # [N, W, H] -> [H, W, N]
+    return runs
 
 
 def decompress(text: str) -> list[int] | None:
@@ -54,6 +61,25 @@ def decompress(text: str) -> list[int] | None:
         counts.append(value + counts[-2] if len(counts) > 2 else value)
         value, shift = 0, 0
     return None if shift else counts
+
+
+def bounds(counts: Sequence[int], height: int) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of a mask, in pixels; None for an empty one.
+
+    Args:
+        counts: run lengths down the columns, the first outside.
+        height: of the image, pixels.
+    """
+    ends = np.cumsum(np.asarray(counts, dtype=np.int64))
+    runs = np.stack([ends[:-1], ends[1:]], 1)[::2]  # those inside
+    runs = runs[runs[:, 1] > runs[:, 0]]
+    if not len(runs):
+        return None
+    first, last = runs[:, 0], runs[:, 1] - 1
+    is_within = first // height == last // height  # one column
+    top = np.where(is_within, first % height, 0).min()
+    bottom = np.where(is_within, last % height, height - 1).max() + 1
+    return int(first[0] // height), int(top), int(last[-1] // height + 1), int(bottom)
 
 
 def are_run_lengths(masks: Any) -> bool:

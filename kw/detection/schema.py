@@ -44,6 +44,18 @@ class CocoDataConfig:
     group_by_aspect: bool = setting(
         True, "deal out an update's images so that wide ones meet wide ones: less padding"
     )
+    exif_orientation: str = setting(
+        "apply",
+        "turn images as their EXIF data say, or leave them as stored; annotations must fit",
+        choices=("apply", "ignore"),
+    )
+    max_detections: int | None = setting(
+        None,
+        "detections of an image that the detector gives, and of a category in it that evaluation "
+        "counts; null = the detector's own number, and COCO's 100",
+        minimum=100,
+        maximum=10**5,
+    )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     check: bool = setting(True, "check both annotation files before training")
 

@@ -9,21 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DataError
-from ..warehouse.conversion import say
-from .annotations import Report, check_annotations, load_annotations, read_categories
+from ..errors import say
+from .annotations import Report, category_ids, check_annotations, load_annotations
 from .schema import CocoDataConfig
 
-__all__ = ["check_sets", "class_names", "trained_classes", "write_subset"]
+__all__ = ["check_sets", "class_names", "read_sets", "trained_classes", "write_subset"]
 
 
-def class_names(config: CocoDataConfig) -> list[str]:
+Content = Mapping[str, Any]
+
+
+def read_sets(config: CocoDataConfig) -> tuple[Content, Content]:
+    """The training and the test annotations; one file is read once.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    train, val = (
+        Path(config.root, name) for name in (config.train_annotations, config.val_annotations)
+    )
+    content = load_annotations(train)
+    return content, content if train == val else load_annotations(val)
+
+
+def class_names(config: CocoDataConfig, content: Content | None = None) -> list[str]:
     """The categories to detect: those of the configuration, or all of the training file.
+
+    Args:
+        config: of the data.
+        content: of the training file, where it is read already.
 
     Raises:
         DataError: the file cannot be read, or lacks a category that the configuration names.
     """
     file = Path(config.root, config.train_annotations)
-    found = read_categories(file)
+    found = list(category_ids(load_annotations(file) if content is None else content, str(file)))
     if config.classes is None:
         return found
     missing = [name for name in config.classes if name not in found]
@@ -35,7 +55,10 @@ def class_names(config: CocoDataConfig) -> list[str]:
 
 
 def trained_classes(
-    checkpoint: Mapping[str, Any], config: CocoDataConfig, source: str
+    checkpoint: Mapping[str, Any],
+    config: CocoDataConfig,
+    source: str,
+    content: Content | None = None,
 ) -> list[str]:
     """The categories that a checkpoint detects, in the order of its labels.
 
@@ -46,13 +69,14 @@ def trained_classes(
         checkpoint: as it was read; one without names detects what the configuration says.
         config: of the data to test on.
         source: what messages call the checkpoint.
+        content: of the test annotations, where they are read already.
 
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
     """
     trained = checkpoint.get("meta", {}).get("classes") or class_names(config)
     file = Path(config.root, config.val_annotations)
-    found = read_categories(file)
+    found = list(category_ids(load_annotations(file) if content is None else content, str(file)))
     if missing := [name for name in trained if name not in found]:
         raise DataError(
             f"{file} has no category {', '.join(missing)}, which {source} detects; it has "
@@ -65,20 +89,44 @@ def trained_classes(
     return list(trained)
 
 
-def check_sets(config: CocoDataConfig, masks: bool, read_images: bool = False) -> list[Report]:
+def check_sets(
+    config: CocoDataConfig,
+    masks: bool,
+    read_images: bool = False,
+    contents: tuple[Content, Content] | None = None,
+) -> list[Report]:
     """Check both annotation files, see :func:`kw.detection.annotations.check_annotations`.
+
+    Args:
+        config: of the data.
+        masks: whether every object must have a mask.
+        read_images: decode all images too.
+        contents: of the training and the test annotations, where they are read already.
 
     Raises:
         DataError: a file cannot be read at all.
     """
     root = Path(config.root)
-    classes = class_names(config)
-    settings: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
+    train_content, val_content = contents or (None, None)
+    settings: dict[str, Any] = {
+        "classes": class_names(config, train_content),
+        "masks": masks,
+        "read_images": read_images,
+        "settings": config,
+    }
     train = check_annotations(
-        root / config.train_annotations, root / config.train_images, **settings
+        root / config.train_annotations,
+        root / config.train_images,
+        content=train_content,
+        **settings,
     )
     val = check_annotations(
-        root / config.val_annotations, root / config.val_images, other=train, **settings
+        root / config.val_annotations,
+        root / config.val_images,
+        other=train,
+        training=False,
+        content=val_content,
+        **settings,
     )
     return [train, val]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import say
 from ..models.weights import CheckpointError, refuse_other
-from ..warehouse.conversion import say
 from .backbone import Backbone
 from .detector import build_detector, without_weights
 from .weights import StartWeights, count_parts, part_of, read_detector

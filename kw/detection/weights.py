@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..config.schema import ModelConfig
+from ..errors import say
 from ..models.build import read_start
 from ..models.weights import CheckpointError, read_weights
-from ..warehouse.conversion import say
 
 __all__ = ["StartWeights", "count_parts", "part_of", "read_backbone", "read_detector"]
 

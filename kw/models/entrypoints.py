@@ -30,8 +30,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from ..errors import say
 from ..warehouse import convert, drop_unused_warehouses
-from ..warehouse.conversion import say
 from .released import RELEASED, ReleasedModel
 from .weights import is_converted, load_start, read_weights
 

@@ -9,8 +9,8 @@ from itertools import chain
 from torch import nn
 
 from ..config import ConfigError
+from ..errors import say
 from ..warehouse import KWLayer, find_warehouses
-from ..warehouse.conversion import say
 from ..warehouse.plan import nearest
 
 __all__ = ["freeze", "frozen_modules", "hold_frozen"]

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, one_line
-from ..warehouse.conversion import say
+from ..errors import UserError, one_line, say
 from ..warehouse.warehouse import with_names_now
 
 __all__ = [

@@ -27,13 +27,13 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..errors import say
 from ..warehouse import KWLayer
 from ..warehouse.conversion import (
     Conversion,
     KeptWarehouse,
     count_parameters,
     guard_saving,
-    say,
 )
 from ..warehouse.convertible import arguments_of, has_kernel, succeed
 from ..warehouse.plan import nearest

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving", "say"]
-
-_logger = logging.getLogger("kw")
-
-
-def say(line: str) -> None:
-    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where that would not
-    show it. A level above INFO of the logger ``kw`` itself silences it. Of several processes the
-    first speaks."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        return
-    if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
-        _logger.info(line)
-    elif _logger.level <= logging.INFO:  # nobody has asked for silence
-        print(line, file=sys.stderr)
+__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import say
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, say
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
 from .convertible import dynamic_layer, has_kernel, kernel_shape
 from .layers import KWLayer
 from .ops import check_backend

@@ -1,0 +1,244 @@
+"""A trained detector in use: what it finds in pictures, and COCO's formats of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.dataset import Compose, pseudo_collate
+from PIL import Image
+from torch import Tensor
+
+from ..config import ConfigError
+from ..data.reading import DataError, Picture, read_image
+from ..deploy.source import find_checkpoint
+from ..engine import load_checkpoint, load_network, set_contraction
+from ..engine.checkpoint import CheckpointError
+from ..errors import memory_for, one_line
+from .annotations import category_ids
+from .config import DetectorConfig, load_detector_config
+from .data import check_sample, with_our_reading
+from .detector import build_detector, has_masks, without_weights
+from .drawing import draw_detections
+from .mmdet import register_all_modules
+from .run_lengths import encode_masks
+from .segments import segmentation_mask
+from .sets import class_names
+
+__all__ = ["Found", "Predictor", "coco_file", "coco_results", "load", "run_of"]
+
+_PIPELINE = "test_pipeline"
+
+
+class Found(NamedTuple):
+    """What a detector finds in a picture; the best first."""
+
+    boxes: Tensor
+    """float32 ``[N, 4]``: left, top, right, bottom in pixels"""
+    scores: Tensor
+    """float32 ``[N]``"""
+    labels: Tensor
+    """int64 ``[N]``, places in :attr:`Predictor.classes`"""
+    masks: list[dict[str, Any]] | None
+    """run lengths, see :func:`kw.detection.run_lengths.encode_masks`; None for boxes alone"""
+    size: tuple[int, int]
+    """width and height of the picture, pixels"""
+
+
+class Predictor:
+    """A trained detector, ready for pictures.
+
+    Args:
+        config: the detector and how it reads pictures (``test_pipeline``).
+        checkpoint: a file that training wrote; its moving average where it has one.
+        device: where it runs.
+
+    Attributes:
+        classes: names of its categories; a label is a place in this list.
+
+    Raises:
+        ConfigError: the detector cannot be built.
+        CheckpointError: the checkpoint cannot be read or is of another detector.
+        DataError: the checkpoint names no categories, nor can the training annotations be read.
+    """
+
+    def __init__(
+        self, config: DetectorConfig, checkpoint: str | Path, device: str | torch.device = "cpu"
+    ) -> None:
+        state = load_checkpoint(checkpoint)
+        data = config.run.data
+        self.classes: list[str] = list(state.get("meta", {}).get("classes") or class_names(data))
+        self.config = config
+        self.upright = data.exif_orientation == "apply"
+        self.detector = build_detector(without_weights(config.model), self.classes)
+        load_network(
+            self.detector, state.get("ema_state_dict", state["state_dict"]), str(checkpoint)
+        )
+        set_contraction(config.run.contraction, self.detector)
+        self.detector.to(device).eval()
+        self.has_masks = has_masks(self.detector)
+        register_all_modules(init_default_scope=True)
+        # What is annotated is not known here.
+        steps = [step for step in config.test_pipeline if not _reads_annotations(step)]
+        try:
+            transforms = Compose(steps).transforms
+        except Exception as error:  # what mmdetection makes of settings that it does not expect
+            what = f"mmdetection cannot build it: {one_line(error)}"
+            raise ConfigError(f"{_PIPELINE}: {what}") from error
+        self._steps = with_our_reading(
+            transforms, data.bad_images.max_pixels, self.upright, _PIPELINE
+        )
+
+    def read(self, picture: Picture) -> Image.Image:
+        """A picture as the detector sees it, RGB, in its full size.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        return read_image(picture, self.config.run.data.bad_images.max_pixels, self.upright)
+
+    @torch.no_grad()
+    def predict(self, picture: Picture, score: float = 0.0) -> Found:
+        """Find objects in one picture.
+
+        Args:
+            picture: a file, an image of Pillow's, or an array, see :func:`kw.data.read_image`.
+            score: detections below are left out, beside those that the detector's own threshold
+                (``test_cfg``) leaves out.
+
+        Raises:
+            BadImageError: it cannot be read as an image.
+            OutOfMemory: memory does not suffice for it.
+        """
+        sample: Any = {"img_path": picture, "img_id": 0}
+        with memory_for(lambda: [picture if isinstance(picture, (str, Path)) else "a picture"]):
+            for step in self._steps:
+                sample = step(sample)
+            check_sample(sample, _PIPELINE)
+            (found,) = self.detector.test_step(pseudo_collate([sample]))
+            objects = found.pred_instances
+            objects = objects[objects.scores >= score]
+            objects = objects[objects.scores.argsort(descending=True, stable=True)]
+            masks = encode_masks(objects.masks) if self.has_masks else None
+        height, width = found.ori_shape
+        return Found(
+            objects.bboxes.float().cpu(),
+            objects.scores.float().cpu(),
+            objects.labels.cpu(),
+            masks,
+            (width, height),
+        )
+
+    def draw(self, picture: Picture, found: Found, score: float = 0.0) -> Image.Image:
+        """The picture with what was found in it; detections below a score are left out."""
+        masks = None
+        if found.masks is not None:
+            width, height = found.size
+            masks = [segmentation_mask(each, height, width) for each in found.masks]
+        boxes, labels, scores = (v.numpy() for v in (found.boxes, found.labels, found.scores))
+        image = self.read(picture)
+        return draw_detections(image, boxes, labels, scores, masks, self.classes, score)
+
+
+def _reads_annotations(step: Any) -> bool:
+    return isinstance(step, dict) and "LoadAnnotations" in str(step.get("type"))
+
+
+def run_of(model: str | Path) -> tuple[Path, Path] | None:
+    """Configuration and checkpoint of a detector's run; None for anything else.
+
+    Args:
+        model: a work directory with a detector's ``config.py``, or a checkpoint in it.
+    """
+    path = Path(model)
+    config = (path if path.is_dir() else path.parent) / "config.py"
+    is_file = path.is_dir() or path.suffix == ".pth"
+    return (config, find_checkpoint(path)) if is_file and config.is_file() else None
+
+
+def load(model: str | Path, device: str = "cpu") -> Predictor:
+    """A ready detector of a training run.
+
+    Its ``config.py`` is run as a program: trust the folder as you would a program.
+
+    Args:
+        model: a work directory of ``tools/train.py``, or a checkpoint in it.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        CheckpointError: it is no detector's, or as for :class:`Predictor`.
+        ConfigError: its configuration cannot be used.
+    """
+    found = run_of(model)
+    if found is None:
+        raise CheckpointError(
+            f"{model}: expected a detector's work directory, with its config.py, or a checkpoint "
+            "in it"
+        )
+    config, checkpoint = found
+    return Predictor(load_detector_config(config), checkpoint, device)
+
+
+def coco_results(
+    found: Iterable[tuple[int, Found]], classes: Sequence[str], content: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Detections in COCO's results format, which its evaluation server and tools read.
+
+    Args:
+        found: image ids and what was found there.
+        classes: of the detector.
+        content: of an annotation file, whose categories give the ids.
+
+    Raises:
+        DataError: the file lacks a category of the detector.
+    """
+    ids = category_ids({"annotations": [], **content}, "the annotation file")
+    if missing := [name for name in classes if name not in ids]:
+        raise DataError(f"the annotation file has no category {', '.join(missing)}")
+    return [
+        row for image_id, each in found for row in _rows(image_id, each, [ids[n] for n in classes])
+    ]
+
+
+def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dict[str, Any]:
+    """Detections as an annotation file: images and categories numbered from 1, and scores.
+
+    Args:
+        found: file names and what was found there.
+        classes: of the detector.
+    """
+    numbered = [(place, name, each) for place, (name, each) in enumerate(found, 1)]
+    ids = range(1, len(classes) + 1)
+    rows = [row for place, _, each in numbered for row in _rows(place, each, ids)]
+    for number, row in enumerate(rows, 1):
+        _, _, width, height = row["bbox"]
+        row.update(id=number, iscrowd=0, area=width * height)
+    return {
+        "images": [
+            {"id": place, "file_name": name, "width": each.size[0], "height": each.size[1]}
+            for place, name, each in numbered
+        ],
+        "annotations": rows,
+        "categories": [{"id": i, "name": name} for i, name in zip(ids, classes, strict=True)],
+    }
+
+
+def _rows(image_id: int, found: Found, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    boxes = found.boxes.double()
+    boxes[:, 2:] -= boxes[:, :2]
+    rows: list[dict[str, Any]] = [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(value, 2) for value in box],
+            "score": round(score, 5),
+        }
+        for box, label, score in zip(
+            boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+        )
+    ]
+    for row, mask in zip(rows, found.masks or (), strict=False):
+        row["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
+    return rows

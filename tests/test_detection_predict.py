@@ -1,0 +1,215 @@
+"""Prediction with a detector: the loader's own results, files by identity, COCO's formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_set import detector_text, write_coco_set
+from coco_sets import random_set, reference
+from PIL import Image
+
+pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
+
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from kw import detection
+from kw.data import DataError
+from kw.detection import load_detector_config, train
+from kw.detection.annotations import check_annotations
+from kw.detection.data import build_eval_loader
+from kw.detection.pictures import picture_names, write_pictures
+from kw.detection.predictor import Found, coco_results
+from kw.engine import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A set, and the work directory of a short run on it."""
+    root = tmp_path_factory.mktemp("predict")
+    coco = write_coco_set(root / "set")
+    (root / "detector.py").write_text(detector_text(coco))
+    train(load_detector_config(root / "detector.py"), root / "run")
+    return coco, root / "run"
+
+
+def call(tool: Callable[..., None], *arguments: Any, status: int = 0) -> None:
+    if status == 0:
+        tool("tools/predict.py", *arguments)
+        return
+    with pytest.raises(SystemExit) as stop:
+        tool("tools/predict.py", *arguments)
+    assert stop.value.code == status
+
+
+def test_one_by_one_is_as_evaluated(run: Any) -> None:
+    coco, work_dir = run
+    predictor = detection.load(work_dir)
+    assert predictor.classes == ["red", "green", "blue"]
+    predictor.config.run.eval_batch_size = 1  # attention pools over what a batch is padded with
+    loader: Any = build_eval_loader(predictor.config, predictor.classes, 0, 1)
+    seen = 0
+    for batch in loader:
+        for sample in predictor.detector.val_step(batch):
+            file = coco / "val" / f"val_{sample.img_id - 100}.png"
+            found = predictor.predict(file)
+            theirs = sample.pred_instances
+            order = theirs.scores.argsort(descending=True, stable=True)
+            assert torch.equal(found.scores, theirs.scores[order])
+            assert torch.equal(found.boxes, theirs.bboxes[order])
+            assert found.masks is not None
+            assert len(found.masks) == len(found.boxes)
+            seen += len(found.boxes)
+            with Image.open(file) as image:
+                for same in (image, np.asarray(image)):
+                    assert torch.equal(predictor.predict(same).boxes, found.boxes)
+                assert predictor.draw(image, found).size >= image.size == found.size
+            best = predictor.predict(file, float(found.scores[0])) if len(found.scores) else found
+            assert len(best.scores) <= 1 or best.scores[0] == best.scores[-1]
+    assert seen > 0
+
+
+def test_a_folder_and_cocos_formats(
+    run: Any, tmp_path: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco, work_dir = run
+    content = json.loads((coco / "annotations" / "instances_val.json").read_text())
+    info = tmp_path / "image_info.json"
+    info.write_text(json.dumps({k: v for k, v in content.items() if k != "annotations"}))
+    results = tmp_path / "results.json"
+    call(
+        tool, work_dir, coco / "val", "--annotations", info, "--json", results, "--score", "0",
+        "--pictures", tmp_path / "pictures",
+    )  # fmt: skip
+    ids = {image["file_name"]: image["id"] for image in content["images"]}
+    rows = json.loads(results.read_text())
+    assert {row["image_id"] for row in rows} == set(ids.values())
+    assert {row["category_id"] for row in rows} <= {2, 4, 7}
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [f"val_{i}.png" for i in range(5)]
+
+    capsys.readouterr()
+    listed = tmp_path / "found.json"
+    call(
+        tool, work_dir / "best.pth", coco / "val", coco / "train" / "train_0.png", "--json", listed
+    )
+    assert "objects, score 0.3 and above" in capsys.readouterr().out
+    found = json.loads(listed.read_text())
+    assert [each["file_name"] for each in found["images"][:5]] == names
+    assert all(each["score"] >= 0.3 for each in found["annotations"])
+    assert [each["name"] for each in found["categories"]] == ["red", "green", "blue"]
+    del found["images"][5:]
+    found["annotations"] = [each for each in found["annotations"] if each["image_id"] <= 5]
+    listed.write_text(json.dumps(found))
+    report = check_annotations(listed, coco / "val")
+    assert not [each.kind for each in report.errors if each.kind not in ("no-objects",)]
+
+
+def test_cocos_tools_read_the_results() -> None:
+    """pycocotools makes of them the figures of the detections themselves."""
+    truth, detections = random_set(np.random.default_rng(0), images=6, crowded=20)
+    found = [
+        (
+            image_id,
+            Found(
+                torch.as_tensor(each["boxes"]),
+                torch.as_tensor(each["scores"]),
+                torch.as_tensor(each["labels"]),
+                each["masks"],
+                (1, 1),
+            ),
+        )
+        for image_id, each in detections.items()
+    ]
+    names = [each["name"] for each in sorted(truth["categories"], key=lambda each: each["id"])]
+    results = json.loads(json.dumps(coco_results(found, names, truth)))
+    expected, _ = reference(truth, detections)
+    annotated = COCO()
+    annotated.dataset = truth
+    annotated.createIndex()
+    for kind in ("bbox", "segm"):
+        evaluator = COCOeval(annotated, annotated.loadRes(results), kind)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+        assert evaluator.stats[0] == pytest.approx(expected[f"{kind}_mAP"], abs=1e-3)
+        assert evaluator.stats[0] > 0.05
+
+
+def test_files_that_cannot_be_read_and_wrong_arguments(
+    run: Any, tmp_path: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco, work_dir = run
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
+    call(tool, work_dir, tmp_path / "photos", status=2)
+    assert "none of 1 file(s) could be read" in capsys.readouterr().err
+    call(tool, work_dir, tmp_path / "photos", coco / "val" / "val_0.png")
+    assert f"cannot read {tmp_path / 'photos' / 'bad.png'}: no image" in capsys.readouterr().err
+    call(tool, work_dir, coco / "val", "--top", "3", status=2)
+    assert "--top: " in capsys.readouterr().err
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"images": [], "categories": []}))
+    call(tool, work_dir, coco / "val" / "val_0.png", "--annotations", names, status=2)
+    assert "expected one folder as IMAGES" in capsys.readouterr().err
+    names.write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "val_0.png"}], "categories": []})
+    )
+    call(tool, work_dir, coco / "val", "--annotations", names, "--json", tmp_path / "r", status=2)
+    assert "has no category red, green, blue" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="expected a detector's work directory"):
+        detection.load(tmp_path)
+
+
+def test_pictures_beside_the_truth(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each picture is of its own image, though one cannot be read and all have one stem."""
+    _, work_dir = run
+    coco = write_coco_set(tmp_path / "set")
+    file = coco / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for place, image in enumerate(content["images"]):
+        folder = coco / "val" / f"cam{place}"
+        folder.mkdir()
+        (coco / "val" / image["file_name"]).rename(folder / "1.png")
+        image["file_name"] = f"cam{place}/1.png"
+        with Image.open(folder / "1.png") as opened:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            opened.transpose(Image.Transpose.ROTATE_90).save(folder / "1.png", exif=exif)
+    file.write_text(json.dumps(content))
+    bad = coco / "val" / "cam1" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    caplog.set_level("INFO", "kw")
+    config = load_detector_config(work_dir / "config.py", [f"data.root={coco}"])
+    written = write_pictures(config, work_dir / "best.pth", tmp_path / "out", images=3, score=1)
+    assert [str(path.relative_to(tmp_path / "out")) for path in written] == [
+        "cam0/1.png", "cam2/1.png", "cam3/1.png", "sheet.png",
+    ]  # fmt: skip
+    assert f"cannot read image {bad}" in caplog.text
+    for place, path in zip((0, 2, 3), written, strict=False):
+        with Image.open(path) as picture, Image.open(coco / "val" / f"cam{place}" / "1.png") as own:
+            upright = own.transpose(Image.Transpose.ROTATE_270).convert("RGB")
+            scale = -(-480 // max(upright.size))
+            large = upright.resize((upright.width * scale, upright.height * scale), 0)
+            drawn = np.asarray(picture)[-large.height :, : large.width]
+            assert (drawn == np.asarray(large)).mean() > 0.99
+    for each in content["images"]:
+        (coco / "val" / each["file_name"]).write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of its images can be read"):
+        write_pictures(config, work_dir / "best.pth", tmp_path / "out")
+
+
+def test_names_of_pictures() -> None:
+    files = ["a/1.jpg", "a/1.png", "b/1.jpg", "../c.jpg", "/d/e.tif", "A/1.gif", "sheet.jpg"]
+    names = picture_names(files)
+    assert names == [
+        "a/1.jpg.png", "a/1.png.png", "b/1.png", "c.png", "d/e.png", "A/1.gif.png", "sheet.jpg.png",
+    ]  # fmt: skip
