@@ -80,6 +80,7 @@ _REMEDIES = {
     errno.EAGAIN: "the limit of processes is reached (ulimit -u): lower data.workers",
 }
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory")
+_ONE_VALUE = "Expected more than 1 value per channel when training"
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
 
 
@@ -126,6 +127,12 @@ def answer(error: BaseException) -> str | None:
         return (
             f"{text.splitlines()[0]}; a loader process died, usually for want of memory: lower "
             "data.workers, or give /dev/shm more room"
+        )
+    if isinstance(error, ValueError) and _ONE_VALUE in text:
+        return (
+            f"{text.splitlines()[0]}: a BatchNorm layer gets one image whose map has one position; "
+            "set batch_size (images of one process in one forward pass) to 2 or more, or train on "
+            "larger images (data.input_size); for a detector, model.backbone.norm_eval=True"
         )
     return None
 

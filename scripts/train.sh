@@ -7,7 +7,8 @@ usage() {
 usage: [SETTING=VALUE ...] $(basename "$0") CONFIG [tools/train.py options]
 
 Starts torchrun with tools/train.py CONFIG --launcher pytorch --resume: a new run where there is no
-checkpoint yet, else the run goes on from the newest whole one.
+checkpoint yet, else the run goes on from the newest whole one. Relative paths start in the folder
+that it is called in.
 
     PROCESSES     processes on this machine (default: its GPUs, or 1)
     NODES         machines, e.g. 4, or a range for elastic training, e.g. 2:4 (default 1)
@@ -51,9 +52,8 @@ if [[ $nodes != 1 ]]; then
     rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "${JOB:-$name}")
 fi
 
-cd "$root"
 # A store of its own for every start: in a shared one, processes would look for dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
     --max-restarts "${RESTARTS:-3}" "${rendezvous[@]}" \
-    tools/train.py "$config" --launcher pytorch --resume "$@"
+    "$root/tools/train.py" "$config" --launcher pytorch --resume "$@"

@@ -247,3 +247,11 @@ def test_mmdetection_is_not_imported() -> None:
         "raise SystemExit(bool({'mmdet', 'mmcv', 'faster_coco_eval'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_masks_are_compressed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = np.random.default_rng(0).random((7, 20, 30)) < 0.3
+    whole = encode_masks(masks)
+    for pixels in (1, 1300):
+        monkeypatch.setattr("kw.detection.run_lengths._PIXELS", pixels)
+        assert encode_masks(masks) == whole

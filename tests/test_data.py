@@ -261,6 +261,15 @@ def test_misshapen_folders_are_described(root: Path, tmp_path: Path) -> None:
     assert check_data_root(tmp_path, 2, splits=["val"]) == ["ant", "bee"]
 
 
+def test_one_class_teaches_nothing(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "ant" / "0.png")
+    with pytest.raises(DataError, match=r"has one class \(ant\): there is nothing to tell apart"):
+        check_data_root(tmp_path, 1)
+    assert check_data_root(tmp_path, 1, splits=["val"]) == ["ant"]
+
+
 # --- transforms ------------------------------------------------------------------------------
 
 MODES = ("RGB", "L", "P", "CMYK", "RGBA", "1", "LA")

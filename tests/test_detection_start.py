@@ -217,7 +217,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     # mmengine's own checkpoints hold objects, which could run code.
     history = HistoryBuffer()
     torch.save({"state_dict": state, "message_hub": history}, path)
-    with pytest.raises(CheckpointError, match="save its state_dict alone"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"HistoryBuffer, and reading those could run code.*save its weights alone",
+    ):
         Backbone(CONVERTED, weights=str(path))
 
 

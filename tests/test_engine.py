@@ -290,6 +290,14 @@ def test_schedule(settings: dict[str, Any]) -> None:
     schedule = Schedule(config_from_mapping(steps), updates_per_epoch=5)
     rates = [schedule.lr(u) for u in (0, 14, 15, 30, 45)]
     assert rates == pytest.approx([2e-3, 2e-3, 2e-4, 2e-5, 2e-6])
+    # A number of updates, of a small set's run at most a tenth; epochs where they say more.
+    for epochs, per_epoch, expected in ((0.0, 7329, 500), (0.0, 20, 20), (3.0, 20, 60)):
+        warm = {"warmup_epochs": epochs, "warmup_updates": 500}
+        config = config_from_mapping(changed(settings, schedule=warm, **changes))
+        schedule = Schedule(config, updates_per_epoch=per_epoch)
+        assert schedule.warmup_updates == expected
+        assert schedule.lr(expected - 1) == schedule.lr(expected) == pytest.approx(2e-3)
+        assert schedule.lr(0) == pytest.approx(2e-3 / expected)
 
 
 def test_decay_spares_vectors_and_biases(settings: dict[str, Any]) -> None:

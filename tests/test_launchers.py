@@ -28,7 +28,11 @@ def config(images: Path, tmp_path: Path) -> Path:
 
 def workers_of(launcher: int) -> list[int]:
     """The training processes that torchrun has started."""
-    return [pid for pid in children(launcher) if b"tools/train.py" in command_of(pid)]
+    return [
+        pid
+        for pid in children(launcher)
+        if any(part.endswith(b"tools/train.py") for part in command_of(pid))
+    ]
 
 
 def children(pid: int) -> list[int]:
@@ -67,6 +71,24 @@ def test_a_dead_worker_does_not_end_the_job(config: Path, images: Path, tmp_path
     assert job.returncode == 0, errors[-3000:]
     run_with_kills(settings, tmp_path / "whole", 0, 2, 0, 0.0)
     assert compare(tmp_path / "whole", work_dir) == []
+
+
+def test_relative_paths_are_the_callers(tmp_path: Path) -> None:
+    """Called from another folder: torchrun starts there, with the paths as they were given."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$PWD" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.sh", "mine/c.yaml", "--work-dir", "out"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHON": str(python), "PROCESSES": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"{tmp_path} -m torch.distributed.run ")
+    ending = f" {ROOT}/tools/train.py mine/c.yaml --launcher pytorch --resume --work-dir out\n"
+    assert done.stdout.endswith(ending)
 
 
 def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Popen[str]:

@@ -263,6 +263,16 @@ def test_mistakes_found_in_loader_processes() -> None:
     assert answer(error.value) == "image x.png cannot be read"
 
 
+def test_one_image_for_batch_norm() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match="more than 1 value") as error:
+        norm(torch.zeros(1, 3, 1, 1))
+    said = answer(error.value)
+    assert said is not None
+    assert "set batch_size (images of one process in one forward pass) to 2 or more" in said
+    assert answer(ValueError("Expected something else")) is None
+
+
 def test_a_full_disk_names_the_file(
     tool: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

@@ -68,7 +68,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 def test_every_ending_is_read_by_content(tmp_path: Path, ending: str) -> None:
     for split in ("train", "val"):
         picture(tmp_path / split / "x" / f"a{ending}")
-    assert check_data_root(tmp_path, 1) == ["x"]
+    assert check_data_root(tmp_path, 1, ["val"]) == ["x"]
     assert ImageFolder(tmp_path, "val", to_tensor)[0, 0].image[0, 0, 0] == 100
 
 

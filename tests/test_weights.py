@@ -222,7 +222,10 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
         ),
         (lambda s: {"epoch": 3, "arch": "resnet18"}, "expected tensors by name.*'epoch', 'arch'"),
         (lambda s: [1, 2], "found a list"),
-        (lambda s: {"state_dict": s, "args": argparse.Namespace()}, "save its state_dict alone"),
+        (
+            lambda s: {"state_dict": s, "args": argparse.Namespace()},
+            "objects of argparse.Namespace, and reading",
+        ),
         (lambda s: {**s, "version": 3}, "1 entries are no tensors: version"),
     ],
 )

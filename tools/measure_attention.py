@@ -31,7 +31,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = load_config(args.config, args.cfg_options)
-    check_data_root(config.data.root, config.model.num_classes)
+    check_data_root(config.data.root, config.model.num_classes, ["val"])
     network = build_network(config.model)
     check_network(network, config.model, config.data.input_size)
     load_network(network, load_checkpoint(args.checkpoint)["state_dict"], args.checkpoint)

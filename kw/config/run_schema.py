@@ -62,6 +62,13 @@ class ScheduleConfig:
 
     name: str = setting("cosine", "shape after warm-up", choices=("cosine", "step"))
     warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0, maximum=10**6)
+    warmup_updates: int = setting(
+        0,
+        "warm-up of at least so many updates, but of no more than a tenth of the run for that: for "
+        "sets that are small",
+        minimum=0,
+        maximum=10**6,
+    )
     final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0, maximum=1e6)
     milestones: list[float] = setting(
         [], "step: epochs at which the rate is multiplied", above=0, maximum=10**6

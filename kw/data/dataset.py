@@ -144,10 +144,15 @@ def check_data_root(
         The class names, sorted.
 
     Raises:
-        DataError: says what was looked for and what was found.
+        DataError: says what was looked for and what was found; or there is one class alone.
     """
     first, *others = splits
     classes = _check_split(root, first)
+    if len(classes) == 1 and "train" in splits:
+        raise DataError(
+            f"{Path(root) / first} has one class ({classes[0]}): there is nothing to tell apart, "
+            "every network is right; add a folder of other images"
+        )
     for split in others:
         found = _check_split(root, split)
         if found != classes:

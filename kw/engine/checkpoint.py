@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.weights import CheckpointError, find_damage, refuse_other
+from ..models.weights import CheckpointError, find_damage, refuse_other, why_unread
 from ..warehouse.warehouse import with_names_now
 from .layout import layout_fault
 from .parallel import placed_like
@@ -95,8 +95,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {reason}") from error
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {why_unread(error)}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"checkpoint {path}: expected a mapping with 'state_dict', as tools/train.py writes it"

@@ -369,8 +369,8 @@ def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
     step = max(schedule.total_updates // 20_000, 1)
     steps = range(0, schedule.total_updates, step)
     marks = {}
-    if config.schedule.warmup_epochs:
-        marks["warm-up ends"] = config.schedule.warmup_epochs
+    if schedule.warmup_updates:
+        marks["warm-up ends"] = schedule.warmup_updates / schedule.updates_per_epoch
     if config.temperature_epochs:
         marks["temperature is 0"] = config.temperature_epochs
     if config.schedule.name == "step":

@@ -284,7 +284,7 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
-        classes = check_data_root(config.data.root, config.model.num_classes)
+        classes = check_data_root(config.data.root, config.model.num_classes, ["val"])
         refuse_other_classes(state, classes, f"checkpoint {checkpoint}", config.data.root)
         loader = open_validation(config, process.device, process.rank, process.world_size)
         network = build_network(config.model)

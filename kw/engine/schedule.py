@@ -33,10 +33,17 @@ class Schedule:
         """Updates of the whole run."""
         return self.config.epochs * self.updates_per_epoch
 
+    @property
+    def warmup_updates(self) -> int:
+        """Updates of the warm-up."""
+        schedule = self.config.schedule
+        wanted = round(schedule.warmup_epochs * self.updates_per_epoch)
+        return max(wanted, min(schedule.warmup_updates, self.total_updates // 10))
+
     def lr(self, update: int) -> float:
         """Learning rate of an update (from 0): linear warm-up, then cosine or steps."""
         schedule, base = self.config.schedule, self.config.optimizer.lr
-        warmup = round(schedule.warmup_epochs * self.updates_per_epoch)
+        warmup = self.warmup_updates
         if update < warmup:
             return base * (update + 1) / warmup
         if schedule.name == "cosine":

@@ -33,6 +33,7 @@ __all__ = [
     "load_start",
     "read_weights",
     "refuse_other",
+    "why_unread",
 ]
 
 State = Mapping[str, Tensor]
@@ -40,6 +41,7 @@ State = Mapping[str, Tensor]
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema")
 _MODELS = ("state_dict", "model", "model_state", "weights")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+_OBJECT = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _SHOWN = 20
 
 
@@ -69,10 +71,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise CheckpointError(
-            f"weights {path}: cannot be read as tensors and plain types: {one_line(error)}; a file "
-            "that holds other objects: load it where it comes from and save its state_dict alone"
-        ) from error
+        raise CheckpointError(f"weights {path}: cannot be read: {why_unread(error)}") from error
     key = next((k for k in (*_AVERAGES, *_MODELS) if _holds_tensors(content, k)), None)
     state = content if key is None else content[key]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
@@ -234,6 +233,19 @@ def refuse_other(own: State, state: State, source: str) -> None:
         raise CheckpointError(
             f"{source} is of another model ({len(faults)} differences):\n  {shown}{more}"
         )
+
+
+def why_unread(error: Exception) -> str:
+    """What ``torch.load`` with ``weights_only`` could not do, and what helps."""
+    found = _OBJECT.search(str(error))
+    if found is None:
+        return one_line(error)
+    return (
+        f"it holds objects of {found[1]}, and reading those could run code. If you trust the file, "
+        "save its weights alone (mmdetection: tools/model_converters/publish_model.py): "
+        "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('meta', "
+        "'state_dict') if k in c}, NEW_FILE)"
+    )
 
 
 def find_damage(path: Path, *, ours: bool = False) -> str | None:

@@ -18,8 +18,8 @@ optimizer = dict(
     weight_decay=0.05,
     exempt_from_decay="norm",
 )
-# 500 updates of 7,329 an epoch warm up, as mmdetection's schedules do.
-schedule = dict(name="step", warmup_epochs=0.0682, milestones=[8, 11], gamma=0.1)
+# 500 updates of 7,329 an epoch warm up, as in mmdetection's schedules; of a small set a tenth.
+schedule = dict(name="step", warmup_updates=500, milestones=[8, 11], gamma=0.1)
 
 _sides = [(480 + 32 * i, 1333) for i in range(11)]  # shorter side 480 to 800 pixels
 _resize = dict(type="RandomChoiceResize", scales=_sides, keep_ratio=True)

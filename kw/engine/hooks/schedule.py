@@ -26,6 +26,11 @@ class ScheduleHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         self._anneals = has_temperature(runner.task.network)
+        schedule = runner.schedule
+        runner.logger.info(
+            f"{schedule.total_updates} updates, {schedule.updates_per_epoch} an epoch; "
+            f"{schedule.warmup_updates} of them warm up"
+        )
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         lr = runner.schedule.lr(runner.iter)
