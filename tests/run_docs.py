@@ -71,8 +71,7 @@ ELSEWHERE = {
 STANDS_FOR = {
     "IMAGES...": "photos/val/cat/0.png",
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
-    "PROFILE.json": str(next(ROOT.glob("docs/scaling/profile-kw_resnet18_1x-*.json"))),
-    "STEP.json": str(next(ROOT.glob("docs/scaling/step-kw_resnet18_1x-*.json"))),
+    "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
 }
 BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
@@ -121,8 +120,6 @@ def shrink(command: Command) -> Run:
         return Run((sys.executable, "-m", *arguments, *few))
     if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
         return Run(elsewhere="make bench, minutes")
-    if script == "tools/scaling.py" and arguments == ["render"]:
-        return Run(elsewhere="tests/test_scaling.py; it writes to the page")
     if script.startswith("tools/"):
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():
@@ -153,10 +150,8 @@ def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
     if name == "reproduce" and {"--run", "--collect"} & set(arguments):
         arguments = [*without(arguments, ["--scale"]), "--scale", "tiny"]
         return tool, with_options([*arguments, "--rows", "resnet18"], TABLE)
-    if name == "scaling" and arguments[0] in ("profile", "measure"):
-        arguments = [*without(arguments, ["--batch-size", "--processes"]), "--batch-size", "2"]
-        few = {"profile": ["--rounds", "1"], "measure": ["--rounds", "1", "--processes", "1", "2"]}
-        return tool, with_options([*arguments, *few[arguments[0]]], ["data.input_size=32"])
+    if name == "scaling":
+        return tool, with_options([*arguments, "--batch-size", "2"], ["data.input_size=32"])
     if name not in ("train", "test", "visualize", "check_coco"):
         return tool, arguments
     at = 1 if name == "visualize" else 0

@@ -206,6 +206,19 @@ def test_other_uses_of_the_cells():
     same(*results)
 
 
+def test_gradients_come_early_though_an_earlier_loss_lives():
+    """In a loop that keeps its loss, as most do, the cells' gradient is not the last of all: what
+    is reduced while the pass goes on would wait for it."""
+    first, second = nn.Conv2d(8, 8, 1), Chain()
+    come: list[str] = []
+    for name, parameter in (("first", first.weight), ("cells", second.cells)):
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: come.append(name))
+    for _ in range(3):
+        loss = second(first(image())).sum()
+        loss.backward()
+    assert come == ["cells", "first"] * 3
+
+
 def test_hooks_see_the_whole_gradient_once():
     net = Chain()
     seen = []

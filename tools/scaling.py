@@ -1,189 +1,157 @@
 #!/usr/bin/env python
-"""Measure how training scales on this machine, and compute how it does on 8, 64 and 512 GPUs.
+"""Compute how training scales to many GPUs from one process's step: docs/scaling.md's formula.
 
-python tools/scaling.py profile configs/imagenet/resnet18/kw_resnet18_4x.yaml   # one process
-python tools/scaling.py measure configs/imagenet/resnet18/kw_resnet18_4x.yaml --processes 1 2 4
-python tools/scaling.py predict configs/imagenet/resnet18/kw_resnet18_4x.yaml --gpu h100
-python tools/scaling.py project PROFILE.json --step STEP.json --cluster h100-ndr
-python tools/scaling.py render [--check]          # the tables of docs/scaling.md, from its results
+python tools/scaling.py configs/imagenet/resnet18/kw_resnet18_4x.yaml --gpus 8 64 512
+python tools/scaling.py CONFIG --step-ms 4.6 11.1 0.5    # a step that was measured elsewhere
 
-docs/scaling.md has the formula, the links' speeds with their sources, and what was found.
+The step's parts and the time at which each gradient is complete are measured here; bandwidths are
+those of H100 nodes with 400 Gb/s InfiniBand unless they are given.
 """
 
 import argparse
-import sys
-from dataclasses import replace
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from kw.benchmark.cases import NetworkSource
-from kw.benchmark.conditions import DTYPES, BenchmarkError, Conditions
-from kw.benchmark.scaling.files import (
-    Processes,
-    Profile,
-    SingleStep,
-    provenance,
-    read_folder,
-    read_profile,
-    read_step,
-    to_dict,
-)
-from kw.benchmark.scaling.links import CLUSTERS
-from kw.benchmark.scaling.page import GPUS as COUNTS
-from kw.benchmark.scaling.page import projection, render_page
-from kw.benchmark.scaling.predict import predict_step
-from kw.benchmark.scaling.processes import Plan, measure_processes
-from kw.benchmark.scaling.profile import profile_step
-from kw.cli import ToolParser, add_options, number, output_folder, run_tool, save_json
-from kw.config import load_config
+from kw.cli import ToolParser, add_config_options, number, run_tool
+from kw.config import ConfigError, load_config
+from kw.engine.optim import build_optimizer
 from kw.evaluation import render_table
-from kw.warehouse.ops.device import GPUS
+from kw.models import build_network
 
-DOCS = Path(__file__).parents[1] / "docs"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDS = 4  # the first warms up
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    profile = commands.add_parser("profile", help="a step, and when every gradient comes")
-    measure = commands.add_parser("measure", help="processes that train together")
-    predict = commands.add_parser("predict", help="a step on a GPU that is not there")
-    project = commands.add_parser("project", help="from one device to many")
-    render = commands.add_parser("render", help="the tables of docs/scaling.md")
-    for command in (profile, measure, predict):
-        command.add_argument("configs", nargs="+", metavar="CONFIG", help="of classifiers (YAML)")
-        add_options(command)
-        batch = 128 if command is predict or DEVICE == "cuda" else 8
-        command.add_argument(
-            "--batch-size", type=number(int, 1), default=batch, help=f"of a process ({batch})"
-        )
-        command.add_argument("--output-dir", type=output_folder, default=Path("work_dirs/scaling"))
-    for command in (profile, measure):
-        command.add_argument("--rounds", type=number(int, 1), default=5, help="(5)")
-        command.add_argument(
-            "--threads", type=number(int, 1, 1024), default=1, help="of operators on CPU (1)"
-        )
-    profile.add_argument("--dtype", choices=DTYPES, default="float32")
-    measure.add_argument("--processes", nargs="+", type=number(int, 1, 1024), required=True)
-    measure.add_argument(
-        "--updates", type=number(int, 1), default=3, help="timed in each round (3)"
-    )
-    predict.add_argument("--gpu", choices=GPUS, default="h100", help="by its data sheet")
-    predict.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    project.add_argument("profile", type=Path, metavar="PROFILE.json")
-    project.add_argument(
-        "--step",
-        type=Path,
-        metavar="JSON",
-        help="of tools/benchmark.py or predict; default: the profile's",
-    )
-    project.add_argument("--cluster", choices=CLUSTERS, default="h100-ndr")
-    project.add_argument("--gpus", nargs="+", type=number(int, 1), default=list(COUNTS))
-    project.add_argument(
-        "--bucket-mb", type=number(float, 1e-3), default=25.0, help="distributed.bucket_mb (25)"
-    )
-    render.add_argument("--check", action="store_true", help="change nothing; fail where stale")
-    return parser.parse_args()
+class Links(NamedTuple):
+    """How fast GPUs add up a tensor; bytes a second of a GPU in each direction, seconds a step."""
+
+    per_node: int
+    node: float
+    network: float
+    node_latency: float = 3.4e-6  # NCCL's cost model, src/graph/tuning.cc: ring, protocol Simple
+    network_latency: float = 14e-6
+    call: float = 8.4e-6
+
+    def all_reduce(self, size: float, gpus: int) -> float:
+        """Seconds: a ring in each node, and a ring or tree of each GPU with its peers in others."""
+        n = min(gpus, self.per_node)
+        if gpus % n:
+            raise ConfigError(f"--gpus {gpus}: expected whole nodes of {self.per_node}")
+        if gpus == 1:
+            return 0.0
+        m = gpus // n
+        share, steps = 2 * (m - 1) / m, 2 * (m - 1)
+        ring = share * size / n / self.network + steps * self.network_latency
+        rounds = 2 * math.ceil(math.log2(m))
+        tree = 2 * size / n / self.network + rounds * self.network_latency
+        inside = 2 * (n - 1) / n * size / self.node + 2 * (n - 1) * self.node_latency
+        return self.call + inside + min(ring, tree)
 
 
-def profile(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    for source in sources(args):
-        size = source.config.data.input_size
-        conditions = Conditions(
-            "train", DEVICE, args.dtype, args.batch_size, size, args.threads, rounds=args.rounds
-        )
-        where = provenance(DEVICE)
-        measured = profile_step(source, conditions)
-        save(Profile(source.name, size, args.dtype, args.threads, measured, where), args.output_dir)
+def exposed(
+    gradients: list[tuple[float, int]],
+    backward: float,
+    limit: float,
+    reduce: Callable[[float], float],
+) -> float:
+    """Seconds from the end of the backward pass to that of the last reduction.
+
+    Args:
+        gradients: when each is complete, as a share of the backward pass, and its bytes.
+        backward: seconds of the backward pass.
+        limit: a bucket that holds so many bytes is closed.
+        reduce: bytes -> seconds.
+    """
+    end, held = 0.0, 0
+    ordered = sorted(gradients)
+    for place, (ready, size) in enumerate(ordered):
+        held += size
+        if held >= limit or place == len(ordered) - 1:
+            end = max(end, ready * backward) + reduce(held)
+            held = 0
+    return max(end - backward, 0.0)
 
 
-def measure(args: argparse.Namespace) -> None:
-    for source in sources(args):
-        config = replace(source.config, batch_size=args.batch_size)
-        plan = Plan(
-            config,
-            tuple(sorted({1, *args.processes})),
-            args.rounds,
-            updates=args.updates,
-            threads=args.threads,
-        )
-        plan.check()
-        where = provenance(DEVICE)
-        measured = measure_processes(plan)
-        result = Processes(
-            source.name,
-            args.batch_size,
-            config.data.input_size,
-            args.threads,
-            config.distributed.bucket_mb,
-            measured,
-            where,
-        )
-        save(result, args.output_dir)
+def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tuple[float, int]]]:
+    """Seconds of forward pass, backward pass and update; gradients for :func:`exposed`."""
+    network = build_network(config.model).to(device).train()
+    optimizer = build_optimizer(network, config.optimizer, torch.device(device))
+    size = config.data.input_size
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(config.model.num_classes, (batch,), device=device)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    done: dict[nn.Parameter, float] = {}
 
+    def now(*_: Any) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-def predict(args: argparse.Namespace) -> None:
-    for source in sources(args):
-        step = predict_step(source, args.batch_size, TYPES[args.dtype], GPUS[args.gpu])
-        where = provenance(DEVICE)
-        save(SingleStep(source.name, args.gpu, args.dtype, True, step, where), args.output_dir)
+    def note(parameter: Any) -> None:
+        done[parameter] = now()
 
-
-def project(args: argparse.Namespace) -> None:
-    profile = read_profile(args.profile)
-    step, device = profile.measured.step, profile.where["machine"]["device"]
-    if args.step is not None:
-        step, device = read_step(args.step, profile.model)
-    cluster = CLUSTERS[args.cluster]
-    rows = projection(profile, step, cluster, args.gpus, args.bucket_mb)
-    print(f"{profile.model}, a step of {1e3 * step.seconds:.1f} ms on {device}; {cluster.title}")
-    print(render_table(("GPUs", "exposed ms", "efficiency", "images/s"), rows))
-
-
-def render(args: argparse.Namespace) -> None:
-    page = DOCS / "scaling.md"
-    text = page.read_text(encoding="utf-8")
-    made = render_page(text, read_folder(DOCS / "scaling", DOCS / "benchmarks"))
-    if made == text:
-        return
-    if args.check:
-        print(f"not up to date: {page}; run python tools/scaling.py render", file=sys.stderr)
-        sys.exit(1)
-    page.write_text(made, encoding="utf-8")
-    print(page)
-
-
-def sources(args: argparse.Namespace) -> list[NetworkSource]:
-    """The networks that the command line names."""
-    found = []
-    for path in args.configs:
-        if Path(path).suffix == ".py":
-            raise BenchmarkError(f"{path}: a detector's configuration; expected a classifier's")
-        found.append(NetworkSource(Path(path).stem, load_config(path, args.cfg_options)))
-    return found
-
-
-def save(result: Profile | Processes | SingleStep, folder: Path) -> None:
-    """Write a result and say where."""
-    path = folder / f"{result.name}.json"
-    save_json(to_dict(result), path)
-    print(path, flush=True)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(note)
+    parts, shares = [], []
+    for _ in range(ROUNDS):
+        optimizer.zero_grad()
+        marks = [now()]
+        loss = nn.functional.cross_entropy(network(images), labels)
+        marks.append(now())
+        loss.backward()
+        marks.append(now())
+        optimizer.step()
+        marks.append(now())
+        parts.append([b - a for a, b in pairwise(marks)])
+        shares.append([(done[p] - marks[1]) / parts[-1][1] for p in parameters])
+    ready = [median(each) for each in zip(*shares[1:], strict=True)]
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    return [median(each) for each in zip(*parts[1:], strict=True)], [
+        *zip(ready, sizes, strict=True)
+    ]
 
 
 def main() -> None:
-    args = parse_arguments()
-    commands = {
-        "profile": profile,
-        "measure": measure,
-        "predict": predict,
-        "project": project,
-        "render": render,
-    }
-    commands[args.command](args)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_options(parser)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = 128 if device == "cuda" else 8
+    parser.add_argument("--batch-size", type=number(int, 1), default=batch, help=f"({batch})")
+    parser.add_argument(
+        "--step-ms",
+        nargs=3,
+        type=number(float, 0),
+        help="forward, backward, update of such a batch",
+    )
+    parser.add_argument("--gpus", nargs="+", type=number(int, 1), default=[8, 64, 512])
+    parser.add_argument("--per-node", type=number(int, 1), default=8, help="GPUs of a node (8)")
+    for name, speed in (("node", 370), ("network", 47)):
+        what = f"GB/s that a GPU attains in its {name} ({speed})"
+        parser.add_argument(f"--{name}-gbs", type=number(float, 1e-3), default=speed, help=what)
+    parser.add_argument("--bucket-mb", type=number(float, 1e-3), default=25, help="(25)")
+    args = parser.parse_args()
+    config = load_config(args.config, args.cfg_options)
+    step, gradients = profile(config, args.batch_size, device)
+    if args.step_ms is not None:
+        step = [each / 1e3 for each in args.step_ms]
+    links = Links(args.per_node, args.node_gbs * 1e9, args.network_gbs * 1e9)
+    rows = []
+    for gpus in (1, *args.gpus):
+        rest = exposed(
+            gradients, step[1], args.bucket_mb * 2**20, lambda b, n=gpus: links.all_reduce(b, n)
+        )
+        seconds = sum(step) + rest
+        rate = gpus * args.batch_size / seconds
+        rows.append((str(gpus), f"{1e3 * rest:.2f}", f"{sum(step) / seconds:.1%}", f"{rate:.0f}"))
+    parts = ", ".join(f"{1e3 * each:.1f}" for each in step)
+    print(f"forward, backward, update ms: {parts}; {sum(b for _, b in gradients) / 1e6:.1f} MB")
+    print(render_table(("GPUs", "exposed ms", "efficiency", "images/s"), rows))
 
 
 if __name__ == "__main__":

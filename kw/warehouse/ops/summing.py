@@ -47,10 +47,14 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, cells: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.sums = {}  # by backward pass
+        ctx.key = id(cells)
         return cells.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        # A loss that lives on keeps this node; the next forward pass needs a younger one, or its
+        # cells' gradients would come last of all.
+        _anchors.pop(ctx.key, None)
         total = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         return None if total is None else total.value
 
