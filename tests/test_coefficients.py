@@ -14,7 +14,7 @@ from torch import nn
 from kw import convert, set_temperature
 from kw.config import config_from_mapping
 from kw.engine import train
-from kw.warehouse.coefficients import measure_coefficients
+from kw.pictures import LayerMeasure, coefficients, dynamic_layers, measure_layer
 
 
 def network(**overrides: Any) -> nn.Module:
@@ -25,10 +25,15 @@ def network(**overrides: Any) -> nn.Module:
     return convert(layers, plan, **overrides)
 
 
+def measured(model: nn.Module, images: torch.Tensor) -> list[LayerMeasure]:
+    alpha = coefficients(model, images)
+    return [measure_layer(layer, alpha[layer.name]) for layer in dynamic_layers(model)]
+
+
 def test_at_the_start_every_mixture_has_its_own_cell() -> None:
     model = network().train()
     set_temperature(model, 1.0)
-    first, second = measure_coefficients(model, torch.randn(5, 4, 6, 6))
+    first, second = measured(model, torch.randn(5, 4, 6, 6))
     assert first == ("0", 9, 18, 1, 0, 0, 0)
     assert second == ("2", 9, 18, 1, 0, 0, 0)
     assert all(module.training for module in model.modules())
@@ -38,7 +43,7 @@ def test_coefficients_are_measured_as_they_are_written_down() -> None:
     """Against the attention's own output for two images, by hand."""
     model: Any = network(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)
     images = torch.randn(2, 4, 6, 6)
-    (first, _) = measure_coefficients(model, images)
+    (first, _) = measured(model, images)
     alpha = model[0].attention(images.mean((2, 3)), torch.tensor(0.0))  # [2, 36, 36]
     owners = [(i, cell) for i, cell in enumerate(model[0].attention.own.owners) if cell is not None]
     own = torch.stack([alpha[:, i, cell] for i, cell in owners])
@@ -54,7 +59,7 @@ def test_coefficients_are_measured_as_they_are_written_down() -> None:
 
 def test_equal_images_do_not_vary() -> None:
     images = torch.randn(1, 4, 6, 6).expand(3, -1, -1, -1)
-    assert all(each.variation < 1e-5 for each in measure_coefficients(network(), images))
+    assert all(each.variation < 1e-5 for each in measured(network(), images))
 
 
 def test_the_tool_names_every_layer(
@@ -66,7 +71,8 @@ def test_the_tool_names_every_layer(
     settings |= {"epochs": 1}
     train(config_from_mapping(settings, check_model_name=False), tmp_path / "run")
     run = tmp_path / "run"
-    tool("tools/measure_attention.py", run / "config.yaml", run / "last.pth", "--images", 8)
+    out = ("--out", tmp_path / "attention.png", "--images", 8)
+    tool("tools/visualize.py", "attention", run / "config.yaml", run / "last.pth", *out)
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.startswith("| layer")][1:]
     assert len(names) == 12
@@ -76,5 +82,5 @@ def test_the_tool_names_every_layer(
     static = tmp_path / "static.yaml"
     static.write_text(yaml.safe_dump(settings | {"temperature_epochs": 0}))
     with pytest.raises(SystemExit) as refused:
-        tool("tools/measure_attention.py", static, run / "last.pth")
+        tool("tools/visualize.py", "attention", static, run / "last.pth", *out)
     assert refused.value.code == 2

@@ -114,8 +114,6 @@ MISTAKES: list[tuple[str, list[str]]] = [
         ["the training set has 64 images, too few for one update"],
     ),
     (f"measure_loading.py {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
-    (f"measure_attention.py {R18} none.pth --cfg-options data.root=x", ["data.root x does not"]),
-    (f"measure_attention.py {R18} none.pth --images 1", ["--images: '1': expected an integer"]),
     (f"export.py {R18} none.pth x.onnx", ["none.pth", "no such file"]),
     (f"export.py {R18} {{place}}/picture.png x.onnx", ["picture.png", "cannot be read"]),
     (f"export.py {R18} none.pth x.tflite", ["x.tflite", ".onnx, .pt2, .safetensors", "'.tflite'"]),

@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ def main() -> None:
     rows = []
     for gpus in (1, *args.gpus):
         rest = exposed(
-            gradients, step[1], args.bucket_mb * 2**20, lambda b, n=gpus: links.all_reduce(b, n)
+            gradients, step[1], args.bucket_mb * 2**20, partial(links.all_reduce, gpus=gpus)
         )
         seconds = sum(step) + rest
         rate = gpus * args.batch_size / seconds

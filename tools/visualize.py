@@ -128,12 +128,18 @@ def classifier(args: argparse.Namespace) -> Any:
 
 def draw_attention(args: argparse.Namespace) -> None:
     from kw.engine.pictures import picture_attention, picture_classes
+    from kw.evaluation import render_table
 
     config, options = classifier(args), {"layers": args.layers, "images": args.images}
     if args.over == "classes":
         picture_classes(config, args.checkpoint, args.out, classes=args.classes, **options)
     else:
-        picture_attention(config, args.checkpoint, args.out, **options)
+        found = picture_attention(config, args.checkpoint, args.out, **options)
+        header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
+        rows = [
+            (each.layer, *map(str, each[1:3]), *(f"{x:.3f}" for x in each[3:])) for each in found
+        ]
+        print(render_table(header, rows))
 
 
 def draw_cells(args: argparse.Namespace) -> None:

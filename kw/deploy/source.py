@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config, ConfigError, config_from_text, load_config
-from ..engine.checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
-from ..engine.saving import checkpoints
-from ..models.build import build_network, check_network
+from ..config import Config
+from ..engine.trained import load_trained
 from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange
 
-__all__ = ["WEIGHTS", "Source", "find_checkpoint", "read_source", "ready"]
-
-WEIGHTS = ("auto", "model", "ema")
+__all__ = ["Source", "read_source", "ready"]
 
 
 @dataclass(frozen=True)
@@ -38,60 +34,19 @@ class Source:
     notes: list[str]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path stands for: a file itself, the best or newest of a work directory.
-
-    Raises:
-        CheckpointError: the directory holds none.
-    """
-    if not path.is_dir():
-        return path
-    best = path / "best.pth"
-    found = [best] if best.is_file() else checkpoints(path)[-1:]
-    if not found:
-        raise CheckpointError(
-            f"{path}: expected a work directory of tools/train.py; no *.pth there"
-        )
-    return found[0]
-
-
 def read_source(
     checkpoint: str | Path,
     config: str | Path | None = None,
     options: Iterable[str] = (),
     weights: str = "auto",
 ) -> Source:
-    """The network of a checkpoint.
-
-    Args:
-        checkpoint: a file that tools/train.py wrote, or its work directory.
-        config: the configuration file; left out, the checkpoint's own.
-        options: ``key=value`` settings over the configuration file's.
-        weights: ``"model"``, ``"ema"``, or ``"auto"`` for those that the run's figures stand for:
-            the moving average where there is one.
-
-    Raises:
-        CheckpointError: it cannot be read, is of another model, or lacks what is asked for.
-        ConfigError: the configuration is wrong.
-    """
-    path = find_checkpoint(Path(checkpoint))
-    saved = load_checkpoint(path)
-    meta = saved.get("meta", {})
-    settings = _config(path, meta) if config is None else load_config(config, options)
-    if weights == "auto":
-        weights = "ema" if "ema_state_dict" in saved else "model"
-    state = saved.get("ema_state_dict" if weights == "ema" else "state_dict")
-    if state is None:
-        raise CheckpointError(
-            f"checkpoint {path}: holds no moving average; use the model's weights"
-        )
-    network = build_network(settings.model)
-    check_network(network, settings.model, settings.data.input_size)
-    load_network(network, state, str(path))
+    """The network of a checkpoint; arguments and errors as for :func:`load_trained`."""
+    found = load_trained(checkpoint, config, options, weights)
+    path, settings, network = found.file, found.config, found.network
     notes = []
     if has_temperature(network) and (tau := get_temperature(network)) > 0:
         notes.append(f"{path} was written at temperature {tau:.3g}, before annealing had ended")
-    classes = named_classes(saved, settings.model.num_classes, str(path))
+    classes = found.classes
     if classes is None:
         classes = [str(label) for label in range(settings.model.num_classes)]
         notes.append(f"{path} names no classes: they are called 0 to {len(classes) - 1}")
@@ -99,9 +54,9 @@ def read_source(
         model=_name(config, path, settings),
         classes=classes,
         config=settings,
-        weights=weights,
-        epoch=meta.get("epoch"),
-        metrics=_metrics(meta, weights),
+        weights=found.weights,
+        epoch=found.meta.get("epoch"),
+        metrics=_metrics(found.meta, found.weights),
         input=InputRange(settings.data.input_size),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
     )
@@ -113,20 +68,6 @@ def ready(network: nn.Module) -> nn.Module:
     if has_temperature(network):
         set_temperature(network, 0)
     return network.eval().requires_grad_(False)
-
-
-def _config(path: Path, meta: Mapping[str, Any]) -> Config:
-    text = meta.get("config")
-    if not isinstance(text, str):
-        raise CheckpointError(f"checkpoint {path}: holds no configuration (meta.config)")
-    try:
-        return config_from_text(text, f"configuration in {path}")
-    except ConfigError as error:
-        if "\nmodel = dict(" in text or text.startswith("model = "):
-            raise CheckpointError(
-                f"checkpoint {path}: is a detector's; expected one of a classifier"
-            ) from error
-        raise
 
 
 def _name(config: str | Path | None, path: Path, settings: Config) -> str:

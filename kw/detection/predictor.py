@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.reading import DataError, Picture, read_image
-from ..deploy.source import find_checkpoint
 from ..engine import load_checkpoint, load_network, set_contraction
 from ..engine.checkpoint import CheckpointError
+from ..engine.trained import choose_weights, trained_file
 from ..errors import memory_for, one_line
 from .annotations import category_ids
 from .config import DetectorConfig, load_detector_config
@@ -73,9 +73,8 @@ class Predictor:
         self.config = config
         self.upright = data.exif_orientation == "apply"
         self.detector = build_detector(without_weights(config.model), self.classes)
-        load_network(
-            self.detector, state.get("ema_state_dict", state["state_dict"]), str(checkpoint)
-        )
+        _, weights = choose_weights(state, checkpoint)
+        load_network(self.detector, weights, str(checkpoint))
         set_contraction(config.run.contraction, self.detector)
         self.detector.to(device).eval()
         self.has_masks = has_masks(self.detector)
@@ -155,7 +154,7 @@ def run_of(model: str | Path) -> tuple[Path, Path] | None:
     path = Path(model)
     config = (path if path.is_dir() else path.parent) / "config.py"
     is_file = path.is_dir() or path.suffix == ".pth"
-    return (config, find_checkpoint(path)) if is_file and config.is_file() else None
+    return (config, trained_file(path)) if is_file and config.is_file() else None
 
 
 def load(model: str | Path, device: str = "cpu") -> Predictor:

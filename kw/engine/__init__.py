@@ -3,14 +3,17 @@
 from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .finite import NonFiniteError
 from .run import build_runner, evaluate_checkpoint, set_contraction, train
+from .trained import Trained, load_trained
 
 __all__ = [
     "CheckpointError",
     "NonFiniteError",
+    "Trained",
     "build_runner",
     "evaluate_checkpoint",
     "load_checkpoint",
     "load_network",
+    "load_trained",
     "set_contraction",
     "train",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from ..data import (
     stop_workers,
     test_images,
 )
-from ..models import build_network, check_network
 from ..pictures import (
     CellUse,
     Curves,
     DynamicLayer,
+    LayerMeasure,
     PictureError,
     Snapshot,
     assembled_kernels,
@@ -50,6 +50,7 @@ from ..pictures import (
     dynamic_layers,
     few_of_each,
     label_mixture,
+    measure_layer,
     read_images,
     save,
     spaced,
@@ -60,7 +61,6 @@ from .checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_network,
-    named_classes,
     refuse_other_classes,
 )
 from .distributed import find_process
@@ -68,6 +68,7 @@ from .optim import autocast
 from .run import build_preprocessor, set_contraction
 from .saving import checkpoints
 from .schedule import Schedule
+from .trained import choose_weights, load_trained
 
 __all__ = [
     "picture_attention",
@@ -129,30 +130,16 @@ class _Trained:
 
 def _load(config: Config, checkpoint: str | Path) -> _Trained:
     check_matplotlib()
-    state = load_checkpoint(checkpoint)
-    network = build_network(config.model)
-    check_network(network, config.model, config.data.input_size)
-    set_contraction(config.contraction, network)
     device = find_process("none").device
-    trained = _Trained(
-        config,
-        network.to(device).eval(),
-        build_preprocessor(config).to(device),
-        named_classes(state, config.model.num_classes, str(checkpoint)),
-        "",
-    )
-    return _with_weights(trained, state, str(checkpoint))
-
-
-def _with_weights(trained: _Trained, state: dict[str, Any], source: str) -> _Trained:
-    network = trained.network
-    load_network(network, state.get("ema_state_dict", state["state_dict"]), source)
-    epoch = state.get("meta", {}).get("epoch")
-    title = f"{trained.config.model.name}, {Path(source).name}"
+    found = load_trained(checkpoint, config, device=device)
+    set_contraction(config.contraction, found.network)
+    epoch = found.meta.get("epoch")
+    title = f"{config.model.name}, {found.file.name}"
     title += "" if epoch is None else f", epoch {epoch}"
-    if has_temperature(network):
-        title += f", temperature {get_temperature(network):.2f}"
-    return replace(trained, title=title)
+    if has_temperature(found.network):
+        title += f", temperature {get_temperature(found.network):.2f}"
+    preprocess = build_preprocessor(config).to(device)
+    return _Trained(config, found.network, preprocess, found.classes, title)
 
 
 def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
@@ -180,7 +167,7 @@ def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
 
 def picture_attention(
     config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
-) -> None:
+) -> list[LayerMeasure]:
     """Mean coefficients over test images.
 
     Args:
@@ -190,6 +177,9 @@ def picture_attention(
         layers: regular expression on whole names of layers; ``None`` for all.
         images: test images, spread evenly over the set.
 
+    Returns:
+        The coefficients of the layers in numbers.
+
     Raises:
         PictureError: the network is static, no layer matches, ``out`` cannot be written, or
             matplotlib is missing.
@@ -197,9 +187,14 @@ def picture_attention(
     """
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
-    use = trained.use(chosen, images)
+    indices = spaced(len(test_images(config)), images)
+    parts = [alpha for alpha, _ in trained.coefficients(chosen, indices)]
     title = f"mean coefficients: {trained.title}, {images} test images"
-    save(draw_attention(chosen, use, title), out)
+    save(draw_attention(chosen, cell_use(parts), title), out)
+    whole = {
+        layer.name: torch.cat([alpha[layer.name].cpu() for alpha in parts]) for layer in chosen
+    }
+    return [measure_layer(layer, whole[layer.name]) for layer in chosen]
 
 
 def picture_cells(
@@ -433,8 +428,8 @@ def picture_history(
     snapshots = []
     for file in files:
         state = load_checkpoint(file)
-        trained = _with_weights(trained, state, str(file))
         network, meta = trained.network, state.get("meta", {})
+        load_network(network, choose_weights(state, file)[1], str(file))
         tau = get_temperature(network) if has_temperature(network) else None
         if meta.get("epoch") is None:
             raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")

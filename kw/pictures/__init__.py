@@ -11,12 +11,14 @@ from .coefficients import (
     CellShares,
     CellUse,
     DynamicLayer,
+    LayerMeasure,
     PictureError,
     cell_shares,
     cell_use,
     class_effect,
     coefficients,
     dynamic_layers,
+    measure_layer,
 )
 from .heatmaps import draw_attention, draw_classes
 from .history import Snapshot, draw_history
@@ -32,6 +34,7 @@ __all__ = [
     "ClassMaps",
     "Curves",
     "DynamicLayer",
+    "LayerMeasure",
     "PictureError",
     "Snapshot",
     "assembled_kernels",
@@ -55,6 +58,7 @@ __all__ = [
     "dynamic_layers",
     "few_of_each",
     "label_mixture",
+    "measure_layer",
     "read_images",
     "save",
     "spaced",

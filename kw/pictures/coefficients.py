@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "CellShares",
     "CellUse",
     "DynamicLayer",
+    "LayerMeasure",
     "PictureError",
     "captured",
     "cell_shares",
@@ -34,6 +35,7 @@ __all__ = [
     "coefficients",
     "dynamic_layers",
     "evaluating",
+    "measure_layer",
 ]
 
 
@@ -247,6 +249,50 @@ def cell_shares(use: CellUse, layer: DynamicLayer) -> CellShares:
         return positive, negative
 
     return CellShares(of(own), of(inside & ~own), of(~inside))
+
+
+class LayerMeasure(NamedTuple):
+    """The coefficients of a layer over some images, in a few numbers.
+
+    A layer whose coefficients are the one-hot start is a static one; one whose coefficients do not
+    vary with the image is a static one too, of another kernel.
+    """
+
+    layer: str
+    mixtures: int
+    cells: int
+    own: float
+    """coefficient of a mixture's own cell, mean over mixtures that have one and over images"""
+    others: float
+    """sum of the magnitudes of a mixture's other coefficients, mean over mixtures and images"""
+    negative: float
+    """share of the coefficients that are below zero"""
+    variation: float
+    """deviation over the images / mean over the images, each a root mean square over coefficients;
+    0: the same for every image"""
+
+
+def measure_layer(layer: DynamicLayer, alpha: Tensor) -> LayerMeasure:
+    """Measure coefficients.
+
+    Args:
+        layer: the layer.
+        alpha: its coefficients, ``[B, m, n]``, of at least two images.
+    """
+    alpha = alpha.double()
+    start = layer.own_mask().to(alpha)  # [m, n]
+    own = (alpha * start).sum() / (start.sum() * len(alpha))
+    others = (alpha * (1 - start)).abs().sum(-1).mean()
+    mean, deviation = alpha.mean(0), alpha.std(0)
+    return LayerMeasure(
+        layer.name,
+        layer.mixtures,
+        layer.cells,
+        float(own),
+        float(others),
+        float((alpha < 0).double().mean()),
+        float((deviation.square().mean() / mean.square().mean()).sqrt()),
+    )
 
 
 def class_effect(alpha: Tensor, labels: Tensor) -> tuple[Tensor, float]:

@@ -1,0 +1,133 @@
+"""From a configuration and a checkpoint to a ready network: one way for every tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, ConfigError, config_from_text, load_config
+from ..models.build import build_network, check_network
+from .checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
+from .saving import checkpoints
+
+__all__ = ["WEIGHTS", "Trained", "choose_weights", "load_trained", "trained_file"]
+
+WEIGHTS = ("auto", "model", "ema")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what its checkpoint says of it.
+
+    Attributes:
+        network: with the checkpoint's weights, in evaluation mode, at the temperature that it was
+            written at.
+        config: of the run.
+        file: the checkpoint.
+        weights: ``"model"``, or ``"ema"`` for the moving average.
+        classes: their names, where the checkpoint has them.
+        meta: the checkpoint's ``meta``.
+    """
+
+    network: nn.Module
+    config: Config
+    file: Path
+    weights: str
+    classes: list[str] | None
+    meta: Mapping[str, Any]
+
+
+def load_trained(
+    checkpoint: str | Path,
+    config: Config | str | Path | None = None,
+    options: Iterable[str] = (),
+    weights: str = "auto",
+    device: str | torch.device = "cpu",
+) -> Trained:
+    """The classifier of a checkpoint.
+
+    Args:
+        checkpoint: a file that tools/train.py wrote, or its work directory.
+        config: the configuration or its file; left out, the checkpoint's own.
+        options: ``key=value`` settings over the configuration file's.
+        weights: see :func:`choose_weights`.
+        device: where the network goes.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another model, or lacks what is asked for.
+        ConfigError: the configuration is wrong.
+    """
+    file = trained_file(checkpoint)
+    saved = load_checkpoint(file)
+    meta = saved.get("meta", {})
+    if config is None:
+        config = _own_config(file, meta)
+    elif not isinstance(config, Config):
+        config = load_config(config, options)
+    chosen, state = choose_weights(saved, file, weights)
+    network = build_network(config.model)
+    check_network(network, config.model, config.data.input_size)
+    load_network(network, state, str(file))
+    classes = named_classes(saved, config.model.num_classes, str(file))
+    return Trained(network.to(device).eval(), config, file, chosen, classes, meta)
+
+
+def trained_file(path: str | Path) -> Path:
+    """The checkpoint that a path stands for: a file itself, the best or newest of a work directory.
+
+    Raises:
+        CheckpointError: the directory holds none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    best = path / "best.pth"
+    found = [best] if best.is_file() else checkpoints(path)[-1:]
+    if not found:
+        raise CheckpointError(
+            f"{path}: expected a work directory of tools/train.py; no *.pth there"
+        )
+    return found[0]
+
+
+def choose_weights(
+    checkpoint: Mapping[str, Any], file: str | Path, weights: str = "auto"
+) -> tuple[str, Mapping[str, Tensor]]:
+    """The weights of a checkpoint that are used, and which these are.
+
+    Args:
+        checkpoint: as it was read.
+        file: what messages call it.
+        weights: ``"model"``, ``"ema"``, or ``"auto"`` for those that the run's figures stand for:
+            the moving average where there is one.
+
+    Raises:
+        CheckpointError: the moving average is asked for, and there is none.
+    """
+    if weights == "auto":
+        weights = "ema" if "ema_state_dict" in checkpoint else "model"
+    state = checkpoint.get("ema_state_dict" if weights == "ema" else "state_dict")
+    if state is None:
+        raise CheckpointError(
+            f"checkpoint {file}: holds no moving average; use the model's weights"
+        )
+    return weights, state
+
+
+def _own_config(file: Path, meta: Mapping[str, Any]) -> Config:
+    text = meta.get("config")
+    if not isinstance(text, str):
+        raise CheckpointError(f"checkpoint {file}: holds no configuration (meta.config)")
+    try:
+        return config_from_text(text, f"configuration in {file}")
+    except ConfigError as error:
+        if "\nmodel = dict(" in text or text.startswith("model = "):
+            raise CheckpointError(
+                f"checkpoint {file}: is a detector's; expected one of a classifier"
+            ) from error
+        raise
