@@ -228,6 +228,12 @@ FAULTS: list[tuple[Any, ...]] = [
     ("unknown-category", thing(category_id=1), "annotation 11: category_id 1"),
     ("image-missing", file("2.png", os.remove), "2.png (image 2)"),
     ("image-missing", image(file_name="no/2.png"), "no/2.png (image 2)"),
+    ("image-unreadable", image(file_name="a\0b"), "not a file's name"),
+    ("missing-key", change("categories", 1, name=None), "category 3 lacks name"),
+    ("bad-value", category(id=[3]), "id is [3], not an integer", {"unknown-category"}),
+    ("bad-value", thing(ignore="0"), "ignore is '0', not 0 or 1"),
+    ("box-format", thing(bbox=[1, 2, 10**400, 4]), "bbox [1, 2, 1000"),
+    ("polygon-broken", thing(segmentation=[[1, 2, 10**400, 4, 5, 6]]), "not a finite number"),
     ("image-unreadable", file("2.png", lambda path: path.write_bytes(b"no image")), "2.png"),
     (
         "image-size",

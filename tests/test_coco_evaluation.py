@@ -255,3 +255,32 @@ def test_masks_are_compressed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     for pixels in (1, 1300):
         monkeypatch.setattr("kw.detection.run_lengths._PIXELS", pixels)
         assert encode_masks(masks) == whole
+
+
+@pytest.mark.parametrize("first", [-5, 0, 2**53 - 3, 2**63 - 40])
+def test_any_ids(tmp_path: Path, first: int) -> None:
+    """Evaluators confuse ids that no float64 holds, and take some for none."""
+    truth, found = random_set(np.random.default_rng(3), images=8)
+    evaluator = CocoEvaluator(write(truth, tmp_path / "truth.json"), masks=True)
+    add_all(evaluator, found)
+    expected = evaluator.compute()
+    places = {each["id"]: i for i, each in enumerate(sorted(truth["images"], key=_id))}
+    for each in truth["images"]:
+        each["id"] = first + places[each["id"]]
+    for each in truth["annotations"]:
+        each["image_id"] = first + places[each["image_id"]]
+    evaluator = CocoEvaluator(write(truth, tmp_path / "other.json"), masks=True)
+    add_all(evaluator, {first + places[image_id]: each for image_id, each in found.items()})
+    assert evaluator.compute() == expected
+
+
+def _id(row: dict[str, Any]) -> int:
+    return int(row["id"])
+
+
+def test_run_lengths_of_another_size_are_refused(tmp_path: Path) -> None:
+    truth, _ = random_set(np.random.default_rng(3), images=8)
+    crowd = next(each for each in truth["annotations"] if each["iscrowd"])
+    crowd["segmentation"]["size"].reverse()
+    with pytest.raises(DataError, match=r"has run lengths of \[\d+, \d+\] \(height, width\)"):
+        CocoEvaluator(write(truth, tmp_path / "truth.json"), masks=True)

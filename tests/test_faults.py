@@ -36,6 +36,7 @@ from kw.data import (
     deaths_explained,
     read_image,
 )
+from kw.data.reading import read_header
 from kw.engine import build_runner, evaluate_checkpoint, load_checkpoint, train
 from kw.engine.distributed import Process
 from kw.engine.run import run_to_end
@@ -123,6 +124,32 @@ def test_orientation_is_applied(kind: str, orientation: int, tmp_path: Path) -> 
     assert np.abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 12
     if kind != "tif":  # Pillow turns those whatever is asked for
         assert read_image(path, upright=False).size == stored.size
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("mark", ["exif", "xmp", "late"])
+def test_header_and_reader_agree_on_the_orientation(kind: str, mark: str, tmp_path: Path) -> None:
+    """EXIF data before the pixels count; XMP, and what a PNG has behind its pixels, do not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    more: dict[str, Any] = {"exif": exif} if mark == "exif" else {"xmp": xmp}
+    if mark == "late":
+        more = {"exif": exif}
+    path = saved(Image.new("RGB", (32, 16), BLUE), tmp_path / f"image.{kind}", **more)
+    if mark == "late":
+        if kind != "png":
+            pytest.skip("a PNG's matter")
+        content = path.read_bytes()
+        at = content.index(b"eXIf") - 4
+        size = int.from_bytes(content[at : at + 4], "big") + 12
+        chunk, end = content[at : at + size], len(content) - 12
+        path.write_bytes(content[:at] + content[at + size : end] + chunk + content[end:])
+    header = read_header(path)
+    assert read_image(path).size == header.upright_size
+    assert header.orientation == (6 if mark == "exif" else 1)
+    with Image.open(path) as opened:
+        assert read_image(opened).size == header.upright_size
 
 
 # --- what is not -----------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from kw.config import ConfigError
 from kw.data import DataError
 from kw.detection import evaluate_checkpoint, load_detector_config, train
 from kw.detection.annotations import load_annotations
+from kw.detection.config import detection_limits
 from kw.detection.data import build_eval_loader, build_train_loader
+from kw.detection.pictures import write_pictures
 from kw.detection.sets import class_names
 from kw.detection.usage import Usage, why_unused
 from kw.errors import OutOfMemory
@@ -131,7 +133,7 @@ def test_a_set_to_test_on_needs_objects(coco: Path) -> None:
         with pytest.raises(DataError, match="no object"):
             train(config_of(coco, *options), coco.parent / "other")
     with pytest.raises(DataError, match=r"no object to evaluate against \(of red, green, blue"):
-        evaluate_checkpoint(config_of(coco), coco.parent / "run" / "best.pth")
+        evaluate_checkpoint(config_of(coco, "data.check=false"), coco.parent / "run" / "best.pth")
 
 
 def test_a_bom_and_a_category_listed_twice(coco: Path) -> None:
@@ -150,7 +152,11 @@ def test_more_objects_than_detections(coco: Path, caplog: pytest.LogCaptureFixtu
     file = coco / "annotations" / "instances_val.json"
     content = json.loads(file.read_text())
     first = content["annotations"][0]
-    more = [{**first, "id": 1000 + i, "bbox": [i % 40, i // 40, 20, 20]} for i in range(120)]
+    square = [[0, 0, 40, 0, 40, 40, 0, 40]]
+    more = [
+        {**first, "id": 1000 + i, "bbox": [i % 40, i // 40, 20, 20], "segmentation": square}
+        for i in range(120)
+    ]
     content["annotations"] += more
     file.write_text(json.dumps(content))
     config = config_of(coco, *EPOCH, "data.check=false")
@@ -260,6 +266,42 @@ def test_pipelines(coco: Path, old: str, new: str, message: str) -> None:
     assert text.count(old) == 1
     with pytest.raises((ConfigError, DataError), match=message):
         train(config_of(coco, *EPOCH, "data.check=false", replace=(old, new)), coco.parent / "run")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_id": "100"}, "values of a wrong kind"),
+        ({"bbox": None}, "boxes that are not four finite numbers"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "masks that are neither polygons nor run lengths"),
+        ({"iscrowd": None}, "values of a wrong kind"),
+        ({"ignore": "0"}, "values of a wrong kind"),
+        ({"bbox": [0, 0, 10**400, 5]}, "boxes that are not four finite numbers"),
+    ],
+)
+def test_a_set_is_checked_before_it_is_tested_on(
+    coco: Path, values: dict[str, Any], message: str
+) -> None:
+    train(config_of(coco, *EPOCH), coco.parent / "run")
+    change(coco, "val", **values)
+    checkpoint = coco.parent / "run" / "best.pth"
+    for use in (
+        lambda: evaluate_checkpoint(config_of(coco), checkpoint),
+        lambda: write_pictures(config_of(coco), checkpoint, coco.parent / "pictures"),
+    ):
+        with pytest.raises(DataError, match=message):
+            use()
+
+
+def test_queries_and_detections(coco: Path) -> None:
+    text = detector_text(coco) + "model['num_queries'] = 120\n"
+    path = coco.parent / "queries.py"
+    path.write_text(text)
+    config = load_detector_config(path, ["data.max_detections=110"])
+    assert sorted(detection_limits(config.model)) == [110, 120]
+    with pytest.raises(ConfigError, match=r"model\.num_queries is 120, and a detector finds"):
+        load_detector_config(path, ["data.max_detections=300"])
+    assert detection_limits({"test_cfg": {"max_per_img": -1}}) == []
 
 
 def test_reasons() -> None:

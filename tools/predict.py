@@ -14,8 +14,8 @@ A detector's --json is an annotation file in COCO's format whose annotations hav
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from kw.cli import (
 )
 from kw.data.reading import BadImageError, DataError
 from kw.deploy import find_images, load, predict_files
-from kw.engine.trained import WEIGHTS
+from kw.engine.trained import WEIGHTS, detector_config
+from kw.errors import OutOfMemory
 from kw.evaluation import render_table
 
 
@@ -62,12 +63,14 @@ def main() -> None:
         help="annotation file that names the images, below the one folder IMAGES",
     )
     args = parser.parse_args()
-    run = _detector_run(args.model)
+    if not Path(args.model).exists():
+        raise DataError(f"{args.model}: no such file or folder")
+    run = detector_config(args.model) is not None
     foreign = ("top", "batch_size", "weights") if run else ("score", "pictures", "annotations")
     for name in foreign:
         if getattr(args, name) is not None:
-            kind = "detector" if run else "classifier"
-            parser.error(f"--{name.replace('_', '-')}: {args.model} is a {kind}")
+            kind = "a detector" if run else "no detector's run, which has a config.py"
+            parser.error(f"--{name.replace('_', '-')}: {args.model} is {kind}")
     (find_objects if run else classify)(args)
 
 
@@ -97,26 +100,31 @@ def classify(args: argparse.Namespace) -> None:
 def find_objects(args: argparse.Namespace) -> None:
     from kw.detection import predictor as detection
     from kw.detection.annotations import load_annotations
-    from kw.detection.pictures import picture_names, save_picture
+    from kw.detection.pictures import picture_names, refuse_overwriting, save_picture
 
-    content = None
-    if args.annotations is not None:
-        content = load_annotations(args.annotations, ("images", "categories"))
-        files = list(_listed(args, content))
-        ids = [image["id"] for image in content["images"]]
-    else:
-        files, ids = list(_found(args.images)), []
     detector = detection.load(args.model, args.device)
     score = 0.3 if args.score is None else args.score
+    content, ids, categories = None, [], []
+    if args.annotations is not None:
+        content = load_annotations(args.annotations, ("images", "categories"))
+        files = _listed(args, content)
+        ids = [image["id"] for image in content["images"]]
+        categories = detection.result_ids(detector.classes, content, args.annotations)
+    else:
+        files = _found(args.images)
     names = picture_names([name for _, name in files])
+    if args.pictures is not None:
+        folders = [path for path in map(Path, args.images) if path.is_dir()]
+        refuse_overwriting(args.pictures, names, [file for file, _ in files], folders)
     unreadable: list[tuple[str, str]] = []
     found: list[tuple[Any, Any]] = []  # by image id, or by file name
     rows = []
     for place, ((file, name), picture) in enumerate(zip(files, names, strict=True)):
         try:
             each = detector.predict(file, score)
-        except BadImageError as error:
-            unreadable.append((str(file), error.reason))
+        except (BadImageError, OutOfMemory) as error:
+            reason = error.reason if isinstance(error, BadImageError) else str(error)
+            unreadable.append((str(file), reason))
             continue
         found.append((name if content is None else ids[place], each))
         counts = [each.labels.tolist().count(label) for label in range(len(detector.classes))]
@@ -130,31 +138,30 @@ def find_objects(args: argparse.Namespace) -> None:
         if content is None:
             save_json(detection.coco_file(found, detector.classes), args.json)
         else:
-            save_json(detection.coco_results(found, detector.classes, content), args.json)
+            save_json(detection.coco_results(found, categories), args.json)
     _tell_unreadable(unreadable, len(files))
 
 
-def _detector_run(model: str) -> bool:
-    """Whether a model is a detector's run, which is known by its config.py."""
-    path = Path(model)
-    folder = path if path.is_dir() else path.parent
-    return (path.is_dir() or path.suffix == ".pth") and (folder / "config.py").is_file()
+def _found(paths: list[str]) -> list[tuple[Path, str]]:
+    """Files, and their names below the deepest folder that holds all that was given."""
+    given = [Path(path).absolute() for path in paths]
+    root = os.path.commonpath([path if path.is_dir() else path.parent for path in given])
+    files = dict.fromkeys(find_images(paths))
+    return [(file, file.absolute().relative_to(root).as_posix()) for file in files]
 
 
-def _found(paths: list[str]) -> Iterator[tuple[Path, str]]:
-    """Files, and their names below the folder that was given."""
-    for path in map(Path, paths):
-        for file in find_images([path]):
-            yield file, (file.relative_to(path) if path.is_dir() else file).as_posix()
-
-
-def _listed(args: argparse.Namespace, content: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+def _listed(args: argparse.Namespace, content: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Files that an annotation file names, and their names there."""
     if len(args.images) != 1 or not Path(args.images[0]).is_dir():
         raise DataError("--annotations: expected one folder as IMAGES")
+    seen: set[int] = set()
     for image in content["images"]:
-        if "id" not in image or not isinstance(image.get("file_name"), str):
-            raise DataError(f"{args.annotations}: image {image} needs an id and a file_name")
-        yield Path(args.images[0], image["file_name"]), image["file_name"]
+        name, number = image.get("file_name"), image.get("id")
+        if type(number) is not int or number in seen or not (isinstance(name, str) and name):
+            what = "needs a file_name and an id, a whole number that no other has"
+            raise DataError(f"{args.annotations}: image {image} {what}")
+        seen.add(number)
+    return [(Path(args.images[0], i["file_name"]), i["file_name"]) for i in content["images"]]
 
 
 def _tell_unreadable(unreadable: list[tuple[str, str]], of: int) -> None:

@@ -94,9 +94,7 @@ def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> H
     """
     with _readable(path), Image.open(path) as file:
         _refuse(file, path, max_pixels)
-        # Pillow turns TIFF files itself, whatever is asked for; of a PNG it would read the pixels,
-        # to look for EXIF data behind them.
-        return Header(file.size, _orientation(file) if "exif" in file.info else 1)
+        return Header(file.size, _orientation(file))
 
 
 def read_image(
@@ -130,9 +128,10 @@ def read_image(
         # One that was given stays open.
         with nullcontext(opened) if opened is source else opened as file:
             _refuse(file, path, max_pixels)
+            orientation = _orientation(file)
             file.load()
             image = _to_rgb(file)
-            turn = _TURNS.get(_orientation(file)) if upright else None
+            turn = _TURNS.get(orientation) if upright else None
             image = image if turn is None else image.transpose(turn)
             image.info = {}  # or it would be turned again when it is read again
             return image
@@ -204,9 +203,14 @@ def _white(image: Image.Image) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
+    """What the EXIF data before the pixels say, as OpenCV reads them.
+
+    Not XMP or text, which Pillow's ``getexif`` takes as well. TIFF files Pillow turns by itself.
+    """
+    exif = Image.Exif()
     try:
-        # Pillow turns TIFF files itself and removes the mark when it has loaded them.
-        found = image.getexif().get(_ORIENTATION, 1)
+        exif.load(image.info.get("exif", b""))
+        found = exif.get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data say nothing, the pixels are there
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1

@@ -97,7 +97,7 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
     categories = _without_doubles(content)
     named = {}
     for category in categories:
-        if type(category.get("id")) is not int or not _is_name(category.get("name")):
+        if not _is_category(category):
             raise DataError(f"{file}: category {category} needs an integer id and a name")
         named[category["name"]] = category["id"]
     if len(named) < len(categories) or len(set(named.values())) < len(categories):
@@ -112,11 +112,11 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
 def _without_doubles(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Categories without those that have no object and the name of another."""
     used = _values(content["annotations"], "category_id")
-    names = Counter(each.get("name") for each in content["categories"] if _is_named(each))
-    taken = {each["name"] for each in content["categories"] if each.get("id") in used}
+    sound = [each for each in content["categories"] if _is_category(each)]
+    taken = {each["name"] for each in sound if each["id"] in used}
     kept: list[Mapping[str, Any]] = []
     for each in content["categories"]:
-        if _is_named(each) and names[each["name"]] > 1 and each.get("id") not in used:
+        if _is_category(each) and each["id"] not in used:
             if each["name"] in taken:
                 continue
             taken.add(each["name"])
@@ -143,6 +143,7 @@ def check_annotations(
     read_images: bool = False,
     other: Report | None = None,
     training: bool = True,
+    open_images: bool = True,
     settings: CocoDataConfig | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -158,6 +159,7 @@ def check_annotations(
         other: report on the set that this one must not share images with, as a validation set must
             not with its training set.
         training: whether the set is trained on; else it is evaluated against.
+        open_images: look at the image files at all.
         settings: how the images are read and which are left out. Default: a run's defaults.
         content: the file's, where it is read already.
 
@@ -193,14 +195,15 @@ def check_annotations(
         check_masks(placed, sizes, findings)
     wanted = {c["id"]: c["name"] for c in categories if classes is None or c["name"] in classes}
     _check_usage(placed, wanted, sizes, training, settings, findings)
-    check_images(
-        images,
-        folder,
-        findings,
-        decode=read_images,
-        upright=settings.exif_orientation == "apply",
-        max_pixels=settings.bad_images.max_pixels,
-    )
+    if open_images:
+        check_images(
+            images,
+            folder,
+            findings,
+            decode=read_images,
+            upright=settings.exif_orientation == "apply",
+            max_pixels=settings.bad_images.max_pixels,
+        )
     names = frozenset(image["file_name"] for image in images)
     if other is not None:
         check_leak(names, folder, other, findings)
@@ -255,6 +258,8 @@ def _wrong_value(table: str, row: Mapping[str, Any]) -> tuple[str, str] | None:
             return "area", "a number"
         if "iscrowd" in row and row["iscrowd"] not in (0, 1):
             return "iscrowd", "0 or 1"
+        if row.get("ignore") not in (0, 1, None):
+            return "ignore", "0 or 1"
     elif not isinstance(row["name"], str):
         return "name", "text"
     return None
@@ -369,8 +374,8 @@ def _values(rows: Iterable[Mapping[str, Any]], key: str) -> set[int]:
     return {row[key] for row in rows if type(row.get(key)) is int}
 
 
-def _is_named(category: Mapping[str, Any]) -> bool:
-    return _is_name(category.get("name"))
+def _is_category(row: Mapping[str, Any]) -> bool:
+    return type(row.get("id")) is int and _is_name(row.get("name"))
 
 
 def _is_name(value: Any) -> bool:

@@ -220,7 +220,8 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 def detection_limits(model: dict[str, Any]) -> list[int]:
     """How many detections of an image a detector gives at most, where its settings say so."""
-    return [part[_LIMIT] for part in _test_settings(model) if isinstance(part.get(_LIMIT), int)]
+    limits = [part.get(_LIMIT) for part in _test_settings(model)] + [model.get("num_queries")]
+    return [limit for limit in limits if isinstance(limit, int) and limit > 0]  # -1: no limit
 
 
 def _set_limit(model: dict[str, Any], limit: int) -> None:
@@ -228,6 +229,12 @@ def _set_limit(model: dict[str, Any], limit: int) -> None:
     parts = [part for part in _test_settings(model) if _LIMIT in part]
     if not parts:
         raise ConfigError(f"data.max_detections: model.test_cfg has no {_LIMIT} to set")
+    queries = model.get("num_queries")
+    if isinstance(queries, int) and queries < limit:
+        raise ConfigError(
+            f"data.max_detections = {limit}: model.num_queries is {queries}, and a detector finds "
+            "no more objects than it has queries; set model.num_queries as well"
+        )
     for part in parts:
         part[_LIMIT] = limit
 

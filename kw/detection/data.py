@@ -21,6 +21,7 @@ from mmengine.dataset import pseudo_collate
 from ..config import ConfigError
 from ..config.run_schema import BadImagesConfig
 from ..data import (
+    BadImageError,
     DataError,
     EvalBatchSampler,
     FaultyDataset,
@@ -101,6 +102,8 @@ class Samples(FaultyDataset):
                     raise
                 except Exception as error:  # what mmdetection's or the user's transforms raise
                     what = f"{self._pipeline} fails on it: {one_line(error)}"
+                    if not self.training:  # one image must not end a run at its first evaluation
+                        raise BadImageError.of(self.path(index), what) from error
                     raise DataError(f"{self.path(index)}: {what}") from error
                 if sample is not None:
                     check_sample(sample, self._pipeline, self.training, self._masks)
@@ -294,8 +297,13 @@ def _listed(
 ) -> Usage:
     ids = category_ids(content, str(file))
     names = {ids[name]: name for name in classes}
-    sizes = {each["id"]: (each["width"], each["height"]) for each in content["images"]}
-    return Usage.of(content["annotations"], names, sizes, min_size=data.min_size)
+    try:
+        sizes = {each["id"]: (each["width"], each["height"]) for each in content["images"]}
+        return Usage.of(content["annotations"], names, sizes, min_size=data.min_size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file} cannot be read: {one_line(error)}; tools/check_coco.py lists what is wrong"
+        ) from error
 
 
 def _used(dataset: Any) -> Iterator[int]:

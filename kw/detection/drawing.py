@@ -138,16 +138,18 @@ def draw_ground_truth(
     categories: Sequence[Mapping[str, Any]],
     masks: bool = True,
     scale: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draw the annotations of one image in COCO's format; crowds are dashed and hatched.
 
     Args:
         image: see :func:`to_rgb`.
         annotations: those of this image.
-        categories: those of the file. Ordered by their ids, as the classes of a detector of this
-            project are, they give it the same colours.
+        categories: those of the file.
         masks: draw them, where all annotations have one.
         scale: see :func:`draw_detections`.
+        classes: names of the categories in the order of a detector's labels, whose colours they
+            get; default: in the order of their ids.
 
     Returns:
         A new RGB image.
@@ -158,7 +160,8 @@ def draw_ground_truth(
     """
     picture = to_rgb(image)
     ordered = sorted(categories, key=lambda category: category["id"])
-    places = {category["id"]: place for place, category in enumerate(ordered)}
+    names = [str(each["name"]) for each in ordered] if classes is None else list(classes)
+    places = {each["id"]: names.index(str(each["name"])) for each in ordered}
     boxes = np.array([entry["bbox"] for entry in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     shapes = None
@@ -170,7 +173,7 @@ def draw_ground_truth(
         boxes,
         [places[entry["category_id"]] for entry in annotations],
         masks=shapes,
-        classes=[str(category["name"]) for category in ordered],
+        classes=names,
         scale=scale,
         crowd=[bool(entry.get("iscrowd", 0)) for entry in annotations],
     )

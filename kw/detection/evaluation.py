@@ -25,7 +25,7 @@ from kw.data.dataset import DataError
 from kw.detection.annotations import COCO_DETECTIONS, category_ids, load_annotations
 from kw.detection.findings import some
 from kw.detection.ground_truth import read_truth
-from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator
+from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
 
@@ -104,15 +104,18 @@ class CocoEvaluator:
             raise DataError(
                 f"{self.file} has no category {some(missing)}; it has {some(sorted(ids))}"
             )
-        self._category_ids = [ids[name] for name in self.classes]
-        self._truth = read_truth(content, self.file, set(self._category_ids), masks)
+        wanted = [ids[name] for name in self.classes]
+        self._truth, self._numbers, categories = read_truth(content, self.file, wanted, masks)
+        self._categories_of = [categories[each] for each in wanted]  # numbers by label
         self._sizes = {
-            image["id"]: (image.get("height"), image.get("width"))
-            for image in self._truth["images"]
+            image["id"]: (image.get("height"), image.get("width")) for image in content["images"]
         }
         self.image_ids = list(self._sizes)
+        back = {number: image_id for image_id, number in self._numbers.items()}
         annotations = self._truth["annotations"]
-        self.objects = Counter(each["image_id"] for each in annotations if not each["iscrowd"])
+        self.objects = Counter(
+            back[each["image_id"]] for each in annotations if not each["iscrowd"]
+        )
         self._found: dict[int, _Detections] = {}
         self._categories: dict[str, Figures] = {}
 
@@ -222,7 +225,7 @@ class CocoEvaluator:
                     f"width) {self._sizes[image_id]}"
                 )
         counts = [run["counts"] for run in runs]
-        areas = import_evaluator().mask.area(list(runs)) if len(runs) else []
+        areas = mask_areas(runs)
         encoded = [each.encode() if isinstance(each, str) else each for each in counts]
         return encoded, _array(areas, np.float64)
 
@@ -254,16 +257,15 @@ class CocoEvaluator:
         # Not loadRes, which asks for the area of each mask by itself: a third of all the time.
         results = coco.COCO({**self._truth, "annotations": self._results(kind, found)})
         evaluator = coco.COCOeval_faster(truth, results, kind, print_function=_silent)
-        evaluator.params.imgIds = sorted(self._sizes)
-        evaluator.params.catIds = sorted(self._category_ids)
+        evaluator.params.imgIds = sorted(self._numbers.values())
+        evaluator.params.catIds = sorted(self._categories_of)
         evaluator.params.maxDets = self._most
         evaluator.run()
         # [IoU, recall, category, size, maxDets]: all sizes, most detections
         precision = evaluator.eval["precision"][:, :, :, 0, -1]
-        places = {each: place for place, each in enumerate(sorted(self._category_ids))}
         of_class = []
-        for each in self._category_ids:
-            curve = precision[:, :, places[each]]
+        for number in self._categories_of:
+            curve = precision[:, :, number - 1]
             of_class.append(float(curve.mean()) if (curve > -1).all() else None)
         return [None if value < 0 else float(value) for value in evaluator.stats], of_class
 
@@ -281,8 +283,10 @@ class CocoEvaluator:
                 shapes = [{"size": size, "counts": mask} for mask in masks or []]
             columns = (shapes, scores.tolist(), labels.tolist(), areas.tolist())
             for shape, score, label, area in zip(*columns, strict=True):
-                each = {"id": len(results) + 1, "image_id": image_id, "iscrowd": 0, key: shape}
-                each.update(category_id=self._category_ids[label], score=score, area=area)
+                each = {"id": len(results) + 1, "iscrowd": 0, "score": score, "area": area}
+                each["image_id"] = self._numbers[image_id]
+                each["category_id"] = self._categories_of[label]
+                each[key] = shape
                 results.append(each)
         return results
 

@@ -94,6 +94,8 @@ def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
         if decode:
             read_image(path, max_pixels)
     except BadImageError as error:
+        if "\0" in path:
+            return "not a file's name"
         return error.reason if os.path.exists(path) else _MISSING
     return header
 

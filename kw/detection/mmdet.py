@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..data.reading import DataError
+from ..errors import one_line
 from .annotations import category_ids
 from .ops import bind
 
@@ -48,6 +50,21 @@ class CocoDataset(_CocoDataset):
         self.COCOAPI = lambda _: _Loaded(content)
         super().__init__(**settings)
         del self.COCOAPI  # the content is not kept
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """mmdetection's.
+
+        Raises:
+            DataError: an annotation or an image lacks something, or has a wrong value.
+        """
+        try:
+            found: list[dict[str, Any]] = super().load_data_list()
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            what = f"{self.ann_file} cannot be read: {one_line(error)}"
+            raise DataError(f"{what}; tools/check_coco.py lists what is wrong") from error
+        return found
 
     def filter_data(self) -> list[dict[str, Any]]:
         """mmdetection's, which looks at what is listed, not at what is left."""

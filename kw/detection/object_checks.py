@@ -119,7 +119,7 @@ def _usable(
     """The polygons of an object that readers keep."""
     usable, short = [], []
     for polygon in mask:
-        if not (set(map(type, polygon)) <= _NUMBERS and math.isfinite(sum(polygon))):
+        if not _are_finite(polygon):
             findings.add("polygon-broken", _say(each, "a coordinate that is not a finite number"))
         elif len(polygon) % 2:
             findings.add("polygon-broken", _say(each, f"{len(polygon)} coordinates, an odd number"))
@@ -240,12 +240,15 @@ def _compare_boxes(
 
 def is_box(box: Any) -> bool:
     """Whether it is a list of four finite numbers."""
-    return (
-        type(box) is list
-        and len(box) == 4
-        and set(map(type, box)) <= _NUMBERS
-        and math.isfinite(sum(box))
-    )
+    return type(box) is list and len(box) == 4 and _are_finite(box)
+
+
+def _are_finite(values: Sequence[Any]) -> bool:
+    """Whether they are numbers that fit in 64 bits."""
+    try:
+        return set(map(type, values)) <= _NUMBERS and math.isfinite(float(sum(values)))
+    except OverflowError:
+        return False
 
 
 def _say(each: Mapping[str, Any], what: str) -> str:

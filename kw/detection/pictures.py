@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -11,14 +11,14 @@ from PIL import Image
 from ..config import ConfigError
 from ..data import BadImageError, DataError
 from ..errors import say
-from .annotations import load_annotations
+from .annotations import category_ids, load_annotations
 from .config import DetectorConfig
 from .drawing import draw_ground_truth
 from .predictor import Predictor
-from .sets import trained_classes
+from .sets import check_test_annotations, trained_classes
 from .sheets import contact_sheet, side_by_side
 
-__all__ = ["picture_names", "save_picture", "write_pictures"]
+__all__ = ["picture_names", "refuse_overwriting", "save_picture", "write_pictures"]
 
 TITLES = ("predicted", "annotated")
 
@@ -53,16 +53,20 @@ def write_pictures(
     predictor = Predictor(config, checkpoint)
     trained = {"meta": {"classes": predictor.classes}}
     classes = trained_classes(trained, data, f"checkpoint {checkpoint}", truth)
-    categories = [c for c in truth["categories"] if c["name"] in classes]
-    ids = {category["id"] for category in categories}
+    if data.check:
+        check_test_annotations(data, predictor.has_masks, classes, truth).raise_for_errors()
+    ids = category_ids(truth, data.val_annotations)
+    categories = [{"id": ids[name], "name": name} for name in classes]
+    wanted = {category["id"] for category in categories}
+    files = [Path(data.root, data.val_images, image["file_name"]) for image in truth["images"]]
     names = picture_names([image["file_name"] for image in truth["images"]])
+    refuse_overwriting(out, names, files, [Path(data.root, data.val_images)])
     folder = Path(out)
     paths: list[Path] = []
     sheet = []
-    for image, name in zip(truth["images"], names, strict=True):
+    for image, file, name in zip(truth["images"], files, names, strict=True):
         if len(paths) == images:
             break
-        file = Path(data.root, data.val_images, image["file_name"])
         try:
             picture = predictor.read(file)
         except BadImageError as error:
@@ -71,10 +75,11 @@ def write_pictures(
         objects = [
             each
             for each in truth["annotations"]
-            if each["image_id"] == image["id"] and each["category_id"] in ids
+            if each["image_id"] == image["id"] and each["category_id"] in wanted
         ]
         drawn = predictor.draw(file, predictor.predict(file, score))
-        pair = side_by_side(drawn, draw_ground_truth(picture, objects, categories), TITLES)
+        annotated = draw_ground_truth(picture, objects, categories, classes=classes)
+        pair = side_by_side(drawn, annotated, TITLES)
         paths.append(folder / name)
         save_picture(pair, paths[-1])
         sheet.append(pair)
@@ -88,23 +93,59 @@ def write_pictures(
 def picture_names(files: Sequence[str]) -> list[str]:
     """Names of pictures for image files, none twice, below a folder.
 
-    ``cam0/1.jpg`` becomes ``cam0/1.png``; where two files would get one name, both keep theirs and
-    get ``.png`` behind it. ``..`` and the root of a path are left out.
+    ``cam0/1.jpg`` becomes ``cam0/1.png``. Where two files would get one name, both keep theirs and
+    get ``.png`` behind it; what is still named twice is numbered. ``..`` and the root of a path are
+    left out.
     """
     safe = [_below(file) for file in files]
-    taken = Counter(str(path.with_suffix(".png")).lower() for path in safe)
+    short = [path.with_suffix(".png") for path in safe]
+    wanted = Counter(_key(path) for path in short)
+    taken = {_key(PurePosixPath("sheet.png"))}
     named = []
-    for path in safe:
-        short = path.with_suffix(".png")
-        is_free = taken[str(short).lower()] == 1 and str(short) != "sheet.png"
-        named.append(str(short if is_free else path) + ("" if is_free else ".png"))
+    for path, name in zip(safe, short, strict=True):
+        if wanted[_key(name)] > 1 or _key(name) in taken:
+            name = path.with_name(path.name + ".png")
+        number = 1
+        while _key(name) in taken:
+            number += 1
+            name = path.with_name(f"{path.name}.{number}.png")
+        taken.add(_key(name))
+        named.append(str(name))
     return named
+
+
+def _key(path: PurePosixPath) -> str:
+    """What is one name on disks that do not tell capitals apart."""
+    return str(path).lower()
 
 
 def _below(file: str) -> PurePosixPath:
     path = PurePosixPath(file)
     parts = [part for part in path.parts if part not in ("..", path.anchor)]
-    return PurePosixPath(*parts)
+    return PurePosixPath(*parts) if parts else PurePosixPath("image")
+
+
+def refuse_overwriting(
+    out: str | Path, names: Iterable[str], files: Iterable[Path], folders: Iterable[Path]
+) -> None:
+    """Refuse to draw over images, or where they are looked for the next time.
+
+    Args:
+        out: folder of the pictures.
+        names: of the pictures in it.
+        files: the images.
+        folders: that are searched for images.
+
+    Raises:
+        DataError: a picture would be one of the images, or in one of the folders.
+    """
+    target = Path(out).resolve()
+    for folder in folders:
+        if folder.is_dir() and target.is_relative_to(folder.resolve()):
+            raise DataError(f"{out} lies in {folder}, which holds the images: choose another")
+    images = {file.resolve() for file in files}
+    if written := sorted(images.intersection(target / name for name in names)):
+        raise DataError(f"{written[0]} is one of the images: choose another folder")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

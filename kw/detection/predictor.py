@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,22 +13,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ConfigError
-from ..data.reading import DataError, Picture, read_image
+from ..data.reading import BadImageError, DataError, Picture, read_image
 from ..engine import load_checkpoint, load_network, set_contraction
 from ..engine.checkpoint import CheckpointError
-from ..engine.trained import choose_weights, trained_file
-from ..errors import memory_for, one_line
+from ..engine.trained import choose_weights, detector_config, trained_file
+from ..errors import UserError, memory_for, one_line
 from .annotations import category_ids
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading
 from .detector import build_detector, has_masks, without_weights
 from .drawing import draw_detections
 from .mmdet import register_all_modules
-from .run_lengths import encode_masks
+from .run_lengths import encode_masks, mask_areas
 from .segments import segmentation_mask
 from .sets import class_names
 
-__all__ = ["Found", "Predictor", "coco_file", "coco_results", "load", "run_of"]
+__all__ = ["Found", "Predictor", "coco_file", "coco_results", "load", "result_ids"]
 
 _PIPELINE = "test_pipeline"
 
@@ -108,13 +109,20 @@ class Predictor:
                 (``test_cfg``) leaves out.
 
         Raises:
-            BadImageError: it cannot be read as an image.
+            BadImageError: it cannot be read as an image, or the transforms fail on it.
             OutOfMemory: memory does not suffice for it.
         """
         sample: Any = {"img_path": picture, "img_id": 0}
-        with memory_for(lambda: [picture if isinstance(picture, (str, Path)) else "a picture"]):
-            for step in self._steps:
-                sample = step(sample)
+        name = picture if isinstance(picture, (str, Path)) else "a picture"
+        with memory_for(lambda: [name]):
+            try:
+                for step in self._steps:
+                    sample = step(sample)
+            except (UserError, MemoryError):
+                raise
+            except Exception as error:  # what mmdetection's or the user's transforms raise
+                what = f"{_PIPELINE} fails on it: {one_line(error)}"
+                raise BadImageError.of(name, what) from error
             check_sample(sample, _PIPELINE)
             (found,) = self.detector.test_step(pseudo_collate([sample]))
             objects = found.pred_instances
@@ -145,18 +153,6 @@ def _reads_annotations(step: Any) -> bool:
     return isinstance(step, dict) and "LoadAnnotations" in str(step.get("type"))
 
 
-def run_of(model: str | Path) -> tuple[Path, Path] | None:
-    """Configuration and checkpoint of a detector's run; None for anything else.
-
-    Args:
-        model: a work directory with a detector's ``config.py``, or a checkpoint in it.
-    """
-    path = Path(model)
-    config = (path if path.is_dir() else path.parent) / "config.py"
-    is_file = path.is_dir() or path.suffix == ".pth"
-    return (config, trained_file(path)) if is_file and config.is_file() else None
-
-
 def load(model: str | Path, device: str = "cpu") -> Predictor:
     """A ready detector of a training run.
 
@@ -170,35 +166,48 @@ def load(model: str | Path, device: str = "cpu") -> Predictor:
         CheckpointError: it is no detector's, or as for :class:`Predictor`.
         ConfigError: its configuration cannot be used.
     """
-    found = run_of(model)
-    if found is None:
+    config = detector_config(model)
+    if config is None:
         raise CheckpointError(
             f"{model}: expected a detector's work directory, with its config.py, or a checkpoint "
             "in it"
         )
-    config, checkpoint = found
-    return Predictor(load_detector_config(config), checkpoint, device)
+    return Predictor(load_detector_config(config), trained_file(model), device)
 
 
-def coco_results(
-    found: Iterable[tuple[int, Found]], classes: Sequence[str], content: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) -> list[int]:
+    """The category ids of a detector's labels in an annotation file.
+
+    Args:
+        classes: of the detector.
+        content: of the file; it needs no annotations.
+        file: its name, for messages.
+
+    Raises:
+        DataError: the file lacks a category, or names one twice, without objects that tell which
+            is meant.
+    """
+    objects = content.get("annotations") or []
+    ids = category_ids({**content, "annotations": objects}, file)
+    if missing := [name for name in classes if name not in ids]:
+        raise DataError(f"{file} has no category {', '.join(missing)}; it has {', '.join(ids)}")
+    used = {each.get("category_id") for each in objects}
+    names = Counter(each["name"] for each in content["categories"])
+    if twice := [name for name in classes if names[name] > 1 and ids[name] not in used]:
+        raise DataError(
+            f"{file} has several categories {', '.join(twice)}: remove those that are not meant"
+        )
+    return [ids[name] for name in classes]
+
+
+def coco_results(found: Iterable[tuple[int, Found]], ids: Sequence[int]) -> list[dict[str, Any]]:
     """Detections in COCO's results format, which its evaluation server and tools read.
 
     Args:
         found: image ids and what was found there.
-        classes: of the detector.
-        content: of an annotation file, whose categories give the ids.
-
-    Raises:
-        DataError: the file lacks a category of the detector.
+        ids: of the categories by label, see :func:`result_ids`.
     """
-    ids = category_ids({"annotations": [], **content}, "the annotation file")
-    if missing := [name for name in classes if name not in ids]:
-        raise DataError(f"the annotation file has no category {', '.join(missing)}")
-    return [
-        row for image_id, each in found for row in _rows(image_id, each, [ids[n] for n in classes])
-    ]
+    return [row for image_id, each in found for row in _rows(image_id, each, ids)]
 
 
 def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dict[str, Any]:
@@ -210,10 +219,12 @@ def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dic
     """
     numbered = [(place, name, each) for place, (name, each) in enumerate(found, 1)]
     ids = range(1, len(classes) + 1)
-    rows = [row for place, _, each in numbered for row in _rows(place, each, ids)]
-    for number, row in enumerate(rows, 1):
-        _, _, width, height = row["bbox"]
-        row.update(id=number, iscrowd=0, area=width * height)
+    rows: list[dict[str, Any]] = []
+    for place, _, each in numbered:
+        sides = (each.boxes[:, 2:] - each.boxes[:, :2]).double()
+        areas = sides.prod(1).tolist() if each.masks is None else mask_areas(each.masks)
+        for row, area in zip(_rows(place, each, ids), areas, strict=True):
+            rows.append({**row, "id": len(rows) + 1, "iscrowd": 0, "area": area})
     return {
         "images": [
             {"id": place, "file_name": name, "width": each.size[0], "height": each.size[1]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ from ..engine.run import (
 from ..engine.runner import Runner
 from ..engine.task import Task
 from ..errors import memory_for, say
-from .annotations import COCO_DETECTIONS, load_annotations
+from .annotations import COCO_DETECTIONS, Report, load_annotations
 from .config import DetectorConfig, detection_limits
 from .data import build_eval_loader, build_train_loader
 from .detector import build_detector, has_masks, keep_maps_exact, lr_scales, without_weights
 from .evaluation import CocoEvaluator
-from .schema import CocoDataConfig
-from .sets import check_sets, class_names, read_sets, trained_classes
+from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
 from .start import start_detector
 
 __all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
@@ -83,7 +83,7 @@ def build_runner(
         keep_maps_exact(detector)
     masks = has_masks(detector)
     if run.data.check:
-        _check_data(run.data, masks, process, contents)
+        _check_data(lambda: check_sets(run.data, masks, contents=contents), process)
     set_contraction(run.contraction, detector)
     if run.sync_bn and process.world_size > 1:
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
@@ -172,8 +172,12 @@ def evaluate_checkpoint(
             keep_maps_exact(detector)
         set_contraction(run.contraction, detector)
         detector.to(process.device)
+        masks = has_masks(detector)
+        if run.data.check:
+            look = partial(check_test_annotations, run.data, masks, classes, content)
+            _check_data(lambda: [look()], process)
         loader = build_eval_loader(config, classes, process.rank, process.world_size, content)
-        evaluator = _evaluator(config, classes, has_masks(detector), content)
+        evaluator = _evaluator(config, classes, masks, content)
         return evaluate_weights(
             detector,
             state,
@@ -211,18 +215,13 @@ def _evaluator(
     return evaluator
 
 
-def _check_data(
-    data: CocoDataConfig,
-    masks: bool,
-    process: Process,
-    contents: tuple[Mapping[str, Any], Mapping[str, Any]],
-) -> None:
+def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
     """Refuse data with errors, on all processes, though only one looks; warnings are said."""
     at("checking the data")
     found: list[Any] = [None]
     if process.is_main:
         try:
-            reports = check_sets(data, masks, contents=contents)
+            reports = check()
             found = ["\n".join(report.render() for report in reports if report.errors)]
             for report in reports:
                 if not report.errors and report.warnings:

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["are_run_lengths", "bounds", "decompress", "encode_masks", "import_evaluator"]
+__all__ = [
+    "are_run_lengths",
+    "bounds",
+    "decompress",
+    "encode_masks",
+    "import_evaluator",
+    "mask_areas",
+]
 
 
 _PIXELS = 2**25  # of masks that are compressed at a time
@@ -37,6 +44,11 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
         columns = (part != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
         runs += mask_api.encode(columns.T)  # [N, W, H] -> [H, W, N]
     return runs
+
+
+def mask_areas(runs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Pixels inside masks, as :func:`encode_masks` gives them."""
+    return [int(area) for area in import_evaluator().mask.area(list(runs))] if runs else []
 
 
 def decompress(text: str) -> list[int] | None:

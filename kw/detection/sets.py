@@ -13,7 +13,14 @@ from ..errors import say
 from .annotations import Report, category_ids, check_annotations, load_annotations
 from .schema import CocoDataConfig
 
-__all__ = ["check_sets", "class_names", "read_sets", "trained_classes", "write_subset"]
+__all__ = [
+    "check_sets",
+    "check_test_annotations",
+    "class_names",
+    "read_sets",
+    "trained_classes",
+    "write_subset",
+]
 
 
 Content = Mapping[str, Any]
@@ -106,29 +113,56 @@ def check_sets(
     Raises:
         DataError: a file cannot be read at all.
     """
-    root = Path(config.root)
     train_content, val_content = contents or (None, None)
-    settings: dict[str, Any] = {
-        "classes": class_names(config, train_content),
-        "masks": masks,
-        "read_images": read_images,
-        "settings": config,
-    }
+    classes: list[str] | None
+    try:
+        classes = class_names(config, train_content)
+    except DataError:  # a fault of the file, which is listed with all others
+        classes = config.classes
     train = check_annotations(
-        root / config.train_annotations,
-        root / config.train_images,
+        Path(config.root, config.train_annotations),
+        Path(config.root, config.train_images),
+        classes=classes,
+        masks=masks,
+        read_images=read_images,
+        settings=config,
         content=train_content,
-        **settings,
     )
     val = check_annotations(
-        root / config.val_annotations,
-        root / config.val_images,
+        Path(config.root, config.val_annotations),
+        Path(config.root, config.val_images),
+        classes=classes,
+        masks=masks,
+        read_images=read_images,
         other=train,
         training=False,
+        settings=config,
         content=val_content,
-        **settings,
     )
     return [train, val]
+
+
+def check_test_annotations(
+    config: CocoDataConfig, masks: bool, classes: list[str], content: Content
+) -> Report:
+    """Check what is evaluated against, without the image files: bad ones count as missed.
+
+    Args:
+        config: of the data.
+        masks: whether every object must have a mask.
+        classes: the detector's.
+        content: of the file.
+    """
+    return check_annotations(
+        Path(config.root, config.val_annotations),
+        Path(config.root, config.val_images),
+        classes=classes,
+        masks=masks,
+        training=False,
+        open_images=False,
+        settings=config,
+        content=content,
+    )
 
 
 def write_subset(

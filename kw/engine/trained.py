@@ -15,7 +15,14 @@ from ..models.build import build_network, check_network
 from .checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
 from .saving import checkpoints
 
-__all__ = ["WEIGHTS", "Trained", "choose_weights", "load_trained", "trained_file"]
+__all__ = [
+    "WEIGHTS",
+    "Trained",
+    "choose_weights",
+    "detector_config",
+    "load_trained",
+    "trained_file",
+]
 
 WEIGHTS = ("auto", "model", "ema")
 
@@ -95,6 +102,14 @@ def trained_file(path: str | Path) -> Path:
     return found[0]
 
 
+def detector_config(model: str | Path) -> Path | None:
+    """The configuration of a detector's run, by its work directory or a checkpoint in it; None for
+    any other model."""
+    path = Path(model)
+    config = (path if path.is_dir() else path.parent) / "config.py"
+    return config if (path.is_dir() or path.suffix == ".pth") and config.is_file() else None
+
+
 def choose_weights(
     checkpoint: Mapping[str, Any], file: str | Path, weights: str = "auto"
 ) -> tuple[str, Mapping[str, Tensor]]:
@@ -128,6 +143,7 @@ def _own_config(file: Path, meta: Mapping[str, Any]) -> Config:
     except ConfigError as error:
         if "\nmodel = dict(" in text or text.startswith("model = "):
             raise CheckpointError(
-                f"checkpoint {file}: is a detector's; expected one of a classifier"
+                f"checkpoint {file}: is a detector's, which needs the config.py of its run beside "
+                "it; expected one of a classifier"
             ) from error
         raise
