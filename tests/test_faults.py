@@ -129,7 +129,7 @@ def test_orientation_is_applied(kind: str, orientation: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("mark", ["exif", "xmp", "late"])
 def test_header_and_reader_agree_on_the_orientation(kind: str, mark: str, tmp_path: Path) -> None:
-    """EXIF data before the pixels count; XMP, and what a PNG has behind its pixels, do not."""
+    """EXIF data count, also behind a PNG's pixels; XMP does not."""
     exif = Image.Exif()
     exif[0x0112] = 6
     xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -147,7 +147,7 @@ def test_header_and_reader_agree_on_the_orientation(kind: str, mark: str, tmp_pa
         path.write_bytes(content[:at] + content[at + size : end] + chunk + content[end:])
     header = read_header(path)
     assert read_image(path).size == header.upright_size
-    assert header.orientation == (6 if mark == "exif" else 1)
+    assert header.orientation == (1 if mark == "xmp" else 6)
     with Image.open(path) as opened:
         assert read_image(opened).size == header.upright_size
 

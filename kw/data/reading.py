@@ -94,7 +94,21 @@ def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> H
     """
     with _readable(path), Image.open(path) as file:
         _refuse(file, path, max_pixels)
-        return Header(file.size, _orientation(file))
+        exif = file.info.get("exif")
+        if exif is None and file.format == "PNG":
+            exif = _png_exif(file.fp)
+        return Header(file.size, _orientation(exif or b""))
+
+
+def _png_exif(stream: Any) -> bytes:
+    """A PNG's EXIF data. Pillow finds those behind the pixels only when it reads these."""
+    stream.seek(8)
+    while len(head := stream.read(8)) == 8:
+        size = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            return bytes(stream.read(size))
+        stream.seek(size + 4, os.SEEK_CUR)
+    return b""
 
 
 def read_image(
@@ -128,10 +142,9 @@ def read_image(
         # One that was given stays open.
         with nullcontext(opened) if opened is source else opened as file:
             _refuse(file, path, max_pixels)
-            orientation = _orientation(file)
             file.load()
             image = _to_rgb(file)
-            turn = _TURNS.get(orientation) if upright else None
+            turn = _TURNS.get(_orientation(file.info.get("exif", b""))) if upright else None
             image = image if turn is None else image.transpose(turn)
             image.info = {}  # or it would be turned again when it is read again
             return image
@@ -202,14 +215,15 @@ def _white(image: Image.Image) -> int:
     return 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
 
 
-def _orientation(image: Image.Image) -> int:
-    """What the EXIF data before the pixels say, as OpenCV reads them.
+def _orientation(data: bytes) -> int:
+    """What EXIF data say, as OpenCV reads them.
 
-    Not XMP or text, which Pillow's ``getexif`` takes as well. TIFF files Pillow turns by itself.
+    XMP and text, which Pillow's ``getexif`` takes as well, do not count. TIFF files Pillow turns by
+    itself.
     """
     exif = Image.Exif()
     try:
-        exif.load(image.info.get("exif", b""))
+        exif.load(data)
         found = exif.get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data say nothing, the pixels are there
         return 1
