@@ -88,6 +88,11 @@ class CheckpointHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         self._finish(runner)
+        best = (
+            f"best {runner.task.score} {runner.best:.3f}" if runner.best >= 0 else "no best epoch"
+        )
+        written = "best.pth, last.pth, results.json, log.jsonl, tensorboard/"
+        runner.logger.info(f"done, {best}; in {runner.work_dir}: {written}")
 
     def _save(
         self, runner: Any, metrics: Metrics | None, is_best: bool, update: int | None

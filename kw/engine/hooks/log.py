@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class LogHook(Hook):
         if runner.process.is_main:
             self._file = Path(runner.work_dir, "log.jsonl")
             _forget_after(self._file, runner.iter, runner.epoch)
+            for line in _describe(runner):
+                runner.logger.info(line)
             runner.board = SummaryWriter(
                 str(Path(runner.work_dir, "tensorboard")),
                 purge_step=runner.iter + 1 if runner.iter else None,
@@ -151,6 +154,23 @@ class LogHook(Hook):
         _append(self._file, mode, epoch, update, {**dict.fromkeys(values), **finite})
         for key, value in finite.items():
             runner.board.add_scalar(f"{mode}/{key}", value, update)
+
+
+def _describe(runner: Any) -> Iterator[str]:
+    """What is about to be trained, and where it writes."""
+    config, task = runner.config, runner.task
+    loaders = (runner.train_dataloader, runner.val_dataloader)
+    train, val = (f"{len(loader.dataset):,}" for loader in loaders)
+    yield f"data: {train} images to train on, {val} to test on, {len(task.classes):,} classes"
+    parameters = list(task.network.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    frozen = "" if trained == total else f", {trained:,} of them trained"
+    where = f"{config.precision} on {runner.process.device.type}"
+    yield f"network: {total:,} parameters{frozen}; {where}"
+    batches = f"updates of {config.total_batch_size} images, {config.batch_size} at a time"
+    yield f"{batches} in each of {runner.process.world_size} process(es)"
+    yield f"writes into {runner.work_dir}"
 
 
 def write_line(runner: Any, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
