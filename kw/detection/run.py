@@ -14,11 +14,11 @@ from torch import nn
 
 from ..data import DataError, Loader
 from ..engine import load_checkpoint, set_contraction
-from ..engine.distributed import Process, meet, process_group
+from ..engine.distributed import Process, host_barrier, process_group
 from ..engine.folder import find_checkpoint, held
 from ..engine.optim import autocast, build_optimizer
 from ..engine.parallel import distribute
-from ..engine.presence import at
+from ..engine.presence import set_place
 from ..engine.run import (
     assemble_runner,
     check_devices,
@@ -138,7 +138,7 @@ def evaluate_detector(
                 evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
                 seen += 1
     detector.train(training)
-    meet("at the end of an evaluation, computing its figures")
+    host_barrier("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
     sampler: Any = loader.batch_sampler
     left_out = torch.tensor(len(sampler.indices) - seen, device=device)
@@ -217,7 +217,7 @@ def _evaluator(
 
 def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
     """Refuse data with errors, on all processes, though only one looks; warnings are said."""
-    at("checking the data")
+    set_place("checking the data")
     found: list[Any] = [None]
     if process.is_main:
         try:

@@ -57,7 +57,7 @@ class CocoDataConfig:
         maximum=10**5,
     )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
-    check: bool = setting(True, "check both annotation files before training")
+    check: bool = setting(True, "check annotations before training, and before they are tested on")
 
 
 @dataclass

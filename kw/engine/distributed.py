@@ -1,4 +1,4 @@
-"""Processes: how a run joins its group, and what it keeps equal across it."""
+"""The processes of a run: joining the group, waiting for one another, equal statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..errors import EXIT_MISSING, MissingProcess, one_line
-from .presence import Presence, at, watched
+from .presence import Presence, set_place, watched
 
 __all__ = [
     "LAUNCHERS",
@@ -28,8 +28,8 @@ __all__ = [
     "average_batch_norm",
     "batch_norm_buffers",
     "find_process",
+    "host_barrier",
     "hosts",
-    "meet",
     "process_group",
 ]
 
@@ -42,7 +42,7 @@ _hosts: Any = None
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run.
+    """Rank, number of processes and device.
 
     Attributes:
         rank: from 0; rank 0 writes logs and checkpoints.
@@ -61,7 +61,7 @@ class Process:
 
 
 def find_process(launcher: str) -> Process:
-    """This process, as the launcher's environment describes it; it joins nobody.
+    """Read rank and device from the launcher's environment, without joining a group.
 
     Raises:
         ConfigError: as for :func:`process_group`.
@@ -97,7 +97,7 @@ def find_process(launcher: str) -> Process:
 
 @contextmanager
 def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
-    """Be one of the run's processes: nccl where there are GPUs, gloo on CPU.
+    """Join the process group of a run: nccl on GPUs, gloo on CPU.
 
     Args:
         launcher: ``"none"`` for one process, ``"pytorch"`` under torchrun, ``"slurm"`` under srun.
@@ -106,7 +106,8 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
     Raises:
         ConfigError: the launcher's environment variables are missing or of no use, or there are
             fewer GPUs than processes on this machine.
-        MissingProcess: another process never came, died, hangs or is astray; the message names it.
+        MissingProcess: another process did not start, died, hangs or does other work; the message
+            names it.
     """
     global _hosts
     process = find_process(launcher)
@@ -151,17 +152,16 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
 
 
 def hosts() -> Any:
-    """The processes' group on the hosts (gloo), where there are several, else None."""
+    """The process group on the CPUs (gloo); None for a single process."""
     return _hosts
 
 
-def meet(place: str) -> None:
-    """Wait for all processes at ``place``, on the hosts: before a collective call that others may
-    be late for.
+def host_barrier(place: str) -> None:
+    """Wait for all processes on the CPUs, before a collective call that others may reach late.
 
-    A device waits without a word, a host can say for whom.
+    A collective call on a GPU cannot say which process it waits for; a barrier on the CPUs can.
     """
-    at(place)
+    set_place(place)
     if _hosts is not None:
         dist.barrier(group=_hosts)
 
@@ -192,7 +192,7 @@ def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _connect(process: Process, timeout: timedelta) -> tuple[dist.Store, int | None]:
-    """The store that processes meet at, and which of them keeps it: None if the launcher does."""
+    """The group's store, and the rank that runs it; None if the launcher does."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _connection(timeout), None
     if process.rank > 0:
@@ -209,7 +209,7 @@ def _connect(process: Process, timeout: timedelta) -> tuple[dist.Store, int | No
 
 
 def _connection(timeout: timedelta, is_master: bool = False) -> dist.Store:
-    """A connection of its own to the store: a connection in which one waits serves nobody else."""
+    """A new connection to the store: a connection that waits cannot serve other calls."""
     address, port = _address()
     try:
         return dist.TCPStore(
@@ -240,14 +240,14 @@ def _address() -> tuple[str, int]:
 
 
 def _attempt(store: dist.Store) -> dist.Store:
-    """This start's part of a store: torchrun keeps one over restarts, where dead processes'
-    addresses still stand."""
+    """The part of the store for this start: torchrun keeps one store over restarts, with the
+    addresses of dead processes."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"restart_{restarts}", store)
 
 
 def _end_later() -> None:
-    """End this process even if nccl does not let it go."""
+    """End this process in 30 seconds, even if nccl blocks."""
     timer = threading.Timer(30, os._exit, (EXIT_MISSING,))
     timer.daemon = True
     timer.start()
@@ -256,16 +256,15 @@ def _end_later() -> None:
 def _free_groups() -> None:
     """End gloo's threads while the interpreter still runs, by freeing the groups that they serve.
 
-    A run that has ended holds its groups in reference cycles (DistributedDataParallel's). To put
-    down the tensors of a call, a thread of gloo takes the interpreter's lock; if it comes for it
-    when the interpreter shuts down, the process aborts, whatever it was about to return (seen with
-    torch 2.15).
+    A finished run keeps its groups in reference cycles (DistributedDataParallel's). A thread of
+    gloo takes the interpreter's lock to free the tensors of a call. If it does so while the
+    interpreter shuts down, the process aborts and its exit status is lost (seen with torch 2.15).
     """
     gc.collect()
 
 
 def _translate_slurm() -> None:
-    """What srun calls its processes, in torchrun's words."""
+    """Set torchrun's environment variables from srun's."""
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for key, source in names.items():
         if source not in os.environ:
@@ -279,7 +278,7 @@ def _translate_slurm() -> None:
             text=True,
         )
         os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # Jobs that share a node must not meet at one port.
+    # Jobs that share a node need different ports.
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
 
 

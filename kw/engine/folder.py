@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from ..config import ConfigError
 from .checkpoint import CheckpointError
 from .distributed import Process
-from .presence import at
+from .presence import set_place
 from .saving import checkpoints, newest_whole
 
 __all__ = ["find_checkpoint", "held"]
@@ -35,7 +35,7 @@ def held(work_dir: Path, process: Process) -> Iterator[None]:
         ConfigError: another run writes there.
         OSError: the folder cannot be made; on all processes.
     """
-    at("taking hold of the work directory")
+    set_place("taking hold of the work directory")
     error: Exception | None = None
     handle = None
     if process.is_main:
@@ -97,7 +97,7 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
     """
     if not isinstance(resume, bool):
         return Path(resume)
-    at("looking for a checkpoint to go on from")
+    set_place("looking for a checkpoint to go on from")
     # Only the first process looks: others might see another state of a shared disk.
     path, error = _newest(resume, work_dir) if process.is_main else (None, None)
     return _raise_everywhere(error, path)

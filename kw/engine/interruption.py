@@ -1,7 +1,7 @@
-"""Leaving a run in good order: signals, and processes that agree when.
+"""Ending a run on a signal: all processes stop after the same update.
 
-A scheduler that wants its machine back sends SIGTERM, a user presses Ctrl-C. Either way the update
-under way is finished, a checkpoint is written, and the program ends with a status of its own.
+A scheduler sends SIGTERM, a user presses Ctrl-C. The current update is finished, a checkpoint is
+written, and the program ends with status 75.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Signals:
 
 
 class Agreement:
-    """What any process wants, known to all at the same update and one update later.
+    """Shares requests to save or stop: all processes learn of one at the same update, one later.
 
-    A word of two bytes travels over a process group on the hosts while the next update computes: no
-    update waits for a device, and hardly for another process.
+    Two bytes are reduced over a process group on the CPUs while the next update computes, so that
+    no update waits for a device.
 
     Args:
         process: this process.

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from ..evaluation import Accuracy
 from ..registry import LOOPS
-from .distributed import average_batch_norm, meet
+from .distributed import average_batch_norm, host_barrier
 from .optim import autocast
 from .parallel import release
-from .presence import at
+from .presence import set_place
 
 __all__ = ["EvalLoop", "TrainLoop", "evaluate"]
 
@@ -73,12 +73,12 @@ class TrainLoop(EpochBasedTrainLoop):
         self.sampler.set_epoch(self._epoch, start)
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
-        at(f"at the start of epoch {self._epoch + 1}, loading images")
+        set_place(f"at the start of epoch {self._epoch + 1}, loading images")
         batches = iter(self.dataloader)
         for update in range(start, self.updates_per_epoch):
             self.run_update(update, batches)
             self.runner.call_hook("after_update")
-        meet(f"at the end of epoch {self._epoch + 1}")
+        host_barrier(f"at the end of epoch {self._epoch + 1}")
         average_batch_norm(self.runner.model)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
@@ -90,12 +90,12 @@ class TrainLoop(EpochBasedTrainLoop):
         self.batches = []
         place = f"in update {update + 1} of epoch {self._epoch + 1}"
         for _ in range(self.sampler.accumulation):
-            at(f"{place}, loading images")
+            set_place(f"{place}, loading images")
             waiting = time.perf_counter()
             batch = next(batches)
             self.data_seconds += time.perf_counter() - waiting
             self.batches.append(batch)
-            at(place)
+            set_place(place)
             losses = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
             for key, value in losses.items():
                 sums[key] = value.detach() + sums.get(key, 0)
@@ -134,7 +134,7 @@ class EvalLoop(BaseLoop):
         self.runner.call_hook("before_val")
         metrics: dict[str, float | None] = {}
         for prefix, network in self.runner.networks().items():
-            at(f"in the evaluation after epoch {self.runner.epoch}")
+            set_place(f"in the evaluation after epoch {self.runner.epoch}")
             found = self.evaluate(network)
             release(network)
             metrics.update({prefix + key: value for key, value in found.items()})
@@ -169,5 +169,5 @@ def evaluate(
             logits = network(images)
         accuracy.update(logits, labels)
     network.train(training)
-    meet("at the end of an evaluation")
+    host_barrier("at the end of an evaluation")
     return {**accuracy.compute()}

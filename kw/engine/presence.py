@@ -1,10 +1,10 @@
-"""Which process is missing: every process says that it lives and where it is, and who looks finds.
+"""Heartbeats identify dead or hung ranks.
 
-A thread of each process writes a heartbeat into the store that the group was built with. Training
-itself never talks to the store: where it stands is an attribute. Only when a collective call fails
-is the store read, over a few heartbeats: a process whose heartbeat stands still is dead, stopped or
-cut off; one that lives, but did not come, is elsewhere. Ages are told by each process's own clock,
-so that the clocks of hosts may differ.
+A thread of each process writes a heartbeat into the store that the process group was built with.
+Training itself does not use the store; the thread reads an attribute that says where training is.
+The store is read only when a collective call fails, for a few heartbeats. A process whose heartbeat
+no longer changes is dead, stopped or cut off; a process whose heartbeat changes is alive at another
+place. Each process measures ages by its own clock, so the clocks of hosts may differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from ..errors import EXIT_MISSING, MissingProcess, one_line
 
-__all__ = ["Beat", "Presence", "at", "is_of_communication", "log_to", "watched"]
+__all__ = ["Beat", "Presence", "is_of_communication", "log_to", "set_place", "watched"]
 
 _GLOO = re.compile(
     r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Connection refused"
@@ -41,16 +41,16 @@ _current: Presence | None = None
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process says of itself.
+    """One heartbeat of a process.
 
     Attributes:
-        number: of the heartbeat.
+        number: count of heartbeats.
         clock: seconds since the processes joined.
-        step: places that the process has been at; equal on processes that do the same.
-        place: where it is.
-        since: seconds that it has been there.
-        state: ``running``, ``waits`` (its call to the others failed), ``seen`` (and it knows who is
-            missing), or how it left.
+        step: count of places so far; equal on processes that do the same work.
+        place: what the process is doing.
+        since: seconds since it began that.
+        state: ``running``; ``waits``: a collective call failed; ``seen``: it also knows which
+            process is missing; or the reason why it left.
     """
 
     number: int
@@ -71,23 +71,23 @@ class Beat:
         return self.state not in (_RUNNING, _WAITS, _SEEN)
 
 
-def at(place: str) -> None:
-    """Note where this process is, for others to name; costs an attribute write.
+def set_place(place: str) -> None:
+    """Set what this process is doing, for messages of other processes; an attribute write.
 
-    All processes call this in the same order, or those that do not are taken for astray.
+    All processes must call this in the same order: one that does not is reported as lost.
     """
     if _current is not None:
         _current.at(place)
 
 
 def log_to(path: Path) -> None:
-    """Which text log is told of missing processes, by the first one that is left."""
+    """Set the text log that missing processes are written to, by the lowest rank that is left."""
     if _current is not None:
         _current.log = path
 
 
 def is_of_communication(error: BaseException) -> bool:
-    """Whether an error comes from the talk between processes, not from what they compute."""
+    """Whether an error comes from the communication between processes."""
     if isinstance(error, dist.DistError):  # nccl's, and the store's
         return True
     return type(error) is RuntimeError and _GLOO.search(str(error)) is not None
@@ -95,7 +95,7 @@ def is_of_communication(error: BaseException) -> bool:
 
 @contextmanager
 def watched(presence: Presence) -> Iterator[None]:
-    """While inside, this process is among those that are watched, and failures name who is missing.
+    """Send heartbeats inside the context, and name the missing process when a call fails.
 
     Raises:
         MissingProcess: a process died, hangs, or is not where the others are.
@@ -125,11 +125,11 @@ def watched(presence: Presence) -> Iterator[None]:
 
 
 class Presence:
-    """This process among the others, in the eyes of the store.
+    """Sends this process's heartbeats and reads those of the others.
 
     Args:
-        store: where heartbeats go, over a connection that nobody else waits on.
-        line: another connection to it, which tells when it is gone.
+        store: for the heartbeats; a connection that nothing else waits on.
+        line: another connection to the store, which closes when the store is gone.
         rank: this process.
         world_size: number of processes.
         timeout: how long a process waits for another.
@@ -198,13 +198,13 @@ class Presence:
         self._start = time.monotonic()  # about the same moment everywhere
 
     def start(self) -> None:
-        """Let the heart beat."""
+        """Start sending heartbeats."""
         self._thread.start()
 
     def explain(self, error: BaseException) -> str | None:
-        """Who is missing, now that a call to the others has failed; None if it is not about that.
+        """Name the missing processes after a collective call failed; None for other errors.
 
-        Every survivor gives the same names: whoever finds out first tells the others.
+        All surviving processes give the same names: the first one that knows writes them.
         """
         place = self._place[1]
         self._asks_who_is_gone = not _is_or_follows(error, is_of_communication)
@@ -226,7 +226,7 @@ class Presence:
         )
 
     def leave(self, how: str) -> None:
-        """Stop the heart, and let others know why it does not beat any more."""
+        """Stop the heartbeats and write the reason."""
         self._state = how
         self._out.set()
         self._wake.set()

@@ -46,7 +46,7 @@ from .hooks.bad_images import tell_bad_images
 from .loops import EvalLoop, TrainLoop, evaluate
 from .optim import UpdateWrapper, build_optimizer
 from .parallel import distribute
-from .presence import at, log_to
+from .presence import log_to, set_place
 from .runner import Runner
 from .schedule import Schedule
 from .task import Task, headline
@@ -332,7 +332,7 @@ def evaluate_weights(
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
-                at("in the evaluation")
+                set_place("in the evaluation")
                 with deaths_explained(loader):
                     found = measure()
                 metrics.update({prefix + name: value for name, value in found.items()})

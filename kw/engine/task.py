@@ -16,7 +16,7 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its loss, and how to tell whether it is any good.
+    """A model with its loss, and its evaluation.
 
     Attributes:
         model: what is trained; its ``train_step`` takes a batch of the training loader.

@@ -198,7 +198,7 @@ class Warehouse(nn.Module):
             raise ValueError(f"warehouse {self.name!r}, layer {shape.name!r}: {error}") from None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Its input: a call tells whoever shards parameters that the cells are about to be used."""
+        """Identity; the call triggers FSDP's hook that gathers the cells."""
         return x
 
     def named_modules(

@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 from ...errors import Interrupted
 from ...registry import HOOKS
 from ..checkpoint import CheckpointError
-from ..distributed import meet
+from ..distributed import host_barrier
 from ..interruption import Agreement
 from ..saving import Writer, checkpoint_name, checkpoints, link
 from ..task import Metrics, headline
@@ -98,7 +98,7 @@ class CheckpointHook(Hook):
         self, runner: Any, metrics: Metrics | None, is_best: bool, update: int | None
     ) -> Path:
         """Begin to write a checkpoint; a collective call."""
-        meet("gathering a checkpoint")
+        host_barrier("gathering a checkpoint")
         state = runner.state(metrics, is_best)
         path = Path(runner.work_dir, checkpoint_name(runner.epoch, update))
         self._saved_at = time.monotonic()

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...registry import HOOKS
 from ...warehouse import has_temperature
-from ..distributed import meet
+from ..distributed import host_barrier
 from ..task import Metrics
 
 __all__ = ["LogHook", "write_line"]
@@ -113,7 +113,7 @@ class LogHook(Hook):
     def _write_training(self, runner: Any, done: int) -> None:
         sums = torch.stack(list(self._sums.values()))  # [names, 2]
         if runner.process.world_size > 1:
-            meet(f"in update {done} of epoch {runner.epoch + 1}, at its log line")
+            host_barrier(f"in update {done} of epoch {runner.epoch + 1}, at its log line")
             dist.all_reduce(sums)
         # The only place where training waits for the device. Without a finite value: NaN.
         means = (sums[:, 0] / sums[:, 1]).tolist()

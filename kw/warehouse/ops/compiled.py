@@ -33,7 +33,7 @@ _loaded: ctypes.CDLL | CompileError | None = None
 
 
 class CompileError(RuntimeError):
-    """Why there is no library, as the end of a sentence."""
+    """Reason why there is no library."""
 
 
 def library() -> ctypes.CDLL:

@@ -194,7 +194,7 @@ class Contraction:
     1 where nothing stands."""
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this back end cannot do the problem, as the end of a sentence; ``None`` if it can."""
+        """Reason why this back end does not support the problem; ``None`` if it does."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
