@@ -63,12 +63,12 @@ def main() -> None:
         help="annotation file that names the images, below the one folder IMAGES",
     )
     args = parser.parse_args()
-    if not Path(args.model).exists():
-        raise DataError(f"{args.model}: no such file or folder")
     run = detector_config(args.model) is not None
     foreign = ("top", "batch_size", "weights") if run else ("score", "pictures", "annotations")
     for name in foreign:
         if getattr(args, name) is not None:
+            if not Path(args.model).exists():
+                raise DataError(f"{args.model}: no such file or folder")
             kind = "a detector" if run else "no detector's run, which has a config.py"
             parser.error(f"--{name.replace('_', '-')}: {args.model} is {kind}")
     (find_objects if run else classify)(args)
