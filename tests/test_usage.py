@@ -326,3 +326,18 @@ def test_an_image_too_large_for_memory_is_named(
     monkeypatch.setattr("kw.detection.data.read_image", fail)
     with pytest.raises(OutOfMemory, match=r"out of memory with \S*val_1.png: no more .*max_pixels"):
         samples[0, 1]
+
+
+def test_a_reading_that_cannot_leave_pictures_as_stored_is_refused(coco: Path) -> None:
+    own = (
+        'dict(type="LoadImageFromFile")',
+        'dict(type="LoadImageFromFile", color_type="grayscale")',
+    )
+    for options, refused in ((["data.exif_orientation=ignore"], True), ([], False)):
+        config = config_of(coco, *options, replace=own)
+        classes = class_names(config.run.data)
+        if refused:
+            with pytest.raises(ConfigError, match=r"exif_orientation=ignore has no effect on Load"):
+                build_train_loader(config, classes, 0, 1)
+        else:
+            assert len(build_train_loader(config, classes, 0, 1)) > 0

@@ -69,7 +69,7 @@ def main() -> None:
         if getattr(args, name) is not None:
             if not Path(args.model).exists():
                 raise DataError(f"{args.model}: no such file or folder")
-            kind = "a detector" if run else "no detector's run, which has a config.py"
+            kind = "a detector" if run else "not a detector's run (no config.py)"
             parser.error(f"--{name.replace('_', '-')}: {args.model} is {kind}")
     (find_objects if run else classify)(args)
 

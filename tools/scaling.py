@@ -87,12 +87,17 @@ def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tup
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(config.model.num_classes, (batch,), device=device)
     parameters = [p for p in network.parameters() if p.requires_grad]
-    done: dict[nn.Parameter, float] = {}
+    done: dict[nn.Parameter, Any] = {}
 
-    def now(*_: Any) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def now() -> Any:
+        if device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # no wait for the device: that would change what is measured
+        return event
+
+    def between(start: Any, end: Any) -> float:
+        return end - start if device != "cuda" else start.elapsed_time(end) / 1e3
 
     def note(parameter: Any) -> None:
         done[parameter] = now()
@@ -109,8 +114,10 @@ def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tup
         marks.append(now())
         optimizer.step()
         marks.append(now())
-        parts.append([b - a for a, b in pairwise(marks)])
-        shares.append([(done[p] - marks[1]) / parts[-1][1] for p in parameters])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        parts.append([between(a, b) for a, b in pairwise(marks)])
+        shares.append([between(marks[1], done[p]) / parts[-1][1] for p in parameters])
     ready = [median(each) for each in zip(*shares[1:], strict=True)]
     sizes = [p.numel() * p.element_size() for p in parameters]
     return [median(each) for each in zip(*parts[1:], strict=True)], [

@@ -21,7 +21,7 @@ from kw.detection.object_checks import check_boxes, check_masks, is_box
 from kw.detection.schema import CocoDataConfig
 from kw.detection.usage import OUTSIDE, Usage, why_unused
 
-__all__ = ["Report", "category_ids", "check_annotations", "load_annotations", "read_categories"]
+__all__ = ["Report", "category_ids", "check_annotations", "load_annotations"]
 
 _TABLES = ("images", "annotations", "categories")
 _KEYS = {
@@ -122,15 +122,6 @@ def _without_doubles(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             taken.add(each["name"])
         kept.append(each)
     return kept
-
-
-def read_categories(annotations_file: str | os.PathLike[str]) -> list[str]:
-    """The category names of a file in the order of their ids: the order of labels.
-
-    Raises:
-        DataError: the file or its categories cannot be used.
-    """
-    return list(category_ids(load_annotations(annotations_file), os.fspath(annotations_file)))
 
 
 def check_annotations(

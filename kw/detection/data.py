@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,15 @@ def with_our_reading(
         pipeline: what messages call them.
 
     Raises:
-        ConfigError: a transform mixes several images.
+        ConfigError: a transform mixes several images, or reads files in a way of its own, which
+            turns them although they are to be left as stored.
     """
     for step in steps:
+        if isinstance(step, LoadImageFromFile) and not (upright or _is_plain(step)):
+            raise ConfigError(
+                f"{pipeline}: data.exif_orientation=ignore has no effect on {type(step).__name__} "
+                "with settings of its own; leave them out"
+            )
         if hasattr(step, "get_indexes"):
             raise ConfigError(
                 f"{pipeline}: {type(step).__name__} mixes several images; the transforms here get "
@@ -249,13 +255,13 @@ def build_train_loader(
     dataset = _build(
         config.train_pipeline, "train_pipeline", data, True, classes, content, filter_cfg=filters
     )
-    usage.used = Counter(classes[label] for label in _used(dataset))
+    groups, usage.used = [], Counter()
+    for info in map(dataset.get_data_info, range(len(dataset))):
+        groups.append(int(info["width"] > info["height"]))
+        used = (each["bbox_label"] for each in info["instances"] if not each["ignore_flag"])
+        usage.used.update(classes[label] for label in used)
     if not usage.is_complete():
         say(f"{file}: {usage}")
-    groups = None
-    if data.group_by_aspect:
-        infos = map(dataset.get_data_info, range(len(dataset)))
-        groups = [int(info["width"] > info["height"]) for info in infos]
     sampler = TrainBatchSampler(
         len(dataset),
         run.batch_size,
@@ -263,7 +269,7 @@ def build_train_loader(
         rank,
         world_size,
         run.seed,
-        groups,
+        groups if data.group_by_aspect else None,
     )
     samples = Samples(dataset, run.seed, data.bad_images, data.exif_orientation == "apply", masks)
     return build_loader(samples, sampler, data.workers, pseudo_collate)
@@ -304,14 +310,6 @@ def _listed(
         raise DataError(
             f"{file} cannot be read: {one_line(error)}; tools/check_coco.py lists what is wrong"
         ) from error
-
-
-def _used(dataset: Any) -> Iterator[int]:
-    """The label of every object that training uses."""
-    for index in range(len(dataset)):
-        for each in dataset.get_data_info(index)["instances"]:
-            if not each["ignore_flag"]:
-                yield each["bbox_label"]
 
 
 def _build(

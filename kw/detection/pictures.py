@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..config import ConfigError
 from ..data import BadImageError, DataError
-from ..errors import say
+from ..errors import OutOfMemory, say
 from .annotations import category_ids, load_annotations
 from .config import DetectorConfig
 from .drawing import draw_ground_truth
@@ -68,8 +68,8 @@ def write_pictures(
         if len(paths) == images:
             break
         try:
-            picture = predictor.read(file)
-        except BadImageError as error:
+            picture, found = predictor.read(file), predictor.predict(file, score)
+        except (BadImageError, OutOfMemory) as error:
             say(str(error))
             continue
         objects = [
@@ -77,7 +77,7 @@ def write_pictures(
             for each in truth["annotations"]
             if each["image_id"] == image["id"] and each["category_id"] in wanted
         ]
-        drawn = predictor.draw(file, predictor.predict(file, score))
+        drawn = predictor.draw(file, found)
         annotated = draw_ground_truth(picture, objects, categories, classes=classes)
         pair = side_by_side(drawn, annotated, TITLES)
         paths.append(folder / name)

@@ -202,7 +202,7 @@ def _evaluator(
     if not (in_image := evaluator.objects):
         raise DataError(
             f"{file}: no object to evaluate against (of {', '.join(classes[:5])}; crowds do not "
-            "count); tools/predict.py finds objects without"
+            "count); tools/predict.py takes images that are not annotated"
         )
     most = min([most, *detection_limits(config.model)])
     if beyond := {i: n for i, n in in_image.items() if n > most}:

@@ -109,9 +109,6 @@ def check_sets(
         masks: whether every object must have a mask.
         read_images: decode all images too.
         contents: of the training and the test annotations, where they are read already.
-
-    Raises:
-        DataError: a file cannot be read at all.
     """
     train_content, val_content = contents or (None, None)
     classes: list[str] | None
@@ -119,27 +116,9 @@ def check_sets(
         classes = class_names(config, train_content)
     except DataError:  # a fault of the file, which is listed with all others
         classes = config.classes
-    train = check_annotations(
-        Path(config.root, config.train_annotations),
-        Path(config.root, config.train_images),
-        classes=classes,
-        masks=masks,
-        read_images=read_images,
-        settings=config,
-        content=train_content,
-    )
-    val = check_annotations(
-        Path(config.root, config.val_annotations),
-        Path(config.root, config.val_images),
-        classes=classes,
-        masks=masks,
-        read_images=read_images,
-        other=train,
-        training=False,
-        settings=config,
-        content=val_content,
-    )
-    return [train, val]
+    same: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
+    train = _check(config, True, content=train_content, **same)
+    return [train, _check(config, False, content=val_content, other=train, **same)]
 
 
 def check_test_annotations(
@@ -153,16 +132,19 @@ def check_test_annotations(
         classes: the detector's.
         content: of the file.
     """
-    return check_annotations(
-        Path(config.root, config.val_annotations),
-        Path(config.root, config.val_images),
-        classes=classes,
-        masks=masks,
-        training=False,
-        open_images=False,
-        settings=config,
-        content=content,
+    settings: dict[str, Any] = {"classes": classes, "masks": masks, "content": content}
+    return _check(config, False, open_images=False, **settings)
+
+
+def _check(config: CocoDataConfig, training: bool, **settings: Any) -> Report:
+    """Check the training or the test set that a configuration names."""
+    names = (
+        (config.train_annotations, config.train_images)
+        if training
+        else (config.val_annotations, config.val_images)
     )
+    file, folder = (Path(config.root, name) for name in names)
+    return check_annotations(file, folder, training=training, settings=config, **settings)
 
 
 def write_subset(

@@ -70,22 +70,20 @@ class Usage:
         objects: Iterable[Mapping[str, Any]],
         names: Mapping[int, str],
         sizes: Mapping[int, tuple[int, int]],
-        training: bool = True,
         min_size: int = 0,
     ) -> Usage:
-        """Count the objects of some categories.
+        """Count the objects of some categories in a training set.
 
         Args:
             objects: annotations.
             names: of the categories by their ids; objects of others are not counted.
             sizes: width and height of the images by their ids.
-            training: see :func:`why_unused`.
-            min_size: see there.
+            min_size: see :func:`why_unused`.
         """
         usage = cls()
         for each in objects:
             if each["category_id"] in names and each["image_id"] in sizes:
-                reason = why_unused(each, sizes[each["image_id"]], training, min_size)
+                reason = why_unused(each, sizes[each["image_id"]], min_size=min_size)
                 usage.count(names[each["category_id"]], reason)
         return usage
 
