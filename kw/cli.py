@@ -170,7 +170,7 @@ def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     Raises:
         UserError: it cannot be written; the message names the file.
     """
-    from .engine.hooks.checkpoint import write_json
+    from .training.saving import write_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +188,9 @@ def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
     from .config import ConfigError, load_config
 
     if Path(path).suffix != ".py":
-        from . import engine
+        from . import training
 
-        return load_config(path, options), engine
+        return load_config(path, options), training
     try:
         from . import detection
 

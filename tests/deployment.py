@@ -9,8 +9,8 @@ import torch
 
 from kw.config import config_from_mapping, to_yaml
 from kw.deploy.sweep import randomise
-from kw.engine.checkpoint import save_checkpoint
 from kw.models import build_network
+from kw.training.checkpoint import save_checkpoint
 
 CLASSES = ["bird", "cat", "dog", "fish"]
 SETTINGS: dict[str, Any] = {

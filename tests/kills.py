@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kw.config import config_from_mapping
-from kw.engine import load_checkpoint, train
+from kw.training import load_checkpoint, train
 
 # What a clock says differs from run to run.
 CLOCK = {"seconds", "images_per_second", "data_time"}

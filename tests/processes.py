@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from kills import free_port
 
-from kw.engine.distributed import process_group
+from kw.training.distributed import process_group
 
 __all__ = ["call", "in_processes"]
 

@@ -17,11 +17,11 @@ import torch
 import yaml
 
 from kw.config import ConfigError, config_from_mapping
-from kw.engine import CheckpointError, load_checkpoint
-from kw.engine.distributed import Process
-from kw.engine.run import build_runner
 from kw.models import build_network
 from kw.models.released_weights import ReleasedError, read_released
+from kw.training import CheckpointError, load_checkpoint
+from kw.training.distributed import Process
+from kw.training.run import build_trainer
 
 ROOT = Path(__file__).parents[1]
 CPU = Process(0, 1, torch.device("cpu"))
@@ -66,19 +66,17 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
         "batch_size": 16,
     }
     folder = tmp_path_factory.mktemp("trained")
-    runner = build_runner(config_from_mapping(settings, check_model_name=False), folder, CPU)
-    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    trainer = build_trainer(config_from_mapping(settings, check_model_name=False), folder, CPU)
     path = folder / "epoch_0.pth"
-    torch.save(runner.state(None), path)
+    torch.save(trainer.state(), path)
     return settings, path
 
 
 def resume(settings: dict[str, Any], path: Path, work_dir: Path) -> Any:
     config = config_from_mapping(settings, check_model_name=False)
-    runner = build_runner(config, work_dir, CPU, resume=path)
-    runner._train_loop = runner.build_train_loop(runner._train_loop)
-    runner.load_or_resume()
-    return runner
+    trainer = build_trainer(config, work_dir, CPU, resume=path)
+    trainer.load()
+    return trainer
 
 
 def test_the_checkpoint_itself_resumes(trained: Any, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from kw.config.describe import key_hints
 from kw.detection import load_detector_config
 from kw.detection.config import DetectorConfig
 from kw.detection.schema import DetectionConfig
-from kw.engine.distributed import Process
 from kw.errors import UserError
+from kw.training.distributed import Process
 
 ROOT = Path(__file__).parents[1]
 SEED = 47
@@ -91,7 +91,7 @@ def attempt(case: Case, work_dir: Path, build: bool) -> tuple[str, str]:
             warnings.simplefilter("always")
             config = load_detector_config(str(case.file), case.options)
             if build:
-                detection_run.build_runner(config, work_dir, Process(0, 1, torch.device("cpu")))
+                detection_run.build_trainer(config, work_dir, Process(0, 1, torch.device("cpu")))
     except UserError as error:
         why = fault_of_message(str(error), case)
         # mmdetection's own words name a class, not a key.

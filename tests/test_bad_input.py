@@ -22,11 +22,11 @@ import torch
 import yaml
 from mutations import MISSING, Case, Writer, file_cases, setting_cases, text_cases, unknown_cases
 
-import kw.engine.run as engine_run
+import kw.training.run as training_run
 from kw.config import Config, load_config, to_dict
 from kw.data.loader import stop_workers
-from kw.engine.distributed import Process
 from kw.errors import UserError
+from kw.training.distributed import Process
 
 ROOT = Path(__file__).parents[1]
 SEED = 20260
@@ -86,13 +86,13 @@ def place(
 
 @pytest.fixture(autouse=True)
 def on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = engine_run.start_network
+    build = training_run.start_network
 
     def build_without_data(*args: Any, **options: Any) -> torch.nn.Module:
         with META:
             return build(*args, **options)
 
-    monkeypatch.setattr(engine_run, "start_network", build_without_data)
+    monkeypatch.setattr(training_run, "start_network", build_without_data)
 
 
 def attempt(case: Case, work_dir: Path) -> tuple[str, str]:
@@ -101,9 +101,8 @@ def attempt(case: Case, work_dir: Path) -> tuple[str, str]:
         with time_limit(SECONDS), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             config = load_config(str(case.file), case.options)
-            runner = engine_run.build_runner(config, work_dir, Process(0, 1, META))
-            runner.build_train_loop(runner._train_loop)
-            stop_workers(runner.train_dataloader)
+            trainer = training_run.build_trainer(config, work_dir, Process(0, 1, META))
+            stop_workers(trainer.train_loader)
     except UserError as error:
         return ("wrong", why) if (why := fault_of_message(str(error), case)) else ("refused", "")
     except Hangs:
@@ -265,7 +264,7 @@ def test_what_was_found(option: str, expected: str, place: Any, tmp_path: Path) 
 
     def build() -> None:
         config = load_config(str(demo), [*writer.options(), option])
-        engine_run.build_runner(config, tmp_path, Process(0, 1, META))
+        training_run.build_trainer(config, tmp_path, Process(0, 1, META))
 
     with time_limit(SECONDS), pytest.raises(UserError) as error:
         build()

@@ -13,8 +13,8 @@ from torch import nn
 
 from kw import convert, set_temperature
 from kw.config import config_from_mapping
-from kw.engine import train
 from kw.pictures import LayerMeasure, coefficients, dynamic_layers, measure_layer
+from kw.training import train
 
 
 def network(**overrides: Any) -> nn.Module:

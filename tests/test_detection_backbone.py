@@ -14,8 +14,8 @@ import kw
 from kw.config import ConfigError
 from kw.detection.backbone import Backbone
 from kw.detection.layout import decayed_rates, frozen_parameters, parameter_places
-from kw.engine import CheckpointError
 from kw.models import build_network
+from kw.training import CheckpointError
 from kw.warehouse import KWLayer
 
 IMAGENET = Path(__file__).parents[1] / "configs" / "imagenet"

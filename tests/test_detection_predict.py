@@ -28,7 +28,7 @@ from kw.detection.data import build_eval_loader
 from kw.detection.pictures import picture_names, write_pictures
 from kw.detection.predictor import Found, coco_file, coco_results, result_ids
 from kw.detection.run_lengths import encode_masks
-from kw.engine import CheckpointError
+from kw.training import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from kw.detection import evaluate_checkpoint, load_detector_config, train, write
 from kw.detection.data import Samples, build_train_loader
 from kw.detection.evaluation import FIGURES
 from kw.detection.sets import class_names, write_subset
-from kw.engine import CheckpointError, load_checkpoint
+from kw.training import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

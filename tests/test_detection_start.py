@@ -30,7 +30,7 @@ from kw.detection.detector import build_detector
 from kw.detection.mmdet import MODELS, register_all_modules
 from kw.detection.start import start_detector
 from kw.detection.weights import read_detector
-from kw.engine import CheckpointError
+from kw.training import CheckpointError
 from kw.warehouse import KWLayer
 
 NARROW: Any = {"channels": [8, 8, 16, 16]}

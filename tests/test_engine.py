@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
-from kw.engine import CheckpointError, build_runner, evaluate_checkpoint, load_checkpoint, train
-from kw.engine.distributed import Process, find_process
-from kw.engine.optim import UpdateWrapper, build_optimizer
-from kw.engine.schedule import Schedule
+from kw.training import CheckpointError, build_trainer, evaluate_checkpoint, load_checkpoint, train
+from kw.training.distributed import Process, find_process
+from kw.training.optim import build_optimizer
+from kw.training.schedule import Schedule
+from kw.training.trainer import Trainer, Updater
 
 CPU = Process(0, 1, torch.device("cpu"))
 
@@ -186,14 +188,14 @@ def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
 
         count.__annotations__.clear()  # torch compares them with types, not with their names
         model.register_comm_hook(None, count)
-        wrapper = UpdateWrapper(torch.optim.SGD(network.parameters(), lr=0.1), accumulation=3)
-        wrapper.initialize_count_status(model, 0, 2)
+        updater = Updater(torch.optim.SGD(network.parameters(), lr=0.1), accumulation=3)
         images = torch.randn(12, 4)
         before = network.weight.detach().clone()
         for micro in range(3):
-            with wrapper.optim_context(model):
+            with updater.forward(model):
                 loss = model(images[4 * micro : 4 * micro + 4]).mean()
-            wrapper.update_params(loss)
+            updater.backward(loss)
+        updater.step()
         assert reductions == [2]
         assert torch.allclose(network.weight, before - 0.1 * images.mean(0), atol=1e-6)
     finally:
@@ -259,21 +261,29 @@ def test_an_update_never_waits_for_the_device(
         precision="bf16",
         data__workers=1,  # loading reads tensors, in a process of its own
     )
-    runner = build_runner(config_from_mapping(settings), tmp_path, CPU)
-    update = type(runner.train_loop).run_update
+    trainer = build_trainer(config_from_mapping(settings), tmp_path, CPU)
+    update = Trainer.run_update
     updates = []
     # On CPU the optimizer keeps its step count in a tensor that it reads; on CUDA it is fused.
-    monkeypatch.setattr(runner.optim_wrapper.optimizer, "step", lambda: None)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
 
-    def watched(self: Any, index: int, batches: Any) -> None:
+    def watched(self: Any, index: int, batches: Any) -> Any:
         updates.append(index)
-        if index == self.updates_per_epoch - 1:  # the line of an epoch's end reads the loss
-            return update(self, index, batches)
         with NoReadback():
             return update(self, index, batches)
 
-    monkeypatch.setattr(type(runner.train_loop), "run_update", watched)
-    runner.train()
+    def unread(after_update: Any) -> Any:
+        def call(self: Any, losses: Any) -> None:
+            # The line of an epoch's end reads the loss.
+            with nullcontext() if self.update == self.updates_per_epoch else NoReadback():
+                after_update(self, losses)
+
+        return call
+
+    monkeypatch.setattr(Trainer, "run_update", watched)
+    for hook in trainer.hooks:
+        monkeypatch.setattr(hook, "after_update", unread(hook.after_update))
+    trainer.train()
     assert updates == [0, 1, 2, 3]
 
 
@@ -318,7 +328,7 @@ def test_decay_spares_vectors_and_biases(settings: dict[str, Any]) -> None:
 def test_mistakes_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
     three, config = Process(0, 3, CPU.device), config_from_mapping(changed(settings, batch_size=8))
     with pytest.raises(ConfigError, match="total_batch_size 16"):
-        build_runner(config, tmp_path, three)
+        build_trainer(config, tmp_path, three)
     with pytest.raises(DataError, match="train"):
         run(changed(settings, data__root=str(tmp_path / "nowhere")), tmp_path)
     with pytest.raises(DataError, match="num_classes"):

@@ -37,9 +37,8 @@ from kw.data import (
     read_image,
 )
 from kw.data.reading import read_header
-from kw.engine import build_runner, evaluate_checkpoint, load_checkpoint, train
-from kw.engine.distributed import Process
-from kw.engine.run import run_to_end
+from kw.training import build_trainer, evaluate_checkpoint, load_checkpoint, train
+from kw.training.distributed import Process
 
 CPU = Process(0, 1, torch.device("cpu"))
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -453,8 +452,8 @@ def test_a_death_is_told_once() -> None:
 
 def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: Path) -> None:
     """torch raises from a signal handler: anywhere in the run."""
-    runner = build_runner(with_data(settings, images, workers=2), tmp_path, CPU)
-    dataset: Any = runner.train_dataloader.dataset
+    trainer = build_trainer(with_data(settings, images, workers=2), tmp_path, CPU)
+    dataset: Any = trainer.train_loader.dataset
     read = dataset.read
 
     def deadly(index: int, key: tuple[int, int]) -> Any:
@@ -464,4 +463,4 @@ def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: 
 
     dataset.read = deadly
     with pytest.raises(DataError, match=r"killed by SIGKILL.*read image 20, \S*train/cat/12.png"):
-        run_to_end(runner)
+        trainer.run()

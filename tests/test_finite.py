@@ -22,12 +22,10 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kw.config import config_from_mapping
-from kw.engine import NonFiniteError, build_runner, load_checkpoint
-from kw.engine.diagnosis import find_origin
-from kw.engine.distributed import Process
-from kw.engine.optim import UpdateWrapper
-from kw.engine.run import run_to_end
-from kw.engine.runner import Runner
+from kw.training import NonFiniteError, build_trainer, load_checkpoint
+from kw.training.diagnosis import find_origin
+from kw.training.distributed import Process
+from kw.training.trainer import Trainer, Updater
 
 CPU = Process(0, 1, torch.device("cpu"))
 NAN = float("nan")
@@ -47,8 +45,7 @@ class Updates:
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
         made = OPTIMIZERS[optimizer](self.network.parameters())
-        self.wrapper = UpdateWrapper(made, accumulation=2, clip_grad=clip, precision=fp)
-        self.wrapper.initialize_count_status(self.network, 0, 100)
+        self.updater = Updater(made, accumulation=2, clip_grad=clip, precision=fp)
 
     def run(self, seed: int, spoil: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         """``spoil`` makes another loss of the first micro-batch's images and loss."""
@@ -57,14 +54,16 @@ class Updates:
             images = torch.randn(8, 4, generator=generator)
             if spoil is not None and micro == 0:
                 images[0, 0] = NAN if spoil is images_of_nan else images[0, 0]
-            with self.wrapper.optim_context(self.network):
+            with self.updater.forward(self.network):
                 loss = self.network(images).float().square().mean()
             if spoil is not None and micro == 0:
                 loss = spoil(images, loss)
-            self.wrapper.update_params(loss)
+            self.updater.backward(loss)
+        self.updater.step()
+        self.updater.optimizer.zero_grad()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        state = self.wrapper.optimizer.state_dict()["state"]
+        state = self.updater.optimizer.state_dict()["state"]
         return copy.deepcopy((self.network.state_dict(), state))
 
 
@@ -115,7 +114,7 @@ def test_a_skipped_update_changes_nothing(
     with_it.run(3)
     assert_equal(with_it.state(), without.state())
     assert all(value.isfinite().all() for value in with_it.state()[0].values())
-    assert with_it.wrapper.guard.read() == (2, 0, 2)
+    assert with_it.updater.guard.read() == (2, 0, 2)
 
 
 def test_updates_are_as_without_the_guard() -> None:
@@ -134,7 +133,7 @@ def test_updates_are_as_without_the_guard() -> None:
 
 def test_loss_scaling_is_no_fault() -> None:
     updates = Updates(fp="fp16")
-    guard, scaler = updates.wrapper.guard, updates.wrapper.scaler
+    guard, scaler = updates.updater.guard, updates.updater.scaler
     updates.run(0)
     before = updates.state()
     scaler._scale.fill_(2.0**100)  # type: ignore[union-attr]
@@ -167,52 +166,54 @@ def test_the_guard_never_waits_for_the_device(
 ) -> None:
     updates = Updates(clip=clip, fp=fp)
     # On CPU the optimizer reads its step count; on CUDA it does not.
-    monkeypatch.setattr(updates.wrapper.optimizer, "step", lambda: None)
+    monkeypatch.setattr(updates.updater.optimizer, "step", lambda: None)
     updates.run(0)
     with NoReadback():
         updates.run(1)
         updates.run(2, infinite_loss_of_finite_gradient)
-    assert updates.wrapper.guard.read().total == 1
+    assert updates.updater.guard.read().total == 1
 
 
 def test_counts_go_into_the_checkpoint() -> None:
     updates, others = Updates(), Updates()
     for seed in range(3):
         updates.run(seed, images_of_nan)
-    state = updates.wrapper.state_dict()
+    state = updates.updater.state_dict()
     assert state["skipped"] == {"total": 3, "in_a_row": 3, "in_epoch": 3}
-    others.wrapper.load_state_dict(state)
+    others.updater.load_state_dict(state)
     others.run(9, images_of_nan)
-    assert others.wrapper.guard.read() == (4, 4, 4)
+    assert others.updater.guard.read() == (4, 4, 4)
     others.run(10)
-    others.wrapper.guard.begin_epoch()
-    assert others.wrapper.guard.read() == (4, 0, 0)
+    others.updater.guard.begin_epoch()
+    assert others.updater.guard.read() == (4, 0, 0)
     del state["skipped"]  # a checkpoint of an earlier version
-    Updates().wrapper.load_state_dict(state)
+    Updates().updater.load_state_dict(state)
 
 
 # --- a run -----------------------------------------------------------------------------------
 
 
-def spoiled(runner: Runner, updates: Callable[[int], bool], layer: str, backward: bool) -> Runner:
+def spoiled(
+    trainer: Trainer, updates: Callable[[int], bool], layer: str, backward: bool
+) -> Trainer:
     """Make a layer's output, or its input's gradient, NaN in some updates."""
 
     def forward(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if not (module.training and updates(runner.iter)):
+        if not (module.training and updates(trainer.update)):
             return None
         return _NanGradient.apply(output) if backward else output * NAN
 
-    runner.task.network.get_submodule(layer).register_forward_hook(forward, prepend=True)
-    return runner
+    trainer.task.network.get_submodule(layer).register_forward_hook(forward, prepend=True)
+    return trainer
 
 
-def make(settings: dict[str, Any], work_dir: Path, **changes: Any) -> Runner:
+def make(settings: dict[str, Any], work_dir: Path, **changes: Any) -> Trainer:
     settings = {**settings, "ema": {"decay": 0.5}, **changes}
     settings["model"] = {
         "name": "resnet18", "num_classes": 4, "timm_args": {"channels": [8, 8, 16, 16]},
     }  # fmt: skip
     settings["temperature_epochs"] = 0
-    return build_runner(config_from_mapping(settings), work_dir, CPU)
+    return build_trainer(config_from_mapping(settings), work_dir, CPU)
 
 
 def lines_of(work_dir: Path, mode: str) -> list[dict[str, Any]]:
@@ -224,17 +225,18 @@ def lines_of(work_dir: Path, mode: str) -> list[dict[str, Any]]:
 def test_a_run_goes_on(
     settings: dict[str, Any], tmp_path: Path, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = make(settings, tmp_path, batch_size=8)
-    spoiled(runner, lambda update: update in (2, 5), "layer3.0.conv1", backward)
+    trainer = make(settings, tmp_path, batch_size=8)
+    spoiled(trainer, lambda update: update in (2, 5), "layer3.0.conv1", backward)
     states: list[dict[str, Tensor]] = []
-    update = type(runner.train_loop).run_update
+    update = Trainer.run_update
 
-    def noting(self: Any, index: int, batches: Any) -> None:
-        update(self, index, batches)
-        states.append(copy.deepcopy(runner.task.network.state_dict()))
+    def noting(self: Any, index: int, batches: Any) -> Any:
+        losses = update(self, index, batches)
+        states.append(copy.deepcopy(trainer.task.network.state_dict()))
+        return losses
 
-    monkeypatch.setattr(type(runner.train_loop), "run_update", noting)
-    run_to_end(runner)
+    monkeypatch.setattr(Trainer, "run_update", noting)
+    trainer.run()
     assert_equal(states[2], states[1])
     assert not torch.equal(states[3]["conv1.weight"], states[2]["conv1.weight"])
     lines = lines_of(tmp_path, "train")
@@ -248,8 +250,8 @@ def test_a_run_goes_on(
 
 
 def test_lines_mean_over_what_is_finite(settings: dict[str, Any], tmp_path: Path) -> None:
-    runner = make(settings, tmp_path, log_interval=4, epochs=1)
-    run_to_end(spoiled(runner, lambda update: update == 2, "conv1", False))
+    trainer = make(settings, tmp_path, log_interval=4, epochs=1)
+    spoiled(trainer, lambda update: update == 2, "conv1", False).run()
     (line,) = lines_of(tmp_path, "train")
     assert line["skipped"] == 1
     assert 0 < line["loss"] < 10
@@ -266,10 +268,10 @@ def test_lines_mean_over_what_is_finite(settings: dict[str, Any], tmp_path: Path
 def test_a_run_stops_and_names_the_layer(
     settings: dict[str, Any], tmp_path: Path, layer: str, backward: bool, origin: str
 ) -> None:
-    runner = make(settings, tmp_path, non_finite={"patience": 3})
-    spoiled(runner, lambda update: update >= 4, layer, backward)
+    trainer = make(settings, tmp_path, non_finite={"patience": 3})
+    spoiled(trainer, lambda update: update >= 4, layer, backward)
     with pytest.raises(NonFiniteError) as error:
-        run_to_end(runner)
+        trainer.run()
     message = str(error.value)
     assert "stopped in epoch 2 at update 7, after 3 skipped updates in a row" in message
     assert f"it began in {origin}" in message, message
@@ -279,20 +281,20 @@ def test_a_run_stops_and_names_the_layer(
     assert line["origin"].startswith(origin)
     # What is in memory is what the last good update left.
     kept = load_checkpoint(tmp_path / "epoch_1.pth")["state_dict"]
-    assert_equal(dict(runner.task.network.state_dict()), kept)
+    assert_equal(dict(trainer.task.network.state_dict()), kept)
 
 
 def test_a_run_stops_where_every_other_update_fails(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Never two in a row: the bound on an epoch, and the next bad update's images."""
-    runner = make(
+    trainer = make(
         settings, tmp_path, batch_size=4, total_batch_size=4, log_interval=4,
         non_finite={"patience": 3, "max_fraction": 0.25},
     )  # fmt: skip
-    spoiled(runner, lambda update: update % 2 == 0, "conv1", False)
+    spoiled(trainer, lambda update: update % 2 == 0, "conv1", False)
     with pytest.raises(NonFiniteError, match=r"update 13, after 1 skipped .* and 7 in this epoch"):
-        run_to_end(runner)
+        trainer.run()
 
 
 class Branches(nn.Module):
@@ -311,22 +313,13 @@ class Branches(nn.Module):
         return self.second(x)
 
 
-class Model:
-    """As mmengine's models look to the search."""
+def with_losses(network: Branches) -> Callable[[Tensor], dict[str, Tensor]]:
+    def losses(batch: Tensor) -> dict[str, Tensor]:
+        out = network(batch).sum()
+        parts = {"loss_a": out * 0, "loss_b": out.log() if network.fault == "loss" else out}
+        return {**parts, "loss": parts["loss_a"] + parts["loss_b"]}
 
-    def __init__(self, network: Branches) -> None:
-        self.network = network
-
-    def data_preprocessor(self, batch: Tensor, training: bool) -> Tensor:
-        return batch
-
-    def _run_forward(self, batch: Tensor, mode: str) -> dict[str, Tensor]:
-        out = self.network(batch).sum()
-        return {"loss_a": out * 0, "loss_b": out.log() if self.network.fault == "loss" else out}
-
-    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        total = losses["loss_a"] + losses["loss_b"]
-        return total, {**losses, "loss": total}
+    return losses
 
 
 def test_where_it_began() -> None:
@@ -336,7 +329,7 @@ def test_where_it_began() -> None:
     good = torch.randn(4, 2)
 
     def origin(*batches: Tensor) -> str | None:
-        return find_origin(Model(network), network, batches, nullcontext)
+        return find_origin(with_losses(network), network, batches, nullcontext)
 
     assert origin(good) is None
     assert origin(good, good * NAN) == "the images: they are not finite after preprocessing"
@@ -372,10 +365,9 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from kw.config import config_from_mapping
-from kw.engine import NonFiniteError, build_runner
-from kw.engine.distributed import process_group
-from kw.engine.optim import UpdateWrapper
-from kw.engine.run import run_to_end
+from kw.training import NonFiniteError, build_trainer
+from kw.training.distributed import process_group
+from kw.training.trainer import Updater
 
 def skip(rank):
     torch.manual_seed(0)
@@ -383,35 +375,36 @@ def skip(rank):
     model = DistributedDataParallel(network, broadcast_buffers=False)
     for precision in ("fp32", "fp16"):
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
-        wrapper = UpdateWrapper(optimizer, accumulation=2, precision=precision)
-        wrapper.initialize_count_status(model, 0, 10)
+        updater = Updater(optimizer, accumulation=2, precision=precision)
         for update in range(4):
             before = {k: v.clone() for k, v in network.state_dict().items()}
             for micro in range(2):
                 images = torch.randn(8, 4)
                 if (update, micro, rank) in ((1, 0, 1), (2, 1, 0)):
                     images[0] = float("nan")
-                with wrapper.optim_context(model):
+                with updater.forward(model):
                     loss = model(images).float().square().mean()
-                wrapper.update_params(loss)
+                updater.backward(loss)
+            updater.step()
+            optimizer.zero_grad()
             same = all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
             assert same == (update in (1, 2)), (precision, update)
-        assert wrapper.guard.read() == (2, 0, 2), (precision, wrapper.guard.read())
+        assert updater.guard.read() == (2, 0, 2), (precision, updater.guard.read())
         weights = [torch.empty(3, 4) for _ in range(2)]
         dist.all_gather(weights, network[0].weight.detach())
         assert torch.equal(*weights)
 
 def stop(process, folder):
     config = config_from_mapping(json.loads((folder / "settings.json").read_text()))
-    runner = build_runner(config, folder / "run", process)
+    trainer = build_trainer(config, folder / "run", process)
 
     def spoil(module, inputs, output):
-        spoils = process.rank == 1 and module.training and runner.iter >= 4
+        spoils = process.rank == 1 and module.training and trainer.update >= 4
         return output * float("nan") if spoils else None
 
-    runner.task.network.layer2[0].conv2.register_forward_hook(spoil)
+    trainer.task.network.layer2[0].conv2.register_forward_hook(spoil)
     try:
-        run_to_end(runner)
+        trainer.run()
     except NonFiniteError as error:
         assert "it began (on process 1) in layer2.0.conv2 (" in str(error), error
         assert "at update 7, after 3 skipped" in str(error), error

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from kw import build_model, set_temperature
 from kw.config import config_from_mapping
-from kw.engine.optim import UpdateWrapper, build_optimizer
-from kw.engine.schedule import Schedule
+from kw.training.optim import build_optimizer
+from kw.training.schedule import Schedule
+from kw.training.trainer import Updater
 from kw.warehouse.warehouse import earlier_order
 
 SETTINGS = {
@@ -75,18 +76,20 @@ def loss_curve() -> list[float]:
     images = torch.randn(8, 3, 64, 64, generator=generator).double()
     labels = torch.randint(5, (8,), generator=generator)
     schedule = Schedule(config, UPDATES_PER_EPOCH)
-    wrapper = UpdateWrapper(
+    updater = Updater(
         build_optimizer(network, config.optimizer, torch.device("cpu")),
         clip_grad=config.optimizer.clip_grad,
     )
     losses = []
     for update in range(schedule.total_updates):
-        for group in wrapper.optimizer.param_groups:
+        for group in updater.optimizer.param_groups:
             group["lr"] = schedule.lr(update)
         set_temperature(network, schedule.temperature(update))
         smoothing = config.label_smoothing
         loss = F.cross_entropy(network(images), labels, label_smoothing=smoothing)
-        wrapper.update_params(loss)
+        updater.backward(loss)
+        updater.step()
+        updater.optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 

@@ -21,8 +21,8 @@ from kw.deploy import ExportError, export, read_source
 from kw.deploy.classifier import Classifier
 from kw.deploy.description import InputRange
 from kw.deploy.export import Options
-from kw.engine.checkpoint import load_checkpoint, save_checkpoint
 from kw.errors import UserError
+from kw.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from kw.config.schema import Config, DataConfig
 from kw.data import DataError, Loader, derive_seed, open_training, open_validation, uniform_draws
 from kw.data.batch_augment import BatchAugment, Choices
 from kw.data.resample import axis_weights, resample
-from kw.engine import load_checkpoint, train
+from kw.training import load_checkpoint, train
 
 CPU = torch.device("cpu")
 Settings = dict[str, Any]

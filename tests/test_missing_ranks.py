@@ -22,9 +22,9 @@ from kills import free_port
 
 from kw.cli import run_tool
 from kw.config import config_from_mapping
-from kw.engine import evaluate_checkpoint, train
-from kw.engine.presence import is_of_communication
 from kw.errors import EXIT_MISSING
+from kw.training import evaluate_checkpoint, train
+from kw.training.presence import is_of_communication
 
 TIMEOUT = 2.0  # seconds
 # A missing process is looked for over one second; the rest is for a busy machine.

@@ -19,10 +19,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import kw
 from kw.config import ConfigError, config_from_mapping
-from kw.engine import load_checkpoint, train
-from kw.engine.distributed import Process
-from kw.engine.optim import UpdateWrapper
-from kw.engine.parallel import (
+from kw.models import ImageClassifier
+from kw.training import load_checkpoint, train
+from kw.training.distributed import Process
+from kw.training.parallel import (
     backward_order,
     local,
     release,
@@ -30,7 +30,7 @@ from kw.engine.parallel import (
     shard,
     wrap_ddp,
 )
-from kw.models import ImageClassifier
+from kw.training.trainer import Updater
 
 MIB = 2**20
 MODELS = [
@@ -91,14 +91,14 @@ def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
 
 def check_layout(process: Process) -> None:
     network = build()
-    model = ImageClassifier(network, nn.Identity())
+    model = ImageClassifier(network, Unchanged())
     expected = [sum(p.nbytes for p in b) for b in buckets(backward_order(model), 1)]
     ddp = wrap_ddp(model, process, 1)
     assert all(parameter.grad is None for parameter in model.parameters())
     found = []
     for update in range(3):
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(update))
-        ddp(images, torch.zeros(2, dtype=torch.long), mode="loss")["loss"].backward()
+        ddp((images, torch.zeros(2, dtype=torch.long)))["loss"].backward()
         # Gradients are views into the buckets.
         gradients = [p.grad for p in backward_order(model)]
         storages = [g.untyped_storage() for g in gradients if g is not None]
@@ -114,8 +114,7 @@ def test_buckets_are_laid_out_before_the_first_update() -> None:
 def check_micro_steps(process: Process) -> None:
     model = ImageClassifier(build(), Unchanged())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    wrapper = UpdateWrapper(optimizer, accumulation=3)
-    wrapper.initialize_count_status(model, 0, 2)
+    updater = Updater(optimizer, accumulation=3)
     ddp = wrap_ddp(model, process, 1)
     reduced: list[int] = []
 
@@ -128,7 +127,12 @@ def check_micro_steps(process: Process) -> None:
     for step in range(6):
         micro_steps.append(step)
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
-        ddp.train_step((images, torch.zeros(2, dtype=torch.long)), wrapper)
+        with updater.forward(ddp):
+            losses = ddp((images, torch.zeros(2, dtype=torch.long)))
+        updater.backward(losses["loss"])
+        if step % 3 == 2:
+            updater.step()
+            optimizer.zero_grad()
     assert sorted(set(reduced)) == [3, 6]
     assert reduced.count(3) == reduced.count(6) == len(buckets(backward_order(model), 1))
 

@@ -18,8 +18,8 @@ from torch import nn
 
 import kw
 from kw.config import ConfigError, config_from_mapping
-from kw.engine import train
 from kw.peers import CondConv2d, CondLinear, DyConv2d, ODConv2d, mixture
+from kw.training import train
 from kw.warehouse import KWLayer, find_warehouses, has_temperature, set_backend
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from torch import nn
 
 from kw.config import ConfigError
 from kw.config.run_schema import ContractionConfig
-from kw.engine import set_contraction
+from kw.training import set_contraction
 from kw.warehouse import KernelShape, KWConv2d, explain, partition_kernels, set_backend
 from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, assembly_precision, planner
 from kw.warehouse.ops.contraction import Contraction

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import kw
 from kw.config import config_from_mapping, load_config
-from kw.engine import CheckpointError, load_checkpoint, load_network, train
 from kw.models import RELEASED, build_network
 from kw.models.released_weights import FAMILIES, ReleasedError, read_released, translate
+from kw.training import CheckpointError, load_checkpoint, load_network, train
 
 KEYS: dict[str, dict[str, Any]] = json.loads(lzma.decompress(FIXTURE.read_bytes()))
 TOLERANCE = 1e-6  # of the largest value

@@ -21,12 +21,12 @@ from kills import settings as killed_settings
 from test_parts import as_earlier
 
 from kw.config import config_from_mapping
-from kw.engine import CheckpointError, load_checkpoint, train
-from kw.engine.checkpoint import find_damage, save_checkpoint
-from kw.engine.optim import build_optimizer
-from kw.engine.saving import checkpoint_name, checkpoints, newest_whole
 from kw.errors import EXIT_INTERRUPTED, Interrupted
 from kw.models import build_network
+from kw.training import CheckpointError, load_checkpoint, train
+from kw.training.checkpoint import find_damage, save_checkpoint
+from kw.training.optim import build_optimizer
+from kw.training.saving import checkpoint_name, checkpoints, newest_whole
 from kw.warehouse.warehouse import earlier_order
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +170,7 @@ def test_training_does_not_wait_for_the_disk(
         time.sleep(0.3)
         save(state, path)
 
-    monkeypatch.setattr("kw.engine.saving.save_checkpoint", slow)
+    monkeypatch.setattr("kw.training.saving.save_checkpoint", slow)
     settings["checkpoint"] = {"updates": 2, "keep": 99}
     train(config_from_mapping(settings), tmp_path / "slow")
     monkeypatch.undo()

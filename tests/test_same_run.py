@@ -15,18 +15,18 @@ from test_engine import CPU, changed, run
 
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
-from kw.engine import CheckpointError, build_runner, evaluate_checkpoint, load_checkpoint
-from kw.engine.folder import held
-from kw.engine.layout import settings_changed
-from kw.engine.pictures import picture_classes
-from kw.engine.saving import link
+from kw.training import CheckpointError, build_trainer, evaluate_checkpoint, load_checkpoint
+from kw.training.folder import held
+from kw.training.layout import settings_changed
+from kw.training.pictures import picture_classes
+from kw.training.saving import link
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 import torch
-from kw.engine.distributed import Process
-from kw.engine.folder import held
+from kw.training.distributed import Process
+from kw.training.folder import held
 with held(Path(sys.argv[1]), Process(0, 1, torch.device("cpu"))):
     print("held", flush=True)
     sys.stdin.read()
@@ -106,16 +106,16 @@ def test_an_optimizers_settings_are_those_of_the_configuration(
     settings = changed(settings, optimizer=optimizer, epochs=1)
     run(settings, tmp_path)
     settings = changed(settings, epochs=2, **{f"optimizer__{key}": value})
-    runner = build_runner(config_from_mapping(settings), tmp_path, CPU, resume=True)
-    fresh = build_runner(config_from_mapping(settings), tmp_path / "fresh", CPU)
-    runner.load_or_resume()
-    groups = [r.optim_wrapper.optimizer.param_groups for r in (runner, fresh)]
+    fresh = build_trainer(config_from_mapping(settings), tmp_path / "fresh", CPU)
+    trainer = build_trainer(config_from_mapping(settings), tmp_path, CPU, resume=True)
+    trainer.load()
+    groups = [each.optimizer.param_groups for each in (trainer, fresh)]
     for own, expected in zip(*groups, strict=True):
         strip = {"params", "lr"}
         assert {k: v for k, v in own.items() if k not in strip} == {
             k: v for k, v in expected.items() if k not in strip
         }
-    assert runner.optim_wrapper.optimizer.state
+    assert trainer.optimizer.state
     shown = yaml.safe_load(str(value))
     assert f"optimizer.{key}: " in log_text(tmp_path)
     assert f"-> {shown}" in log_text(tmp_path)

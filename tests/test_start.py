@@ -15,7 +15,7 @@ from torch import nn
 
 import kw
 import kw.config
-from kw.engine.optim import build_optimizer
+from kw.training.optim import build_optimizer
 from kw.warehouse import PLANS, KWConv2d, KWLayer, Plan, Rule, WarehouseSettings
 from kw.warehouse.attention import ATTENTION_FUNCTIONS
 from kw.warehouse.ops import assemble

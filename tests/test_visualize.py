@@ -19,9 +19,6 @@ from torch import nn
 
 from kw import convert
 from kw.config import ConfigError, config_from_mapping, load_config
-from kw.engine import build_runner, load_checkpoint, train
-from kw.engine.distributed import Process
-from kw.engine.pictures import schedule_curves, training_batch
 from kw.pictures import (
     CellUse,
     DynamicLayer,
@@ -51,6 +48,9 @@ from kw.pictures import (
 )
 from kw.pictures.kernels import difference, mosaic
 from kw.pictures.method import Example, block_corner
+from kw.training import build_trainer, load_checkpoint, train
+from kw.training.distributed import Process
+from kw.training.pictures import schedule_curves, training_batch
 from kw.warehouse import KernelShape, KWConv2d, Warehouse
 from kw.warehouse.ops.reference import assemble_reference
 from kw.warehouse.partition import CellSlice
@@ -460,16 +460,16 @@ def test_a_static_run_has_pictures_of_batches(recipe: dict[str, Any], tmp_path: 
 
 def test_batches_are_those_of_training(recipe: dict[str, Any], tmp_path: Path) -> None:
     config = config_from_mapping(recipe)
-    runner = build_runner(config, tmp_path, CPU)
+    trainer = build_trainer(config, tmp_path, CPU)
     seen: list[torch.Tensor] = []
-    network = runner.task.network
+    network = trainer.task.network
 
     def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if module.training:
             seen.append(inputs[0].clone())
 
     network.register_forward_pre_hook(keep)
-    runner.train()
+    trainer.train()
     assert len(seen) == 2 * 4 * 2  # epochs, updates, micro-batches
     for epoch, update in ((1, 1), (2, 3)):
         images, targets, classes = training_batch(config, epoch, update)
@@ -554,7 +554,7 @@ def test_a_static_network_gets_one_message(
     recipe: dict[str, Any], tmp_path: Path, run_dir: Path
 ) -> None:
     from kw import build_model
-    from kw.engine.pictures import picture_cells
+    from kw.training.pictures import picture_cells
 
     options = ["model.kernel_warehouse=null", "temperature_epochs=0"]
     config = load_config(run_dir / "config.yaml", options)
@@ -569,4 +569,4 @@ def test_without_matplotlib(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPa
     """Before the run, not after its first epoch."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(PictureError, match=r"pip install 'kernelwarehouse\[demo\]'"):
-        build_runner(config_from_mapping({**recipe, "pictures": {}}), Path("nowhere"), CPU)
+        build_trainer(config_from_mapping({**recipe, "pictures": {}}), Path("nowhere"), CPU)

@@ -17,9 +17,9 @@ from torch import nn
 
 import kw
 from kw.config import ConfigError, config_from_mapping
-from kw.engine import train
 from kw.models import start_network
 from kw.models.weights import CheckpointError, load_start, read_weights
+from kw.training import train
 
 NARROW = {"name": "resnet18", "num_classes": 5, "timm_args": {"channels": [8, 16, 16, 32]}}
 DYNAMIC = {"plan": "resnet18", "cell_num_ratio": 2}

@@ -18,8 +18,8 @@ import torch
 from kw import __version__
 from kw.cli import ToolParser, add_config_options, output_file, run_tool
 from kw.config import load_config, to_yaml
-from kw.engine import CheckpointError
-from kw.engine.checkpoint import save_checkpoint
+from kw.training import CheckpointError
+from kw.training.checkpoint import save_checkpoint
 from kw.models import build_network
 from kw.models.released_weights import ReleasedError, read_released, translate
 

@@ -23,7 +23,7 @@ from kw.config.schema import Config
 from kw.data import BatchPreprocessor, build_transform
 from kw.data.reading import read_image
 from kw.deploy import find_images
-from kw.engine.checkpoint import save_checkpoint
+from kw.training.checkpoint import save_checkpoint
 from kw.evaluation import render_table
 from kw.models import check_network, start_network
 from kw.models.build import read_start, with_start

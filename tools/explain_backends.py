@@ -11,7 +11,7 @@ import torch
 
 from kw.cli import ToolParser, device, number, run_tool
 from kw.config import load_config
-from kw.engine import set_contraction
+from kw.training import set_contraction
 from kw.evaluation import render_table
 from kw.models import build_network, check_network
 from kw.warehouse import LayerChoice, explain

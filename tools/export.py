@@ -15,7 +15,7 @@ from kw.cli import ToolParser, add_config_options, number, output_file, run_tool
 from kw.deploy import export, find_images, read_source
 from kw.deploy.export import Options, check_target, read_some
 from kw.deploy.quantize import CALIBRATION
-from kw.engine.trained import WEIGHTS
+from kw.training.trained import WEIGHTS
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from kw.cli import (
 )
 from kw.data.reading import BadImageError, DataError
 from kw.deploy import find_images, load, predict_files
-from kw.engine.trained import WEIGHTS, detector_config
+from kw.training.trained import WEIGHTS, detector_config
 from kw.errors import OutOfMemory
 from kw.evaluation import render_table
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from kw.cli import ToolParser, add_config_options, number, run_tool
 from kw.config import ConfigError, load_config
-from kw.engine.optim import build_optimizer
+from kw.training.optim import build_optimizer
 from kw.evaluation import render_table
 from kw.models import build_network
 

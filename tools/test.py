@@ -8,7 +8,7 @@ python tools/test.py configs/coco/mask_rcnn_kw_resnet50_1x.py work_dirs/.../best
 import os
 
 from kw.cli import ToolParser, add_config_options, load_run, output_file, run_tool, save_json
-from kw.engine.distributed import LAUNCHERS
+from kw.training.distributed import LAUNCHERS
 
 
 def main() -> None:

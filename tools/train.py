@@ -9,7 +9,7 @@ torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
 from pathlib import Path
 
 from kw.cli import ToolParser, add_config_options, load_run, output_folder, run_tool
-from kw.engine.distributed import LAUNCHERS
+from kw.training.distributed import LAUNCHERS
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ..engine.hooks.checkpoint import write_json
+from ..training.saving import write_json
 from .cases import GROUPED, STATIC
 from .conditions import BenchmarkError, Conditions
 from .steps import PARTS

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..engine.optim import UpdateWrapper, autocast, build_optimizer
+from ..training.optim import build_optimizer
+from ..training.precision import autocast
+from ..training.trainer import Updater
 from .cases import Source
 from .conditions import DTYPES, Conditions
 
@@ -39,7 +41,7 @@ class InferenceStep:
 
 
 class TrainingStep:
-    """A step as the engine makes it: autocast forward and loss, backward, update.
+    """A step as the trainer makes it: autocast forward and loss, backward, update.
 
     Gradients are set to ``None`` after the update, float16 has its loss scaling.
 
@@ -66,7 +68,7 @@ class TrainingStep:
         self.optimizer: Optimizer = build_optimizer(network, settings, inputs.device)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
-        self.wrapper = UpdateWrapper(
+        self.updater = Updater(
             self.optimizer,
             clip_grad=settings.clip_grad,
             precision=DTYPES[conditions.dtype],
@@ -75,20 +77,20 @@ class TrainingStep:
 
     def forward(self) -> Tensor:
         """The loss."""
-        with self.wrapper.optim_context(self.network):
+        with self.updater.forward(self.network):
             return self.loss(self.network(self.inputs), self.targets)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of all parameters."""
-        self.wrapper.backward(loss)
+        self.updater.backward(loss)
 
     def update(self) -> None:
         """The optimizer's step; the gradients are still there."""
-        self.wrapper.step()
+        self.updater.step()
 
     def clear(self) -> None:
         """Gradients to ``None``."""
-        self.wrapper.zero_grad()
+        self.optimizer.zero_grad()
 
 
 Step = InferenceStep | TrainingStep
@@ -104,7 +106,7 @@ def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
     device = torch.device(conditions.device)
     network = source.build(backend)
     inputs, targets = source.example(conditions.batch_size, conditions.input_size)
-    if conditions.channels_last:  # as the engine does it
+    if conditions.channels_last:  # as a run does it
         network = network.to(memory_format=torch.channels_last)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     network.to(device)

@@ -41,6 +41,7 @@ class Loader(DataLoader[Any]):
     """
 
     faults: FaultLog
+    dataset: Any  # has a length
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # no more than an iterator
         return self._watched(super().__iter__())  # the processes start here, not at the first batch

@@ -16,8 +16,8 @@ from ..config import ConfigError
 from ..data.preprocess import BatchPreprocessor
 from ..data.reading import Picture, read_image
 from ..data.transforms import build_transform
-from ..engine.checkpoint import CheckpointError, load_network
 from ..models.build import build_network
+from ..training.checkpoint import CheckpointError, load_network
 from .description import Description, ExportError
 from .graph import load_graph
 from .onnx_file import OnnxNetwork

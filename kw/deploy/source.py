@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..engine.trained import load_trained
+from ..training.trained import load_trained
 from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange

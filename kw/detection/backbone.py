@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.registry import MODELS, Registry
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
@@ -37,7 +38,6 @@ from ..models.build import with_start
 from ..models.freezing import freeze as freeze_by_name
 from ..models.freezing import frozen_modules
 from ..models.weights import CheckpointError, classifier_names, is_converted
-from ..registry import MODELS
 from ..warehouse import (
     Warehouse,
     drop_unused_warehouses,
@@ -50,8 +50,11 @@ from .weights import StartWeights, read_backbone
 
 __all__ = ["Backbone", "read_network"]
 
+# mmdetection's configurations find what is in it as kw.NAME.
+_MODELS = Registry("model", parent=MODELS, scope="kw", locations=["kw.detection.backbone"])
 
-@MODELS.register_module()
+
+@_MODELS.register_module()
 class Backbone(nn.Module):
     """The feature maps of a timm network, static or converted, at temperature 0.
 

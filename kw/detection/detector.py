@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..errors import UserError, one_line, say
+from ..training.hooks import Hook
+from ..training.trainer import Trainer
 from .backbone import Backbone
 from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
 from .schema import LayerDecayConfig
 
-__all__ = ["build_detector", "has_masks", "keep_maps_exact", "lr_scales", "without_weights"]
+__all__ = [
+    "EpochInfo",
+    "WithLosses",
+    "build_detector",
+    "has_masks",
+    "keep_maps_exact",
+    "lr_scales",
+    "without_weights",
+]
 
 COCO = 80  # categories
 
@@ -51,6 +62,44 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     del detector._dump_init_info
     detector.dataset_meta = {"classes": tuple(classes)}
     return detector
+
+
+class WithLosses(nn.Module):
+    """A detector as it is trained: a batch of the training loader -> losses by name.
+
+    ``loss`` is the sum of those whose names have "loss" in them, as in mmdetection.
+
+    Args:
+        detector: mmdetection's.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector: Any = detector
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Losses, scalars; those that a head lists by level are summed."""
+        inputs = self.detector.data_preprocessor(batch, True)
+        total, parts = self.detector.parse_losses(self.detector(**inputs, mode="loss"))
+        return {**parts, "loss": total}
+
+
+class EpochInfo(Hook):
+    """Tells mmdetection's models where training is: some losses and image sizes depend on it."""
+
+    def __init__(self) -> None:
+        self._hub = MessageHub.get_current_instance()
+
+    def before_training(self, trainer: Trainer) -> None:
+        self._hub.update_info("max_epochs", trainer.config.epochs)
+        self._hub.update_info("max_iters", trainer.schedule.total_updates)
+        self._hub.update_info("iter", trainer.update)
+
+    def before_epoch(self, trainer: Trainer) -> None:
+        self._hub.update_info("epoch", trainer.epoch)
+
+    def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+        self._hub.update_info("iter", trainer.update)
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.reading import BadImageError, DataError, Picture, read_image
-from ..engine import load_checkpoint, load_network, set_contraction
-from ..engine.checkpoint import CheckpointError
-from ..engine.trained import choose_weights, detector_config, trained_file
 from ..errors import UserError, memory_for, one_line
+from ..training import load_checkpoint, load_network, set_contraction
+from ..training.checkpoint import CheckpointError
+from ..training.trained import choose_weights, detector_config, trained_file
 from .annotations import category_ids
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading

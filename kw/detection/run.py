@@ -1,4 +1,4 @@
-"""Training and testing a detector: the engine's runner, with COCO's figures as its metrics."""
+"""Training and testing a detector: the trainer, with COCO's figures as its metrics."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmengine.runner import set_random_seed
 from torch import nn
 
 from ..data import DataError, Loader
-from ..engine import load_checkpoint, set_contraction
-from ..engine.distributed import Process, host_barrier, process_group
-from ..engine.folder import find_checkpoint, held
-from ..engine.optim import autocast, build_optimizer
-from ..engine.parallel import distribute
-from ..engine.presence import set_place
-from ..engine.run import (
-    assemble_runner,
-    check_devices,
-    evaluate_weights,
-    run_to_end,
-)
-from ..engine.runner import Runner
-from ..engine.task import Task
 from ..errors import memory_for, say
+from ..training import load_checkpoint, set_contraction
+from ..training.distributed import Process, host_barrier, process_group
+from ..training.folder import find_checkpoint, held
+from ..training.logs import open_log
+from ..training.optim import build_optimizer
+from ..training.parallel import distribute
+from ..training.precision import autocast
+from ..training.presence import set_place
+from ..training.run import check_devices, evaluate_weights, standard_hooks
+from ..training.task import Task
+from ..training.trainer import Trainer, set_seed
 from .annotations import COCO_DETECTIONS, Report, load_annotations
 from .config import DetectorConfig, detection_limits
 from .data import build_eval_loader, build_train_loader
-from .detector import build_detector, has_masks, keep_maps_exact, lr_scales, without_weights
+from .detector import (
+    EpochInfo,
+    WithLosses,
+    build_detector,
+    has_masks,
+    keep_maps_exact,
+    lr_scales,
+    without_weights,
+)
 from .evaluation import CocoEvaluator
 from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
 from .start import start_detector
 
-__all__ = ["build_runner", "evaluate_checkpoint", "evaluate_detector", "train"]
+__all__ = ["build_trainer", "evaluate_checkpoint", "evaluate_detector", "train"]
 
 
 def train(
@@ -46,7 +50,7 @@ def train(
     resume: bool | str | Path = False,
     launcher: str = "none",
 ) -> dict[str, float | None]:
-    """Train and evaluate a detector; arguments and errors as for :func:`kw.engine.train`.
+    """Train and evaluate a detector; arguments and errors as for :func:`kw.training.train`.
 
     Returns:
         COCO's twelve figures of the last evaluation, ``bbox_mAP`` and so on, in [0, 1], and
@@ -60,19 +64,20 @@ def train(
         process_group(launcher, config.run.distributed.timeout_minutes) as process,
         held(Path(work_dir), process),
     ):
-        return run_to_end(build_runner(config, Path(work_dir), process, resume))
+        return build_trainer(config, Path(work_dir), process, resume).run()
 
 
-def build_runner(
+def build_trainer(
     config: DetectorConfig, work_dir: Path, process: Process, resume: bool | str | Path = False
-) -> Runner:
-    """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
+) -> Trainer:
+    """All of a training run, ready for ``trainer.run()``; arguments as for :func:`train`."""
     run = config.run
     check_devices(run, process)
+    open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     contents = read_sets(run.data)
     classes = class_names(run.data, contents[0])
-    set_random_seed(run.seed)
+    set_seed(run.seed)
     if resume_from is not None:  # which brings all weights
         detector = build_detector(without_weights(config.model), classes)
     elif run.load_from is not None:
@@ -94,7 +99,7 @@ def build_runner(
     val_loader = build_eval_loader(config, classes, *place, contents[1])
     evaluator = _evaluator(config, classes, masks, contents[1])
     task = Task(
-        detector,
+        WithLosses(detector),
         detector,
         lambda network: evaluate_detector(network, val_loader, evaluator, run.precision),
         "bbox_mAP",
@@ -104,8 +109,18 @@ def build_runner(
     )
     scales = lr_scales(detector, run.optimizer.layer_decay)
     optimizer = build_optimizer(detector, run.optimizer, process.device, scales)
-    return assemble_runner(
-        task, run, process, work_dir, train_loader, val_loader, optimizer, average, resume_from
+    hooks = [*standard_hooks(run), EpochInfo()]
+    return Trainer(
+        task,
+        run,
+        process,
+        work_dir,
+        train_loader,
+        val_loader,
+        optimizer,
+        average,
+        hooks,
+        resume_from,
     )
 
 
@@ -159,7 +174,7 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint of a detector; arguments and errors as for :func:`train`.
 
     Returns:
-        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
+        The headline figures (see :func:`kw.training.task.headline`), ``epoch`` and ``checkpoint``.
     """
     run = config.run
     state = load_checkpoint(checkpoint)

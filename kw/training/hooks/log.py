@@ -6,26 +6,28 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from mmengine.hooks import Hook
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ...registry import HOOKS
 from ...warehouse import has_temperature
 from ..distributed import host_barrier
+from ..logs import logger
 from ..task import Metrics
+from .base import Hook
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 __all__ = ["LogHook", "write_line"]
 
 
-@HOOKS.register_module()
 class LogHook(Hook):
     """Sums losses on the device and reads them when a line is due: no update waits for the device.
 
@@ -35,8 +37,6 @@ class LogHook(Hook):
     Args:
         interval: updates between lines; an epoch's last update always gives one.
     """
-
-    priority = "LOW"
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
@@ -54,132 +54,130 @@ class LogHook(Hook):
         self._sums = dict(state["sums"])
         self._updates, self._skipped = state["updates"], state["skipped"]
 
-    def before_train(self, runner: Any) -> None:
-        device = runner.process.device
+    def before_training(self, trainer: Trainer) -> None:
+        device = trainer.process.device
         self._sums = {key: value.to(device) for key, value in self._sums.items()}
         if self._skipped is None:
-            self._skipped = runner.optim_wrapper.guard.read().total
-        self._anneals = has_temperature(runner.task.network)
+            self._skipped = trainer.updater.guard.read().total
+        self._anneals = has_temperature(trainer.task.network)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
         self._file: Path | None = None
-        if runner.process.is_main:
-            self._file = Path(runner.work_dir, "log.jsonl")
-            _forget_after(self._file, runner.iter, runner.epoch)
-            for line in _describe(runner):
-                runner.logger.info(line)
-            runner.board = SummaryWriter(
-                str(Path(runner.work_dir, "tensorboard")),
-                purge_step=runner.iter + 1 if runner.iter else None,
+        if trainer.process.is_main:
+            self._file = trainer.work_dir / "log.jsonl"
+            _forget_after(self._file, trainer.update, trainer.epoch)
+            for line in _describe(trainer):
+                logger.info(line)
+            trainer.board = SummaryWriter(
+                str(trainer.work_dir / "tensorboard"),
+                purge_step=trainer.update + 1 if trainer.update else None,
             )
 
-    def before_train_epoch(self, runner: Any) -> None:
-        self._start_clock(runner)
+    def before_epoch(self, trainer: Trainer) -> None:
+        self._start_clock(trainer)
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any, outputs: dict[str, Tensor]
-    ) -> None:
-        if runner.optim_wrapper.grad_norm is not None:
-            outputs = {**outputs, "grad_norm": runner.optim_wrapper.grad_norm}
-        for key, value in outputs.items():
+    def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+        if trainer.updater.grad_norm is not None:
+            losses = {**losses, "grad_norm": trainer.updater.grad_norm}
+        for key, value in losses.items():
             finite = torch.isfinite(value)
             pair = torch.stack([torch.where(finite, value, 0).float(), finite.float()])
             self._sums[key] = pair + self._sums[key] if key in self._sums else pair
         self._updates += 1
-        done = batch_idx + 1
-        if done % self.interval == 0 or done == runner.train_loop.updates_per_epoch:
-            self._write_training(runner, done)
+        if trainer.is_due(self.interval):
+            self._write_training(trainer)
 
-    def after_epoch(self, runner: Any, metrics: Metrics | None) -> None:
-        if metrics is None:
-            return
+    def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
         found = {key: value for key, value in metrics.items() if value is not None}
         parts = [
             f"{key} {value:.{0 if key.endswith('images') else 3}f}" for key, value in found.items()
         ]
-        runner.logger.info(
-            f"epoch {runner.epoch}/{runner.max_epochs} evaluated: {', '.join(parts)}"
-        )
-        self._record(runner, "val", runner.epoch, runner.iter, found)
+        logger.info(f"epoch {trainer.epoch}/{trainer.config.epochs} evaluated: {', '.join(parts)}")
+        self._record(trainer, "val", trainer.epoch, found)
 
-    def after_train(self, runner: Any) -> None:
-        if runner.board is not None:
-            runner.board.close()
+    def after_training(self, trainer: Trainer) -> None:
+        if trainer.board is not None:
+            trainer.board.close()
+        best = "no best epoch"
+        if trainer.best >= 0:
+            best = f"best {trainer.task.score} {trainer.best:.3f}"
+        written = "best.pth, last.pth, results.json, log.jsonl, tensorboard/"
+        logger.info(f"done, {best}; in {trainer.work_dir}: {written}")
 
-    def _start_clock(self, runner: Any) -> None:
+    def _start_clock(self, trainer: Trainer) -> None:
         self._started = time.perf_counter()
-        runner.train_loop.data_seconds = 0.0
+        trainer.data_seconds = 0.0
 
-    def _write_training(self, runner: Any, done: int) -> None:
+    def _write_training(self, trainer: Trainer) -> None:
+        epoch, done = trainer.epoch + 1, trainer.updates_of_epoch
         sums = torch.stack(list(self._sums.values()))  # [names, 2]
-        if runner.process.world_size > 1:
-            host_barrier(f"in update {done} of epoch {runner.epoch + 1}, at its log line")
+        if trainer.process.world_size > 1:
+            host_barrier(f"in update {done} of epoch {epoch}, at its log line")
             dist.all_reduce(sums)
         # The only place where training waits for the device. Without a finite value: NaN.
         means = (sums[:, 0] / sums[:, 1]).tolist()
         values: dict[str, float] = dict(zip(self._sums, means, strict=True))
-        skipped = runner.optim_wrapper.guard.read().total
+        skipped = trainer.updater.guard.read().total
         values["skipped"] = skipped - (self._skipped or 0)
         self._skipped = skipped
         seconds = time.perf_counter() - self._started
         self._seconds += seconds
         self._updates_timed += self._updates  # those before a resume were not timed here
-        update = runner.iter + 1
-        values["lr"] = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
+        values["lr"] = trainer.optimizer.param_groups[0]["lr"]
         if self._anneals:
-            values["temperature"] = runner.schedule.temperature(runner.iter)
+            values["temperature"] = trainer.schedule.temperature(trainer.update - 1)
         values["images_per_second"] = (
-            self._updates * runner.config.total_batch_size / max(seconds, 1e-9)
+            self._updates * trainer.config.total_batch_size / max(seconds, 1e-9)
         )
         values["seconds"] = seconds
-        values["data_time"] = runner.train_loop.data_seconds / self._updates
-        remaining = (runner.max_iters - update) * self._seconds / self._updates_timed
-        runner.logger.info(
-            f"epoch {runner.epoch + 1}/{runner.max_epochs} "
-            f"[{done}/{runner.train_loop.updates_per_epoch}] "
+        values["data_time"] = trainer.data_seconds / self._updates
+        left = trainer.schedule.total_updates - trainer.update
+        remaining = left * self._seconds / self._updates_timed
+        logger.info(
+            f"epoch {epoch}/{trainer.config.epochs} [{done}/{trainer.updates_per_epoch}] "
             + " ".join(f"{key} {value:.4g}" for key, value in values.items())
             + f" eta {timedelta(seconds=round(remaining))}"
         )
-        self._record(runner, "train", runner.epoch + 1, update, values)
+        self._record(trainer, "train", epoch, values)
         self._sums, self._updates = {}, 0
-        self._start_clock(runner)
+        self._start_clock(trainer)
 
-    def _record(
-        self, runner: Any, mode: str, epoch: int, update: int, values: dict[str, float]
-    ) -> None:
-        if self._file is None or runner.board is None:
+    def _record(self, trainer: Trainer, mode: str, epoch: int, values: dict[str, float]) -> None:
+        if self._file is None or trainer.board is None:
             return
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         # NaN is not JSON.
-        _append(self._file, mode, epoch, update, {**dict.fromkeys(values), **finite})
+        line = {**dict.fromkeys(values), **finite}
+        write_line(trainer.work_dir, mode, epoch, trainer.update, line)
         for key, value in finite.items():
-            runner.board.add_scalar(f"{mode}/{key}", value, update)
+            trainer.board.add_scalar(f"{mode}/{key}", value, trainer.update)
 
 
-def _describe(runner: Any) -> Iterator[str]:
+def _describe(trainer: Trainer) -> Iterator[str]:
     """What is about to be trained, and where it writes."""
-    config, task = runner.config, runner.task
-    loaders = (runner.train_dataloader, runner.val_dataloader)
+    config, task = trainer.config, trainer.task
+    loaders = (trainer.train_loader, trainer.val_loader)
     train, val = (f"{len(loader.dataset):,}" for loader in loaders)
     yield f"data: {train} images to train on, {val} to test on, {len(task.classes):,} classes"
     parameters = list(task.network.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     frozen = "" if trained == total else f", {trained:,} of them trained"
-    where = f"{config.precision} on {runner.process.device.type}"
+    where = f"{config.precision} on {trainer.process.device.type}"
     yield f"network: {total:,} parameters{frozen}; {where}"
     batches = f"updates of {config.total_batch_size} images, {config.batch_size} at a time"
-    yield f"{batches} in each of {runner.process.world_size} process(es)"
-    yield f"writes into {runner.work_dir}"
+    yield f"{batches} in each of {trainer.process.world_size} process(es)"
+    schedule = trainer.schedule
+    yield (
+        f"{schedule.total_updates} updates, {schedule.updates_per_epoch} an epoch; "
+        f"{schedule.warmup_updates} of them warm up"
+    )
+    yield f"writes into {trainer.work_dir}"
 
 
-def write_line(runner: Any, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
+def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
     """Add a line to ``log.jsonl``; for the main process."""
-    _append(Path(runner.work_dir, "log.jsonl"), mode, epoch, update, values)
-
-
-def _append(path: Path, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
-    with open(path, "a") as file:
+    with open(work_dir / "log.jsonl", "a") as file:
         file.write(json.dumps({"mode": mode, "epoch": epoch, "iter": update, **values}) + "\n")
 
 

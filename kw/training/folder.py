@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from mmengine.logging import print_log
 
 from ..config import ConfigError
 from .checkpoint import CheckpointError
 from .distributed import Process
+from .logs import logger
 from .presence import set_place
 from .saving import checkpoints, newest_whole
 
@@ -71,8 +70,9 @@ def _lock(work_dir: Path) -> int | None:
             ) from None
         except OSError as error:
             os.close(handle)
-            message = f"{work_dir}: cannot be locked ({error.strerror}): start no other run there"
-            print_log(message, logger="current", level=logging.WARNING)
+            logger.warning(
+                f"{work_dir}: cannot be locked ({error.strerror}): start no other run there"
+            )
             return None
         with suppress(OSError):
             if os.fstat(handle).st_ino == path.stat().st_ino:
@@ -87,7 +87,7 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
     """The checkpoint to continue from, the same on all processes.
 
     Args:
-        resume: as for :func:`kw.engine.train`.
+        resume: as for :func:`kw.training.train`.
         work_dir: of the run.
         process: this process.
 
@@ -100,7 +100,8 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
     set_place("looking for a checkpoint to go on from")
     # Only the first process looks: others might see another state of a shared disk.
     path, error = _newest(resume, work_dir) if process.is_main else (None, None)
-    return _raise_everywhere(error, path)
+    found: Path | None = _raise_everywhere(error, path)
+    return found
 
 
 def _raise_everywhere(error: Exception | None, value: Any = None) -> Any:
@@ -126,7 +127,7 @@ def _newest(resume: bool, work_dir: Path) -> tuple[Path | None, Exception | None
     faults: list[str] = []
     path = newest_whole(work_dir, faults.append)
     for fault in faults:
-        print_log(fault, logger="current", level=logging.WARNING)
+        logger.warning(fault)
     if path is None:
         listed = "\n  ".join(faults)
         return None, CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.hooks import Hook
+from torch import Tensor
 
 from ...config.schema import PicturesConfig
+from ...models import ImageClassifier
 from ...pictures import (
     CellUse,
     DynamicLayer,
@@ -25,14 +27,17 @@ from ...pictures import (
     to_pixels,
     to_tensor,
 )
-from ...registry import HOOKS
 from ...warehouse import KWLayer
-from ..optim import autocast
+from ..precision import autocast
+from ..task import Metrics
+from .base import Hook
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 __all__ = ["PictureHook"]
 
 
-@HOOKS.register_module()
 class PictureHook(Hook):
     """Draws after the first epoch, every few epochs and the last; in the main process alone.
 
@@ -46,65 +51,68 @@ class PictureHook(Hook):
         PictureError: matplotlib is missing.
     """
 
-    priority = "LOWEST"  # after the checkpoint, which does not wait for pictures
-
     def __init__(self, config: PicturesConfig) -> None:
         check_matplotlib()
         self.config = config
         self._batch: Any = None  # the first of the epoch that was seen
 
-    def before_train_epoch(self, runner: Any) -> None:
+    def before_epoch(self, trainer: Trainer) -> None:
         self._batch = None
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        if self._batch is None and self._is_due(runner, runner.epoch + 1):
-            self._batch = runner.train_loop.batches[0]
+    def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+        if self._batch is None and self._is_due(trainer, trainer.epoch + 1):
+            self._batch = trainer.batches[0]
 
-    def after_epoch(self, runner: Any, metrics: Any) -> None:
-        if not self._is_due(runner, runner.epoch):
+    def after_epoch(self, trainer: Trainer, metrics: Metrics | None) -> None:
+        if not self._is_due(trainer, trainer.epoch):
             return
         if self._batch is not None:
-            self._show_batch(runner)
-        if any(isinstance(module, KWLayer) for module in runner.task.network.modules()):
-            self._show_cells(runner)
+            self._show_batch(trainer)
+        if any(isinstance(module, KWLayer) for module in trainer.task.network.modules()):
+            self._show_cells(trainer)
 
-    def _is_due(self, runner: Any, epoch: int) -> bool:
-        due = epoch % self.config.interval == 0 or epoch in (1, runner.max_epochs)
-        return due and runner.board is not None  # the main process alone has one
+    def _is_due(self, trainer: Trainer, epoch: int) -> bool:
+        due = epoch % self.config.interval == 0 or epoch in (1, trainer.config.epochs)
+        return due and trainer.board is not None  # the main process alone has one
 
-    def _show_batch(self, runner: Any) -> None:
+    def _show_batch(self, trainer: Trainer) -> None:
         """Again what training saw: a batch's random choices follow from its key."""
-        preprocess = runner.task.model.data_preprocessor
+        preprocess = _preprocess(trainer)
         with torch.no_grad():
             images, targets = preprocess(self._batch, True)
         self._batch = None
         smoothing = preprocess.label_smoothing
-        labels = [label_mixture(t, runner.task.classes, smoothing) for t in targets.cpu()]
+        labels = [label_mixture(t, trainer.task.classes, smoothing) for t in targets.cpu()]
         pixels = to_pixels(images, preprocess.mean, preprocess.std)
-        self._add(runner, "batch", draw_batch(pixels, labels, _title(runner)))
+        self._add(trainer, "batch", draw_batch(pixels, labels, _title(trainer)))
 
-    def _show_cells(self, runner: Any) -> None:
-        network, dataset = runner.task.network, runner.val_dataloader.dataset
+    def _show_cells(self, trainer: Trainer) -> None:
+        network, dataset = trainer.task.network, trainer.val_loader.dataset
         batch = read_images(dataset, spaced(len(dataset), self.config.images))
         with torch.no_grad():
-            images, _ = runner.task.model.data_preprocessor(batch, False)
+            images, _ = _preprocess(trainer)(batch, False)
         layers = dynamic_layers(network)
-        with autocast(runner.config.precision, runner.process.device.type):
+        with autocast(trainer.config.precision, trainer.process.device.type):
             use = cell_use([coefficients(network, images)])
-        title = f"{_title(runner)}, {len(images)} test images"
-        self._add(runner, "attention", draw_attention(layers, use, title))
-        self._add(runner, "cells", draw_cells(layers, use, title))
+        title = f"{_title(trainer)}, {len(images)} test images"
+        self._add(trainer, "attention", draw_attention(layers, use, title))
+        self._add(trainer, "cells", draw_cells(layers, use, title))
+        assert trainer.board is not None
         for name, value in _mean_shares(layers, use).items():
-            runner.board.add_scalar(f"cells/{name}", value, runner.iter)
+            trainer.board.add_scalar(f"cells/{name}", value, trainer.update)
 
-    def _add(self, runner: Any, name: str, figure: Any) -> None:
-        runner.board.add_image(f"pictures/{name}", to_tensor(figure), runner.iter)
+    def _add(self, trainer: Trainer, name: str, figure: Any) -> None:
+        assert trainer.board is not None
+        trainer.board.add_image(f"pictures/{name}", to_tensor(figure), trainer.update)
 
 
-def _title(runner: Any) -> str:
-    return f"epoch {runner.epoch}, update {runner.iter}"
+def _preprocess(trainer: Trainer) -> Any:
+    assert isinstance(trainer.task.model, ImageClassifier)
+    return trainer.task.model.preprocess
+
+
+def _title(trainer: Trainer) -> str:
+    return f"epoch {trainer.epoch}, update {trainer.update}"
 
 
 def _mean_shares(layers: list[DynamicLayer], use: dict[str, CellUse]) -> dict[str, float]:

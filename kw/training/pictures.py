@@ -64,7 +64,7 @@ from .checkpoint import (
     refuse_other_classes,
 )
 from .distributed import find_process
-from .optim import autocast
+from .precision import autocast
 from .run import build_preprocessor, set_contraction
 from .saving import checkpoints
 from .schedule import Schedule
@@ -102,11 +102,13 @@ class _Trained:
 
     @property
     def device(self) -> torch.device:
-        return self.preprocess.mean.device
+        device: torch.device = self.preprocess.mean.device
+        return device
 
     def prepare(self, batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():
-            return self.preprocess(batch, False)[0]
+            images: Tensor = self.preprocess(batch, False)[0]
+        return images
 
     def chunks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Test images, a forward pass's worth at a time."""
@@ -183,7 +185,7 @@ def picture_attention(
     Raises:
         PictureError: the network is static, no layer matches, ``out`` cannot be written, or
             matplotlib is missing.
-        ConfigError, DataError, CheckpointError: as for :func:`kw.engine.evaluate_checkpoint`.
+        ConfigError, DataError, CheckpointError: as for :func:`kw.training.evaluate_checkpoint`.
     """
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
@@ -411,7 +413,7 @@ def picture_history(
     Raises:
         PictureError: the network is static or has no such warehouse, ``out`` cannot be written, or
             matplotlib is missing.
-        ConfigError, DataError, CheckpointError: as for :func:`kw.engine.evaluate_checkpoint`.
+        ConfigError, DataError, CheckpointError: as for :func:`kw.training.evaluate_checkpoint`.
     """
     files = [file for file in checkpoints(work_dir) if "_update_" not in file.name]
     if not files:

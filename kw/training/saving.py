@@ -1,11 +1,9 @@
-"""Writing checkpoints beside training: a copy is taken, and a thread writes it.
-
-Which files there are, and which of them to go on from.
-"""
+"""The checkpoints of a work directory: written beside training, named, cleared away, found."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,9 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import find_damage, save_checkpoint
+from .checkpoint import CheckpointError, find_damage, save_checkpoint
+from .logs import logger
 
-__all__ = ["Writer", "checkpoint_name", "checkpoints", "copied", "link", "newest_whole"]
+__all__ = [
+    "Checkpoints",
+    "Writer",
+    "checkpoint_name",
+    "checkpoints",
+    "copied",
+    "link",
+    "newest_whole",
+    "write_json",
+]
 
 _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?\.pth")
 
@@ -128,3 +136,74 @@ class Writer:
             return None
         failure, self.failure = self.failure, None
         return failure
+
+
+class Checkpoints:
+    """Writes a run's checkpoints; keeps the newest, ``last.pth`` and ``best.pth``.
+
+    A checkpoint that cannot be written, on a full disk say, leaves the earlier ones as they are;
+    the next one is tried again, and the run ends with an error only if its last one is missing.
+
+    Args:
+        work_dir: the run's.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, work_dir: Path, keep: int) -> None:
+        self.work_dir = work_dir
+        self.keep = keep
+        self._writer = Writer()
+
+    def write(
+        self, state: Mapping[str, Any], path: Path, best: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin to write a checkpoint.
+
+        Args:
+            state: tensors and plain types.
+            path: its file (:func:`checkpoint_name`).
+            best: the run's results, if this is its best checkpoint so far.
+        """
+        self._writer.write(state, path, lambda: self.name(path, best))
+
+    def name(self, path: Path, best: Mapping[str, Any] | None) -> None:
+        """``last.pth``, ``best.pth`` and ``results.json`` of a checkpoint that is written."""
+        link(path, self.work_dir / "last.pth")
+        if best is not None:
+            link(path, self.work_dir / "best.pth")
+            results = {**best, "checkpoint": str(self.work_dir / "best.pth")}
+            write_json(results, self.work_dir / "results.json")
+        found = checkpoints(self.work_dir)
+        if path in found:
+            # A run that went back to an earlier epoch leaves later ones alone until it passes them.
+            for old in found[: found.index(path) + 1][: -self.keep]:
+                old.unlink()
+
+    def report_failure(self) -> None:
+        """Log what kept a checkpoint from being written, if anything did."""
+        failure = self._writer.take_failure()
+        if failure is not None:
+            logger.error(
+                f"a checkpoint could not be written ({failure}); earlier ones are as they were, "
+                "and the next one will be tried"
+            )
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._writer.wait()
+        failure = self._writer.take_failure()
+        if failure is not None:
+            raise CheckpointError(
+                f"the last checkpoint could not be written to {self.work_dir}: {failure}"
+            )
+
+
+def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
+    """Write a JSON file whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from mmengine.hooks import Hook
+from torch import Tensor
 
-from ...data import BadImage, FaultLog, Loader
-from ...registry import HOOKS
+from ...data import BadImage, Loader
+from ..distributed import host_barrier
+from ..logs import logger
+from ..state import fault_logs
+from ..task import Metrics
+from .base import Hook
 from .log import write_line
 
-__all__ = ["BadImageHook", "fault_logs", "tell_bad_images"]
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+__all__ = ["BadImageHook", "tell_bad_images"]
 
 _INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
 
 
-@HOOKS.register_module()
 class BadImageHook(Hook):
     """Names every bad file in the log, in ``log.jsonl`` and in ``bad_images.txt``.
 
@@ -29,49 +35,41 @@ class BadImageHook(Hook):
         interval: updates between tellings; an epoch's last update always gives one.
     """
 
-    priority = "LOW"
-
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-    def before_train(self, runner: Any) -> None:
-        if runner.process.is_main:
-            _write_list(runner)  # of this run, not of one that was here before
+    def before_training(self, trainer: Trainer) -> None:
+        if trainer.process.is_main:
+            _write_list(trainer)  # of this run, not of one that was here before
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        done = batch_idx + 1
-        if done % self.interval == 0 or done == runner.train_loop.updates_per_epoch:
-            self._exchange(runner, "train", runner.epoch + 1, runner.iter + 1)
+    def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+        if trainer.is_due(self.interval):
+            epoch = trainer.epoch + 1
+            place = f"in update {trainer.updates_of_epoch} of epoch {epoch}, naming bad images"
+            self._exchange(trainer, "train", epoch, place)
 
-    def after_val(self, runner: Any) -> None:
-        self._exchange(runner, "val", runner.epoch, runner.iter)
+    def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._exchange(trainer, "val", trainer.epoch, "in the evaluation, naming bad images")
 
-    def _exchange(self, runner: Any, split: str, epoch: int, update: int) -> None:
+    def _exchange(self, trainer: Trainer, split: str, epoch: int, place: str) -> None:
         """Tell all processes what each met.
 
         Raises:
             DataError: too many files are bad; on all processes.
         """
-        log = fault_logs(runner)[split]
-        new = log.learn(_of_all(runner, log.take()))
+        host_barrier(place)
+        log = fault_logs(trainer)[split]
+        new = log.learn(_of_all(trainer, log.take()))
         if not new:
             return
-        if runner.process.is_main:
+        if trainer.process.is_main:
             for _, path, reason in new:
                 shown = path.encode("utf-8", "backslashreplace").decode()
-                runner.logger.warning(f"cannot read {shown}: {reason}; {_INSTEAD[split]}")
+                logger.warning(f"cannot read {shown}: {reason}; {_INSTEAD[split]}")
                 line = {"split": split, "path": path, "reason": reason}
-                write_line(runner, "bad_image", epoch, update, line)
-            _write_list(runner)
+                write_line(trainer.work_dir, "bad_image", epoch, trainer.update, line)
+            _write_list(trainer)
         log.check()
-
-
-def fault_logs(runner: Any) -> dict[str, FaultLog]:
-    """What is known of the files of a run's data sets."""
-    loaders = {"train": runner.train_dataloader, "val": runner.val_dataloader}
-    return {name: each.faults for name, each in loaders.items() if isinstance(each, Loader)}
 
 
 def tell_bad_images(loader: Loader) -> None:
@@ -85,24 +83,24 @@ def tell_bad_images(loader: Loader) -> None:
     loader.faults.check()
 
 
-def _of_all(runner: Any, met: list[BadImage]) -> list[BadImage]:
-    if runner.process.world_size == 1:
+def _of_all(trainer: Trainer, met: list[BadImage]) -> list[BadImage]:
+    if trainer.process.world_size == 1:
         return met
-    count = torch.tensor(len(met), device=runner.process.device)
+    count = torch.tensor(len(met), device=trainer.process.device)
     dist.all_reduce(count)
     if not count:
         return []
-    gathered: list[Any] = [None] * runner.process.world_size
+    gathered: list[Any] = [None] * trainer.process.world_size
     dist.all_gather_object(gathered, met)
     return [BadImage(*fault) for share in gathered for fault in share]
 
 
-def _write_list(runner: Any) -> None:
+def _write_list(trainer: Trainer) -> None:
     """``bad_images.txt``: split, file and reason, with tabs between; no file if all are good."""
-    path = Path(runner.work_dir, "bad_images.txt")
+    path = trainer.work_dir / "bad_images.txt"
     lines = [
         f"{split}\t{fault.path}\t{fault.reason}\n"
-        for split, log in fault_logs(runner).items()
+        for split, log in fault_logs(trainer).items()
         for fault in log.known.values()
     ]
     if lines:

@@ -1,15 +1,15 @@
-"""Training and testing on mmengine's Runner."""
+"""Training and testing: the trainer, what surrounds it, and classifiers on it."""
 
 from .checkpoint import CheckpointError, load_checkpoint, load_network
 from .finite import NonFiniteError
-from .run import build_runner, evaluate_checkpoint, set_contraction, train
+from .run import build_trainer, evaluate_checkpoint, set_contraction, train
 from .trained import Trained, load_trained
 
 __all__ = [
     "CheckpointError",
     "NonFiniteError",
     "Trained",
-    "build_runner",
+    "build_trainer",
     "evaluate_checkpoint",
     "load_checkpoint",
     "load_network",

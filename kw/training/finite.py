@@ -57,7 +57,7 @@ class FiniteGuard:
         self._kept = [torch.cat([b.reshape(-1) for b in group]) for group in self._groups]
         self._loss_is_bad = None
 
-    def weigh(self, loss: Tensor) -> Tensor:
+    def marked(self, loss: Tensor) -> Tensor:
         """The loss of a micro-batch, with a gradient of NaN where it is not finite.
 
         A loss may be infinite and have a finite gradient, and other processes see the gradient
@@ -74,7 +74,6 @@ class FiniteGuard:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         norm: Tensor | None,
-        **kwargs: Any,
     ) -> None:
         """Update, or do nothing.
 
@@ -82,15 +81,14 @@ class FiniteGuard:
             optimizer: gradients are reduced and, with a scaler, unscaled.
             scaler: loss scaling; it decides by itself.
             norm: the gradient's global norm; ``None`` with a scaler.
-            **kwargs: of the optimizer's step.
         """
         self._prime(optimizer)
         if norm is None:
             fault = self._fault_of(optimizer, scaler)
-            scaler.step(optimizer, **kwargs)
+            scaler.step(optimizer)
         else:
             fault = ~torch.isfinite(norm)
-            _step_unless(fault, optimizer, **kwargs)
+            _step_unless(fault, optimizer)
         self._restore(fault)
         self._count(fault)
 
@@ -122,7 +120,8 @@ class FiniteGuard:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         overflow = sum(each.to(scale.device) for each in found.values()) > 0
-        return (bad > 0) | (overflow & (scale < 1))
+        fault: Tensor = (bad > 0) | (overflow & (scale < 1))
+        return fault
 
     def _prime(self, optimizer: Optimizer) -> None:
         """Start the momenta of SGD at zero, where they are made but left as they are found.
@@ -160,16 +159,16 @@ class FiniteGuard:
         self._counts[1] *= one
 
 
-def _step_unless(fault: Tensor, optimizer: Optimizer, **kwargs: Any) -> None:
+def _step_unless(fault: Tensor, optimizer: Optimizer) -> None:
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         if not fault:  # not fused, on neither CPU nor CUDA: the host has to know
-            optimizer.step(**kwargs)
+            optimizer.step()
         return
     # What torch's GradScaler sets: fused kernels return at once if it is 1.
     fused: Any = optimizer
     fused.grad_scale, fused.found_inf = None, fault.float()
     try:
-        optimizer.step(**kwargs)
+        optimizer.step()
     finally:
         del fused.grad_scale, fused.found_inf
 

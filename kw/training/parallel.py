@@ -16,25 +16,25 @@ pass.
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from mmengine.logging import print_log
-from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ..config.run_schema import RunConfig
+from ..config.run_schema import DistributedConfig, RunConfig
 from ..warehouse import KWLayer, Warehouse
 from ..warehouse.ops.summing import forget_anchor
 from .distributed import Process
+from .logs import logger
 
 __all__ = [
+    "across_processes",
     "backward_order",
     "distribute",
     "gathered",
@@ -48,11 +48,19 @@ __all__ = [
 ]
 
 
-def wrap_ddp(model: nn.Module, process: Process, bucket_mb: float) -> MMDistributedDataParallel:
+def across_processes(model: nn.Module, config: DistributedConfig, process: Process) -> nn.Module:
+    """A model on its device; in DDP where several processes hold all of it."""
+    model = model.to(process.device)
+    if process.world_size == 1 or config.strategy == "fsdp":
+        return model  # the latter was sharded in place before its optimizer was made
+    return wrap_ddp(model, process, config.bucket_mb)
+
+
+def wrap_ddp(model: nn.Module, process: Process, bucket_mb: float) -> DistributedDataParallel:
     """A model in DDP, its buckets laid out for good; a collective call.
 
     Args:
-        model: mmengine's, on the process's device.
+        model: on the process's device.
         process: this process.
         bucket_mb: a bucket is closed when it holds so many MiB; a parameter is never split.
     """
@@ -60,7 +68,7 @@ def wrap_ddp(model: nn.Module, process: Process, bucket_mb: float) -> MMDistribu
     with warnings.catch_warnings():
         # torch 2.15 has a newer name for it, which earlier versions do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        ddp = MMDistributedDataParallel(
+        ddp = DistributedDataParallel(
             module=model,
             device_ids=None if device.type == "cpu" else [device.index],
             broadcast_buffers=False,
@@ -89,7 +97,7 @@ def backward_order(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in reversed(forward) if parameter.requires_grad]
 
 
-def _lay_out_buckets(ddp: nn.parallel.DistributedDataParallel, order: list[nn.Parameter]) -> None:
+def _lay_out_buckets(ddp: DistributedDataParallel, order: list[nn.Parameter]) -> None:
     """Let DDP see gradients of zero come in this order.
 
     It rebuilds its buckets once, before the forward pass that follows the first backward pass.
@@ -116,8 +124,7 @@ def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Mo
     if config.distributed.strategy != "fsdp":
         return average
     if process.world_size == 1:
-        message = "distributed.strategy: fsdp: there is one process, nothing is sharded"
-        print_log(message, logger="current", level=logging.WARNING)
+        logger.warning("distributed.strategy: fsdp: there is one process, nothing is sharded")
         return average
     shard(network, process)
     if average is not None:

@@ -28,7 +28,7 @@ def find_origin(
     numbers that it drew; what random choices decide (drop path) may differ from the update's.
 
     Args:
-        model: mmengine's, as its ``train_step`` takes it, without DDP's wrapper.
+        model: batch -> losses by name (:attr:`kw.training.task.Task.model`), without DDP's wrapper.
         network: the part whose layers are named.
         batches: micro-batches of an update, as the loader gives them.
         context: makes the forward pass's autocast.
@@ -61,17 +61,17 @@ def _pass(
     watch: _Watch,
 ) -> list[str]:
     with context():
-        data = model.data_preprocessor(batch, True)
-        losses = model._run_forward(data, mode="loss")
-    loss, parts = model.parse_losses(losses)
+        losses = model(batch)
     if watch.forward is None:
-        bad = [name for name, value in parts.items() if not _is_finite(value.detach())]
+        bad = [name for name, value in losses.items() if not _is_finite(value.detach())]
         if bad:
             named = [name for name in bad if name != "loss"] or bad
             watch.forward = f"{', '.join(named)}: every layer's output is finite"
     named_parameters = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     # Not loss.backward(): gradients of parameters are none of this function's to write.
-    gradients = torch.autograd.grad(loss, [p for _, p in named_parameters], allow_unused=True)
+    gradients = torch.autograd.grad(
+        losses["loss"], [p for _, p in named_parameters], allow_unused=True
+    )
     if watch.forward is not None:
         return [watch.forward]
     if watch.gradients:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.runner import set_random_seed
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..config import ConfigError, to_yaml
@@ -27,43 +22,34 @@ from ..data import (
     open_validation,
     stop_workers,
 )
+from ..evaluation import Accuracy
 from ..models import ImageClassifier, build_network, check_network, start_network
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
-from .distributed import Process, process_group
+from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import (
-    BadImageHook,
-    CheckpointHook,
-    EmaHook,
-    FiniteHook,
-    LogHook,
-    PictureHook,
-    ScheduleHook,
-)
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook
 from .hooks.bad_images import tell_bad_images
-from .loops import EvalLoop, TrainLoop, evaluate
-from .optim import UpdateWrapper, build_optimizer
+from .logs import open_log
+from .optim import build_optimizer
 from .parallel import distribute
-from .presence import log_to, set_place
-from .runner import Runner
-from .schedule import Schedule
+from .precision import autocast
+from .presence import set_place
 from .task import Task, headline
+from .trainer import Trainer, set_seed
 
 __all__ = [
-    "assemble_runner",
     "build_preprocessor",
-    "build_runner",
+    "build_trainer",
     "check_devices",
+    "evaluate",
     "evaluate_checkpoint",
     "find_checkpoint",
-    "run_to_end",
     "set_contraction",
+    "standard_hooks",
     "train",
 ]
-
-_runs = itertools.count()
 
 
 def train(
@@ -98,32 +84,13 @@ def train(
         process_group(launcher, config.distributed.timeout_minutes) as process,
         held(Path(work_dir), process),
     ):
-        return run_to_end(build_runner(config, Path(work_dir), process, resume))
+        return build_trainer(config, Path(work_dir), process, resume).run()
 
 
-def run_to_end(runner: Runner) -> dict[str, float | None]:
-    """Train, and stop the loaders' processes whatever happens; returns the last metrics.
-
-    Raises:
-        Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
-    """
-    log_to(Path(runner.log_dir, f"{runner.timestamp}.log"))
-    try:
-        with (
-            runner.signals.watched(),
-            deaths_explained(runner.train_dataloader, runner.val_dataloader),
-        ):
-            runner.train()
-    finally:
-        stop_workers(runner.train_dataloader)
-        stop_workers(runner.val_dataloader)
-    return runner.last_metrics
-
-
-def build_runner(
+def build_trainer(
     config: Config, work_dir: Path, process: Process, resume: bool | str | Path = False
-) -> Runner:
-    """All of a training run, ready for ``runner.train()``; arguments as for :func:`train`."""
+) -> Trainer:
+    """All of a training run, ready for ``trainer.run()``; arguments as for :func:`train`."""
     check_devices(config, process)
     if config.compile and config.distributed.strategy == "fsdp":
         raise ConfigError(
@@ -135,11 +102,15 @@ def build_runner(
             "pictures with distributed.strategy: fsdp: one process draws, and has a part of the "
             "weights alone; set pictures: null"
         )
+    hooks = standard_hooks(config)
+    if config.pictures is not None:
+        hooks.append(PictureHook(config.pictures))
+    open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     classes = check_data_root(config.data.root, config.model.num_classes)
     train_loader = open_training(config, process.device, process.rank, process.world_size)
 
-    set_random_seed(config.seed)
+    set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
     check_network(network, config.model, config.data.input_size)
@@ -157,16 +128,14 @@ def build_runner(
     task = Task(
         model,
         network,
-        # Looked up when it is called: the runner moves the model to its device.
-        lambda n: evaluate(n, model.data_preprocessor, val_loader, config.precision),
+        lambda n: evaluate(n, model.preprocess, val_loader, config.precision),
         "top1",
         classes,
         "config.yaml",
         to_yaml(config),
     )
     optimizer = build_optimizer(network, config.optimizer, process.device)
-    hooks = [] if config.pictures is None else [PictureHook(config.pictures)]
-    return assemble_runner(
+    return Trainer(
         task,
         config,
         process,
@@ -175,8 +144,8 @@ def build_runner(
         val_loader,
         optimizer,
         average,
-        resume_from,
         hooks,
+        resume_from,
     )
 
 
@@ -191,74 +160,43 @@ def build_preprocessor(config: Config) -> BatchPreprocessor:
     )
 
 
-def assemble_runner(
-    task: Task,
-    config: RunConfig,
-    process: Process,
-    work_dir: Path,
-    train_loader: DataLoader[Any],
-    val_loader: DataLoader[Any],
-    optimizer: Optimizer,
-    average: nn.Module | None,
-    resume_from: Path | None,
-    more_hooks: Sequence[Hook] = (),
-) -> Runner:
-    """A runner with the hooks that every run has, and the task's own.
+def standard_hooks(config: RunConfig) -> list[Hook]:
+    """The hooks that every run has, in their order."""
+    return [
+        BadImageHook(config.log_interval),
+        LogHook(config.log_interval),
+        FiniteHook(config.non_finite, config.log_interval),
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, preprocess: nn.Module, loader: DataLoader[Any], precision: str
+) -> dict[str, float | None]:
+    """Evaluate a classifier on this process's share of a data set: exact on any number of them.
 
     Args:
-        task: what is trained.
-        config: how it is trained.
-        process: this process.
-        work_dir: where configuration, logs, checkpoints and results go.
-        train_loader: its batch sampler is a :class:`kw.data.TrainBatchSampler`.
-        val_loader: what the task's evaluation reads.
-        optimizer: of the task's parameters.
-        average: what holds their moving average (:func:`kw.engine.parallel.distribute`).
-        resume_from: checkpoint to continue from.
-        more_hooks: of this kind of task.
+        network: images -> logits; evaluated at the temperature that it has, left in the mode that
+            it was in.
+        preprocess: ``(batch, training) -> (images, labels)``.
+        loader: disjoint shares over the processes, without padding.
+        precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+
+    Returns:
+        See :meth:`kw.evaluation.Accuracy.compute`.
     """
-    sampler: Any = train_loader.batch_sampler
-    hooks: list[Hook] = [
-        ScheduleHook(),
-        LogHook(config.log_interval),
-        BadImageHook(config.log_interval),
-        FiniteHook(config.non_finite, config.log_interval),
-        CheckpointHook(**dataclasses.asdict(config.checkpoint)),
-        *more_hooks,
-    ]
-    if config.ema is not None and average is not None:
-        hooks.append(EmaHook(config.ema.decay, average))
-    optim_wrapper = UpdateWrapper(
-        optimizer,
-        sampler.accumulation,
-        config.optimizer.clip_grad,
-        config.precision,
-        process.device.type,
-    )
-    return Runner(
-        task=task,
-        config=config,
-        process=process,
-        schedule=Schedule(config, sampler.updates_per_epoch),
-        resume_from=resume_from,
-        work_dir=str(work_dir),
-        train_dataloader=train_loader,
-        train_cfg={
-            "type": TrainLoop,
-            "max_epochs": config.epochs,
-            "val_interval": config.eval_interval,
-        },
-        optim_wrapper=optim_wrapper,
-        val_dataloader=val_loader,
-        val_cfg={"type": EvalLoop},
-        val_evaluator=task.evaluate,
-        custom_hooks=hooks,
-        # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
-        randomness={"seed": config.seed, "diff_rank_seed": True},
-        experiment_name=f"{work_dir.name}_{next(_runs)}",
-        default_scope=None,
-        visualizer={"type": "Visualizer", "vis_backends": None},
-    )
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    accuracy = Accuracy(device)
+    for batch in loader:
+        images, labels = preprocess(batch, False)
+        with autocast(precision, device.type):
+            logits = network(images)
+        accuracy.update(logits, labels)
+    network.train(training)
+    host_barrier("at the end of an evaluation")
+    return {**accuracy.compute()}
 
 
 def evaluate_checkpoint(
@@ -272,7 +210,7 @@ def evaluate_checkpoint(
         launcher: as for :func:`train`.
 
     Returns:
-        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
+        The headline figures (see :func:`kw.training.task.headline`), ``epoch`` and ``checkpoint``.
 
     Raises:
         ConfigError: a setting does not fit the devices.
@@ -322,7 +260,7 @@ def evaluate_weights(
         measure: gives figures of the network as it is.
 
     Returns:
-        The headline figures (see :func:`kw.engine.task.headline`), ``epoch`` and ``checkpoint``.
+        The headline figures (see :func:`kw.training.task.headline`), ``epoch`` and ``checkpoint``.
 
     Raises:
         CheckpointError: the checkpoint is of another model.

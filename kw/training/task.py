@@ -1,4 +1,4 @@
-"""What a run trains, as the runner needs to know it: a classifier, a detector."""
+"""What a run trains, as the trainer needs to know it: a classifier, a detector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmengine.model import BaseModel
 from torch import nn
 
 __all__ = ["Metrics", "Task", "headline"]
@@ -19,7 +18,8 @@ class Task:
     """A model with its loss, and its evaluation.
 
     Attributes:
-        model: what is trained; its ``train_step`` takes a batch of the training loader.
+        model: what is trained: a batch of the training loader -> losses by name, scalars; ``loss``
+            is the one that is minimised.
         network: the part that checkpoints hold and that is averaged and evaluated.
         evaluate: ``network -> metrics`` on this process's share of the test images, reduced over
             all processes: a collective call. It evaluates at the temperature that the network
@@ -31,7 +31,7 @@ class Task:
         config_text: its content, which checkpoints carry as well.
     """
 
-    model: BaseModel
+    model: nn.Module
     network: nn.Module
     evaluate: Callable[[nn.Module], dict[str, float | None]]
     score: str

@@ -1,0 +1,9 @@
+"""What happens around updates and epochs."""
+
+from .bad_images import BadImageHook
+from .base import Hook
+from .finite import FiniteHook
+from .log import LogHook
+from .pictures import PictureHook
+
+__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "PictureHook"]

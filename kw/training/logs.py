@@ -1,0 +1,66 @@
+"""A run's text log: the lines of the logger ``kw``, to the console and to a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .distributed import Process
+from .presence import log_to
+
+__all__ = ["close_log", "logger", "open_log"]
+
+logger = logging.getLogger("kw")
+_FORMAT = logging.Formatter(
+    "%(asctime)s - %(levelname)s - %(message)s", datefmt="%Y/%m/%d %H:%M:%S"
+)
+_handlers: list[logging.Handler] = []
+
+
+class _File(logging.FileHandler):
+    """A file that is made, with its folder, for the first line."""
+
+    def _open(self):  # type: ignore[no-untyped-def]  # of a type that typeshed alone knows
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+def open_log(work_dir: Path, process: Process) -> None:
+    """Write to ``WORK_DIR/TIME/TIME.log`` from now on, in place of another run's; collective.
+
+    The first process writes; of the others, errors go to the console. The console is left alone
+    where the program has set up logging itself.
+    """
+    close_log()
+    stamp = [time.strftime("%Y%m%d_%H%M%S")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(stamp)
+    path = work_dir.absolute() / stamp[0] / f"{stamp[0]}.log"
+    log_to(path)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not any(map(_is_console, logging.getLogger().handlers)):
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO if process.is_main else logging.ERROR)
+        _handlers.append(console)
+    if process.is_main:
+        _handlers.append(_File(path, delay=True))
+    for handler in _handlers:
+        handler.setFormatter(_FORMAT)
+        logger.addHandler(handler)
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    return getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+
+
+def close_log() -> None:
+    """Write to no run's log any more."""
+    for handler in _handlers:
+        logger.removeHandler(handler)
+        handler.close()
+    _handlers.clear()

@@ -1,0 +1,94 @@
+"""Optimizers: which parameters decay, and at which rates they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..config import ConfigError
+from ..config.run_schema import OptimizerConfig
+from ..models.weights import classifier_names
+from ..warehouse import KWLayer
+
+__all__ = ["build_optimizer"]
+
+# BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and what is derived from them.
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def build_optimizer(
+    network: nn.Module,
+    config: OptimizerConfig,
+    device: torch.device,
+    lr_scales: Mapping[str, float] | None = None,
+) -> Optimizer:
+    """AdamW or SGD with a group for what decays and one for what does not, for each rate.
+
+    Args:
+        network: the network whose parameters are trained; frozen ones are left out.
+        config: the optimizer's settings.
+        device: of the parameters; on CPU and CUDA the fused form is used: it makes no temporary
+            copies of the parameters, and needs no synchronisation to skip an update. SGD of
+            sharded parameters has none.
+        lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
+            group's stands in its ``lr_scale``, which the schedule multiplies by.
+
+    Raises:
+        ConfigError: the classifier has a rate of its own, and the network does not say where it is.
+    """
+    branches = tuple(
+        f"{prefix}.attention.".removeprefix(".")
+        for prefix, module in network.named_modules()
+        if isinstance(module, KWLayer)
+    )
+    heads = classifier_names(network)
+    if config.head_lr != 1 and not heads:
+        raise ConfigError(
+            f"optimizer.head_lr = {config.head_lr:g}: the network does not say which module is its "
+            "classifier; set 1"
+        )
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if isinstance(module, NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        small = parameter.ndim <= 1 or name.endswith(".bias")
+        exempt = {"norm_and_bias": small, "norm": name in norms, "none": False}
+        scale = 1.0 if lr_scales is None else lr_scales.get(name, 1.0)
+        if name.startswith(branches):
+            scale *= config.attention_lr
+        if name.startswith(heads):
+            scale *= config.head_lr
+        grouped.setdefault((scale, exempt[config.exempt_from_decay]), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if exempt else config.weight_decay,
+            "lr_scale": scale,
+        }
+        # The schedule's own rate comes first, where there is one: it is the one that is logged.
+        for (scale, exempt), parameters in sorted(
+            grouped.items(), key=lambda item: (item[0][0] != 1, -item[0][0], item[0][1])
+        )
+    ]
+    fused = True if device.type in ("cpu", "cuda") else None
+    if config.name == "sgd" and any(isinstance(p, DTensor) for p in network.parameters()):
+        fused = False  # torch has no fused SGD of sharded parameters
+    if config.name == "adamw":
+        beta1, beta2 = config.betas
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
+        )
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+    )

@@ -1,0 +1,225 @@
+"""A run as a checkpoint, and a run that goes on from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..data import FaultLog, Loader
+from ..errors import one_line
+from ..version import __version__
+from .checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_network,
+    refuse_other_classes,
+    restore_rng_state,
+    rng_state,
+)
+from .distributed import batch_norm_buffers
+from .finite import FiniteGuard
+from .layout import number_as_now, resume_fault, settings_changed
+from .logs import logger
+from .parallel import gathered, placed_like
+from .saving import copied
+from .task import Metrics
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+__all__ = ["fault_logs", "optimizer_state", "restore_optimizer", "resume", "run_state"]
+
+
+def run_state(trainer: Trainer, metrics: Metrics | None, is_best: bool) -> dict[str, Any]:
+    """The run as a checkpoint (see :mod:`kw.training.checkpoint`); a collective call."""
+    process, network = trainer.process, trainer.task.network
+    states = {type(hook).__name__: hook.state_dict() for hook in trainer.hooks}
+    own = {
+        "rng": rng_state(process.device),
+        "norms": [buffer.cpu() for buffer in _statistics(trainer)],
+        "hooks": {name: copied(state) for name, state in states.items() if state},
+    }
+    ranks: list[Any] = [own]
+    if process.world_size > 1:
+        ranks = [None] * process.world_size
+        dist.all_gather_object(ranks, own)
+    checkpoint = {
+        "meta": {
+            "epoch": trainer.epoch,
+            "iter": trainer.update,
+            "updates_per_epoch": trainer.updates_per_epoch,
+            "config": trainer.task.config_text,
+            "classes": trainer.task.classes,
+            "best": trainer.best,
+            "is_best": is_best,
+            "metrics": metrics,
+            "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
+        },
+        "state_dict": gathered(network.state_dict(), process.is_main),
+        "optimizer": gathered(trainer.updater.state_dict(), process.is_main),
+        "ranks": ranks,
+        "bad_images": {name: log.state_dict() for name, log in fault_logs(trainer).items()},
+    }
+    if trainer.average is not None:
+        average = trainer.average.network.state_dict()
+        checkpoint["ema_state_dict"] = gathered(average, process.is_main)
+    return checkpoint
+
+
+def resume(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Let a run go on from a checkpoint: all of it, or an error.
+
+    Returns:
+        The checkpoint's ``meta``.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another model, or of a run with other updates, or
+            it holds weights alone.
+    """
+    checkpoint, source = load_checkpoint(path), str(path)
+    network, optimizer = trainer.task.network, trainer.optimizer
+    load_network(network, checkpoint["state_dict"], source)  # before what follows
+    number_as_now(checkpoint, network, optimizer)
+    refuse_other_classes(checkpoint, trainer.task.classes, source, "this run's data")
+    fault = resume_fault(checkpoint, optimizer)
+    if fault is not None:
+        raise CheckpointError(f"{source} is of another run: {fault}")
+    try:
+        _restore(trainer, checkpoint, source)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        # What restores expects what saved wrote; anything may be in a file of other origin.
+        raise CheckpointError(
+            f"{source} is not laid out as this version writes it: {one_line(error)}"
+        ) from error
+    meta: dict[str, Any] = checkpoint["meta"]
+    logger.info(f"resumed {path}: epoch {trainer.epoch}, update {trainer.update}")
+    if trainer.is_finished:
+        logger.warning(
+            f"{source}: its {trainer.epoch} epochs are done, epochs is {trainer.config.epochs}; "
+            "nothing is trained"
+        )
+    elif changed := settings_changed(meta.get("config"), trainer.task.config_text):
+        logger.warning("goes on with other settings than before:\n  " + "\n  ".join(changed))
+    return meta
+
+
+def _restore(trainer: Trainer, checkpoint: dict[str, Any], source: str) -> None:
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(
+            f"{source} holds weights alone: it can be evaluated (tools/test.py), not resumed"
+        )
+    meta = checkpoint["meta"]
+    done, per_epoch = meta["iter"], trainer.updates_per_epoch
+    # Checkpoints of earlier versions do not say how many updates an epoch had.
+    before = meta.get("updates_per_epoch", per_epoch)
+    if before != per_epoch or not 0 <= done - meta["epoch"] * per_epoch <= per_epoch:
+        raise CheckpointError(
+            f"{source}: {done} updates in {meta['epoch']} epochs, {before} an epoch, where "
+            f"this run makes {per_epoch} an epoch; resume with the total_batch_size and images "
+            "that it was trained with, or begin another run with model.weights set to this file"
+        )
+    if trainer.average is not None:
+        average = checkpoint.get("ema_state_dict")
+        if average is None:
+            logger.warning(f"{source} has no EMA: the average starts from its weights")
+            average = checkpoint["state_dict"]
+        load_network(trainer.average.network, average, source)
+    trainer.updater.load_state_dict(checkpoint["optimizer"])
+    for name, log in fault_logs(trainer).items():
+        log.load_state_dict(checkpoint.get("bad_images", {}).get(name, {"known": []}))
+    trainer.best = meta["best"]
+    trainer.epoch, trainer.update = meta["epoch"], done
+    within = done > meta["epoch"] * per_epoch
+    _restore_process(trainer, checkpoint["ranks"], source, within)
+
+
+def _restore_process(
+    trainer: Trainer, ranks: list[dict[str, Any]], source: str, within: bool
+) -> None:
+    """What belongs to this process; ``within``: an epoch was under way."""
+    process = trainer.process
+    if len(ranks) != process.world_size:
+        also = ", nor are BatchNorm's statistics those of each process" if within else ""
+        logger.warning(
+            f"{source} was written by {len(ranks)} process(es): the recipe goes on with "
+            f"{process.world_size}, but not to the bit: drop path draws other numbers, "
+            f"gradients are summed in another order{also}"
+        )
+        return
+    own = ranks[process.rank]
+    restore_rng_state(own["rng"], process.device)
+    for buffer, value in zip(_statistics(trainer), own["norms"], strict=True):
+        buffer.copy_(value)
+    if trainer.average is not None:  # it copies buffers after each update
+        buffers = dict(trainer.task.network.named_buffers())
+        for name, buffer in trainer.average.network.named_buffers():
+            buffer.copy_(buffers[name])
+    for hook in trainer.hooks:
+        state = own["hooks"].get(type(hook).__name__)
+        if state is not None:
+            hook.load_state_dict(state)
+
+
+def _statistics(trainer: Trainer) -> list[Tensor]:
+    """Running statistics that differ from process to process: within an epoch, of BatchNorm."""
+    if trainer.process.world_size == 1:
+        return []
+    return batch_norm_buffers(trainer.task.network)
+
+
+def fault_logs(trainer: Trainer) -> dict[str, FaultLog]:
+    """What is known of the files of a run's data sets."""
+    loaders = {"train": trainer.train_loader, "val": trainer.val_loader}
+    return {name: each.faults for name, each in loaders.items() if isinstance(each, Loader)}
+
+
+def optimizer_state(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler, guard: FiniteGuard
+) -> dict[str, Any]:
+    """State of optimizer, loss scaler and guard: tensors and plain types."""
+    return {
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "skipped": guard.state_dict(),
+    }
+
+
+def restore_optimizer(
+    state: dict[str, Any],
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: FiniteGuard,
+) -> None:
+    """Restore :func:`optimizer_state`; learning rate and decay stay this run's."""
+    optimizer.load_state_dict(_placed(state["optimizer"], optimizer))
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    if "skipped" in state:  # checkpoints of earlier versions have none
+        guard.load_state_dict(state["skipped"])
+
+
+def _placed(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state, sharded as its parameters are, with this run's rates and decay."""
+    pairs = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
+    parameters = {
+        number: parameter
+        for own, other in pairs
+        for number, parameter in zip(other["params"], own["params"], strict=True)
+    }
+    groups = [{**own, "params": other["params"]} for own, other in pairs]
+    placed = {
+        number: {
+            # Counts of steps are scalars, the same everywhere.
+            name: placed_like(value, parameters[number]) if getattr(value, "ndim", 0) else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": placed, "param_groups": groups}

@@ -1,0 +1,416 @@
+"""Training, from top to bottom: set-up, epochs, updates, evaluation, checkpoints.
+
+An update is one step of the optimizer. Gradients are accumulated inside it, so that schedules, logs
+and checkpoints count the same thing on one GPU and on a hundred. Nothing in an update is read from
+the device, so that the host never waits for it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from ..config.run_schema import RunConfig
+from ..data import Loader, TrainBatchSampler, deaths_explained, stop_workers
+from ..errors import Interrupted
+from ..warehouse import has_temperature, set_temperature
+from .average import MovingAverage
+from .distributed import Process, average_batch_norm, host_barrier
+from .finite import FiniteGuard
+from .hooks import Hook
+from .interruption import Agreement, Signals
+from .logs import close_log
+from .parallel import across_processes, release, set_gradient_sync, whole_norm
+from .precision import autocast
+from .presence import set_place
+from .saving import Checkpoints, checkpoint_name
+from .schedule import Schedule
+from .state import optimizer_state, restore_optimizer, resume, run_state
+from .task import Metrics, Task, headline
+
+__all__ = ["Trainer", "Updater", "set_seed"]
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Updater:
+    """One optimizer update: for each micro-batch forward and backward; then clip and step.
+
+    An update whose loss or gradient is not finite has no effect (:mod:`kw.training.finite`).
+
+    Args:
+        optimizer: the optimizer.
+        accumulation: micro-batches per update; each contributes the same share.
+        clip_grad: largest global L2 norm of the gradient, or ``None``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with dynamic loss scaling).
+        device_type: where autocast applies.
+
+    Attributes:
+        grad_norm: the gradient's norm before clipping; None without clipping.
+        guard: which updates were skipped.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        accumulation: int = 1,
+        clip_grad: float | None = None,
+        precision: str = "fp32",
+        device_type: str = "cpu",
+    ) -> None:
+        self.optimizer = optimizer
+        self.accumulation = accumulation
+        self.clip_grad = clip_grad
+        self.precision = precision
+        self.device_type = device_type
+        self.grad_norm: Tensor | None = None
+        self.guard = FiniteGuard()
+        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
+        self._micro_batch = 0
+
+    @contextmanager
+    def forward(self, model: nn.Module) -> Iterator[None]:
+        """The context of a micro-batch's forward pass and loss.
+
+        Gradients are reduced over the processes in the backward pass of the last micro-batch alone.
+        """
+        if self._micro_batch == 0:
+            self.guard.begin(model)
+        is_last = self._micro_batch == self.accumulation - 1
+        set_gradient_sync(model, is_last)  # of a sharded model
+        with ExitStack() as stack:
+            if not is_last and isinstance(model, nn.parallel.DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            stack.enter_context(autocast(self.precision, self.device_type))
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's share to the gradients."""
+        loss = self.guard.marked(loss / self.accumulation)
+        self.scaler.scale(loss).backward()
+        self._micro_batch += 1
+
+    def step(self) -> None:
+        """Clip, and update if loss and gradient are finite; the gradients are still there."""
+        self._micro_batch = 0
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(self.optimizer)
+        norm = None
+        if self.clip_grad is not None or not scaled:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = whole_norm(nn.utils.get_total_norm(gradients))
+            if self.clip_grad is not None:
+                self.grad_norm = norm
+                nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self.guard.step(self.optimizer, self.scaler, None if scaled else norm)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of optimizer, loss scaler and guard: tensors and plain types."""
+        return optimizer_state(self.optimizer, self.scaler, self.guard)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; learning rate and decay stay this run's."""
+        restore_optimizer(state, self.optimizer, self.scaler, self.guard)
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        task: what is trained.
+        config: how it is trained.
+        process: this process.
+        work_dir: where configuration, logs, checkpoints and results go.
+        train_loader: the training images.
+        val_loader: what the task's evaluation reads.
+        optimizer: of the task's parameters.
+        average: a copy of the network that is to hold its moving average, where there is one.
+        hooks: called around updates and epochs, in this order.
+        resume_from: checkpoint to continue from.
+
+    Attributes:
+        epoch: epochs done.
+        update: updates done.
+        best: best score so far; -1 before there is one.
+        stops: set it to end the run after the current epoch.
+        batches: the micro-batches of the last update.
+        data_seconds: time spent waiting for batches; whoever logs it resets it.
+        last_metrics: of the last evaluation.
+        board: TensorBoard's writer, in the main process while training.
+        resumed: ``meta`` of the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        process: Process,
+        work_dir: Path,
+        train_loader: Loader,
+        val_loader: Loader,
+        optimizer: Optimizer,
+        average: nn.Module | None = None,
+        hooks: Sequence[Hook] = (),
+        resume_from: Path | None = None,
+    ) -> None:
+        sampler = train_loader.batch_sampler
+        assert isinstance(sampler, TrainBatchSampler)
+        self.task, self.config, self.process, self.work_dir = task, config, process, work_dir
+        self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, sampler
+        self.optimizer = optimizer
+        self.hooks = list(hooks)
+        self.resume_from = resume_from
+        # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
+        set_seed(config.seed + process.rank)
+        self.model = across_processes(task.model, config.distributed, process)
+        self.updates_per_epoch = sampler.updates_per_epoch
+        self.schedule = Schedule(config, self.updates_per_epoch)
+        self.updater = Updater(
+            optimizer,
+            sampler.accumulation,
+            config.optimizer.clip_grad,
+            config.precision,
+            process.device.type,
+        )
+        self.average: MovingAverage | None = None
+        if average is not None and config.ema is not None:
+            self.average = MovingAverage(average, config.ema.decay)
+        self.checkpoints = Checkpoints(work_dir, config.checkpoint.keep)
+        self.signals = Signals()
+        self.epoch = 0
+        self.update = 0
+        self.best = -1.0
+        self.stops = False
+        self.batches: list[Any] = []
+        self.data_seconds = 0.0
+        self.last_metrics: dict[str, float | None] = {}
+        self.board: SummaryWriter | None = None
+        self.resumed: dict[str, Any] | None = None
+        self._anneals = has_temperature(task.network)
+        self._temperature: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.config.epochs
+
+    @property
+    def updates_of_epoch(self) -> int:
+        """Updates done of the epoch under way."""
+        return self.update - self.epoch * self.updates_per_epoch
+
+    def is_due(self, interval: int) -> bool:
+        """Whether every ``interval``-th update of an epoch, or its last, was just done."""
+        done = self.updates_of_epoch
+        return done % interval == 0 or done == self.updates_per_epoch
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, float | None]:
+        """Train to the end, whatever happens to the processes; returns the last metrics.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
+        """
+        try:
+            with self.signals.watched(), deaths_explained(self.train_loader, self.val_loader):
+                return self.train()
+        finally:
+            stop_workers(self.train_loader)
+            stop_workers(self.val_loader)
+            close_log()
+
+    def train(self) -> dict[str, float | None]:
+        """Train and evaluate epoch by epoch; returns the last metrics."""
+        self.load()
+        self._agreement = Agreement(self.process)
+        self._saved_at = time.monotonic()
+        for hook in self.hooks:
+            hook.before_training(self)
+        while not self.is_finished and not self.stops:
+            self.train_epoch()
+            is_last = self.is_finished or self.stops
+            metrics: dict[str, float | None] | None = None
+            if self.epoch % self.config.eval_interval == 0 or is_last:
+                metrics = self.evaluate()
+            self.save_epoch(metrics)
+            for hook in self.hooks:
+                hook.after_epoch(self, metrics)
+        self.checkpoints.finish()
+        for hook in self.hooks:
+            hook.after_training(self)
+        return self.last_metrics
+
+    def train_epoch(self) -> None:
+        """One pass over the training images, or what a resumed run has left of it."""
+        done = self.updates_of_epoch
+        self.sampler.set_epoch(self.epoch, done)
+        if done == 0:
+            self.updater.guard.begin_epoch()
+        for hook in self.hooks:
+            hook.before_epoch(self)
+        self.model.train()
+        set_place(f"at the start of epoch {self.epoch + 1}, loading images")
+        batches = iter(self.train_loader)
+        for index in range(done, self.updates_per_epoch):
+            losses = self.run_update(index, batches)
+            self.update += 1
+            for hook in self.hooks:
+                hook.after_update(self, losses)
+            self.save_within_epoch()
+        host_barrier(f"at the end of epoch {self.epoch + 1}")
+        average_batch_norm(self.model)
+        if self.average is not None:
+            average_batch_norm(self.average.network)
+        self.epoch += 1
+
+    def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
+        """One optimizer update, the epoch's ``index``-th (from 0).
+
+        Returns:
+            Losses by name, scalars on the device, their means over the micro-batches.
+        """
+        self._set_rates()
+        place = f"in update {index + 1} of epoch {self.epoch + 1}"
+        sums: dict[str, Tensor] = {}
+        self.batches = []
+        for _ in range(self.updater.accumulation):
+            batch = self._next_batch(batches, place)
+            with self.updater.forward(self.model):
+                losses = self.model(batch)
+            self.updater.backward(losses["loss"])
+            for name, value in losses.items():
+                sums[name] = value.detach() + sums.get(name, 0)
+        self.updater.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.task.network, updates_before=self.update)
+        return {name: value / self.updater.accumulation for name, value in sums.items()}
+
+    def _set_rates(self) -> None:
+        """Learning rate and temperature of the update that follows."""
+        lr = self.schedule.lr(self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        temperature = self.schedule.temperature(self.update)
+        if self._anneals and temperature != self._temperature:
+            set_temperature(self.task.network, temperature)
+            self._temperature = temperature
+
+    def _next_batch(self, batches: Iterator[Any], place: str) -> Any:
+        set_place(f"{place}, loading images")
+        began = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - began
+        self.batches.append(batch)
+        set_place(place)
+        return batch
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to evaluate, by the prefix of their metrics: its own, the average."""
+        networks = {"": self.task.network}
+        if self.average is not None:
+            networks["ema_"] = self.average.network
+        return networks
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Evaluate the network and, with the prefix ``ema_``, its moving average."""
+        metrics: dict[str, float | None] = {}
+        for prefix, network in self.networks().items():
+            set_place(f"in the evaluation after epoch {self.epoch}")
+            found = self.task.evaluate(network)
+            release(network)
+            metrics.update({prefix + name: value for name, value in found.items()})
+        self.last_metrics = metrics
+        for hook in self.hooks:
+            hook.after_evaluation(self, metrics)
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Continue from ``resume_from``, where it is given, and write the configuration.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another run.
+        """
+        if self.resume_from is not None and self.resumed is None:
+            self.resumed = resume(self, self.resume_from)
+            if self.process.is_main:
+                # The run may have been killed between writing a checkpoint and naming it.
+                meta = self.resumed
+                is_best, metrics = meta.get("is_best"), meta.get("metrics")
+                best = self._results(metrics, meta["epoch"]) if is_best else None
+                self.checkpoints.name(self.resume_from, best)
+        path = self.work_dir / self.task.config_name
+        # A finished run keeps what it was trained with.
+        if self.process.is_main and not (self.is_finished and path.exists()):
+            path.write_text(self.task.config_text)
+
+    def state(self, metrics: Metrics | None = None, is_best: bool = False) -> dict[str, Any]:
+        """The run as a checkpoint (:mod:`kw.training.checkpoint`); a collective call."""
+        return run_state(self, metrics, is_best)
+
+    def save_epoch(self, metrics: Metrics | None) -> None:
+        """A checkpoint after an epoch, if it is the best so far, is due, or is the last."""
+        self.checkpoints.report_failure()
+        score: float | None = None if metrics is None else headline(metrics)[self.task.score]
+        is_best = score is not None and score > self.best
+        self.best = self.best if score is None else max(score, self.best)
+        is_due = self.epoch % self.config.checkpoint.interval == 0
+        if is_best or is_due or self.is_finished or self.stops:
+            self._save(metrics, is_best, None)
+
+    def save_within_epoch(self) -> None:
+        """A checkpoint within an epoch, where one is due; ends a run that was told to end.
+
+        Raises:
+            Interrupted: it was.
+        """
+        self.checkpoints.report_failure()
+        settings = self.config.checkpoint
+        waited = time.monotonic() - self._saved_at
+        late = settings.minutes is not None and waited > 60 * settings.minutes
+        late, stop = self._agreement.exchange(
+            late and self.process.is_main, self.signals.name is not None
+        )
+        due = late or (settings.updates is not None and self.update % settings.updates == 0)
+        epoch_ends = self.updates_of_epoch == self.updates_per_epoch
+        if stop or (due and not epoch_ends):
+            path = self._save(None, False, self.update)
+            if stop:
+                self.checkpoints.finish()
+                name = self.signals.name or "another process was told to end"
+                raise Interrupted(name, str(path))
+
+    def _save(self, metrics: Metrics | None, is_best: bool, update: int | None) -> Path:
+        host_barrier("gathering a checkpoint")
+        state = self.state(metrics, is_best)
+        self._saved_at = time.monotonic()
+        path = self.work_dir / checkpoint_name(self.epoch, update)
+        if self.process.is_main:
+            best = self._results(metrics, self.epoch) if is_best else None
+            self.checkpoints.write(state, path, best)
+        return path
+
+    def _results(self, metrics: Metrics | None, epoch: int) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in self.task.network.parameters())
+        return {**headline(metrics or {}), "epoch": epoch, "params": parameters}
