@@ -5,17 +5,18 @@ timm when they are first used. Where timm is imported, before or after, ``timm.c
 the models of :func:`list_models`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import peers
+from .lazy import lazily
 from .models.registration import register_with_timm
-from .models.released import list_models
 from .version import __version__
-from .warehouse import convert, get_temperature, set_temperature
 
 if TYPE_CHECKING:
+    from . import peers
     from .deploy import load
     from .models import build_model
+    from .models.released import list_models
+    from .warehouse import convert, get_temperature, set_temperature
 
 __all__ = [
     "__version__",
@@ -30,14 +31,13 @@ __all__ = [
 
 register_with_timm()
 
-
-def __getattr__(name: str) -> Any:
-    if name == "build_model":
-        from .models import build_model
-
-        return build_model
-    if name == "load":
-        from .deploy import load
-
-        return load
-    raise AttributeError(f"module 'kw' has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "deploy": "load",
+        "models": "build_model",
+        "models.released": "list_models",
+        "warehouse": "convert get_temperature set_temperature",
+        "": "peers",
+    },
+)

@@ -81,6 +81,14 @@ class _Debug(argparse.Action):
         ToolParser.debug = True
 
 
+class _Import(argparse.Action):
+    # At once: the choices of other arguments may depend on it.
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        from .config.imports import import_modules
+
+        import_modules([value], option or "--import")
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """``CONFIG`` and ``--cfg-options``."""
     parser.add_argument(
@@ -92,7 +100,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--cfg-options``."""
+    """``--cfg-options`` and ``--import``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action=_Import,
+        metavar="MODULE",
+        help="import a module of your own first, which registers what the configuration names",
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",

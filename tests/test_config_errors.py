@@ -90,8 +90,8 @@ def file_problems(folder: Path, text: str, *options: str) -> list[str]:
         ("data.crop_scale", [0.1, 2], "expected a list of 2 numbers, each > 0 and <= 1"),
         (
             "optimizer.name",
-            "adam",
-            "optimizer.name = 'adam': expected one of 'adamw', 'sgd'; did you mean 'adamw'?",
+            "adamm",
+            "optimizer.name = 'adamm': expected another name: optimizer 'adamm' is unknown",
         ),
         (
             "model.kernel_warehouse",

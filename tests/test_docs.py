@@ -170,6 +170,7 @@ def test_commands(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatc
             recorder.write(block)
     add_written_files(recorder)
     monkeypatch.chdir(recorder.folder)
+    monkeypatch.syspath_prepend(str(recorder.folder))
     for block in shell_blocks(page):
         if not block.runs and not re.search(r"\b(tools|scripts)/", block.code):
             continue

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from .describe import UNIONS, allowed, default_of, is_required, key_hints
+from .imports import import_custom
 from .loading import OPTIONS
 from .rules import Report, check_rules, ignored_settings
 from .schema import Config
@@ -77,6 +78,8 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
     Raises:
         ConfigError: with one line for every problem.
     """
+    if "custom_imports" in typing.get_type_hints(schema.cls):
+        import_custom(root)  # before the choices are looked up
     checker = _Checker(root, schema.cls)
     config: C = checker.table(schema.cls, root, "")
     schema.rules(config, checker.report)
@@ -171,7 +174,7 @@ class _Checker:
             return value
         if isinstance(entry.value, float) and not math.isfinite(entry.value):
             expected = expected.replace("a number", "a finite number")
-        if metadata.get("choices") and isinstance(entry.value, str):
+        if metadata.get("choices") is not None and isinstance(entry.value, str):
             near = difflib.get_close_matches(entry.value, metadata["choices"], 1)
             expected += f"; did you mean {near[0]!r}?" if near else ""
         return self.expect(entry, key, expected)
@@ -248,7 +251,7 @@ def _is_plain(value: Any) -> bool:
 
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
     if isinstance(value, str):
-        return not metadata.get("choices") or value in metadata["choices"]
+        return metadata.get("choices") is None or value in metadata["choices"]
     bounds = ((test, metadata.get(name)) for name, test in _TESTS.items())
     return all(bound is None or test(value, bound) for test, bound in bounds)
 

@@ -35,7 +35,7 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         return "true or false"
     if hint is str:
         choices = metadata.get("choices")
-        return f"one of {', '.join(map(repr, choices))}" if choices else "a string"
+        return "a string" if choices is None else f"one of {', '.join(map(repr, choices))}"
     if typing.get_origin(hint) is list:
         length = f"{metadata['length']} " if metadata["length"] else ""
         items = "strings" if typing.get_args(hint)[0] is str else "numbers"

@@ -5,6 +5,7 @@ The bounds stand in each dataclass field's metadata, where checking and the refe
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -21,7 +22,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     length: int | None = None,
     example: Any = None,
 ) -> Any:
@@ -35,7 +36,7 @@ def setting(
         maximum: largest value allowed.
         above: value that the setting must exceed.
         below: value that the setting must stay under.
-        choices: the only strings allowed.
+        choices: the only strings allowed, or the registry (:mod:`kw.registry`) that has them.
         length: number of elements of a list.
         example: a sensible value of a required key, shown where the file leaves it out.
     """

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from ..errors import UserError
+from ..registry import (
+    DATASETS,
+    HOOKS,
+    LOSSES,
+    METRICS,
+    OPTIMIZERS,
+    SCHEDULES,
+    TRANSFORMS,
+    Registry,
+    argument_fault,
+)
 from .run_schema import RunConfig
 from .schema import Config
 
@@ -41,10 +53,16 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
     )
     key = "schedule.warmup_epochs"
     expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
+    entries(report, config, "hooks", config.hooks, HOOKS)
+    names = {"adamw": ["lr", "weight_decay", "betas", "eps"]}
+    names["sgd"] = ["lr", "weight_decay", "momentum", "nesterov"]
+    own = names.get(optimizer.name, ["lr", "weight_decay"])
+    arguments(report, config, "optimizer.args", optimizer.name, optimizer.args, OPTIMIZERS, 1, own)
+    arguments(report, config, "schedule.args", schedule.name, schedule.args, SCHEDULES, 1)
     if schedule.name == "cosine":
         key = "schedule.final_lr"
         expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
-    else:
+    elif schedule.name == "step":
         steps, key = schedule.milestones, "schedule.milestones"
         expected = "at least one epoch, e.g. [30, 60, 90], because schedule.name is 'step'"
         expect(bool(steps), expected, key)
@@ -58,6 +76,60 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
         "optimizer.nesterov",
         "optimizer.momentum",
     )
+
+
+def arguments(
+    report: Report,
+    config: RunConfig,
+    key: str,
+    name: str,
+    given: Mapping[str, Any],
+    registry: Registry[Any],
+    passed: int = 0,
+    own: Collection[str] = (),
+) -> None:
+    """Report an unknown entry of a registry, or arguments that it does not take.
+
+    Args:
+        report: as for :func:`check_rules`.
+        config: likewise.
+        key: of the arguments.
+        name: of the entry.
+        given: its arguments.
+        registry: where it is.
+        passed: its leading arguments that are not the configuration's to give.
+        own: arguments that have keys of their own.
+    """
+    try:
+        entry = registry.find(name)
+    except UserError as error:
+        beside = key.rpartition(".")[0]
+        report(config, (f"{beside}.name",), f"another name: {error}")
+        return
+    taken = [each for each in own if each in given]
+    if taken:
+        report(config, (key,), f"no {taken[0]} among them, which has a key of its own")
+    elif fault := argument_fault(entry, given, passed, own):
+        report(config, (key,), f"for {name}: {fault}")
+
+
+def entries(
+    report: Report,
+    config: RunConfig,
+    key: str,
+    given: Mapping[str, Mapping[str, Any]],
+    registry: Registry[Any],
+    passed: int = 0,
+) -> None:
+    """Report what is wrong with entries by name, each with its arguments."""
+    for name, args in given.items():
+        try:
+            fault = argument_fault(registry.find(name), args, passed)
+        except UserError as error:
+            report(config, (key,), f"other names: {error}")
+            continue
+        if fault:
+            report(config, (key,), f"for {name}: {fault}")
 
 
 def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
@@ -75,6 +147,11 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
             report(config, keys, expected)
 
     check_run_rules(config, report)
+    entries(report, config, "metrics", config.metrics, METRICS, 1)
+    entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
+    loss, dataset = config.loss, config.data.dataset
+    arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
+    arguments(report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2)
     model, data, batch_size = config.model, config.data, config.batch_size
     expect(
         batch_size % 2 == 0 or not (data.mixup or data.cutmix),
@@ -137,6 +214,12 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "data.auto_augment",
         "data.memory",
     )
+    expect(
+        data.memory is None or not data.transforms,
+        "empty beside data.memory: they work on one image at a time, not on batches of tensors",
+        "data.transforms",
+        "data.memory",
+    )
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")
@@ -166,9 +249,10 @@ def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Settings of any run that have no effect beside the others, each with the reason."""
     optimizer, schedule = config.optimizer, config.schedule
     other = {"adamw": ("momentum", "nesterov"), "sgd": ("betas", "eps")}
-    for name in other[optimizer.name]:
+    for name in other.get(optimizer.name, ("betas", "eps", "momentum", "nesterov")):
         yield f"optimizer.{name}", f"optimizer.name is {optimizer.name!r}"
-    for name in {"cosine": ("milestones", "gamma"), "step": ("final_lr",)}[schedule.name]:
+    unused = {"cosine": ("milestones", "gamma"), "step": ("final_lr",)}
+    for name in unused.get(schedule.name, ("milestones", "gamma", "final_lr")):
         yield f"schedule.{name}", f"schedule.name is {schedule.name!r}"
     if optimizer.weight_decay == 0:
         yield "optimizer.exempt_from_decay", "optimizer.weight_decay is 0"

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..registry import SCHEDULES
 from .fields import setting, table
 
 __all__ = [
@@ -28,7 +30,10 @@ __all__ = [
 class OptimizerConfig:
     """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
 
-    name: str = setting("adamw", "optimizer", choices=("adamw", "sgd"))
+    name: str = setting(
+        "adamw",
+        "adamw, sgd, or another of torch's or timm's by its name in lower case, or your own",
+    )
     lr: float = setting(doc="learning rate after warm-up", above=0, maximum=1e6, example=0.1)
     weight_decay: float = setting(
         0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0, maximum=1e6
@@ -44,6 +49,7 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "adamw: added to the denominator", above=0, maximum=1)
     momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
     nesterov: bool = setting(False, "sgd: Nesterov's form")
+    args: dict[str, Any] = setting({}, "further arguments of the optimizer, by name")
     attention_lr: float = setting(
         1.0, "factor on the learning rate of attention branches", above=0, maximum=1e6
     )
@@ -60,7 +66,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over time; it changes with every optimizer update."""
 
-    name: str = setting("cosine", "shape after warm-up", choices=("cosine", "step"))
+    name: str = setting("cosine", "shape after warm-up", choices=SCHEDULES)
     warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0, maximum=10**6)
     warmup_updates: int = setting(
         0,
@@ -74,6 +80,7 @@ class ScheduleConfig:
         [], "step: epochs at which the rate is multiplied", above=0, maximum=10**6
     )
     gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
+    args: dict[str, Any] = setting({}, "arguments of another schedule, by name")
 
 
 @dataclass
@@ -230,3 +237,8 @@ class RunConfig:
     )
     log_interval: int = setting(50, "updates between log lines", minimum=1, maximum=10**9)
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")
+    hooks: dict[str, dict[str, Any]] = setting(
+        {},
+        "further hooks by registered name, with their arguments, in the order in which they are "
+        "called, e.g. {early_stopping: {patience: 5}}",
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..registry import ATTENTION_FUNCTIONS, DATASETS, LOSSES, PEERS
 from .fields import setting, table
 from .run_schema import BadImagesConfig, RunConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "KernelWarehouseConfig",
+    "LossConfig",
     "MemoryConfig",
     "ModelConfig",
     "PeerConfig",
@@ -76,7 +78,7 @@ class WarehouseConfig:
     attention: str | None = setting(
         None,
         "attention function; contrasting is the papers'",
-        choices=("contrasting", "softmax", "sigmoid", "rectified"),
+        choices=ATTENTION_FUNCTIONS,
     )
     spatial_partition: bool | None = setting(
         None, "true: cells are 1 x 1; false: cells keep the kernel's spatial size"
@@ -117,9 +119,7 @@ class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
 class PeerConfig:
     """The conversion to one of the methods compared with; null leaves the method's own value."""
 
-    method: str = setting(
-        doc="method of kw.peers", choices=("condconv", "dyconv", "odconv"), example="dyconv"
-    )
+    method: str = setting(doc="method of kw.peers", choices=PEERS, example="dyconv")
     kernels: int | None = setting(None, "kernels of every converted layer", minimum=1, maximum=1024)
     reduction: float | None = setting(
         None, "dyconv, odconv: hidden width of the attention / input channels", above=0, maximum=64
@@ -275,6 +275,11 @@ class DataConfig:
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
+    transforms: dict[str, dict[str, Any]] = setting(
+        {},
+        "further transforms by registered name, with their arguments, of a training image before "
+        "it is cropped",
+    )
     random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
     mixup: float = setting(
         0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0, maximum=1000
@@ -288,6 +293,22 @@ class DataConfig:
     mix_switch_probability: float = setting(
         0.5, "probability of cutmix where both are on", minimum=0, maximum=1
     )
+    dataset: str = setting(
+        "folder", "how a split's files, labels and classes are found", choices=DATASETS
+    )
+    dataset_args: dict[str, Any] = setting({}, "arguments of the data set, by name")
+
+
+@dataclass
+class LossConfig:
+    """The loss of a training batch."""
+
+    name: str = setting(
+        "cross_entropy",
+        "cross_entropy; bce: every class for itself, one against all the others",
+        choices=LOSSES,
+    )
+    args: dict[str, Any] = setting({}, "arguments of the loss, by name")
 
 
 @dataclass
@@ -311,11 +332,20 @@ class _Classification:
 class Config(RunConfig, _Classification):
     """One training run of a classifier."""
 
+    loss: LossConfig = table(LossConfig, "what training minimises")
+    metrics: dict[str, dict[str, Any]] = setting(
+        {}, "figures of an evaluation beside the accuracy, by registered name, with arguments"
+    )
     label_smoothing: float = setting(
         0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
     )
     channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
     compile: bool = setting(False, "compile the network with torch.compile")
+    custom_imports: list[str] = setting(
+        [],
+        "modules of your own that register what is named here; imported only where the command "
+        "line or the environment allows it (docs/extending.md)",
+    )
     pictures: PicturesConfig | None = setting(
         None, "heat maps of coefficients and a training batch for TensorBoard; null = none"
     )

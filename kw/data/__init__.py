@@ -4,22 +4,27 @@ The demo's data are written by :mod:`kw.data.digits`, which is run as a program 
 imported here.
 """
 
-from kw.data.dataset import UNREADABLE, ImageFolder, Sample, check_data_root
-from kw.data.faults import BadImage, FaultLog, FaultyDataset
-from kw.data.loader import (
-    Loader,
-    build_eval_loader,
-    build_loader,
-    build_train_loader,
-    deaths_explained,
-    stop_workers,
-)
-from kw.data.preprocess import BatchPreprocessor
-from kw.data.reading import BadImageError, DataError, read_image
-from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
-from kw.data.seeding import derive_seed, seeded, uniform_draws
-from kw.data.splits import open_training, open_validation, test_images
-from kw.data.transforms import build_transform
+from typing import TYPE_CHECKING
+
+from ..lazy import lazily
+
+if TYPE_CHECKING:
+    from .dataset import UNREADABLE, ImageFolder, Sample, check_classes, check_data_root
+    from .faults import BadImage, FaultLog, TolerantDataset
+    from .loader import (
+        Loader,
+        build_eval_loader,
+        build_loader,
+        build_train_loader,
+        deaths_explained,
+        stop_workers,
+    )
+    from .preprocess import BatchPreprocessor
+    from .reading import BadImageError, DataError, read_image
+    from .samplers import EvalBatchSampler, TrainBatchSampler
+    from .seeding import derive_seed, seeded, uniform_draws
+    from .splits import open_training, open_validation, test_images
+    from .transforms import build_transform
 
 __all__ = [
     "UNREADABLE",
@@ -29,15 +34,16 @@ __all__ = [
     "DataError",
     "EvalBatchSampler",
     "FaultLog",
-    "FaultyDataset",
     "ImageFolder",
     "Loader",
     "Sample",
+    "TolerantDataset",
     "TrainBatchSampler",
     "build_eval_loader",
     "build_loader",
     "build_train_loader",
     "build_transform",
+    "check_classes",
     "check_data_root",
     "deaths_explained",
     "derive_seed",
@@ -49,3 +55,19 @@ __all__ = [
     "test_images",
     "uniform_draws",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "dataset": "UNREADABLE ImageFolder Sample check_classes check_data_root",
+        "faults": "BadImage FaultLog TolerantDataset",
+        "loader": "Loader build_eval_loader build_loader build_train_loader "
+        "deaths_explained stop_workers",
+        "preprocess": "BatchPreprocessor",
+        "reading": "BadImageError DataError read_image",
+        "samplers": "EvalBatchSampler TrainBatchSampler",
+        "seeding": "derive_seed seeded uniform_draws",
+        "splits": "open_training open_validation test_images",
+        "transforms": "build_transform",
+    },
+)

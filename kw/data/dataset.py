@@ -13,18 +13,23 @@ import torch
 from PIL import Image
 
 from kw.config.run_schema import BadImagesConfig
-from kw.data.faults import FaultyDataset
+from kw.config.schema import DataConfig
+from kw.data.faults import TolerantDataset
 from kw.data.reading import DataError, read_image
 from kw.data.seeding import seeded
 from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
 from kw.errors import say
+from kw.registry import DATASETS
 
 __all__ = [
     "UNREADABLE",
     "DataError",
     "ImageFolder",
+    "Listing",
     "Sample",
+    "check_classes",
     "check_data_root",
+    "list_split",
 ]
 
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
@@ -43,7 +48,59 @@ class Sample(NamedTuple):
     """epoch and index"""
 
 
-class ImageFolder(FaultyDataset):
+class Listing(NamedTuple):
+    """What a split holds, as an entry of :data:`kw.registry.DATASETS` finds it."""
+
+    files: Sequence[Path]
+    labels: Sequence[int]
+    """of each file, a place in ``classes``"""
+    classes: Sequence[str]
+
+
+@DATASETS.register("folder")
+def list_folders(root: Path, split: str) -> Listing:
+    """``root/split/CLASS/**``: a folder for every class, in the order of their names.
+
+    What is no image or hidden (:mod:`.walk`) is left out, which is said.
+
+    Raises:
+        DataError: the folder is missing or not laid out as expected.
+    """
+    folder = root.expanduser() / split
+    classes = _find_classes(folder)
+    left_out = Counter(_beside(folder))
+    samples = [
+        (path, label)
+        for label, name in enumerate(classes)
+        # By folder and name, which is not by path: "a/b.png" comes after "a.png".
+        for path in sorted(
+            walk_images(folder / name, left_out), key=lambda p: (str(p.parent), p.name)
+        )
+    ]
+    if left_out:
+        say(f"{folder}: left out: {describe(left_out)}")
+    labels = [label for _, label in samples]
+    _check_not_empty(folder, classes, set(labels))
+    return Listing([path for path, _ in samples], labels, classes)
+
+
+def list_split(data: DataConfig, split: str) -> Listing:
+    """A split as the configuration says, checked.
+
+    Raises:
+        DataError: the data set's function refuses, or its answer does not fit together.
+    """
+    found = DATASETS.find(data.dataset)(Path(data.root), split, **data.dataset_args)
+    where = f"data.dataset {data.dataset!r}, {split}"
+    if not found.files or len(found.files) != len(found.labels):
+        raise DataError(f"{where}: {len(found.files)} files and {len(found.labels)} labels")
+    wrong = [label for label in found.labels if not 0 <= label < len(found.classes)]
+    if wrong:
+        raise DataError(f"{where}: label {wrong[0]} of {len(found.classes)} classes")
+    return found
+
+
+class ImageFolder(TolerantDataset):
     """The images of one split.
 
     An item's key is ``(epoch, index)``: the transform draws under a seed made of the dataset's seed
@@ -51,17 +108,17 @@ class ImageFolder(FaultyDataset):
 
     Args:
         root: folder that holds the splits.
-        split: folder under ``root``; its folders are the classes. What is no image or hidden
-            (:mod:`.walk`) is left out, which is said.
+        split: folder under ``root``.
         transform: RGB image -> uint8 tensor [3, S, S].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
         bad_images: what becomes of them; left out, they raise.
         upright: turn images as their EXIF data say.
+        listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
 
     Attributes:
-        classes: class names, sorted; a label is a place in this list.
+        classes: class names; a label is a place in this list.
         labels: int64 array, the label of every image.
 
     Raises:
@@ -77,30 +134,20 @@ class ImageFolder(FaultyDataset):
         training: bool = False,
         bad_images: BadImagesConfig | None = None,
         upright: bool = True,
+        listing: Listing | None = None,
     ) -> None:
         super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
         folder = Path(root).expanduser() / split
-        self.folder = folder
         self.transform = transform
         self.upright = upright
-        self.classes = _find_classes(folder)
-        left_out = Counter(_beside(folder))
-        samples = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            # By folder and name, which is not by path: "a/b.png" comes after "a.png".
-            for path in sorted(
-                walk_images(folder / name, left_out), key=lambda p: (str(p.parent), p.name)
-            )
-        ]
-        if left_out:
-            say(f"{folder}: left out: {describe(left_out)}")
-        self.labels = np.array([label for _, label in samples], dtype=np.int64)
-        _check_not_empty(folder, self.classes, set(self.labels.tolist()))
+        found = list_folders(Path(root), split) if listing is None else listing
+        base = folder if listing is None else Path(root)
+        self.folder = base.expanduser()
+        self.classes = list(found.classes)
+        self.labels = np.array(found.labels, dtype=np.int64)
         # A list of a million strings is copied page by page into every forked worker, because
         # reading a string writes its reference count. Two arrays are shared for good.
-        self.metainfo = {"classes": self.classes}  # where mmengine looks for it
-        names = [os.fsencode(os.path.relpath(path, folder)) for path, _ in samples]
+        names = [os.fsencode(os.path.relpath(path, self.folder)) for path in found.files]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._ends = np.cumsum([len(name) for name in names])
 
@@ -128,6 +175,28 @@ class ImageFolder(FaultyDataset):
         with seeded("image", self.seed, *key):
             tensor = self.transform(Image.new("RGB", (8, 8)))
         return Sample(tensor, UNREADABLE, key)
+
+
+def check_classes(
+    data: DataConfig, num_classes: int, splits: Sequence[str] = ("train", "val")
+) -> list[str]:
+    """:func:`check_data_root` of any data set: the class names, the same in all splits.
+
+    Raises:
+        DataError: likewise.
+    """
+    if data.dataset == "folder":
+        return check_data_root(data.root, num_classes, splits)
+    first, *others = (list(list_split(data, split).classes) for split in splits)
+    where = f"data.dataset {data.dataset!r}"
+    if any(other != first for other in others):
+        raise DataError(f"{where}: {' and '.join(splits)} have other classes, or another order")
+    if len(first) != num_classes:
+        raise DataError(
+            f"{where} has {len(first)} classes ({_some(first)}), but model.num_classes is "
+            f"{num_classes}: set model.num_classes to {len(first)}"
+        )
+    return first
 
 
 def check_data_root(

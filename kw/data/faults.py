@@ -24,7 +24,7 @@ from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.seeding import derive_seed
 from kw.errors import memory_for
 
-__all__ = ["BadImage", "Delivered", "FaultLog", "FaultyDataset", "with_faults"]
+__all__ = ["BadImage", "Delivered", "FaultLog", "TolerantDataset", "with_faults"]
 
 _TRIES = 16  # of so many images one is readable, unless the disk is gone
 _SHOWN = 20
@@ -46,7 +46,7 @@ class Delivered(NamedTuple):
     faults: tuple[BadImage, ...]
 
 
-class FaultyDataset(Dataset[Any]):
+class TolerantDataset(Dataset[Any]):
     """A data set by keys ``(epoch, index)`` whose files may be bad.
 
     With the policy ``raise`` a bad file raises its error. With ``skip``, training gets another

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from kw.data.dataset import ImageFolder, Sample
-from kw.data.faults import FaultLog, FaultyDataset, with_faults
+from kw.data.faults import FaultLog, TolerantDataset, with_faults
 from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 
@@ -126,7 +126,7 @@ def stop_workers(loader: DataLoader[Any]) -> None:
 
 
 def build_loader(
-    dataset: FaultyDataset,
+    dataset: TolerantDataset,
     sampler: TrainBatchSampler | EvalBatchSampler,
     workers: int,
     collate: Callable[[list[Any]], Any] = collate,

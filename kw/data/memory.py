@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 from kw.config.schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
 from kw.data.dataset import UNREADABLE, ImageFolder
-from kw.data.faults import BadImage, FaultLog, FaultyDataset
+from kw.data.faults import BadImage, FaultLog, TolerantDataset
 from kw.data.loader import Loader, build_loader, deaths_explained, stop_workers
 from kw.data.reading import BadImageError, DataError
 from kw.data.samplers import EvalBatchSampler, Key, TrainBatchSampler
@@ -44,7 +44,7 @@ class _Pixels(NamedTuple):
     """uint8, [3, H, W]"""
 
 
-class _Decoder(FaultyDataset):
+class _Decoder(TolerantDataset):
     """The images of a folder as they are held, each checked to have the size of the first.
 
     A file that cannot be read is left out, and told of.
@@ -89,7 +89,7 @@ class _Decoder(FaultyDataset):
         raise DataError(f"none of the {len(self)} images of {self.folder.folder} is readable")
 
 
-class MemoryImages(FaultyDataset):
+class MemoryImages(TolerantDataset):
     """The decoded images of one split; gives whole batches.
 
     Args:
@@ -99,8 +99,8 @@ class MemoryImages(FaultyDataset):
         device: where batches are wanted.
         augment: for training; left out, images are given as they are held.
         bad: the images that could not be read, by index. In training others stand in for them, by
-            the rule of :class:`~kw.data.faults.FaultyDataset`; in evaluation they are black and of
-            no class.
+            the rule of :class:`~kw.data.faults.TolerantDataset`; in evaluation they are black
+            and of no class.
 
     Attributes:
         bytes: memory taken.

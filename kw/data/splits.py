@@ -10,7 +10,7 @@ from PIL import Image
 
 from kw.config.schema import Config, DataConfig
 from kw.data.batch_augment import BatchAugment
-from kw.data.dataset import ImageFolder
+from kw.data.dataset import ImageFolder, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -89,14 +89,16 @@ def test_images(config: Config) -> ImageFolder:
 def _folder(
     config: Config, split: str, transform: Callable[[Image.Image], torch.Tensor]
 ) -> ImageFolder:
+    data = config.data
     return ImageFolder(
-        config.data.root,
+        data.root,
         split,
         transform,
         config.seed,
         training=split == "train",
-        bad_images=config.data.bad_images,
-        upright=config.data.exif_orientation == "apply",
+        bad_images=data.bad_images,
+        upright=data.exif_orientation == "apply",
+        listing=None if data.dataset == "folder" else list_split(data, split),
     )
 
 

@@ -18,6 +18,7 @@ from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose, Resize
 
 from kw.config.schema import DataConfig
+from kw.registry import TRANSFORMS
 
 __all__ = ["build_transform"]
 
@@ -27,7 +28,8 @@ _LONG = 8  # times the shorter side: what is longer is resized in the middle alo
 def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
     """The transform of one split; S is ``config.input_size``.
 
-    Training: random resized crop, mirroring, then timm's augmentation policy or else colour jitter
+    Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
+    policy or else colour jitter
     (with the policies named ``3a``, timm's three-augment, both). Test: the shorter side is resized
     to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
 
@@ -66,7 +68,8 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
-    return transform
+    first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
+    return Compose([*first, *transform.transforms]) if first else transform
 
 
 class _ResizeMiddle:

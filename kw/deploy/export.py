@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..registry import EXPORTERS
 from .card import write_card
 from .classifier import Classifier, load
-from .description import ExportError, InputRange
+from .description import Description, ExportError, InputRange
 from .graph import DTYPES, Graph, input_range, save_graph, trace, with_precision
 from .onnx_file import needs, write_onnx
 from .quantize import quantize
@@ -34,14 +35,7 @@ from .verify import (
 )
 from .weights import cast, write_weights
 
-__all__ = ["PRECISIONS", "Options", "Written", "check_target", "export", "read_some"]
-
-PRECISIONS = {
-    ".onnx": ("fp32", "fp16", "int8"),
-    ".pt2": ("fp32", "fp16", "bf16"),
-    ".safetensors": ("fp32", "fp16", "bf16"),
-}
-"""What each format can be written in. onnxruntime computes no bfloat16 on CPUs."""
+__all__ = ["Exporter", "Job", "Options", "Written", "check_target", "export", "read_some"]
 
 
 class Different(ExportError):
@@ -61,6 +55,45 @@ class Options:
     precision: str = "fp32"
     batch: int | None = None
     fixed_size: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an exporter is given.
+
+    Attributes:
+        source: the network.
+        inputs: the images that the file is to take.
+        description: to be written into the file.
+        path: the file.
+        images: real ones, uint8 ``[3, S, S]``; there may be none.
+        optimize: whether the format's own optimizer may change the graph.
+    """
+
+    source: Source
+    inputs: InputRange
+    description: Description
+    path: Path
+    images: Sequence[Tensor]
+    optimize: bool = True
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format of exported files; an entry of :data:`kw.registry.EXPORTERS` by its suffix.
+
+    Attributes:
+        write: writes a file and returns its path, whose name may be longer than the one given.
+        precisions: what it can be written in, of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``.
+        load: reads a file for its verification: a module from normalised images to logits; None
+            for :func:`kw.load`.
+        packages: that it needs.
+    """
+
+    write: Callable[[Job], Path]
+    precisions: tuple[str, ...] = ("fp32",)
+    load: Callable[[Path], nn.Module] | None = None
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,20 +125,19 @@ def check_target(path: Path, options: Options) -> None:
     Raises:
         ExportError: an unknown format, a precision that it has not, or a missing package.
     """
-    known = PRECISIONS.get(path.suffix)
-    if known is None:
+    exporter = EXPORTERS.get(path.suffix)
+    if exporter is None:
         raise ExportError(
-            f"{path}: expected a name that ends with {', '.join(PRECISIONS)}; found "
+            f"{path}: expected a name that ends with {', '.join(EXPORTERS)}; found "
             f"{path.suffix or 'none of them'!r}"
         )
-    if options.precision not in known:
+    if options.precision not in exporter.precisions:
         raise ExportError(
-            f"{path}: {path.suffix} files are written in {', '.join(known)}, not in "
+            f"{path}: {path.suffix} files are written in {', '.join(exporter.precisions)}, not in "
             f"{options.precision}"
         )
-    if path.suffix == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            needs(package)
+    for package in exporter.packages:
+        needs(package)
 
 
 def export(
@@ -115,7 +147,7 @@ def export(
 
     Args:
         source: the network.
-        target: ``.onnx``, ``.pt2`` or ``.safetensors``.
+        target: its name ends as the format says (:data:`kw.registry.EXPORTERS`).
         options: how.
         images: real ones, uint8 ``[3, S, S]``, to verify with; int8 is calibrated on them.
 
@@ -138,20 +170,22 @@ def export(
     inputs = replace(inputs, least=least, batch=options.batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    exporter = EXPORTERS[target.suffix]
+    description = with_precision(source.description, inputs, inputs.precision)
+    job = Job(source, inputs, description, partial, images)
     try:
         try:
-            written = _write(source, inputs, partial, images)
-            random, real = _verify(source, load(written), inputs, images, target)
+            written = exporter.write(job)
+            random, real = _verify(source, _read(job, written), inputs, images, target)
         except Different:
             if target.suffix != ".onnx":
                 raise
             # onnxscript 0.7.2 has rules that change results, at a fixed batch of two for one.
-            written = _write(source, inputs, partial, images, optimize=False)
-            random, real = _verify(source, load(written), inputs, images, target)
+            written = exporter.write(replace(job, optimize=False))
+            random, real = _verify(source, _read(job, written), inputs, images, target)
             notes += ("onnxscript's optimizer changes the result: written without it",)
-        final = target.with_name(target.name)
-        if target.suffix == ".safetensors":
-            final = target.with_name(target.stem + written.name.removeprefix(partial.stem))
+        # A hash may follow the stem.
+        final = target.with_name(target.stem + written.name.removeprefix(partial.stem))
         os.replace(written, final)
     finally:
         for left in target.parent.glob(f"{partial.stem}*"):
@@ -167,27 +201,39 @@ def export(
     return Written(final, card, random, real, inputs, seconds, notes)
 
 
-def _write(
-    source: Source,
-    inputs: InputRange,
-    path: Path,
-    images: Sequence[Tensor],
-    optimize: bool = True,
-) -> Path:
-    precision = inputs.precision
-    description = with_precision(source.description, inputs, precision)
-    if path.suffix == ".safetensors":
-        return write_weights(
-            cast(source.network.state_dict(), DTYPES[precision]), description, path
-        )
-    if path.suffix == ".pt2":
-        save_graph(trace(Graph(source.network, DTYPES[precision]), inputs), description, path)
-        return path
-    graph = Graph(source.network, DTYPES.get(precision, torch.float32))
-    write_onnx(trace(graph, inputs, fixed_groups=True), description, path, optimize)
-    if precision == "int8":
-        quantize(path, description, _normalised(source, images))
-    return path
+def _write_weights(job: Job) -> Path:
+    state = cast(job.source.network.state_dict(), DTYPES[job.inputs.precision])
+    return write_weights(state, job.description, job.path)
+
+
+def _write_graph(job: Job) -> Path:
+    graph = Graph(job.source.network, DTYPES[job.inputs.precision])
+    save_graph(trace(graph, job.inputs), job.description, job.path)
+    return job.path
+
+
+def _write_onnx(job: Job) -> Path:
+    graph = Graph(job.source.network, DTYPES.get(job.inputs.precision, torch.float32))
+    write_onnx(trace(graph, job.inputs, fixed_groups=True), job.description, job.path, job.optimize)
+    if job.inputs.precision == "int8":
+        quantize(job.path, job.description, _normalised(job.source, job.images))
+    return job.path
+
+
+EXPORTERS[".onnx"] = Exporter(
+    _write_onnx,
+    ("fp32", "fp16", "int8"),  # onnxruntime computes no bfloat16 on CPUs
+    packages=("onnx", "onnxscript", "onnxruntime"),
+)
+EXPORTERS[".pt2"] = Exporter(_write_graph, ("fp32", "fp16", "bf16"))
+EXPORTERS[".safetensors"] = Exporter(_write_weights, ("fp32", "fp16", "bf16"))
+
+
+def _read(job: Job, path: Path) -> Classifier:
+    exporter = EXPORTERS[job.path.suffix]
+    if exporter.load is None:
+        return load(path)
+    return Classifier(exporter.load(path).eval(), job.description, exported=True)
 
 
 def _verify(

@@ -24,8 +24,8 @@ from ..data import (
     BadImageError,
     DataError,
     EvalBatchSampler,
-    FaultyDataset,
     Loader,
+    TolerantDataset,
     TrainBatchSampler,
     build_loader,
     read_image,
@@ -43,7 +43,7 @@ __all__ = ["Samples", "build_eval_loader", "build_train_loader"]
 _TRIES = 20
 
 
-class Samples(FaultyDataset):
+class Samples(TolerantDataset):
     """An mmdetection data set by keys ``(epoch, index)``.
 
     Args:

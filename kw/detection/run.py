@@ -21,7 +21,7 @@ from ..training.optim import build_optimizer
 from ..training.parallel import distribute
 from ..training.precision import autocast
 from ..training.presence import set_place
-from ..training.run import check_devices, evaluate_weights, standard_hooks
+from ..training.run import build_hooks, check_devices, evaluate_weights
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
 from .annotations import COCO_DETECTIONS, Report, load_annotations
@@ -109,7 +109,7 @@ def build_trainer(
     )
     scales = lr_scales(detector, run.optimizer.layer_decay)
     optimizer = build_optimizer(detector, run.optimizer, process.device, scales)
-    hooks = [*standard_hooks(run), EpochInfo()]
+    hooks = [*build_hooks(run), EpochInfo()]
     return Trainer(
         task,
         run,

@@ -5,14 +5,30 @@ Legend: B samples, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Accuracy"]
+from ..registry import METRICS
+
+__all__ = ["Accuracy", "Metric"]
 
 
+class Metric(Protocol):
+    """Figures of a set that processes share out among them."""
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: ``[B, C]``, and class indices ``[B]``, -1 for an unreadable image."""
+
+    def compute(self) -> Mapping[str, float | None]:
+        """Reduce over all processes and read: a collective call."""
+
+
+@METRICS.register("accuracy")
 class Accuracy:
     """Top-1, top-5 and cross-entropy over a set that processes share out among them.
 

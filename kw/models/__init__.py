@@ -1,10 +1,11 @@
 """Backbones, classifiers, and the names of the papers' models.
 
-Imported when first used: the list of models needs neither timm nor mmengine.
+Imported when first used: the list of models needs no timm.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazily
 from .released import RELEASED, ReleasedModel, list_models
 
 if TYPE_CHECKING:
@@ -23,13 +24,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("build_model", "build_network", "check_network", "start_network"):
-        from . import build
-
-        return getattr(build, name)
-    if name == "ImageClassifier":
-        from .classifier import ImageClassifier
-
-        return ImageClassifier
-    raise AttributeError(f"module 'kw.models' has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "build": "build_model build_network check_network start_network",
+        "classifier": "ImageClassifier",
+    },
+)

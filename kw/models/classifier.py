@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .freezing import hold_frozen
+from .losses import cross_entropy
 
 __all__ = ["ImageClassifier"]
 
 
 class ImageClassifier(nn.Module):
-    """A network with its loss, the mean cross-entropy.
+    """A network with its loss.
 
     Args:
         network: images ``[B, 3, H, W]`` -> logits ``[B, C]``. Checkpoints hold its state alone.
         preprocess: ``(batch, training) -> (images, targets)``; targets are int64 labels ``[B]`` or
             class probabilities ``[B, C]``.
+        loss: ``(logits [B, C] float32, targets) -> scalar``.
     """
 
-    def __init__(self, network: nn.Module, preprocess: nn.Module) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocess: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    ) -> None:
         super().__init__()
         self.network = network
         self.preprocess = preprocess
+        self.loss = loss
 
     def train(self, mode: bool = True) -> ImageClassifier:
         """Training mode, but for what is frozen."""
@@ -36,4 +44,4 @@ class ImageClassifier(nn.Module):
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """A training batch -> ``{"loss": ...}``."""
         images, targets = self.preprocess(batch, True)
-        return {"loss": F.cross_entropy(self.network(images).float(), targets)}
+        return {"loss": self.loss(self.network(images).float(), targets)}

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
+from ..registry import PEERS
 from ..warehouse import KWLayer
 from ..warehouse.conversion import (
     Conversion,
@@ -43,7 +44,7 @@ from .dyconv import DyConv2d
 from .mixture import MixtureLayer
 from .odconv import ODConv2d
 
-__all__ = ["METHODS", "Method", "convert"]
+__all__ = ["Method", "convert"]
 
 Layers = dict[str, nn.Module]
 
@@ -100,13 +101,13 @@ def convert(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; {nearest(str(method), METHODS)}")
+    if method not in PEERS:
+        raise ValueError(f"method {method!r} is unknown; {nearest(str(method), PEERS)}")
     if start not in STARTS:
         raise ValueError(
             f"{method}: start {start!r} is unknown; choose one of {', '.join(map(repr, STARTS))}"
         )
-    chosen = METHODS[method]
+    chosen = PEERS[method]
     for key in settings:
         if key not in (known := chosen.conv.defaults):
             raise ValueError(
@@ -231,8 +232,9 @@ def _last_blocks(model: nn.Module, candidates: Layers) -> list[str]:
     )
 
 
-METHODS: dict[str, Method] = {
+_OWN = {
     "condconv": Method(CondConv2d, CondLinear, _last_blocks),
     "dyconv": Method(DyConv2d, None, _all_but_the_first),
     "odconv": Method(ODConv2d, None, _without_shortcuts),
 }
+PEERS.update(_OWN)

@@ -1,9 +1,14 @@
 """Training and testing: the trainer, what surrounds it, and classifiers on it."""
 
-from .checkpoint import CheckpointError, load_checkpoint, load_network
-from .finite import NonFiniteError
-from .run import build_trainer, evaluate_checkpoint, set_contraction, train
-from .trained import Trained, load_trained
+from typing import TYPE_CHECKING
+
+from ..lazy import lazily
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointError, load_checkpoint, load_network
+    from .finite import NonFiniteError
+    from .run import build_trainer, evaluate_checkpoint, set_contraction, train
+    from .trained import Trained, load_trained
 
 __all__ = [
     "CheckpointError",
@@ -17,3 +22,13 @@ __all__ = [
     "set_contraction",
     "train",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "checkpoint": "CheckpointError load_checkpoint load_network",
+        "finite": "NonFiniteError",
+        "run": "build_trainer evaluate_checkpoint set_contraction train",
+        "trained": "Trained load_trained",
+    },
+)

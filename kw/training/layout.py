@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -139,13 +140,17 @@ def _optimizer_fault(state: Mapping[Any, Any], optimizer: Optimizer) -> str | No
         if {"betas", "momentum"} & set(theirs) != {"betas", "momentum"} & set(ours):
             return "its optimizer is another one (optimizer.name)"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Other optimizers keep rows and columns, or a few values alone.
+    like_parameters = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD))
     numbers = [number for group in groups for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         entry = values.get(number, {})
         if not isinstance(entry, Mapping):
             return f"its optimizer's state of parameter {number} is {_kind(entry)}"
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            if not isinstance(value, Tensor) or not like_parameters:
+                continue
+            if value.ndim and value.shape != parameter.shape:
                 return (
                     f"its optimizer's {name} of parameter {number} is {list(value.shape)}, the "
                     f"parameter is {list(parameter.shape)}"

@@ -12,10 +12,15 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.run_schema import OptimizerConfig
+from ..errors import one_line
 from ..models.weights import classifier_names
+from ..registry import OPTIMIZERS
 from ..warehouse import KWLayer
 
 __all__ = ["build_optimizer"]
+
+OPTIMIZERS["adamw"] = torch.optim.AdamW
+OPTIMIZERS["sgd"] = torch.optim.SGD
 
 # BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and what is derived from them.
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -27,19 +32,20 @@ def build_optimizer(
     device: torch.device,
     lr_scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """AdamW or SGD with a group for what decays and one for what does not, for each rate.
+    """An optimizer with a group for what decays and one for what does not, for each rate.
 
     Args:
         network: the network whose parameters are trained; frozen ones are left out.
         config: the optimizer's settings.
-        device: of the parameters; on CPU and CUDA the fused form is used: it makes no temporary
-            copies of the parameters, and needs no synchronisation to skip an update. SGD of
-            sharded parameters has none.
+        device: of the parameters; on CPU and CUDA the fused form of AdamW and SGD is used: it
+            makes no temporary copies of the parameters, and needs no synchronisation to skip an
+            update. SGD of sharded parameters has none.
         lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
             group's stands in its ``lr_scale``, which the schedule multiplies by.
 
     Raises:
-        ConfigError: the classifier has a rate of its own, and the network does not say where it is.
+        ConfigError: the classifier has a rate of its own, and the network does not say where it
+            is; or the optimizer refuses its arguments.
     """
     branches = tuple(
         f"{prefix}.attention.".removeprefix(".")
@@ -84,11 +90,12 @@ def build_optimizer(
     fused = True if device.type in ("cpu", "cuda") else None
     if config.name == "sgd" and any(isinstance(p, DTensor) for p in network.parameters()):
         fused = False  # torch has no fused SGD of sharded parameters
+    own: dict[str, Any] = {}
     if config.name == "adamw":
-        beta1, beta2 = config.betas
-        return torch.optim.AdamW(
-            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
-        )
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
-    )
+        own = {"betas": tuple(config.betas), "eps": config.eps, "fused": fused}
+    elif config.name == "sgd":
+        own = {"momentum": config.momentum, "nesterov": config.nesterov, "fused": fused}
+    try:
+        return OPTIMIZERS.find(config.name)(groups, lr=config.lr, **{**own, **config.args})
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"optimizer.name {config.name!r}: {one_line(error)}") from error

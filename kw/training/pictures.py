@@ -20,7 +20,7 @@ from ..config.run_schema import RunConfig
 from ..config.schema import Config
 from ..data import (
     build_transform,
-    check_data_root,
+    check_classes,
     open_training,
     read_image,
     stop_workers,
@@ -321,7 +321,7 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
         ConfigError: there is no such update.
         DataError: the data folder is not as expected.
     """
-    classes = check_data_root(config.data.root, config.model.num_classes)
+    classes = check_classes(config.data, config.model.num_classes)
     process = find_process("none")
     loader = open_training(config, process.device, process.rank, process.world_size)
     sampler: Any = loader.batch_sampler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     Loader,
-    check_data_root,
+    check_classes,
     deaths_explained,
     open_training,
     open_validation,
     stop_workers,
 )
 from ..evaluation import Accuracy
+from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
+from ..registry import HOOKS, LOSSES, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
@@ -40,6 +43,7 @@ from .task import Task, headline
 from .trainer import Trainer, set_seed
 
 __all__ = [
+    "build_hooks",
     "build_preprocessor",
     "build_trainer",
     "check_devices",
@@ -47,7 +51,6 @@ __all__ = [
     "evaluate_checkpoint",
     "find_checkpoint",
     "set_contraction",
-    "standard_hooks",
     "train",
 ]
 
@@ -102,12 +105,12 @@ def build_trainer(
             "pictures with distributed.strategy: fsdp: one process draws, and has a part of the "
             "weights alone; set pictures: null"
         )
-    hooks = standard_hooks(config)
+    hooks = build_hooks(config)
     if config.pictures is not None:
         hooks.append(PictureHook(config.pictures))
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    classes = check_data_root(config.data.root, config.model.num_classes)
+    classes = check_classes(config.data, config.model.num_classes)
     train_loader = open_training(config, process.device, process.rank, process.world_size)
 
     set_seed(config.seed)
@@ -123,12 +126,13 @@ def build_trainer(
     if config.compile:
         network.compile()
     average = distribute(network, config, process)
-    model = ImageClassifier(network, build_preprocessor(config))
+    loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
+    model = ImageClassifier(network, build_preprocessor(config), loss)
     val_loader = open_validation(config, process.device, process.rank, process.world_size)
     task = Task(
         model,
         network,
-        lambda n: evaluate(n, model.preprocess, val_loader, config.precision),
+        lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
         "top1",
         classes,
         "config.yaml",
@@ -160,18 +164,23 @@ def build_preprocessor(config: Config) -> BatchPreprocessor:
     )
 
 
-def standard_hooks(config: RunConfig) -> list[Hook]:
-    """The hooks that every run has, in their order."""
+def build_hooks(config: RunConfig) -> list[Hook]:
+    """The hooks that every run has, in their order, and those of the configuration."""
     return [
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),
+        *(HOOKS.find(name)(**args) for name, args in config.hooks.items()),
     ]
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, preprocess: nn.Module, loader: DataLoader[Any], precision: str
+    network: nn.Module,
+    preprocess: nn.Module,
+    loader: DataLoader[Any],
+    precision: str,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, float | None]:
     """Evaluate a classifier on this process's share of a data set: exact on any number of them.
 
@@ -181,22 +190,25 @@ def evaluate(
         preprocess: ``(batch, training) -> (images, labels)``.
         loader: disjoint shares over the processes, without padding.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        metrics: further entries of :data:`kw.registry.METRICS`, with their arguments.
 
     Returns:
-        See :meth:`kw.evaluation.Accuracy.compute`.
+        See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
     """
     training = network.training
     network.eval()
     device = next(network.parameters()).device
-    accuracy = Accuracy(device)
+    counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
+    counts.append(Accuracy(device))
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):
             logits = network(images)
-        accuracy.update(logits, labels)
+        for metric in counts:
+            metric.update(logits, labels)
     network.train(training)
     host_barrier("at the end of an evaluation")
-    return {**accuracy.compute()}
+    return {name: value for each in counts for name, value in each.compute().items()}
 
 
 def evaluate_checkpoint(
@@ -222,7 +234,7 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
-        classes = check_data_root(config.data.root, config.model.num_classes, ["val"])
+        classes = check_classes(config.data, config.model.num_classes, ["val"])
         refuse_other_classes(state, classes, f"checkpoint {checkpoint}", config.data.root)
         loader = open_validation(config, process.device, process.rank, process.world_size)
         network = build_network(config.model)
@@ -239,7 +251,7 @@ def evaluate_checkpoint(
             state,
             checkpoint,
             loader,
-            lambda: evaluate(network, preprocess, loader, config.precision),
+            lambda: evaluate(network, preprocess, loader, config.precision, config.metrics),
         )
 
 
@@ -304,6 +316,11 @@ def check_devices(config: RunConfig, process: Process) -> None:
     """Refuse settings that these devices cannot follow, before anything is built."""
     if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
+    if config.distributed.strategy == "fsdp" and config.optimizer.name not in ("adamw", "sgd"):
+        raise ConfigError(
+            f"distributed.strategy: fsdp with optimizer.name: {config.optimizer.name}: its state "
+            "is not known to be sharded as the parameters are; set adamw or sgd"
+        )
     if config.distributed.strategy == "fsdp" and config.precision == "fp16":
         raise ConfigError(
             "distributed.strategy: fsdp with precision: fp16: the loss scaler would have to agree "

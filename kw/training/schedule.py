@@ -8,12 +8,46 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
-from ..config.run_schema import RunConfig
+from ..config.run_schema import RunConfig, ScheduleConfig
+from ..registry import SCHEDULES
 from ..warehouse import annealed_temperature
 
-__all__ = ["Schedule"]
+__all__ = ["Moment", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where an update stands in its run, for a schedule.
+
+    Attributes:
+        progress: share of the updates after the warm-up that are done, in [0, 1).
+        epoch: epochs done, with their fractions.
+        lr: the configuration's learning rate, that of the end of the warm-up.
+        settings: the configuration's ``schedule``.
+    """
+
+    progress: float
+    epoch: float
+    lr: float
+    settings: ScheduleConfig
+
+
+@SCHEDULES.register()
+def cosine(moment: Moment) -> float:
+    """Half a cosine from the learning rate to ``schedule.final_lr``."""
+    final = moment.settings.final_lr
+    return final + (moment.lr - final) * (0.5 * (1 + math.cos(math.pi * moment.progress)))
+
+
+@SCHEDULES.register()
+def step(moment: Moment) -> float:
+    """Multiplied by ``schedule.gamma`` at each of ``schedule.milestones``, in epochs."""
+    passed = bisect.bisect_right(moment.settings.milestones, moment.epoch)
+    return moment.lr * moment.settings.gamma**passed
 
 
 @dataclass(frozen=True)
@@ -41,17 +75,18 @@ class Schedule:
         return max(wanted, min(schedule.warmup_updates, self.total_updates // 10))
 
     def lr(self, update: int) -> float:
-        """Learning rate of an update (from 0): linear warm-up, then cosine or steps."""
-        schedule, base = self.config.schedule, self.config.optimizer.lr
-        warmup = self.warmup_updates
+        """Learning rate of an update (from 0): linear warm-up, then ``schedule.name``."""
+        base, warmup = self.config.optimizer.lr, self.warmup_updates
         if update < warmup:
             return base * (update + 1) / warmup
-        if schedule.name == "cosine":
-            progress = (update - warmup) / max(self.total_updates - warmup, 1)
-            swing = 0.5 * (1 + math.cos(math.pi * progress))
-            return schedule.final_lr + (base - schedule.final_lr) * swing
-        passed = bisect.bisect_right(schedule.milestones, update / self.updates_per_epoch)
-        return base * schedule.gamma**passed
+        progress = (update - warmup) / max(self.total_updates - warmup, 1)
+        epoch = update / self.updates_per_epoch
+        return self._shape(Moment(progress, epoch, base, self.config.schedule))
+
+    @cached_property
+    def _shape(self) -> Callable[[Moment], float]:
+        settings = self.config.schedule
+        return partial(SCHEDULES.find(settings.name), **settings.args)
 
     def temperature(self, update: int) -> float:
         """Attention temperature of an update: from 1 linearly to 0, then 0 (paper: Eq. 5)."""

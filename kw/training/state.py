@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], source: str) -> None:
             logger.warning(f"{source} has no EMA: the average starts from its weights")
             average = checkpoint["state_dict"]
         load_network(trainer.average.network, average, source)
-    trainer.updater.load_state_dict(checkpoint["optimizer"])
+    trainer.updater.load_state_dict(checkpoint["optimizer"], trainer.config.optimizer.args)
     for name, log in fault_logs(trainer).items():
         log.load_state_dict(checkpoint.get("bad_images", {}).get(name, {"known": []}))
     trainer.best = meta["best"]
@@ -196,17 +197,28 @@ def restore_optimizer(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     guard: FiniteGuard,
+    settings: Collection[str] = (),
 ) -> None:
-    """Restore :func:`optimizer_state`; learning rate and decay stay this run's."""
-    optimizer.load_state_dict(_placed(state["optimizer"], optimizer))
+    """Restore :func:`optimizer_state`, but for what the configuration sets.
+
+    Args:
+        state: as it was saved.
+        optimizer: this run's.
+        scaler: likewise.
+        guard: likewise.
+        settings: names of the further arguments that this run's configuration gives the optimizer.
+    """
+    optimizer.load_state_dict(_placed(state["optimizer"], optimizer, settings))
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     if "skipped" in state:  # checkpoints of earlier versions have none
         guard.load_state_dict(state["skipped"])
 
 
-def _placed(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state, sharded as its parameters are, with this run's rates and decay."""
+def _placed(
+    state: dict[str, Any], optimizer: Optimizer, settings: Collection[str]
+) -> dict[str, Any]:
+    """An optimizer's state, sharded as its parameters are, with this run's settings."""
     pairs = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
     parameters = {
         number: parameter
@@ -214,6 +226,11 @@ def _placed(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         for number, parameter in zip(other["params"], own["params"], strict=True)
     }
     groups = [{**own, "params": other["params"]} for own, other in pairs]
+    if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)):
+        # Others keep their state, a count of steps for instance, among a group's settings.
+        own_keys = {"lr", "lr_scale", "weight_decay", "params", *settings}
+        kept = [{k: v for k, v in other.items() if k not in own_keys} for _, other in pairs]
+        groups = [{**group, **theirs} for group, theirs in zip(groups, kept, strict=True)]
     placed = {
         number: {
             # Counts of steps are scalars, the same everywhere.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,9 @@ class Updater:
         """State of optimizer, loss scaler and guard: tensors and plain types."""
         return optimizer_state(self.optimizer, self.scaler, self.guard)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; learning rate and decay stay this run's."""
-        restore_optimizer(state, self.optimizer, self.scaler, self.guard)
+    def load_state_dict(self, state: dict[str, Any], settings: Collection[str] = ()) -> None:
+        """Restore :meth:`state_dict`; see :func:`kw.training.state.restore_optimizer`."""
+        restore_optimizer(state, self.optimizer, self.scaler, self.guard, settings)
 
 
 class Trainer:

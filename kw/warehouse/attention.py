@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..registry import ATTENTION_FUNCTIONS
 from .partition import CellSlice
 
 __all__ = [
@@ -34,30 +35,28 @@ EPS = 1e-3
 """Added to the sum of magnitudes that the contrasting and the rectified function divide by."""
 
 
+@ATTENTION_FUNCTIONS.register()
 def contrasting(logits: Tensor) -> Tensor:
     """``z_j / (sum_p |z_p| + 1e-3)``: signed, so that cells can be subtracted."""
     return logits / (logits.abs().sum(-1, keepdim=True) + EPS)
 
 
+@ATTENTION_FUNCTIONS.register()
 def softmax(logits: Tensor) -> Tensor:
     """Positive coefficients that compete and sum to one."""
     return logits.softmax(-1)
 
 
+@ATTENTION_FUNCTIONS.register()
 def sigmoid(logits: Tensor) -> Tensor:
     """Independent coefficients in (0, 1)."""
     return logits.sigmoid()
 
 
+@ATTENTION_FUNCTIONS.register()
 def rectified(logits: Tensor) -> Tensor:
     """``max(z_j, 0) / (sum_p |z_p| + 1e-3)``: the contrasting function without its negatives."""
     return logits.relu() / (logits.abs().sum(-1, keepdim=True) + EPS)
-
-
-ATTENTION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    function.__name__: function for function in (contrasting, softmax, sigmoid, rectified)
-}
-"""From logits ``[..., n + 1]``, the null cell last, to coefficients of the same shape."""
 
 
 def _ratio_logits(alpha: Tensor, scale: float) -> Tensor:
@@ -261,7 +260,8 @@ class KernelAttention(nn.Module):
         with full_precision(pooled):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            alpha = ATTENTION_FUNCTIONS[self.function](logits)[..., :-1]  # the null cell is dropped
+            function = ATTENTION_FUNCTIONS.entries[self.function]
+            alpha = function(logits)[..., :-1]  # the null cell is dropped
             if temperature is None or self.one_hot is None:
                 return alpha
             # A copy, since the buffer may be set anew before the backward pass reads it.

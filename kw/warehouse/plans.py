@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..registry import PLANS
 from .plan import Plan, Rule
 from .warehouse import WarehouseSettings
 
@@ -112,7 +113,7 @@ def _deit() -> Iterator[Rule]:
         yield Rule(rf"blocks\.({blocks})\.(attn\.qkv|mlp\.fc[12])", f"stage{stage}")
 
 
-PLANS: dict[str, Plan] = {
+_OWN = {
     "resnet18": _resnet(),
     # The first 1x1 and the stride-1 shortcut have no stage before that could hand cells over.
     "resnet50": _resnet(r"layer1\.0\.(conv1|downsample\.0)"),
@@ -122,3 +123,4 @@ PLANS: dict[str, Plan] = {
     "convnext_tiny": Plan(tuple(_convnext()), WarehouseSettings(norm="layer")),
     "deit": Plan(tuple(_deit()), WarehouseSettings(norm="layer")),
 }
+PLANS.update(_OWN)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from ...registry import CONTRACTIONS
 from .bmm import Bmm
-from .contraction import Contraction
 from .depthwise import Depthwise
 from .grouped import conv_grouped
 from .kernels import Kernels
@@ -28,21 +30,10 @@ YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
 """Ordinary differentiable code, which the others are tested against and compared with. Autograd
 keeps what it keeps; the planner never takes them."""
 
-CONTRACTIONS: dict[str, Contraction] = {
-    contraction.name: contraction
-    for contraction in (
-        Native(),
-        TritonConv(),
-        TritonOnChip(),
-        Depthwise(),
-        Kernels(),
-        Bmm(),
-        MixInputs(),
-    )
-}
-"""Back ends with gradients of their own, the preferred first where costs are equal."""
+for _own in (Native(), TritonConv(), TritonOnChip(), Depthwise(), Kernels(), Bmm(), MixInputs()):
+    CONTRACTIONS[_own.name] = _own
 
-BACKENDS: tuple[str, ...] = (*YARDSTICKS, *CONTRACTIONS)
-"""Names that can be forced on a layer."""
+BACKENDS: Mapping[str, Any] = ChainMap(CONTRACTIONS, YARDSTICKS)
+"""What can be forced on a layer, the yardsticks first."""
 
 planner = Planner(CONTRACTIONS, fallback="kernels")

@@ -57,7 +57,7 @@ class Planner:
     """
 
     def __init__(self, contractions: Mapping[str, Contraction], fallback: str) -> None:
-        self.contractions = dict(contractions)
+        self.contractions = contractions
         self.fallback = fallback
         self.timings = TimingCache()
         self._mode = "model"

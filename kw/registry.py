@@ -1,0 +1,242 @@
+"""Every registry: what a configuration can name, by kind.
+
+An entry is registered where it is defined, in this project or in a module of a user's own, which a
+configuration names under ``custom_imports`` (docs/extending.md)::
+
+    from kw.registry import ATTENTION_FUNCTIONS
+
+    @ATTENTION_FUNCTIONS.register()
+    def tanh(logits):
+        return logits.tanh()
+
+The entries are the choices of the configuration's keys. This module imports nothing but the
+standard library; a registry imports the modules of the project's own entries when it is first read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from .data.dataset import Listing
+    from .deploy.export import Exporter
+    from .evaluation.accuracy import Metric
+    from .peers.convert import Method
+    from .training.hooks import Hook
+    from .warehouse.ops.contraction import Contraction
+    from .warehouse.plan import Plan
+
+__all__ = [
+    "ATTENTION_FUNCTIONS",
+    "CONTRACTIONS",
+    "DATASETS",
+    "EXPORTERS",
+    "HOOKS",
+    "LOSSES",
+    "METRICS",
+    "OPTIMIZERS",
+    "PEERS",
+    "PLANS",
+    "SCHEDULES",
+    "TRANSFORMS",
+    "Registry",
+    "argument_fault",
+]
+
+T = TypeVar("T")
+E = TypeVar("E")
+
+
+class Registry(MutableMapping[str, T]):
+    """Entries by name, in the order in which they were registered.
+
+    Args:
+        kind: what an entry is, for messages.
+        *modules: of the project's own entries, imported in this order until a name is found.
+
+    Attributes:
+        entries: what was registered so far.
+    """
+
+    def __init__(self, kind: str, *modules: str) -> None:
+        self.kind = kind
+        self._modules = list(modules)
+        self.entries: dict[str, T] = {}
+
+    def register(self, name: str | None = None) -> Callable[[E], E]:
+        """A decorator that registers a function or class, by its own name where none is given.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(entry: E) -> E:
+            self[name or str(getattr(entry, "__name__", ""))] = typing.cast(T, entry)
+            return entry
+
+        return add
+
+    def find(self, name: str) -> T:
+        """The entry of a name.
+
+        Raises:
+            UserError: there is none; the message has the nearest name and all that there are.
+        """
+        if name in self:
+            return self[name]
+        near = difflib.get_close_matches(name, self, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{self.kind} {name!r} is unknown; {hint}known: {', '.join(self)}")
+
+    def __getitem__(self, name: str) -> T:
+        while name not in self.entries and self._modules:
+            self._import_next()
+        return self.entries[name]
+
+    def _import_next(self) -> None:
+        module = self._modules.pop(0)  # before: it may look something up itself
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            self._modules.insert(0, module)
+            raise
+
+    def __setitem__(self, name: str, entry: T) -> None:
+        if name in self.entries and _identity(self.entries[name]) != _identity(entry):
+            raise ValueError(f"the {self.kind} {name!r} exists already; choose another name")
+        self.entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        while self._modules:
+            self._import_next()
+        return iter(list(self.entries))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _identity(entry: object) -> object:
+    """The same for a function or class whose module, or notebook's cell, is run again."""
+    name = getattr(entry, "__qualname__", None)
+    return entry if name is None else (getattr(entry, "__module__", None), name)
+
+
+ATTENTION_FUNCTIONS: Registry[Callable[[Tensor], Tensor]] = Registry(
+    "attention function", "kw.warehouse.attention"
+)
+"""Logits ``[..., n + 1]``, the null cell last -> coefficients of the same shape."""
+
+CONTRACTIONS: Registry[Contraction] = Registry("back end", "kw.warehouse.ops.backends")
+"""Back ends with gradients of their own, the preferred first where costs are equal."""
+
+PLANS: Registry[Plan] = Registry("plan", "kw.warehouse.plans")
+"""Which layers of a network join which warehouse."""
+
+PEERS: Registry[Method] = Registry("peer", "kw.peers.convert")
+"""Other dynamic convolutions."""
+
+DATASETS: Registry[Callable[..., Listing]] = Registry("data set", "kw.data.dataset")
+"""``(root, split, **args) -> Listing``: the files of a split, their labels and classes."""
+
+TRANSFORMS: Registry[Callable[..., Callable[[Image], Image]]] = Registry("transform")
+"""``(**args) -> (RGB image -> RGB image)``, applied to a training image before its crop."""
+
+LOSSES: Registry[Callable[..., Tensor]] = Registry("loss", "kw.models.losses")
+"""``(logits [B, C] float32, targets, **args) -> scalar``; targets are labels ``[B]`` or
+probabilities ``[B, C]``."""
+
+METRICS: Registry[Callable[..., Metric]] = Registry("metric", "kw.evaluation.accuracy")
+"""``(device, **args) -> Metric``, for every evaluation anew."""
+
+OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry(
+    "optimizer", "kw.training.optim", "kw.training.more_optimizers"
+)
+"""``(groups, lr=..., **args) -> Optimizer``; each group has its own weight decay."""
+
+SCHEDULES: Registry[Callable[..., float]] = Registry("schedule", "kw.training.schedule")
+"""``(moment, **args) -> learning rate``, after the warm-up."""
+
+HOOKS: Registry[Callable[..., Hook]] = Registry("hook", "kw.training.hooks.stopping")
+"""``(**args) -> Hook``."""
+
+EXPORTERS: Registry[Exporter] = Registry("format", "kw.deploy.export")
+"""Formats of exported files, by the end of their names."""
+
+
+def argument_fault(
+    entry: Callable[..., object],
+    given: Mapping[str, object],
+    passed: int = 0,
+    elsewhere: Collection[str] = (),
+) -> str | None:
+    """What is wrong with an entry's arguments, as what was expected; ``None`` if nothing is.
+
+    Args:
+        entry: a function or class; its signature says what it takes.
+        given: keyword arguments of a configuration.
+        passed: leading arguments that are not the configuration's to give.
+        elsewhere: arguments that other keys give.
+    """
+    parameters = list(inspect.signature(entry).parameters.values())[passed:]
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    for name in given:
+        if name not in known and not takes_any:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            return f"no {name!r} among its arguments{hint}; valid: {', '.join(known) or 'none'}"
+    needed = [name for name, p in known.items() if p.default is p.empty]
+    missing = [name for name in needed if name not in given and name not in elsewhere]
+    if missing:
+        return f"its argument {missing[0]!r}, which has no default"
+    hints = _hints(entry)
+    for name, value in given.items():
+        if name in hints and not _fits(value, hints[name]):
+            return f"its argument {name!r} to be {_named(hints[name])}, found {value!r}"
+    return None
+
+
+def _hints(entry: Callable[..., object]) -> dict[str, object]:
+    made = vars(entry).get("__init__", entry) if isinstance(entry, type) else entry
+    try:
+        return typing.get_type_hints(made)
+    except (NameError, TypeError):  # of a type that is not there at run time
+        return {}
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a plain value has a type; true of types that plain values have not."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, tuple, set) or hint in (list, tuple, set):
+        element = inner[0] if inner else object
+        return isinstance(value, list) and all(_fits(each, element) for each in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool, str):
+        return type(value) is hint
+    if hint in (None, type(None)):
+        return value is None
+    return True
+
+
+def _named(hint: object) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
