@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ torch.ones(1, requires_grad=True).sum().backward()
 CLASSES = ("bird", "cat", "dog", "fish")
 # ResNet18 with one block a stage: its plan finds a warehouse for every stage all the same.
 SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+
+
+@pytest.fixture(autouse=True)
+def no_log_is_left() -> Iterator[None]:
+    """Of a run that was built and not trained."""
+    yield
+    if "kw.training.logs" in sys.modules:
+        sys.modules["kw.training.logs"].close_log()
 
 
 def write_images(root: Path, split: str, counts: tuple[int, ...], seed: int) -> None:

@@ -94,12 +94,12 @@ def test_one_of_each_kind(own: Path) -> None:
     assert tested_again.returncode == 0, tested_again.stderr
     assert f"top1         {tested[-1]['top1']:.4f}" in tested_again.stdout
     exported = tool(
-        own, "export.py", "work_dirs/mine/config.yaml", "work_dirs/mine/last.pth", "mine.ts",
+        own, "export.py", "work_dirs/mine/config.yaml", "work_dirs/mine/last.pth", "mine.exported",
         "--import", "my_format", allow="1",
     )  # fmt: skip
     assert exported.returncode == 0, exported.stderr
     assert "largest difference" in exported.stdout
-    assert (own / "mine.ts").is_file()
+    assert (own / "mine.exported").is_file()
 
 
 def test_a_file_alone_runs_nothing(own: Path) -> None:

@@ -89,14 +89,7 @@ def write_card(
         "",
         *_verification(inputs, random, real),
         "",
-        "## Use",
-        "",
-        "```python",
-        _COMMANDS[path.suffix].format(name=path.name),
-        "```",
-        "",
-        f"    python tools/predict.py {path.name} image.jpg folder/",
-        "",
+        *_use(path),
         "## Licence, citation, versions",
         "",
         "Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.",
@@ -196,6 +189,14 @@ def _verification(inputs: InputRange, random: Difference, real: Difference | Non
             f"{found.same} of {found.images} get the same class."
         )
     return lines
+
+
+def _use(path: Path) -> list[str]:
+    if path.suffix not in _COMMANDS:  # a format of somebody's own
+        return []
+    code = _COMMANDS[path.suffix].format(name=path.name)
+    command = f"    python tools/predict.py {path.name} image.jpg folder/"
+    return ["## Use", "", "```python", code, "```", "", command, ""]
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

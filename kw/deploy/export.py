@@ -85,7 +85,8 @@ class Exporter:
     Attributes:
         write: writes a file and returns its path, whose name may be longer than the one given.
         precisions: what it can be written in, of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``.
-        load: reads a file for its verification: a module from normalised images to logits; None
+        load: reads a file for its verification: a module in evaluation mode, from normalised images
+            to logits; None
             for :func:`kw.load`.
         packages: that it needs.
     """
@@ -233,7 +234,7 @@ def _read(job: Job, path: Path) -> Classifier:
     exporter = EXPORTERS[job.path.suffix]
     if exporter.load is None:
         return load(path)
-    return Classifier(exporter.load(path).eval(), job.description, exported=True)
+    return Classifier(exporter.load(path), job.description, exported=True)
 
 
 def _verify(

@@ -16,7 +16,7 @@ from ..errors import memory_for, say
 from ..training import load_checkpoint, set_contraction
 from ..training.distributed import Process, host_barrier, process_group
 from ..training.folder import find_checkpoint, held
-from ..training.logs import open_log
+from ..training.logs import close_log, open_log
 from ..training.optim import build_optimizer
 from ..training.parallel import distribute
 from ..training.precision import autocast
@@ -64,7 +64,10 @@ def train(
         process_group(launcher, config.run.distributed.timeout_minutes) as process,
         held(Path(work_dir), process),
     ):
-        return build_trainer(config, Path(work_dir), process, resume).run()
+        try:
+            return build_trainer(config, Path(work_dir), process, resume).run()
+        finally:
+            close_log()
 
 
 def build_trainer(

@@ -19,6 +19,7 @@ _FORMAT = logging.Formatter(
     "%(asctime)s - %(levelname)s - %(message)s", datefmt="%Y/%m/%d %H:%M:%S"
 )
 _handlers: list[logging.Handler] = []
+_level: int | None = None  # of the logger before, where it was changed
 
 
 class _File(logging.FileHandler):
@@ -41,8 +42,10 @@ def open_log(work_dir: Path, process: Process) -> None:
         dist.broadcast_object_list(stamp)
     path = work_dir.absolute() / stamp[0] / f"{stamp[0]}.log"
     log_to(path)
+    global _level
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+        _level = logging.NOTSET
     if not any(map(_is_console, logging.getLogger().handlers)):
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO if process.is_main else logging.ERROR)
@@ -60,6 +63,10 @@ def _is_console(handler: logging.Handler) -> bool:
 
 def close_log() -> None:
     """Write to no run's log any more."""
+    global _level
+    if _level is not None:
+        logger.setLevel(_level)
+        _level = None
     for handler in _handlers:
         logger.removeHandler(handler)
         handler.close()

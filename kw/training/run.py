@@ -34,7 +34,7 @@ from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook
 from .hooks.bad_images import tell_bad_images
-from .logs import open_log
+from .logs import close_log, open_log
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -87,7 +87,10 @@ def train(
         process_group(launcher, config.distributed.timeout_minutes) as process,
         held(Path(work_dir), process),
     ):
-        return build_trainer(config, Path(work_dir), process, resume).run()
+        try:
+            return build_trainer(config, Path(work_dir), process, resume).run()
+        finally:
+            close_log()
 
 
 def build_trainer(
