@@ -35,8 +35,8 @@ $(VENV)/demo-installed: setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/demo-installed
 	rm -rf $(DEMO)/runs
 	$(BIN)/python -m kw.data.two_inks $(DEMO)/two_inks
-	$(BIN)/python tools/run_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs --jobs 2
-	$(BIN)/python tools/summarize_study.py configs/demo/demo.yaml --work-dir $(DEMO)/runs \
+	$(BIN)/kw study run configs/demo/demo.yaml --work-dir $(DEMO)/runs --jobs 2
+	$(BIN)/kw study summarize configs/demo/demo.yaml --work-dir $(DEMO)/runs \
 		--json $(DEMO)/demo.json --plot $(DEMO)/curves.png
 
 demo-detection: $(DEMO)/kw_resnet18_1x/best.pth
@@ -62,8 +62,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tools/render_tables.py --check
-	$(BIN)/python tools/render_results.py --check
+	$(BIN)/python scripts/render_tables.py --check
+	$(BIN)/python scripts/render_results.py --check
 	$(MAKE) docs
 
 # Anew every time: what is kept of an earlier build does not warn again.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .deploy import load
     from .models import build_model
     from .models.released import list_models
+    from .runs import train
     from .warehouse import convert, get_temperature, set_temperature
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "peers",
     "set_temperature",
+    "train",
 ]
 
 register_with_timm()
@@ -37,6 +39,7 @@ __getattr__ = lazily(
         "deploy": "load",
         "models": "build_model",
         "models.released": "list_models",
+        "runs": "train",
         "warehouse": "convert get_temperature set_temperature",
         "": "peers",
     },

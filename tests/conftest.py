@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from kw.cli import main
+
 # The networks of tests are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
 # Autograd starts its threads at the first backward pass: none here, but some where that one is
@@ -59,8 +61,12 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def run(*arguments: object) -> None:
         monkeypatch.chdir(root)
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-        runpy.run_path(str(root / sys.argv[0]), run_name="__main__")
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        if words[0].startswith("kw "):
+            main([*words[0].split()[1:], *words[1:]])
+        else:
+            runpy.run_path(str(root / words[0]), run_name="__main__")
 
     return run
 

@@ -28,7 +28,7 @@ PAGES = [
 ]
 SHELL, PYTHON = ("", "bash", "sh", "shell", "console"), ("python",)
 IGNORED = ("text", "yaml", "json", "toml", "mermaid", "markdown")
-PROGRAMS = ("python", "torchrun", "pip", "make", "sbatch")
+PROGRAMS = ("python", "torchrun", "pip", "make", "sbatch", "kw")
 SCRIPTS = ("prepare_coco.sh", "prepare_imagenet.sh", "train.sh")
 ENVIRONMENT = ("NODES", "RENDEZVOUS", "PROCESSES", "JOB", "OPTIONS", "RESTARTS")
 _MARK = re.compile(r"<!--\s*(not run|file):\s*(.+?)\s*-->", re.S)

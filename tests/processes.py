@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from kills import free_port
 
+from kw.cli import main
 from kw.training.distributed import process_group
 
 __all__ = ["call", "in_processes"]
@@ -88,7 +89,10 @@ def _tool(words: list[str], rank: int, world: int, port: int, folder: Path) -> N
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     try:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        if words[0].startswith("kw "):
+            main([*words[0].split()[1:], *words[1:]])
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from doc_pages import PAGES, ROOT, SHELL, Block, Command, Recorder, read_blocks
 
+from kw.cli import command_of
+
 # Of a classifier on the folder that generate() makes.
 SMALL = [
     "data.root=data/small",
@@ -73,6 +75,7 @@ STANDS_FOR = {
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
     "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
 }
+SCRIPTS = ("scripts/scaling.py", "scripts/subset_coco.py")
 BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
 
@@ -108,6 +111,11 @@ def shrink(command: Command) -> Run:
         tool, arguments = shrink_tool(words[at], words[at + 1 :])
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         return Run((sys.executable, *launcher, tool, *arguments))
+    if program == "kw" or words[:2] == ["-m", "kw"]:
+        name, module, arguments = command_of(words if program == "kw" else words[2:])
+        assert module is not None
+        tool, small = shrink_tool(module, arguments)
+        return Run((sys.executable, "-m", *name.split(), *small))
     if program != "python":
         raise KeyError(program)
     script, *arguments = words
@@ -120,7 +128,7 @@ def shrink(command: Command) -> Run:
         return Run((sys.executable, "-m", *arguments, *few))
     if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
         return Run(elsewhere="make bench, minutes")
-    if script.startswith("tools/"):
+    if script.startswith("tools/") or script in SCRIPTS:
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():
         raise KeyError(script)

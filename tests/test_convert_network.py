@@ -31,7 +31,7 @@ def test_a_network_is_converted(
 ) -> None:
     target, weights = tmp_path / "new/converted.pth", tmp_path / "static.pth"
     options = ["--images", images / "val", "--count", 8] if real else []
-    tool("tools/convert_network.py", config, target, "--weights", weights, *options)
+    tool("kw convert network", config, target, "--weights", weights, *options)
     out = capsys.readouterr().out
     assert out.count("100.00%") == 4
     assert f"the same class for {8 if real else 128}" in out
@@ -53,7 +53,7 @@ def test_half_of_the_cells(
     ]
     target = tmp_path / "converted.pth"
     arguments = (config, target, "--weights", tmp_path / "static.pth", "--images", images / "val")
-    tool("tools/convert_network.py", *arguments, "--cfg-options", *halves)
+    tool("kw convert network", *arguments, "--cfg-options", *halves)
     out = capsys.readouterr().out
     assert out.count("100.00%") < 4
     assert "on 9 images" in out  # the other 10 of 19 say what matters
@@ -77,6 +77,6 @@ def test_mistakes(config: Path, tmp_path: Path, tool: Any, capsys: Any) -> None:
         ),
     ):
         with pytest.raises(SystemExit):
-            tool("tools/convert_network.py", config, target, *options)
+            tool("kw convert network", config, target, *options)
         assert message in capsys.readouterr().err
     assert not target.exists()

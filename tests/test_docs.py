@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import functools
+import importlib
 import importlib.util
 import re
 import runpy
@@ -38,9 +39,10 @@ from run_docs import shrink
 from torch import distributed, nn
 
 from kw import get_temperature
-from kw.cli import ToolParser, load_run
+from kw.cli import ToolParser, command_of
 from kw.config import ConfigError
 from kw.errors import UserError
+from kw.runs import load_run
 from kw.warehouse import KWLayer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -78,9 +80,9 @@ def parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> argparse.
     with monkeypatch.context() as patch:
         patch.setattr(ToolParser, "parse_args", stop)
         patch.setattr(sys, "argv", list(words))
-        tool = runpy.run_path(str(ROOT / words[0]), run_name="read")
+        main = main_of(words)
         try:
-            tool["main"]()
+            main()
         except _Parsed as understood:
             return understood.args[0]
         except SystemExit as ended:
@@ -89,15 +91,28 @@ def parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> argparse.
     return argparse.Namespace()  # --reference and --help answer and end
 
 
+def main_of(words: tuple[str, ...]) -> Callable[[], None]:
+    """What a command line calls: a tool's main, or that of a command of kw."""
+    if words[0] != "kw":
+        return runpy.run_path(str(ROOT / words[0]), run_name="read")["main"]
+    name, module, rest = command_of(words[1:])
+    sys.argv = [name, *rest]
+    return importlib.import_module(f"kw.cli.{module}").main
+
+
 def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where a command is none that could run."""
     program, *words = command.words
-    if program in ("python", "torchrun"):
+    if program in ("python", "torchrun", "kw"):
+        if program == "kw":
+            words = ["kw", *words]
         if program == "torchrun":
             from torch.distributed.run import get_args_parser
 
             run = get_args_parser().parse_args(words)
             words = [run.training_script, *run.training_script_args]
+            if run.module:
+                words = ["-m", *words]
         check_python(tuple(words), monkeypatch)
     elif program == "sbatch":
         at = words.index("scripts/train.slurm")
@@ -121,9 +136,11 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_python(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = words
-    if script == "-m":
+    if script == "-m" and arguments[0] == "kw":
+        check_python(tuple(arguments), monkeypatch)
+    elif script == "-m":
         assert importlib.util.find_spec(arguments[0]), words
-    elif script.startswith("tools/"):
+    elif script == "kw" or script.startswith(("tools/", "scripts/")):
         args = vars(parsed(words, monkeypatch))
         options = args.get("cfg_options", [])
         named = [args.get("config"), *(args.get("configs") or ()), *(args.get("sets") or ())]

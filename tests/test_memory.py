@@ -342,7 +342,7 @@ def test_loading_is_measured(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     threads = torch.get_num_threads()
-    tool("tools/measure_loading.py", path, "--images", 80)
+    tool("kw benchmark loading", path, "--images", 80)
     torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [

@@ -14,12 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from kw.cli import run_tool
+from kw.cli import COMMANDS, run_tool
 from kw.data import DataError
 from kw.errors import UserError, answer
 
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+MODULES = {module for group in COMMANDS.values() for module, _ in group.values()}
+ALONE = {  # commands that no tool is the same as
+    f"kw_{name}_{sub}".rstrip("_")
+    for name, group in COMMANDS.items()
+    for sub, (module, _) in group.items()
+    if f"{module}.py" not in TOOLS
+}
 R18 = "configs/demo/kw_resnet18_1x.yaml"
 STUDY = "configs/tiny_imagenet/tiny_imagenet_cpu.yaml"
 FITS = "--work-dir {place}/new --cfg-options data.root={place}/images model.num_classes=4"
@@ -74,15 +82,15 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("analyze.py none.yaml", ["none.yaml", "no such file"]),
     (f"analyze.py {R18} --cfg-options data.input_size=0", ["data.input_size = 0", ">= 1"]),
     (f"analyze.py {R18} --json {{place}}/folder", ["--json", "is a folder"]),
-    (f"explain_backends.py {R18} --threads 0", ["--threads: '0': expected an integer >= 1"]),
-    (f"explain_backends.py {R18} --batch-size -4", ["--batch-size", "'-4': expected an integer"]),
-    (f"explain_backends.py {R18} --batch-size 1e3", ["'1e3': expected an integer >= 1"]),
-    (f"explain_backends.py {R18} --device tpu", ["'tpu': expected cpu, cuda or cuda:N"]),
-    (f"explain_backends.py {R18} --device cuda:99", ["'cuda:99': PyTorch sees"]),
-    ("compare_backends.py --models vgg", ["--models", "invalid choice: 'vgg'"]),
-    ("compare_backends.py --dtype int8", ["--dtype", "invalid choice: 'int8'"]),
-    ("compare_backends.py --backends native2", ["native2", "did you mean 'native'?"]),
-    ("compare_backends.py --steps 0", ["--steps: '0': expected an integer >= 1"]),
+    (f"kw_inspect_backends {R18} --threads 0", ["--threads: '0': expected an integer >= 1"]),
+    (f"kw_inspect_backends {R18} --batch-size -4", ["--batch-size", "'-4': expected an integer"]),
+    (f"kw_inspect_backends {R18} --batch-size 1e3", ["'1e3': expected an integer >= 1"]),
+    (f"kw_inspect_backends {R18} --device tpu", ["'tpu': expected cpu, cuda or cuda:N"]),
+    (f"kw_inspect_backends {R18} --device cuda:99", ["'cuda:99': PyTorch sees"]),
+    ("kw_benchmark_backends --models vgg", ["--models", "invalid choice: 'vgg'"]),
+    ("kw_benchmark_backends --dtype int8", ["--dtype", "invalid choice: 'int8'"]),
+    ("kw_benchmark_backends --backends native2", ["native2", "did you mean 'native'?"]),
+    ("kw_benchmark_backends --steps 0", ["--steps: '0': expected an integer >= 1"]),
     ("benchmark.py", ["expected one of: CONFIG or --layer; --standard; --render"]),
     ("benchmark.py configs/demo/resnet18.yaml", ["resnet18.yaml", "static network"]),
     ("reproduce.py imagenet_300", ["'imagenet_300'", "imagenet_300ep"]),
@@ -93,27 +101,27 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("benchmark.py --layer in=3,out=3", ["--layer", "size missing"]),
     ("benchmark.py --render {place}/folder", ["folder has no files benchmark-*.json"]),
     (f"convert_checkpoint.py none.pth {R18} out.pth", ["none.pth", "no such file"]),
-    (f"convert_network.py {R18} out.pth --weights none.pth", ["none.pth", "no such file"]),
+    (f"kw_convert_network {R18} out.pth --weights none.pth", ["none.pth", "no such file"]),
     (f"convert_checkpoint.py {{place}}/picture.png {R18} {{place}}/o.pth", ["picture.png"]),
     (f"convert_checkpoint.py {{place}}/empty {R18} {{place}}/folder", ["is a folder"]),
-    ("compare_runs.py {place}/folder", ["folder has no results.json"]),
-    ("compare_runs.py {place}/run", ["log.jsonl:1: iter = None: expected int"]),
-    ("compare_runs.py {place}/run --plot {place}/folder", ["--plot", "is a folder"]),
+    ("kw_study_compare {place}/folder", ["folder has no results.json"]),
+    ("kw_study_compare {place}/run", ["log.jsonl:1: iter = None: expected int"]),
+    ("kw_study_compare {place}/run --plot {place}/folder", ["--plot", "is a folder"]),
     ("render_tables.py --root {place}", ["--root", "expected a folder of families"]),
     ("render_results.py --root {place}", ["--root", "a folder with results.md and results/"]),
-    ("run_study.py none.yaml", ["none.yaml", "no such file"]),
-    (f"run_study.py {R18}", ["seed = 0: expected a known key; did you mean seeds?"]),
-    (f"run_study.py {STUDY} --jobs 0", ["--jobs: '0': expected an integer >= 1"]),
-    (f"run_study.py {STUDY} --cfg-options epochs=0", ["epochs = 0: expected an integer >= 1"]),
-    (f"summarize_study.py {STUDY} --work-dir {{place}}", ["none of 15 runs of the study ended"]),
-    (f"summarize_study.py {STUDY} --plot {{place}}/folder", ["--plot", "is a folder"]),
-    ("measure_loading.py none.yaml", ["none.yaml", "no such file"]),
+    ("kw_study_run none.yaml", ["none.yaml", "no such file"]),
+    (f"kw_study_run {R18}", ["seed = 0: expected a known key; did you mean seeds?"]),
+    (f"kw_study_run {STUDY} --jobs 0", ["--jobs: '0': expected an integer >= 1"]),
+    (f"kw_study_run {STUDY} --cfg-options epochs=0", ["epochs = 0: expected an integer >= 1"]),
+    (f"kw_study_summarize {STUDY} --work-dir {{place}}", ["none of 15 runs of the study ended"]),
+    (f"kw_study_summarize {STUDY} --plot {{place}}/folder", ["--plot", "is a folder"]),
+    ("kw_benchmark_loading none.yaml", ["none.yaml", "no such file"]),
     (
-        f"measure_loading.py {R18} --cfg-options data.root={{place}}/images model.num_classes=4"
+        f"kw_benchmark_loading {R18} --cfg-options data.root={{place}}/images model.num_classes=4"
         " total_batch_size=512 batch_size=512",
         ["the training set has 64 images, too few for one update"],
     ),
-    (f"measure_loading.py {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
+    (f"kw_benchmark_loading {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
     (f"export.py {R18} none.pth x.onnx", ["none.pth", "no such file"]),
     (f"export.py {R18} {{place}}/picture.png x.onnx", ["picture.png", "cannot be read"]),
     (f"export.py {R18} none.pth x.tflite", ["x.tflite", ".onnx, .pt2, .safetensors", "'.tflite'"]),
@@ -122,10 +130,10 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("predict.py {place}/notes.json {place}/picture.png", ["notes.json", "found '.json'"]),
     ("predict.py {place}/none.onnx {place}/picture.png", ["none.onnx", "no such file"]),
     ("predict.py {place}/empty {place} --top 0", ["--top: '0': expected an integer >= 1"]),
-    ("compare_exports.py {place}/images none.pth", ["none.pth", "no such file or folder"]),
-    ("compare_exports.py {place}/folder none.pth", ["folder"]),
-    ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
-    (f"check_exports.py {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
+    ("kw_benchmark_exports {place}/images none.pth", ["none.pth", "no such file or folder"]),
+    ("kw_benchmark_exports {place}/folder none.pth", ["folder"]),
+    ("kw_benchmark_exportable none.yaml", ["none.yaml", "no such file"]),
+    (f"kw_benchmark_exportable {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
 ]
 DETECTION: list[tuple[str, list[str]]] = [
     ("train.py none.py", ["none.py", "no such file"]),
@@ -145,8 +153,10 @@ def expect_answer(
     line: str, words: list[str], tool: Callable, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> str:
     name, *arguments = line.split()
+    folder = "scripts" if name in SCRIPTS else "tools"
+    called = name.replace("_", " ") if name.startswith("kw_") else f"{folder}/{name}"
     with pytest.raises(SystemExit) as end:
-        tool(f"tools/{name}", *(argument.format(place=place) for argument in arguments))
+        tool(called, *(argument.format(place=place) for argument in arguments))
     said = capsys.readouterr().err
     assert end.value.code == 2, said
     assert said.count("error: ") == 1, said
@@ -174,14 +184,19 @@ def test_mistakes_about_detectors(
 
 def test_all_tools_are_asked() -> None:
     asked = {line.split()[0] for line, _ in [*MISTAKES, *DETECTION]}
-    assert asked == set(TOOLS)
+    assert asked == {*TOOLS, *SCRIPTS, *ALONE} - {"kw_doctor"}  # which takes nothing
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_every_tool_debugs(name: str) -> None:
     text = (ROOT / "tools" / name).read_text()
-    assert "ToolParser(" in text
     assert "run_tool(main)" in text
+    assert Path(name).stem in MODULES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_command_has_the_parser(module: str) -> None:
+    assert "ToolParser(" in (ROOT / "kw/cli" / f"{module}.py").read_text()
 
 
 def test_debug_shows_the_traceback(tool: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,4 +333,4 @@ def test_one_message_of_several_processes() -> None:
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "traceback : see the message above" in done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's
-    assert "kw/cli.py" not in done.stderr
+    assert "kw/cli/" not in done.stderr

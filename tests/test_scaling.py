@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def scaling() -> Any:
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "tools" / "scaling.py")
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "scripts" / "scaling.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

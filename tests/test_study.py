@@ -217,7 +217,7 @@ def test_a_row_whose_start_failed_is_left_out(
     continuing(study)
     monkeypatch.setattr(subprocess, "call", lambda *_, **__: 2)
     with pytest.raises(SystemExit):
-        tool("tools/run_study.py", study, "--work-dir", tmp_path / "runs")
+        tool("kw study run", study, "--work-dir", tmp_path / "runs")
     said = capfd.readouterr().err
     assert "static_seed3: status 2" in said
     assert "converted_seed3: left out, static_seed3 failed" in said
@@ -228,16 +228,16 @@ def test_a_study_is_run_once_and_summarised(
 ) -> None:
     continuing(study)
     runs, docs = tmp_path / "runs", tmp_path / "docs"
-    tool("tools/run_study.py", study, "--work-dir", runs, "--jobs", 2)
+    tool("kw study run", study, "--work-dir", runs, "--jobs", 2)
     assert "converted_seed3: finished in" in capfd.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")}
-    tool("tools/run_study.py", study, "--work-dir", runs)
+    tool("kw study run", study, "--work-dir", runs)
     assert "converted_seed3: finished already" in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")} == before
 
     summary_file, plot = docs / "results/small.json", tmp_path / "curves.svg"
     files = ("--json", summary_file, "--plot", plot)
-    tool("tools/summarize_study.py", study, "--work-dir", runs, *files)
+    tool("kw study summarize", study, "--work-dir", runs, *files)
     summary = json.loads(summary_file.read_text())
     static, results = (
         json.loads((runs / f"{row}_seed3/results.json").read_text())
@@ -258,10 +258,10 @@ def test_a_study_is_run_once_and_summarised(
     page = docs / "results.md"
     page.write_text("Before\n<!-- study small: begin --><!-- study small: end -->\nAfter\n")
     with pytest.raises(SystemExit) as stale:
-        tool("tools/render_results.py", "--root", docs, "--check")
+        tool("scripts/render_results.py", "--root", docs, "--check")
     assert stale.value.code == 1
-    tool("tools/render_results.py", "--root", docs)
-    tool("tools/render_results.py", "--root", docs, "--check")
+    tool("scripts/render_results.py", "--root", docs)
+    tool("scripts/render_results.py", "--root", docs, "--check")
     text = page.read_text()
     assert f" {results['params']:,} |" in text
     assert text.startswith("Before\n")
@@ -318,4 +318,4 @@ def test_a_run_that_never_evaluated_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_of_results_is_up_to_date(tool: Tool) -> None:
-    tool("tools/render_results.py", "--check")
+    tool("scripts/render_results.py", "--check")

@@ -63,7 +63,7 @@ def test_metafile_agrees_with_the_networks(path: Path) -> None:
 @every_family
 def test_readme_is_up_to_date(path: Path) -> None:
     readme = path.with_name("README.md")
-    assert render_readme(readme) == readme.read_text(), "run python tools/render_tables.py"
+    assert render_readme(readme) == readme.read_text(), "run python scripts/render_tables.py"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def family(tmp_path: Path) -> Path:
 def run_tool(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> int:
     monkeypatch.setattr(sys, "argv", ["render_tables.py", "--root", str(root), *options])
     try:
-        runpy.run_path(str(ROOT / "tools/render_tables.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "scripts/render_tables.py"), run_name="__main__")
     except SystemExit as done:
         return int(done.code or 0)
     return 0

@@ -74,7 +74,7 @@ def test_batch_norm_agrees_across_processes(config: Path, tmp_path: Path) -> Non
         (("tools/train.py", "{config}", "--cfg-options", "data.root=nowhere"), ["nowhere"]),
         (("tools/train.py", "{config}", "--launcher", "pytorch"), ["torchrun"]),
         (("tools/test.py", "{config}", "none.pth"), ["none.pth", "no such file"]),
-        (("tools/compare_runs.py", "{work}"), ["results.json"]),
+        (("kw study compare", "{work}"), ["results.json"]),
     ],
 )
 def test_mistakes_are_one_message(
@@ -91,7 +91,7 @@ def test_compare_runs(config: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     call("tools/train.py", config, "--work-dir", tmp_path / "run")
     plot = tmp_path / "curves.png"
-    table = call("tools/compare_runs.py", tmp_path / "run", "--plot", plot).stdout
+    table = call("kw study compare", tmp_path / "run", "--plot", plot).stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "| run" in table
     assert f"{results['top1']:.2f}" in table

@@ -1,35 +1,8 @@
 #!/usr/bin/env python
-"""Train and evaluate a classifier or a detector.
+"""``kw train``, by path."""
 
-python tools/train.py configs/imagenet/resnet18/kw_resnet18_1x.yaml
-python tools/train.py configs/coco/mask_rcnn_kw_resnet50_1x.py
-torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
-"""
-
-from pathlib import Path
-
-from kw.cli import ToolParser, add_config_options, load_run, output_folder, run_tool
-from kw.training.distributed import LAUNCHERS
-
-
-def main() -> None:
-    parser = ToolParser(__doc__)
-    add_config_options(parser)
-    parser.add_argument("--work-dir", type=output_folder, help="default: work_dirs/CONFIG's name")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="CHECKPOINT",
-        help="continue from CHECKPOINT, or from the newest one of the work directory",
-    )
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
-    args = parser.parse_args()
-    config, task = load_run(args.config, args.cfg_options)
-    work_dir = args.work_dir or Path("work_dirs", Path(args.config).stem)
-    task.train(config, work_dir, resume=args.resume, launcher=args.launcher)
-
+from kw.cli import run_tool
+from kw.cli.train import main
 
 if __name__ == "__main__":
     run_tool(main)

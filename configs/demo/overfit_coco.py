@@ -1,7 +1,7 @@
 # A detector learns eight images by heart: Mask R-CNN on a narrow KernelWarehouse ResNet18, from
 # random weights, evaluated on the images that it is trained on. It shows that boxes, classes, masks
 # and their evaluation learn; AP here says nothing about other images.
-# Data        python tools/subset_coco.py data/coco/annotations/instances_train2017.json \
+# Data        python scripts/subset_coco.py data/coco/annotations/instances_train2017.json \
 #               data/coco/annotations/first_8.json --images 8
 # Run         python tools/train.py configs/demo/overfit_coco.py
 # Elsewhere   --cfg-options data.root=FOLDER, which holds annotations/first_8.json and train2017/

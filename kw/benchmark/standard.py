@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 
 import torch
 
+from ..runs import configs
 from .conditions import Conditions, device_slug
 
 __all__ = ["StandardRun", "standard_runs"]
 
-_CONFIGS = Path(__file__).parents[2] / "configs/imagenet"
+_CONFIGS = configs() / "imagenet"
 
 
 @dataclass(frozen=True)

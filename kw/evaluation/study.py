@@ -94,7 +94,7 @@ def read_started(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in ("command", "machine", "versions", "code")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{path}: expected what tools/run_study.py notes: {error!r}") from error
+        raise ReportError(f"{path}: expected what kw study run notes: {error!r}") from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -237,7 +237,9 @@ def _render(summary: Summary) -> str:
         f"Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
     )
     options = " ".join(summary["options"])
-    said.append(f"    {summary['command']}\n\nOver the rows' own settings: `{options}`.")
+    # Earlier versions called it by its path.
+    command = str(summary["command"]).replace("python tools/run_study.py", "kw study run")
+    said.append(f"    {command}\n\nOver the rows' own settings: `{options}`.")
     return "\n\n".join(said)
 
 

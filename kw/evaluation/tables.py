@@ -27,7 +27,7 @@ from .report import ReportError, render_table
 
 __all__ = ["BEGIN", "END", "read_metafile", "render_readme", "render_tables"]
 
-BEGIN = "<!-- tables: begin; generated from metafile.yml by tools/render_tables.py -->"
+BEGIN = "<!-- tables: begin; generated from metafile.yml by scripts/render_tables.py -->"
 END = "<!-- tables: end -->"
 _HEADER = (
     "Model",

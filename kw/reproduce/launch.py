@@ -77,7 +77,7 @@ def command_for(runs: Sequence[Run], launcher: str, gpus: int | None) -> Command
         processes = {} if gpus is None else {"PROCESSES": str(gpus)}
         words = [str(ROOT / "scripts/train.sh"), config, "--work-dir", target]
         return Command(words, {**python, **processes})
-    words = [sys.executable, str(ROOT / "tools/train.py"), config, "--work-dir", target, "--resume"]
+    words = [sys.executable, "-m", "kw", "train", config, "--work-dir", target, "--resume"]
     return Command(words)
 
 

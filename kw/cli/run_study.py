@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Train every row of a study; what is finished is skipped, what is not is continued.
 
-python tools/run_study.py configs/tiny_imagenet/tiny_imagenet_cpu.yaml --jobs 3
-python tools/run_study.py configs/tiny_imagenet/tiny_imagenet_gpu.yaml --cfg-options data.root=PATH
+kw study run configs/tiny_imagenet/tiny_imagenet_cpu.yaml --jobs 3
+kw study run configs/tiny_imagenet/tiny_imagenet_gpu.yaml --cfg-options data.root=PATH
 """
 
 import os
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from kw.benchmark.machine import describe_code, describe_machine, describe_versions
-from kw.cli import ToolParser, add_options, number, output_folder, run_tool, save_json
-from kw.config.study import StudyRun, load_study
-from kw.errors import UserError
-from kw.evaluation.study import STARTED
+from ..benchmark.machine import describe_code, describe_machine, describe_versions
+from ..config.study import StudyRun, load_study
+from ..errors import UserError
+from ..evaluation.study import STARTED
+from .tool import ToolParser, add_options, number, output_folder, save_json
 
-TRAIN = Path(__file__).with_name("train.py")
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
 def _note(args: Namespace, path: Path) -> None:
     """Under what the runs were started, without local paths."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command = f"python tools/run_study.py {args.study} --jobs {args.jobs} --threads {args.threads}"
+    command = f"kw study run {args.study} --jobs {args.jobs} --threads {args.threads}"
     options = [option for option in args.cfg_options if not option.startswith("data.root=")]
     if options:
         command += f" --cfg-options {shlex.join(options)}"
@@ -86,7 +85,8 @@ def _train(run: StudyRun, runs: Path, threads: int) -> bool:
         print(f"{run.name}: finished already", flush=True)
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(TRAIN), str(run.config), "--work-dir", str(folder), "--resume"]
+    command = [sys.executable, "-m", "kw", "train", str(run.config)]
+    command += ["--work-dir", str(folder), "--resume"]
     options = [*run.options]
     if run.continues is not None:
         options.append(f"model.weights={runs / run.continues / 'last.pth'}")
@@ -106,7 +106,3 @@ def _train(run: StudyRun, runs: Path, threads: int) -> bool:
     else:
         print(f"{run.name}: status {status}, see {output.name}", file=sys.stderr, flush=True)
     return status == 0
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Try whether configurations export, with random weights, and how far the files are from PyTorch.
 
-python tools/check_exports.py configs/imagenet/*/*.yaml --json exports.json
+kw benchmark exportable configs/imagenet/*/*.yaml --json exports.json
 
 A line a configuration and format: the largest difference of logits from PyTorch's, relative to the
 largest, on noise of several batch sizes and sizes. The status is 2 if any failed.
@@ -10,14 +9,17 @@ largest, on noise of several batch sizes and sizes. The status is 2 if any faile
 import argparse
 from typing import Any
 
-from kw.cli import ToolParser, add_options, output_file, run_tool, save_json
-from kw.deploy import ExportError
-from kw.deploy.sweep import try_export
+from ..deploy import ExportError
+from ..deploy.sweep import try_export
+from .tool import ToolParser, add_options, output_file, save_json
 
 
 def _rounding(row: dict[str, Any]) -> str:
     """Of PyTorch's float32, where it is what the difference consists of."""
     return "" if row["rounding"] is None else f" (float32 itself {row['rounding']:.1e})"
+
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -50,7 +52,3 @@ def main() -> None:
     failed = [f"{row['model']}.{row['format']}" for row in rows if row["fault"] is not None]
     if failed:
         raise ExportError(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Accuracy, agreement, size and speed of a model's files, on labelled images, on the CPU.
 
-python tools/compare_exports.py data/imagenet best.pth kw_resnet18_1x.onnx kw_resnet18_1x_int8.onnx
+kw benchmark exports data/imagenet best.pth kw_resnet18_1x.onnx kw_resnet18_1x_int8.onnx
 
 The first file is what the others are compared with.
 """
@@ -9,9 +8,11 @@ The first file is what the others are compared with.
 import argparse
 from dataclasses import asdict
 
-from kw.cli import ToolParser, number, output_file, run_tool, save_json
-from kw.deploy.comparison import compare_files
-from kw.evaluation import render_table
+from ..deploy.comparison import compare_files
+from ..evaluation import render_table
+from .tool import ToolParser, number, output_file, save_json
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -38,7 +39,3 @@ def main() -> None:
     print(render_table((*header, "ms an image, batch 1", "batch 8"), cells))
     if args.json is not None:
         save_json([asdict(row) for row in rows], args.json)
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Measure how fast a configuration's training batches come, from files and from memory.
 
-python tools/measure_loading.py configs/tiny_imagenet/resnet18/resnet18.yaml
+kw benchmark loading configs/tiny_imagenet/resnet18/resnet18.yaml
 """
 
 import dataclasses
@@ -12,11 +11,13 @@ from typing import Any
 
 import torch
 
-from kw.cli import ToolParser, add_config_options, device, number, run_tool
-from kw.config import Config, load_config
-from kw.config.schema import MemoryConfig
-from kw.data import BatchPreprocessor, Loader, open_training, stop_workers
-from kw.evaluation import render_table
+from ..config import Config, load_config
+from ..config.schema import MemoryConfig
+from ..data import BatchPreprocessor, Loader, open_training, stop_workers
+from ..evaluation import render_table
+from .tool import ToolParser, add_config_options, device, number
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -77,7 +78,3 @@ def _endless(loader: Loader) -> Iterator[dict[str, Any]]:
 def _wait(place: torch.device) -> None:
     if place.type == "cuda":
         torch.cuda.synchronize(place)
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compute how training scales to many GPUs from one process's step: docs/scaling.md's formula.
 
-python tools/scaling.py configs/imagenet/resnet18/kw_resnet18_4x.yaml --gpus 8 64 512
-python tools/scaling.py CONFIG --step-ms 4.6 11.1 0.5    # a step that was measured elsewhere
+python scripts/scaling.py configs/imagenet/resnet18/kw_resnet18_4x.yaml --gpus 8 64 512
+python scripts/scaling.py CONFIG --step-ms 4.6 11.1 0.5    # a step that was measured elsewhere
 
 The step's parts and the time at which each gradient is complete are measured here; bandwidths are
 those of H100 nodes with 400 Gb/s InfiniBand unless they are given.
@@ -22,9 +22,9 @@ from torch import nn
 
 from kw.cli import ToolParser, add_config_options, number, run_tool
 from kw.config import ConfigError, load_config
-from kw.training.optim import build_optimizer
 from kw.evaluation import render_table
 from kw.models import build_network
+from kw.training.optim import build_optimizer
 
 ROUNDS = 4  # the first warms up
 

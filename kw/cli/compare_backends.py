@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Train with every back end from one start on the same batches, and compare the loss curves.
 
-python tools/compare_backends.py --steps 200 --dtype float32 bfloat16 --json curves.json
+kw benchmark backends --steps 200 --dtype float32 bfloat16 --json curves.json
 
 Rounding alone makes curves drift apart: read each back end's distance from the reference beside
 that of ``grouped``, which is ordinary code.
@@ -11,12 +10,14 @@ import dataclasses
 
 import torch
 
-from kw.benchmark import DTYPES
-from kw.benchmark.cases import check_backends
-from kw.benchmark.curves import MODELS, CurveSettings, compare, deviations, output_errors
-from kw.cli import ToolParser, device, number, output_file, run_tool, save_json
-from kw.evaluation import render_table
-from kw.warehouse.ops import BACKENDS
+from ..benchmark import DTYPES
+from ..benchmark.cases import check_backends
+from ..benchmark.curves import MODELS, CurveSettings, compare, deviations, output_errors
+from ..evaluation import render_table
+from ..warehouse.ops import BACKENDS
+from .tool import ToolParser, device, number, output_file, precision, save_json
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -24,7 +25,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--backends", nargs="+", default=[*BACKENDS, "auto"], metavar="NAME")
     parser.add_argument(
-        "--dtype", nargs="+", choices=(*DTYPES, "float64"), default=["float32", "bfloat16"]
+        "--precision",
+        "--dtype",
+        dest="dtype",
+        nargs="+",
+        type=precision,
+        choices=(*DTYPES, "float64"),
+        default=["float32", "bfloat16"],
     )
     parser.add_argument("--steps", type=number(int, 1), default=200, help="optimizer updates")
     parser.add_argument(
@@ -68,7 +75,3 @@ def main() -> None:
         report.append({"model": model, "device": args.device, "output_errors": errors})
     if args.json is not None:
         save_json(report, args.json)
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the tables of models into the families' READMEs, from their metafiles.
 
-python tools/render_tables.py            # write
-python tools/render_tables.py --check    # exit with 1 where a README is not up to date
+python scripts/render_tables.py            # write
+python scripts/render_tables.py --check    # exit with 1 where a README is not up to date
 """
 
 import sys
@@ -34,7 +34,7 @@ def main() -> None:
                 readme.write_text(text, encoding="utf-8")
     if args.check and stale:
         print(
-            f"not up to date: {', '.join(stale)}; run python tools/render_tables.py",
+            f"not up to date: {', '.join(stale)}; run python scripts/render_tables.py",
             file=sys.stderr,
         )
         sys.exit(1)

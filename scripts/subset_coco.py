@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write the part of a COCO-format annotation file that is about its first images.
 
-python tools/subset_coco.py annotations/instances_train2017.json first_8.json --images 8
+python scripts/subset_coco.py annotations/instances_train2017.json first_8.json --images 8
 """
 
 from kw.cli import ToolParser, number, output_file, run_tool

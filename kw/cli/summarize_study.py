@@ -1,24 +1,26 @@
-#!/usr/bin/env python
 """Gather the finished runs of a study in one file, and plot their curves.
 
-python tools/summarize_study.py configs/tiny_imagenet/tiny_imagenet_cpu.yaml --plot curves.svg
+kw study summarize configs/tiny_imagenet/tiny_imagenet_cpu.yaml --plot curves.svg
 """
 
 from pathlib import Path
 from typing import Any
 
-from kw.cli import ToolParser, output_file, run_tool, save_json
-from kw.config.study import load_study
-from kw.errors import UserError
-from kw.evaluation.study import (
+from ..config.study import load_study
+from ..errors import UserError
+from ..evaluation.study import (
     describe_study,
     plot_study,
     read_started,
     study_table,
     summarise_run,
 )
+from .tool import ToolParser, output_file, save_json
 
-RESULTS = Path(__file__).parents[1] / "docs/results"
+RESULTS = Path(__file__).parents[2] / "docs/results"
+
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -28,7 +30,10 @@ def main() -> None:
         "--work-dir", type=Path, metavar="DIR", help="of the runs; default: work_dirs/STUDY's name"
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="default: docs/results/STUDY's name.json"
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="default: in docs/results of a checkout, else in --work-dir",
     )
     parser.add_argument(
         "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (SVG or PNG)"
@@ -49,14 +54,11 @@ def main() -> None:
         "missing": missing,
         "runs": runs,
     }
-    save_json(summary, args.json or RESULTS / f"{study.name}.json")
+    into = RESULTS if RESULTS.is_dir() else folder  # an installed package has no docs
+    save_json(summary, args.json or into / f"{study.name}.json")
     print(f"{describe_study(summary)}\n\n{study_table(summary)}")
     if missing:
         print(f"without an end: {', '.join(missing)}")
     if args.plot is not None:
         plot_study(summary, args.plot)
         print(f"curves: {args.plot}")
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,23 +1,22 @@
-#!/usr/bin/env python
 """Print which back end does each layer of a network, and what the planner expects of it.
 
-python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
-python tools/explain_backends.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200
+kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
+kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200
 
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
 
 import torch
 
-from kw.cli import ToolParser, device, number, run_tool
-from kw.config import load_config
-from kw.training import set_contraction
-from kw.evaluation import render_table
-from kw.models import build_network, check_network
-from kw.warehouse import LayerChoice, explain
-from kw.warehouse.explain import explain_on
-from kw.warehouse.ops.device import GPUS
-from kw.warehouse.ops.planner import Prediction
+from ..config import load_config
+from ..evaluation import render_table
+from ..models import build_network, check_network
+from ..training import set_contraction
+from ..warehouse import LayerChoice, explain
+from ..warehouse.explain import explain_on
+from ..warehouse.ops.device import GPUS
+from ..warehouse.ops.planner import Prediction
+from .tool import ToolParser, device, number
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +49,9 @@ def row(choice: LayerChoice) -> tuple[str, ...]:
         milliseconds(choice.backward_costs, choice.backward),
         others(choice.forward_costs, choice.forward),
     )
+
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -89,7 +91,3 @@ def main() -> None:
         choices = [explain_on(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))
-
-
-if __name__ == "__main__":
-    run_tool(main)

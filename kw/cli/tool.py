@@ -16,12 +16,11 @@ import select
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
-from .errors import (
+from ..errors import (
     EXIT_INTERRUPTED,
     EXIT_MISSING,
     Interrupted,
@@ -29,17 +28,17 @@ from .errors import (
     UserError,
     answer,
 )
-from .version import __version__
+from ..version import __version__
 
 __all__ = [
     "ToolParser",
     "add_config_options",
     "add_options",
     "device",
-    "load_run",
     "number",
     "output_file",
     "output_folder",
+    "precision",
     "run_tool",
     "save_json",
 ]
@@ -69,10 +68,25 @@ class ToolParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Answer a wrong command line."""
+        """Answer a wrong command line; a setting that is given as an option is named."""
+        if message.startswith("unrecognized arguments: "):
+            message += _as_setting(message.removeprefix("unrecognized arguments: ").split())
         if _is_first_to_fail():
             print(f"error: {message}\n{self.format_usage().rstrip()}", file=sys.stderr)
         sys.exit(2)
+
+
+def _as_setting(words: list[str]) -> str:
+    """How to set what looks like a configuration's key: ``--epochs 3``."""
+    from ..config.describe import key_hints
+    from ..config.schema import Config
+
+    name = words[0].lstrip("-").partition("=")[0].replace("-", "_")
+    keys = [key for key in key_hints(Config) if key == name or key.endswith(f".{name}")]
+    if not words[0].startswith("--") or not keys:
+        return ""
+    value = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "VALUE")
+    return f"; settings are given as --set {min(keys, key=len)}={value}"
 
 
 class _Debug(argparse.Action):
@@ -84,7 +98,7 @@ class _Debug(argparse.Action):
 class _Import(argparse.Action):
     # At once: the choices of other arguments may depend on it.
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
-        from .config.imports import import_modules
+        from ..config.imports import import_modules
 
         import_modules([value], option or "--import")
 
@@ -94,7 +108,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="configuration file: YAML for a classifier, Python for a detector",
+        help="configuration file (YAML for a classifier, Python for a detector), or one's name "
+        "(kw config --list)",
     )
     add_options(parser)
 
@@ -110,7 +125,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cfg-options",
+        "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="settings in place of the file's, e.g. data.root=/data/imagenet epochs=100",
@@ -137,6 +154,11 @@ def number(
         return value
 
     return read
+
+
+def precision(text: str) -> str:
+    """The type of an argument that names a number format: ``fp32`` is ``float32``, and so on."""
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
 
 
 def device(text: str) -> str:
@@ -185,33 +207,13 @@ def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     Raises:
         UserError: it cannot be written; the message names the file.
     """
-    from .training.saving import write_json
+    from ..training.saving import write_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(content, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def load_run(path: str, options: Iterable[str]) -> tuple[Any, ModuleType]:
-    """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.
-
-    Raises:
-        ConfigError: the configuration is wrong, or is a detector's and mmdetection is missing.
-    """
-    from .config import ConfigError, load_config
-
-    if Path(path).suffix != ".py":
-        from . import training
-
-        return load_config(path, options), training
-    try:
-        from . import detection
-
-        return detection.load_detector_config(path, options), detection
-    except ImportError as error:
-        raise ConfigError(f"{path}: a detector's configuration: {error}") from error
 
 
 def run_tool(main: Callable[[], None]) -> None:

@@ -1,13 +1,14 @@
-#!/usr/bin/env python
 """Compare finished runs: a table of model, parameters, top-1 and time, and a plot of their curves.
 
-python tools/compare_runs.py work_dirs/resnet18 work_dirs/kw_resnet18_1x --plot curves.png
+kw study compare work_dirs/resnet18 work_dirs/kw_resnet18_1x --plot curves.png
 """
 
 from pathlib import Path
 
-from kw.cli import ToolParser, output_file, run_tool
-from kw.evaluation import plot_runs, read_run, summary_table
+from ..evaluation import plot_runs, read_run, summary_table
+from .tool import ToolParser, output_file
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -22,7 +23,3 @@ def main() -> None:
     if args.plot is not None:
         plot_runs(runs, args.plot)
         print(f"curves: {args.plot}")
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the tables of studies into docs/results.md, from their summaries.
 
-python tools/render_results.py            # write
-python tools/render_results.py --check    # exit with 1 where the page is not up to date
+python scripts/render_results.py            # write
+python scripts/render_results.py --check    # exit with 1 where the page is not up to date
 """
 
 import sys
@@ -32,7 +32,7 @@ def main() -> None:
     except ReportError as error:
         raise ReportError(f"{page}: {error}") from error
     if text != before and args.check:
-        print(f"not up to date: {page}; run python tools/render_results.py", file=sys.stderr)
+        print(f"not up to date: {page}; run python scripts/render_results.py", file=sys.stderr)
         sys.exit(1)
     page.write_text(text, encoding="utf-8")
 

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Convert a trained static network: its checkpoint in, a converted network's checkpoint out.
 
-python tools/convert_network.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \
+kw convert network configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \
     --weights resnet18.safetensors --images data/imagenet/val
 python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
 
@@ -16,18 +15,20 @@ from pathlib import Path
 
 import torch
 
-from kw import __version__
-from kw.cli import ToolParser, add_config_options, number, output_file, run_tool
-from kw.config import ConfigError, load_config, to_yaml
-from kw.config.schema import Config
-from kw.data import BatchPreprocessor, build_transform
-from kw.data.reading import read_image
-from kw.deploy import find_images
-from kw.training.checkpoint import save_checkpoint
-from kw.evaluation import render_table
-from kw.models import check_network, start_network
-from kw.models.build import read_start, with_start
-from kw.models.weights import is_converted
+from .. import __version__
+from ..config import ConfigError, load_config, to_yaml
+from ..config.schema import Config
+from ..data import BatchPreprocessor, build_transform
+from ..data.reading import read_image
+from ..deploy import find_images
+from ..evaluation import render_table
+from ..models import check_network, start_network
+from ..models.build import read_start, with_start
+from ..models.weights import is_converted
+from ..training.checkpoint import save_checkpoint
+from .tool import ToolParser, add_config_options, number, output_file
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -119,7 +120,3 @@ def _compare(
     difference = ((after - before).abs().max() / before.abs().max()).item()
     same = int((after.argmax(1) == before.argmax(1)).sum())
     return table, difference, same
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,0 +1,132 @@
+"""``kw COMMAND``: every tool of this project under one name, the same as ``python -m kw COMMAND``.
+
+A command is a module with a ``main``; it is imported when it is called, so that the help comes at
+once. ``tools/*.py`` are the same commands by path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from ..version import __version__
+from .tool import (
+    ToolParser,
+    add_config_options,
+    add_options,
+    device,
+    number,
+    output_file,
+    output_folder,
+    run_tool,
+    save_json,
+)
+
+__all__ = [
+    "COMMANDS",
+    "ToolParser",
+    "add_config_options",
+    "add_options",
+    "command_of",
+    "device",
+    "main",
+    "number",
+    "output_file",
+    "output_folder",
+    "run_tool",
+    "save_json",
+]
+
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "train": {"": ("train", "train and evaluate a classifier or a detector")},
+    "test": {"": ("test", "evaluate a run, or a checkpoint with a configuration")},
+    "predict": {"": ("predict", "classify images, or find objects in them")},
+    "export": {"": ("export", "write ONNX, torch.export or safetensors, verified")},
+    "convert": {
+        "network": ("convert_network", "a trained static network's checkpoint to a dynamic one's"),
+        "released": ("convert_checkpoint", "the authors' released checkpoint to this project's"),
+    },
+    "inspect": {
+        "costs": ("analyze", "parameters, multiply-adds and warehouses of networks"),
+        "backends": ("explain_backends", "which back end computes each layer, and why"),
+        "annotations": ("check_coco", "all that is wrong with a set in COCO's format"),
+    },
+    "benchmark": {
+        "networks": ("benchmark", "time and memory of dynamic beside static networks"),
+        "backends": ("compare_backends", "loss curves of all back ends from one start"),
+        "loading": ("measure_loading", "how fast training batches come"),
+        "exports": ("compare_exports", "accuracy and speed of exported files"),
+        "exportable": ("check_exports", "which configurations export, with random weights"),
+    },
+    "visualize": {"": ("visualize", "pictures of cells, coefficients, batches, detections")},
+    "study": {
+        "run": ("run_study", "train every row of a study; goes on where it stopped"),
+        "summarize": ("summarize_study", "a study's finished runs in one file and plot"),
+        "compare": ("compare_runs", "a table and a plot of single runs"),
+        "reproduce": ("reproduce", "a published table: list, train, show both figures"),
+    },
+    "doctor": {"": ("doctor", "what of this installation and machine works; for reports")},
+    "config": {"": ("print_config", "list configurations, print one resolved, explain the keys")},
+}
+"""By command and subcommand: the module, and when to use it."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        words: the command line without the program's name; left out, the process's.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return
+    if words[0] == "--version":
+        print(f"kernelwarehouse {__version__}")
+        return
+    name, module, rest = command_of(words)
+    if module is None:
+        print(_help(words[0]))
+        return
+    sys.argv = [name, *rest]
+    run_tool(lambda: importlib.import_module(f".{module}", __name__).main())
+
+
+def command_of(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """What a command line means: the command's name, its module, and its arguments.
+
+    The module is None where the help of a group is asked for. Ends the program with status 2 where
+    there is no such command.
+    """
+    first, *rest = words
+    group = COMMANDS.get(first)
+    if group is None:
+        _refuse("command", first, COMMANDS)
+    if "" in group:
+        return f"kw {first}", group[""][0], rest
+    if not rest or rest[0] in ("-h", "--help"):
+        return f"kw {first}", None, []
+    if rest[0] not in group:
+        _refuse(f"{first} command", rest[0], group)
+    return f"kw {first} {rest[0]}", group[rest[0]][0], rest[1:]
+
+
+def _refuse(kind: str, word: str, known: Iterable[str]) -> NoReturn:
+    names = list(known)
+    near = difflib.get_close_matches(word, names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"error: no {kind} {word!r}{hint} (there are: {', '.join(names)})", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help(only: str | None = None) -> str:
+    lines = ["usage: kw COMMAND [ARGUMENTS]; kw COMMAND --help says more", ""]
+    for name, group in COMMANDS.items():
+        if only not in (None, name):
+            continue
+        for sub, (_, use) in group.items():
+            lines.append(f"  {f'kw {name} {sub}'.rstrip():26s} {use}")
+    return "\n".join(lines)

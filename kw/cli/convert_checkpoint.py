@@ -1,0 +1,69 @@
+"""Turn a checkpoint that the authors released into one of this project's.
+
+kw convert released released.pth configs/imagenet/resnet18/kw_resnet18_1x.yaml \
+    kw_resnet18_1x.pth
+python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
+
+A source may hold the network (model) and a moving average of it (ema). --weights says which of them
+the target gets: "all" keeps both, as a training run of this project does, and tools/test.py reports
+the average first; "model" and "ema" keep one, as the target's only weights.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..config import load_config, to_yaml
+from ..models import build_network
+from ..models.released_weights import ReleasedError, read_released, translate
+from ..training import CheckpointError
+from ..training.checkpoint import save_checkpoint
+from .tool import ToolParser, add_config_options, output_file
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a file that they released")
+    add_config_options(parser)
+    parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")
+    parser.add_argument("--weights", choices=("all", "model", "ema"), default="all")
+    args = parser.parse_args()
+    source, target = args.source, args.target
+    if target.is_dir() or target.resolve() == source.resolve():
+        raise CheckpointError(f"{target}: expected the name of a new file as TARGET")
+    config = load_config(args.config, args.cfg_options)
+    with torch.device("meta"):
+        network = build_network(config.model)
+
+    weights = read_released(source)
+    found = {"model": weights.model, "ema": weights.average}
+    present = [name for name, state in found.items() if state is not None]
+    chosen = present if args.weights == "all" else [args.weights]
+    states = {}
+    for name in chosen:
+        state = found[name]
+        if state is None:
+            raise ReleasedError(
+                f"{source}: --weights {name}: it holds {' and '.join(present)} only"
+            )
+        key = "ema_state_dict" if name == "ema" and len(chosen) > 1 else "state_dict"
+        states[key] = translate(state, network, config.model.name, f"{source} ({name})")
+        print(f"{source}: {name}, {len(state)} tensors -> {key}")
+
+    meta = {
+        "epoch": weights.epoch,
+        "config": to_yaml(config),
+        "source": source.name,
+        "weights": chosen,
+        "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint({"meta": meta, **states}, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from error
+    print(f"wrote {target}")

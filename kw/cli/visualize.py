@@ -1,0 +1,202 @@
+"""Pictures of what a network does.
+
+docs/visualizing.md shows and explains every kind.
+
+kw visualize attention configs/demo/kw_resnet18_1x.yaml \\
+    work_dirs/demo/kw_resnet18_1x/best.pth --out attention.png
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+from ..runs import load_run
+from .tool import (
+    ToolParser,
+    add_config_options,
+    add_options,
+    number,
+    output_file,
+    output_folder,
+)
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    parser = ToolParser(__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+
+    def kind(name: str, draw: Any, text: str, config: bool = True) -> argparse.ArgumentParser:
+        added = kinds.add_parser(name, help=text, description=text)
+        if config:
+            add_config_options(added)
+        added.set_defaults(draw=draw)
+        return added
+
+    def checkpoint(to: argparse.ArgumentParser) -> None:
+        to.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that train.py wrote")
+
+    def layers(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--layers",
+            metavar="REGEX",
+            help="only layers whose whole name it matches, e.g. 'layer1.*conv2'",
+        )
+
+    def images(to: argparse.ArgumentParser, count: int) -> None:
+        to.add_argument(
+            "--images",
+            type=number(int, 1, 10**5),
+            default=count,
+            help=f"test images, evenly over the set ({count})",
+        )
+
+    attention = kind("attention", draw_attention, "coefficients per layer as heat maps")
+    checkpoint(attention)
+    layers(attention)
+    images(attention, 64)
+    attention.add_argument(
+        "--over",
+        choices=("images", "classes"),
+        default="images",
+        help="the mean over images, or how classes differ from it (images)",
+    )
+    attention.add_argument(
+        "--classes",
+        type=number(int, 2, 100),
+        default=10,
+        help="with --over classes: the first so many (10)",
+    )
+    cells = kind("cells", draw_cells, "which cells the layers use, their own or others'")
+    checkpoint(cells)
+    layers(cells)
+    images(cells, 64)
+    kernels = kind("kernels", draw_kernels, "the kernels that two images get")
+    checkpoint(kernels)
+    kernels.add_argument("image", nargs=2, metavar="IMAGE")
+    layers(kernels)
+    cam = kind("cam", draw_cam, "class-activation maps on images")
+    checkpoint(cam)
+    cam.add_argument("image", nargs="+", metavar="IMAGE")
+    history = kind("history", draw_history, "coefficients over training", config=False)
+    history.add_argument("work_dir", type=Path, metavar="WORK_DIR")
+    add_options(history)
+    history.add_argument(
+        "--warehouse", metavar="NAME", help="the one whose maps are drawn (the first)"
+    )
+    images(history, 32)
+    batches = kind("batches", draw_batch, "a batch as training sees it")
+    for name, text in (("epoch", "epoch, from 1 (1)"), ("update", "update of the epoch (1)")):
+        batches.add_argument(f"--{name}", type=number(int, 1, 10**9), default=1, help=text)
+    kind("schedules", draw_schedules, "learning rate, decay and temperature, before a run")
+    kind("partition", draw_method, "the method: kernels, blocks, cells", config=False)
+    kind("mixing", draw_method, "the method: coefficients, temperature, a kernel", config=False)
+    for name, added in kinds.choices.items():
+        example = f"the picture, e.g. {name}.png (or .svg, .pdf)"
+        added.add_argument("--out", type=output_file, required=True, metavar="FILE", help=example)
+    detections = kind("detections", draw_detections, "a detector's results beside the truth")
+    checkpoint(detections)
+    detections.add_argument("--out", type=output_folder, required=True, metavar="DIR")
+    detections.add_argument(
+        "--images", type=number(int, 1), default=12, help="the first so many test images (12)"
+    )
+    detections.add_argument(
+        "--score",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="leave out detections below this score (0.5)",
+    )
+    args = parser.parse_args()
+    if args.kind != "detections":
+        from ..pictures import check_output
+
+        check_output(args.out)
+    args.draw(args)
+    if args.kind != "detections":
+        print(args.out)
+
+
+def classifier(args: argparse.Namespace) -> Any:
+    """The configuration, which must be a classifier's."""
+    config, task = load_run(args.config, args.cfg_options)
+    if hasattr(task, "write_pictures"):
+        raise ConfigError(f"{args.config}: expected a classifier's configuration (YAML)")
+    return config
+
+
+def draw_attention(args: argparse.Namespace) -> None:
+    from ..evaluation import render_table
+    from ..training.pictures import picture_attention, picture_classes
+
+    config, options = classifier(args), {"layers": args.layers, "images": args.images}
+    if args.over == "classes":
+        picture_classes(config, args.checkpoint, args.out, classes=args.classes, **options)
+    else:
+        found = picture_attention(config, args.checkpoint, args.out, **options)
+        header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
+        rows = [
+            (each.layer, *map(str, each[1:3]), *(f"{x:.3f}" for x in each[3:])) for each in found
+        ]
+        print(render_table(header, rows))
+
+
+def draw_cells(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_cells
+
+    options = {"layers": args.layers, "images": args.images}
+    picture_cells(classifier(args), args.checkpoint, args.out, **options)
+
+
+def draw_kernels(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_kernels
+
+    picture_kernels(classifier(args), args.checkpoint, args.image, args.out, layers=args.layers)
+
+
+def draw_cam(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_cam
+
+    picture_cam(classifier(args), args.checkpoint, args.image, args.out)
+
+
+def draw_history(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_history
+
+    picture_history(
+        args.work_dir,
+        args.out,
+        options=args.cfg_options,
+        warehouse=args.warehouse,
+        images=args.images,
+    )
+
+
+def draw_batch(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_batch
+
+    picture_batch(classifier(args), args.out, epoch=args.epoch, update=args.update)
+
+
+def draw_schedules(args: argparse.Namespace) -> None:
+    from ..training.pictures import picture_schedules
+
+    config, task = load_run(args.config, args.cfg_options)
+    run = config.run if hasattr(task, "write_pictures") else config
+    picture_schedules(run, args.out, title=Path(args.config).stem)
+
+
+def draw_method(args: argparse.Namespace) -> None:
+    from ..pictures import draw_mixing, draw_partition, save
+
+    save({"partition": draw_partition, "mixing": draw_mixing}[args.kind](), args.out)
+
+
+def draw_detections(args: argparse.Namespace) -> None:
+    config, task = load_run(args.config, args.cfg_options)
+    write: Any = getattr(task, "write_pictures", None)
+    if write is None:
+        raise ConfigError(f"{args.config}: expected a detector's configuration (Python)")
+    written = write(config, args.checkpoint, args.out, args.images, args.score)
+    print(f"{len(written)} pictures in {args.out}")

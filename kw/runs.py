@@ -1,0 +1,153 @@
+"""Runs by their configurations' files or names: what ``kw train`` does, in Python."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .config.tree import ConfigError
+
+__all__ = ["config_file", "config_names", "configs", "load_run", "run_of", "train"]
+
+
+def configs() -> Path:
+    """The folder of this project's configurations, in a checkout or in the installed package."""
+    package = Path(__file__).parent
+    packed = package / "configs"
+    return packed if packed.is_dir() else package.parent / "configs"
+
+
+def config_names(pattern: str = "*") -> dict[str, Path]:
+    """The configurations that can be trained by name, and their files.
+
+    Args:
+        pattern: as of file names, for instance ``"*resnet50*"``.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted([*configs().rglob("*.yaml"), *configs().rglob("*.py")]):
+        inside = file.relative_to(configs()).parts
+        # Bases, scales and studies are no configurations of a run.
+        is_run = inside[0] in ("imagenet", "coco", "demo", "finetune") and "_base_" not in inside
+        # The demo's have the names of ImageNet's.
+        name = f"demo_{file.stem}" if inside[0] == "demo" else file.stem
+        if is_run and fnmatch(name, pattern):
+            found[name] = file
+    return found
+
+
+def config_file(name: str | Path) -> Path:
+    """A configuration's file, by its path or by the name of one of this project's.
+
+    Raises:
+        ConfigError: neither is there; the message has the nearest name.
+    """
+    path = Path(name)
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return path  # reading it says whether it is one
+    known = config_names()
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(str(name), known, 3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(
+        f"{name}: no such file, nor a configuration of that name{hint} (kw config --list)"
+    )
+
+
+def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, ModuleType]:
+    """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.
+
+    Args:
+        path: see :func:`config_file`.
+        options: ``a.b=value`` settings over the file's.
+
+    Raises:
+        ConfigError: the configuration is wrong, or is a detector's and mmdetection is missing.
+    """
+    from .config import load_config
+
+    file = config_file(path)
+    if file.suffix != ".py":
+        from . import training
+
+        return load_config(file, options), training
+    try:
+        from . import detection
+
+        return detection.load_detector_config(file, options), detection
+    except ImportError as error:
+        raise ConfigError(f"{path}: a detector's configuration: {error}") from error
+
+
+def run_of(config: str | Path, checkpoint: str | Path | None = None) -> tuple[str | Path, Path]:
+    """A configuration and a checkpoint, from both or from a run alone.
+
+    Args:
+        config: a configuration's file or name; without ``checkpoint``, a work directory or a
+            checkpoint in one, whose ``config.yaml`` or ``config.py`` is taken.
+        checkpoint: a file, or the work directory whose best one is taken.
+
+    Raises:
+        ConfigError: there is no configuration beside the checkpoint.
+        CheckpointError: the work directory has none.
+    """
+    from .training.trained import trained_file
+
+    if checkpoint is not None:
+        return config, trained_file(checkpoint)
+    file = trained_file(config)
+    for name in ("config.yaml", "config.py"):
+        if (beside := file.parent / name).is_file() and file.suffix == ".pth":
+            return beside, file
+    raise ConfigError(f"{config}: required: CHECKPOINT, or a work directory in the place of CONFIG")
+
+
+def train(
+    config: str | Path,
+    work_dir: str | Path | None = None,
+    *,
+    resume: bool | str | Path = False,
+    launcher: str = "none",
+    **keys: Any,
+) -> dict[str, float | None]:
+    """Train and evaluate: ``kw.train("kw_resnet18_1x", data={"root": "photos"}, epochs=20)``.
+
+    Args:
+        config: a configuration file, or the name of one of this project's (``kw config --list``).
+        work_dir: where logs, checkpoints and results go; default ``work_dirs/`` and the
+            configuration's name.
+        resume: ``True`` continues the newest checkpoint there; a path continues that file.
+        launcher: ``"none"``, ``"pytorch"`` (torchrun) or ``"slurm"``.
+        **keys: settings over the file's, groups as mappings, or by dotted key:
+            ``**{"optimizer.lr": 0.1}``.
+
+    Returns:
+        The last evaluation's figures, see :func:`kw.training.train`.
+
+    Raises:
+        ConfigError: a key is unknown or has a wrong value; otherwise as :func:`kw.training.train`.
+    """
+    settings, package = load_run(config, _options(keys))
+    folder = Path("work_dirs", Path(config).stem) if work_dir is None else work_dir
+    figures: dict[str, float | None] = package.train(
+        settings, folder, resume=resume, launcher=launcher
+    )
+    return figures
+
+
+def _options(keys: Mapping[str, Any], within: str = "") -> list[str]:
+    """``a.b=value`` for nested settings."""
+    found = []
+    for name, value in keys.items():
+        key = f"{within}.{name}" if within else name
+        if isinstance(value, Mapping) and value:
+            found += _options(value, key)
+        else:
+            # JSON is YAML's flow style; what it does not know is shown, and refused by its type.
+            found.append(f"{key}={json.dumps(value, default=str)}")
+    return found
