@@ -1,0 +1,142 @@
+"""What pip installs: built, put into an environment of its own, and used from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODEL = "demo_kw_resnet18_1x"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", reason="the dev extra is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    # Of what git knows: a checkout has more, which a release has not.
+    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    source = folder / "source"
+    for name in names.split("\0"):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs the installed command in a folder beside nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    packages = next((folder / "venv").glob("lib/python*/site-packages"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    python = folder / "venv/bin/python"
+    subprocess.run([*install, "--prefix", str(folder / "venv"), str(wheel)], check=True)
+    script = folder / "venv/bin/kw"
+    lines = script.read_text().splitlines(keepends=True)
+    script.write_text("".join([f"#!{python}\n", *lines[1:]]))
+    # The packages that it needs, without what an editable installation has added to them.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def start(*words: object) -> str:
+        done = subprocess.run(
+            [str(script), *map(str, words)],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    start.folder = folder  # type: ignore[attr-defined]
+    start.python = python  # type: ignore[attr-defined]
+    return start
+
+
+def test_what_is_in_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "kw = kw.cli:main" in archive.read(entry).decode()
+    for file in ("configs/imagenet/resnet18/kw_resnet18_1x.yaml", "evaluation/paper_tables.yaml",
+                 "configs/coco/mask_rcnn_kw_resnet50_1x.py", "py.typed"):  # fmt: skip
+        assert f"kw/{file}" in names
+    assert any(name.startswith("kw/warehouse/ops/cpp/") for name in names)
+    assert not any(name.startswith(("tests/", "tools/")) for name in names)
+
+
+def test_train_test_predict(run: Any, images: Path) -> None:
+    listed = run("config", "--list", "*demo*resnet18*")
+    assert str(run.folder / "venv") in listed  # not the checkout's
+    settings = [f"data.root={images}", "model.num_classes=4", "data.workers=0", "epochs=1"]
+    settings += ["temperature_epochs=0.5", "schedule.warmup_epochs=0"]
+    run("train", MODEL, "--set", *settings, "--set", "total_batch_size=16", "batch_size=16")
+    results = json.loads((run.folder / "work_dirs" / MODEL / "results.json").read_text())
+    assert results["images"] == 19
+    tested = run("test", f"work_dirs/{MODEL}")
+    assert f"top1         {results['top1']:.4f}" in tested
+    picture = images / "val/cat/0.png"
+    found = run("predict", f"work_dirs/{MODEL}", picture)
+    assert any(name in found for name in ("bird", "cat", "dog", "fish"))
+
+
+def test_python(run: Any, images: Path) -> None:
+    code = (
+        "import kw\n"
+        "keys = {'model': {'num_classes': 4}, 'epochs': 1, 'temperature_epochs': 0.5}\n"
+        f"keys['data'] = {{'root': {str(images)!r}, 'workers': 0}}\n"
+        "keys |= {'total_batch_size': 16, 'batch_size': 16, 'schedule.warmup_epochs': 0}\n"
+        f"figures = kw.train({MODEL!r}, 'by_python', **keys)\n"
+        "assert figures['images'] == 19, figures\n"
+        "try:\n"
+        f"    kw.train({MODEL!r}, 'by_python', epoch=3)\n"
+        "except kw.config.ConfigError as error:\n"
+        "    assert 'did you mean epochs' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    done = subprocess.run(
+        [str(run.python), "-c", code], cwd=run.folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_imports_nothing_heavy() -> None:
+    """It comes at once; tested by what is imported, not by time."""
+    heavy = "{'torch', 'numpy', 'timm', 'PIL', 'matplotlib', 'mmengine', 'yaml'}"
+    code = f"import sys, kw.cli\nkw.cli.main(['--help'])\nassert not {heavy} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    code = f"import sys, kw\nassert not {heavy} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_settings_as_options_are_answered(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        (["--epochs", "3"], "--set epochs=3"),
+        (["--lr=0.1"], "--set optimizer.lr=0.1"),
+        (["--batch-size", "8"], "--set batch_size=8"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            tool("kw train", "configs/demo/resnet18.yaml", *words)
+        assert end.value.code == 2
+        assert expected in capsys.readouterr().err
+    for words, expected in (
+        (["trian"], "did you mean train?"),
+        (["study", "runs"], "did you mean run?"),
+        (["train", "kw_resnet18"], "did you mean"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            tool(f"kw {words[0]}", *words[1:])
+        assert end.value.code == 2
+        assert expected in capsys.readouterr().err
