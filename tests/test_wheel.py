@@ -42,6 +42,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     packages = next((folder / "venv").glob("lib/python*/site-packages"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    install.append("--ignore-installed")  # or pip removes the checkout's from this environment
     python = folder / "venv/bin/python"
     subprocess.run([*install, "--prefix", str(folder / "venv"), str(wheel)], check=True)
     script = folder / "venv/bin/kw"

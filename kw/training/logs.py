@@ -6,8 +6,10 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from .distributed import Process
 from .presence import log_to
@@ -20,6 +22,17 @@ _FORMAT = logging.Formatter(
 )
 _handlers: list[logging.Handler] = []
 _level: int | None = None  # of the logger before, where it was changed
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Lines above a progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
 
 
 class _File(logging.FileHandler):
@@ -47,7 +60,7 @@ def open_log(work_dir: Path, process: Process) -> None:
         logger.setLevel(logging.INFO)
         _level = logging.NOTSET
     if not any(map(_is_console, logging.getLogger().handlers)):
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setLevel(logging.INFO if process.is_main else logging.ERROR)
         _handlers.append(console)
     if process.is_main:

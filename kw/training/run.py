@@ -32,7 +32,7 @@ from ..warehouse.ops import planner, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook, ProgressHook
 from .hooks.bad_images import tell_bad_images
 from .logs import close_log, open_log
 from .optim import build_optimizer
@@ -170,6 +170,7 @@ def build_preprocessor(config: Config) -> BatchPreprocessor:
 def build_hooks(config: RunConfig) -> list[Hook]:
     """The hooks that every run has, in their order, and those of the configuration."""
     return [
+        ProgressHook(),
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),

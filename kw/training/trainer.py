@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..config.run_schema import RunConfig
 from ..data import Loader, TrainBatchSampler, deaths_explained, stop_workers
 from ..errors import Interrupted
-from ..warehouse import has_temperature, set_temperature
+from ..warehouse import get_temperature, has_temperature, set_temperature
 from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
@@ -413,4 +413,8 @@ class Trainer:
 
     def _results(self, metrics: Metrics | None, epoch: int) -> dict[str, Any]:
         parameters = sum(p.numel() for p in self.task.network.parameters())
-        return {**headline(metrics or {}), "epoch": epoch, "params": parameters}
+        results = {**headline(metrics or {}), "epoch": epoch, "params": parameters}
+        if self._anneals:
+            # Above 0 the network is not what it is to become: it still uses its one-hot start.
+            results["temperature"] = round(get_temperature(self.task.network), 6)
+        return results

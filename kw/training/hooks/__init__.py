@@ -5,5 +5,6 @@ from .base import Hook
 from .finite import FiniteHook
 from .log import LogHook
 from .pictures import PictureHook
+from .progress import ProgressHook
 
-__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "PictureHook"]
+__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "PictureHook", "ProgressHook"]

@@ -103,6 +103,10 @@ class LogHook(Hook):
             best = f"best {trainer.task.score} {trainer.best:.3f}"
         written = "best.pth, last.pth, results.json, log.jsonl, tensorboard/"
         logger.info(f"done, {best}; in {trainer.work_dir}: {written}")
+        if temperature := _temperature_of_best(trainer.work_dir):
+            logger.warning(
+                f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
+            )
 
     def _start_clock(self, trainer: Trainer) -> None:
         self._started = time.perf_counter()
@@ -151,6 +155,11 @@ class LogHook(Hook):
         write_line(trainer.work_dir, mode, epoch, trainer.update, line)
         for key, value in finite.items():
             trainer.board.add_scalar(f"{mode}/{key}", value, trainer.update)
+
+
+def _temperature_of_best(work_dir: Path) -> float:
+    file = work_dir / "results.json"
+    return float(json.loads(file.read_text()).get("temperature", 0)) if file.is_file() else 0.0
 
 
 def _describe(trainer: Trainer) -> Iterator[str]:
