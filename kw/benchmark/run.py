@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..torch_private import clear_compiled
 from . import memory as memory_of
 from .cases import STATIC, Case, Variant, check_backends
 from .conditions import BenchmarkError, Conditions, device_slug
@@ -74,7 +75,7 @@ def run_case(
     finally:
         torch.set_num_threads(threads)
         if conditions.compile:
-            torch._dynamo.reset()
+            clear_compiled()
         _release(conditions)
     if result.static.problem is not None:
         raise BenchmarkError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..torch_private import clear_compiled
 from ..training.optim import build_optimizer
 from ..training.precision import autocast
 from ..training.trainer import Updater
@@ -114,9 +115,7 @@ def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
     if conditions.compile:
         # All networks of a class share its code: each is one more entry among that code's compiled
         # forms, and beyond the limit PyTorch falls back to eager.
-        from torch._dynamo import config
-
-        config.recompile_limit = 64
+        clear_compiled(limit=64)
         network.compile()
     if conditions.mode == "inference":
         return InferenceStep(network, inputs, conditions)

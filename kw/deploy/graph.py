@@ -25,6 +25,7 @@ from ..config import ConfigError
 from ..config.schema import ModelConfig
 from ..errors import one_line
 from ..models.build import check_network
+from ..torch_private import trace_errors
 from ..warehouse import KWLayer, fold_temperature, ops
 from .description import Description, ExportError, InputRange
 
@@ -98,7 +99,7 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
         with quiet(), groups:
             try:
                 return _export(graph, example, shapes, deferred=False)
-            except torch._dynamo.exc.UserError:
+            except trace_errors():
                 # Something compares sizes, and cannot prove it of all: it is checked when it runs.
                 return _export(graph, example, shapes, deferred=True)
     except (MemoryError, KeyboardInterrupt):

@@ -38,6 +38,7 @@ from ..models.build import with_start
 from ..models.freezing import freeze as freeze_by_name
 from ..models.freezing import frozen_modules
 from ..models.weights import CheckpointError, classifier_names, is_converted
+from ..torch_private import BatchNorm
 from ..warehouse import (
     Warehouse,
     drop_unused_warehouses,
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
             module.eval()
         if mode and self.norm_eval:
             for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..torch_private import lerp_all
 from .parallel import local
 
 __all__ = ["MovingAverage"]
@@ -29,6 +30,6 @@ class MovingAverage:
         averages = [local(parameter) for parameter in self.network.parameters()]
         current = [local(parameter) for parameter in trained.parameters()]
         kept = self.decay if updates_before > 1 else 0.0
-        torch._foreach_lerp_(averages, current, weight=1 - kept)
+        lerp_all(averages, current, 1 - kept)
         for average, buffer in zip(self.network.buffers(), trained.buffers(), strict=True):
             average.copy_(buffer)

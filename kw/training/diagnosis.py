@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..torch_private import uncompiled
+
 __all__ = ["find_origin"]
 
 _Seen = tuple[str, str, tuple[int, int]]  # "input" or "output", of which layer, which tensor
@@ -44,7 +46,7 @@ def find_origin(
     try:
         for batch in batches:
             # All of them, whatever is found: layers may communicate, and other processes with them.
-            with _uncompiled(network), _watched(network) as watch:
+            with uncompiled(network), _watched(network) as watch:
                 found += _pass(model, network, batch, context, watch)
     finally:
         with torch.no_grad():
@@ -159,17 +161,6 @@ def _watched(network: nn.Module) -> Iterator[_Watch]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _uncompiled(network: nn.Module) -> Iterator[None]:
-    """Without what ``network.compile()`` made, which calls no hooks."""
-    compiled = network._compiled_call_impl
-    network._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        network._compiled_call_impl = compiled
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..errors import EXIT_MISSING, MissingProcess, one_line
+from ..torch_private import BatchNorm
 from .presence import Presence, set_place, watched
 
 __all__ = [
@@ -187,7 +188,7 @@ def average_batch_norm(model: nn.Module) -> None:
 
 def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     """Running means and variances of all BatchNorm layers, in the order of the modules."""
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = (m for m in model.modules() if isinstance(m, BatchNorm))
     return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
 
 

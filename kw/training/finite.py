@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..errors import UserError
+from ..torch_private import copy_all, overflow, step_unless
 
 __all__ = ["FiniteGuard", "NonFiniteError", "Skipped"]
 
@@ -88,7 +89,7 @@ class FiniteGuard:
             scaler.step(optimizer)
         else:
             fault = ~torch.isfinite(norm)
-            _step_unless(fault, optimizer)
+            step_unless(fault, optimizer)
         self._restore(fault)
         self._count(fault)
 
@@ -111,17 +112,13 @@ class FiniteGuard:
 
     def _fault_of(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
         """Whether an update under loss scaling is at fault."""
-        scale = scaler._get_scale_async()
-        assert scale is not None
         assert self._loss_is_bad is not None
         bad = self._loss_is_bad.float()
         if dist.is_initialized() and dist.get_world_size() > 1:
             # The reduced gradient does not tell a bad loss from an overflow.
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        overflow = sum(each.to(scale.device) for each in found.values()) > 0
-        fault: Tensor = (bad > 0) | (overflow & (scale < 1))
-        return fault
+        overflowed, scale = overflow(scaler, optimizer)
+        return (bad > 0) | (overflowed & (scale < 1))
 
     def _prime(self, optimizer: Optimizer) -> None:
         """Start the momenta of SGD at zero, where they are made but left as they are found.
@@ -145,9 +142,7 @@ class FiniteGuard:
         for group, kept in zip(self._groups or [], self._kept, strict=True):
             now = torch.cat([b.reshape(-1) for b in group])
             parts = torch.where(fault.to(now.device), kept, now).split([b.numel() for b in group])
-            torch._foreach_copy_(
-                group, [part.view_as(b) for part, b in zip(parts, group, strict=True)]
-            )
+            copy_all(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
 
     def _count(self, fault: Tensor) -> None:
         if self._counts is None:
@@ -157,20 +152,6 @@ class FiniteGuard:
         one = fault.long()
         self._counts += one
         self._counts[1] *= one
-
-
-def _step_unless(fault: Tensor, optimizer: Optimizer) -> None:
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        if not fault:  # not fused, on neither CPU nor CUDA: the host has to know
-            optimizer.step()
-        return
-    # What torch's GradScaler sets: fused kernels return at once if it is 1.
-    fused: Any = optimizer
-    fused.grad_scale, fused.found_inf = None, fault.float()
-    try:
-        optimizer.step()
-    finally:
-        del fused.grad_scale, fused.found_inf
 
 
 def _buffers(model: nn.Module) -> list[list[Tensor]]:

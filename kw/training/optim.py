@@ -15,6 +15,7 @@ from ..config.run_schema import OptimizerConfig
 from ..errors import one_line
 from ..models.weights import classifier_names
 from ..registry import OPTIMIZERS
+from ..torch_private import BatchOrInstanceNorm
 from ..warehouse import KWLayer
 
 __all__ = ["build_optimizer"]
@@ -23,7 +24,7 @@ OPTIMIZERS["adamw"] = torch.optim.AdamW
 OPTIMIZERS["sgd"] = torch.optim.SGD
 
 # BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and what is derived from them.
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (BatchOrInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def build_optimizer(

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.run_schema import DistributedConfig, RunConfig
+from ..torch_private import prepare_reduction
 from ..warehouse import KWLayer, Warehouse
 from ..warehouse.ops.summing import forget_anchor
 from .distributed import Process
@@ -102,7 +103,7 @@ def _lay_out_buckets(ddp: DistributedDataParallel, order: list[nn.Parameter]) ->
 
     It rebuilds its buckets once, before the forward pass that follows the first backward pass.
     """
-    ddp.reducer.prepare_for_backward([])
+    prepare_reduction(ddp)
     for parameter in order:
         (parameter.view(-1)[:1] * 0).sum().backward()
     for parameter in order:

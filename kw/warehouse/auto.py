@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ..torch_private import BatchNorm
 from .convertible import has_kernel, kernel_shape, why_static
 from .layers import KWLayer
 from .partition import KernelShape
@@ -86,7 +87,7 @@ def auto_plan(
         ValueError: an unknown setting, an example on which the network cannot run, or a network
             without a layer that can be converted.
     """
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    batch_norm = any(isinstance(m, BatchNorm) for m in model.modules())
     norm = "batch" if batch_norm else "layer"
     resolved = WarehouseSettings(norm=norm).with_overrides(settings, "auto")
     report = AutoReport()

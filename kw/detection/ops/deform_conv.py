@@ -14,6 +14,7 @@ import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
+from ...torch_private import torchvision_backward
 from .widening import widen
 
 __all__ = [
@@ -176,9 +177,10 @@ def _backward(
     """Gradients of input, weight, offset, mask and bias; those of absent ones mean nothing."""
     tensors = _complete(input, weight, offset, mask, bias)
     (wide,) = widen(grad)
-    return torch.ops.torchvision._deform_conv2d_backward(
+    gradients: tuple[Tensor, ...] = torchvision_backward("deform_conv2d")(
         wide.contiguous(), *tensors, *geometry, mask is not None
     )
+    return gradients
 
 
 def _complete(

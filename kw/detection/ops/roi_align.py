@@ -19,6 +19,7 @@ import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
+from ...torch_private import torchvision_backward
 from .widening import widen
 
 __all__ = ["backward_in_order", "roi_align_backward", "roi_align_forward"]
@@ -103,7 +104,7 @@ def roi_align_backward(
         gradient = backward_in_order(grad, images, y_axis, x_axis, shape)
     else:
         bins = (aligned_height, aligned_width)
-        gradient = torch.ops.torchvision._roi_align_backward(
+        gradient = torchvision_backward("roi_align")(
             grad, boxes, spatial_scale, *bins, *shape, sampling_ratio, aligned
         )
     grad_input.copy_(gradient)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...torch_private import scan
 from .assembly import assemble
 from .bmm import conv_bmm, unfold_taps
 from .grouped import conv_grouped
@@ -102,8 +103,6 @@ def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tens
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    from torch._higher_order_ops.scan import scan
-
     conv = _CONV[len(spec.partition.kernel)]
     slide = (spec.stride, spec.padding, spec.dilation, spec.groups)
 
@@ -113,4 +112,4 @@ def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tenso
 
     # A scan carries something along; nothing is passed from sample to sample.
     kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, C, 1, k..]
-    return scan(step, x.new_zeros(1), (x, kernels))[1]
+    return scan(step, x.new_zeros(1), (x, kernels))

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import register_flop_formula
 
+from ...torch_private import dispatch_modes
 from .backends import planner
 from .bmm import conv_bmm
 from .contraction import Needs, Problem, SummingContraction, check_operands
@@ -54,10 +54,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _is_counted() -> bool:
     """Whether torch's FlopCounterMode is on: it sees operators, not what compiled code does."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    modes = _get_current_dispatch_mode_stack()
-    return any(type(mode).__name__.endswith("FlopCounterMode") for mode in modes)
+    return any(type(mode).__name__.endswith("FlopCounterMode") for mode in dispatch_modes())
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:

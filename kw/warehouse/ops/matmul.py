@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...torch_private import onednn_linear
+
 __all__ = ["accumulate", "batch_matmul", "matmul"]
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -63,15 +65,9 @@ def _dense(a: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _onednn() -> Product | None:
     """oneDNN's product if this build of PyTorch has one that gives the right result."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    product = onednn_linear()
+    if product is None:
         return None
-    linear = torch.ops.mkldnn._linear_pointwise
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return linear(a, b.t(), None, "none", [], "")
-
     try:
         a = torch.arange(6.0).view(2, 3)
         b = torch.arange(12.0).view(3, 4) - 5

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...torch_private import backward_pass, in_function_transform, runs_in_this_pass
+
 __all__ = ["GradientSum", "anchor_of", "forget_anchor", "sum_of"]
 
 _anchors: dict[int, weakref.ref[Tensor]] = {}
@@ -55,7 +57,7 @@ class _Sum(torch.autograd.Function):
         # A loss that lives on keeps this node; the next forward pass needs a younger one, or its
         # cells' gradients would come last of all.
         _anchors.pop(ctx.key, None)
-        total = ctx.sums.pop(torch._C._current_graph_task_id(), None)
+        total = ctx.sums.pop(backward_pass(), None)
         return None if total is None else total.value
 
 
@@ -68,7 +70,7 @@ def anchor_of(cells: Tensor) -> Tensor | None:
     if (
         type(cells) is not nn.Parameter
         or not (cells.requires_grad and cells.is_cpu and cells.is_contiguous())
-        or torch._C._are_functorch_transforms_active()
+        or in_function_transform()
     ):
         return None
     key = id(cells)
@@ -107,10 +109,10 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
 def sum_of(anchor: Tensor | None) -> GradientSum | None:
     """In a backward pass: the sum that a user of the cells is to add to; ``None`` if it is to
     return its gradient instead."""
-    task = torch._C._current_graph_task_id()
+    task = backward_pass()
     if anchor is None or task == -1:
         return None
     node: Any = anchor.grad_fn
-    if not torch._C._will_engine_execute_node(node):
+    if not runs_in_this_pass(node):
         return None
     return node.sums.setdefault(task, GradientSum())
