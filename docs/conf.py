@@ -10,6 +10,11 @@ import os
 
 from sphinx.application import Sphinx
 
+import kw
+import kw.data
+import kw.models
+import kw.training
+
 os.environ.setdefault("KW_NATIVE", "0")  # importing is enough; nothing is compiled
 
 project = "kernelwarehouse"
@@ -50,10 +55,16 @@ napoleon_use_rtype = False
 
 # Names of this package must lead somewhere. Those of others would take a network to look up,
 # and the schema's classes are the tables of the page on settings.
+# What packages import when it is first used has to be there to be documented.
+for package in (kw, kw.data, kw.models, kw.training):
+    for name in package.__all__:
+        getattr(package, name)
+
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!kw\.).*"),
     (r"py:class", r"kw\.config\.(run_)?schema\.\w+|kw\.warehouse\.partition\.\w+"),
+    (r"py:.*", r"kw\.registry\.[TE]"),
 ]
 
 

@@ -1,6 +1,6 @@
 """Training is the same with every back end: short curves here, 200 updates by the tool.
 
-``kw benchmark backends`` runs the long comparison; docs/benchmarks.md has its result.
+``kw benchmark backends`` runs the long comparison; docs/experiments.md has its result.
 """
 
 from __future__ import annotations
