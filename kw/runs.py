@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,12 @@ from typing import Any
 from .config.tree import ConfigError
 
 __all__ = ["config_file", "config_names", "configs", "load_run", "run_of", "train"]
+
+
+# Folders of configurations by name, and what is put before: several have a kw_resnet18_1x.
+_RUNS = {"imagenet": "", "coco": "", "demo": "demo_", "finetune": "finetune_"}
+
+_STUDY = re.compile(r"^(rows|seeds):", re.M)
 
 
 def configs() -> Path:
@@ -31,11 +38,11 @@ def config_names(pattern: str = "*") -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted([*configs().rglob("*.yaml"), *configs().rglob("*.py")]):
         inside = file.relative_to(configs()).parts
-        # Bases, scales and studies are no configurations of a run.
-        is_run = inside[0] in ("imagenet", "coco", "demo", "finetune") and "_base_" not in inside
-        # The demo's have the names of ImageNet's.
-        name = f"demo_{file.stem}" if inside[0] == "demo" else file.stem
-        if is_run and fnmatch(name, pattern):
+        # Bases, scales and studies (which have rows and seeds) are no configurations of a run.
+        if inside[0] not in _RUNS or "_base_" in inside or _STUDY.search(file.read_text()):
+            continue
+        name = f"{_RUNS[inside[0]]}{file.stem}"
+        if fnmatch(name, pattern):
             found[name] = file
     return found
 

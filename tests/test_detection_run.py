@@ -14,6 +14,7 @@ from coco_set import detector_text, write_coco_set
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
+from mmengine.logging import MessageHub
 from PIL import Image
 from processes import call, in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -61,6 +62,8 @@ def test_a_run_leaves_what_is_promised(file: Path, tmp_path: Path) -> None:
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 1e-4])
     tags = EventAccumulator(str(work_dir / "tensorboard")).Reload().Tags()["scalars"]
     assert {"train/loss_mask", "val/bbox_mAP", "val/ema_segm_mAP"} <= set(tags)
+    told = MessageHub.get_current_instance()  # what losses of mmdetection's ask for
+    assert [told.get_info(key) for key in ("epoch", "iter", "max_iters")] == [1, 2, 2]
     checkpoint = load_checkpoint(work_dir / "epoch_2.pth")  # weights_only
     assert checkpoint["meta"]["classes"] == ["red", "green", "blue"]
 

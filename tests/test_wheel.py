@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from kw.runs import config_file, config_names
+
 ROOT = Path(__file__).parents[1]
 MODEL = "demo_kw_resnet18_1x"
 
@@ -141,3 +143,18 @@ def test_settings_as_options_are_answered(tool: Any, capsys: pytest.CaptureFixtu
             tool(f"kw {words[0]}", *words[1:])
         assert end.value.code == 2
         assert expected in capsys.readouterr().err
+
+
+def test_every_configuration_has_a_name() -> None:
+    """And no two have the same; studies and bases are none."""
+    names = config_names()
+    files = [
+        *ROOT.glob("configs/imagenet/*/*.yaml"),
+        *ROOT.glob("configs/coco/*.py"),
+        *ROOT.glob("configs/finetune/*.yaml"),
+    ]
+    assert {file for file in files if "_base_" not in file.parts} <= set(names.values())
+    assert len(set(names.values())) == len(names)
+    assert config_file("kw_resnet18_1x") == ROOT / "configs/imagenet/resnet18/kw_resnet18_1x.yaml"
+    assert config_file("finetune_kw_resnet18_1x").parent.name == "finetune"
+    assert not {"demo_demo", "demo_demo_seeds"} & set(names)

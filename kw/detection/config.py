@@ -38,6 +38,7 @@ _INSTEAD = {
     "optim_wrapper": "optimizer, ema and precision",
     "param_scheduler": "schedule",
     "train_cfg": "epochs and eval_interval",
+    "custom_hooks": "hooks",
     "train_dataloader": "data, batch_size and train_pipeline",
     "val_dataloader": "data, eval_batch_size and test_pipeline",
     "data_root": "data.root",
