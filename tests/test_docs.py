@@ -38,7 +38,7 @@ from doc_pages import (
 from run_docs import shrink
 from torch import distributed, nn
 
-from kw import get_temperature
+from kw import get_temperature, registry
 from kw.cli import ToolParser, command_of
 from kw.config import ConfigError
 from kw.errors import UserError
@@ -179,7 +179,17 @@ def test_every_block_is_of_a_known_kind(page: Path) -> None:
         assert known, f"{block.place}: ```{block.language}: neither run nor marked"
 
 
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page's --import registers is gone after its test."""
+    for entries in vars(registry).values():
+        if isinstance(entries, registry.Registry):
+            list(entries)  # the project's own are loaded before
+            monkeypatch.setattr(entries, "entries", dict(entries.entries))
+
+
 @each_page
+@pytest.mark.usefixtures("own_registries")
 def test_commands(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """bash reads the page's commands, and every tool its arguments, files and settings."""
     for block in read_blocks(page):
