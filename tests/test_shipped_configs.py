@@ -6,11 +6,14 @@ import dataclasses
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from timm.layers import DropPath
 
 from kw.config import Config, config_from_mapping, load_config, to_dict, to_yaml
-from kw.models import RELEASED
+from kw.config.schema import ModelConfig
+from kw.models import RELEASED, build_network
 from kw.warehouse import resolve_plan
 
 ROOT = Path(__file__).parents[1]
@@ -175,3 +178,20 @@ def assert_plain_augmentation(config: Config) -> None:
     assert (data.auto_augment, data.color_jitter, data.random_erasing) == (None, None, None)
     assert (data.mixup, data.cutmix, config.label_smoothing) == (0, 0, 0)
     assert config.ema is None
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "branches"),
+    [
+        ("resnet18", {"channels": [8, 8, 16, 16]}, 8),
+        ("deit_tiny_patch16_224", {"depth": 3, "embed_dim": 24}, 6),
+        ("convnext_tiny", {"dims": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}, 5),
+    ],
+)
+def test_a_constant_rate_is_that_of_every_branch(
+    name: str, args: dict[str, Any], branches: int
+) -> None:
+    settings = {"num_classes": 4, "drop_path_rate": 0.2, "drop_path_decay": "constant"}
+    network = build_network(ModelConfig(name, **settings, timm_args=args))
+    rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+    assert rates == [0.2] * branches

@@ -261,11 +261,16 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
 
 def _set_constant_drop_path(network: nn.Module, config: ModelConfig) -> None:
     """The same rate for every residual block, where timm's grows from zero with depth."""
-    blocks = [module for module in network.modules() if hasattr(module, "drop_path")]
-    if not blocks:
+    branches = [
+        (module, name)
+        for module in network.modules()
+        for name in ("drop_path", "drop_path1", "drop_path2")  # a transformer's block has two
+        if hasattr(module, name)
+    ]
+    if not branches:
         raise ConfigError(
-            f"model.drop_path_rate {config.drop_path_rate}: {config.name} has no residual blocks "
-            "with drop path; set it to 0"
+            f"model.drop_path_rate {config.drop_path_rate}, model.drop_path_decay 'constant': "
+            f"{config.name} has no residual blocks with drop path; set the rate to 0"
         )
-    for block in blocks:
-        block.drop_path = DropPath(config.drop_path_rate)
+    for block, name in branches:
+        setattr(block, name, DropPath(config.drop_path_rate))
