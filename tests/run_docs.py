@@ -181,7 +181,7 @@ def shrink_tool(tool: str, arguments: list[str]) -> tuple[str, list[str]]:
     else:
         dynamic = Path(config).stem.startswith("kw_")
         options = [*SMALL, f"temperature_epochs={0.5 if dynamic else 0}"]
-        if LINKED in arguments:  # made by the page itself
+        if LINKED in arguments or config == "mine.yaml":  # a set of the page's own
             options = options[2:]
     return tool, with_options(arguments, options)
 
@@ -237,6 +237,11 @@ def generate(folder: Path) -> None:
         (folder / name).symlink_to(folder / "data/small")
     for name in ("cat.jpg", "ONE.png", "OTHER.png"):
         shutil.copy(photos / rows[len(name)], folder / name)
+    table = folder / "data/table"
+    shutil.copytree(folder / "data/small", table)
+    pairs = [row for row in rows if row.parts[1] in ("cat", "dog")]
+    rows_of_table = [f"{row},{row.parts[1]},{row.parts[0]}" for row in pairs]
+    (table / "labels.csv").write_text("\n".join(["file,label,split", *rows_of_table]) + "\n")
     (folder / "labels.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
     # Two runs that pages compare and go on with.
     for name in ("resnet18", "kw_resnet18_1x"):

@@ -91,7 +91,7 @@ def _train(run: StudyRun, runs: Path, threads: int) -> bool:
     if run.continues is not None:
         options.append(f"model.weights={runs / run.continues / 'last.pth'}")
     started = time.time()
-    print(f"{run.name}: started", flush=True)
+    print(f"{run.name}: started\n", end="", flush=True)  # at once: two may start together
     with open(folder / "output.txt", "a") as output:
         status = subprocess.call(
             [*command, "--cfg-options", *options],
