@@ -53,6 +53,7 @@ __all__ = [
     "TRANSFORMS",
     "Registry",
     "argument_fault",
+    "takes",
 ]
 
 T = TypeVar("T")
@@ -209,6 +210,12 @@ def argument_fault(
         if name in hints and not _fits(value, hints[name]):
             return f"its argument {name!r} to be {_named(hints[name])}, found {value!r}"
     return None
+
+
+def takes(entry: Callable[..., object], name: str) -> bool:
+    """Whether a function or class has an argument of a name."""
+    parameters = inspect.signature(entry).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _hints(entry: Callable[..., object]) -> dict[str, object]:

@@ -2,75 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .config.names import config_file
 from .config.tree import ConfigError
 
-__all__ = ["config_file", "config_names", "configs", "load_run", "run_of", "train"]
-
-
-# Folders of configurations by name, and what is put before: several have a kw_resnet18_1x.
-_RUNS = {"imagenet": "", "coco": "", "demo": "demo_", "finetune": "finetune_"}
-
-_STUDY = re.compile(r"^(rows|seeds):", re.M)
-
-
-def configs() -> Path:
-    """The folder of this project's configurations, in a checkout or in the installed package."""
-    package = Path(__file__).parent
-    packed = package / "configs"
-    return packed if packed.is_dir() else package.parent / "configs"
-
-
-def config_names(pattern: str = "*") -> dict[str, Path]:
-    """The configurations that can be trained by name, and their files.
-
-    Args:
-        pattern: as of file names, for instance ``"*resnet50*"``.
-    """
-    found: dict[str, Path] = {}
-    for file in sorted([*configs().rglob("*.yaml"), *configs().rglob("*.py")]):
-        inside = file.relative_to(configs()).parts
-        # Bases, scales and studies (which have rows and seeds) are no configurations of a run.
-        if inside[0] not in _RUNS or "_base_" in inside or _STUDY.search(file.read_text()):
-            continue
-        name = f"{_RUNS[inside[0]]}{file.stem}"
-        if fnmatch(name, pattern):
-            found[name] = file
-    return found
-
-
-def config_file(name: str | Path) -> Path:
-    """A configuration's file, by its path or by the name of one of this project's.
-
-    Raises:
-        ConfigError: neither is there; the message has the nearest name.
-    """
-    path = Path(name)
-    if path.suffix or path.exists() or len(path.parts) > 1:
-        return path  # reading it says whether it is one
-    known = config_names()
-    if str(name) in known:
-        return known[str(name)]
-    near = difflib.get_close_matches(str(name), known, 3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ConfigError(
-        f"{name}: no such file, nor a configuration of that name{hint} (kw config --list)"
-    )
+__all__ = ["load_run", "run_of", "train"]
 
 
 def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, ModuleType]:
     """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.
 
     Args:
-        path: see :func:`config_file`.
+        path: a file, or a name (:func:`kw.config.names.config_file`).
         options: ``a.b=value`` settings over the file's.
 
     Raises:
@@ -78,7 +26,7 @@ def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, Module
     """
     from .config import load_config
 
-    file = config_file(path)
+    file = config_file(path)  # its name says which kind it is
     if file.suffix != ".py":
         from . import training
 

@@ -22,6 +22,7 @@ from kw.models.released_weights import ReleasedError, read_released
 from kw.training import CheckpointError, load_checkpoint
 from kw.training.distributed import Process
 from kw.training.run import build_trainer
+from kw.training.state import run_state
 
 ROOT = Path(__file__).parents[1]
 CPU = Process(0, 1, torch.device("cpu"))
@@ -68,7 +69,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
     folder = tmp_path_factory.mktemp("trained")
     trainer = build_trainer(config_from_mapping(settings, check_model_name=False), folder, CPU)
     path = folder / "epoch_0.pth"
-    torch.save(trainer.state(), path)
+    torch.save(run_state(trainer), path)
     return settings, path
 
 

@@ -19,10 +19,18 @@ from PIL import Image
 
 from kw import registry
 from kw.config import ConfigError, config_from_mapping, load_config
+from kw.config.schema import DataConfig
+from kw.data import DataError
+from kw.data.dataset import Listing, list_split
 from kw.errors import UserError
 from kw.models.losses import bce
-from kw.registry import Registry, argument_fault
-from kw.training import load_checkpoint, train
+from kw.registry import DATASETS, HOOKS, METRICS, Registry, argument_fault
+from kw.training import build_trainer, load_checkpoint, train
+from kw.training.checkpoint import save_checkpoint
+from kw.training.distributed import Process
+from kw.training.hooks import Hook
+from kw.training.task import Metrics
+from kw.training.trainer import Trainer
 
 ALL = {name: value for name, value in vars(registry).items() if isinstance(value, Registry)}
 
@@ -140,6 +148,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"name": "lamb", "lr": 1, "args": {"lr": 1}}}, "no lr among them"),
     ({"optimizer": {"name": "adamw", "lr": 1, "args": {"eps": 1}}}, "no eps among them"),
     ({"optimizer": {"name": "adam", "lr": 1, "args": {"beta": 1}}}, "did you mean 'betas'"),
+    ({"optimizer": {"name": "rprop", "lr": 1, "weight_decay": 0.1}}, "0, because rprop has no"),
     ({"schedule": {"name": "cosine", "args": {"power": 1}}}, "for cosine: no 'power'"),
     ({"metrics": {"auc": {}}}, "metric 'auc' is unknown"),
     ({"data": {"transforms": {"blur": {}}}}, "transform 'blur' is unknown"),
@@ -229,6 +238,91 @@ def test_early_stopping(settings: dict[str, Any], tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "last.pth")["meta"]["epoch"] == 3
     train(config_from_mapping(config), tmp_path, resume=True)
     assert load_checkpoint(tmp_path / "last.pth")["meta"]["epoch"] == 3
+
+
+class Counting(Hook):
+    """Counts evaluations; its state is this process's own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_hooks_of_another_number_of_processes(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all processes share goes on; what is lost is named."""
+    monkeypatch.setitem(HOOKS, "counting", Counting)
+    hooks = {"counting": {}, "early_stopping": {"patience": 9}}
+    config = {**settings, "hooks": hooks, "eval_interval": 1, "temperature_epochs": 0}
+    train(config_from_mapping({**config, "epochs": 1}), tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "epoch_1.pth")
+    best = checkpoint["ranks"][0]["hooks"]["EarlyStopping"]["best"]
+    checkpoint["ranks"] *= 2
+    save_checkpoint(checkpoint, tmp_path / "epoch_1.pth")
+    process = Process(0, 1, torch.device("cpu"))
+    again = config_from_mapping({**config, "epochs": 2})
+    trainer = build_trainer(again, tmp_path, process, resume=True)
+    trainer.load()
+    states = {type(hook).__name__: hook.state_dict() for hook in trainer.hooks}
+    assert states["EarlyStopping"]["best"] == best > 0
+    assert states["Counting"]["count"] == 0
+    (log,) = [path for path in tmp_path.glob("*/*.log") if "resumed" in path.read_text()]
+    assert "; without the state of Counting\n" in log.read_text()
+
+
+def test_two_hooks_of_one_name(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HOOKS, "mine", type("LogHook", (Hook,), {}))
+    config = config_from_mapping({**settings, "hooks": {"mine": {}}})
+    with pytest.raises(ConfigError, match="two classes are called LogHook"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize("figure", ["loss", "ema_recall"])
+def test_figures_of_one_name(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    class Twice:
+        def __init__(self, device: Any) -> None: ...
+
+        def update(self, logits: Any, labels: Any) -> None: ...
+
+        def compute(self) -> dict[str, float]:
+            return {figure: 0.0}
+
+    monkeypatch.setitem(METRICS, "twice", Twice)
+    config = config_from_mapping({**settings, "epochs": 1, "temperature_epochs": 0,
+                                  "metrics": {"twice": {}}})  # fmt: skip
+    with pytest.raises(ConfigError, match=f"another name than '{figure}'"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
+        ([0, 2], ["a", "b"], "label 2: expected a place among 2 classes"),
+        ([0, 0.5], ["a", "b"], "label 0.5"),
+        ([0], ["a", "b"], "2 files and 1 labels"),
+        ([0, 1], ["a", "a"], "its name twice"),
+    ],
+)
+def test_listings_that_do_not_fit(
+    labels: Any, classes: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [Path("0.png"), Path("1.png")]
+    monkeypatch.setitem(DATASETS, "odd", lambda root, split: Listing(files, labels, classes))
+    with pytest.raises(DataError, match=expected):
+        list_split(DataConfig("nowhere", dataset="odd"), "train")
 
 
 def test_the_pages_configurations_are_whole(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kw.runs import config_file, config_names
+from kw.config.names import config_file, config_names
+from kw.warehouse.ops import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "demo_kw_resnet18_1x"
@@ -158,3 +160,34 @@ def test_every_configuration_has_a_name() -> None:
     assert config_file("kw_resnet18_1x") == ROOT / "configs/imagenet/resnet18/kw_resnet18_1x.yaml"
     assert config_file("finetune_kw_resnet18_1x").parent.name == "finetune"
     assert not {"demo_demo", "demo_demo_seeds"} & set(names)
+
+
+def test_a_name_is_taken_wherever_a_configuration_is(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = tmp_path / "costs.json"
+    tool("kw inspect costs", "demo_resnet18", "--json", costs)
+    tool("kw inspect costs", "configs/demo/resnet18.yaml", "--json", tmp_path / "same.json")
+    found, same = (json.loads(f.read_text())[0] for f in (costs, tmp_path / "same.json"))
+    assert found["params"] == same["params"]
+    with pytest.raises(SystemExit):
+        tool("kw inspect backends", "demo_resnet19")
+    assert "did you mean demo_resnet18" in capsys.readouterr().err
+
+
+def test_the_doctor_tries_every_back_end(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    tool("kw doctor", "--json", report)
+    found = json.loads(report.read_text())["devices"]["cpu"]
+    assert found["versions"]["torch"] == torch.__version__
+    outcomes = found["back_ends"]
+    assert set(outcomes) == set(BACKENDS)
+    for name in ("reference", "grouped", "kernels", "bmm", "mix_inputs"):
+        assert outcomes[name].startswith("works: ")
+    assert outcomes["depthwise"].startswith("not here: ")
+    assert not {
+        name for name, outcome in outcomes.items() if outcome.startswith(("WRONG", "FAILS"))
+    }
+    assert "kernels    works: " in capsys.readouterr().out

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 import torch
 
-from ..runs import configs
+from ..config.names import configs
 from .conditions import Conditions, device_slug
 
 __all__ = ["StandardRun", "standard_runs"]

@@ -13,31 +13,17 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ..version import __version__
-from .tool import (
-    ToolParser,
-    add_config_options,
-    add_options,
-    device,
-    number,
-    output_file,
-    output_folder,
-    run_tool,
-    save_json,
-)
+from .tool import ToolParser, add_config_options, number, output_file, run_tool
 
 __all__ = [
     "COMMANDS",
     "ToolParser",
     "add_config_options",
-    "add_options",
     "command_of",
-    "device",
     "main",
     "number",
     "output_file",
-    "output_folder",
     "run_tool",
-    "save_json",
 ]
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {

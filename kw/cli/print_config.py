@@ -12,7 +12,8 @@ import sys
 from typing import Any
 
 from ..config import Config, reference, to_yaml
-from ..runs import config_names, load_run
+from ..config.names import config_names
+from ..runs import load_run
 from .tool import ToolParser, add_config_options
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from .checking import check
 from .loading import parse_config, read_config
+from .names import config_file
 from .printing import reference, to_dict, to_yaml
 from .schema import Config
 from .tree import ConfigError, Origin, entry_from_plain
@@ -40,7 +41,8 @@ def load_config(
     """Read and check a configuration file.
 
     Args:
-        path: a YAML file; its ``_base_`` files are read with it.
+        path: a YAML file, or the name of one of this project's (:mod:`kw.config.names`); its
+            ``_base_`` files are read with it.
         options: ``a.b=value`` strings over the file's settings, the value in YAML's flow style.
         check_model_name: look ``model.name`` up in timm, where that is installed; its import takes
             seconds.
@@ -49,7 +51,7 @@ def load_config(
         ConfigError: with one line for every problem: file and line, key, value, what was expected
             and the nearest valid name.
     """
-    return check(read_config(path, options), check_model_name)
+    return check(read_config(config_file(path), options), check_model_name)
 
 
 def config_from_mapping(

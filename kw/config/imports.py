@@ -34,7 +34,7 @@ def import_custom(root: Entry) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         where = f"{entry.origin}: custom_imports = {show(names)}"
         raise ConfigError(f"{where}: expected a list of names of modules")
-    allowed = os.environ.get(ALLOW, "").split(",")
+    allowed = [name.strip() for name in os.environ.get(ALLOW, "").split(",")]
     for name in names:
         if name not in sys.modules and "1" not in allowed and name not in allowed:
             raise ConfigError(

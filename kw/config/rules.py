@@ -19,6 +19,7 @@ from ..registry import (
     TRANSFORMS,
     Registry,
     argument_fault,
+    takes,
 )
 from .run_schema import RunConfig
 from .schema import Config
@@ -53,12 +54,18 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
     )
     key = "schedule.warmup_epochs"
     expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
-    entries(report, config, "hooks", config.hooks, HOOKS)
+    _check_entries(report, config, "hooks", config.hooks, HOOKS)
     names = {"adamw": ["lr", "weight_decay", "betas", "eps"]}
     names["sgd"] = ["lr", "weight_decay", "momentum", "nesterov"]
     own = names.get(optimizer.name, ["lr", "weight_decay"])
-    arguments(report, config, "optimizer.args", optimizer.name, optimizer.args, OPTIMIZERS, 1, own)
-    arguments(report, config, "schedule.args", schedule.name, schedule.args, SCHEDULES, 1)
+    _check_arguments(
+        report, config, "optimizer.args", optimizer.name, optimizer.args, OPTIMIZERS, 1, own
+    )
+    if optimizer.name in OPTIMIZERS and optimizer.weight_decay > 0:
+        decays = takes(OPTIMIZERS[optimizer.name], "weight_decay")
+        expected = f"0, because {optimizer.name} has no weight decay"
+        expect(decays, expected, "optimizer.weight_decay", "optimizer.name")
+    _check_arguments(report, config, "schedule.args", schedule.name, schedule.args, SCHEDULES, 1)
     if schedule.name == "cosine":
         key = "schedule.final_lr"
         expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
@@ -78,7 +85,7 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
     )
 
 
-def arguments(
+def _check_arguments(
     report: Report,
     config: RunConfig,
     key: str,
@@ -113,7 +120,7 @@ def arguments(
         report(config, (key,), f"for {name}: {fault}")
 
 
-def entries(
+def _check_entries(
     report: Report,
     config: RunConfig,
     key: str,
@@ -147,11 +154,13 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
             report(config, keys, expected)
 
     check_run_rules(config, report)
-    entries(report, config, "metrics", config.metrics, METRICS, 1)
-    entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
+    _check_entries(report, config, "metrics", config.metrics, METRICS, 1)
+    _check_entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
     loss, dataset = config.loss, config.data.dataset
-    arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
-    arguments(report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2)
+    _check_arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
+    _check_arguments(
+        report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2
+    )
     model, data, batch_size = config.model, config.data, config.batch_size
     expect(
         batch_size % 2 == 0 or not (data.mixup or data.cutmix),

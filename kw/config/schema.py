@@ -301,7 +301,7 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """The loss of a training batch."""
+    """The loss of training; that of an evaluation is the cross-entropy, whatever is trained."""
 
     name: str = setting(
         "cross_entropy",

@@ -1,4 +1,4 @@
-"""Images in folders, ``root/train/<class>/*`` and ``root/val/<class>/*``, and checks of these."""
+"""The images of a split: in folders, ``root/SPLIT/CLASS/*``, or listed otherwise; and checks."""
 
 from __future__ import annotations
 
@@ -94,9 +94,14 @@ def list_split(data: DataConfig, split: str) -> Listing:
     where = f"data.dataset {data.dataset!r}, {split}"
     if not found.files or len(found.files) != len(found.labels):
         raise DataError(f"{where}: {len(found.files)} files and {len(found.labels)} labels")
-    wrong = [label for label in found.labels if not 0 <= label < len(found.classes)]
+    places = range(len(found.classes))
+    wrong = [label for label in found.labels if label not in places]  # a fraction is in none
     if wrong:
-        raise DataError(f"{where}: label {wrong[0]} of {len(found.classes)} classes")
+        raise DataError(
+            f"{where}: label {wrong[0]!r}: expected a place among {len(places)} classes"
+        )
+    if len(set(found.classes)) != len(places):
+        raise DataError(f"{where}: a class has its name twice")
     return found
 
 

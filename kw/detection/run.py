@@ -15,13 +15,13 @@ from ..data import DataError, Loader
 from ..errors import memory_for, say
 from ..training import load_checkpoint, set_contraction
 from ..training.distributed import Process, host_barrier, process_group
-from ..training.folder import find_checkpoint, held
-from ..training.logs import close_log, open_log
+from ..training.folder import find_checkpoint
+from ..training.logs import open_log
 from ..training.optim import build_optimizer
 from ..training.parallel import distribute
 from ..training.precision import autocast
 from ..training.presence import set_place
-from ..training.run import build_hooks, check_devices, evaluate_weights
+from ..training.run import build_hooks, check_devices, evaluate_weights, start
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
 from .annotations import COCO_DETECTIONS, Report, load_annotations
@@ -60,14 +60,8 @@ def train(
     Raises:
         DataError: the data have errors; all that were found are named.
     """
-    with (
-        process_group(launcher, config.run.distributed.timeout_minutes) as process,
-        held(Path(work_dir), process),
-    ):
-        try:
-            return build_trainer(config, Path(work_dir), process, resume).run()
-        finally:
-            close_log()
+    folder = Path(work_dir)
+    return start(config.run, folder, launcher, lambda p: build_trainer(config, folder, p, resume))
 
 
 def build_trainer(

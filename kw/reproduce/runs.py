@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, load_config, to_dict, to_yaml
+from ..config.names import configs
 from ..errors import UserError
 from ..evaluation import PaperRow, PaperTable
-from ..runs import configs
 from .scale import Scale, as_option, epochs_scaled, flat, given_keys
 
 __all__ = ["CONFIGS", "Reproduction", "Run", "config_path", "read_settings"]

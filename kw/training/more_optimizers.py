@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from timm.optim import get_optimizer_class, list_optimizers
 
+from ..errors import one_line
 from ..registry import OPTIMIZERS
 
 __all__: list[str] = []
 
 _OTHER = {"Optimizer", "LBFGS", "SparseAdam"}  # no optimizer; need a closure, sparse gradients
+
+
+def _missing(error: Exception) -> Callable[..., Any]:
+    def refuse(groups: Any, **_: Any) -> NoReturn:
+        raise ImportError(f"its library is not installed ({one_line(error)})")
+
+    return refuse
+
 
 for _name, _class in vars(torch.optim).items():
     is_optimizer = isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer)
@@ -19,5 +29,7 @@ for _name, _class in vars(torch.optim).items():
         OPTIMIZERS.entries.setdefault(_name.lower(), _class)
 for _known in map(str, list_optimizers()):
     if _known not in OPTIMIZERS.entries:
-        with suppress(Exception):  # of a library that is not installed
+        try:
             OPTIMIZERS[_known] = get_optimizer_class(_known)
+        except Exception as error:  # of a library that is not installed; timm asserts or raises
+            OPTIMIZERS[_known] = _missing(error)

@@ -51,6 +51,7 @@ __all__ = [
     "evaluate_checkpoint",
     "find_checkpoint",
     "set_contraction",
+    "start",
     "train",
 ]
 
@@ -83,12 +84,30 @@ def train(
         NonFiniteError: too many updates were not finite.
         MissingProcess: another process died, hangs or never came.
     """
+    folder = Path(work_dir)
+    return start(config, folder, launcher, lambda p: build_trainer(config, folder, p, resume))
+
+
+def start(
+    config: RunConfig, work_dir: Path, launcher: str, build: Callable[[Process], Trainer]
+) -> dict[str, float | None]:
+    """Join the processes, take hold of the work directory, build a run and let it train.
+
+    Args:
+        config: the run's.
+        work_dir: likewise.
+        launcher: as for :func:`train`, whose errors these are.
+        build: makes the trainer of a process.
+
+    Returns:
+        The last evaluation's figures.
+    """
     with (
         process_group(launcher, config.distributed.timeout_minutes) as process,
-        held(Path(work_dir), process),
+        held(work_dir, process),
     ):
         try:
-            return build_trainer(config, Path(work_dir), process, resume).run()
+            return build(process).run()
         finally:
             close_log()
 
@@ -198,6 +217,9 @@ def evaluate(
 
     Returns:
         See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
+
+    Raises:
+        ConfigError: two metrics give a figure of one name.
     """
     training = network.training
     network.eval()
@@ -212,7 +234,14 @@ def evaluate(
             metric.update(logits, labels)
     network.train(training)
     host_barrier("at the end of an evaluation")
-    return {name: value for each in counts for name, value in each.compute().items()}
+    figures: dict[str, float | None] = {}
+    for each in counts:
+        found = each.compute()
+        twice = [name for name in found if name in figures or name.startswith("ema_")]
+        if twice:  # ema_ is put before the figures of the moving average
+            raise ConfigError(f"metrics: another name than {twice[0]!r}, which is taken")
+        figures.update(found)
+    return figures
 
 
 def evaluate_checkpoint(

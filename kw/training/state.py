@@ -23,7 +23,6 @@ from .checkpoint import (
     rng_state,
 )
 from .distributed import batch_norm_buffers
-from .finite import FiniteGuard
 from .layout import number_as_now, resume_fault, settings_changed
 from .logs import logger
 from .parallel import gathered, placed_like
@@ -33,10 +32,12 @@ from .task import Metrics
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["fault_logs", "optimizer_state", "restore_optimizer", "resume", "run_state"]
+__all__ = ["fault_logs", "placed_state", "resume", "run_state"]
 
 
-def run_state(trainer: Trainer, metrics: Metrics | None, is_best: bool) -> dict[str, Any]:
+def run_state(
+    trainer: Trainer, metrics: Metrics | None = None, is_best: bool = False
+) -> dict[str, Any]:
     """The run as a checkpoint (see :mod:`kw.training.checkpoint`); a collective call."""
     process, network = trainer.process, trainer.task.network
     states = {type(hook).__name__: hook.state_dict() for hook in trainer.hooks}
@@ -147,7 +148,11 @@ def _restore_process(
     """What belongs to this process; ``within``: an epoch was under way."""
     process = trainer.process
     if len(ranks) != process.world_size:
+        restored = _restore_hooks(trainer, ranks[0], shared=True)
+        # The log's sums begin anew with its next line.
+        anew = [name for name in ranks[0]["hooks"] if name not in (*restored, "LogHook")]
         also = ", nor are BatchNorm's statistics those of each process" if within else ""
+        also += f"; without the state of {', '.join(anew)}" if anew else ""
         logger.warning(
             f"{source} was written by {len(ranks)} process(es): the recipe goes on with "
             f"{process.world_size}, but not to the bit: drop path draws other numbers, "
@@ -162,10 +167,18 @@ def _restore_process(
         buffers = dict(trainer.task.network.named_buffers())
         for name, buffer in trainer.average.network.named_buffers():
             buffer.copy_(buffers[name])
+    _restore_hooks(trainer, own)
+
+
+def _restore_hooks(trainer: Trainer, own: dict[str, Any], shared: bool = False) -> list[str]:
+    """Give hooks their states of a process, or those alone that all processes share; by name."""
+    restored = []
     for hook in trainer.hooks:
-        state = own["hooks"].get(type(hook).__name__)
-        if state is not None:
-            hook.load_state_dict(state)
+        name = type(hook).__name__
+        if name in own["hooks"] and (hook.is_shared or not shared):
+            hook.load_state_dict(own["hooks"][name])
+            restored.append(name)
+    return restored
 
 
 def _statistics(trainer: Trainer) -> list[Tensor]:
@@ -181,44 +194,16 @@ def fault_logs(trainer: Trainer) -> dict[str, FaultLog]:
     return {name: each.faults for name, each in loaders.items() if isinstance(each, Loader)}
 
 
-def optimizer_state(
-    optimizer: Optimizer, scaler: torch.amp.GradScaler, guard: FiniteGuard
-) -> dict[str, Any]:
-    """State of optimizer, loss scaler and guard: tensors and plain types."""
-    return {
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "skipped": guard.state_dict(),
-    }
-
-
-def restore_optimizer(
-    state: dict[str, Any],
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    guard: FiniteGuard,
-    settings: Collection[str] = (),
-) -> None:
-    """Restore :func:`optimizer_state`, but for what the configuration sets.
-
-    Args:
-        state: as it was saved.
-        optimizer: this run's.
-        scaler: likewise.
-        guard: likewise.
-        settings: names of the further arguments that this run's configuration gives the optimizer.
-    """
-    optimizer.load_state_dict(_placed(state["optimizer"], optimizer, settings))
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    if "skipped" in state:  # checkpoints of earlier versions have none
-        guard.load_state_dict(state["skipped"])
-
-
-def _placed(
+def placed_state(
     state: dict[str, Any], optimizer: Optimizer, settings: Collection[str]
 ) -> dict[str, Any]:
-    """An optimizer's state, sharded as its parameters are, with this run's settings."""
+    """An optimizer's saved state, sharded as its parameters are, with this run's settings.
+
+    Args:
+        state: as ``optimizer.state_dict()`` gave it, tensors whole.
+        optimizer: this run's.
+        settings: names of the further arguments that this run's configuration gives it.
+    """
     pairs = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
     parameters = {
         number: parameter

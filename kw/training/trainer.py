@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
+from ..config import ConfigError
 from ..config.run_schema import RunConfig
 from ..data import Loader, TrainBatchSampler, deaths_explained, stop_workers
 from ..errors import Interrupted
@@ -35,7 +36,7 @@ from .precision import autocast
 from .presence import set_place
 from .saving import Checkpoints, checkpoint_name
 from .schedule import Schedule
-from .state import optimizer_state, restore_optimizer, resume, run_state
+from .state import placed_state, resume, run_state
 from .task import Metrics, Task, headline
 
 __all__ = ["Trainer", "Updater", "set_seed"]
@@ -124,11 +125,19 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, loss scaler and guard: tensors and plain types."""
-        return optimizer_state(self.optimizer, self.scaler, self.guard)
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.guard.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], settings: Collection[str] = ()) -> None:
-        """Restore :meth:`state_dict`; see :func:`kw.training.state.restore_optimizer`."""
-        restore_optimizer(state, self.optimizer, self.scaler, self.guard, settings)
+        """Restore :meth:`state_dict`; ``settings``: see :func:`kw.training.state.placed_state`."""
+        self.optimizer.load_state_dict(placed_state(state["optimizer"], self.optimizer, settings))
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if "skipped" in state:  # checkpoints of earlier versions have none
+            self.guard.load_state_dict(state["skipped"])
 
 
 class Trainer:
@@ -177,6 +186,9 @@ class Trainer:
         self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, sampler
         self.optimizer = optimizer
         self.hooks = list(hooks)
+        names = [type(hook).__name__ for hook in hooks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"hooks: two classes are called {twice[0]}, as their states would be")
         self.resume_from = resume_from
         # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
         set_seed(config.seed + process.rank)
@@ -225,7 +237,7 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float | None]:
-        """Train to the end, whatever happens to the processes; returns the last metrics.
+        """:meth:`train`, ending on a signal and stopping the loaders in any case.
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
@@ -324,17 +336,13 @@ class Trainer:
         set_place(place)
         return batch
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks to evaluate, by the prefix of their metrics: its own, the average."""
-        networks = {"": self.task.network}
-        if self.average is not None:
-            networks["ema_"] = self.average.network
-        return networks
-
     def evaluate(self) -> dict[str, float | None]:
         """Evaluate the network and, with the prefix ``ema_``, its moving average."""
         metrics: dict[str, float | None] = {}
-        for prefix, network in self.networks().items():
+        networks = {"": self.task.network}
+        if self.average is not None:
+            networks["ema_"] = self.average.network
+        for prefix, network in networks.items():
             set_place(f"in the evaluation after epoch {self.epoch}")
             found = self.task.evaluate(network)
             release(network)
@@ -364,10 +372,6 @@ class Trainer:
         # A finished run keeps what it was trained with.
         if self.process.is_main and not (self.is_finished and path.exists()):
             path.write_text(self.task.config_text)
-
-    def state(self, metrics: Metrics | None = None, is_best: bool = False) -> dict[str, Any]:
-        """The run as a checkpoint (:mod:`kw.training.checkpoint`); a collective call."""
-        return run_state(self, metrics, is_best)
 
     def save_epoch(self, metrics: Metrics | None) -> None:
         """A checkpoint after an epoch, if it is the best so far, is due, or is the last."""
@@ -403,7 +407,7 @@ class Trainer:
 
     def _save(self, metrics: Metrics | None, is_best: bool, update: int | None) -> Path:
         host_barrier("gathering a checkpoint")
-        state = self.state(metrics, is_best)
+        state = run_state(self, metrics, is_best)
         self._saved_at = time.monotonic()
         path = self.work_dir / checkpoint_name(self.epoch, update)
         if self.process.is_main:

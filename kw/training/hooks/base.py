@@ -19,7 +19,13 @@ class Hook:
     """Subclass it and write the methods that are needed; hooks are called in their order.
 
     All processes call all hooks at the same places, so that hooks may communicate.
+
+    Attributes:
+        is_shared: the state is the same in all processes, so that a run that goes on with another
+            number of them has it too.
     """
+
+    is_shared = False
 
     def before_training(self, trainer: Trainer) -> None:
         """Once, after a checkpoint to go on from is loaded."""

@@ -62,10 +62,8 @@ class LogHook(Hook):
         self._anneals = has_temperature(trainer.task.network)
         self._seconds = 0.0  # of training alone, since this process started
         self._updates_timed = 0
-        self._file: Path | None = None
         if trainer.process.is_main:
-            self._file = trainer.work_dir / "log.jsonl"
-            _forget_after(self._file, trainer.update, trainer.epoch)
+            _forget_after(trainer.work_dir / "log.jsonl", trainer.update, trainer.epoch)
             for line in _describe(trainer):
                 logger.info(line)
             trainer.board = SummaryWriter(
@@ -96,8 +94,9 @@ class LogHook(Hook):
         self._record(trainer, "val", trainer.epoch, found)
 
     def after_training(self, trainer: Trainer) -> None:
-        if trainer.board is not None:
-            trainer.board.close()
+        if trainer.board is None:
+            return
+        trainer.board.close()
         best = "no best epoch"
         if trainer.best >= 0:
             best = f"best {trainer.task.score} {trainer.best:.3f}"
@@ -147,7 +146,7 @@ class LogHook(Hook):
         self._start_clock(trainer)
 
     def _record(self, trainer: Trainer, mode: str, epoch: int, values: dict[str, float]) -> None:
-        if self._file is None or trainer.board is None:
+        if trainer.board is None:  # the main process has one
             return
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         # NaN is not JSON.

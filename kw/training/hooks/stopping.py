@@ -24,6 +24,8 @@ class EarlyStopping(Hook):
         min_delta: what the score must rise by to count as better, in its units.
     """
 
+    is_shared = True  # metrics are reduced over the processes
+
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         self.patience = patience
         self.min_delta = min_delta
