@@ -41,8 +41,8 @@ def load_config(
     """Read and check a configuration file.
 
     Args:
-        path: a YAML file, or the name of one of this project's (:mod:`kw.config.names`); its
-            ``_base_`` files are read with it.
+        path: a YAML file, or the name of one of this project's (``kw config --list`` prints them);
+            its ``_base_`` files are read with it.
         options: ``a.b=value`` strings over the file's settings, the value in YAML's flow style.
         check_model_name: look ``model.name`` up in timm, where that is installed; its import takes
             seconds.
