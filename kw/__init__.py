@@ -8,14 +8,14 @@ the models of :func:`list_models`.
 from typing import TYPE_CHECKING
 
 from .lazy import lazily
-from .models.registration import register_with_timm
+from .models.timm_names import register_with_timm
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import peers
     from .deploy import load
     from .models import build_model
-    from .models.released import list_models
+    from .models.paper_models import list_models
     from .runs import train
     from .warehouse import convert, get_temperature, set_temperature
 
@@ -38,7 +38,7 @@ __getattr__ = lazily(
     {
         "deploy": "load",
         "models": "build_model",
-        "models.released": "list_models",
+        "models.paper_models": "list_models",
         "runs": "train",
         "warehouse": "convert get_temperature set_temperature",
         "": "peers",

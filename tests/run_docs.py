@@ -65,7 +65,7 @@ ELSEWHERE = {
     "sbatch": "tests/test_launchers.py, with stand-ins for slurm's commands",
     "scripts/prepare_imagenet.sh": "tests/test_prepare_imagenet.py, on small archives",
     "scripts/prepare_coco.sh": "tests/test_prepare_coco.py, on small archives",
-    "tools/convert_checkpoint.py": "tests/test_released_weights.py, on files with their keys",
+    "tools/convert_checkpoint.py": "tests/test_authors_checkpoints.py, on files with their keys",
     "tests/kills.py": "tests/test_resume.py, with fewer kills",
     "tests/time_coco_evaluation.py": "a measurement",
 }

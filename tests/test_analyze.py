@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kw.config import ConfigError, config_from_mapping, load_config
-from kw.models import RELEASED, build_network
+from kw.models import PAPER_MODELS, build_network
 from kw.models.complexity import analyze, count_macs
 from kw.warehouse import set_backend
 
@@ -132,8 +132,8 @@ def test_parts_sum_to_what_a_forward_pass_does(settings):
 def test_known_figures(name):
     """To the last digit that is given."""
     model: dict[str, Any] = {"name": name}
-    if name in RELEASED:
-        released = RELEASED[name]
+    if name in PAPER_MODELS:
+        released = PAPER_MODELS[name]
         warehouse = {"plan": released.plan, **released.settings}
         model = {"name": released.backbone, "kernel_warehouse": warehouse}
     cost = analyze(config_from_mapping(small(224, num_classes=1000, timm_args={}, **model)))

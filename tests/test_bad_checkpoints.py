@@ -18,7 +18,7 @@ import yaml
 
 from kw.config import ConfigError, config_from_mapping
 from kw.models import build_network
-from kw.models.released_weights import ReleasedError, read_released
+from kw.models.authors_checkpoints import AuthorsFileError, read_authors_file
 from kw.training import CheckpointError, load_checkpoint
 from kw.training.distributed import Process
 from kw.training.run import build_trainer
@@ -100,8 +100,10 @@ def test_code_does_not_run(number: int, trained: Any, tmp_path: Path) -> None:
             torch.save(content, path, _use_new_zipfile_serialization=zipped)
             with pytest.raises(CheckpointError, match=path.name):
                 load_checkpoint(path)
-            with pytest.raises(ReleasedError, match="which is neither a tensor nor a plain type"):
-                read_released(path)
+            with pytest.raises(
+                AuthorsFileError, match="which is neither a tensor nor a plain type"
+            ):
+                read_authors_file(path)
     for arguments in (
         {"checkpoint_path": str(path)},
         {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}},
@@ -148,7 +150,10 @@ def test_cut_off_and_damaged(trained: Any, tmp_path: Path) -> None:
 def test_other_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     path.write_bytes(content)
-    for read, kind in ((load_checkpoint, CheckpointError), (read_released, ReleasedError)):
+    for read, kind in (
+        (load_checkpoint, CheckpointError),
+        (read_authors_file, AuthorsFileError),
+    ):
         with pytest.raises(kind, match=r"other\.pth"):
             read(path)
     with zipfile.ZipFile(path, "w") as archive:

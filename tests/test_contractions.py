@@ -10,15 +10,15 @@ from convolutions import CASES, Case
 from torch import Tensor
 
 from kw.warehouse.ops import ConvSpec, assembly, bmm, depthwise
+from kw.warehouse.ops.assembled import Assembled
 from kw.warehouse.ops.bmm import Bmm, conv_bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
 from kw.warehouse.ops.depthwise import Depthwise
-from kw.warehouse.ops.kernels import Kernels
 from kw.warehouse.ops.matmul import accumulate, batch_matmul, matmul
 from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
 
-CONTRACTIONS: list[Contraction] = [Kernels(), Bmm(), MixInputs(), Depthwise()]
+CONTRACTIONS: list[Contraction] = [Assembled(), Bmm(), MixInputs(), Depthwise()]
 ALL = (True, True, True)
 NAMES = ("x", "alpha", "cells")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -169,7 +169,7 @@ def test_narrow_types(op, case, dtype, narrow, monkeypatch):
 def test_refusals():
     assert {op.name for op, _ in POSSIBLE.values()} == {op.name for op in CONTRACTIONS}
     by_name = {op.name: op for op in CONTRACTIONS}
-    for name in ("kernels", "bmm"):
+    for name in ("assembled", "bmm"):
         assert all(refusal(by_name[name], case) is None for case in CASES.values())
     assert refusal(by_name["depthwise"], CASES["2d"]) == "does depthwise layers only"
     assert "6 output channels of a cell do not divide the 3 of each of the 2 groups" in str(

@@ -25,7 +25,7 @@ SHORT = CurveSettings(steps=6, batch=8, size=32)
 def test_curves_agree(dtype):
     """Rounding apart after one update, and its growth within half the digits after six."""
     curves = compare([*CONTRACTIONS, "grouped", "auto"], SHORT, dtype)
-    assert {"kernels", "bmm", "mix_inputs", "auto"} <= set(curves)
+    assert {"assembled", "bmm", "mix_inputs", "auto"} <= set(curves)
     eps = torch.finfo(dtype).eps
     for name, deviation in deviations(curves).items():
         assert deviation.first < 100 * eps, (name, deviation)
@@ -43,14 +43,14 @@ def test_depthwise_layers_take_part():
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
     """The comparison has teeth: a back end whose gradient of the cells is a percent too small."""
-    right = CONTRACTIONS["kernels"].backward
+    right = CONTRACTIONS["assembled"].backward
 
     def wrong(*args):
         dx, dalpha, dcells = right(*args)
         return dx, dalpha, None if dcells is None else 0.99 * dcells
 
-    monkeypatch.setattr(CONTRACTIONS["kernels"], "backward", wrong)
-    found = deviations(compare(["kernels"], SHORT, torch.float64))["kernels"]
+    monkeypatch.setattr(CONTRACTIONS["assembled"], "backward", wrong)
+    found = deviations(compare(["assembled"], SHORT, torch.float64))["assembled"]
     assert found.first > 1e-7
     assert found.mean > 1e-5
 

@@ -14,7 +14,7 @@ import torch
 
 import kw
 from kw.errors import UserError
-from kw.models import RELEASED
+from kw.models import PAPER_MODELS
 from kw.warehouse import find_warehouses
 from kw.warehouse.attention import KernelAttention
 
@@ -24,10 +24,10 @@ FAMILIES = [SMALL, "kw_resnet50_1x", "kw_mobilenetv2_050_1d2x", "kw_convnext_tin
 
 
 def test_names() -> None:
-    assert timm.list_models("kw_*") == kw.list_models() == sorted(RELEASED)
+    assert timm.list_models("kw_*") == kw.list_models() == sorted(PAPER_MODELS)
     assert kw.list_models("kw_resnet50_*") == [f"kw_resnet50_{b}" for b in ("1d2x", "1x", "4x")]
     assert timm.list_models("kw_*", pretrained=True) == []
-    assert all(timm.get_pretrained_cfg(name).first_conv for name in RELEASED)
+    assert all(timm.get_pretrained_cfg(name).first_conv for name in PAPER_MODELS)
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_either_import_may_come_first(imports: str) -> None:
     assert run.stdout.strip() == "ResNet"
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", PAPER_MODELS)
 def test_create(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10, drop_rate=0.1)
-        static = timm.create_model(RELEASED[name].backbone)
+        static = timm.create_model(PAPER_MODELS[name].backbone)
         expected = kw.convert(
-            timm.create_model(RELEASED[name].backbone, num_classes=10),
-            RELEASED[name].plan,
-            **RELEASED[name].settings,
+            timm.create_model(PAPER_MODELS[name].backbone, num_classes=10),
+            PAPER_MODELS[name].plan,
+            **PAPER_MODELS[name].settings,
         )
     assert type(model) is type(static)
     assert model.num_classes == 10
@@ -72,7 +72,7 @@ def test_features_only(name: str) -> None:
     """The static network's features, by shape; all cells are registered, none is without use."""
     size = {"img_size": 64} if "deit" in name else {}
     model = timm.create_model(name, features_only=True, **size)
-    static = timm.create_model(RELEASED[name].backbone, features_only=True, **size)
+    static = timm.create_model(PAPER_MODELS[name].backbone, features_only=True, **size)
     images = torch.randn(2, 3, 64, 64)
     features = model(images)
     assert [f.shape for f in features] == [f.shape for f in static(images)]

@@ -13,7 +13,7 @@ from kw.warehouse.ops import (
     Problem,
     assembly_precision,
     dynamic_conv,
-    planner,
+    selector,
     set_assembly_precision,
 )
 
@@ -32,7 +32,7 @@ def inputs(case: Case, dtype=torch.float64):
 def restored():
     yield
     set_assembly_precision("autocast")
-    planner.mode = "model"
+    selector.mode = "model"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -149,7 +149,7 @@ def test_exports_with_a_dynamic_batch():
 
 def test_autocast_computes_in_its_type():
     x, alpha, cells, spec = inputs(SPATIAL, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), planner.recording() as seen:
+    with torch.autocast("cpu", torch.bfloat16), selector.recording() as seen:
         y = dynamic_conv(x, alpha, cells, spec)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16

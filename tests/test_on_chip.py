@@ -20,7 +20,7 @@ from triton_checks import (
 
 from kw.warehouse import KernelShape, KWConv2d, partition_kernels, set_backend
 from kw.warehouse.ops import ConvSpec
-from kw.warehouse.ops.backends import planner
+from kw.warehouse.ops.backends import selector
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.device import GPUS
 from kw.warehouse.ops.reference import conv_reference
@@ -127,7 +127,7 @@ def test_forced_on_a_network():
     layer = KWConv2d(4, 6, 3, padding=1, start="paper").to(DEVICE).eval()
     x = torch.randn(3, 4, 5, 5, device=DEVICE)
     results = []
-    for name in ("on_chip", "kernels"):
+    for name in ("on_chip", "assembled"):
         set_backend(layer, name)
         x.grad = None
         x.requires_grad_()
@@ -236,7 +236,7 @@ def test_is_chosen_for_few_positions_and_cells():
     """Where a GPU's memory would be waited for, and not where mixing takes longer."""
 
     def quicker(p):
-        found = {prediction.name: prediction.seconds for prediction in planner.predict(p, H200)}
+        found = {prediction.name: prediction.seconds for prediction in selector.predict(p, H200)}
         return found["on_chip"] < found["triton"]
 
     assert quicker(problem())

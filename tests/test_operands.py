@@ -88,7 +88,7 @@ def test_refused_while_compiling_and_by_the_operator():
         compiled(x, alpha[:1], cells, spec)
 
 
-@pytest.mark.parametrize("backend", ["native", "auto", "kernels"])
+@pytest.mark.parametrize("backend", ["native", "auto", "assembled"])
 def test_lazily_negated_tensors(backend):
     """A view of conjugated numbers' imaginary part has its sign in no byte."""
     *given, spec = tensors()

@@ -92,7 +92,7 @@ def skip_refused(backend: str, spec: ConvSpec, cells: Tensor) -> None:
 def test_backend_equals_reference(case, backend):
     """Values, and gradients of the input, the coefficients and the cells.
 
-    The planner's back ends are held to the reference one by one in test_contractions.py.
+    The selector's back ends are held to the reference one by one in test_contractions.py.
     """
     *tensors, spec = case.make()
     expected = dynamic_conv(*tensors, spec, "reference")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kw import convert, set_temperature
-from kw.models.released import RELEASED
+from kw.models.paper_models import PAPER_MODELS
 from kw.warehouse import PLANS, KWLayer
 
 FIXTURE = Path(__file__).parent / "fixtures/released_models.json"
@@ -22,9 +22,9 @@ DEIT_MILLIONS = {"kw_deit_tiny_1x": 6.43, "kw_deit_tiny_4x": 21.55, "kw_deit_sma
 
 
 def build(name: str, **settings: Any) -> nn.Module:
-    if name not in RELEASED:
+    if name not in PAPER_MODELS:
         return timm.create_model(name, **settings)
-    released = RELEASED[name]
+    released = PAPER_MODELS[name]
     static = timm.create_model(released.backbone, **settings)
     return convert(static, released.plan, start="paper", **released.settings)
 
@@ -52,8 +52,8 @@ def test_released_checkpoint(name: str) -> None:
 
 
 def test_every_released_model_is_held_to_something() -> None:
-    assert set(RELEASED) == {n for n in CHECKPOINTS if n.startswith("kw_")} | set(DEIT_MILLIONS)
-    assert {released.plan for released in RELEASED.values()} == set(PLANS)
+    assert set(PAPER_MODELS) == {n for n in CHECKPOINTS if n.startswith("kw_")} | set(DEIT_MILLIONS)
+    assert {released.plan for released in PAPER_MODELS.values()} == set(PLANS)
 
 
 @pytest.mark.parametrize("name", DEIT_MILLIONS)

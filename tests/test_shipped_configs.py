@@ -13,7 +13,7 @@ from timm.layers import DropPath
 
 from kw.config import Config, config_from_mapping, load_config, to_dict, to_yaml
 from kw.config.schema import ModelConfig
-from kw.models import RELEASED, build_network
+from kw.models import PAPER_MODELS, build_network
 from kw.warehouse import resolve_plan
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ STATIC = {
 }
 NAMES_100 = [name for name in PATHS if name.endswith("_100ep")]
 NAMES_150 = [name for name in PATHS if "mobilenetv2" in name]
-OURS = [name for name in PATHS if name.removesuffix("_100ep") in {*STATIC, *RELEASED}]
+OURS = [name for name in PATHS if name.removesuffix("_100ep") in {*STATIC, *PAPER_MODELS}]
 every_config = pytest.mark.parametrize("name", PATHS)
 
 
@@ -61,7 +61,7 @@ def load(name: str) -> Config:
 
 
 def test_every_model_has_its_configurations() -> None:
-    expected = {*STATIC, *RELEASED}
+    expected = {*STATIC, *PAPER_MODELS}
     budgets = ("", "1d2x", "1x", "2x", "4x")
     expected |= {f"kw_resnet18_{b}_100ep" if b else "resnet18_100ep" for b in budgets}
     assert set(OURS) == expected
@@ -115,7 +115,7 @@ def test_model(name: str) -> None:
         assert config.model.name == STATIC[model]
         assert config.model.kernel_warehouse is None
         return
-    released, conversion = RELEASED[model], config.model.kernel_warehouse
+    released, conversion = PAPER_MODELS[model], config.model.kernel_warehouse
     assert config.model.name == released.backbone
     assert conversion is not None
     assert conversion.plan == released.plan

@@ -183,7 +183,7 @@ CONSTANTS = {"lift_fresh", "lift_fresh_copy", "scalar_tensor", "tensor", "eye", 
 def test_a_step_neither_synchronises_nor_makes_constants(batch, precision):
     """No value is read by the host, and no tensor is made of Python numbers to be sent over."""
     model = small(cell_num_ratio=2, nonlocal_basis_ratio=0.5)
-    set_backend(model, "kernels")  # one whose calls are all operators, which the recorder sees
+    set_backend(model, "assembled")  # one whose calls are all operators, which the recorder sees
     x = images(batch)
     if precision == "half":
         model, x = model.bfloat16(), x.bfloat16()

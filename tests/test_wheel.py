@@ -184,7 +184,7 @@ def test_the_doctor_tries_every_back_end(
     assert found["versions"]["torch"] == torch.__version__
     outcomes = found["back_ends"]
     assert set(outcomes) == set(BACKENDS)
-    for name in ("reference", "grouped", "kernels", "bmm", "mix_inputs"):
+    for name in ("reference", "grouped", "assembled", "bmm", "mix_inputs"):
         assert outcomes[name].startswith("works: ")
     assert outcomes["depthwise"].startswith("not here: ")
     assert not {

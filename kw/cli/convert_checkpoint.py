@@ -17,7 +17,7 @@ import torch
 from .. import __version__
 from ..config import load_config, to_yaml
 from ..models import build_network
-from ..models.released_weights import ReleasedError, read_released, translate
+from ..models.authors_checkpoints import AuthorsFileError, read_authors_file, translate
 from ..training import CheckpointError
 from ..training.checkpoint import save_checkpoint
 from .tool import ToolParser, add_config_options, output_file
@@ -39,7 +39,7 @@ def main() -> None:
     with torch.device("meta"):
         network = build_network(config.model)
 
-    weights = read_released(source)
+    weights = read_authors_file(source)
     found = {"model": weights.model, "ema": weights.average}
     present = [name for name, state in found.items() if state is not None]
     chosen = present if args.weights == "all" else [args.weights]
@@ -47,7 +47,7 @@ def main() -> None:
     for name in chosen:
         state = found[name]
         if state is None:
-            raise ReleasedError(
+            raise AuthorsFileError(
                 f"{source}: --weights {name}: it holds {' and '.join(present)} only"
             )
         key = "ema_state_dict" if name == "ema" and len(chosen) > 1 else "state_dict"

@@ -1,4 +1,4 @@
-"""Print which back end does each layer of a network, and what the planner expects of it.
+"""Print which back end does each layer of a network, and what the selector expects of it.
 
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200
@@ -15,7 +15,7 @@ from ..training import set_contraction
 from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
 from ..warehouse.ops.device import GPUS
-from ..warehouse.ops.planner import Prediction
+from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, device, number
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -113,7 +113,7 @@ class ContractionConfig:
     (docs/benchmarks.md)."""
 
     backend: str = setting(
-        "auto", "back end of every dynamic layer; auto = the planner's choice for each"
+        "auto", "back end of every dynamic layer; auto = the selector's choice for each"
     )
     planner: str = setting(
         "model",

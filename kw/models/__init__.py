@@ -6,16 +6,16 @@ Imported when first used: the list of models needs no timm.
 from typing import TYPE_CHECKING
 
 from ..lazy import lazily
-from .released import RELEASED, ReleasedModel, list_models
+from .paper_models import PAPER_MODELS, PaperModel, list_models
 
 if TYPE_CHECKING:
     from .build import build_model, build_network, check_network, start_network
     from .classifier import ImageClassifier
 
 __all__ = [
-    "RELEASED",
+    "PAPER_MODELS",
     "ImageClassifier",
-    "ReleasedModel",
+    "PaperModel",
     "build_model",
     "build_network",
     "check_network",

@@ -1,6 +1,6 @@
 """The papers' models under their own names in timm.
 
-Importing this module registers them; :mod:`kw.models.registration` does so once timm is imported::
+Importing this module registers them; :mod:`kw.models.timm_names` does so once timm is imported::
 
     import kw, timm
 
@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from ..errors import say
 from ..warehouse import convert, drop_unused_warehouses
-from .released import RELEASED, ReleasedModel
+from .paper_models import PAPER_MODELS, PaperModel
 from .weights import is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
 
 
-def _default_cfg(released: ReleasedModel) -> dict[str, Any]:
+def _default_cfg(released: PaperModel) -> dict[str, Any]:
     """The static network's data about itself, without its weights and their test settings."""
     static = get_pretrained_cfg(released.backbone, allow_unregistered=False)
     of_the_network = ("first_conv", "classifier", "pool_size", "fixed_input_size")
@@ -52,7 +52,7 @@ def _default_cfg(released: ReleasedModel) -> dict[str, Any]:
     }
 
 
-def _entrypoint(name: str, released: ReleasedModel) -> Callable[..., nn.Module]:
+def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
     """What ``timm.create_model`` calls for a name."""
 
     def create(pretrained: bool = False, start: str = "keep", **kwargs: Any) -> nn.Module:
@@ -118,7 +118,7 @@ def _for_channels(
 
 
 # timm looks a model's configuration up in its module, under this name.
-default_cfgs = {name: _default_cfg(released) for name, released in RELEASED.items()}
+default_cfgs = {name: _default_cfg(released) for name, released in PAPER_MODELS.items()}
 
-for _name, _released in RELEASED.items():
+for _name, _released in PAPER_MODELS.items():
     register_model(_entrypoint(_name, _released))

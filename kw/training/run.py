@@ -28,7 +28,7 @@ from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
 from ..registry import HOOKS, LOSSES, METRICS
 from ..warehouse import KWLayer, set_backend
-from ..warehouse.ops import planner, set_assembly_precision
+from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
@@ -329,12 +329,12 @@ def evaluate_weights(
 def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
     """Make dynamic layers compute as configured; a static network has none to be told.
 
-    Planner and precisions are settings of the process.
+    Selector and precisions are settings of the process.
 
     Raises:
         ConfigError: a back end that does not exist or cannot do one of the layers.
     """
-    planner.mode = config.planner
+    selector.mode = config.planner
     set_assembly_precision(config.assembly_precision)
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
     has_layers = any(isinstance(module, KWLayer) for module in network.modules())

@@ -1,4 +1,4 @@
-"""What the planner chooses for every layer of a network."""
+"""What the selector chooses for every layer of a network."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .layers import KWLayer
-from .ops import YARDSTICKS, Problem, planner
+from .ops import YARDSTICKS, Problem, selector
 from .ops.device import DeviceProfile
-from .ops.planner import Prediction
+from .ops.selection import Prediction
 
 __all__ = ["LayerChoice", "explain", "explain_on"]
 
@@ -55,7 +55,7 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
     choices: list[LayerChoice] = []
-    with planner.recording() as recorded:
+    with selector.recording() as recorded:
 
         def note(layer: nn.Module, _inputs: Any, _output: Any) -> None:
             assert isinstance(layer, KWLayer)
@@ -90,7 +90,7 @@ def explain_on(
         return choice
     problem = replace(choice.problem, batch=batch, dtype=dtype, device="cuda", cells_dtype=None)
     forward, backward = (
-        planner.predict(replace(problem, training=training), profile) for training in (False, True)
+        selector.predict(replace(problem, training=training), profile) for training in (False, True)
     )
     costs = (tuple(forward), tuple(backward))
     return LayerChoice(choice.layer, problem, forward[0].name, backward[0].name, *costs)
@@ -102,9 +102,9 @@ def _choice(name: str, problem: Problem, forward: str, backend: str) -> LayerCho
         name,
         problem,
         forward,
-        planner.choose(training, backend).name,
-        tuple(planner.predict(problem)),
-        tuple(planner.predict(training)),
+        selector.choose(training, backend).name,
+        tuple(selector.predict(problem)),
+        tuple(selector.predict(training)),
     )
 
 

@@ -130,7 +130,7 @@ class KWLayer(nn.Module):
 
     def set_backend(self, backend: str) -> None:
         """Force a back end of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice to the
-        planner: ``"auto"``.
+        selector: ``"auto"``.
 
         Raises:
             ValueError: it does not exist or cannot do this layer.

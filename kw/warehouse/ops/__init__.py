@@ -1,7 +1,7 @@
 """Contractions of inputs, coefficients and cells, and the choice among them.
 
 ``dynamic_conv`` is the way in. Back ends are in a file each: the yardsticks ``reference`` (the
-definition) and ``grouped`` (what everyone does), then those that the planner chooses from.
+definition) and ``grouped`` (what everyone does), then those that the selector chooses from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .assembly import assemble
-from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, planner
+from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
 from .exported import conv_exported, fixed_groups
 from .function import contract
@@ -32,7 +32,7 @@ __all__ = [
     "check_backend",
     "dynamic_conv",
     "fixed_groups",
-    "planner",
+    "selector",
     "set_assembly_precision",
 ]
 
@@ -50,7 +50,7 @@ def dynamic_conv(
         alpha: coefficients ``[B, m, n]``.
         cells: ``[n, c_out * c_in * cell_kernel]``.
         spec: partition, stride, padding, dilation, groups.
-        backend: one of :data:`BACKENDS`, or ``"auto"``: the planner's choice for these shapes.
+        backend: one of :data:`BACKENDS`, or ``"auto"``: the selector's choice for these shapes.
 
     Returns:
         ``[B, O, *output space]``, without the bias.
@@ -96,7 +96,7 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
     dtype = torch.float32 if cells is None else cells.dtype
     device = "cpu" if cells is None else cells.device.type
     number = part.mixtures if cells is None else len(cells)
-    planner.choose(Problem(spec, number, 2, size, dtype, device), name)
+    selector.choose(Problem(spec, number, 2, size, dtype, device), name)
 
 
 def _is_exporting() -> bool:

@@ -1,4 +1,4 @@
-"""All back ends by name, and the planner that chooses among them."""
+"""All back ends by name, and the selector that chooses among them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import CONTRACTIONS
+from .assembled import Assembled
 from .bmm import Bmm
 from .depthwise import Depthwise
 from .grouped import conv_grouped
-from .kernels import Kernels
 from .mix_inputs import MixInputs
 from .native import Native
-from .planner import Planner
 from .reference import conv_reference
+from .selection import Selector
 from .spec import ConvSpec
 from .triton_conv import TritonConv
 from .triton_on_chip import TritonOnChip
 
-__all__ = ["BACKENDS", "CONTRACTIONS", "YARDSTICKS", "planner"]
+__all__ = ["BACKENDS", "CONTRACTIONS", "YARDSTICKS", "selector"]
 
 YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
     "reference": conv_reference,
     "grouped": conv_grouped,
 }
 """Ordinary differentiable code, which the others are tested against and compared with. Autograd
-keeps what it keeps; the planner never takes them."""
+keeps what it keeps; the selector never takes them."""
 
-for _own in (Native(), TritonConv(), TritonOnChip(), Depthwise(), Kernels(), Bmm(), MixInputs()):
+for _own in (Native(), TritonConv(), TritonOnChip(), Depthwise(), Assembled(), Bmm(), MixInputs()):
     CONTRACTIONS[_own.name] = _own
 
 BACKENDS: Mapping[str, Any] = ChainMap(CONTRACTIONS, YARDSTICKS)
 """What can be forced on a layer, the yardsticks first."""
 
-planner = Planner(CONTRACTIONS, fallback="kernels")
+selector = Selector(CONTRACTIONS, fallback="assembled")

@@ -93,7 +93,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a contraction takes, from which the planner predicts its time.
+    """What a contraction takes, from which the selector predicts its time.
 
     Attributes:
         dense_macs: multiply-adds in matrix products or convolutions at full rate.

@@ -1,6 +1,6 @@
 """The autograd function around all back ends: nothing is kept but the three inputs.
 
-Under ``torch.compile`` it is an operator of ``torch.library``: one node instead of the planner's
+Under ``torch.compile`` it is an operator of ``torch.library``: one node instead of the selector's
 branches (one graph, no breaks), and CUDA graphs capture what the chosen back end launches. Outside
 of it the same two functions stand in a ``torch.autograd.Function``, whose calls are cheaper.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...torch_private import dispatch_modes
-from .backends import planner
+from .backends import selector
 from .bmm import conv_bmm
 from .contraction import Needs, Problem, SummingContraction, check_operands
 from .spec import ConvSpec
@@ -29,7 +29,7 @@ __all__ = ["contract", "lies_channels_last"]
 
 
 def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
-    """The contraction by a back end of :data:`CONTRACTIONS` or by the planner's choice.
+    """The contraction by a back end of :data:`CONTRACTIONS` or by the selector's choice.
 
     Args:
         x: ``[B, I, *space]``.
@@ -58,12 +58,12 @@ def _is_counted() -> bool:
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
-    check_operands(x, alpha, cells, spec)  # before the planner reads shapes
+    check_operands(x, alpha, cells, spec)  # before the selector reads shapes
     if len(x) == 0:  # as static layers do: a detector's head may be left without regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
     with torch.no_grad(), _outside_autocast(x):
-        contraction = planner.choose(_problem(x, cells, spec), backend)
+        contraction = selector.choose(_problem(x, cells, spec), backend)
         return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
 
 
@@ -85,7 +85,7 @@ def _run_backward(
         ]
         return found[0], found[1], found[2]
     with torch.no_grad(), _outside_autocast(x):
-        contraction = planner.choose(_problem(x, cells, spec, training=True), backend)
+        contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
         if isinstance(contraction, SummingContraction) and needs[2]:
             dx, dalpha, dcells = contraction.backward_summing(*arguments, sum_of(anchor))

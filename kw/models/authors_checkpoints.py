@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..warehouse import find_warehouses
 
-__all__ = ["FAMILIES", "Family", "ReleasedError", "Weights", "read_released", "translate"]
+__all__ = [
+    "FAMILIES",
+    "AuthorsFileError",
+    "Family",
+    "Weights",
+    "read_authors_file",
+    "translate",
+]
 
 MODEL_KEYS = ("model", "state_dict")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema")
@@ -38,7 +45,7 @@ _SHOWN = 10  # differences of one kind that a message lists
 Rules = tuple[tuple[str, str], ...]
 
 
-class ReleasedError(UserError):
+class AuthorsFileError(UserError):
     """A released checkpoint cannot be read, or is of another network."""
 
 
@@ -125,29 +132,29 @@ class Weights:
     epoch: int | None
 
 
-def read_released(path: str | Path) -> Weights:
+def read_authors_file(path: str | Path) -> Weights:
     """Read a released file to the CPU, running no code of its own.
 
     Looks through ``model``, ``state_dict``, ``model_ema`` and the prefix ``module.``.
 
     Raises:
-        ReleasedError: there is no such file, it is damaged, it holds more than tensors, plain types
-            and ``argparse.Namespace``, or no network's state is in it.
+        AuthorsFileError: there is no such file, it is damaged, it holds more than tensors, plain
+            types and ``argparse.Namespace``, or no network's state is in it.
     """
     path = Path(path)
     if not path.is_file():
-        raise ReleasedError(f"{path}: no such file")
+        raise AuthorsFileError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where the damage is
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ReleasedError(
+            raise AuthorsFileError(
                 f"{path}: holds {refused[1]}, which is neither a tensor nor a plain type nor "
                 "argparse.Namespace; nothing was loaded"
             ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ReleasedError(f"{path}: cannot be read: {reason}") from error
+        raise AuthorsFileError(f"{path}: cannot be read: {reason}") from error
     model, average = _find_state(content, MODEL_KEYS), None
     if isinstance(content, Mapping):
         average = next((s for key in AVERAGE_KEYS if (s := _find_state(content.get(key)))), None)
@@ -155,7 +162,7 @@ def read_released(path: str | Path) -> Weights:
         found = type(content).__name__
         if isinstance(content, Mapping):
             found = ", ".join(map(str, list(content)[:_SHOWN])) or "nothing"
-        raise ReleasedError(
+        raise AuthorsFileError(
             f"{path}: no network's state in it; expected tensors by name, or those under "
             f"{', '.join(MODEL_KEYS + AVERAGE_KEYS)}; found {found}"
         )
@@ -178,7 +185,7 @@ def translate(
         A state for ``network.load_state_dict``, complete, at temperature 0.
 
     Raises:
-        ReleasedError: the authors released no such network, or the state is of another one; the
+        AuthorsFileError: the authors released no such network, or the state is of another one; the
             message lists missing, unexpected and mis-shaped keys.
     """
     own = network.state_dict()
@@ -214,7 +221,7 @@ def translate(
     if missing or unexpected or misshaped:
         kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
         lists = "\n".join(f"  {kind} ({len(k)}): {_list(k)}" for kind, k in kinds.items() if k)
-        raise ReleasedError(f"{source} is not of this configuration's network:\n{lists}")
+        raise AuthorsFileError(f"{source} is not of this configuration's network:\n{lists}")
     return translated
 
 
@@ -223,7 +230,9 @@ def _family_of(model: str) -> Family:
         if family.fits(model):
             return family
     known = ", ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-    raise ReleasedError(f"model.name {model!r}: no released checkpoints of it; there are {known}")
+    raise AuthorsFileError(
+        f"model.name {model!r}: no released checkpoints of it; there are {known}"
+    )
 
 
 def _rename(
@@ -239,7 +248,7 @@ def _rename(
             number = int(cells[1])
             ours = f"{warehouses[number]}.weight" if number < len(warehouses) else theirs
         if ours in seen:
-            raise ReleasedError(f"{seen[ours]} and {theirs} both stand for {ours}")
+            raise AuthorsFileError(f"{seen[ours]} and {theirs} both stand for {ours}")
         seen[ours] = theirs
         yield ours, theirs
 

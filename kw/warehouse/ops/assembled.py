@@ -22,7 +22,7 @@ from .library import (
 )
 from .spec import ConvSpec
 
-__all__ = ["Kernels"]
+__all__ = ["Assembled"]
 
 # Blocks, the kernels that they are moved to, and in the backward pass the kernels' gradients too.
 _COPIES = {False: 2, True: 3}
@@ -31,7 +31,7 @@ GROUPED = 1.2
 """Time of a grouped convolution of all samples over that of an ordinary one, as measured."""
 
 
-class Kernels(Contraction):
+class Assembled(Contraction):
     """Assemble by one matrix product; convolve by one grouped convolution of the library.
 
     One sample makes an ordinary convolution. So do images that lie channels last on CPU, sample by
@@ -40,7 +40,7 @@ class Kernels(Contraction):
     7.1 ms against 8.2 and 1.6 for the change of layout, batch 8, two cores).
     """
 
-    name = "kernels"
+    name = "assembled"
     # CPU: seen on two AVX-512 cores, beside what GROUPED counts. GPU: libraries run as many groups
     # as samples at a small part of their rate; not measured here, but reports on the authors'
     # release have 17.5 (ResNet18 4x) and 27 times (ResNet50 4x) the static network's time at

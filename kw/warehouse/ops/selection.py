@@ -1,4 +1,4 @@
-"""Which back end does a layer, for its shapes, types and device: the planner.
+"""Which back end does a layer, for its shapes, types and device: the selector.
 
 A cost model predicts each back end's time from its multiply-adds, the bytes it moves and the calls
 it makes; the quickest is taken. The model is arithmetic on shapes: it reads nothing from the device
@@ -22,7 +22,7 @@ from .contraction import Contraction, Problem
 from .device import DeviceProfile, device_profile
 from .timing import TimingCache, time_contraction
 
-__all__ = ["MODES", "Planner", "Prediction"]
+__all__ = ["MODES", "Prediction", "Selector"]
 
 MODES = ("model", "measure", "off")
 _CANDIDATES = 3.0
@@ -31,7 +31,7 @@ _CANDIDATES = 3.0
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the planner thinks of one back end for one problem.
+    """What the selector thinks of one back end for one problem.
 
     Attributes:
         name: the back end.
@@ -44,7 +44,7 @@ class Prediction:
     refusal: str = ""
 
 
-class Planner:
+class Selector:
     """Chooses among back ends; one instance serves the process.
 
     Args:
@@ -78,7 +78,7 @@ class Planner:
         self._chosen.clear()
 
     def choose(self, problem: Problem, backend: str = "auto") -> Contraction:
-        """The back end for a problem: the one named, or the planner's choice for ``"auto"``.
+        """The back end for a problem: the one named, or the selector's choice for ``"auto"``.
 
         Raises:
             ValueError: the one named cannot do the problem; the message says why.

@@ -1,4 +1,4 @@
-"""The planner: what it chooses, what can be told to it, and what it remembers."""
+"""The selector: what it chooses, what can be told to it, and what it remembers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kw.config import ConfigError
 from kw.config.run_schema import ContractionConfig
 from kw.training import set_contraction
 from kw.warehouse import KernelShape, KWConv2d, explain, partition_kernels, set_backend
-from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, assembly_precision, planner
+from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, assembly_precision, selector
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.device import DeviceProfile
-from kw.warehouse.ops.planner import Planner
+from kw.warehouse.ops.selection import Selector
 
 
 def problem(channels=64, size=14, kernel=3, batch=8, ratio=1.0, **rest) -> Problem:
@@ -45,11 +45,11 @@ class Fake(Contraction):
 
     def forward(self, x, alpha, cells, spec):
         self.calls += 1
-        return CONTRACTIONS["kernels"].forward(x, alpha, cells, spec)
+        return CONTRACTIONS["assembled"].forward(x, alpha, cells, spec)
 
     def backward(self, *args):
         self.calls += 1
-        return CONTRACTIONS["kernels"].backward(*args)
+        return CONTRACTIONS["assembled"].backward(*args)
 
 
 def calls(number):
@@ -62,13 +62,13 @@ def fakes():
     a = Fake("a", (calls(1), calls(10)))
     b = Fake("b", (calls(2), calls(4)))
     c = Fake("c", (calls(0), calls(0)), "is for Tuesdays")
-    return Planner({f.name: f for f in (a, b, c)}, fallback="b")
+    return Selector({f.name: f for f in (a, b, c)}, fallback="b")
 
 
 @pytest.fixture(autouse=True)
 def restored():
     yield
-    planner.mode = "model"
+    selector.mode = "model"
 
 
 def test_the_cheapest_that_can_is_chosen_for_each_pass(fakes):
@@ -124,7 +124,7 @@ def test_measured_once_kept_in_a_file_and_read_by_others(fakes, tmp_path, monkey
     assert set(own) == {"a", "b"}
     own["a"], own["b"] = 1.0, 0.5  # as another process may have found
     path.write_text(json.dumps({key: own}))
-    other = Planner(fakes.contractions, fallback="a")
+    other = Selector(fakes.contractions, fallback="a")
     other.mode = "measure"
     assert other.choose(small).name == "b"
     assert [fakes.contractions[name].calls for name in "ab"] == counted
@@ -136,7 +136,7 @@ def test_a_broken_cache_file_is_measured_anew(fakes, tmp_path, monkeypatch):
     fakes.choose(problem(8, 4, batch=2))
     (path,) = tmp_path.glob("timings-*.json")
     path.write_text('{"cut off')
-    other = Planner(fakes.contractions, fallback="a")
+    other = Selector(fakes.contractions, fallback="a")
     other.mode = "measure"
     assert other.choose(problem(8, 4, batch=2)).name in "ab"
     assert json.loads(path.read_text())
@@ -222,11 +222,11 @@ def test_a_configuration_says_how_layers_compute():
     try:
         set_contraction(settings, net)
         assert net[0].backend == "bmm"
-        assert planner.mode == "off"
+        assert selector.mode == "off"
         assert assembly_precision() == "float32"
         with pytest.raises(ConfigError, match=r"contraction.backend: back end 'depthwise'"):
             set_contraction(ContractionConfig(backend="depthwise"), net)
         set_contraction(ContractionConfig(backend="bmm"), nn.Linear(2, 2))  # a static network
     finally:
         set_contraction(ContractionConfig(), nn.Identity())
-    assert (planner.mode, assembly_precision()) == ("model", "autocast")
+    assert (selector.mode, assembly_precision()) == ("model", "autocast")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
-__all__ = ["RELEASED", "ReleasedModel", "list_models"]
+__all__ = ["PAPER_MODELS", "PaperModel", "list_models"]
 
 
 @dataclass(frozen=True)
-class ReleasedModel:
+class PaperModel:
     """A KernelWarehouse model of the papers.
 
     Attributes:
@@ -36,28 +36,28 @@ def _ratios(cells: float, side: float = 1, **rest: float) -> dict[str, float]:
 
 _DEIT_TINY, _DEIT_SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
 
-RELEASED: dict[str, ReleasedModel] = {
-    "kw_resnet18_1d4x": ReleasedModel("resnet18", "resnet18", _ratios(1 / 4, 1 / 2)),
-    "kw_resnet18_1d2x": ReleasedModel("resnet18", "resnet18", _ratios(1 / 2, 1 / 2)),
-    "kw_resnet18_1x": ReleasedModel("resnet18", "resnet18", _ratios(1)),
-    "kw_resnet18_2x": ReleasedModel("resnet18", "resnet18", _ratios(2)),
-    "kw_resnet18_4x": ReleasedModel("resnet18", "resnet18", _ratios(4)),
-    "kw_resnet50_1d2x": ReleasedModel(
+PAPER_MODELS: dict[str, PaperModel] = {
+    "kw_resnet18_1d4x": PaperModel("resnet18", "resnet18", _ratios(1 / 4, 1 / 2)),
+    "kw_resnet18_1d2x": PaperModel("resnet18", "resnet18", _ratios(1 / 2, 1 / 2)),
+    "kw_resnet18_1x": PaperModel("resnet18", "resnet18", _ratios(1)),
+    "kw_resnet18_2x": PaperModel("resnet18", "resnet18", _ratios(2)),
+    "kw_resnet18_4x": PaperModel("resnet18", "resnet18", _ratios(4)),
+    "kw_resnet50_1d2x": PaperModel(
         "resnet50", "resnet50", _ratios(1 / 2, 1 / 2, nonlocal_basis_ratio=1 / 16)
     ),
-    "kw_resnet50_1x": ReleasedModel("resnet50", "resnet50", _ratios(1)),
-    "kw_resnet50_4x": ReleasedModel("resnet50", "resnet50", _ratios(4)),
-    "kw_convnext_tiny_1x": ReleasedModel("convnext_tiny", "convnext_tiny", _ratios(1)),
+    "kw_resnet50_1x": PaperModel("resnet50", "resnet50", _ratios(1)),
+    "kw_resnet50_4x": PaperModel("resnet50", "resnet50", _ratios(4)),
+    "kw_convnext_tiny_1x": PaperModel("convnext_tiny", "convnext_tiny", _ratios(1)),
     # MobileNetV2's budgets differ in layout, so that their plans hold the ratios.
-    "kw_mobilenetv2_100_1d2x": ReleasedModel("mobilenetv2_100", "mobilenetv2_1d2x"),
-    "kw_mobilenetv2_100_1x": ReleasedModel("mobilenetv2_100", "mobilenetv2_1x"),
-    "kw_mobilenetv2_100_4x": ReleasedModel("mobilenetv2_100", "mobilenetv2_4x"),
-    "kw_mobilenetv2_050_1d2x": ReleasedModel("mobilenetv2_050", "mobilenetv2_1d2x"),
-    "kw_mobilenetv2_050_1x": ReleasedModel("mobilenetv2_050", "mobilenetv2_1x"),
-    "kw_mobilenetv2_050_4x": ReleasedModel("mobilenetv2_050", "mobilenetv2_4x"),
-    "kw_deit_tiny_1x": ReleasedModel(_DEIT_TINY, "deit", _ratios(1)),
-    "kw_deit_tiny_4x": ReleasedModel(_DEIT_TINY, "deit", _ratios(4)),
-    "kw_deit_small_1x": ReleasedModel(_DEIT_SMALL, "deit", _ratios(1)),
+    "kw_mobilenetv2_100_1d2x": PaperModel("mobilenetv2_100", "mobilenetv2_1d2x"),
+    "kw_mobilenetv2_100_1x": PaperModel("mobilenetv2_100", "mobilenetv2_1x"),
+    "kw_mobilenetv2_100_4x": PaperModel("mobilenetv2_100", "mobilenetv2_4x"),
+    "kw_mobilenetv2_050_1d2x": PaperModel("mobilenetv2_050", "mobilenetv2_1d2x"),
+    "kw_mobilenetv2_050_1x": PaperModel("mobilenetv2_050", "mobilenetv2_1x"),
+    "kw_mobilenetv2_050_4x": PaperModel("mobilenetv2_050", "mobilenetv2_4x"),
+    "kw_deit_tiny_1x": PaperModel(_DEIT_TINY, "deit", _ratios(1)),
+    "kw_deit_tiny_4x": PaperModel(_DEIT_TINY, "deit", _ratios(4)),
+    "kw_deit_small_1x": PaperModel(_DEIT_SMALL, "deit", _ratios(1)),
 }
 
 
@@ -66,4 +66,4 @@ def list_models(pattern: str = "*") -> list[str]:
 
     After ``import kw`` and ``import timm``, ``timm.create_model`` builds them by these names.
     """
-    return sorted(name for name in RELEASED if fnmatch(name, pattern))
+    return sorted(name for name in PAPER_MODELS if fnmatch(name, pattern))

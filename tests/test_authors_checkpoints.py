@@ -1,7 +1,7 @@
 """The authors' checkpoints: translated whole or refused, and their outputs kept.
 
 The released files are made from their key lists with random values; what such a network gives is
-computed by ``released_reference.py``, which knows the authors' names alone.
+computed by ``authors_reference.py``, which knows the authors' names alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from authors_reference import Reference, State
 from make_released_keys import FIXTURE
-from released_reference import Reference, State
 from test_tools import call
 from torch import Tensor, nn
 
 import kw
 from kw.config import config_from_mapping, load_config
-from kw.models import RELEASED, build_network
-from kw.models.released_weights import FAMILIES, ReleasedError, read_released, translate
+from kw.models import PAPER_MODELS, build_network
+from kw.models.authors_checkpoints import (
+    FAMILIES,
+    AuthorsFileError,
+    read_authors_file,
+    translate,
+)
 from kw.training import CheckpointError, load_checkpoint, load_network, train
 
 KEYS: dict[str, dict[str, Any]] = json.loads(lzma.decompress(FIXTURE.read_bytes()))
@@ -37,7 +42,7 @@ def config_of(released: str) -> dict[str, Any]:
     ratio, _, backbone = released.removeprefix("kw").rpartition("x_")
     model: dict[str, Any] = {"name": backbone}
     if ratio:
-        ours = RELEASED[f"kw_{backbone}_{ratio}x"]
+        ours = PAPER_MODELS[f"kw_{backbone}_{ratio}x"]
         assert ours.backbone == backbone
         model["kernel_warehouse"] = {"plan": ours.plan, "start": "paper", **ours.settings}
     return {
@@ -157,7 +162,7 @@ def test_every_other_network_is_refused():
         for other in KEYS:
             if other != released:
                 network, backbone = meta_network(other)
-                with pytest.raises(ReleasedError, match="not of this configuration's network"):
+                with pytest.raises(AuthorsFileError, match="not of this configuration's network"):
                     translate(state, network, backbone, released)
 
 
@@ -185,7 +190,7 @@ def test_every_other_network_is_refused():
 )
 def test_differences_are_listed(released, other, expected):
     network, backbone = meta_network(other)
-    with pytest.raises(ReleasedError, match=expected):
+    with pytest.raises(AuthorsFileError, match=expected):
         translate(empty_state(released), network, backbone, f"{released}.pth")
 
 
@@ -194,7 +199,7 @@ def test_cells_of_equal_size_and_other_shape_are_refused():
     state = empty_state("kw1x_mobilenetv2_100")
     state["warehouse_manager.weights.2"] = torch.empty(34, 16, 8, 1, 1, device="meta")
     with pytest.raises(
-        ReleasedError, match=r"mis-shaped \(1\): .*weights\.2 is \[34, 16, 8, 1, 1\]"
+        AuthorsFileError, match=r"mis-shaped \(1\): .*weights\.2 is \[34, 16, 8, 1, 1\]"
     ):
         translate(state, network, backbone, "file")
 
@@ -203,12 +208,12 @@ def test_two_names_for_one_are_refused():
     network, backbone = meta_network("mobilenetv2_100")
     state = empty_state("mobilenetv2_100")
     state["classifier.bias"] = state["classifier.1.bias"]
-    with pytest.raises(ReleasedError, match=r"classifier\.1\.bias and classifier\.bias both"):
+    with pytest.raises(AuthorsFileError, match=r"classifier\.1\.bias and classifier\.bias both"):
         translate(state, network, backbone, "file")
 
 
 def test_family_without_release_is_refused():
-    with pytest.raises(ReleasedError, match=r"deit_tiny_patch16_224.*ResNet.*ConvNeXt"):
+    with pytest.raises(AuthorsFileError, match=r"deit_tiny_patch16_224.*ResNet.*ConvNeXt"):
         translate({}, nn.Module(), "deit_tiny_patch16_224", "file")
 
 
@@ -237,7 +242,7 @@ def prefixed(state: State) -> State:
 )
 def test_unwrapping(tmp_path: Path, content, model, average, epoch):
     torch.save(content, tmp_path / "file.pth")
-    weights = read_released(tmp_path / "file.pth")
+    weights = read_authors_file(tmp_path / "file.pth")
     for found, expected in ((weights.model, model), (weights.average, average)):
         assert (found is None) == (expected is None)
         if expected is not None:
@@ -264,8 +269,10 @@ def test_code_is_refused(tmp_path: Path):
     marker = tmp_path / "ran"
     for foreign in (Command(f"touch {marker}"), Arguments(lr=1)):
         torch.save({"model": STATE, "args": foreign}, tmp_path / "file.pth")
-        with pytest.raises(ReleasedError, match=r"holds \S+(system|Arguments), which is neither"):
-            read_released(tmp_path / "file.pth")
+        with pytest.raises(
+            AuthorsFileError, match=r"holds \S+(system|Arguments), which is neither"
+        ):
+            read_authors_file(tmp_path / "file.pth")
     assert not marker.exists()
 
 
@@ -287,8 +294,8 @@ def test_files_without_network(tmp_path: Path, content, expected):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(ReleasedError, match=rf"file\.pth: .*{expected}"):
-        read_released(path)
+    with pytest.raises(AuthorsFileError, match=rf"file\.pth: .*{expected}"):
+        read_authors_file(path)
 
 
 @pytest.fixture
