@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kw.cli import ToolParser, run_tool
 from kw.evaluation import ReportError
-from kw.evaluation.study import read_summary, render_page
+from kw.study.summary import read_summary, render_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 

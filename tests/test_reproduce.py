@@ -21,9 +21,10 @@ from kills import free_port
 from kw.config import ConfigError, load_config
 from kw.evaluation import paper_tables
 from kw.models.build import build_network, check_network
-from kw.reproduce import CONFIGS, Reproduction, Run, RunError, command_for, read_scale
-from kw.reproduce.scale import FULL, epochs_scaled
-from kw.reproduce.state import Jobs, Outcome, find_state, locked, reason, record
+from kw.study import CONFIGS, Reproduction, Run, RunError, command_for, read_scale
+from kw.study.runs import find_state, locked, reason, record
+from kw.study.scale import FULL, epochs_scaled
+from kw.study.settings import resolved_text
 
 ROOT = Path(__file__).parents[1]
 TABLES = paper_tables()
@@ -91,7 +92,7 @@ def test_the_whole_path(tmp_path: Path, call: Callable[..., str]) -> None:
     (second,) = task.runs(task.table.row("kw_resnet18_1x"))
 
     def has_saved() -> object:
-        seen[:] = [str(find_state(second, Jobs(second.home)))]
+        seen[:] = [str(find_state(second))]
         return list(other.glob("epoch_*.pth"))
 
     thread = terminate_when(has_saved)
@@ -108,7 +109,7 @@ def test_the_whole_path(tmp_path: Path, call: Callable[..., str]) -> None:
     output = call(*options, "--collect", *run[len(options) :])
     assert "[1/2] resnet18: begins" in output
     assert "[2/2] kw_resnet18_1x: goes on" in output
-    assert "resumed" in (folder / "launch/kw_resnet18_1x.log").read_text()
+    assert "resumed" in (folder / "kw_resnet18_1x/output.txt").read_text()
     results = json.loads((other / "results.json").read_text())
     table = (folder / "table.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| kw_resnet18_1x"))
@@ -136,9 +137,8 @@ def test_every_row_can_be_scaled(name: str, tmp_path: Path) -> None:
     task = Reproduction(TABLES[name], TINY, tmp_path)
     for row in TABLES[name].rows:
         for run in task.runs(row):
-            file = tmp_path / "run.yaml"
-            file.write_text(task.resolve(run, tmp_path))
-            config = load_config(file, check_model_name=False)
+            run = task.resolve(run, tmp_path)
+            config = load_config(run.config, run.options, check_model_name=False)
             shipped = load_config(CONFIGS / str(row.config), check_model_name=False)
             assert config.epochs == 6
             share = 6 / shipped.epochs
@@ -167,16 +167,22 @@ def test_rows_name_configurations_and_runs_that_exist(full: Callable[..., Reprod
     assert full("latency_batch128").runs(TABLES["latency_batch128"].row("resnet50")) == []
 
 
+def text_of(task: Reproduction, model: str, seed: int = 0, data: Path | None = None) -> str:
+    """The resolved configuration of a run."""
+    run = task.resolve(task.runs(task.table.row(model))[seed], data)
+    return resolved_text(run.config, run.options)
+
+
 def test_settings_come_in_order(full: Callable[..., Reproduction], tmp_path: Path) -> None:
     """File, epochs in proportion, --cfg-options; a seed is added to the file's."""
     task = full("imagenet_300ep", seeds=2, options=("epochs=30", "schedule.warmup_epochs=3"))
     file = tmp_path / "run.yaml"
-    file.write_text(task.resolve(task.runs(task.table.row("kw_resnet18_1x"))[1]))
+    file.write_text(text_of(task, "kw_resnet18_1x", 1))
     config = load_config(file, check_model_name=False)
     assert (config.epochs, config.schedule.warmup_epochs, config.temperature_epochs) == (30, 3, 2)
     assert (config.seed, config.total_batch_size) == (1, 4096)
     other = full("imagenet_300ep", seeds=2, options=("seed=5",))
-    assert "\nseed: 6\n" in other.resolve(other.runs(task.table.row("resnet18"))[1])
+    assert "\nseed: 6\n" in text_of(other, "resnet18", 1)
     assert Path(config.data.root).is_absolute()
     assert epochs_scaled({"epochs": 100, "schedule.milestones": [30, 60]}, 50) == {
         "schedule.milestones": [15, 30]
@@ -184,7 +190,7 @@ def test_settings_come_in_order(full: Callable[..., Reproduction], tmp_path: Pat
 
 
 def run_in(folder: Path) -> Run:
-    return Run(TABLES["imagenet_300ep"].row("resnet18"), 0, folder, "resnet18")
+    return Run("resnet18", 0, folder, "resnet18", CONFIGS / "imagenet/resnet18/resnet18.yaml")
 
 
 def write_run(run: Run, epochs: int, evaluated: int, more: Mapping[str, Any] | None = None) -> None:
@@ -202,38 +208,42 @@ def write_run(run: Run, epochs: int, evaluated: int, more: Mapping[str, Any] | N
     [
         (None, None, False, "not run"),
         (1, None, False, "interrupted at epoch 1 of 3"),
-        (1, Outcome(75), False, "interrupted at epoch 1 of 3"),
-        (1, Outcome(2, "no images"), False, "failed at epoch 1 of 3: no images"),
-        (None, Outcome(1, "no images"), False, "failed: no images"),
+        (1, (75, ""), False, "interrupted at epoch 1 of 3"),
+        (1, (2, "no images"), False, "failed at epoch 1 of 3: no images"),
+        (None, (1, "no images"), False, "failed: no images"),
         (3, None, False, "interrupted at epoch 3 of 3"),  # killed before its last checkpoint
         (3, None, True, "done"),
-        (3, Outcome(0), False, "done"),  # its checkpoints were deleted
+        (3, (0, ""), False, "done"),  # its checkpoints were deleted
     ],
 )
 def test_states(
-    evaluated: int | None, outcome: Outcome | None, last: bool, expected: str, tmp_path: Path
+    evaluated: int | None,
+    outcome: tuple[int, str] | None,
+    last: bool,
+    expected: str,
+    tmp_path: Path,
 ) -> None:
     run = run_in(tmp_path)
     if evaluated is not None:
         write_run(run, 3, evaluated)
     if outcome is not None:
-        record(run, outcome)
+        record(run, *outcome)
     if last:
         (run.work_dir / "epoch_3.pth").touch()
-    assert str(find_state(run, Jobs(tmp_path))) == expected
+    assert str(find_state(run)) == expected
 
 
 def test_a_lock_outlives_its_holder_with_its_child(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     with locked(run) as descriptor:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
-        assert find_state(run, Jobs(tmp_path), ours=True).kind == "not run"
-    assert find_state(run, Jobs(tmp_path)).kind == "running"
+        assert find_state(run, ours=True).kind == "not run"
+    assert find_state(run).kind == "running"
     with pytest.raises(RunError, match="another process is running it"), locked(run):
         pass
     child.kill()
     child.wait()
-    assert find_state(run, Jobs(tmp_path)).kind == "not run"
+    assert find_state(run).kind == "not run"
 
 
 def test_the_last_error_is_found(tmp_path: Path) -> None:
@@ -272,11 +282,11 @@ def test_slurm(
     slurm = ["--run", "--launcher", "slurm", "--cfg-options", f"data.root={images}"]
     folder = tmp_path / "w/imagenet_300ep"
     write_run(run_in(folder), 300, 300)
-    record(run_in(folder), Outcome(0))
+    record(run_in(folder), 0)
     # What is done was begun with the same settings.
     task = Reproduction(TABLES["imagenet_300ep"], FULL, tmp_path / "w")
     done = folder / "resnet18/config.yaml"
-    done.write_text(task.resolve(task.runs(task.table.row("resnet18"))[0]))
+    done.write_text(text_of(task, "resnet18"))
 
     assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
     words = (tmp_path / "submitted").read_text().split()
@@ -295,7 +305,7 @@ def test_slurm(
     # Begun with another seed: that is no matter until there is something to go on from.
     begun = folder / "resnet50/config.yaml"
     begun.parent.mkdir()
-    text = task.resolve(task.runs(task.table.row("resnet50"))[0])
+    text = text_of(task, "resnet50")
     begun.write_text(text.replace("\nseed: 0\n", "\nseed: 9\n"))
     assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
     (begun.parent / "epoch_1.pth").touch()
@@ -354,8 +364,9 @@ def test_launchers_train_to_the_end(
     folder = tmp_path / "tiny/imagenet_resnet18_100ep"
     table = call(*options)
     for index, row in enumerate(rows):
-        name = f"slurm-77_{index}.out" if launcher == "slurm" else f"{row}.log"
-        assert re.search(rf"{row} +done", table), (folder / "launch" / name).read_text()
+        slurm = folder / f"launch/slurm-77_{index}.out"
+        output = slurm if launcher == "slurm" else folder / row / "output.txt"
+        assert re.search(rf"{row} +done", table), output.read_text()
         assert json.loads((folder / row / "results.json").read_text())["images"] > 0
 
 
@@ -380,21 +391,21 @@ def test_a_detector_starts_from_its_classifier(full: Callable[..., Reproduction]
     task = full("coco_mask_rcnn_1x")
     (run,) = task.runs(task.table.row("mask_rcnn_resnet50"))
     weights = task.root / "imagenet_300ep/resnet50/best.pth"
-    assert task.waits_for(run) == weights
-    assert str(find_state(run, Jobs(run.home), task.waits_for(run))) == f"waits: for {weights}"
+    assert run.needs == weights
+    assert str(find_state(run)) == f"waits: for {weights}"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    assert task.waits_for(run) is None
-    run.config.parent.mkdir(parents=True)
-    run.config.write_text(task.resolve(run))
-    config = load_detector_config(run.config)
+    assert str(find_state(run)) == "not run"
+    run = task.resolve(run)
+    config = load_detector_config(run.config, run.options)
     assert config.model["backbone"]["weights"] == str(weights)
     assert config.model["backbone"]["network"]["name"] == "resnet50"
 
     tiny = Reproduction(task.table, TINY, task.root)
-    assert tiny.waits_for(run) is None
-    run.config.write_text(tiny.resolve(run, task.root))
-    config = load_detector_config(run.config)
+    (run,) = tiny.runs(task.table.row("mask_rcnn_resnet50"))
+    assert run.needs is None
+    run = tiny.resolve(run, task.root)
+    config = load_detector_config(run.config, run.options)
     assert config.model["backbone"]["weights"] is None
     assert (config.run.epochs, config.run.schedule.milestones) == (
         1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ import yaml
 from torch import nn
 
 from kw.config import Config, ConfigError, config_from_mapping, load_config
-from kw.config.study import load_study
 from kw.evaluation import ReportError
-from kw.evaluation.study import (
+from kw.models import build_network
+from kw.models.complexity import analyze
+from kw.study import load_study
+from kw.study.summary import (
     binomial_error,
     describe_study,
     render_page,
     study_table,
     summarise_run,
 )
-from kw.models import build_network
-from kw.models.complexity import analyze
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / f"configs/tiny_imagenet/tiny_imagenet_{kind}.yaml" for kind in ("cpu", "gpu")]
@@ -208,19 +208,17 @@ def continuing(study: Path) -> None:
 
 
 def test_a_row_whose_start_failed_is_left_out(
-    study: Path,
-    tmp_path: Path,
-    tool: Tool,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     continuing(study)
-    monkeypatch.setattr(subprocess, "call", lambda *_, **__: 2)
-    with pytest.raises(SystemExit):
-        tool("kw study run", study, "--work-dir", tmp_path / "runs")
+    settings = ("--cfg-options", f"data.root={tmp_path / 'nowhere'}")
+    with pytest.raises(SystemExit) as end:
+        tool("kw study run", study, "--work-dir", tmp_path / "runs", *settings)
     said = capfd.readouterr().err
-    assert "static_seed3: status 2" in said
+    assert end.value.code == 1
+    assert re.search(r"static_seed3: failed \(status 2\): .*nowhere", said)
     assert "converted_seed3: left out, static_seed3 failed" in said
+    assert "2 of 2 runs failed: static_seed3, converted_seed3" in said
 
 
 def test_a_study_is_run_once_and_summarised(
@@ -232,7 +230,7 @@ def test_a_study_is_run_once_and_summarised(
     assert "converted_seed3: finished in" in capfd.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")}
     tool("kw study run", study, "--work-dir", runs)
-    assert "converted_seed3: finished already" in capfd.readouterr().out
+    assert "converted_seed3: done already" in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")} == before
 
     summary_file, plot = docs / "results/small.json", tmp_path / "curves.svg"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ..evaluation import paper_tables
-from ..reproduce import (
+from ..study import (
     CONFIGS,
     LAUNCHERS,
     Reproduction,
@@ -47,8 +47,11 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=number(int, 1, 4096), metavar="N", help="with torchrun or slurm: a machine's"
     )
+    parser.add_argument(
+        "--jobs", type=number(int, 1, 64), metavar="N", help="runs at a time, with --launcher none"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what --run would start")
-    parser.add_argument("--collect", action="store_true", help="write table.txt, .md and .html")
+    parser.add_argument("--collect", action="store_true", help="write table.txt, table.md, plots")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR", help="with --collect (default: the table's)"
     )
@@ -71,26 +74,25 @@ def main() -> None:
             if table.kind != "latency"
             else f"{table.name} is not trained: tools/benchmark.py measures latency"
         )
+    if args.run or args.dry_run:
+        data = task.prepare_data()
+        runs = [task.resolve(run, data) for run in runs]
     if args.dry_run:
-        waiting = [run for run, _ in unfinished(task, runs)]
+        waiting = [run for run, _ in unfinished(runs)]
         homes = dict.fromkeys(run.home for run in waiting)
         arrays = [[run for run in waiting if run.home == home] for home in homes]
         for group in arrays if launcher == "slurm" else [[run] for run in waiting]:
             print(command_for(group, launcher, args.gpus))
     elif args.run and launcher == "slurm":
-        status = submit(task, runs, args.gpus, say)
+        status = submit(runs, args.gpus)
     elif args.run:
-        status = run_all(task, runs, launcher, args.gpus, say)
+        status = run_all(runs, launcher, args.gpus, jobs=args.jobs or 1)
     if args.collect:
         for path in write_report(task, rows, args.out or task.folder):
             print(path)
     elif not (args.run or args.dry_run):
         print(overview(task, rows))
     sys.exit(status)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def check_combination(parser: ToolParser, args: argparse.Namespace) -> None:
@@ -101,5 +103,7 @@ def check_combination(parser: ToolParser, args: argparse.Namespace) -> None:
             parser.error(f"{name} has an effect with --run or --dry-run only")
     if args.gpus is not None and args.launcher in (None, "none"):
         parser.error("--gpus has an effect with --launcher torchrun or slurm only")
+    if args.jobs is not None and not (args.run and args.launcher in (None, "none")):
+        parser.error("--jobs has an effect with --run and --launcher none only")
     if args.out is not None and not args.collect:
         parser.error("--out has an effect with --collect only")

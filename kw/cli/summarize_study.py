@@ -6,15 +6,9 @@ kw study summarize configs/tiny_imagenet/tiny_imagenet_cpu.yaml --plot curves.sv
 from pathlib import Path
 from typing import Any
 
-from ..config.study import load_study
 from ..errors import UserError
-from ..evaluation.study import (
-    describe_study,
-    plot_study,
-    read_started,
-    study_table,
-    summarise_run,
-)
+from ..study import find_state, load_study
+from ..study.summary import describe_study, plot_study, read_started, study_table, summarise_run
 from .tool import ToolParser, output_file, save_json
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
@@ -39,22 +33,23 @@ def main() -> None:
         "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (SVG or PNG)"
     )
     args = parser.parse_args()
-    study = load_study(args.study)
-    folder = args.work_dir or Path("work_dirs", study.name)
-    ended = [run for run in study.runs if (folder / run.name / "finished").exists()]
+    study = load_study(args.study, home=args.work_dir)
+    ended = [run for run in study.runs if find_state(run).kind == "done"]
     if not ended:
-        raise UserError(f"--work-dir {folder}: none of {len(study.runs)} runs of the study ended")
-    runs = [summarise_run(folder / run.name, run.row, run.seed) for run in ended]
+        raise UserError(
+            f"--work-dir {study.home}: none of {len(study.runs)} runs of the study ended"
+        )
+    runs = [summarise_run(run.work_dir, run.row, run.seed) for run in ended]
     missing = [run.name for run in study.runs if run not in ended]
     summary: dict[str, Any] = {
         "study": study.name,
-        **read_started(folder),
+        **read_started(study.home),
         "options": list(study.options),
         "images": runs[0]["images"],
         "missing": missing,
         "runs": runs,
     }
-    into = RESULTS if RESULTS.is_dir() else folder  # an installed package has no docs
+    into = RESULTS if RESULTS.is_dir() else study.home  # an installed package has no docs
     save_json(summary, args.json or into / f"{study.name}.json")
     print(f"{describe_study(summary)}\n\n{study_table(summary)}")
     if missing:

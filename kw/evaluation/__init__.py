@@ -2,7 +2,7 @@
 
 from .accuracy import Accuracy
 from .paper import SOURCES, Figure, PaperRow, PaperTable, paper_tables
-from .report import ReportError, Run, plot_runs, read_run, render_table, summary_table
+from .report import ReportError, Run, read_run, render_table, summary_table
 from .tables import read_metafile, render_readme, render_tables
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "ReportError",
     "Run",
     "paper_tables",
-    "plot_runs",
     "read_metafile",
     "read_run",
     "render_readme",

@@ -1,4 +1,4 @@
-"""What finished runs say about themselves: a table, and their curves.
+"""What finished runs say about themselves, and tables of it.
 
 Reads work directories as the engine writes them (``results.json``, ``log.jsonl``).
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["ReportError", "Run", "plot_runs", "read_run", "render_table", "summary_table"]
+__all__ = ["ReportError", "Run", "read_run", "render_table", "summary_table"]
 
 
 # What is read here of a run's two files, each with its types.
@@ -111,16 +111,25 @@ def _read_lines(
     return found
 
 
-def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned for reading as text; the first column to the left."""
+def render_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, plain: bool = False
+) -> str:
+    """A Markdown table, aligned for reading as text; the first column to the left.
+
+    Args:
+        header: of the columns.
+        rows: as many cells as columns each.
+        plain: without Markdown's bars, for a terminal.
+    """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    begin, between, end, right = ("", "  ", "", "-") if plain else ("| ", " | ", " |", ":")
 
     def line(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0])]
         padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(padded) + " |"
+        return f"{begin}{between.join(padded)}{end}"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * widths[0], *("-" * (width - 1) + right for width in widths[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
@@ -136,25 +145,3 @@ def summary_table(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     return render_table(("model", "parameters", "top-1 (%)", "seconds per epoch"), rows)
-
-
-def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
-    """Training loss and validation top-1 over epochs, one line a run, as a picture.
-
-    Raises:
-        ImportError: matplotlib is missing; it comes with the extra ``demo``.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for run in runs:
-        loss.plot(*zip(*run.curve("train", "loss"), strict=True), label=run.name)
-        prefix = "ema_" if run.results["weights"] == "ema" else ""
-        accuracy.plot(*zip(*run.curve("val", prefix + "top1"), strict=True), label=run.name)
-    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import ReportError, read_run, render_table
+from ..evaluation import ReportError, read_run, render_table
+from .plots import Curve, plot_curves
 
 __all__ = [
     "STARTED",
@@ -251,34 +252,17 @@ def plot_study(summary: Summary, path: str | Path) -> None:
     """Training loss and test top-1 over epochs, one line a row (the mean of its seeds).
 
     Raises:
-        ImportError: matplotlib is missing; it comes with the extra ``demo``.
+        ImportError: matplotlib is missing.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    # The file must not depend on when it was written.
-    mpl.rcParams["svg.hashsalt"] = "kw"
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = dict(zip(("train_loss", "top1"), figure.subplots(1, 2), strict=True))
-    rows = list(dict.fromkeys(run["row"] for run in summary["runs"]))
-    colours = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
-    for place, row in enumerate(rows):
+    curves = []
+    for row in dict.fromkeys(run["row"] for run in summary["runs"]):
         runs = [run["curve"] for run in summary["runs"] if run["row"] == row]
-        for key, axis in axes.items():
-            points = [sum(p[key] for p in same) / len(same) for same in zip(*runs, strict=True)]
-            axis.plot(
-                [point["epoch"] for point in runs[0]],
-                points,
-                label=row,
-                color=colours(place % colours.N),
-                linestyle="-" if place < 10 else "--",
-                marker=".",
-            )
-    axes["train_loss"].set(xlabel="epoch", ylabel="training loss")
-    axes["top1"].set(xlabel="epoch", ylabel="test top-1 (%)")
-    for axis in axes.values():
-        axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axes["top1"].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
+        loss, score = (
+            [
+                (same[0]["epoch"], sum(point[key] for point in same) / len(same))
+                for same in zip(*runs, strict=True)
+            ]
+            for key in ("train_loss", "top1")
+        )
+        curves.append(Curve(row, loss, score))
+    plot_curves(curves, "test top-1 (%)", path)

@@ -1,4 +1,4 @@
-"""What became of a run: not run, running, interrupted, failed, done; and who has it now."""
+"""One training of a study or of a published table: its files, who has it, what became of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_INTERRUPTED, UserError
-from .runs import Run
 
-__all__ = ["Jobs", "Outcome", "RunError", "State", "find_state", "locked", "reason", "record"]
+__all__ = ["Jobs", "Run", "RunError", "State", "find_state", "locked", "reason", "record"]
 
 # What a tool says of a mistake; an exception. torchrun adds one of its own after either.
 _ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
@@ -26,6 +25,53 @@ _EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)
 
 class RunError(UserError):
     """A run cannot be started as things are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row with a seed.
+
+    Attributes:
+        row: name of its row.
+        seed: which of the row's runs it is.
+        home: folder of the runs of its study or table.
+        name: of its work directory.
+        config: the configuration.
+        options: ``a.b=value`` settings over the configuration's.
+        needs: a file of another run's work directory that must be there first.
+    """
+
+    row: str
+    seed: int
+    home: Path
+    name: str
+    config: Path
+    options: tuple[str, ...] = ()
+    needs: Path | None = None
+
+    @property
+    def work_dir(self) -> Path:
+        """What ``kw train`` writes into."""
+        return self.home / self.name
+
+    @property
+    def output(self) -> Path:
+        """What the training says."""
+        return self.work_dir / "output.txt"
+
+    @property
+    def finished(self) -> Path:
+        """Empty file that marks the end of the run."""
+        return self.work_dir / "finished"
+
+    @property
+    def resolved(self) -> Path:
+        """The configuration with the options in it, for launchers that take files alone."""
+        return self.home / "launch" / "configs" / f"{self.name}{self.config.suffix}"
+
+    def file(self, suffix: str) -> Path:
+        """What launching leaves: ``lock``, ``json`` (how it ended)."""
+        return self.home / "launch" / f"{self.name}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -49,19 +95,6 @@ class State:
         where = f" at epoch {self.epoch} of {self.epochs}" if self.epochs else ""
         why = f": {self.why}" if self.why else ""
         return f"{self.kind}{'' if self.kind in ('done', 'not run') else where}{why}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the last attempt at a run ended.
-
-    Attributes:
-        status: exit status; 75 for a run that saved its work and left.
-        why: its last error.
-    """
-
-    status: int
-    why: str = ""
 
 
 @contextmanager
@@ -88,8 +121,7 @@ def locked(run: Run) -> Iterator[int]:
 
 
 def _is_held(run: Run) -> bool:
-    path = run.file("lock")
-    if not path.exists():
+    if not run.file("lock").exists():
         return False
     try:
         with locked(run):
@@ -98,20 +130,29 @@ def _is_held(run: Run) -> bool:
         return True
 
 
-def record(run: Run, outcome: Outcome) -> None:
-    """Remember how an attempt ended."""
+def record(run: Run, status: int, why: str = "") -> None:
+    """Remember how an attempt ended.
+
+    Args:
+        run: the run.
+        status: exit status; 75 for a run that saved its work and left.
+        why: its last error.
+    """
     path = run.file("json")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"status": outcome.status, "why": outcome.why}) + "\n")
+    partial.write_text(json.dumps({"status": status, "why": why}) + "\n")
     os.replace(partial, path)
+    if status == 0:
+        run.finished.touch()
 
 
-def _recorded(run: Run) -> Outcome | None:
+def _recorded(run: Run) -> tuple[int | None, str]:
     try:
-        return Outcome(**json.loads(run.file("json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+        found = json.loads(run.file("json").read_text())
+        return int(found["status"]), str(found["why"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, ""
 
 
 def reason(log: Path, start: int = 0) -> str:
@@ -139,14 +180,14 @@ def reason(log: Path, start: int = 0) -> str:
 
 
 class Jobs:
-    """Jobs of a table's runs in slurm's queue.
+    """Jobs of a folder's runs in slurm's queue, which is asked once.
 
     Args:
-        folder: of the table.
+        home: folder of the runs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "launch" / "jobs.json"
+    def __init__(self, home: Path) -> None:
+        self._file = home / "launch" / "jobs.json"
         try:
             self._jobs: dict[str, str] = json.loads(self._file.read_text())
         except (OSError, ValueError):
@@ -184,43 +225,37 @@ def _queue(arrays: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for array in arrays:
         done = subprocess.run([*command, array], capture_output=True, text=True, check=False)
-        found |= {
-            words[0]: words[1]
-            for line in done.stdout.splitlines()
-            if len(words := line.split()) == 2
-        }
+        lines = [line.split() for line in done.stdout.splitlines()]
+        found |= {words[0]: words[1] for words in lines if len(words) == 2}
     return found
 
 
-def find_state(run: Run, jobs: Jobs, missing: Path | None = None, *, ours: bool = False) -> State:
+def find_state(run: Run, jobs: Jobs | None = None, *, ours: bool = False) -> State:
     """What became of a run, by its files, its lock and the queue.
 
     Args:
         run: the run.
-        jobs: of its table.
-        missing: a checkpoint that it needs first.
+        jobs: of its folder; left out, they are read.
         ours: this process holds the run's lock.
     """
+    jobs = Jobs(run.home) if jobs is None else jobs
     epoch, epochs = _progress(run.work_dir)
-    outcome = _recorded(run)
+    status, why = _recorded(run)
     if not ours and _is_held(run):
         return State("running", epoch, epochs)
-    job = jobs.state(run)
-    if job:
+    if job := jobs.state(run):
         return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
-    if epochs and epoch == epochs and (run.work_dir / "results.json").is_file():
-        saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
-        if saved or (outcome is not None and outcome.status == 0):
-            return State("done", epoch, epochs)
-    if missing is not None and not epochs:
-        return State("waits", why=f"for {missing}")
-    if outcome is not None and outcome.status not in (0, EXIT_INTERRUPTED):
-        return State("failed", epoch, epochs, outcome.why)
-    if epochs or outcome is not None:
-        output = jobs.output(run)
-        why = "" if output is None or outcome is not None else reason(output)
-        return State("interrupted", epoch, epochs, why)
-    output = jobs.output(run)
+    whole = epochs and epoch == epochs and (run.work_dir / "results.json").is_file()
+    saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
+    if run.finished.exists() or (whole and (saved or status == 0)):
+        return State("done", epoch, epochs)
+    if run.needs is not None and not run.needs.is_file() and not epochs:
+        return State("waits", why=f"for {run.needs}")
+    if status not in (None, 0, EXIT_INTERRUPTED):
+        return State("failed", epoch, epochs, why)
+    output = jobs.output(run) if status is None else None
+    if epochs or status is not None:
+        return State("interrupted", epoch, epochs, reason(output) if output else "")
     if output is not None:
         return State("failed", why=reason(output) or f"job ended; see {output}")
     return State("not run")
@@ -228,12 +263,11 @@ def find_state(run: Run, jobs: Jobs, missing: Path | None = None, *, ours: bool 
 
 def _progress(work_dir: Path) -> tuple[int, int]:
     """Epochs evaluated, and of the whole run."""
-    epochs = 0
+    epoch = epochs = 0
     for name in ("config.yaml", "config.py"):
         path = work_dir / name
         if path.is_file() and (found := _EPOCHS.search(path.read_text(errors="replace"))):
             epochs = int(found[1])
-    epoch = 0
     log = work_dir / "log.jsonl"
     if log.is_file():
         for line in log.read_text(errors="replace").splitlines():

@@ -1,21 +1,22 @@
-"""A study: the runs of a table, whose rows differ in the network and in nothing else."""
+"""A study: the runs of a file's rows, which differ in the network and in nothing else."""
 
 # ruff: noqa: RUF009 -- setting() returns dataclasses.field()
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checking import Schema, check_tree
-from .fields import setting
-from .loading import read_config
-from .schema import Config
+from ..config import load_config
+from ..config.checking import Schema, check_tree
+from ..config.fields import setting
+from ..config.loading import read_config
+from .runs import Run
+from .settings import as_option
 
-__all__ = ["Study", "StudyRun", "load_study"]
+__all__ = ["Study", "load_study"]
 
 
 @dataclass
@@ -46,91 +47,68 @@ class _StudyFile:
 
 
 @dataclass(frozen=True)
-class StudyRun:
-    """One run of a study.
-
-    Attributes:
-        row: the configuration's name, the row's in the table.
-        seed: of the run.
-        config: file of the configuration.
-        options: ``a.b=value`` settings over those of the file.
-        continues: name of the run from whose last checkpoint this one starts.
-    """
-
-    row: str
-    seed: int
-    config: Path
-    options: tuple[str, ...]
-    continues: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the run's work directory."""
-        return f"{self.row}_seed{self.seed}"
-
-
-@dataclass(frozen=True)
 class Study:
-    """The runs of a table.
+    """The runs of a file.
 
     Attributes:
-        name: the file's name.
-        path: the file.
+        name: the file's.
+        home: folder of the runs.
         rows: names of the rows, in the file's order.
         options: settings over every row's own, to be read; a run has those it is started with.
         runs: seed by seed, so that a table is whole before it has a second seed.
     """
 
     name: str
-    path: Path
+    home: Path
     rows: tuple[str, ...]
     options: tuple[str, ...]
-    runs: tuple[StudyRun, ...]
+    runs: tuple[Run, ...]
 
 
-def load_study(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Study:
+def load_study(
+    path: str | os.PathLike[str], options: Iterable[str] = (), home: Path | None = None
+) -> Study:
     """Read a study and check the configuration of every row with its options.
 
     Args:
         path: a YAML file.
         options: ``a.b=value`` settings of every run, over the study's own.
+        home: folder of the runs; left out, ``work_dirs/`` and the file's name.
 
     Raises:
         ConfigError: the study or one of its rows is wrong.
     """
-    from . import load_config
-
     path = Path(path)
+    home = Path("work_dirs", path.stem) if home is None else home
     file = check_tree(read_config(path), Schema(_StudyFile, _check_rows, lambda _: ()))
-    shared = [f"{key}={json.dumps(value)}" for key, value in file.options.items()] + [*options]
-    rows: dict[str, tuple[Path, tuple[str, ...], str | None]] = {}
-    own_settings: list[str] = []
+    shared = [as_option(*item) for item in file.options.items()] + [*options]
+    rows: dict[str, tuple[Path, list[str], str | None]] = {}
+    said = list(shared)
+    if file.temperature_epochs is not None:
+        said.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
     for name in file.rows:
         variant = file.variants.get(name) or _Variant(name)
-        config_path = path.parent / variant.config
-        own = load_config(config_path, check_model_name=False)
-        further = [f"{key}={json.dumps(value)}" for key, value in variant.options.items()]
-        row_options = (*_temperature(own, file.temperature_epochs), *shared, *further)
-        load_config(config_path, row_options, check_model_name=False)
-        row = name if name in file.variants else config_path.stem
-        rows[row] = config_path, row_options, variant.continues
+        config = path.parent / variant.config
+        anneals = load_config(config, check_model_name=False).temperature_epochs > 0
+        further = [as_option(*item) for item in variant.options.items()]
+        row_options = [*shared, *further]
+        if file.temperature_epochs is not None and anneals:
+            row_options.insert(0, f"temperature_epochs={file.temperature_epochs}")
+        load_config(config, row_options, check_model_name=False)
+        row = name if name in file.variants else config.stem
+        rows[row] = config, row_options, variant.continues
         if further or variant.continues:
             start = [f"continues {variant.continues}"] if variant.continues else []
-            own_settings.append(f"{row}: {' '.join([*start, *further])}")
-    runs = tuple(
-        StudyRun(
-            row,
-            seed,
-            config,
-            (*row_options, f"seed={seed}"),
-            None if continues is None else f"{continues}_seed{seed}",
-        )
-        for seed in file.seeds
-        for row, (config, row_options, continues) in rows.items()
-    )
-    if file.temperature_epochs is not None:
-        shared.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
-    return Study(path.stem, path, tuple(rows), (*shared, *own_settings), runs)
+            said.append(f"{row}: {' '.join([*start, *further])}")
+    runs = []
+    for seed in file.seeds:
+        for row, (config, row_options, continues) in rows.items():
+            own, needs = [*row_options, f"seed={seed}"], None
+            if continues is not None:
+                before = home / f"{continues}_seed{seed}"
+                own, needs = [*own, f"model.weights={before / 'last.pth'}"], before / "finished"
+            runs.append(Run(row, seed, home, f"{row}_seed{seed}", config, tuple(own), needs))
+    return Study(path.stem, home, tuple(rows), tuple(said), tuple(runs))
 
 
 def _check_rows(file: _StudyFile, report: Any) -> None:
@@ -145,8 +123,3 @@ def _check_rows(file: _StudyFile, report: Any) -> None:
     for key, values in (("rows", names), ("seeds", file.seeds)):
         if not values or len(set(values)) < len(values):
             report(file, (key,), "at least one, none twice")
-
-
-def _temperature(config: Config, epochs: float | None) -> Iterator[str]:
-    if epochs is not None and config.temperature_epochs:
-        yield f"temperature_epochs={epochs}"

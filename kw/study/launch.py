@@ -1,0 +1,282 @@
+"""Starting runs: so many at a time, through torchrun, or as an array of slurm jobs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import EXIT_INTERRUPTED, UserError
+from .runs import Jobs, Run, RunError, State, find_state, locked, reason, record
+from .settings import differences, read_settings, resolved_text
+
+__all__ = ["LAUNCHERS", "Command", "command_for", "run_all", "submit", "unfinished"]
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("none", "torchrun", "slurm")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line.
+
+    Attributes:
+        words: program and arguments.
+        variables: of the environment, besides those that are there.
+    """
+
+    words: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """As a shell takes it."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        return " ".join([*settings, shlex.join(self.words)])
+
+
+def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = None) -> Command:
+    """The command that trains a run, or with ``slurm`` the one that submits all of them.
+
+    Args:
+        runs: of one folder; a single one unless the launcher is slurm.
+        launcher: one of :data:`LAUNCHERS`.
+        gpus: processes of torchrun, or GPUs of a job's machine; None leaves it to the scripts.
+
+    Raises:
+        RunError: slurm's script cannot take a path.
+    """
+    python = {"PYTHON": sys.executable}
+    if launcher == "slurm":
+        home = runs[0].home.absolute()
+        configs = [str(run.resolved.absolute()) for run in runs]
+        if any(" " in path for path in (str(home), *configs)):
+            raise RunError(
+                f"--work-dir {runs[0].home}: scripts/train.slurm takes no path with spaces"
+            )
+        words = ["sbatch", "--parsable", "--array", f"0-{len(runs) - 1}", "--job-name", home.name]
+        words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
+        if gpus is not None:
+            words += ["--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
+        words += [str(ROOT / "scripts/train.slurm"), *configs]
+        return Command(words, {**python, "OPTIONS": f"--work-dir {home}/{{name}}"})
+    (run,) = runs
+    rest = [str(run.config.absolute()), "--work-dir", str(run.work_dir.absolute())]
+    options = ["--cfg-options", *run.options] if run.options else []
+    if launcher == "torchrun":
+        processes = {} if gpus is None else {"PROCESSES": str(gpus)}
+        script = str(ROOT / "scripts/train.sh")
+        return Command([script, *rest, *options], {**python, **processes})
+    return Command([sys.executable, "-m", "kw", "train", *rest, "--resume", *options])
+
+
+def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
+    """The runs that are not done, with what became of them so far."""
+    jobs: dict[Path, Jobs] = {}
+    for run in runs:
+        state = find_state(run, jobs.setdefault(run.home, Jobs(run.home)))
+        if state.kind != "done":
+            yield run, state
+
+
+class _Stop:
+    """Passes a request to end on to the trainings under way, and remembers it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.children: set[subprocess.Popen[bytes]] = set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for child in list(self.children):
+            child.send_signal(signal.SIGTERM)
+
+    def wait(self, command: Command, output: Any, descriptor: int, threads: int | None) -> int:
+        """Run a command to its end; it inherits the run's lock."""
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(
+            command.words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **command.variables, **own},
+            pass_fds=(descriptor,),
+        )
+        self.children.add(child)
+        if self.asked:  # between the question and the start
+            child.send_signal(signal.SIGTERM)
+        try:
+            return child.wait()
+        finally:
+            self.children.discard(child)
+
+
+def run_all(
+    runs: Sequence[Run],
+    launcher: str = "none",
+    gpus: int | None = None,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+) -> int:
+    """Train what is not done, in order; a failure does not stop the others.
+
+    Args:
+        runs: what to train; one that needs another's end comes after it.
+        launcher: ``"none"`` or ``"torchrun"``.
+        gpus: processes of torchrun.
+        jobs: how many run at a time.
+        threads: CPU threads of each; None leaves them to the environment.
+
+    Returns:
+        An exit status: 0 if all are done, 1 if one failed or waits for another's, 75 if the rest
+        was interrupted or is run by another process.
+    """
+    stop = _Stop()
+    started: dict[Path, Future[int]] = {}
+
+    def train(run: Run, label: str) -> int:
+        # Runs start in order, so that the one before has a thread already.
+        before = None if run.needs is None else started.get(run.needs.parent)
+        if before is not None and (status := before.result()) != 0 and not stop.asked:
+            assert run.needs is not None
+            how = "failed" if status == 1 else "is not done"
+            _say(f"{label}: left out, {run.needs.parent.name} {how}", status)
+            return status
+        if stop.asked:
+            return EXIT_INTERRUPTED
+        try:
+            status, said = _train(run, label, launcher, gpus, threads, stop)
+        except RunError as error:
+            status, said = EXIT_INTERRUPTED, str(error)
+        _say(f"{label}: {said}", status)
+        return status
+
+    with stop.watched(), ThreadPoolExecutor(jobs) as pool:
+        for number, run in enumerate(runs, 1):
+            label = f"[{number}/{len(runs)}] {run.name}"
+            started[run.work_dir] = pool.submit(train, run, label)
+        ends = {path.name: future.result() for path, future in started.items()}
+    if failed := [name for name, status in ends.items() if status == 1]:
+        _say(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", 1)
+    return 1 if failed else max(ends.values(), default=0)
+
+
+def _say(text: str, status: int = 0) -> None:
+    # In one piece: two runs may start together.
+    print(f"{text}\n", end="", flush=True, file=sys.stderr if status == 1 else sys.stdout)
+
+
+def _train(
+    run: Run, label: str, launcher: str, gpus: int | None, threads: int | None, stop: _Stop
+) -> tuple[int, str]:
+    """Train one run if it is not done; its exit status as :func:`run_all` counts it, and why."""
+    with locked(run) as descriptor:
+        other = _conflict(run)
+        if other is not None:
+            return 1, other
+        state = find_state(run, ours=True)
+        if state.kind == "done":
+            return 0, "done already"
+        if state.kind in ("waits", "queued", "running"):
+            return 1 if state.kind == "waits" else EXIT_INTERRUPTED, str(state)
+        run.work_dir.mkdir(parents=True, exist_ok=True)
+        _say(f"{label}: {'goes on' if state.epochs else 'begins'}; output in {run.output}")
+        command = command_for([run], launcher, gpus)
+        began = time.monotonic()
+        with open(run.output, "ab") as output:
+            start = output.tell()
+            output.write(f"$ {command}\n".encode())
+            output.flush()
+            status = stop.wait(command, output, descriptor, threads)
+        if stop.asked and status != 0:
+            status = EXIT_INTERRUPTED
+        why = reason(run.output, start) if status else ""
+        record(run, status, why)
+    if status == 0:
+        return 0, f"finished in {(time.monotonic() - began) / 60:.1f} minutes"
+    if status == EXIT_INTERRUPTED:
+        return status, "interrupted; run the same command again"
+    ended = f"signal {-status}" if status < 0 else f"status {status}"
+    return 1, f"failed ({ended}): {why}"
+
+
+def submit(runs: Sequence[Run], gpus: int | None) -> int:
+    """Put what is not done into slurm's queue, one array for the runs of a folder.
+
+    Returns:
+        An exit status: 0, or 1 if a run waits for another's or has other settings.
+
+    Raises:
+        RunError: slurm is not here, or refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise RunError("--launcher slurm: there is no sbatch here; use none or torchrun")
+    status = 0
+    chosen: dict[Path, list[Run]] = {}
+    for run, state in unfinished(runs):
+        other = _conflict(run)
+        if other is not None or state.kind == "waits":
+            _say(f"{run.name}: {other or state}", 1)
+            status = 1
+        elif state.kind in ("queued", "running"):
+            _say(f"{run.name}: {state}")
+        else:
+            chosen.setdefault(run.home, []).append(run)
+    for home, own in chosen.items():
+        command = command_for(own, "slurm", gpus)
+        for run in own:
+            run.resolved.parent.mkdir(parents=True, exist_ok=True)
+            run.resolved.write_text(resolved_text(run.config, run.options))
+        variables = {**os.environ, **command.variables}
+        done = subprocess.run(
+            command.words, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RunError(f"sbatch refused ({done.returncode}): {done.stderr.strip()}")
+        array = done.stdout.strip().split(";")[0]  # --parsable: JOB[;CLUSTER]
+        for run in own:
+            run.file("json").unlink(missing_ok=True)
+        Jobs(home).add(array, [run.name for run in own])
+        _say(f"job {array}: {', '.join(run.name for run in own)}")
+    if not chosen:
+        _say("nothing to submit")
+    return status
+
+
+def _conflict(run: Run) -> str | None:
+    """What keeps a run from going on with its settings: it was begun with others."""
+    begun = run.work_dir / f"config{run.config.suffix}"
+    # One that ended before its first checkpoint begins anew, with any settings.
+    if not begun.is_file() or not any(run.work_dir.glob("epoch_*.pth")):
+        return None
+    try:
+        different = differences(read_settings(begun), read_settings(run.config, run.options))
+    except UserError as error:
+        return f"{begun} cannot be read: {error}"
+    if not different:
+        return None
+    return (
+        f"{run.work_dir} was begun with other settings ({'; '.join(different)}): give those, "
+        "choose another --work-dir, or delete it"
+    )

@@ -1,0 +1,142 @@
+"""Pictures of runs by matplotlib, which comes with the extra ``demo``: SVG or PNG by the name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import Run
+
+__all__ = ["Curve", "Dot", "plot_curves", "plot_dots", "run_curve"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run over its epochs, or the mean of several.
+
+    Attributes:
+        row: name of the line; those of one name share their colour.
+        loss: ``(epoch, value)`` of the training loss.
+        score: likewise of what is evaluated.
+        level: a published figure to compare the score with.
+    """
+
+    row: str
+    loss: Sequence[tuple[int, float]]
+    score: Sequence[tuple[int, float]]
+    level: float | None = None
+
+
+def run_curve(
+    run: Run, row: str, result: str = "top1", scale: float = 1, level: float | None = None
+) -> Curve:
+    """A run's curve, of the average of weights where that is what the run is judged by.
+
+    Args:
+        run: what it left.
+        row: name of the line.
+        result: the score's key in ``log.jsonl``.
+        scale: from its unit to that of the picture.
+        level: as of :class:`Curve`.
+    """
+    key = ("ema_" if run.results["weights"] == "ema" else "") + result
+    score = [(epoch, value * scale) for epoch, value in run.curve("val", key)]
+    return Curve(row, run.curve("train", "loss"), score, level)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A network's figure: ``kind`` is ``measured``, ``published`` or ``recalled``."""
+
+    row: str
+    x: float
+    y: float
+    kind: str = "measured"
+
+
+_DOTS = {  # filled: measured here
+    "measured": {"color": "tab:blue"},
+    "published": {"facecolors": "none", "edgecolors": "tab:orange"},
+    "recalled": {"facecolors": "none", "edgecolors": "tab:gray", "linestyles": ":"},
+}
+
+
+def plot_curves(curves: Sequence[Curve], score: str, path: str | Path) -> None:
+    """Training loss and score over epochs, a line for every curve.
+
+    Args:
+        curves: what to draw.
+        score: name of the score.
+        path: of the picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    rows = list(dict.fromkeys(curve.row for curve in curves))
+    colours = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    lines = {}
+    for curve in curves:
+        place = rows.index(curve.row)
+        style: dict[str, Any] = {"color": colours(place % colours.N), "marker": "."}
+        style["linestyle"] = "-" if place < 10 else "--"
+        losses.plot(*_axes(curve.loss), label=curve.row, **style)
+        (lines[curve.row],) = scores.plot(*_axes(curve.score), label=curve.row, **style)
+        if curve.level is not None:
+            scores.axhline(curve.level, color=style["color"], linestyle=":", linewidth=1)
+    losses.set(xlabel="epoch", ylabel="training loss")
+    scores.set(xlabel="epoch", ylabel=score)
+    for axis in (losses, scores):
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
+    _save(figure, path)
+
+
+def plot_dots(panels: Sequence[tuple[str, Sequence[Dot]]], score: str, path: str | Path) -> None:
+    """A score over what it costs, with names beside the dots.
+
+    Args:
+        panels: name of the horizontal axis, which is logarithmic, and dots.
+        score: name of the score.
+        path: of the picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, dots) in zip(places, panels, strict=True):
+        for kind, style in _DOTS.items():
+            own = [dot for dot in dots if dot.kind == kind]
+            if own:
+                axis.scatter([dot.x for dot in own], [dot.y for dot in own], label=kind, **style)
+        for dot in dots:
+            at = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(dot.row, (dot.x, dot.y), **at)
+        axis.set(xlabel=name, ylabel=score, xscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    import matplotlib as mpl
+
+    # The file must not depend on when it was written.
+    with mpl.rc_context({"svg.hashsalt": "kw"}):
+        dated = str(path).endswith(".svg")
+        figure.savefig(path, dpi=120, metadata={"Date": None} if dated else None)

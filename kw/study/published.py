@@ -1,0 +1,178 @@
+"""A published table as runs: the rows of ``paper_tables.yaml``, at full or at a smaller scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ..config import ConfigError
+from ..config.names import configs
+from ..errors import UserError
+from ..evaluation import PaperRow, PaperTable
+from .runs import Run
+from .scale import Scale, epochs_scaled
+from .settings import as_option, flat, read_settings
+
+__all__ = ["CONFIGS", "Reproduction"]
+
+CONFIGS = configs()
+_WEIGHTS = "model.backbone.weights"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A table, at a scale, in a folder.
+
+    Attributes:
+        table: the published one.
+        scale: how its recipes are scaled.
+        root: folder of all tables.
+        seeds: runs of every row.
+        options: ``--cfg-options`` for all of them.
+    """
+
+    table: PaperTable
+    scale: Scale
+    root: Path
+    seeds: int = 1
+    options: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Path:
+        """Folder of the tables of this scale."""
+        return self.root if self.scale.name == "full" else self.root / self.scale.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this table."""
+        return self.base / self.table.name
+
+    def rows(self, patterns: Sequence[str] = ()) -> list[PaperRow]:
+        """The rows whose names match one of the patterns; all without any.
+
+        Raises:
+            ConfigError: a pattern matches none.
+        """
+        names = [row.model for row in self.table.rows]
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ConfigError(
+                    f"--rows {pattern}: table {self.table.name} has no such row; there are: "
+                    f"{', '.join(names)}"
+                )
+        return [
+            row
+            for row in self.table.rows
+            if not patterns or any(fnmatch(row.model, pattern) for pattern in patterns)
+        ]
+
+    def runs(self, row: PaperRow, *, more: bool = False) -> list[Run]:
+        """The runs of a row; none where it has no configuration, or is not a training.
+
+        Args:
+            row: of the table.
+            more: further seeds as well, of which there are work directories.
+        """
+        if row.config is None or self.table.kind == "latency":
+            return []
+        runs = [self._run(row, seed) for seed in range(self.seeds)]
+        while more and (further := self._run(row, len(runs))).work_dir.is_dir():
+            runs.append(further)
+        return runs
+
+    def _run(self, row: PaperRow, seed: int) -> Run:
+        home, name = self.folder, row.model
+        if row.same_run is not None:
+            table, _, name = row.same_run.partition("/")
+            home = self.base / table
+        name = f"{name}-seed{seed}" if seed else name
+        needs = None
+        scaled = self.scale.settings({"task": self.table.kind})
+        if row.weights is not None and _WEIGHTS not in {**scaled, **self._given}:
+            needs = self.base.absolute() / row.weights / "best.pth"
+        return Run(row.model, seed, home, name, CONFIGS / str(row.config), needs=needs)
+
+    @property
+    def _given(self) -> dict[str, str]:
+        """The dotted keys of the options and their values as text."""
+        pairs = (option.partition("=") for option in self.options)
+        return {key.strip(): value for key, _, value in pairs}
+
+    def prepare_data(self) -> Path | None:
+        """Generate the scale's data set where ``--cfg-options`` names none.
+
+        Returns:
+            Its folder; None where the data are not generated.
+
+        Raises:
+            UserError: it cannot be written, or scikit-learn, which has the digits, is missing.
+        """
+        kind = self.scale.data(self.table.kind)
+        if kind is None or "data.root" in self._given:
+            return None
+        target = self.base / "data" / kind
+        try:
+            if kind == "digits":
+                from ..data.digits import write_digits
+
+                write_digits(target)
+            elif kind == "digit_scenes":
+                from ..data.digit_scenes import write_digit_scenes
+
+                write_digit_scenes(target, train=40, val=16)
+            else:
+                raise ConfigError(
+                    f"scale {self.scale.name}: data {kind!r}: expected digits or digit_scenes"
+                )
+        except ImportError as error:
+            raise UserError(str(error)) from error
+        return target
+
+    def resolve(self, run: Run, data: Path | None = None) -> Run:
+        """A run with its options: the scale's settings, then ``--cfg-options``.
+
+        Args:
+            run: one of this table's.
+            data: what :meth:`prepare_data` gave.
+
+        Raises:
+            ConfigError: they do not fit together; the message names the row.
+        """
+        own = flat(read_settings(run.config))
+        given = self._given
+        settings = self.scale.settings({**own, "task": self.table.kind})
+        epochs = int(_number(given.get("epochs")) or settings.get("epochs", own["epochs"]))
+        settings = {**epochs_scaled(own, epochs), **settings}
+        if run.needs is not None:
+            settings[_WEIGHTS] = str(run.needs)
+        root = Path(given["data.root"].strip("'\" ")) if "data.root" in given else data
+        # Launchers start in other folders.
+        root = Path(root or own["data.root"]).expanduser().absolute()
+        counts = self.scale.rules and self.table.kind == "classification"
+        if counts and "model.num_classes" not in {**settings, **given}:
+            settings["model.num_classes"] = _count_classes(root)
+        chosen = [as_option(key, value) for key, value in settings.items() if key not in given]
+        chosen += [*self.options, as_option("data.root", str(root))]
+        if run.seed:
+            first = _number(given.get("seed"))
+            chosen.append(as_option("seed", (own["seed"] if first is None else first) + run.seed))
+        try:
+            read_settings(run.config, chosen)
+        except ConfigError as error:
+            raise ConfigError(*(f"row {run.row}: {line}" for line in error.problems)) from error
+        return replace(run, options=tuple(chosen))
+
+
+def _number(text: str | None) -> int | None:
+    """An option's value where it is a whole number; what else it is, is told elsewhere."""
+    return int(text) if text is not None and text.strip().isdecimal() else None
+
+
+def _count_classes(root: Path) -> int:
+    """Folders of ``root/train``."""
+    found = [f for f in (root / "train").glob("*") if f.is_dir()]
+    if not found:
+        raise ConfigError(f"data.root {root}: expected a folder train/ with one folder per class")
+    return len(found)

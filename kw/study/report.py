@@ -1,0 +1,310 @@
+"""What a published table's runs found, beside what was published."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, load_config
+from ..errors import UserError, one_line, say
+from ..evaluation import SOURCES, PaperRow, PaperTable, ReportError, read_run, render_table
+from .plots import Curve, Dot, plot_curves, plot_dots, run_curve
+from .published import CONFIGS, Reproduction
+from .runs import Jobs, Run, State, find_state
+from .settings import differences, read_settings
+
+__all__ = ["RowReport", "collect", "overview", "write_report"]
+
+_NONE = "-"
+_RECALLED = "?"
+_SAME_DATA = 0.99  # of an epoch's images; the last incomplete batch is left out
+Costs = tuple[int | None, int | None, int | None]
+
+
+@dataclass
+class RowReport:
+    """A row, published and measured.
+
+    Attributes:
+        row: what was published.
+        states: what became of its runs; none where there is nothing to run.
+        costs: parameters, multiply-adds and those of kernel assembly; None is not counted.
+        runs: how many are done.
+        figures: means over them by the figures' keys, in the table's units: of each run the best
+            epoch's.
+        spread: standard deviations over several, likewise.
+        hours: of training, the mean.
+        deviations: what their recipe differs in from the shipped one.
+        curves: of all runs that have begun.
+        problem: what kept a run from being read.
+    """
+
+    row: PaperRow
+    states: Sequence[State]
+    costs: Costs = (None, None, None)
+    runs: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
+    hours: float = 0.0
+    deviations: Sequence[str] = ()
+    curves: Sequence[Curve] = ()
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """What became of the row, in words."""
+        if self.problem:
+            return f"unreadable: {self.problem}"
+        if not self.states:
+            return "no configuration: published only" if self.row.config is None else "not trained"
+        counts = Counter(map(str, self.states))
+        if len(self.states) == 1:
+            return str(self.states[0])
+        return ", ".join(f"{count} x {text}" for text, count in counts.items())
+
+    def difference(self, key: str) -> float | None:
+        """Measured less published, where there are both."""
+        both = key in self.figures and key in self.row.figures
+        return self.figures[key] - self.row.figures[key] if both else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the figures should know."""
+        found = [self.row.note] if self.row.note else []
+        if self.deviations:
+            found.append(f"differs from the shipped configuration: {'; '.join(self.deviations)}")
+        if self.runs > 1:
+            found.append(f"mean and standard deviation of {self.runs} seeds")
+        return found
+
+
+def overview(task: Reproduction, rows: Sequence[PaperRow]) -> str:
+    """A table's rows: what is published, what trains them, and what became of that."""
+    table = task.table
+    lines = [f"{table.title}; {task.scale.title}; in {task.folder}", ""]
+    longest = max(len(row.model) for row in rows) + 7
+    for row in rows:
+        figures = [
+            f"{figure.title} {row.figures[figure.key]:.{figure.digits}f}"
+            for figure in table.figures
+            if figure.key in row.figures
+        ]
+        published = f"published {', '.join(figures)} ({SOURCES[row.source]})"
+        runs = task.runs(row, more=True)
+        if not runs:
+            why = "no configuration: published only"
+            if table.kind == "latency":
+                why = "not trained: tools/benchmark.py measures latency"
+            lines.append(f"{row.model:{longest}}  {why}; {published}")
+        for run in runs:
+            name = f"{row.model}-seed{run.seed}" if run.seed else row.model
+            where = "" if run.home == task.folder else f"; the run is {run.work_dir}"
+            lines.append(f"{name:{longest}}  {find_state(run)}; {published}{where}")
+    return "\n".join(lines)
+
+
+def collect(task: Reproduction, rows: Sequence[PaperRow]) -> list[RowReport]:
+    """Read what the runs of some rows of a table left.
+
+    A run that cannot be read is a problem of its row.
+    """
+    return [_collect_row(task, row) for row in rows]
+
+
+def _collect_row(task: Reproduction, row: PaperRow) -> RowReport:
+    runs = task.runs(row, more=True)
+    jobs = Jobs(runs[0].home if runs else task.folder)
+    report = RowReport(row, [find_state(run, jobs) for run in runs])
+    report.curves = [curve for run in runs if (curve := _curve(task, row, run)) is not None]
+    done = [run for run, state in zip(runs, report.states, strict=True) if state.kind == "done"]
+    try:
+        if done:
+            _measure(task.table, report, done)
+        elif runs and task.scale.name == "full" and runs[0].config.suffix == ".yaml":
+            report.costs = _count(runs[0].config)
+    except UserError as error:  # a file of the run is damaged; the other rows are not
+        report.problem, report.runs, report.figures = str(error), 0, {}
+    return report
+
+
+def _measure(table: PaperTable, report: RowReport, runs: Sequence[Run]) -> None:
+    found = [read_run(run.work_dir, [f.result for f in table.figures]) for run in runs]
+    values = {f.key: [run.results[f.result] * f.scale for run in found] for f in table.figures}
+    deviating: dict[str, None] = {}
+    try:
+        shipped = read_settings(CONFIGS / str(report.row.config))
+    except ConfigError as error:  # mmdetection is not here
+        deviating[f"not compared with the shipped configuration: {one_line(error)}"] = None
+        shipped = {}
+    for run, content in zip(runs, found, strict=True):
+        begun = run.work_dir / f"config{run.config.suffix}"
+        settings = read_settings(begun) if shipped else {}
+        own = differences(shipped, settings, seed=False) if shipped else []
+        own += _data_deviations(table, content.log, settings)
+        deviating |= dict.fromkeys(own)
+    report.costs = (found[0].results["params"], None, None)
+    if runs[0].config.suffix == ".yaml":
+        report.costs = _count(runs[0].work_dir / "config.yaml")
+    report.runs = len(runs)
+    report.figures = {key: statistics.fmean(each) for key, each in values.items()}
+    if len(runs) > 1:
+        report.spread = {key: statistics.stdev(each) for key, each in values.items()}
+    report.hours = statistics.fmean(run.hours for run in found)
+    report.deviations = tuple(deviating)
+
+
+def _data_deviations(
+    table: PaperTable, log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[str]:
+    """Other data than the published figures are from, by the numbers of images in the log."""
+    found = []
+    train = [line for line in log if line["mode"] == "train"]
+    evaluated = [line for line in log if line["mode"] == "val"]
+    expected = table.data
+    if train and settings:
+        images = train[-1]["iter"] / train[-1]["epoch"] * settings["total_batch_size"]
+        if not _SAME_DATA < images / expected["train_images"] < 1 / _SAME_DATA:
+            found.append(
+                f"about {images:,.0f} training images an epoch, not {expected['name']}'s "
+                f"{expected['train_images']:,}"
+            )
+    if evaluated and evaluated[-1].get("images", expected["val_images"]) != expected["val_images"]:
+        found.append(
+            f"evaluated on {evaluated[-1]['images']:,.0f} images, not {expected['val_images']:,}"
+        )
+    return found
+
+
+def _count(path: Path) -> Costs:
+    from ..models.complexity import analyze  # only here: timm takes seconds
+
+    config = load_config(path, check_model_name=False)
+    try:
+        cost = analyze(config)
+    except UserError:
+        return None, None, None
+    return cost.params, cost.macs_static, cost.macs_assembly
+
+
+def _curve(task: Reproduction, row: PaperRow, run: Run) -> Curve | None:
+    figure = task.table.figures[0]
+    try:
+        content = read_run(run.work_dir, [figure.result])
+    except ReportError:  # nothing evaluated yet, or a line under way
+        return None
+    level = None if task.scale.rules else row.figures.get(figure.key)
+    return run_curve(content, row.model, figure.result, figure.scale, level)
+
+
+def write_report(task: Reproduction, rows: Sequence[PaperRow], folder: Path) -> list[Path]:
+    """Write ``table.txt``, ``table.md``, and where something was measured ``accuracy.svg`` and
+    ``curves.svg``.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    reports = collect(task, rows)
+    title = f"{task.table.title} ({task.scale.title})"
+    marks, notes = _notes(reports)
+    header, cells = _cells(task.table, reports, marks)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = _draw(task, reports, folder)
+        bare = "\n".join(f"{mark} {text}" for mark, text in notes)
+        text = f"{title}\n\n{render_table(header, cells, plain=True)}\n\n{bare}".rstrip()
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        markdown = [f"# {title}", render_table(header, escaped)]
+        markdown.append("\n".join(f"- {mark} {text}" for mark, text in notes))
+        markdown += [f"![{path.stem}]({path.name})" for path in pictures]
+        paths = [folder / "table.txt", folder / "table.md"]
+        paths[0].write_text(text + "\n", encoding="utf-8")
+        paths[1].write_text("\n\n".join(filter(None, markdown)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    return [*paths, *pictures]
+
+
+def _draw(task: Reproduction, reports: Sequence[RowReport], folder: Path) -> list[Path]:
+    figure = task.table.figures[0]
+    sizes, hours = [], []
+    for report in reports:
+        name, published = report.row.model, report.row.figures
+        value, params = report.figures.get(figure.key), report.costs[0]
+        if not task.scale.rules and "params_m" in published and figure.key in published:
+            kind = "recalled" if report.row.source == "recalled" else "published"
+            sizes.append(Dot(name, published["params_m"], published[figure.key], kind))
+        if value is not None and params is not None:
+            sizes.append(Dot(name, params / 1e6, value))
+        if value is not None and report.hours > 0:
+            hours.append(Dot(name, report.hours, value))
+    panels = [("parameters, millions", sizes), ("hours of training", hours)]
+    panels = [panel for panel in panels if panel[1]]
+    curves = [curve for report in reports for curve in report.curves]
+    paths = []
+    try:
+        if panels:
+            plot_dots(panels, figure.title, folder / "accuracy.svg")
+            paths.append(folder / "accuracy.svg")
+        if curves:
+            plot_curves(curves, figure.title, folder / "curves.svg")
+            paths.append(folder / "curves.svg")
+    except ImportError as error:
+        say(f"{folder}: without pictures: {error}; matplotlib comes with the extra demo")
+    return paths
+
+
+def _notes(reports: Sequence[RowReport]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """A mark for every remark, which equal ones share; and the lines that explain the marks."""
+    remarks = dict.fromkeys(remark for report in reports for remark in report.remarks)
+    marks = {remark: _letters(i) for i, remark in enumerate(remarks)}
+    notes = []
+    if any(report.row.source == "recalled" for report in reports):
+        notes.append((_RECALLED, "recalled and unconfirmed: no public source; not a target"))
+    return marks, [*notes, *((f"[{mark}]", remark) for remark, mark in marks.items())]
+
+
+def _letters(index: int) -> str:
+    """a to z, then aa and so on."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
+
+
+def _cells(
+    table: PaperTable, reports: Sequence[RowReport], marks: Mapping[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    has_size = any("params_m" in report.row.figures for report in reports)
+    header = ["row", *(["parameters published"] if has_size else []), "built"]
+    header += ["multiply-adds", "of assembly"]
+    for figure in table.figures:
+        header += [f"{figure.title} published", "measured", "difference"]
+    rows = []
+    for report in reports:
+        published, (params, macs, assembly) = report.row.figures, report.costs
+        doubt = _RECALLED if report.row.source == "recalled" else ""
+        own = "".join(f"[{marks[remark]}]" for remark in report.remarks)
+        cells = [f"{report.row.model} {own}".strip()]
+        if has_size:
+            cells.append(_show(published.get("params_m"), 2, suffix=f"M{doubt}"))
+        cells += [_show(params, 2, 1e6, "M"), _show(macs, 3, 1e9, "G")]
+        cells.append(_show(assembly or None, 3, 1e9, "G"))
+        for figure in table.figures:
+            digits, spread = figure.digits, report.spread.get(figure.key)
+            error = "" if spread is None else f" ± {spread:.{digits}f}"
+            value, change = report.figures.get(figure.key), report.difference(figure.key)
+            cells.append(_show(published.get(figure.key), digits, suffix=doubt))
+            absent = "not run" if report.states else _NONE
+            cells.append(absent if value is None else f"{value:.{digits}f}{error}")
+            cells.append(_NONE if change is None else f"{change:+.{digits}f}{doubt}")
+        cells.append(_show(report.hours, 1 if report.hours >= 10 else 3) if report.runs else _NONE)
+        rows.append([*cells, SOURCES[report.row.source], report.state])
+    return [*header, "hours", "source", "state"], rows
+
+
+def _show(value: float | None, digits: int, unit: float = 1, suffix: str = "") -> str:
+    return _NONE if value is None else f"{value / unit:.{digits}f}{suffix}"
