@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -373,10 +374,10 @@ def test_launchers_train_to_the_end(
 def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
     task = full("imagenet_300ep")
     (run,) = task.runs(task.table.row("resnet50"))
-    line = str(command_for([run], "torchrun", 4))
-    assert line.startswith(f"PYTHON={sys.executable} PROCESSES=4 {ROOT}/scripts/train.sh ")
+    line = shlex.join(command_for([run], "torchrun", 4))
+    assert line.startswith(f"env PYTHON={sys.executable} PROCESSES=4 {ROOT}/scripts/train.sh ")
     assert line.endswith(f"resnet50.yaml --work-dir {tmp_path}/imagenet_300ep/resnet50")
-    assert str(command_for([run], "none", None)).endswith(
+    assert shlex.join(command_for([run], "none", None)).endswith(
         f"{tmp_path}/imagenet_300ep/resnet50 --resume"
     )
     spaced = Reproduction(task.table, FULL, tmp_path / "a b")

@@ -8,6 +8,7 @@ kw study reproduce imagenet_300ep --scale tiny --run --collect
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def main() -> None:
         homes = dict.fromkeys(run.home for run in waiting)
         arrays = [[run for run in waiting if run.home == home] for home in homes]
         for group in arrays if launcher == "slurm" else [[run] for run in waiting]:
-            print(command_for(group, launcher, args.gpus))
+            print(shlex.join(command_for(group, launcher, args.gpus)))
     elif args.run and launcher == "slurm":
         status = submit(runs, args.gpus)
     elif args.run:

@@ -6,7 +6,7 @@ Reads work directories as the engine writes them (``results.json``, ``log.jsonl`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,24 +112,31 @@ def _read_lines(
 
 
 def render_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, plain: bool = False
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[int] = (0,),
+    *,
+    plain: bool = False,
 ) -> str:
-    """A Markdown table, aligned for reading as text; the first column to the left.
+    """A Markdown table, aligned for reading as text.
 
     Args:
         header: of the columns.
         rows: as many cells as columns each.
+        left: columns that are aligned to the left; the others are to the right.
         plain: without Markdown's bars, for a terminal.
     """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     begin, between, end, right = ("", "  ", "", "-") if plain else ("| ", " | ", " |", ":")
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"{begin}{between.join(padded)}{end}"
+        padded = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"{begin}{between.join(padded)}{end}".rstrip()
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + right for width in widths[1:])]
+    rule = ["-" * (width - 1) + ("-" if i in left else right) for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 

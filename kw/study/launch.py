@@ -9,44 +9,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO
 
 from ..errors import EXIT_INTERRUPTED, UserError
 from .runs import Jobs, Run, RunError, State, find_state, locked, reason, record
 from .settings import differences, read_settings, resolved_text
 
-__all__ = ["LAUNCHERS", "Command", "command_for", "run_all", "submit", "unfinished"]
+__all__ = ["LAUNCHERS", "command_for", "run_all", "submit", "unfinished"]
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("none", "torchrun", "slurm")
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command line.
-
-    Attributes:
-        words: program and arguments.
-        variables: of the environment, besides those that are there.
-    """
-
-    words: Sequence[str]
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """As a shell takes it."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
-        return " ".join([*settings, shlex.join(self.words)])
-
-
-def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = None) -> Command:
-    """The command that trains a run, or with ``slurm`` the one that submits all of them.
+def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = None) -> list[str]:
+    """The command that trains a run, or with ``slurm`` the one that submits all of them: its words.
 
     Args:
         runs: of one folder; a single one unless the launcher is slurm.
@@ -56,7 +37,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
     Raises:
         RunError: slurm's script cannot take a path.
     """
-    python = {"PYTHON": sys.executable}
+    python = f"PYTHON={sys.executable}"
     if launcher == "slurm":
         home = runs[0].home.absolute()
         configs = [str(run.resolved.absolute()) for run in runs]
@@ -64,20 +45,20 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
             raise RunError(
                 f"--work-dir {runs[0].home}: scripts/train.slurm takes no path with spaces"
             )
-        words = ["sbatch", "--parsable", "--array", f"0-{len(runs) - 1}", "--job-name", home.name]
+        words = ["env", python, f"OPTIONS=--work-dir {home}/{{name}}", "sbatch", "--parsable"]
+        words += ["--array", f"0-{len(runs) - 1}", "--job-name", home.name]
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
             words += ["--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
-        words += [str(ROOT / "scripts/train.slurm"), *configs]
-        return Command(words, {**python, "OPTIONS": f"--work-dir {home}/{{name}}"})
+        return [*words, str(ROOT / "scripts/train.slurm"), *configs]
     (run,) = runs
     rest = [str(run.config.absolute()), "--work-dir", str(run.work_dir.absolute())]
     options = ["--cfg-options", *run.options] if run.options else []
     if launcher == "torchrun":
-        processes = {} if gpus is None else {"PROCESSES": str(gpus)}
+        processes = [] if gpus is None else [f"PROCESSES={gpus}"]
         script = str(ROOT / "scripts/train.sh")
-        return Command([script, *rest, *options], {**python, **processes})
-    return Command([sys.executable, "-m", "kw", "train", *rest, "--resume", *options])
+        return ["env", python, *processes, script, *rest, *options]
+    return [sys.executable, "-m", "kw", "train", *rest, "--resume", *options]
 
 
 def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
@@ -111,15 +92,17 @@ class _Stop:
         for child in list(self.children):
             child.send_signal(signal.SIGTERM)
 
-    def wait(self, command: Command, output: Any, descriptor: int, threads: int | None) -> int:
+    def wait(
+        self, command: list[str], output: IO[bytes], descriptor: int, threads: int | None
+    ) -> int:
         """Run a command to its end; it inherits the run's lock."""
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         child = subprocess.Popen(
-            command.words,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **command.variables, **own},
+            env={**os.environ, **own},
             pass_fds=(descriptor,),
         )
         self.children.add(child)
@@ -206,7 +189,7 @@ def _train(
         began = time.monotonic()
         with open(run.output, "ab") as output:
             start = output.tell()
-            output.write(f"$ {command}\n".encode())
+            output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             status = stop.wait(command, output, descriptor, threads)
         if stop.asked and status != 0:
@@ -248,10 +231,7 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
         for run in own:
             run.resolved.parent.mkdir(parents=True, exist_ok=True)
             run.resolved.write_text(resolved_text(run.config, run.options))
-        variables = {**os.environ, **command.variables}
-        done = subprocess.run(
-            command.words, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RunError(f"sbatch refused ({done.returncode}): {done.stderr.strip()}")
         array = done.stdout.strip().split(";")[0]  # --parsable: JOB[;CLUSTER]

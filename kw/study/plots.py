@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,16 @@ _DOTS = {  # filled: measured here
 }
 
 
-def plot_curves(curves: Sequence[Curve], score: str, path: str | Path) -> None:
+def plot_curves(curves: Sequence[Curve], score: str, path: Path) -> Path:
     """Training loss and score over epochs, a line for every curve.
 
     Args:
         curves: what to draw.
         score: name of the score.
         path: of the picture.
+
+    Returns:
+        The path.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -97,25 +100,29 @@ def plot_curves(curves: Sequence[Curve], score: str, path: str | Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def plot_dots(panels: Sequence[tuple[str, Sequence[Dot]]], score: str, path: str | Path) -> None:
+def plot_dots(panels: Mapping[str, Sequence[Dot]], score: str, path: Path) -> Path:
     """A score over what it costs, with names beside the dots.
 
     Args:
-        panels: name of the horizontal axis, which is logarithmic, and dots.
+        panels: dots by the name of the horizontal axis, which is logarithmic.
         score: name of the score.
         path: of the picture.
+
+    Returns:
+        The path.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, dots) in zip(places, panels, strict=True):
+    for axis, (name, dots) in zip(places, panels.items(), strict=True):
         for kind, style in _DOTS.items():
             own = [dot for dot in dots if dot.kind == kind]
             if own:
@@ -124,19 +131,22 @@ def plot_dots(panels: Sequence[tuple[str, Sequence[Dot]]], score: str, path: str
             at = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
             axis.annotate(dot.row, (dot.x, dot.y), **at)
         axis.set(xlabel=name, ylabel=score, xscale="log")
+        axis.xaxis.set_major_formatter(LogFormatter())  # 20 in place of 2 x 10^1
+        axis.xaxis.set_minor_formatter(LogFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    _save(figure, path)
+    return _save(figure, path)
 
 
 def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _save(figure: Any, path: Path) -> Path:
     import matplotlib as mpl
 
     # The file must not depend on when it was written.
     with mpl.rc_context({"svg.hashsalt": "kw"}):
-        dated = str(path).endswith(".svg")
-        figure.savefig(path, dpi=120, metadata={"Date": None} if dated else None)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=120, metadata=metadata)
+    return path

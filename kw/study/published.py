@@ -55,18 +55,16 @@ class Reproduction:
         Raises:
             ConfigError: a pattern matches none.
         """
-        names = [row.model for row in self.table.rows]
-        for pattern in patterns:
-            if not any(fnmatch(name, pattern) for name in names):
+        chosen = []
+        for pattern in patterns or ["*"]:
+            found = [row for row in self.table.rows if fnmatch(row.model, pattern)]
+            if not found:
+                names = ", ".join(row.model for row in self.table.rows)
                 raise ConfigError(
-                    f"--rows {pattern}: table {self.table.name} has no such row; there are: "
-                    f"{', '.join(names)}"
+                    f"--rows {pattern}: table {self.table.name} has no such row; there are: {names}"
                 )
-        return [
-            row
-            for row in self.table.rows
-            if not patterns or any(fnmatch(row.model, pattern) for pattern in patterns)
-        ]
+            chosen += found
+        return [row for row in self.table.rows if row in chosen]
 
     def runs(self, row: PaperRow, *, more: bool = False) -> list[Run]:
         """The runs of a row; none where it has no configuration, or is not a training.

@@ -23,6 +23,7 @@ _NONE = "-"
 _RECALLED = "?"
 _SAME_DATA = 0.99  # of an epoch's images; the last incomplete batch is left out
 Costs = tuple[int | None, int | None, int | None]
+"""Parameters, multiply-adds and those of kernel assembly; None is not counted."""
 
 
 @dataclass
@@ -32,7 +33,7 @@ class RowReport:
     Attributes:
         row: what was published.
         states: what became of its runs; none where there is nothing to run.
-        costs: parameters, multiply-adds and those of kernel assembly; None is not counted.
+        costs: of the network, :data:`Costs`.
         runs: how many are done.
         figures: means over them by the figures' keys, in the table's units: of each run the best
             epoch's.
@@ -60,10 +61,10 @@ class RowReport:
         if self.problem:
             return f"unreadable: {self.problem}"
         if not self.states:
-            return "no configuration: published only" if self.row.config is None else "not trained"
-        counts = Counter(map(str, self.states))
+            return "no configuration: published only"
         if len(self.states) == 1:
             return str(self.states[0])
+        counts = Counter(map(str, self.states))
         return ", ".join(f"{count} x {text}" for text, count in counts.items())
 
     def difference(self, key: str) -> float | None:
@@ -201,7 +202,7 @@ def _curve(task: Reproduction, row: PaperRow, run: Run) -> Curve | None:
 
 
 def write_report(task: Reproduction, rows: Sequence[PaperRow], folder: Path) -> list[Path]:
-    """Write ``table.txt``, ``table.md``, and where something was measured ``accuracy.svg`` and
+    """Write ``table.txt``, ``table.md``, and where there is something to draw ``accuracy.svg`` and
     ``curves.svg``.
 
     Returns:
@@ -212,20 +213,24 @@ def write_report(task: Reproduction, rows: Sequence[PaperRow], folder: Path) -> 
     """
     reports = collect(task, rows)
     title = f"{task.table.title} ({task.scale.title})"
-    marks, notes = _notes(reports)
+    remarks = dict.fromkeys(remark for report in reports for remark in report.remarks)
+    marks = {remark: f"[{number}]" for number, remark in enumerate(remarks, 1)}
+    notes = [f"{mark} {remark}" for remark, mark in marks.items()]
+    if any(report.row.source == "recalled" for report in reports):
+        notes.insert(0, f"{_RECALLED} recalled and unconfirmed: no public source; not a target")
     header, cells = _cells(task.table, reports, marks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = _draw(task, reports, folder)
-        bare = "\n".join(f"{mark} {text}" for mark, text in notes)
-        text = f"{title}\n\n{render_table(header, cells, plain=True)}\n\n{bare}".rstrip()
+        words = (0, len(header) - 2, len(header) - 1)
+        text = [title, render_table(header, cells, words, plain=True), "\n".join(notes)]
         escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        markdown = [f"# {title}", render_table(header, escaped)]
-        markdown.append("\n".join(f"- {mark} {text}" for mark, text in notes))
+        markdown = [f"# {title}", render_table(header, escaped, words)]
+        markdown += ["\n".join(f"- {note}" for note in notes)]
         markdown += [f"![{path.stem}]({path.name})" for path in pictures]
         paths = [folder / "table.txt", folder / "table.md"]
-        paths[0].write_text(text + "\n", encoding="utf-8")
-        paths[1].write_text("\n\n".join(filter(None, markdown)) + "\n", encoding="utf-8")
+        for path, parts in zip(paths, (text, markdown), strict=True):
+            path.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return [*paths, *pictures]
@@ -239,40 +244,24 @@ def _draw(task: Reproduction, reports: Sequence[RowReport], folder: Path) -> lis
         value, params = report.figures.get(figure.key), report.costs[0]
         if not task.scale.rules and "params_m" in published and figure.key in published:
             kind = "recalled" if report.row.source == "recalled" else "published"
-            sizes.append(Dot(name, published["params_m"], published[figure.key], kind))
+            label = "" if report.runs else name  # once a row
+            sizes.append(Dot(label, published["params_m"], published[figure.key], kind))
         if value is not None and params is not None:
             sizes.append(Dot(name, params / 1e6, value))
         if value is not None and report.hours > 0:
             hours.append(Dot(name, report.hours, value))
-    panels = [("parameters, millions", sizes), ("hours of training", hours)]
-    panels = [panel for panel in panels if panel[1]]
+    panels = {"parameters, millions": sizes, "hours of training": hours}
+    panels = {name: dots for name, dots in panels.items() if dots}
     curves = [curve for report in reports for curve in report.curves]
     paths = []
     try:
         if panels:
-            plot_dots(panels, figure.title, folder / "accuracy.svg")
-            paths.append(folder / "accuracy.svg")
+            paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
         if curves:
-            plot_curves(curves, figure.title, folder / "curves.svg")
-            paths.append(folder / "curves.svg")
+            paths.append(plot_curves(curves, figure.title, folder / "curves.svg"))
     except ImportError as error:
         say(f"{folder}: without pictures: {error}; matplotlib comes with the extra demo")
     return paths
-
-
-def _notes(reports: Sequence[RowReport]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """A mark for every remark, which equal ones share; and the lines that explain the marks."""
-    remarks = dict.fromkeys(remark for report in reports for remark in report.remarks)
-    marks = {remark: _letters(i) for i, remark in enumerate(remarks)}
-    notes = []
-    if any(report.row.source == "recalled" for report in reports):
-        notes.append((_RECALLED, "recalled and unconfirmed: no public source; not a target"))
-    return marks, [*notes, *((f"[{mark}]", remark) for remark, mark in marks.items())]
-
-
-def _letters(index: int) -> str:
-    """a to z, then aa and so on."""
-    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
 
 
 def _cells(
@@ -287,7 +276,7 @@ def _cells(
     for report in reports:
         published, (params, macs, assembly) = report.row.figures, report.costs
         doubt = _RECALLED if report.row.source == "recalled" else ""
-        own = "".join(f"[{marks[remark]}]" for remark in report.remarks)
+        own = "".join(marks[remark] for remark in report.remarks)
         cells = [f"{report.row.model} {own}".strip()]
         if has_size:
             cells.append(_show(published.get("params_m"), 2, suffix=f"M{doubt}"))

@@ -75,7 +75,7 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
         "best_epoch": best["epoch"],
         "images": last["images"],
         "temperature": training[-1].get("temperature"),
-        "hours": _short(sum(line["seconds"] for line in training) / 3600),
+        "hours": _short(run.hours),
         "curve": curve,
     }
 
@@ -248,7 +248,7 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def plot_study(summary: Summary, path: str | Path) -> None:
+def plot_study(summary: Summary, path: Path) -> None:
     """Training loss and test top-1 over epochs, one line a row (the mean of its seeds).
 
     Raises:
