@@ -180,6 +180,7 @@ def _train(
             return 1, other
         state = find_state(run, ours=True)
         if state.kind == "done":
+            run.finished.touch()  # a launcher that was killed may not have come to it
             return 0, "done already"
         if state.kind in ("waits", "queued", "running"):
             return 1 if state.kind == "waits" else EXIT_INTERRUPTED, str(state)
