@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo demo-detection pictures test lint docs format bench clean
+.PHONY: help install demo demo-detection pictures test test-slow lint docs format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-detection  train a small Mask R-CNN on digits, on the demo's network"
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
+	@echo "make test-slow  run further cases of them; before a release"
 	@echo "make lint     check style, types, generated tables and the documentation"
 	@echo "make docs     build the documentation's site; every warning is an error"
 	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
@@ -57,6 +58,9 @@ pictures: install
 
 test: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+
+test-slow: install
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m slow
 
 lint: install
 	$(BIN)/ruff check .

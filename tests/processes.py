@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,22 @@ def _joined(
         function(process, *arguments)
 
 
-def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.CompletedProcess:
-    """Run a tool, on several processes as torchrun would; checks the exit status of all."""
+def call(
+    *arguments: object,
+    processes: int = 1,
+    status: int | None = 0,
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """Run a tool, on several processes as torchrun would; checks the exit status of all.
+
+    Args:
+        *arguments: the tool and what it is given.
+        processes: how many.
+        status: the exit status that all of them must have; None takes any.
+        cwd: folder it runs in.
+        environment: variables in the place of the tests' own.
+    """
     words = [str(argument) for argument in arguments]
     if processes > 1:
         words += ["--launcher", "pytorch"]
@@ -61,7 +75,9 @@ def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         started = [
-            context.Process(target=_tool, args=(words, rank, processes, port, Path(folder)))
+            context.Process(
+                target=_tool, args=(words, rank, processes, port, Path(folder), cwd, environment)
+            )
             for rank in range(processes)
         ]
         for process in started:
@@ -72,18 +88,32 @@ def call(*arguments: object, processes: int = 1, status: int = 0) -> subprocess.
             "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(processes))
             for name in ("out", "err")
         )
-    assert [process.exitcode for process in started] == [status] * processes, out[-2000:] + err
-    return subprocess.CompletedProcess(words, status, out, err)
+    codes = [process.exitcode for process in started]
+    assert status is None or codes == [status] * processes, out[-2000:] + err
+    return subprocess.CompletedProcess(words, max(code or 0 for code in codes), out, err)
 
 
-def _tool(words: list[str], rank: int, world: int, port: int, folder: Path) -> None:
+def _tool(
+    words: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    cwd: Path,
+    environment: Mapping[str, str] | None,
+) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         with open(folder / f"{rank}.{name}", "wb") as file:
             os.dup2(file.fileno(), descriptor)
     # pytest may have put objects of its own in their place.
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
-    os.chdir(ROOT)
+    os.chdir(cwd)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+        added = environment.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = filter(None, added)
     sys.argv = words
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))

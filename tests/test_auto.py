@@ -9,6 +9,7 @@ import warnings
 import pytest
 import timm
 import torch
+from breadth import breadth
 from timm.layers import DropPath
 
 from kw import convert, set_temperature
@@ -71,7 +72,13 @@ FAMILIES: dict[str, dict[str, int]] = {
     "GCViT, MViT": {"mvitv2_tiny": -64},
 }
 SIDES = {name: side for members in FAMILIES.values() for name, side in members.items()}
-architectures = pytest.mark.parametrize("name", SIDES)
+# Each is built in a way that no other of them is.
+QUICK = (
+    *("resnet18", "seresnet18", "regnety_002", "tf_efficientnet_b0", "mobilenetv4_conv_small_035"),
+    *("ghostnet_050", "hrnet_w18_small", "convnext_atto", "vit_tiny_patch16_224", "pit_ti_224"),
+    *("swin_tiny_patch4_window7_224", "poolformer_s12", "mobileone_s0", "maxvit_pico_rw_256"),
+)
+architectures = pytest.mark.parametrize("name", breadth(SIDES, QUICK))
 
 
 def build(name, rate=0.1):
@@ -174,20 +181,23 @@ def parameters(model):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "resnet18",
-        "densenet121",
-        "regnetx_002",
-        "tf_efficientnet_b0",
-        "mobilenetv4_conv_small_035",
-        "convnext_atto",
-        "hrnet_w18_small",
-        "vgg11_bn",  # by hooks
-        "vit_tiny_patch16_224",  # by forward_intermediates
-        "swin_tiny_patch4_window7_224",
-        "mobileone_s0",
-        "poolformer_s12",
-    ],
+    breadth(
+        [
+            "resnet18",
+            "densenet121",
+            "regnetx_002",
+            "tf_efficientnet_b0",
+            "mobilenetv4_conv_small_035",
+            "convnext_atto",
+            "hrnet_w18_small",
+            "vgg11_bn",  # by hooks
+            "vit_tiny_patch16_224",  # by forward_intermediates
+            "swin_tiny_patch4_window7_224",
+            "mobileone_s0",
+            "poolformer_s12",
+        ],
+        quick=["resnet18", "hrnet_w18_small", "vgg11_bn", "vit_tiny_patch16_224"],
+    ),
 )
 def test_features_only(name):
     """A feature extractor is converted as it is; so is one made of a part of the network."""
@@ -256,7 +266,10 @@ def test_what_is_refused_is_said(name, layers, reason):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2, 4])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny", "mobilenetv2_100"])
+@pytest.mark.parametrize(
+    "name",
+    breadth(["resnet18", "resnet50", "convnext_tiny", "mobilenetv2_100"], ["resnet18"]),
+)
 def test_other_budgets_share_alike(name, ratio):
     """The same layers share the same warehouses; below 1, what cannot be cut stays static."""
     cut = {"cell_inplane_ratio": 0.5, "cell_outplane_ratio": 0.5} if ratio < 1 else {}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from breadth import breadth
 from deployment import CLASSES, SETTINGS, write_checkpoint
 from torch import nn
 
@@ -148,9 +149,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_temperature_is_folded(model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", breadth(MODELS, ["kw low rank", "condconv", "odconv"]))
+def test_temperature_is_folded(kind: str) -> None:
     """The folded network is the network at 0, and traces with batch and size open."""
+    model = MODELS[kind]
     settings = {**SETTINGS["model"], "kernel_warehouse": None, **model}
     config = config_from_mapping({**SETTINGS, "model": settings})
     network = build_network(config.model)
@@ -182,7 +184,7 @@ def test_temperature_is_folded(model: dict[str, Any]) -> None:
             },
             "position embeddings",
         ),
-        (SETTINGS["model"], "open from 33 on"),
+        pytest.param(SETTINGS["model"], "open from 33 on", marks=pytest.mark.slow),
     ],
 )
 def test_a_network_of_one_size_is_exported_at_that_size(
@@ -213,6 +215,7 @@ def test_source_is_the_average_at_temperature_0(source: Any) -> None:
     assert any("temperature 0.5" in note for note in source.notes)
 
 
+@pytest.mark.slow
 def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
     """Verified, but not held to 1e-4; the files are smaller, and say what they are."""
     rng = np.random.default_rng(0)
@@ -322,7 +325,7 @@ def test_a_trace_takes_any_number_of_images(name: str, batch: int) -> None:
 
 @each_kind
 @pytest.mark.parametrize("way", ["traced", "exported"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", breadth([1, 2], [2]))
 @torch.no_grad()
 def test_a_users_own_onnx_export_takes_any_number_of_images(
     name: str, way: str, batch: int, tmp_path: Path

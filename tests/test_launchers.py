@@ -47,6 +47,7 @@ def command_of(pid: int) -> list[bytes]:
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_dead_worker_does_not_end_the_job(config: Path, images: Path, tmp_path: Path) -> None:
     """Two elastic workers, one killed: the job ends as one that nothing happened to."""

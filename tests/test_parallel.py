@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from breadth import breadth
 from kills import compare, free_port, kill, log_of, start
 from kills import settings as killed_settings
 from processes import in_processes
@@ -56,7 +57,7 @@ def buckets(order: list[nn.Parameter], mib: int) -> list[list[nn.Parameter]]:
     return [bucket for bucket in found if bucket]
 
 
-@pytest.mark.parametrize(("name", "size"), MODELS)
+@pytest.mark.parametrize(("name", "size"), breadth(MODELS, MODELS[:1]))
 def test_buckets_are_ready_as_early_as_can_be(name: str, size: int) -> None:
     """As early as if they were filled in the order in which gradients really come."""
     model = timm.create_model(name, num_classes=10)
@@ -198,7 +199,7 @@ def check_sharding(process: Process) -> None:
     check(list(range(2 * world)))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", breadth([2, 3], [2]))
 def test_sharded_gradients_are_those_of_the_whole(world: int) -> None:
     in_processes(check_sharding, world)
 
@@ -258,7 +259,7 @@ def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) 
     assert largest_difference(*weights) < 1e-4
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(3, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "strategy"), breadth([(3, "ddp"), (2, "fsdp")], [(2, "fsdp")]))
 def test_killed_and_resumed_is_never_interrupted(
     images: Path, tmp_path: Path, world: int, strategy: str
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from breadth import breadth
 from networks import chain, disturb, plan_of, small
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -138,15 +139,17 @@ def test_a_copy_of_a_part_stands_alone(take, copied) -> None:
     assert torch.equal(part.double()(x.double()).float(), part(x.double()).float())  # cells moved
 
 
-@each_part
-def test_a_part_is_exported(take) -> None:
+@pytest.mark.parametrize("name", breadth(PARTS, ["late stages"]))
+def test_a_part_is_exported(name) -> None:
+    take = PARTS[name]
     part, x = take(converted(resnet)), input_of(take)
     program = torch.export.export(part, (x,))
     torch.testing.assert_close(program.module()(x), part(x), rtol=1e-4, atol=1e-5)
 
 
-@each_part
-def test_a_part_trains_compiled(take) -> None:
+@pytest.mark.parametrize("name", breadth(PARTS, ["a stage"]))
+def test_a_part_trains_compiled(name) -> None:
+    take = PARTS[name]
     part, x = take(converted(resnet)).train(), input_of(take)
     torch.compile(part, backend="aot_eager", fullgraph=True)(x).square().mean().backward()
     assert all(p.grad is not None for p in part.parameters())

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from breadth import breadth
 from kills import compare, differences, run_with_kills
 from kills import settings as killed_settings
 from test_parts import as_earlier
@@ -32,7 +33,7 @@ from kw.warehouse.warehouse import earlier_order
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 3)])
+@pytest.mark.parametrize(("processes", "kills"), breadth([(1, 10), (2, 3)], [(2, 3)]))
 def test_killed_and_resumed_is_never_interrupted(
     images: Path, tmp_path: Path, processes: int, kills: int
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_checks
+from breadth import breadth
 from convolutions import CASES, HALVES, WHOLE, Case
 from triton_checks import (
     DEVICE,
@@ -54,8 +55,11 @@ def test_equals_reference(case):
 
 
 @runs_kernels
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-def test_many_tiles_and_chunks(case, monkeypatch):
+@pytest.mark.parametrize(
+    "name", breadth(SMALL, ["uneven", "stride beyond kernel", "aligned pointwise"])
+)
+def test_many_tiles_and_chunks(name, monkeypatch):
+    case = SMALL[name]
     """Several tiles along every side, several chunks of rows and of samples."""
     for name in ("tiles_of_convolution", "tiles_of_gradient"):
         monkeypatch.setattr(triton_launch, name, lambda *_: SMALLEST_TILES)

@@ -190,4 +190,4 @@ def test_the_doctor_tries_every_back_end(
     assert not {
         name for name, outcome in outcomes.items() if outcome.startswith(("WRONG", "FAILS"))
     }
-    assert "kernels    works: " in capsys.readouterr().out
+    assert "assembled  works: " in capsys.readouterr().out
