@@ -273,8 +273,8 @@ def _get(config: Any, key: str) -> Any:
 def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
     """Whether a user chose this value by hand.
 
-    Inherited settings and those of a resolved configuration do not count: nobody expects an effect
-    of each of them.
+    Inherited settings and those of a resolved configuration do not count: a recipe or a resolved
+    file may have settings without effect.
     """
     if entry.origin.source == OPTIONS:
         return True

@@ -195,7 +195,7 @@ def _renamed(network: nn.Module, own: State, state: State) -> State:
         return {**counters, **state}
     try:
         return {**counters, **translate(dict(state), network)}
-    except Exception:  # it expects the names of one release; check_state reports others
+    except Exception:  # it expects the names of one release; refuse_other reports others
         return {**counters, **state}
 
 

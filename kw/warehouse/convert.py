@@ -353,7 +353,10 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                 opened.append(own)
             settings = plan.settings_of(own, rule)
             if own not in groups:
-                _check_name(own)
+                if "." in own or not own:
+                    raise ValueError(
+                        f"plan: {own!r} cannot name a warehouse: expected a name without dots"
+                    )
                 groups[own] = _Group(own, settings, [])
             first = groups[own].settings
             if any(getattr(first, key) != getattr(settings, key) for key in rule.settings):
@@ -375,8 +378,3 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     for group in groups.values():
         group.layers.sort(key=lambda layer: order[layer[0]])
     return groups
-
-
-def _check_name(name: str) -> None:
-    if "." in name or not name:
-        raise ValueError(f"plan: {name!r} cannot name a warehouse: expected a name without dots")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from .layers import KWLayer
 from .ops import YARDSTICKS, Problem, selector
 from .ops.device import DeviceProfile
 from .ops.selection import Prediction
+from .probe import arguments
 
 __all__ = ["LayerChoice", "explain", "explain_on"]
 
@@ -56,6 +56,7 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
     choices: list[LayerChoice] = []
+    args, kwargs = arguments(example_input)
     with selector.recording() as recorded:
 
         def note(layer: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -69,7 +70,7 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
         hooks = [layer.register_forward_hook(note) for layer in names]
         try:
             with torch.no_grad():
-                _call(model, example_input)
+                model(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -107,10 +108,3 @@ def _choice(name: str, problem: Problem, forward: str, backend: str) -> LayerCho
         tuple(selector.predict(problem)),
         tuple(selector.predict(training)),
     )
-
-
-def _call(model: nn.Module, example_input: Any) -> None:
-    if isinstance(example_input, Mapping):
-        model(**example_input)
-    else:
-        model(*(example_input if isinstance(example_input, tuple) else (example_input,)))

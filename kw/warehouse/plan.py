@@ -23,10 +23,10 @@ from .warehouse import WarehouseSettings
 __all__ = ["Plan", "Rule", "nearest"]
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The valid names nearest to a wrong name, for the end of a message."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, count, cutoff=0.4) or known[:count]
+    near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
     return f"nearest: {', '.join(map(repr, near))}" if near else "there are none"
 
 

@@ -110,6 +110,6 @@ def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tenso
         image, kernel = sample
         return carry.clone(), conv(image.unsqueeze(0), kernel, None, *slide).squeeze(0)
 
-    # torch.scan needs a carried value; no sample uses it.
+    # scan() needs a carried value; no sample uses it.
     kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, C, 1, k..]
     return scan(step, x.new_zeros(1), (x, kernels))

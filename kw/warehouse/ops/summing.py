@@ -53,7 +53,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        # A loss that lives on keeps this node; the next forward pass needs a younger one, or its
+        # A loss that still exists keeps this node; the next forward pass needs a newer one, or its
         # cells' gradients would come last of all.
         _anchors.pop(ctx.key, None)
         total = ctx.sums.pop(backward_pass(), None)
