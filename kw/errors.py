@@ -1,6 +1,6 @@
-"""Mistakes that a user can correct, as against bugs; what a tool says of either, and of the rest.
+"""Errors that a user can correct, and the messages that commands print for them.
 
-Every room raises its own kind of :class:`UserError`: ``ConfigError``, ``DataError``,
+Every package raises its own kind of :class:`UserError`: ``ConfigError``, ``DataError``,
 ``CheckpointError`` and so on. This module imports nothing of the project.
 """
 
@@ -30,25 +30,25 @@ __all__ = [
 _logger = logging.getLogger("kw")
 
 EXIT_INTERRUPTED = 75
-"""Status of a program that was asked to leave and saved its work: EX_TEMPFAIL, try again."""
+"""Exit status of a run that was asked to stop and saved its work: EX_TEMPFAIL, try again."""
 
 EXIT_MISSING = 69
-"""Status of a program that lost another process of its run: EX_UNAVAILABLE. A launcher restarts."""
+"""Exit status after another process of the run was lost: EX_UNAVAILABLE. Launchers restart it."""
 
 
 class UserError(ValueError):
-    """Something that a user gave is wrong; the message says what, where, and what was expected."""
+    """An input of the user is wrong; the message says what, where, and what was expected."""
 
 
 class OutOfMemory(UserError):
-    """Memory did not suffice for some images; the message names them."""
+    """Memory ran out on some images; the message names them."""
 
 
 class Interrupted(Exception):
     """A run was asked to end and has saved its work.
 
     Attributes:
-        checkpoint: what to go on from.
+        checkpoint: the file to resume from.
     """
 
     def __init__(self, name: str, checkpoint: str) -> None:
@@ -57,7 +57,7 @@ class Interrupted(Exception):
 
 
 class MissingProcess(Exception):
-    """Another process of the run died, hangs or never came; the message says which, and where."""
+    """Another process of the run died, hangs or never started; the message says which and where."""
 
 
 _REMEDIES = {
@@ -92,24 +92,24 @@ def say(line: str) -> None:
         return
     if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
         _logger.info(line)
-    elif _logger.level <= logging.INFO:  # nobody has asked for silence
+    elif _logger.level <= logging.INFO:  # the level is not set by the user
         print(line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """What another library said, in one line, with the kind of its error."""
+    """The message of another library's error in one line, after the name of its class."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def answer(error: BaseException) -> str | None:
-    """What to tell a user of an error, where it is one that the user can mend.
+    """The message for an error that the user can correct.
 
     Args:
-        error: whatever ended a tool.
+        error: the exception that ended a command.
 
     Returns:
-        One message, without traceback; ``None`` for what is a bug as far as one can tell.
+        One message, without traceback; ``None`` for other errors, which may be bugs.
     """
     if isinstance(error, UserError):
         return _own_words(error)
@@ -139,13 +139,13 @@ def answer(error: BaseException) -> str | None:
 
 @contextmanager
 def memory_for(images: Callable[[], Iterable[object]]) -> Iterator[None]:
-    """Name the images that memory did not suffice for.
+    """Name the images on which memory ran out.
 
     Args:
-        images: their files; asked for where it comes to that.
+        images: a function that returns their files; called only after such an error.
 
     Raises:
-        OutOfMemory: in the place of what Python or PyTorch raise.
+        OutOfMemory: in place of the error of Python or PyTorch.
     """
     try:
         yield
@@ -173,7 +173,7 @@ def _asked_for(error: BaseException) -> str:
 
 
 def _own_words(error: UserError) -> str:
-    """The message; PyTorch wraps those of loader processes in a traceback."""
+    """The message without the traceback that PyTorch adds in loader processes."""
     text = str(error)
     if "\nOriginal Traceback (most recent call last):" not in text:
         return text

@@ -1,7 +1,7 @@
-"""Every registry: what a configuration can name, by kind.
+"""All registries: the entries that a configuration can name, by kind.
 
-An entry is registered where it is defined, in this project or in a module of a user's own, which a
-configuration names under ``custom_imports`` (docs/extending.md)::
+An entry is registered where it is defined: in this project or in a user's module, which a
+configuration lists under ``custom_imports`` (docs/extending.md)::
 
     from kw.registry import ATTENTION_FUNCTIONS
 
@@ -68,7 +68,7 @@ class Registry(MutableMapping[str, T]):
         *modules: of the project's own entries, imported in this order until a name is found.
 
     Attributes:
-        entries: what was registered so far.
+        entries: the entries registered so far.
     """
 
     def __init__(self, kind: str, *modules: str) -> None:
@@ -93,7 +93,7 @@ class Registry(MutableMapping[str, T]):
         """The entry of a name.
 
         Raises:
-            UserError: there is none; the message has the nearest name and all that there are.
+            UserError: there is none; the message has the nearest name and all known names.
         """
         if name in self:
             return self[name]
@@ -107,7 +107,7 @@ class Registry(MutableMapping[str, T]):
         return self.entries[name]
 
     def _import_next(self) -> None:
-        module = self._modules.pop(0)  # before: it may look something up itself
+        module = self._modules.pop(0)  # first: the module may look up entries itself
         try:
             importlib.import_module(module)
         except BaseException:
@@ -132,7 +132,7 @@ class Registry(MutableMapping[str, T]):
 
 
 def _identity(entry: object) -> object:
-    """The same for a function or class whose module, or notebook's cell, is run again."""
+    """An identity that stays the same when a module or notebook cell is run again."""
     name = getattr(entry, "__qualname__", None)
     return entry if name is None else (getattr(entry, "__module__", None), name)
 
@@ -190,8 +190,8 @@ def argument_fault(
     Args:
         entry: a function or class; its signature says what it takes.
         given: keyword arguments of a configuration.
-        passed: leading arguments that are not the configuration's to give.
-        elsewhere: arguments that other keys give.
+        passed: leading arguments that the caller passes, not the configuration.
+        elsewhere: arguments that other keys set.
     """
     parameters = list(inspect.signature(entry).parameters.values())[passed:]
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
@@ -222,12 +222,12 @@ def _hints(entry: Callable[..., object]) -> dict[str, object]:
     made = vars(entry).get("__init__", entry) if isinstance(entry, type) else entry
     try:
         return typing.get_type_hints(made)
-    except (NameError, TypeError):  # of a type that is not there at run time
+    except (NameError, TypeError):  # a type that is imported for type checkers only
         return {}
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Whether a plain value has a type; true of types that plain values have not."""
+    """Whether a plain value is of a type; true for types that no plain value can have."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in inner)

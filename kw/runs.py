@@ -1,4 +1,4 @@
-"""Runs by their configurations' files or names: what ``kw train`` does, in Python."""
+"""``kw.train``: the Python function behind ``kw train``."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def train(
             configuration's name.
         resume: ``True`` continues the newest checkpoint there; a path continues that file.
         launcher: ``"none"``, ``"pytorch"`` (torchrun) or ``"slurm"``.
-        **keys: settings over the file's, groups as mappings, or by dotted key:
+        **keys: settings that override the file's, groups as mappings, or by dotted key:
             ``**{"optimizer.lr": 0.1}``.
 
     Returns:
@@ -103,6 +103,6 @@ def _options(keys: Mapping[str, Any], within: str = "") -> list[str]:
         if isinstance(value, Mapping) and value:
             found += _options(value, key)
         else:
-            # JSON is YAML's flow style; what it does not know is shown, and refused by its type.
+            # JSON is valid YAML; other values are passed as text, and fail the check of types.
             found.append(f"{key}={json.dumps(value, default=str)}")
     return found

@@ -43,7 +43,8 @@ def load_config(
     Args:
         path: a YAML file, or the name of one of this project's (``kw config --list`` prints them);
             its ``_base_`` files are read with it.
-        options: ``a.b=value`` strings over the file's settings, the value in YAML's flow style.
+        options: ``a.b=value`` strings that override the file's settings, the value in YAML's flow
+            style.
         check_model_name: look ``model.name`` up in timm, where that is installed; its import takes
             seconds.
 
@@ -61,7 +62,7 @@ def config_from_mapping(
 
     Args:
         mapping: the settings, nested as in a file.
-        source: what error messages call it.
+        source: its name in error messages.
         check_model_name: as in :func:`load_config`.
 
     Raises:
@@ -75,7 +76,7 @@ def config_from_text(text: str, source: str, *, check_model_name: bool = True) -
 
     Args:
         text: YAML, resolved.
-        source: what error messages call it.
+        source: its name in error messages.
         check_model_name: as in :func:`load_config`.
 
     Raises:

@@ -1,8 +1,8 @@
-"""From a tree of values to a :class:`Config`: every value against the schema's types and bounds.
+"""From a tree of values to a :class:`Config`, with checks of types and bounds.
 
-One walk collects all problems, so that a user corrects a file once and not once per mistake. A
-value that is wrong is stood in for by its default or example, which lets the rules between settings
-(:mod:`kw.config.rules`) run all the same; what they say of a wrong setting is dropped.
+All problems are collected and reported at once. A wrong value is replaced by its default or example
+so that the rules between settings (:mod:`kw.config.rules`) can run; their reports about a wrong
+setting are dropped.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _TESTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Schema(Generic[C]):
-    """A kind of configuration.
+    """The schema of a kind of configuration.
 
     Attributes:
         cls: its dataclass.
-        rules: reports what the settings together break: ``(config, report)``.
-        ignored: settings without effect beside the others, each with the reason.
+        rules: ``(config, report)``; reports broken rules between settings.
+        ignored: settings without effect, each with the reason.
     """
 
     cls: type[C]
@@ -111,7 +111,7 @@ class _Checker:
         return self.problem(entry, key, f" = {show(entry.plain())}: expected {expected}")
 
     def report(self, config: Any, keys: tuple[str, ...], expected: str) -> None:
-        """A broken rule between settings; the first key is the one to look at."""
+        """Report a broken rule between settings; the message points to the first key."""
         if any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in self.wrong):
             return
         others = []
@@ -273,8 +273,8 @@ def _get(config: Any, key: str) -> Any:
 def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
     """Whether a user chose this value by hand.
 
-    A recipe carries settings for choices that its child may replace, and a resolved configuration
-    has every setting; neither says that the user expects an effect.
+    Inherited settings and those of a resolved configuration do not count: a recipe or a resolved
+    file may have settings without effect.
     """
     if entry.origin.source == OPTIONS:
         return True

@@ -52,7 +52,7 @@ def _plain(bound: float) -> str:
 
 
 def members(hint: Any) -> tuple[str, Any] | None:
-    """The group of settings inside a type hint: what its key is followed by, and its dataclass."""
+    """The group of settings inside a type hint: suffix of its key, and dataclass."""
     for option in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         if dataclasses.is_dataclass(option):
             return "", option

@@ -1,6 +1,6 @@
 """How the settings of :mod:`kw.config.schema` are declared: default, meaning, bounds in one line.
 
-The bounds stand in each dataclass field's metadata, where checking and the reference find them.
+Bounds and meaning are metadata of the dataclass fields; checking and the reference read them.
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def setting(
 
 
 def table(factory: type, doc: str) -> Any:
-    """A nested group of settings that is there with its defaults when the file leaves it out."""
+    """A nested group of settings, with its defaults when the file leaves it out."""
     return field(default_factory=factory, metadata={"doc": doc})

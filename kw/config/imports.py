@@ -1,7 +1,7 @@
-"""``custom_imports``: modules of a user's own that register what a configuration names.
+"""``custom_imports``: user modules that register entries for configurations.
 
-A YAML file is data, so that a file from a stranger runs nothing. A module that it names is imported
-only where the user allows it: by ``--import MODULE``, which imports it before the file is read, by
+Reading a YAML file from others must not run code. A module that it names is imported only where the
+user allows it: by ``--import MODULE``, which imports it before the file is read, by
 the environment variable ``KW_CUSTOM_IMPORTS`` (``1``, or names with commas between), or by an
 ``import`` in the user's own program.
 """
@@ -45,12 +45,12 @@ def import_custom(root: Entry) -> None:
 
 
 def import_modules(names: Iterable[str], where: str) -> None:
-    """Import modules of the user's own.
+    """Import user modules.
 
     Raises:
         ConfigError: one is not found, or fails.
     """
-    # Last, so that no file here takes the place of an installed module.
+    # Last, so that files here cannot shadow installed modules.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     for name in names:

@@ -1,8 +1,8 @@
 """Reading configuration files: safe YAML, ``_base_`` inheritance, ``--cfg-options``.
 
-The YAML read here is the plain part of YAML 1.2. PyYAML's own loaders are not used as they stand
-because the unsafe ones run code that a file names, and the safe one reads ``4e-3`` as a string,
-``on`` as a boolean and takes the last of two equal keys without a word.
+The files are a subset of YAML 1.2. PyYAML's own loaders are not used unchanged: the unsafe ones run
+code that a file names; the safe one reads ``4e-3`` as a string, ``on`` as a boolean, and silently
+takes the last of two equal keys.
 
 How files combine:
 
@@ -37,8 +37,8 @@ LARGEST = 2**20  # bytes of a file
 NESTING = 50  # of {} and []
 
 _TAG = "tag:yaml.org,2002:"
-# Which plain scalars are not strings, in order of trial. The dumper of resolved configurations uses
-# the same table, so that it quotes exactly the strings that would be read as something else.
+# Plain scalars that are not strings, tried in this order. The dumper of resolved configurations
+# uses the same table, so that it quotes exactly the strings that would be read as something else.
 SCALARS = [
     (_TAG + "null", re.compile(r"(?:~|null|)\Z")),
     (_TAG + "bool", re.compile(r"(?:true|True|false|False)\Z")),
@@ -89,13 +89,13 @@ class _Reader:
         """The tree of ``text``, which is the value of ``key``; an empty text is null.
 
         Raises:
-            ConfigError: the text is not YAML, or uses what is refused here.
+            ConfigError: the text is not YAML, or uses refused features.
         """
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
             if not self.numbered and (node is None or node.end_mark.index < len(text.rstrip())):
-                # What YAML takes for a comment is a part of the value: nobody comments an option.
+                # A "#" is part of the value: options have no comments.
                 return Entry(text.strip(), self._origin(None))
             entry = (
                 Entry(None, self._origin(None)) if node is None else self._entry(loader, node, key)
@@ -167,7 +167,7 @@ class _Reader:
                         name_node, child_key, f"expected true, found {show(child.plain())}"
                     )
             else:
-                # A reader looks for the line of the key: a nested value starts a line later.
+                # Report the line of the key: a nested value starts a line later.
                 children[name] = Entry(
                     child.value, self._origin(name_node.start_mark), child.complete
                 )
@@ -194,7 +194,7 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
             problems.extend(error.problems)
     if problems:
         raise ConfigError(*problems)
-    # What is missing is missing from the file, whatever options there are.
+    # Missing keys are reported for the file, also if there are options.
     return Entry(tree.value, Origin(os.fspath(path)), tree.complete)
 
 
@@ -203,7 +203,7 @@ def parse_config(text: str, source: str) -> Entry:
 
     Args:
         text: YAML, as :func:`kw.config.to_yaml` writes it.
-        source: what error messages call it.
+        source: its name in error messages.
 
     Raises:
         ConfigError: it is no YAML mapping.
@@ -242,7 +242,7 @@ def _read_file(
             base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
             merged = merge(merged, _read_file(base_path, base.origin, (*chain, path), known))
     merged = merge(merged, Entry(own, tree.origin, tree.complete))
-    # What is missing is missing from the whole file, not from one of its lines.
+    # Missing keys are reported for the file, without a line.
     merged = Entry(merged.value, Origin(path, None, bool(chain)))
     known[os.path.realpath(path)] = merged
     return merged
@@ -263,7 +263,7 @@ def _read_text(path: str, where: str) -> str:
             f"{where}: Python configurations are for detectors; a classifier's is a .yaml file"
         )
     try:
-        # Not a device or a pipe, which may have no end; not a checkpoint of gigabytes.
+        # Refuse devices and pipes, which may be endless, and checkpoints of gigabytes.
         if os.path.exists(path) and not os.path.isdir(path):
             if not os.path.isfile(path):
                 raise ConfigError(f"{where}: expected a YAML file, found one that is no file")

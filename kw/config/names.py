@@ -12,7 +12,7 @@ from .tree import ConfigError
 
 __all__ = ["config_file", "config_names", "configs"]
 
-# Folders of configurations by name, and what is put before: several have a kw_resnet18_1x.
+# Folders of configurations, and prefixes of their names: several have a kw_resnet18_1x.
 _RUNS = {"imagenet": "", "coco": "", "demo": "demo_", "finetune": "finetune_"}
 
 _STUDY = re.compile(r"^(rows|seeds):", re.M)
@@ -51,7 +51,7 @@ def config_file(name: str | os.PathLike[str]) -> Path:
     """
     path = Path(name)
     if path.suffix or path.is_file() or len(path.parts) > 1:
-        return path  # reading it says whether it is one
+        return path  # reading it checks whether it is one
     known = config_names()
     if str(name) in known:
         return known[str(name)]

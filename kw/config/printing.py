@@ -50,7 +50,7 @@ def reference(cls: type[RunConfig] = Config) -> str:
     for key, (hint, field) in key_hints(cls).items():
         value = allowed(hint, field.metadata)
         if members(hint):
-            value = re.sub(r" \(.*\)", "", value)  # its settings follow in lines of their own
+            value = re.sub(r" \(.*\)", "", value)  # its settings have their own rows
         cells = [f"`{key}`", value, _default_text(field), field.metadata["doc"]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Rules between settings: what no single setting's type and bounds can say."""
+"""Rules between settings, beyond each setting's type and bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
 
 
 def check_run_rules(config: RunConfig, report: Report) -> None:
-    """Report every rule broken that holds for all runs; arguments as for :func:`check_rules`."""
+    """Report broken rules that hold for all runs; arguments as for :func:`check_rules`."""
 
     def expect(right: bool, expected: str, *keys: str) -> None:
         if not right:
@@ -99,13 +99,13 @@ def _check_arguments(
 
     Args:
         report: as for :func:`check_rules`.
-        config: likewise.
+        config: as for :func:`check_rules`.
         key: of the arguments.
         name: of the entry.
         given: its arguments.
         registry: where it is.
-        passed: its leading arguments that are not the configuration's to give.
-        own: arguments that have keys of their own.
+        passed: leading arguments that the caller passes, not the configuration.
+        own: arguments that other keys set.
     """
     try:
         entry = registry.find(name)
@@ -237,7 +237,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
 
 
 def _model_name_expected(name: str, in_timm: bool) -> str:
-    """What was expected of a model name; empty where it is right or cannot be looked up."""
+    """The expected model name; empty where it is right or cannot be looked up."""
     if name.startswith("kw_"):
         static = name[3:].rpartition("_")[0]
         return f"the static network, e.g. {static!r}: model.kernel_warehouse converts it"
@@ -255,7 +255,7 @@ def _model_name_expected(name: str, in_timm: bool) -> str:
 
 
 def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Settings of any run that have no effect beside the others, each with the reason."""
+    """Settings of any run without effect, each with the reason."""
     optimizer, schedule = config.optimizer, config.schedule
     other = {"adamw": ("momentum", "nesterov"), "sgd": ("betas", "eps")}
     for name in other.get(optimizer.name, ("betas", "eps", "momentum", "nesterov")):
@@ -272,7 +272,7 @@ def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
-    """Settings of a classifier that have no effect beside the others, each with the reason."""
+    """Settings of a classifier without effect, each with the reason."""
     yield from ignored_run_settings(config)
     data = config.data
     if config.model.kernel_warehouse is None and config.model.peer is None:

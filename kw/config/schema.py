@@ -1,7 +1,7 @@
 """The configuration of a classification run, as types.
 
-A configuration file is a tree of these dataclasses written as YAML. The type hints are the truth:
-:mod:`kw.config.checking` walks them to check a file, and :func:`kw.config.reference` writes the
+A configuration file is a tree of these dataclasses written as YAML. The type hints define it:
+:mod:`kw.config.checking` checks files against them, and :func:`kw.config.reference` writes the
 reference from them. Every setting carries its meaning, its unit and the values that it may take.
 
 ``None`` (``null`` in YAML) turns an optional part off.
@@ -100,14 +100,14 @@ class WarehouseConfig:
 
 @dataclass
 class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
-    """The conversion to a KernelWarehouse network: the plan, and what differs from its values."""
+    """The conversion to a KernelWarehouse network: the plan, and changed settings."""
 
     warehouses: dict[str, WarehouseConfig] = setting(
         {}, "settings of single warehouses by their names, over those of all"
     )
 
     def overrides(self) -> dict[str, Any]:
-        """What differs from the plan, as keyword arguments of :func:`kw.convert`."""
+        """Settings that differ from the plan's, as keyword arguments of :func:`kw.convert`."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         del given["plan"]
         for name, own in given["warehouses"].items():
@@ -117,7 +117,7 @@ class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
 
 @dataclass
 class PeerConfig:
-    """The conversion to one of the methods compared with; null leaves the method's own value."""
+    """The conversion to one of the peers; null leaves the method's own value."""
 
     method: str = setting(doc="method of kw.peers", choices=PEERS, example="dyconv")
     kernels: int | None = setting(None, "kernels of every converted layer", minimum=1, maximum=1024)
@@ -135,7 +135,7 @@ class PeerConfig:
     )
 
     def settings(self) -> dict[str, Any]:
-        """What differs from the method's own, as keyword arguments of :func:`kw.peers.convert`."""
+        """Changed settings, as keyword arguments of :func:`kw.peers.convert`."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         del given["method"]
         return given
@@ -301,7 +301,7 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """The loss of training; that of an evaluation is the cross-entropy, whatever is trained."""
+    """The training loss; evaluations always report the cross-entropy."""
 
     name: str = setting(
         "cross_entropy",

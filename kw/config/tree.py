@@ -1,4 +1,4 @@
-"""A configuration before it is checked: plain values, and where each of them was written.
+"""A configuration before it is checked: plain values, each with its origin.
 
 Reading (:mod:`kw.config.loading`) builds this tree and checking (:mod:`kw.config.checking`) reads
 it, so that every error can name the file and the line to change.
@@ -19,7 +19,7 @@ MOST = 12  # problems that a message lists
 
 
 class ConfigError(UserError):
-    """A mistake of the user's in a configuration.
+    """An error of the user in a configuration.
 
     Attributes:
         problems: one line a problem, each with the place, the key, the value and what was expected.
@@ -106,7 +106,7 @@ def entry_from_plain(value: Any, origin: Origin, key: str = "") -> Entry:
 
 
 def merge(under: Entry, over: Entry) -> Entry:
-    """``over`` upon ``under``: mappings merge key by key, everything else is replaced."""
+    """``over`` merged onto ``under``: mappings merge key by key, everything else is replaced."""
     if over.complete or not (isinstance(over.value, dict) and isinstance(under.value, dict)):
         return over
     children = dict(under.value)

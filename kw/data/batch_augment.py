@@ -1,9 +1,8 @@
 """Augmentation of a batch of tensors: random resized crop, mirroring, colour jitter.
 
 The same distributions as :func:`kw.data.transforms.build_transform`, which works on one Pillow
-image at a time, but other draws: an image looks different, not differently distributed. What an
-image looks like depends on its own seed only, not on the batch that it is in. Draws are made on the
-host, so that the device is never waited for.
+image at a time, but other draws. The result for an image depends on its own seed only, not on the
+batch. Draws are made on the host: no synchronisation with the device.
 
 Legend: B images, H x W their size, S ``input_size``.
 """
@@ -28,7 +27,7 @@ _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
 class Choices(NamedTuple):
-    """What is done to each image of a batch; NumPy arrays, a value or a row per image."""
+    """The augmentation of each image of a batch; NumPy arrays, a value or a row per image."""
 
     top: np.ndarray
     left: np.ndarray
@@ -39,7 +38,7 @@ class Choices(NamedTuple):
     factors: np.ndarray
     """brightness, contrast and saturation, [B, 3]"""
     order: np.ndarray
-    """in which order these three are applied, [B, 3]"""
+    """the order in which these three are applied, [B, 3]"""
 
 
 class BatchAugment:
@@ -53,7 +52,7 @@ class BatchAugment:
         self.config = config
 
     def choose(self, seeds: Sequence[int], height: int, width: int) -> Choices:
-        """Draw what is done to images of a size.
+        """Draw the augmentation of images of one size.
 
         Args:
             seeds: one 64-bit seed per image.
@@ -110,7 +109,7 @@ class BatchAugment:
         return self.apply(images, self.choose(seeds, *images.shape[-2:]))
 
     def apply(self, images: Tensor, choices: Choices) -> Tensor:
-        """Do to images what was chosen; arguments as for calling."""
+        """Apply drawn augmentations; arguments as for calling."""
         height, width = images.shape[-2:]
         side, how = self.config.input_size, self.config.interpolation
         # One copy to the device for all four.
@@ -128,7 +127,7 @@ class BatchAugment:
 
 
 def _place(draws: np.ndarray, room: int, extent: np.ndarray, centred: np.ndarray) -> np.ndarray:
-    """Where a rectangle begins: any of the ``room - extent + 1`` positions, or the middle one."""
+    """First position of a rectangle: one of ``room - extent + 1``, or the middle one."""
     free = room - extent
     return np.where(centred, free // 2, (draws * (free + 1)).astype(np.int64))
 

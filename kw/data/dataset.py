@@ -1,4 +1,4 @@
-"""The images of a split: in folders, ``root/SPLIT/CLASS/*``, or listed otherwise; and checks."""
+"""The images of a split, in folders ``root/SPLIT/CLASS/*`` or by another listing; checks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNREADABLE = -1
 
 
 class Sample(NamedTuple):
-    """One image as the network's preprocessing takes it."""
+    """One image, as the batch preprocessing expects it."""
 
     image: torch.Tensor
     """uint8, [3, S, S]"""
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a split holds, as an entry of :data:`kw.registry.DATASETS` finds it."""
+    """The files, labels and classes of a split, from an entry of :data:`kw.registry.DATASETS`."""
 
     files: Sequence[Path]
     labels: Sequence[int]
@@ -61,7 +61,7 @@ class Listing(NamedTuple):
 def list_folders(root: Path, split: str) -> Listing:
     """``root/split/CLASS/**``: a folder for every class, in the order of their names.
 
-    What is no image or hidden (:mod:`.walk`) is left out, which is said.
+    Hidden files and files that are no images (:mod:`.walk`) are left out, with a message.
 
     Raises:
         DataError: the folder is missing or not laid out as expected.
@@ -88,7 +88,7 @@ def list_split(data: DataConfig, split: str) -> Listing:
     """A split as the configuration says, checked.
 
     Raises:
-        DataError: the data set's function refuses, or its answer does not fit together.
+        DataError: the data set's function fails, or its listing is inconsistent.
     """
     found = DATASETS.find(data.dataset)(Path(data.root), split, **data.dataset_args)
     where = f"data.dataset {data.dataset!r}, {split}"
@@ -118,7 +118,7 @@ class ImageFolder(TolerantDataset):
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
-        bad_images: what becomes of them; left out, they raise.
+        bad_images: the policy for them; without it they raise.
         upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
 
@@ -150,8 +150,8 @@ class ImageFolder(TolerantDataset):
         self.folder = base.expanduser()
         self.classes = list(found.classes)
         self.labels = np.array(found.labels, dtype=np.int64)
-        # A list of a million strings is copied page by page into every forked worker, because
-        # reading a string writes its reference count. Two arrays are shared for good.
+        # Not a list of strings: reading one writes its reference count, so that every forked worker
+        # would copy all pages. Two arrays stay shared.
         names = [os.fsencode(os.path.relpath(path, self.folder)) for path in found.files]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._ends = np.cumsum([len(name) for name in names])
@@ -218,7 +218,7 @@ def check_data_root(
         The class names, sorted.
 
     Raises:
-        DataError: says what was looked for and what was found; or there is one class alone.
+        DataError: with what was expected and what was found; or there is only one class.
     """
     first, *others = splits
     classes = _check_split(root, first)
@@ -283,7 +283,7 @@ def _check_not_empty(folder: Path, classes: list[str], filled: set[int]) -> None
 
 
 def _beside(folder: Path) -> Iterator[str]:
-    """What lies beside the class folders, by kind."""
+    """Other contents beside the class folders, by kind."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and is_hidden(entry.name):
@@ -293,7 +293,7 @@ def _beside(folder: Path) -> Iterator[str]:
 
 
 def _found(folder: Path) -> str:
-    """What lies in a folder, for an error message."""
+    """The contents of a folder, for an error message."""
     with os.scandir(folder) as entries:
         names = sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
     images = sum(map(is_image, names))

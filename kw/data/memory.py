@@ -1,12 +1,12 @@
-"""Images decoded once and held in memory, from which batches are cut and augmented as tensors.
+"""Images decoded once and held in memory; batches are cropped and augmented as tensors.
 
-For data sets that fit: reading a file and augmenting one image at a time costs a processor core
-about half a millisecond, so that a GPU waits for its loaders when networks and images are small.
+For data sets that fit: reading and augmenting one image takes a processor core about half a
+millisecond, so that a GPU waits for its loaders when networks and images are small.
 Training images are held as they are and augmented on the device that trains
 (:mod:`kw.data.batch_augment`); test images are held as the test transform leaves them.
 
 A batch is as in :mod:`kw.data.loader`, with ``images`` on the device. It depends on the seed, the
-epoch and the images in it, as there, and not on processes or on where a run was resumed.
+epoch and the images in it, as there, not on the number of processes or on resuming.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kw.data.seeding import derive_seed
 
 __all__ = ["MemoryImages", "as_stored", "hold_in_memory", "memory_loader"]
 
-_ROOM = 0.9  # share of the free memory that images may take: a network has to fit as well
+_ROOM = 0.9  # share of the free memory for images: the network must fit as well
 _DECODED_AT_ONCE = 64
 
 
@@ -47,7 +47,7 @@ class _Pixels(NamedTuple):
 class _Decoder(TolerantDataset):
     """The images of a folder as they are held, each checked to have the size of the first.
 
-    A file that cannot be read is left out, and told of.
+    A file that cannot be read is left out, with a message.
     """
 
     def __init__(self, folder: ImageFolder, first: int) -> None:
@@ -96,7 +96,7 @@ class MemoryImages(TolerantDataset):
         folder: the split.
         images: uint8 [held, 3, H, W].
         rows: int64 [images of the split], the row of ``images`` that holds each.
-        device: where batches are wanted.
+        device: device of the batches.
         augment: for training; left out, images are given as they are held.
         bad: the images that could not be read, by index. In training others stand in for them, by
             the rule of :class:`~kw.data.faults.TolerantDataset`; in evaluation they are black
@@ -136,10 +136,10 @@ class MemoryImages(TolerantDataset):
         return self.folder.path(index)
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Any]:
-        """The batch of these keys; torch's loader asks for it so.
+        """The batch of these keys; torch's loader calls this method.
 
         Raises:
-            DataError: in place of an image that cannot be read, none can be found.
+            DataError: no image can replace one that cannot be read.
         """
         chosen = torch.tensor([self._readable(key) for key in keys])
         images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
@@ -174,11 +174,11 @@ def hold_in_memory(
     """Decode a split, and give the loader that reads it from memory.
 
     Args:
-        folder: the split; its transform makes of a file what is held.
+        folder: the split; its transform gives the tensors to hold.
         sampler: which images this process reads, in which batches. An evaluating process holds its
             share only, a training one all.
         config: where they are held.
-        device: where batches are wanted.
+        device: device of the batches.
         augment: for training.
         workers: processes that decode; they end before this returns.
 
@@ -237,10 +237,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _check_room(count: int, shape: torch.Size, place: torch.device) -> None:
-    """Refuse images that would not fit, before memory is asked for.
+    """Refuse images that would not fit, before memory is allocated.
 
     Raises:
-        DataError: with what they take and what is free.
+        DataError: with the memory needed and the memory free.
     """
     needed, free = count * shape.numel(), _free_bytes(place)
     if needed <= _ROOM * free:
@@ -262,7 +262,7 @@ def _free_bytes(place: torch.device) -> float:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024 / processes
-    except (OSError, KeyError, ValueError):  # no Linux: all of it, then
+    except (OSError, KeyError, ValueError):  # not Linux: all of it
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 

@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
+"""Preprocessing of a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
 
 Legend: B batch, S input size, C classes.
 
@@ -24,10 +24,10 @@ __all__ = ["BatchPreprocessor"]
 
 
 class BatchPreprocessor(nn.Module):
-    """A loader's batch -> what the network and the loss take, on this module's device.
+    """A loader's batch -> images and targets, on this module's device.
 
-    Nothing here waits for the device: every random choice that decides about control flow is drawn
-    on the host.
+    No synchronisation with the device: random choices that decide control flow are drawn on the
+    host.
 
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
@@ -77,9 +77,8 @@ class BatchPreprocessor(nn.Module):
         Args:
             batch: from a loader; ``images`` is uint8 [B, 3, S, S] and is not changed.
             training: whether to erase, mix and smooth.
-            key: what this batch's random choices belong to. Left out, it is the batch's own
-                ``key``, its epoch and first index: no other batch of the run, on any process, has
-                the same.
+            key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
+                first index, which is unique in the run.
 
         Returns:
             Images, float32 [B, 3, S, S], and targets: int64 labels [B], or float32 probabilities
@@ -89,8 +88,8 @@ class BatchPreprocessor(nn.Module):
             ValueError: mixing was asked for and B is odd.
         """
         device = self.mean.device
-        # The bytes are reordered while they are bytes; the subtraction then writes the only float
-        # copy, in the layout of its input.
+        # Change the layout of the bytes first; the subtraction then writes the only float copy in
+        # that layout.
         images = batch["images"].to(device, non_blocking=True)
         images = images.contiguous(memory_format=self.memory_format)
         images = torch.sub(images, self.mean).div_(self.std)

@@ -1,8 +1,8 @@
-"""Reading an image file as RGB: every way of storing pixels that has one meaning, and no other.
+"""Reading an image file as RGB; pixel formats without a defined meaning are refused.
 
-Alpha is dropped, embedded colour profiles are ignored, as torchvision, timm and OpenCV do. What
-these readers get wrong is put right here: 16-bit grey is scaled (they clip it to white) and EXIF
-orientation is applied where asked for.
+Alpha is dropped, embedded colour profiles are ignored, as torchvision, timm and OpenCV do. Two
+differences: 16-bit grey is scaled (they clip it to white), and EXIF orientation is applied if
+``upright``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 MAX_PIXELS = 178_956_970
-"""Where Pillow refuses by itself: 512 MiB of RGB."""
+"""Pillow's own limit: 512 MiB of RGB."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -44,12 +44,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The machine's troubles, not the file's: another file would meet them too.
+# Errors of the machine, not of the file.
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class DataError(UserError):
-    """The data folder or a file in it is not what was looked for."""
+    """The data folder or a file in it is not as expected."""
 
 
 class BadImageError(DataError):
@@ -60,7 +60,8 @@ class BadImageError(DataError):
         reason: why, in a few words.
     """
 
-    # The message comes first and suffices: so does torch rebuild what a loader process raised.
+    # torch rebuilds errors of loader processes from the message alone: it must be the first
+    # argument.
     def __init__(self, message: str, path: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.path = path
@@ -73,7 +74,7 @@ class BadImageError(DataError):
 
 
 class Header(NamedTuple):
-    """What the beginning of an image file says."""
+    """The header of an image file."""
 
     size: tuple[int, int]
     """width and height as stored"""
@@ -87,7 +88,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Header:
-    """Read the beginning of an image file; what it shows to be unusable is refused.
+    """Read the header of an image file; refuse files that it shows to be unusable.
 
     Raises:
         BadImageError, OSError: as :func:`read_image`, which also finds files that end too early.
@@ -121,7 +122,7 @@ def read_image(
     Args:
         source: the file, what ``PIL.Image.open`` has made of it, or an array of its pixels: uint8
             ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
-        max_pixels: larger images are refused by their header, before memory is asked for.
+        max_pixels: larger images are refused by their header, before memory is allocated.
         upright: turn the image as its EXIF orientation says.
 
     Returns:
@@ -131,8 +132,8 @@ def read_image(
         BadImageError: the file is missing, may not be read, is empty, ends too early, is no image,
             is too large, or has pixels without a defined white.
         ValueError: an array of another kind.
-        OSError: the machine has no file handle left.
-        MemoryError: the machine has no memory left.
+        OSError: no file handles are left.
+        MemoryError: no memory is left.
     """
     if isinstance(source, np.ndarray):
         source = _from_array(source)
@@ -162,9 +163,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 @contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Make one kind of error of whatever a file makes Pillow raise."""
-    # Pillow warns of damaged metadata, and of sizes that it does not refuse yet; per process and
-    # image, which nobody reads.
+    """Turn all errors of Pillow about a file into :class:`BadImageError`."""
+    # Pillow warns of damaged metadata and of large images, once per process and image: silence it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -178,7 +178,7 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
         except Image.DecompressionBombError as error:
             reason = f"more than {MAX_PIXELS} pixels (a decompression bomb?)"
             raise BadImageError.of(path, reason) from error
-        except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        except Exception as error:  # decoders raise many types of errors on damaged files
             raise BadImageError.of(path, str(error) or type(error).__name__) from error
 
 
@@ -216,16 +216,16 @@ def _white(image: Image.Image) -> int:
 
 
 def _orientation(data: bytes) -> int:
-    """What EXIF data say, as OpenCV reads them.
+    """The EXIF orientation, as OpenCV reads it.
 
-    XMP and text, which Pillow's ``getexif`` takes as well, do not count. TIFF files Pillow turns by
-    itself.
+    XMP and text, which Pillow's ``getexif`` reads as well, are ignored. Pillow itself turns TIFF
+    files.
     """
     exif = Image.Exif()
     try:
         exif.load(data)
         found = exif.get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF data say nothing, the pixels are there
+    except Exception:  # ignore damaged EXIF data: the pixels are intact
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 

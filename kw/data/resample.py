@@ -1,8 +1,9 @@
 """Cutting a rectangle out of every image of a batch and resizing it, as two matrix products.
 
 Resampling is linear and separable: an output row is a weighted sum of input rows, and the weights
-depend on the rectangle only. With a matrix of weights per image, images of one batch may be cut
-where each likes. The weights are Pillow's, which torchvision's antialiased resizing shares.
+depend on the rectangle only. With a matrix of weights per image, every image of
+a batch may have its own rectangle. The weights are Pillow's, which torchvision's antialiased
+resizing shares.
 
 Legend: B images, H x W their size, S side of the output.
 """
@@ -42,7 +43,7 @@ _FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 def axis_weights(
     start: Tensor, extent: Tensor, source: int, target: int, interpolation: str
 ) -> Tensor:
-    """What every output position takes of every input position, along one axis.
+    """The weights of every input position for every output position, along one axis.
 
     Args:
         start: first input position of each image's rectangle, integers [B].
@@ -60,7 +61,7 @@ def axis_weights(
     if interpolation == "nearest":
         return (inside[:, None] == centre.floor()[..., None]).float()
     distance = inside[:, None] + 0.5 - centre[..., None]  # [B, target, source]
-    # When shrinking, the filter is widened: it averages instead of skipping positions.
+    # When shrinking, the filter is widened so that it averages instead of skipping positions.
     weights = _FILTERS[interpolation](distance / scale.clamp(min=1)[..., None])
     valid = (inside >= 0) & (inside < extent[:, None])
     weights = weights * valid[:, None]

@@ -1,4 +1,4 @@
-"""Which images a process reads, in which order.
+"""The images that a process reads, and their order.
 
 An *update* is one optimizer step on ``total_batch_size`` images, read as ``accumulation``
 micro-batches of ``batch_size`` images on each of ``world_size`` processes. The images of an update
@@ -39,8 +39,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
         world_size: number of processes.
         seed: seed of the permutations.
         groups: a number for every image; the images of an update are dealt out in its order, so
-            that those of one number meet in a micro-batch where they can. Which images an update
-            has does not change.
+            that images of one number share a micro-batch where possible. The images of an update
+            do not change.
 
     Attributes:
         updates_per_epoch: optimizer steps in an epoch.
@@ -96,11 +96,11 @@ class TrainBatchSampler(Sampler[list[Key]]):
         self._start_update = 0
 
     def set_epoch(self, epoch: int, start_update: int = 0) -> None:
-        """Choose what the next iteration reads; call it before iterating over the loader.
+        """Choose the images of the next iteration; call it before iterating over the loader.
 
         Args:
             epoch: number of the epoch, from 0.
-            start_update: updates of that epoch to leave out because they were made before; an
+            start_update: updates of that epoch that were made before and are skipped; an
                 iteration then yields fewer batches than ``len()``, which counts a whole epoch.
 
         Raises:

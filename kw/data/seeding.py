@@ -1,9 +1,9 @@
 """Random choices as a function of a key.
 
-Augmentation libraries draw from three process-wide generators: Python's, NumPy's and torch's. What
-an image looks like would then depend on every draw before it, and so on the number of loader
-workers and processes. Here the generators are set from a hash of what the draw belongs to (seed,
-epoch, image) for as long as the draw takes, and put back afterwards.
+Augmentation libraries draw from three process-wide generators: Python's, NumPy's and torch's. An
+image's augmentation would then depend on all earlier draws, and so on the number of loader workers
+and processes. Here the generators are seeded from a hash of the key (seed, epoch, image) for one
+draw, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def uniform_draws(seeds: Sequence[int], count: int) -> np.ndarray:
 def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's default generators from a key; restore them on exit.
 
-    Costs about 0.1 ms. Nothing here waits for a GPU: the state of a CUDA generator (a seed and an
-    offset) lives on the host.
+    Takes about 0.1 ms, without synchronisation: the state of a CUDA generator (a seed and an
+    offset) is on the host.
 
     Args:
-        key: what the draws inside belong to, see :func:`derive_seed`.
+        key: the key of the draws inside, see :func:`derive_seed`.
         device: where a CUDA device is given, its default generator is seeded and restored as well.
     """
     seed = derive_seed(*key)

@@ -78,7 +78,7 @@ def open_validation(config: Config, device: torch.device, rank: int, world_size:
 
 
 def test_images(config: Config) -> ImageFolder:
-    """The test images of a run, read from files whatever ``data.memory`` says.
+    """The test images of a run, always read from files, also with ``data.memory``.
 
     Raises:
         DataError: the data folder is not as expected.
@@ -103,7 +103,7 @@ def _folder(
 
 
 def _as_held(data: DataConfig, size: int | None) -> Callable[[Image.Image], torch.Tensor]:
-    """What becomes of a training image before it is held: nothing, or a square of a size."""
+    """The transform of training images before they are held: none, or a resize to a square."""
     if size is None:
         return as_stored
     return build_transform(replace(data, input_size=size, test_crop_ratio=1.0), False)

@@ -1,7 +1,7 @@
-"""What happens to one image on the CPU: from a PIL image to a uint8 tensor [3, S, S].
+"""The transforms of one image on the CPU: from a PIL image to a uint8 tensor [3, S, S].
 
 Normalisation, random erasing and mixing work on the batch, on the device: see
-:mod:`kw.data.preprocess`. A quarter of the bytes of float images then travels to the device.
+:mod:`kw.data.preprocess`. Copies to the device then have a quarter of the bytes of float images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kw.registry import TRANSFORMS
 
 __all__ = ["build_transform"]
 
-_LONG = 8  # times the shorter side: what is longer is resized in the middle alone
+_LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
 def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
@@ -73,7 +73,7 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
 
 
 class _ResizeMiddle:
-    """Resizing of the shorter side, of very long images in the middle alone, which is cut out next.
+    """Resizing of the shorter side; of very long images only the middle, which is cropped next.
 
     A picture of 2 x 60,000 pixels would otherwise become one of two billion.
     """
@@ -116,7 +116,7 @@ class _ResizeMiddle:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's operation, which asks for 0 bits at full strength: a black image.
+    """timm's operation, with a black image for 0 bits (full strength).
 
     Pillow 13 refuses 0 bits. With rand-m9-mstd0.5-inc1 that is one image in 700.
     """

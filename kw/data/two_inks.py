@@ -1,8 +1,8 @@
-"""The demo's data: pictures of two handwritten digits, of which the light tells which one counts.
+"""The demo's data: images of two handwritten digits; the light determines which one is the class.
 
 One digit is written in bright ink and one in dark, on grey. In warm light the bright one is the
-class, in cool light the dark one: one condition of the whole picture turns the sign of every stroke
-that matters. The scans are scikit-learn's (:mod:`kw.data.digits`), so that nothing is downloaded::
+class, in cool light the dark one: a global property of the image changes the sign of the strokes
+that matter. The scans are scikit-learn's (:mod:`kw.data.digits`), so that nothing is downloaded::
 
     python -m kw.data.two_inks ROOT
 """
@@ -54,7 +54,7 @@ def write_two_inks(
         val: number of held-out images.
         seed: seed of the images. An image does not depend on how many there are.
         size: side of the images, pixels.
-        search: leave the test scans alone, and hold out some of the training scans instead: for
+        search: do not use the test scans, and hold out some of the training scans instead: for
             choosing settings.
 
     Returns:

@@ -5,12 +5,12 @@ MobileNetV2 and of the original ConvNeXt; ours are timm's. What differs is
 
 - the names of modules: the rules of :data:`FAMILIES`;
 - the cells: ``warehouse_manager.weights.K`` is ``[n, c_out, c_in, *kernel]``, ours is
-  ``LAYER.warehouse.weight``, two-dimensional, where LAYER is the first that uses them; both
-  number warehouses alike;
+  ``LAYER.warehouse.weight``, two-dimensional, where LAYER is the first layer of the warehouse;
+  both number warehouses alike;
 - axes of size one: ConvNeXt's LayerScale is ``[1, C, 1, 1]`` in their converted networks;
 - the temperature: theirs is a number that is not saved, ours a buffer; it is 0 after training.
 
-A checkpoint is translated as a whole or refused, with all that does not fit.
+A checkpoint is translated as a whole or refused; the error lists all keys that do not fit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Family:
 
     Attributes:
         models: regular expression of timm's names of the networks that it fits.
-        rules: ``(pattern, replacement)`` pairs for :func:`re.sub`, each applied in its turn to the
+        rules: ``(pattern, replacement)`` pairs for :func:`re.sub`, applied in order to the
             start of every key.
     """
 
@@ -67,14 +67,14 @@ class Family:
         return re.fullmatch(self.models, model.partition(".")[0]) is not None
 
     def rename(self, key: str) -> str:
-        """Our name of one of their keys; cells aside."""
+        """Our name of one of their keys (keys of cells are translated elsewhere)."""
         for pattern, replacement in self.rules:
             key = re.sub(rf"\A{pattern}", replacement, key)
         return key
 
 
 def _mobilenet_rules(depths: tuple[int, ...]) -> Rules:
-    """Their ``features`` count blocks on; timm's blocks stand in stages of ``depths`` blocks."""
+    """Their ``features`` number all blocks; timm groups them in stages of ``depths`` blocks."""
     names = [f"blocks.{stage}.{i}." for stage, depth in enumerate(depths) for i in range(depth)]
     last = len(names) + 1
     return (
@@ -147,7 +147,7 @@ def read_authors_file(path: str | Path) -> Weights:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where the damage is
+    except Exception as error:  # the type of error depends on where the file is damaged
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise AuthorsFileError(
                 f"{path}: holds {refused[1]}, which is neither a tensor nor a plain type nor "
@@ -173,13 +173,13 @@ def read_authors_file(path: str | Path) -> Weights:
 def translate(
     state: Mapping[str, Tensor], network: nn.Module, model: str, source: str
 ) -> dict[str, Tensor]:
-    """A released state by the names of one of our networks, all of it or nothing.
+    """A released state under the names of one of our networks; complete, or an error.
 
     Args:
         state: tensors by the authors' names.
-        network: the network to load it into, of whatever device; it is only looked at.
-        model: timm's name of it, which tells the family.
-        source: what messages call the state.
+        network: the network to load it into, on any device; it is not changed.
+        model: its name in timm, which determines the family.
+        source: name of the state in messages.
 
     Returns:
         A state for ``network.load_state_dict``, complete, at temperature 0.
@@ -216,7 +216,7 @@ def translate(
             continue
         translated[name] = value.reshape(target.shape).to(target.dtype)
     unexpected = list(unused.values())
-    # Cells tell most about which network it is.
+    # Check cells first: their shapes identify the network best.
     misshaped.sort(key=lambda difference: _CELLS.match(difference) is None)
     if missing or unexpected or misshaped:
         kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
@@ -254,7 +254,7 @@ def _rename(
 
 
 def _find_state(content: Any, keys: tuple[str, ...] = MODEL_KEYS) -> dict[str, Tensor] | None:
-    """Tensors by name, from however many mappings and prefixes they are wrapped in."""
+    """Tensors by name, without enclosing mappings and prefixes."""
     if not isinstance(content, Mapping):
         return None
     for key in keys:

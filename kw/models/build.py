@@ -60,14 +60,14 @@ def start_network(
     keep_head: bool = True,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Build a classifier as its training begins: with its trained weights, frozen where it says so.
+    """Build a classifier for the start of training: load ``weights``, apply ``freeze``.
 
     Args:
         config: the network's settings.
         state: weights to start from, in place of ``config.weights``.
-        source: what messages call them.
-        resumes: a checkpoint of the run brings all weights: none are read.
-        keep_head: whether the weights of the classifier are wanted.
+        source: name of these weights in messages.
+        resumes: the run resumes from a checkpoint, so that no other weights are read.
+        keep_head: whether to load the weights of the classifier.
         batches: images ``[B, 3, H, W]``, as for :func:`kw.convert`.
 
     Returns:
@@ -133,10 +133,10 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
 
     Args:
         config: the network's settings, with weights.
-        key: what messages call them.
+        key: name of the setting in messages.
 
     Raises:
-        ConfigError: timm cannot bring them.
+        ConfigError: timm cannot load them.
         CheckpointError: the file cannot be read.
     """
     assert config.weights is not None
@@ -165,7 +165,7 @@ def _static_network(config: ModelConfig) -> nn.Module:
         )
     except MemoryError:
         raise
-    except Exception as error:  # what a network makes of arguments that it does not expect
+    except Exception as error:  # errors of a network that is given unknown arguments
         raise ConfigError(
             f"model.name {config.name!r}, model.timm_args {config.timm_args}: timm cannot build "
             f"it: {one_line(error)}"
@@ -192,9 +192,9 @@ def _convert(
     Args:
         network: the static one.
         config: its settings.
-        begin: training begins with it; otherwise a checkpoint's weights follow, so that nothing has
-            to be kept, and nothing is said.
-        announce: say what was done.
+        begin: whether training begins with it; otherwise a checkpoint's weights are loaded next, so
+            that static kernels are not kept and nothing is logged.
+        announce: log what was done.
         batches: as for :func:`kw.convert`.
     """
     warehouse, peer = config.kernel_warehouse, config.peer
@@ -210,7 +210,7 @@ def _convert(
             return peers.convert(network, peer.method, **settings)
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
-        # Arguments of timm's may have made a network that the plan does not know.
+        # timm's arguments may change the network so that the plan does not fit.
         given = f" (model.timm_args {config.timm_args})" if config.timm_args else ""
         raise ConfigError(f"{key}: {error}{given}") from error
     return network
@@ -229,7 +229,7 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
         input_size: side of the images, pixels.
 
     Raises:
-        ConfigError: it refuses them, or gives something else than ``[1, num_classes]``.
+        ConfigError: the forward pass fails, or its output is not ``[1, num_classes]``.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
     state = {name: tensor.to("meta") for name, tensor in tensors}
@@ -240,7 +240,7 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
     try:
         logits = functional_call(network, state, (images,))
     except Exception as error:
-        if "meta" in str(error).lower():  # it reads its data: it can only be tried for real
+        if "meta" in str(error).lower():  # its forward pass reads values
             return
         given = f", model.timm_args {config.timm_args}" if config.timm_args else ""
         raise ConfigError(

@@ -35,7 +35,7 @@ class ImageClassifier(nn.Module):
         self.loss = loss
 
     def train(self, mode: bool = True) -> ImageClassifier:
-        """Training mode, but for what is frozen."""
+        """Training mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         if mode:
             hold_frozen(self.network)

@@ -1,16 +1,16 @@
-"""What a network costs for one image: parameters, multiply-adds, assembled kernels; no computing.
+"""Parameters, multiply-adds and assembled kernels of a network for one image.
 
 The multiply-adds of a KernelWarehouse network fall into three disjoint parts, whose sum is what one
 image costs when kernels are assembled and then applied:
 
-- ``macs_static``: the network with every dynamic layer replaced by the static one whose place it
-  takes, counted by PyTorch's own counter: convolutions and all matrix products, those between
+- ``macs_static``: the network with every dynamic layer replaced by its static counterpart,
+  counted by PyTorch's own counter: convolutions and all matrix products, those between
   queries, keys and values among them; not norms, activations, biases and pooling;
 - ``macs_assembly``: ``sum_l n * |kernel_l|``, every cell into every mixture of every layer
   (KernelWarehouse, ICML 2024, arXiv 2406.07879, Eq. 2);
 - ``macs_attention``: the linear layers of the attention branches (Eq. 5).
 
-Everything runs on the meta device, which knows shapes and has no data.
+Everything runs on the meta device: shapes only, no data and no arithmetic.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def count_macs(module: nn.Module, *inputs: torch.Tensor | None) -> int:
 def _build(config: ModelConfig) -> nn.Module:
     with torch.device("meta"):
         network = build_network(config)
-    # The counter follows gradients through modules where there are any, and stumbles over some.
+    # With gradients, the counter registers hooks on modules, which fails for some of them.
     return network.eval().requires_grad_(False)
 
 

@@ -40,7 +40,7 @@ _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
 
 
 def _default_cfg(released: PaperModel) -> dict[str, Any]:
-    """The static network's data about itself, without its weights and their test settings."""
+    """timm's configuration of the static network, without weights and their test settings."""
     static = get_pretrained_cfg(released.backbone, allow_unregistered=False)
     of_the_network = ("first_conv", "classifier", "pool_size", "fixed_input_size")
     return {
@@ -53,7 +53,7 @@ def _default_cfg(released: PaperModel) -> dict[str, Any]:
 
 
 def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
-    """What ``timm.create_model`` calls for a name."""
+    """The function that ``timm.create_model`` calls for a name."""
 
     def create(pretrained: bool = False, start: str = "keep", **kwargs: Any) -> nn.Module:
         file = _file(kwargs) if pretrained else None
@@ -82,7 +82,7 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
         model = build_model_with_cfg(
             converted,
             name,
-            False,  # `converted` has loaded what there is, more strictly than timm would
+            False,  # `converted` has loaded the weights already, with stricter checks than timm's
             feature_cfg=feature_cfg,
             **kwargs,
         )
@@ -95,7 +95,7 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
 
 
 def _file(arguments: dict[str, Any]) -> str | None:
-    """The file of weights that the arguments of ``timm.create_model`` name, if they do."""
+    """The file of weights in the arguments of ``timm.create_model``, if there is one."""
     overlay = arguments.get("pretrained_cfg_overlay") or {}
     for key in ("state_dict", "url", "hf_hub_id", "custom_load"):
         if overlay.get(key):

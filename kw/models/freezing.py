@@ -20,14 +20,14 @@ def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None)
     """Freeze the parameters whose whole name, or that of a module around them, matches a pattern.
 
     The cells of a warehouse belong to all layers that use it, as ``LAYER.warehouse.weight`` of each
-    of them: they are frozen when the patterns match them all, and which cells go on training
-    because they match some is said.
+    of them. They are frozen when the patterns match all these names; cells that match only some
+    go on training, and a message names them.
 
     Args:
         network: its parameters' ``requires_grad`` is set.
         patterns: regular expressions, for instance ``"layer[12]"`` or ``".*\\.bn\\d"``.
-        part: the network is a part of what trains, and may be frozen as a whole: what messages call
-            it, in place of ``"model"``.
+        part: for a part of the trained network, which may be frozen as a whole: its name in
+            messages, in place of ``"model"``.
 
     Raises:
         ConfigError: an invalid regular expression, one that matches nothing, or nothing is left to
@@ -83,7 +83,7 @@ def _paths(network: nn.Module) -> dict[str, list[str]]:
 
 
 def _and_around(name: str) -> Iterable[str]:
-    """A parameter's name and those of the modules that it stands in."""
+    """A parameter's name and those of the modules that contain it."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -96,8 +96,7 @@ def hold_frozen(network: nn.Module) -> None:
 
 
 def frozen_modules(network: nn.Module) -> Iterator[nn.Module]:
-    """Modules of which every parameter is frozen, whatever becomes of cells that they share with
-    others."""
+    """Modules of which every parameter is frozen, except for cells that they share with others."""
     cells = {id(warehouse.cells) for warehouse in find_warehouses(network)}
     for module in network.modules():
         parameters = [p for p in module.parameters() if id(p) not in cells]

@@ -24,7 +24,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def bce(
     logits: Tensor, targets: Tensor, threshold: float | None = None, sum_classes: bool = False
 ) -> Tensor:
-    """Binary cross-entropy: every class for itself, one against all the others.
+    """Binary cross-entropy: one independent yes-or-no decision for each class.
 
     "ResNet strikes back" (Wightman et al., arXiv 2110.00476), section 3: with mixup and cutmix,
     ``threshold`` makes every class that is in the mixed image present.

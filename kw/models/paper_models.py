@@ -1,7 +1,7 @@
 """The papers' KernelWarehouse models: which static network, which plan, which ratios.
 
 The names are those of the papers' tables and of ``configs/imagenet``, which states the same ratios
-beside a recipe; a test holds the two together. Nothing here needs timm.
+with a recipe; a test compares the two. This module does not need timm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Registers the papers' models with timm, without importing timm.
 
 ``import kw`` has to work without timm and to be quick with it, and ``timm.create_model`` has to
-know our models whichever of the two is imported first. timm has no way to announce models, so where
-it is not imported yet its import is observed once.
+know our models whichever of the two is imported first. timm has no plug-in mechanism for models:
+where it is not imported yet, a finder on ``sys.meta_path`` waits for its import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["register_with_timm"]
 def register_with_timm() -> None:
     """Make ``timm.create_model("kw_...")`` work: now, or as soon as timm is imported."""
     if "timm" in sys.modules:
-        if sys.modules["timm"] is not None:  # None is how an import is forbidden
+        if sys.modules["timm"] is not None:  # None in sys.modules forbids an import
             from . import entrypoints  # noqa: F401
     elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTimm())

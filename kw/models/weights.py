@@ -1,10 +1,10 @@
-"""Trained weights that a network starts from, whatever project wrote them; all of them or none.
+"""Loads trained weights of several projects into a network; complete, or an error.
 
-What is read: safetensors and torch files (``weights_only``: no code runs) of timm, torchvision and
+Formats: safetensors and torch files (``weights_only``: no code runs) of timm, torchvision and
 this project, with the tensors at the top or under ``state_dict``, ``model`` and the like; the
 moving average where a file has one.
 
-What is adapted, and said: prefixes of wrappers, the names of the original releases where timm knows
+Adapted, with a message: prefixes of wrappers, the names of the original releases where timm knows
 them (``checkpoint_filter_fn``), torchvision's names, and a classifier of another width, which
 starts from small random weights.
 """
@@ -50,7 +50,7 @@ class CheckpointError(UserError):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; its moving average where it has one, which is said.
+    """The tensors of a file, on the CPU; its moving average where it has one, with a message.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it holds no weights.
@@ -63,14 +63,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
         try:
             tensors = load_file(path)
-        except Exception as error:  # safetensors' own kind, or the system's
+        except Exception as error:  # SafetensorError or OSError
             raise CheckpointError(f"weights {path}: cannot be read: {one_line(error)}") from error
         return _unwrapped(tensors, path)
     if (fault := find_damage(path)) is not None:
         raise CheckpointError(f"weights {path}: cannot be read: {fault}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where the damage is
+    except Exception as error:  # the type of error depends on where the file is damaged
         raise CheckpointError(f"weights {path}: cannot be read: {why_unread(error)}") from error
     key = next((k for k in (*_AVERAGES, *_MODELS) if _holds_tensors(content, k)), None)
     state = content if key is None else content[key]
@@ -127,15 +127,15 @@ def classifier_names(network: nn.Module) -> tuple[str, ...]:
 
 
 def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
-    """Load weights to start from: all of them, but for a classifier of another width.
+    """Load weights to start from: all of them, except a classifier of another width.
 
     Args:
         network: of the same structure as the weights; a classifier that differs, or that is missing
-            in the weights, starts from small random weights, which is said.
+            in the weights, starts from small random weights, with a message.
         state: the weights, under timm's names or others that :func:`read_weights` may give
             (torchvision's, those of original releases).
-        source: what messages call them.
-        keep_head: whether the classifier's weights are wanted at all.
+        source: name of these weights in messages.
+        keep_head: whether to load the classifier's weights.
 
     Raises:
         CheckpointError: anything else is missing, unexpected or of another shape; nothing is
@@ -170,8 +170,8 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
 
 @torch.no_grad()
 def _soften(network: nn.Module, head: tuple[str, ...]) -> None:
-    """Small weights for a fresh classifier on trained features: classes begin equally likely, where
-    timm's initialisation of some networks begins with a loss several times that."""
+    """Small weights for a new classifier on trained features: all classes are equally likely at
+    first. With timm's initialisation of some networks the first loss is several times larger."""
     for name, module in network.named_modules():
         if f"{name}." in head and isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
@@ -195,7 +195,7 @@ def _renamed(network: nn.Module, own: State, state: State) -> State:
         return {**counters, **state}
     try:
         return {**counters, **translate(dict(state), network)}
-    except Exception:  # it expects the names of one release; others are refused by name
+    except Exception:  # it expects the names of one release; refuse_other reports others
         return {**counters, **state}
 
 
@@ -236,7 +236,7 @@ def refuse_other(own: State, state: State, source: str) -> None:
 
 
 def why_unread(error: Exception) -> str:
-    """What ``torch.load`` with ``weights_only`` could not do, and what helps."""
+    """Why ``torch.load`` with ``weights_only`` failed, and the remedy."""
     found = _OBJECT.search(str(error))
     if found is None:
         return one_line(error)
@@ -249,14 +249,14 @@ def why_unread(error: Exception) -> str:
 
 
 def find_damage(path: Path, *, ours: bool = False) -> str | None:
-    """What is wrong with a file, by its checksums; None for a whole one.
+    """What is wrong with a file according to its checksums; None if they are right.
 
     Reads all of it, about a gigabyte a second.
 
     Args:
         path: the file.
-        ours: this project wrote it, so that it has to be an archive. Other files may be in torch's
-            older format, which has no checksums: ``torch.load`` decides on them.
+        ours: this project wrote it, so that it must be a zip archive. Other files may be in torch's
+            older format, which has no checksums: they are left to ``torch.load``.
     """
     try:
         with open(path, "rb") as file:

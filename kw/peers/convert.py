@@ -2,7 +2,7 @@
 
 The network keeps its class, its attributes and its module names, as with :func:`kw.convert`; every
 new layer holds its kernels itself, copies of the static one's at first (``start``). Which layers
-each method converts by default is what leads to the published sizes:
+each method converts by default follows from the published sizes:
 
 ========  =================================================================  =====================
 method    layers                                                             sizes
@@ -51,7 +51,7 @@ Layers = dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """One of the methods.
+    """A method: its layers, and which layers it replaces by default.
 
     Attributes:
         conv: its convolution.
@@ -89,7 +89,7 @@ def convert(
             of those that the method converts by default.
         start: ``"keep"``: begin as the static network; ``"paper"``: kernels and attention are
             initialised at random, as the method's paper says, for training from nothing.
-        announce: whether the line is said.
+        announce: whether to log that line.
         **settings: ``kernels`` (K), and the ``reduction`` of DY-Conv and ODConv.
 
     Returns:
@@ -97,7 +97,7 @@ def convert(
 
     Raises:
         ValueError: an unknown method, start or setting; no layer to convert; a layer that cannot
-            be converted or stands in the network twice; a model that is converted already.
+            be converted or is used twice in the network; a model that is converted already.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")

@@ -1,17 +1,17 @@
-"""What the peers have in common: whole kernels of a layer's own, mixed per sample.
+"""Base classes of the peers: layers that mix K whole kernels of their own per sample.
 
-In KernelWarehouse's terms each of them is a warehouse that one layer has for itself: without
+In KernelWarehouse's terms each layer has a warehouse of its own: without
 spatial partition a kernel is one block, its ``m = 1`` mixture combines ``n = K`` cells, and a cell
 is a whole kernel. Partition, contraction back ends, padding and temperature are therefore those of
-:mod:`kw.warehouse`; a peer only brings another attention.
+:mod:`kw.warehouse`; a peer only replaces the attention.
 
 **Temperature.** The peers divide logits by a temperature T that falls from 30 to 1. It is the same
 annealing in other units, so one buffer and one schedule drive all methods:
 ``T = 1 + (30 - 1) * tau`` with KernelWarehouse's ``tau`` from 1 to 0.
 
-**Start.** A layer on its own begins as its paper says. In place of a static one
-(:func:`kw.peers.convert`) it keeps that one's function: attention is constant at first, and the
-kernels are copies of the static kernel that differ by noise, which cancels in their mixture.
+**Start.** A layer built directly is initialised as in its paper. A converted layer
+(:func:`kw.peers.convert`) computes what the static layer computed: attention is constant at first,
+and the kernels are copies of the static kernel plus noise that cancels in their mixture.
 
 Legend: B samples, I, O input and output channels, g groups, K kernels, S positions of a kernel,
     m mixtures, D values of a cell.
@@ -44,13 +44,13 @@ __all__ = [
 MAX_TEMPERATURE = 30.0
 
 NOISE = 0.1
-"""Size of the noise that parts copies of a static kernel, relative to the kernel's root mean
+"""Size of the noise added to copies of a static kernel, relative to the kernel's root mean
 square, before the copies' mean is taken off."""
 
 
 def logit_scale(tau: Tensor | None) -> Tensor | float:
     """The divisor T of the logits at KernelWarehouse's temperature ``tau`` in [0, 1]; at ``None``,
-    0 for good, it is 1."""
+    (folded at 0), it is 1."""
     return 1.0 if tau is None else 1 + (MAX_TEMPERATURE - 1) * tau
 
 
@@ -68,23 +68,23 @@ class MixtureAttention(nn.Module):
     fc: nn.Linear
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Any:
-        """What :meth:`attend` gives for the pooled input ``[B, I]`` and tau."""
+        """The result of :meth:`attend` for the pooled input ``[B, I]`` and tau."""
         with full_precision(pooled):
             pooled = pooled.to(self.fc.weight.dtype)
-            # A copy, since the buffer may be set anew before the backward pass reads it.
+            # A copy, since the buffer may change before the backward pass reads it.
             return self.attend(pooled, None if temperature is None else temperature.clone())
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
         raise NotImplementedError
 
     def hold(self) -> float:
-        """Make attention constant and alike for all kernels, whatever input and temperature.
+        """Make attention constant and equal for all kernels, at any input and temperature.
 
-        The maps that give the logits become zero (:func:`silence`); they train as before, since
-        what they map is not zero.
+        The linear maps that give the logits become zero (:func:`silence`). They train as before,
+        since their inputs are not zero.
 
         Returns:
-            What a static kernel is multiplied by for the mixture of its copies to be the kernel.
+            The factor on the copies of a static kernel that makes their mixture equal to it.
         """
         raise NotImplementedError
 
@@ -142,7 +142,7 @@ class PrivateKernels(Warehouse):
 
 
 class MixtureLayer(KWLayer):
-    """A dynamic layer whose warehouse is its own; it names its attention's class and settings."""
+    """A dynamic layer with a warehouse of its own; subclasses define the attention's class."""
 
     branch: ClassVar[type[MixtureAttention]]
     defaults: ClassVar[dict[str, Any]]
@@ -173,10 +173,10 @@ class MixtureLayer(KWLayer):
         return PrivateKernels(shape, self.branch, kernels, rest, device=device, dtype=dtype)
 
     def _begin(self) -> None:
-        """As the method's paper initialises it; :meth:`keep` is for static layers' places."""
+        """The initialisation of the method's paper; conversions then call :meth:`keep`."""
 
     def take_bias(self, bias: nn.Parameter) -> None:
-        """Keep the bias of the static layer whose place this one takes."""
+        """Take over the bias of the static layer that this one replaces."""
         self.bias = bias
 
     @torch.no_grad()
@@ -184,8 +184,7 @@ class MixtureLayer(KWLayer):
         """Compute what a static layer with this kernel computes, at every temperature.
 
         Every kernel becomes a copy of it with noise (:data:`NOISE`) that sums to zero over the
-        copies. Exact copies would stay that for ever: their gradients would be alike, and nothing
-        would tell the coefficients apart.
+        copies. Exact copies would stay equal for ever, since their gradients would be equal.
 
         Args:
             kernel: ``[O, I / g, k_1 .. k_d]``; a linear layer's weight, ``[O, I]``.

@@ -2,7 +2,7 @@
 
 Paper: Omni-Dimensional Dynamic Convolution (Li et al., ICLR 2022,
 https://openreview.net/forum?id=DmpCfq6Mg39), Eq. 2, with the attentions along space, channels and
-filters shared by the K kernels, as the published sizes say::
+filters shared by the K kernels, which agrees with the published sizes::
 
     y = a_f . ((sum_k a_k (a_s . W_k)) * (a_c . x))
 
@@ -11,8 +11,9 @@ every output channel (filter), ``a_k`` for every kernel. Multiplying input and o
 ``a_f`` is the same as multiplying the kernel's axes, and cheaper.
 
 All four come from ``h = relu(BatchNorm(fc(GlobalAveragePool(x))))`` by one linear map each:
-``a_c, a_f, a_s = sigmoid(z / T)``, ``a_k = softmax(z / T)``. What has one element is left out:
-``a_s`` of pointwise kernels and ``a_k`` for K = 1; so is ``a_f`` of depthwise layers, where ``a_c``
+``a_c, a_f, a_s = sigmoid(z / T)``, ``a_k = softmax(z / T)``. Attentions of one element are left
+out: ``a_s`` of pointwise kernels and ``a_k`` for K = 1; so is ``a_f`` of depthwise layers, where
+    ``a_c``
 does the same. T falls linearly from 30 to 1 over the first 10 epochs: ``T = 1 + 29 tau``
 (:mod:`kw.peers.mixture`).
 """
@@ -34,7 +35,7 @@ __all__ = ["ODConv2d", "OmniAttention"]
 
 
 class Attentions(NamedTuple):
-    """What :class:`OmniAttention` gives.
+    """The output of :class:`OmniAttention`.
 
     Attributes:
         alpha: coefficients of the cells, ``[B, S, S * K]``.

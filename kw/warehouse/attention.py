@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 EPS = 1e-3
-"""Added to the sum of magnitudes that the contrasting and the rectified function divide by."""
+"""Added to the denominator of the contrasting and the rectified function."""
 
 
 @ATTENTION_FUNCTIONS.register()
@@ -55,7 +55,7 @@ def sigmoid(logits: Tensor) -> Tensor:
 
 @ATTENTION_FUNCTIONS.register()
 def rectified(logits: Tensor) -> Tensor:
-    """``max(z_j, 0) / (sum_p |z_p| + 1e-3)``: the contrasting function without its negatives."""
+    """``max(z_j, 0) / (sum_p |z_p| + 1e-3)``: the positive part of the contrasting function."""
     return logits.relu() / (logits.abs().sum(-1, keepdim=True) + EPS)
 
 
@@ -81,16 +81,17 @@ LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 """The inverses: from coefficients ``[..., n]`` and their scale c to logits ``[..., n + 1]``.
 
-Which coefficients a function can give is for the caller to know: magnitudes that sum to at most
+The caller must pass coefficients in the function's range: magnitudes that sum to at most
 ``1 - eps / c`` (contrasting, rectified), positive ones (all but contrasting) that sum to less than
 1 (softmax).
 """
 
 
 def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float]:
-    """Coefficient p of a mixture's own cell, and q of each other one, at the held start.
+    """Coefficient p of a mixture's own cell and q of every other cell at the start ``"keep"``.
 
-    Contrasting: ``1 - eps / c`` and 0. The other functions have no useful zero: ``c / (1 + c)`` and
+    Contrasting: ``1 - eps / c`` and 0. The other functions are never usefully 0: ``c / (1 + c)``
+        and
     ``min(c, 1) / (2 n (1 + c))``.
     """
     if function == "contrasting":
@@ -99,29 +100,28 @@ def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float
 
 
 class BranchLinear(nn.Linear):
-    """A linear layer that its attention initialises: resetting every module of a network, parents
-    before children as in FSDP's recipe, leaves what the attention has set."""
+    """A linear layer that its attention initialises. FSDP's recipe resets all modules, parents
+    before children; this layer then keeps the values that the attention has set."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         super().reset_parameters()  # random numbers are drawn as nn.Linear draws them
 
     def reset_parameters(self) -> None:
-        """Nothing: the attention's ``reset_parameters`` does it."""
+        """No effect: the attention's ``reset_parameters`` initialises it."""
 
 
 class KernelAttention(nn.Module):
     """Mixture coefficients ``alpha = (1 - tau) * f(z) + tau * beta`` of one layer.
 
     ``z`` are the logits over the warehouse's cells and the null cell, which takes part in ``f`` and
-    is then dropped; ``beta`` gives every mixture its own cell. The branch computes in float32
-    whatever autocast says, since hundreds of signed coefficients of a mixture share one
-    normalisation.
+    is then dropped; ``beta`` gives every mixture its own cell. The branch computes in float32 even
+    under autocast: one normalisation spans hundreds of signed coefficients.
 
     Args:
         in_channels: channels C of the layer's input.
         cells: cells n of the warehouse.
-        own: the cells that the layer starts on, and which mixture owns which.
+        own: the layer's cells at temperature 1, and the cell of each mixture.
         reduction: ``h = max(int(C * reduction), 16)``.
         norm: ``"batch"`` (BatchNorm1d) or ``"layer"`` (LayerNorm).
         function: a key of :data:`ATTENTION_FUNCTIONS`.
@@ -129,8 +129,8 @@ class KernelAttention(nn.Module):
             shared map of rank ``q = max(int((n - own) * ratio), 16)``; without such cells it has no
             effect.
         nonlocal_own: number of own cells with direct logits, where the ratio is below 1.
-        start_scale: c of the held one-hot start (:meth:`hold_own`), which ``reset_parameters``
-            ends with; ``None``: the paper's start, random coefficients.
+        start_scale: scale c of the one-hot start (:meth:`hold_own`) that ``reset_parameters``
+            sets; ``None``: the paper's start, random coefficients.
 
     Raises:
         ValueError: an unknown ``norm`` or ``function``, or a ratio out of its range.
@@ -190,8 +190,8 @@ class KernelAttention(nn.Module):
             )
             self.fc3 = BranchLinear(rank, foreign, bias=False, **factory)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (cells + 1), **factory))
-        # beta follows from the partition, so it is no part of a checkpoint; it is made anew
-        # whenever weights are loaded, because a model built on the meta device has none until then.
+        # beta follows from the partition, so it is not saved. It is filled again when weights are
+        # loaded, because a model built on the meta device has no values before.
         one_hot = torch.empty(self.mixtures, cells, **factory)
         self.register_buffer("one_hot", one_hot, persistent=False)
         self.register_load_state_dict_post_hook(_restore_one_hot)
@@ -199,7 +199,7 @@ class KernelAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) linear weights, zero biases, and the one-hot assignment;
-        then, where the start is held, :meth:`hold_own`."""
+        then :meth:`hold_own`, if ``start_scale`` is given."""
         held = None if self.start_scale is None else self.fc2  # becomes zero
         for linear in (self.fc1, self.fc2, self.fc3):
             if linear is not None and linear is not held:
@@ -215,14 +215,15 @@ class KernelAttention(nn.Module):
 
     @torch.no_grad()
     def hold(self, alpha: Tensor, scale: float) -> None:
-        """Give every mixture the coefficients ``alpha`` at temperature 0, whatever the input.
+        """Give every mixture the coefficients ``alpha`` at temperature 0, for every input.
 
-        The logits' weights become zero and their biases what the attention function makes
-        ``alpha`` of. The biases and weights train as before: the hidden units are not zero.
+        The logits' weights become zero and their biases the logits that give ``alpha``. The biases
+        and weights train as before: the hidden units are not zero.
 
         Args:
-            alpha: ``[m, n]``; what the function cannot give is not checked (:data:`LOGITS`).
-            scale: c; a logit must change by a share of it before the coefficients do.
+            alpha: ``[m, n]``; must be in the function's range, which is not checked
+                (:data:`LOGITS`).
+            scale: c, the scale of the logits: the larger, the slower coefficients change.
         """
         logits = LOGITS[self.function](alpha, scale).flatten()
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
@@ -234,12 +235,12 @@ class KernelAttention(nn.Module):
         """:meth:`hold` every mixture's own cell (budgets of 1 and more).
 
         Args:
-            scale: c, as for :meth:`hold`; :func:`own_and_other` says which coefficients.
+            scale: c, as for :meth:`hold`; it determines the coefficients (:func:`own_and_other`).
         """
         own, other = own_and_other(self.function, scale, self.cells)
         row = torch.full((self.cells,), other, dtype=torch.float64, device="cpu")
         row[0] = own
-        logits = LOGITS[self.function](row, scale).tolist()  # every mixture's, but for their order
+        logits = LOGITS[self.function](row, scale).tolist()  # the same for all mixtures, reordered
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
         nn.init.zeros_(self.fc2.weight)
         table = bias.view(self.mixtures, -1).fill_(logits[1])
@@ -251,7 +252,7 @@ class KernelAttention(nn.Module):
 
         Args:
             pooled: the layer's input averaged over positions, ``[B, C]``, float32.
-            temperature: scalar tau in [0, 1]; ``None`` for 0 that stays
+            temperature: scalar tau in [0, 1]; ``None`` once it is fixed at 0
                 (:func:`kw.warehouse.fold_temperature`).
 
         Returns:
@@ -264,7 +265,7 @@ class KernelAttention(nn.Module):
             alpha = function(logits)[..., :-1]  # the null cell is dropped
             if temperature is None or self.one_hot is None:
                 return alpha
-            # A copy, since the buffer may be set anew before the backward pass reads it.
+            # A copy, since the buffer may change before the backward pass reads it.
             tau = temperature.to(alpha).clone()
             return torch.lerp(alpha, self.one_hot.to(alpha), tau)
 
@@ -284,7 +285,7 @@ class KernelAttention(nn.Module):
 
 
 def full_precision(pooled: Tensor) -> AbstractContextManager[Any]:
-    """A context in which a branch computes in the type of its weights, whatever autocast says."""
+    """A context without autocast: a branch computes in the type of its weights."""
     device = pooled.device.type
     has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
     return torch.autocast(device, enabled=False) if has_autocast else nullcontext()
@@ -293,7 +294,7 @@ def full_precision(pooled: Tensor) -> AbstractContextManager[Any]:
 def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden units ``[B, h]`` through a branch's normalisation, for a batch of any size."""
     if norm.training and hidden.shape[0] < 2 and isinstance(norm, nn.BatchNorm1d):
-        # One sample has no variance over the batch: the running statistics stand in for it.
+        # One sample has no variance over the batch: use the running statistics.
         return F.batch_norm(
             hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )

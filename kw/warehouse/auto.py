@@ -1,12 +1,12 @@
 """``convert(model, "auto")``: a plan for a network that has none.
 
-Nothing is known of the network but its layers and how one example passes through them
-(:mod:`kw.warehouse.probe`). Three questions are answered in this order, each by a simple rule:
+The plan follows from the network's layers and one forward pass of an example
+(:mod:`kw.warehouse.probe`), by one simple rule for each of three questions:
 
 1. *Which layers can have a kernel for every sample?* Plain convolutions and linear layers that are
    called once a pass, with samples along the first axis. Others are **refused**, with the reason.
-2. *Which should stay as they are?* The stem, the classifier, and the small layers of gates
-   (squeeze-excitation and the like): they are **left** static, as in the paper's networks.
+2. *Which stay static?* The stem, the classifier, and the small layers of gates
+   (squeeze-excitation and the like): they are **left**, as in the paper's networks.
 3. *Which share a warehouse?* Layers of one stage and of one kind; see
    :mod:`kw.warehouse.sharing`.
 """
@@ -37,7 +37,7 @@ MAX_STEM_LAYERS = 4
 
 @dataclass(frozen=True)
 class AutoReport:
-    """What became of every convolution and linear layer of a network.
+    """The decision for every convolution and linear layer of a network.
 
     Attributes:
         warehouses: the names of the layers of each warehouse.
@@ -55,7 +55,7 @@ class AutoReport:
         return sum(map(len, self.warehouses.values()))
 
     def refusals(self) -> str:
-        """One line a reason; names that differ in numbers alone are drawn together."""
+        """One line per reason; names that differ only in numbers are merged."""
         return _by_reason(self.refused)
 
     def __str__(self) -> str:
@@ -73,8 +73,8 @@ def auto_plan(
     """Derive which layers of a network share which warehouse.
 
     Args:
-        model: any network on torch; it is not touched.
-        example_input: a batch of at least two samples of true size: a tensor, or a tuple or mapping
+        model: any PyTorch network; it is not changed.
+        example_input: a batch of at least two samples of real size: a tensor, or a tuple or mapping
             of arguments of ``forward``. Default: images of the size in the model's
             ``pretrained_cfg`` (timm), else of 3 x 224 x 224.
         **settings: :class:`WarehouseSettings` of all warehouses. Unless ``norm`` is given, it is
@@ -109,7 +109,7 @@ def auto_plan(
 
 
 def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> list[Candidate]:
-    """Layers that can have kernels for every sample; the others are entered in the report."""
+    """Layers that can be converted; the others are added to the report."""
     inside = {
         id(part)
         for module in model.modules()
@@ -135,7 +135,7 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
             watched[name] = module
 
     uses = probe(model, watched, example_input)
-    # A window may happen to be the whole image in one of many blocks.
+    # One of many blocks may have a window as large as the whole image.
     folded = {_pattern(name) for name, use in uses.items() if use.calls and not use.by_sample}
     get_classifier = getattr(model, "get_classifier", None)
     head = {id(part) for root in _roots(get_classifier) for part in root.modules()}
@@ -185,10 +185,10 @@ def _kind(module: nn.Module, shape: KernelShape) -> str:
 
 
 def _stem(uses: Mapping[str, Use]) -> set[str]:
-    """The first layer that is called, and what stands beside it.
+    """The first layer that is called, and the layers of the same stem.
 
-    That is the outermost module around it with at most :data:`MAX_STEM_LAYERS` layers and at most a
-    quarter of the network's: a deep stem, but not a whole stage.
+    The stem is the outermost module around it with at most :data:`MAX_STEM_LAYERS` layers and at
+    most a quarter of the network's: a deep stem, but not a whole stage.
     """
     called = {name: use.order for name, use in uses.items() if use.calls}
     if not called:

@@ -17,7 +17,7 @@ class KeptWarehouse:
 
     Attributes:
         layers: number of layers that share it.
-        mixtures: blocks of their kernels.
+        mixtures: number of mixtures of these layers.
         cells: number of cells.
         kept: share of the kernels that its cells hold, 1 - (squared error / squared norm), weighted
             by the layers' inputs where they were given; ``None``: replaced by random values.
@@ -96,7 +96,7 @@ class Conversion:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Values of a model's parameters; those of lazy modules have no number yet."""
+    """Values of a model's parameters; lazy modules are not counted."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
@@ -111,8 +111,8 @@ def _count(number: int) -> str:
 def guard_saving(model: nn.Module) -> None:
     """Refuse Hugging Face's ``save_pretrained`` on what was converted.
 
-    It writes the name of the class and the weights. ``from_pretrained`` would make the static
-    network again, leave its kernels random where they were converted, and only log it.
+    It writes the name of the class and the weights. ``from_pretrained`` would build the static
+    network, initialise the converted kernels at random, and only log a warning.
     """
     for module in model.modules():
         if hasattr(module, "save_pretrained"):

@@ -1,7 +1,7 @@
 """``convert``: from a static network to its KernelWarehouse form, by a plan.
 
 The network keeps its class, its attributes and its module names: only the layers that the plan
-names are replaced. Their warehouses are registered by them, and listed in ``model.warehouses``.
+names are replaced. The new layers register their warehouses; ``model.warehouses`` lists them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
 
 @dataclass
 class _Group:
-    """The layers of one warehouse to be, in module order."""
+    """The layers that will share one warehouse, in module order."""
 
     name: str
     settings: WarehouseSettings
@@ -50,14 +50,13 @@ def convert(
 ) -> nn.Module:
     """Replace the layers that a plan names by KernelWarehouse layers, in place.
 
-    The converted network begins as the static one: at temperature 0, which it has until
-    :func:`kw.set_temperature` sets another, its outputs are the same where the budget is 1 or more,
-    and below 1 as near as its cells can come (``kw.warehouse.start``). With ``start="paper"``
-    cells and attention are initialised at random instead, for training from nothing with annealing.
-    New parameters take the device and dtype of the old ones, and train also where those were
-    frozen: freeze after the conversion. Biases are kept. One line says what was done (logger
-    ``kw``, or stderr); ``model.warehouses.conversion`` has it in full. A model is converted as a
-    whole or, when anything is refused, left as it was.
+    The converted network is at temperature 0 and computes the same outputs as the static one where
+    the budget is 1 or more; below 1 its cells approximate the kernels (``kw.warehouse.start``).
+    With ``start="paper"`` cells and attention are initialised at random instead, for training from
+    nothing with annealing. New parameters take the device and dtype of the old ones, and train also
+    where those were frozen: freeze after the conversion. Biases are kept. One line reports the
+    result (logger ``kw``, or stderr); ``model.warehouses.conversion`` has the details. A model is
+    converted as a whole or, when anything is refused, left as it was.
 
     Args:
         model: any network; its class and module names stay.
@@ -69,7 +68,7 @@ def convert(
         batches: several real inputs of the network, each as ``example_input``, without labels; a
             few hundred images do. Below a budget of 1 the errors of the kernels are then weighted
             by how large the layers' input channels are.
-        announce: whether the line is said.
+        announce: whether to log that line.
         **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
 
     Returns:
@@ -77,10 +76,10 @@ def convert(
 
     Raises:
         ValueError: an unknown plan or setting; a rule that matches no layer; a layer that two rules
-            claim or that stands in the network twice; a layer that cannot be converted; a warehouse
-            whose layers cannot be partitioned as set, or whose attention function cannot keep
-            static kernels; weights that are shared or not finite; batches that the model does not
-            take. The message names layer, warehouse and remedy.
+            claim or that is used twice in the network; a layer that cannot be converted; a
+            warehouse whose layers cannot be partitioned as set, or whose attention function cannot
+            keep static kernels; weights that are shared or not finite; batches that the model does
+            not take. The message names layer, warehouse and remedy.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
@@ -145,7 +144,7 @@ def convert(
 
 
 def _keeps(group: _Group) -> bool:
-    """Whether static kernels are there to be kept."""
+    """Whether the warehouse starts from the static kernels (not on the meta device)."""
     weight = group.layers[0][1].get_parameter("weight")
     return group.settings.start == "keep" and not weight.is_meta
 
@@ -155,7 +154,7 @@ def _input_squares(
     model: nn.Module, groups: Iterable[_Group], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
     """The mean square of every input channel of the layers to be converted, ``[I]``; layers that
-    are never called are left out, which is said.
+    are never called are left out, with a message.
 
     Raises:
         ValueError: no batch, or one that the model does not take, or that is not finite.
@@ -187,7 +186,7 @@ def _input_squares(
             args, kwargs = arguments(batch)
             try:
                 model(*args, **kwargs)
-            except Exception as error:  # whatever a foreign forward method raises
+            except Exception as error:  # the user's forward method may raise anything
                 raise ValueError(
                     f"batches: {type(model).__name__} does not take a batch of {_shapes(batch)} "
                     f"({type(error).__name__}: {error}); give its inputs alone, without labels, of "
@@ -241,10 +240,10 @@ def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
 
 
 def drop_unused_warehouses(model: nn.Module) -> nn.Module:
-    """Take the warehouses that no layer uses any more off ``model.warehouses``, in place.
+    """Remove the warehouses that no layer uses any more from ``model.warehouses``, in place.
 
-    After layers were cut off a converted network, its last stages or its classifier, say, they are
-    no longer among its parameters; this frees their memory.
+    Use it after removing layers of a converted network, for instance its last stages: it frees the
+    memory of their warehouses.
     """
     modules = set(model.modules())
     for module in modules:
@@ -268,7 +267,7 @@ def _derive_plan(model: nn.Module, example_input: Any, overrides: Mapping[str, A
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Force one contraction on every layer of a model, or leave the choice with ``"auto"``.
+    """Set the back end of every layer of a model; ``"auto"`` lets the selector choose.
 
     Raises:
         ValueError: it does not exist or cannot do one of the layers, or there are no layers.
@@ -354,7 +353,10 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                 opened.append(own)
             settings = plan.settings_of(own, rule)
             if own not in groups:
-                _check_name(own)
+                if "." in own or not own:
+                    raise ValueError(
+                        f"plan: {own!r} cannot name a warehouse: expected a name without dots"
+                    )
                 groups[own] = _Group(own, settings, [])
             first = groups[own].settings
             if any(getattr(first, key) != getattr(settings, key) for key in rule.settings):
@@ -376,8 +378,3 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     for group in groups.values():
         group.layers.sort(key=lambda layer: order[layer[0]])
     return groups
-
-
-def _check_name(name: str) -> None:
-    if "." in name or not name:
-        raise ValueError(f"plan: {name!r} cannot name a warehouse: expected a name without dots")

@@ -24,15 +24,15 @@ __all__ = [
     "why_static",
 ]
 
-# By qualified name, so that a library's subclasses can stand here without being imported. Exact
-# classes: a subclass may compute something else (standardise its weights, for one).
+# By qualified name, so that libraries need not be imported. Exact classes: a subclass may compute
+# something else, for instance with standardised weights.
 _COUNTERPARTS: dict[str, type[KWConvNd] | type[KWLinear]] = {
     "torch.nn.modules.conv.Conv1d": KWConv1d,
     "torch.nn.modules.conv.Conv2d": KWConv2d,
     "torch.nn.modules.conv.Conv3d": KWConv3d,
     "torch.nn.modules.linear.Linear": KWLinear,
     "timm.layers.conv2d_same.Conv2dSame": KWConv2dSame,
-    "timm.layers.linear.Linear": KWLinear,  # casts by hand where a script would not
+    "timm.layers.linear.Linear": KWLinear,  # adds only a cast for torch.jit.script
 }
 _PLAIN = "Conv1d, Conv2d, Conv3d, Linear"
 
@@ -40,17 +40,17 @@ _PLAIN = "Conv1d, Conv2d, Conv3d, Linear"
 def register_convertible(
     kind: type[nn.Module], counterpart: type[KWConvNd] | type[KWLinear]
 ) -> None:
-    """Let plans convert a class of layers of one's own.
+    """Let plans convert a layer class of the user.
 
     Args:
-        kind: a subclass of ``nn.Conv1d/2d/3d`` or ``nn.Linear`` with their attributes; only this
-            very class is meant, not its subclasses.
+        kind: a subclass of ``nn.Conv1d/2d/3d`` or ``nn.Linear`` with their attributes; its
+            subclasses are not included.
         counterpart: what replaces it: ``KWConv2d`` where the subclass computes a plain convolution,
             otherwise a subclass of it with the same arguments.
 
     Raises:
         ValueError: ``kind`` is no convolution and no linear layer, or the counterpart is of the
-            other sort.
+            other kind.
     """
     wanted = KWLinear if issubclass(kind, nn.Linear) else KWConvNd
     if not issubclass(kind, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
@@ -63,7 +63,7 @@ def register_convertible(
 
 
 def has_kernel(module: nn.Module) -> bool:
-    """A leaf with a weight of at least two axes: what a plan may name, convertible or not."""
+    """A leaf with a weight of at least two axes; plans may name it, convertible or not."""
     if is_parametrized(module, "weight"):
         return True
     weight = getattr(module, "weight", None)
@@ -110,7 +110,7 @@ def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer
         "slot": slot,
         "name": warehouse.shapes[slot].name,
     }
-    make: Any = _COUNTERPARTS[_qualified(type(module))]  # the signatures of the two sorts differ
+    make: Any = _COUNTERPARTS[_qualified(type(module))]  # the signatures of the two kinds differ
     layer: KWLayer = make(*arguments_of(module), **shared)
     if module.bias is not None:
         layer.bias = module.get_parameter("bias")
@@ -119,7 +119,7 @@ def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer
 
 
 def arguments_of(module: nn.Module) -> tuple[Any, ...]:
-    """What a convolution or linear layer was built with, in the order of its class's arguments."""
+    """The constructor arguments of a convolution or linear layer, in order."""
     has_bias = module._parameters.get("bias") is not None
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, has_bias
@@ -138,9 +138,8 @@ def arguments_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def succeed(module: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the mode and the hooks of the one whose place it takes."""
-    # The dictionaries themselves, which the handles that remove hooks refer to: timm's feature
-    # extractors, for one, hook onto layers.
+    """Give a layer the mode and the hooks of the layer that it replaces."""
+    # The same dictionaries, not copies: handles that remove hooks refer to them.
     for attribute, value in vars(module).items():
         if "_hooks" in attribute and "state_dict" not in attribute:
             setattr(layer, attribute, value)

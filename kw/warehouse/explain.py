@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from .layers import KWLayer
 from .ops import YARDSTICKS, Problem, selector
 from .ops.device import DeviceProfile
 from .ops.selection import Prediction
+from .probe import arguments
 
 __all__ = ["LayerChoice", "explain", "explain_on"]
 
@@ -23,10 +23,11 @@ class LayerChoice:
 
     Attributes:
         layer: its name in the model.
-        problem: its shapes, types and device; ``None`` for a yardstick, which is not planned.
+        problem: its shapes, types and device; ``None`` for a yardstick, which the selector never
+            chooses.
         forward: back end of the forward pass.
         backward: back end of the backward pass.
-        forward_costs: predictions for the forward pass, quickest first.
+        forward_costs: predictions for the forward pass, fastest first.
         backward_costs: the same for the backward pass.
     """
 
@@ -39,10 +40,10 @@ class LayerChoice:
 
 
 def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
-    """The back end of every layer when the model is given such an input.
+    """The back end of every layer for an input like the given one.
 
-    The model is run once without gradients, as it stands: its mode, its device, the autocast that
-    is on. Layers come in the order in which they run.
+    The model is run once without gradients, in its present mode, on its device, under the current
+    autocast. Layers are listed in the order in which they run.
 
     Args:
         model: a network with KernelWarehouse layers, not compiled.
@@ -55,6 +56,7 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
     choices: list[LayerChoice] = []
+    args, kwargs = arguments(example_input)
     with selector.recording() as recorded:
 
         def note(layer: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -68,7 +70,7 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
         hooks = [layer.register_forward_hook(note) for layer in names]
         try:
             with torch.no_grad():
-                _call(model, example_input)
+                model(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -78,12 +80,12 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
 def explain_on(
     choice: LayerChoice, batch: int, dtype: torch.dtype, profile: DeviceProfile
 ) -> LayerChoice:
-    """What would be chosen on a GPU that is not there, for a layer that was watched on the CPU.
+    """The back ends for a layer of :func:`explain` on another GPU, from its profile.
 
     Args:
-        choice: from :func:`explain`; a yardstick is given back as it is.
+        choice: from :func:`explain`; a yardstick is returned unchanged.
         batch: samples.
-        dtype: in which the GPU computes.
+        dtype: type of inputs and cells on the GPU.
         profile: of the GPU, e.g. one of :data:`kw.warehouse.ops.device.GPUS`.
     """
     if choice.problem is None:
@@ -106,10 +108,3 @@ def _choice(name: str, problem: Problem, forward: str, backend: str) -> LayerCho
         tuple(selector.predict(problem)),
         tuple(selector.predict(training)),
     )
-
-
-def _call(model: nn.Module, example_input: Any) -> None:
-    if isinstance(example_input, Mapping):
-        model(**example_input)
-    else:
-        model(*(example_input if isinstance(example_input, tuple) else (example_input,)))

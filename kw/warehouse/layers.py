@@ -29,10 +29,10 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class KWLayer(nn.Module):
-    """What all dynamic layers share: a warehouse, an attention branch, a bias.
+    """Base class of dynamic layers: a warehouse, an attention branch, a bias.
 
-    A layer made on its own makes a warehouse for itself, and begins as a static layer of random
-    weights (unless ``start="paper"``).
+    A layer built without a warehouse makes one, and starts as a static layer with random weights
+    (unless ``start="paper"``).
 
     Args:
         shape: the layer's kernel.
@@ -40,12 +40,12 @@ class KWLayer(nn.Module):
         warehouse: the warehouse to share; ``None`` makes one.
         slot: the layer's place among the warehouse's layers.
         settings: :class:`WarehouseSettings` of the warehouse to make.
-        device: of a warehouse to make; a shared one decides for itself.
+        device: of a warehouse to make; a shared warehouse has its own.
         dtype: likewise.
 
     Raises:
-        ValueError: groups that do not divide the channels, a slot that was laid out for another
-            kernel, settings beside a given warehouse, or settings that cannot be.
+        ValueError: groups that do not divide the channels, a slot of another kernel,
+            settings together with a given warehouse, or invalid settings.
     """
 
     warehouse: Warehouse
@@ -105,16 +105,16 @@ class KWLayer(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> Warehouse:
-        """The warehouse of a layer that shares none; other methods override it with theirs.
+        """A warehouse for this layer alone; the peers override it.
 
         Raises:
-            ValueError: settings that are none of its own, or that cannot be.
+            ValueError: unknown or invalid settings.
         """
         own = WarehouseSettings().with_overrides(settings, type(self).__name__)
         return Warehouse([shape], own, device=device, dtype=dtype)
 
     def _begin(self) -> None:
-        """As a static layer with a kernel that is Kaiming normal (fan out, ReLU)."""
+        """Start as a static layer with a Kaiming-normal kernel (fan out, ReLU)."""
         settings, cells = self.warehouse.settings, self.warehouse.cells
         if settings.start == "paper" or cells.is_meta:
             return
@@ -124,13 +124,13 @@ class KWLayer(nn.Module):
         keep_kernels(self.warehouse, [self.attention], [kernel])
 
     def reset_parameters(self) -> None:
-        """Zero bias; attention and warehouse reset their own."""
+        """Zero bias; attention and warehouse have ``reset_parameters`` of their own."""
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def set_backend(self, backend: str) -> None:
-        """Force a back end of :data:`kw.warehouse.ops.BACKENDS`, or leave the choice to the
-        selector: ``"auto"``.
+        """Set a back end of :data:`kw.warehouse.ops.BACKENDS`; ``"auto"`` lets the selector
+        choose.
 
         Raises:
             ValueError: it does not exist or cannot do this layer.
@@ -141,7 +141,7 @@ class KWLayer(nn.Module):
 
     @property
     def spec(self) -> ConvSpec:
-        """The layer as its contraction sees it."""
+        """Partition, stride, padding, dilation and groups, for the back ends."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -196,7 +196,7 @@ class KWConvNd(KWLayer):
         strides = self._per_axis(stride)
         sides = self._padding_sides(padding, kernel, dilations, strides)
         symmetric = all(low == high for low, high in sides)
-        # What the convolution itself cannot pad is padded before it.
+        # Padding that the back ends do not support is applied before the convolution.
         self._pad_before: tuple[int, ...] | None = None
         if padding_mode != "zeros" or not symmetric:
             self._pad_before = tuple(p for side in reversed(sides) for p in side)
@@ -255,7 +255,7 @@ class KWConvNd(KWLayer):
         return dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """What the attention sees: the input averaged over positions, ``[B, I]``.
+        """The attention's input: the input averaged over positions, ``[B, I]``.
 
         Raises:
             ValueError: an input without a batch axis.
@@ -268,7 +268,7 @@ class KWConvNd(KWLayer):
         return _pool(x, tuple(range(2, x.dim())))
 
     def pad(self, x: Tensor) -> Tensor:
-        """What the convolution itself cannot pad."""
+        """Apply the padding that the back ends do not support."""
         return x if self._pad_before is None else F.pad(x, self._pad_before, self._pad_mode)
 
 

@@ -1,4 +1,4 @@
-"""Partition arithmetic: which cells a warehouse has, and which layer starts on which of them.
+"""Partition arithmetic: the cells of a warehouse, and the cells of each layer at temperature 1.
 
 Paper: KernelWarehouse: Rethinking the Design of Dynamic Convolution (ICML 2024, arXiv 2406.07879),
 kernel partition and warehouse construction-with-sharing, Eqs. 2-4.
@@ -6,7 +6,7 @@ kernel partition and warehouse construction-with-sharing, Eqs. 2-4.
 A warehouse is shared by layers whose kernels have shape ``[O_l, I_l / g_l, k_1 .. k_d]``. Every
 kernel is cut into ``m_l`` disjoint blocks of the cell's shape. Block ``i = (s * GO + go) * GI +
 gi`` lies at spatial position ``s`` (row-major), output channels ``go * c_out ..`` and input
-channels ``gi * c_in ..``. Nothing in this file holds a tensor.
+channels ``gi * c_in ..``. This file has no tensors.
 
 Legend: O, I out and in channels; g groups; k kernel size; m mixtures of a layer; n cells of the
 warehouse; S, GO, GI blocks along space, output and input channels.
@@ -99,7 +99,7 @@ class WarehousePartition:
         cells: number of cells n.
         cell_shape: ``(c_out, c_in, *cell_kernel)``.
         layers: the partition of each layer, in the order in which the layers were given.
-        slices: the cells that each layer starts on.
+        slices: the cells of each layer at temperature 1.
     """
 
     cells: int
@@ -193,12 +193,12 @@ def partition_kernels(
 
 
 def _cell_channels(channels: Sequence[int], ratio: float) -> int:
-    # int(), but for the rounding of a ratio such as 1 / 49, times 49 just below 1.
+    # int(), with a margin for rounding: (1 / 49) * 49 is just below 1.
     return max(int(math.gcd(*channels) * ratio + 1e-9), 1)
 
 
 def _exact_budget(ratio: float, name: str, layers: Sequence[str]) -> Fraction:
-    """The ratio as the integer or 1 / integer that it has to be."""
+    """The ratio as an exact integer or 1 / integer."""
     budget = Fraction(ratio).limit_denominator(1 << 16)
     if 1 not in (budget.numerator, budget.denominator) or not math.isclose(float(budget), ratio):
         raise ValueError(

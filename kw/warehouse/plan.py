@@ -1,7 +1,7 @@
 """Plans: which layer joins which warehouse, by ordered rules on module names.
 
-A plan is data. The released networks' plans are in :mod:`kw.warehouse.plans`; one's own may be a
-:class:`Plan` or the same as a mapping, for instance in a configuration file::
+A plan is data. The plans of the released networks are in :mod:`kw.warehouse.plans`; a user's plan
+is a :class:`Plan` or an equivalent mapping, for instance in a configuration file::
 
     rules:
       - {match: conv1, static: true}
@@ -23,10 +23,10 @@ from .warehouse import WarehouseSettings
 __all__ = ["Plan", "Rule", "nearest"]
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The valid names nearest to a wrong one, as the end of a message."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The valid names nearest to a wrong name, for the end of a message."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, count, cutoff=0.4) or known[:count]
+    near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
     return f"nearest: {', '.join(map(repr, near))}" if near else "there are none"
 
 
@@ -37,13 +37,13 @@ class Rule:
     Attributes:
         match: regular expression that the layer's whole name must match.
         warehouse: the warehouse's name; ``{group}`` stands for what a named group of ``match``
-            caught. ``None`` leaves the layers static, out of reach of all later rules.
+            caught. ``None`` leaves the layers static, whatever later rules say.
         handover: regular expression; layers of this rule whose whole name matches it join the
             warehouse that the rule opened before their own (paper: a stage's last cells are shared
             with the first layers of the next).
         settings: settings of this rule's warehouses that differ from the plan's.
-        optional: whether the rule may match no layer, as a classifier's in a backbone without one;
-            otherwise that is taken for a mistake.
+        optional: whether the rule may match no layer, e.g. the classifier of a backbone that has
+            none; otherwise that is an error.
     """
 
     match: str
@@ -120,10 +120,10 @@ class Plan:
     """Rules in the order in which warehouses are numbered, and settings.
 
     Attributes:
-        rules: a static rule keeps its layers from the rules after it; two rules that send one layer
-            to warehouses contradict each other and are refused.
+        rules: a static rule excludes its layers from later rules; two rules that assign one layer
+            to warehouses are an error.
         settings: for all warehouses.
-        warehouses: for single ones, by name; they come before the rules' and the plan's.
+        warehouses: settings of single warehouses, by name; they override those of rules and plan.
     """
 
     rules: tuple[Rule, ...]
@@ -135,7 +135,7 @@ class Plan:
         """A plan from ``{rules: [...], warehouses: {...}, ...settings}``.
 
         Raises:
-            ValueError: an unknown key or a rule that is none.
+            ValueError: an unknown key or an invalid rule.
         """
         rest = dict(plan)
         rules, warehouses = rest.pop("rules", None), rest.pop("warehouses", None) or {}
@@ -166,7 +166,7 @@ class Plan:
         return Plan(rules, self.settings.with_overrides(rest, "convert"), single)
 
     def settings_of(self, warehouse: str, rule: Rule) -> WarehouseSettings:
-        """Settings of one warehouse: its own before its rule's before the plan's.
+        """Settings of one warehouse: its own override its rule's, which override the plan's.
 
         Raises:
             ValueError: an unknown setting.

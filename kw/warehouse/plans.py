@@ -1,10 +1,10 @@
 """Plans of the released networks, for the module names of timm's backbones.
 
-Source of the layouts: the authors' release; the sizes that they lead to are tested against the
+Source of the layouts: the authors' release; the resulting sizes are tested against the
 parameter counts and warehouses of the released checkpoints. DeiT's is this project's own.
 
-A plan holds what all models of its name share; the ratios of a budget that it does not fix are
-given to :func:`kw.convert`. Layers that no rule names stay static: stems of the ResNets,
+A plan holds the settings that all models of its name share; ratios that depend on the budget are
+passed to :func:`kw.convert`. Layers that no rule names stay static: stems of the ResNets,
 classifiers, the depthwise or pointwise layers that a budget leaves out.
 """
 
@@ -44,8 +44,8 @@ def _mobilenet_blocks(stage: int, kind: str) -> str:
     return rf"blocks\.({own}|{stage}\.0)\.{kind}"
 
 
-# timm calls the pointwise layer after a depthwise one conv_pwl, but in the first block, which has
-# no other, conv_pw.
+# timm calls the pointwise layer after a depthwise one conv_pwl, except in the first block, which
+# has one pointwise layer: conv_pw.
 _EXPAND, _DEPTHWISE, _PROJECT = r"(?<!blocks\.0\.0\.)conv_pw", r"conv_dw", r"conv_pwl"
 _FIRST_PROJECT = r"blocks\.0\.0\.conv_pw"
 
@@ -76,9 +76,9 @@ def _mobilenetv2_4x() -> Iterator[Rule]:
 
 
 def _mobilenetv2_1d2x() -> Iterator[Rule]:
-    """Few parameters are in the early pointwise layers: they stay static, the classifier does not.
+    """Early pointwise layers have few parameters and stay static; the classifier is converted.
 
-    Half the cells where the parameters are, as many as static ones elsewhere.
+    Budget 1/2 in the layers with most parameters, 1 elsewhere.
     """
     half = {"cell_num_ratio": 0.5, "cell_inplane_ratio": 0.5, "cell_outplane_ratio": 0.5}
     yield Rule(r"conv_stem", "stem")

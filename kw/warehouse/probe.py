@@ -1,8 +1,7 @@
-"""One pass of an example through a network, to learn how its layers are used.
+"""One forward pass of an example, to learn how a network calls its layers.
 
-Names tell little about a network that was never seen. What decides whether a layer can have kernels
-of its own for every sample is how it is called: once a pass, as a module, and with samples along
-its input's first axis.
+A layer can have a kernel for every sample if it is called once per pass, as a module, with samples
+along the first axis of its input.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Use", "arguments", "default_example", "probe"]
 
-_BATCH = 3  # seldom the size of anything else, as 2 and 4 are
+_BATCH = 3  # unlike 2 and 4, seldom the size of another axis
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Use:
     """How one layer is used in a pass.
 
     Attributes:
-        order: its place among the layers, by first call; -1 = it is not called.
+        order: its rank among the layers by first call; -1 = never called.
         calls: number of calls.
         by_sample: whether the first axis of its input and output was the sample in every call.
         positions: positions (pixels, tokens) a sample at the input of the last call.
@@ -58,14 +57,14 @@ def default_example(model: nn.Module) -> Tensor:
 def probe(
     model: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None
 ) -> dict[str, Use]:
-    """Run a copy of the network on an example and watch some of its layers.
+    """Run a copy of the network on an example and record how its layers are used.
 
-    The copy is in evaluation mode and on the meta device, where a pass takes no arithmetic and next
-    to no memory; a network whose forward method needs values is copied and run as it is.
+    The copy is in evaluation mode and on the meta device: no arithmetic, almost no memory. A
+    network whose forward pass needs values is copied and run on its own device.
 
     Args:
-        model: the network; it is not touched.
-        layers: the layers to watch, by name.
+        model: the network; it is not changed.
+        layers: the layers to observe, by name.
         example_input: a batch of at least two samples: a tensor, a list of images, or a tuple or
             mapping of arguments of ``forward``. ``None``: :func:`default_example`.
 
@@ -80,7 +79,7 @@ def probe(
     batch = _batch_size(args, kwargs)
     try:
         return _run(_copy(model, "meta"), layers, _to(args, "meta"), _to(kwargs, "meta"), batch)
-    except Exception as on_meta:  # whatever a foreign forward method raises
+    except Exception as on_meta:  # the user's forward method may raise anything
         try:
             device = next(model.parameters(), torch.empty(0)).device
             if device.type == "meta":
@@ -96,7 +95,7 @@ def probe(
 
 
 class _WeightReads(TorchFunctionMode):
-    """Notes which weights torch's functions are given while their layer is not running."""
+    """Records weights that torch functions read outside their layer's forward pass."""
 
     def __init__(self, owners: Mapping[int, Use], running: list[Use]) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ def _run(
 
 
 def _copy(model: nn.Module, device: str | None = None) -> nn.Module:
-    """A copy of a network; with a device, one whose tensors were never allocated elsewhere."""
+    """A copy of a network; with a device, its tensors are allocated there only."""
     memo: dict[int, Any] = {}
     if device is not None:
         for parameter in model.parameters():
@@ -185,7 +184,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     images = _tensors(given) if isinstance(given, list) else []
     are_samples = bool(images) and all(image.dim() < 4 for image in images)  # no batch axis
     if are_samples and len(images) > 1:
-        return len(images)  # a detector puts them, of sizes of their own, in a batch
+        return len(images)  # a detector's images of several sizes
     first = next(iter(_tensors((args, kwargs))), None)
     if first is None or first.dim() < 2 or len(first) < 2 or are_samples:
         found = "no tensor" if first is None else f"a tensor of {list(first.shape)}"

@@ -1,7 +1,7 @@
-"""Convolution padded as TensorFlow pads: by the size of the input, at run time.
+"""Convolution with TensorFlow's padding, which depends on the size of the input.
 
-timm's ``tf_*`` networks have it (``timm.layers.Conv2dSame``). ``padding="same"`` of torch is
-another thing: it is defined for stride 1 only and does not depend on the input.
+timm's ``tf_*`` networks use it (``timm.layers.Conv2dSame``). torch's ``padding="same"`` differs: it
+is defined for stride 1 only and does not depend on the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["KWConv2dSame"]
 class KWConv2dSame(KWConv2d):
     """:class:`KWConv2d` whose output has ``ceil(size / stride)`` positions along every axis.
 
-    The zeros that this needs are shared out between both ends; an odd one goes to the far end.
+    Both ends are padded equally; an odd number puts one more zero at the far end.
 
     Args:
         padding: must be 0, the sizes follow from the input.

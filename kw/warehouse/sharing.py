@@ -1,16 +1,16 @@
 """Which layers of an unknown network share a warehouse.
 
 Layers share by stage and kind. A **stage** is the layers whose inputs have about the same number of
-positions, which also hands a stage's cells over to the layers that lead to the next one (paper:
-warehouse construction-with-sharing). **Kinds** are dense convolutions (pointwise and spatial),
+positions. It includes the first layers of the next stage, as in the paper
+(warehouse construction-with-sharing). **Kinds** are dense convolutions (pointwise and spatial),
 depthwise, grouped, and linear.
 
 Layers whose channels have little in common would be cut into thousands of tiny cells, and their
 attention branches would outgrow the network. What exceeds :data:`MAX_BLOCKS`, :data:`MAX_CELLS` or
 the bound on attention branches is therefore split, by width, by shape, by kernel size, or into a
-first and a second half, whichever leaves fewest weights static, until every part fits. What remains
-alone in its stage is tried once more together with its like in other stages. The bounds are taken
-at the settings' defaults, so that layers share alike in 1/2x, 1x and 4x models.
+first and a second half, whichever leaves fewest weights static, until every part fits. Layers that
+remain alone in their stage are tried once more together with similar layers of other stages. The
+bounds are taken at the settings' defaults, so that layers share alike in 1/2x, 1x and 4x models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MAX_BLOCKS", "MAX_CELLS", "MIN_CELLS", "Candidate", "share"]
 
 MAX_BLOCKS = 32  # blocks of channels that a kernel is cut into; ResNet50's shortcuts have 32
 MAX_CELLS = 512  # of a warehouse at ratio 1
-MIN_CELLS = 4  # fewer leave nothing to mix; ConvNeXt's 2x2 downsampling has a warehouse of 4
+MIN_CELLS = 4  # the minimum for mixing; ConvNeXt's 2x2 downsampling has a warehouse of 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Candidate:
     Attributes:
         shape: its kernel.
         kind: only layers of one kind share.
-        order: its place in the network, by first call.
+        order: its rank in the network by first call.
         positions: positions (pixels, tokens) a sample at its input.
     """
 
@@ -47,7 +47,7 @@ class Candidate:
 
     @property
     def width(self) -> int:
-        """The narrower side: the trunk of a block that widens or narrows inside."""
+        """The smaller of input and output channels: the width of the residual stream."""
         return min(self.shape.out_channels, self.shape.in_channels)
 
     @property
@@ -68,7 +68,7 @@ def share(
 
     Returns:
         The names of the layers of each warehouse, and the layers that fit in none, each with the
-        obstacle.
+        reason.
     """
     layers = sorted(layers, key=_order)
     mean = sum(layer.weights for layer in layers) / max(len(layers), 1)
@@ -97,8 +97,8 @@ def _order(layer: Candidate) -> int:
 def _stages(layers: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """Layers by resolution and kind; stages are numbered in the order of their first call.
 
-    Resolutions are told apart by powers of two: a convolution without padding, or a class token, is
-    no new stage.
+    Resolutions are rounded to powers of two, so that a convolution without padding or a class token
+    does not start a new stage.
     """
     most = max((layer.positions for layer in layers), default=1)
     numbers: dict[int, int] = {}
@@ -113,7 +113,7 @@ def _stages(layers: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 @dataclass(frozen=True)
 class _Sharing:
     """How layers of one kind share warehouses: parts, each with a suffix to its name, and the
-    layers that fit in none, each with the obstacle."""
+    layers that fit in none, each with the reason."""
 
     parts: tuple[tuple[str, tuple[Candidate, ...]], ...]
     rest: tuple[tuple[Candidate, str], ...] = ()
@@ -175,7 +175,7 @@ def _kernel_label(layer: Candidate) -> str:
 
 def _mixtures(layers: Sequence[Candidate]) -> list[int]:
     """Mixtures of each layer with cells as large as all have in common; their sum is the number of
-    cells at ratio 1. Counted only: layers with little in common have millions."""
+    cells at ratio 1. Only counted, not built: layers with little in common have millions."""
     cell_out = math.gcd(*(layer.shape.out_channels for layer in layers))
     cell_in = math.gcd(*(layer.shape.in_per_group for layer in layers))
     return [layer.weights // (cell_out * cell_in) for layer in layers]

@@ -1,15 +1,15 @@
-"""The start that keeps a trained network: cells and coefficients that make given kernels.
+"""The start ``"keep"``: cells and coefficients that assemble given static kernels.
 
-At temperature 0 a mixture's block is ``alpha E``. Where the logits' weights are zero, alpha is what
-their biases say, for every input: it may be any matrix A that the attention function can give
-(:meth:`KernelAttention.hold`), and the cells are then chosen so that ``A E`` is the kernel that the
-layer had. Parameters, checkpoints and forward pass are those of the paper.
+At temperature 0 a mixture's block is ``alpha E``. Where the logits' weights are zero, alpha depends
+on their biases only: it may be any matrix A in the range of the attention function
+(:meth:`KernelAttention.hold`), and the cells are then chosen so that ``A E`` is the kernel of
+the static layer. Parameters, checkpoints and forward pass are those of the paper.
 
 - Budget b >= 1: a mixture takes the cell that the one-hot start gives it (paper: Eq. 5), with
   coefficient p; all other coefficients are q. For the contrasting function ``p = 1 - eps / c`` and
-  ``q = 0``. The other functions have no useful zero: ``p = c / (1 + c)`` and
-  ``q = min(c, 1) / (2 n (1 + c))``, and the cells take back what q adds. Cells that no mixture
-  starts on stay random.
+  ``q = 0``. The other functions are never usefully 0: ``p = c / (1 + c)`` and
+  ``q = min(c, 1) / (2 n (1 + c))``, and the cells compensate for q. Cells that no mixture
+  owns stay random.
 - Budget b < 1: n cells cannot hold all blocks. The truncated singular value decomposition of the
   matrix of all blocks has the smallest error (Eckart and Young); given how large the layers' inputs
   are, alternating least squares make the error of the outputs small instead. Both have negative
@@ -40,8 +40,8 @@ from .warehouse import Warehouse
 __all__ = ["keep_kernels", "kernel_blocks"]
 
 _ROUNDS, _ENOUGH = 10, 1e-2
-"""Alternating least squares end after so many rounds, or when a round lowers the error by less than
-this share."""
+"""Alternating least squares stop after this many rounds, or when a round lowers the error by less
+than this share."""
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def keep_kernels(
     kernels: Sequence[Tensor],
     inputs: Sequence[Tensor | None] | None = None,
 ) -> float:
-    """Make layers compute what static kernels compute, at temperature 0.
+    """Make dynamic layers compute at temperature 0 what given static kernels compute.
 
     Args:
         warehouse: its cells are set.
@@ -98,8 +98,8 @@ def keep_kernels(
         by_value = _by_value(weights, parts[0].cell_out, math.prod(parts[0].cell_kernel))
     total = (blocks.square() * by_value).sum().item()
     error = ((blocks - alpha @ live).square() * by_value).sum().item()
-    # Cells may be as large as they like, coefficients not. Cells that are not needed, where there
-    # are more of them than values, stay random.
+    # Cells are unbounded, coefficients are not. Where there are more cells than values, the cells
+    # that are not needed stay random.
     size = alpha.abs().sum(-1).max().item() / (1 - EPS / scale) or 1.0
     warehouse.cells[: len(live)] = (live * size).to(warehouse.cells)
     alpha = F.pad(alpha / size, (0, layout.cells - len(live)))
@@ -118,7 +118,7 @@ def kernel_blocks(kernel: Tensor, part: Partition, name: str) -> Tensor:
         name: the layer's, for the message.
 
     Returns:
-        ``[m, D]``, float64 on the CPU: some devices have none.
+        ``[m, D]``, float64 on the CPU, since some devices lack it.
 
     Raises:
         ValueError: the kernel is not finite.
@@ -158,7 +158,7 @@ def _weights(
     for square, part, group_count in zip(inputs, parts, groups, strict=True):
         spatial, out_blocks, in_blocks = part.grid
         in_per_group = in_blocks * part.cell_in
-        if square is None:  # never called: it counts as little as the least of the others
+        if square is None:  # never called: the smallest weight of the other layers
             square = torch.full((group_count * in_per_group,), min(seen), device="cpu")
         # Input channels [g, I / g]; output blocks belong to groups in order, some to several.
         by_group = square.to("cpu").to(torch.float64).view(group_count, in_per_group)
@@ -168,7 +168,7 @@ def _weights(
         by_block = by_block.mean(1)[None].expand(spatial, -1, -1, -1)
         rows.append(by_block.reshape(part.mixtures, part.cell_in))
     weights = torch.cat(rows)
-    # Channels that were always zero may wake up later.
+    # Channels that were zero in all batches may become nonzero in training.
     weights = weights / weights.mean().clamp_min(1e-30)
     return weights.clamp_min(1e-4)
 

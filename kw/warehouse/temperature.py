@@ -61,8 +61,8 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         tau: temperature in [0, 1].
 
     Raises:
-        ValueError: ``tau`` is out of range, or the model has no KernelWarehouse layer: a
-            temperature that reaches nothing would go unnoticed.
+        ValueError: ``tau`` is out of range, or the model has no KernelWarehouse layer: the
+            call would have no effect.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"temperature is {tau}; expected a value in [0, 1]")
@@ -77,10 +77,10 @@ def set_temperature(model: nn.Module, tau: float) -> None:
 
 
 def fold_temperature(model: nn.Module) -> nn.Module:
-    """Make temperature 0 final, in place: neither temperature nor one-hot start remain.
+    """Fix the temperature at 0, in place: removes the temperature and the one-hot start.
 
-    What is left of the attention is ``alpha = f(z)``, the constant path that is exported. The
-    network can no longer be annealed, nor its state be loaded into one that can.
+    The attention becomes ``alpha = f(z)``, as exports need it. The network can no longer be
+    annealed, and its state cannot be loaded into one that can.
 
     Returns:
         The model.

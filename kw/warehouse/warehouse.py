@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class WarehouseSettings:
-    """How a warehouse is cut and how its layers attend to it.
+    """Partition and attention of a warehouse.
 
     Attributes:
         cell_num_ratio: convolutional parameter budget b: cells per mixture, an integer or 1 /
@@ -53,8 +53,8 @@ class WarehouseSettings:
         start: ``"keep"``: the layers begin as static ones, with the kernels that they replace
             (``kw.warehouse.start``); ``"paper"``: cells and attention are initialised at random
             and the temperature is annealed.
-        firmness: how firmly ``"keep"`` holds the coefficients that it begins with: the logits'
-            scale c over the number of cells.
+        firmness: the logits' scale c divided by the number of cells, for ``"keep"``: the larger,
+            the slower the initial coefficients change.
     """
 
     cell_num_ratio: float = 1.0
@@ -92,12 +92,12 @@ class WarehouseSettings:
 class Warehouse(nn.Module):
     """Cells shared by the layers of (about) one stage.
 
-    The cells are one 2-D parameter ``[n, c_out * c_in * cell_kernel]``: two dimensions survive
-    ``.to(memory_format=torch.channels_last)``, and mixing is one matrix product with it. It is
-    called ``weight``, as code that sorts parameters by their names expects.
+    The cells are one 2-D parameter ``[n, c_out * c_in * cell_kernel]``: two dimensions work with
+    ``.to(memory_format=torch.channels_last)``, and mixing is one matrix product. Its name is
+    ``weight``, because other code groups parameters by that name.
 
-    Every layer that uses a warehouse registers it, so that a part of a network has the cells that
-    it needs. ``parameters()`` and ``state_dict()`` of the network or of a part have them once,
+    Every layer that uses a warehouse registers it, so that a part of a network contains its cells.
+    ``parameters()`` and ``state_dict()`` of the network or of a part have them once,
     under the name of the first layer that uses them.
 
     The temperature is a buffer here, once for all layers that use the warehouse: checkpoints carry
@@ -161,7 +161,7 @@ class Warehouse(nn.Module):
         return self.weight
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) on each layer's own cells, seen as one kernel
+        """Kaiming-normal (fan out, ReLU) on each layer's own cells, viewed as one kernel
         ``[cells * c_out, c_in, cell_kernel]``; temperature 0."""
         _, *rest = self.partition.cell_shape
         for own in self.partition.slices:
@@ -207,9 +207,9 @@ class Warehouse(nn.Module):
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Itself, once in a traversal, also where duplicates are asked for.
+        """Itself, once per traversal, also with ``remove_duplicate=False``.
 
-        ``torch.func.functional_call`` would take several names of one module for tied weights.
+        Otherwise ``torch.func.functional_call`` would treat the cells as tied weights.
         """
         memo = set() if memo is None else memo
         if self not in memo:
@@ -217,12 +217,12 @@ class Warehouse(nn.Module):
             yield prefix, self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Once for each state dict, however many layers lead here."""
+        """Save the cells once per state dict, although several layers register them."""
         where, first = _saved_to.get(self, (None, prefix))
         is_same = where is not None and where() is destination
         if is_same and first != prefix and f"{first}weight" in destination:
             return
-        if isinstance(destination, OrderedDict):  # a dict of the caller's takes no weak reference
+        if isinstance(destination, OrderedDict):  # a plain dict has no weak references
             _saved_to[self] = (weakref.ref(destination), prefix)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -236,7 +236,7 @@ class Warehouse(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """From whichever of the layers that lead here the state names; missing if none of them.
+        """Load the cells from any layer's key; they are missing if no layer has one.
 
         One call of ``load_state_dict`` visits a warehouse once for each of its layers.
         """
@@ -262,14 +262,14 @@ class Warehouse(nn.Module):
         return f"cells={self.partition.cells}, cell_shape={shape}, layers={len(self.shapes)}"
 
 
-# What is known of a state dict while it is made or loaded, outside of the modules: these are copied
-# and pickled.
+# Records about a state dict while it is made or loaded. They are not attributes of the modules,
+# which are copied and pickled.
 _saved_to: WeakKeyDictionary[Warehouse, tuple[weakref.ref[Any], str]] = WeakKeyDictionary()
 _loaded_from: WeakKeyDictionary[Warehouse, tuple[list[str], list[str]]] = WeakKeyDictionary()
 
 
 class WarehouseDict(dict[str, Warehouse]):
-    """A converted model's warehouses by name: an index, the modules belong to the layers.
+    """A converted model's warehouses by name. An index only: the layers register the modules.
 
     Attributes:
         conversion: what the last :func:`kw.convert` of the model did.
@@ -316,7 +316,7 @@ def earlier_order(model: nn.Module) -> list[nn.Parameter]:
 
 
 def with_names_now(model: nn.Module, state: Mapping[str, _Value]) -> dict[str, _Value]:
-    """A state of this or an earlier version under the names of this one."""
+    """A state of this or an earlier version, under this version's names."""
     renamed = names_now(model)
     return {renamed.get(key, key): value for key, value in state.items()}
 

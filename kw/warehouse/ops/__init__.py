@@ -1,7 +1,7 @@
 """Contractions of inputs, coefficients and cells, and the choice among them.
 
-``dynamic_conv`` is the way in. Back ends are in a file each: the yardsticks ``reference`` (the
-definition) and ``grouped`` (what everyone does), then those that the selector chooses from.
+``dynamic_conv`` is the entry point. Every back end has its own file: the yardsticks ``reference``
+(the definition) and ``grouped`` (the usual implementation), and those that the selector may choose.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def dynamic_conv(
         ``[B, O, *output space]``, without the bias.
 
     Raises:
-        ValueError: an unknown back end, or one that cannot do this layer; a tensor of another
-            shape, type or device than the layer and the others say.
+        ValueError: an unknown back end, or one that cannot do this layer; a tensor whose
+            shape, type or device does not fit the layer or the other tensors.
     """
     if backend in YARDSTICKS:
         check_operands(x, alpha, cells, spec)
@@ -68,7 +68,7 @@ def dynamic_conv(
         check_backend(backend, spec)
     x, cells = compute_types(x, cells)
     if _is_exporting():
-        # A graph for other runtimes is made of operators that they know.
+        # An exported graph may contain standard operators only.
         return conv_exported(x, alpha, cells, spec)
     return contract(x, alpha, cells, spec, backend)
 
@@ -90,7 +90,8 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
         raise ValueError(f"back end {name!r} is unknown; {hint}known: auto, {', '.join(BACKENDS)}")
     if name in YARDSTICKS:
         return
-    # The least input that the kernel fits on: what depends on more is refused when it is seen.
+    # The smallest input that the kernel fits on; limits on larger inputs are checked when they
+    # occur.
     part = spec.partition
     size = tuple(d * (k - 1) + 1 for d, k in zip(spec.dilation, part.kernel, strict=True))
     dtype = torch.float32 if cells is None else cells.dtype

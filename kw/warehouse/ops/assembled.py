@@ -24,19 +24,19 @@ from .spec import ConvSpec
 
 __all__ = ["Assembled"]
 
-# Blocks, the kernels that they are moved to, and in the backward pass the kernels' gradients too.
+# Blocks, kernels, and in the backward pass the gradients of the kernels.
 _COPIES = {False: 2, True: 3}
 
 GROUPED = 1.2
-"""Time of a grouped convolution of all samples over that of an ordinary one, as measured."""
+"""Measured time of a grouped convolution of all samples, relative to an ordinary convolution."""
 
 
 class Assembled(Contraction):
     """Assemble by one matrix product; convolve by one grouped convolution of the library.
 
-    One sample makes an ordinary convolution. So do images that lie channels last on CPU, sample by
-    sample: the grouped one would bring them into the other layout and back, and kernels that lie
-    channels last are whole rows of the blocks, cheaper to put together (for 64 channels at 56x56:
+    For one sample this is an ordinary convolution. On CPU, channels-last images are convolved one
+    by one: a grouped convolution would convert their layout and back, and channels-last kernels
+    are whole rows of the blocks, cheaper to assemble (for 64 channels at 56x56:
     7.1 ms against 8.2 and 1.6 for the change of layout, batch 8, two cores).
     """
 
@@ -103,8 +103,8 @@ class Assembled(Contraction):
         kernels = problem.batch * each * ((4 + 8 + 3) if problem.training else 4)
         activations = problem.batch * (problem.input_numel + problem.output_numel) * passes
         if problem.device == "cpu" and not problem.channels_last and not slow:
-            activations *= 3  # oneDNN brings them into blocks of channels and back
-        # To their places, and back for their gradients.
+            activations *= 3  # oneDNN converts them to blocked layouts and back
+        # Blocks to kernels, and back for the gradients.
         slow_macs: float = RELAYOUT_MACS * passes * problem.batch * each
         if slow:
             backward = 2 * (slowdown(spec) if problem.device == "cpu" else 1)

@@ -1,4 +1,4 @@
-"""What the back ends share: mixing cells to blocks, blocks to kernels and back, chunks of samples.
+"""Shared parts of the back ends: cells to blocks, blocks to kernels and back, chunks of samples.
 
 Legend: B samples (b of a chunk), m mixtures, n cells, S, GO, GI blocks along space, output and
 input channels, O, I channels, g groups, K kernel positions, P output positions.
@@ -38,29 +38,29 @@ GPU_SCRATCH = 256 << 20
 
 
 def scratch_bytes(device: str) -> int:
-    """Scratch memory that a chunk may take on such a device."""
+    """Largest scratch memory of a chunk on a device type, bytes."""
     return CPU_SCRATCH if device == "cpu" else GPU_SCRATCH
 
 
 def sample_chunks(batch: int, values: int, like: Tensor) -> list[slice]:
-    """Samples in chunks of even size whose scratch, ``values`` a sample, stays in bounds."""
+    """Chunks of about equal size whose scratch (``values`` per sample) fits the limit."""
     most = scratch_bytes(like.device.type) // max(values * like.element_size(), 1)
     return even_chunks(batch, max(most, 1))
 
 
 def even_chunks(count: int, most: int) -> list[slice]:
-    """``count`` things in as few chunks as it takes for none to exceed ``most``, about equal."""
+    """``count`` items in the fewest chunks of at most ``most`` items, of about equal size."""
     size = math.ceil(count / math.ceil(count / most)) if count > most else max(count, 1)
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def join(chunks: list[Tensor]) -> Tensor:
-    """The chunks' results as one; a copy only if there are several."""
+    """Concatenate the chunks' results; copies only if there are several."""
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def assemble(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    """All samples' kernels, differentiably: one matrix product, then every block to its place.
+    """All samples' kernels, differentiably: one matrix product, then a permutation of blocks.
 
     Args:
         alpha: ``[B, m, n]``.
@@ -83,7 +83,7 @@ def mix(alpha: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_kernels(blocks: Tensor, part: Partition, channels_last: bool = False) -> Tensor:
-    """Blocks ``[b, m, cell]`` in their places: ``[b, O, I / g, k_1 .. k_d]``.
+    """Kernels from blocks ``[b, m, cell]``: ``[b, O, I / g, k_1 .. k_d]``.
 
     Args:
         blocks: ``[b, m, cell]``.
@@ -100,8 +100,8 @@ def to_kernels(blocks: Tensor, part: Partition, channels_last: bool = False) -> 
 def to_taps(blocks: Tensor, part: Partition) -> Tensor:
     """Blocks ``[b, m, cell]`` as one matrix a kernel position: ``[b, K, O, I / g]``.
 
-    That is the order in which blocks lie, so nothing moves unless cells are cut along input
-    channels or span space.
+    Blocks are stored in that order, so no copy is made unless cells are cut along input channels
+    or span space.
     """
     out, in_ = part.kernel_shape[:2]
     taps = _grid(blocks, part).permute(0, 1, 6, 2, 4, 3, 5)  # [b, S, ck, GO, c_out, GI, c_in]
@@ -132,13 +132,13 @@ class BlockGradients:
 
     def __init__(self, alpha: Tensor, cells: Tensor, needs: Needs) -> None:
         self._inputs = alpha, cells
-        # What several chunks add up to has to be wider than half precision.
+        # Sums over several chunks need more than half precision.
         wide = torch.promote_types(cells.dtype, torch.float32)
         self._alpha = torch.zeros_like(alpha, dtype=wide) if needs[1] else None
         self._cells = torch.zeros_like(cells, dtype=wide) if needs[2] else None
 
     def add(self, blocks: Tensor, samples: slice, values: slice = slice(None)) -> None:
-        """Take in gradients ``[b, m, values]`` of the blocks of some samples, or a part of them.
+        """Add gradients ``[b, m, values]`` of the blocks of some samples, or of a part of them.
 
         Args:
             blocks: the gradient.
@@ -156,10 +156,10 @@ class BlockGradients:
 
     @property
     def alpha(self) -> Tensor | None:
-        """The gradient ``[B, m, n]``, or ``None`` if it is not wanted."""
+        """The gradient ``[B, m, n]``, or ``None`` if not needed."""
         return None if self._alpha is None else self._alpha.to(self._inputs[0].dtype)
 
     @property
     def cells(self) -> Tensor | None:
-        """The gradient ``[n, cell]``, or ``None`` if it is not wanted."""
+        """The gradient ``[n, cell]``, or ``None`` if not needed."""
         return None if self._cells is None else self._cells.to(self._inputs[1].dtype)

@@ -27,13 +27,13 @@ YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
     "reference": conv_reference,
     "grouped": conv_grouped,
 }
-"""Ordinary differentiable code, which the others are tested against and compared with. Autograd
-keeps what it keeps; the selector never takes them."""
+"""Plain autograd code: references for tests and benchmarks. They store all intermediate results,
+and the selector never chooses them."""
 
 for _own in (Native(), TritonConv(), TritonOnChip(), Depthwise(), Assembled(), Bmm(), MixInputs()):
     CONTRACTIONS[_own.name] = _own
 
 BACKENDS: Mapping[str, Any] = ChainMap(CONTRACTIONS, YARDSTICKS)
-"""What can be forced on a layer, the yardsticks first."""
+"""Names for ``backend``, the yardsticks first."""
 
 selector = Selector(CONTRACTIONS, fallback="assembled")

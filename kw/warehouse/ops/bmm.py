@@ -1,11 +1,11 @@
 """Every sample's kernel, assembled, and batched matrix products: one matrix a kernel position.
 
-The matrices of a kernel's positions lie as blocks do, so kernels are consumed where the assembling
-product wrote them (unless cells are cut along input channels, span space, or the layer is grouped).
+The matrices are stored in the order of the blocks, so the assembled kernels are used without a copy
+(unless cells are cut along input channels, span space, or the layer is grouped).
 
 - Stride 1: every matrix is multiplied with the whole input, in one product a sample; the products
-  are then shifted and summed. Nothing is unfolded, and the input is read once.
-- Other strides: every matrix is multiplied with the positions that it meets.
+  are then shifted and summed. No unfolding; the input is read once.
+- Other strides: every matrix is multiplied with the positions that its tap reads.
 
 Legend: B samples, b of a chunk times g groups, K taps (kernel positions), O, I channels of a group,
 Q input and P output positions.
@@ -47,8 +47,8 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution as one batched matrix product, of ordinary differentiable operations.
 
     Traced and exported with any number of samples and any size, and differentiated any number of
-    times. Every other back end is faster or takes less memory. Columns stand in the order in which
-    blocks lie, so that assembled kernels are moved by rows of cells, once, or not at all.
+    times. Every other back end is faster or takes less memory. Columns are in the order of
+    the blocks, so that assembled kernels are copied once, by rows of cells, or not at all.
     """
     part, groups = spec.partition, spec.groups
     taps, size = unfold_taps(x, spec)
@@ -64,7 +64,7 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
-    """What every tap reads of every channel, ``[B, C, K, P]``, and the output's size.
+    """The input positions of every tap, for every channel: ``[B, C, K, P]``, and the output's size.
 
     By a depthwise convolution with one-hot kernels: exact, one operator, and the size is that of
     any convolution. Slices would compare sizes at every tap, over which tracing takes minutes.
@@ -169,8 +169,8 @@ def _chunks(
 ) -> Iterator[tuple[slice, slice]]:
     """Samples and rows (output channels of a cell) to work on at a time.
 
-    Every chunk of samples reads all cells, every chunk of rows all inputs: the smaller of the two
-    is read again. Below a vector's width of rows, products are inefficient.
+    Every chunk of samples reads all cells, every chunk of rows all inputs; the smaller of the two
+    is read repeatedly. Products with fewer rows than a vector register holds are inefficient.
     """
     scratch = _scratch(spec, x.shape[2:], training)
     part, batch = spec.partition, len(x)
@@ -201,7 +201,7 @@ def _output_rows(y: Tensor, rows: slice, spec: ConvSpec) -> Tensor:
 
 
 def _empty_output(like: Tensor, spec: ConvSpec) -> Tensor:
-    """For all output channels, lying as some of them do."""
+    """A tensor for all output channels, in the memory format of a part of them."""
     if like.stride(1) == 1:  # channels last
         size = like.movedim(1, -1).shape[:-1]
         return like.new_empty(*size, spec.out_channels).movedim(-1, 1)
@@ -213,7 +213,7 @@ def _is_folded(spec: ConvSpec) -> bool:
 
 
 def _is_direct(spec: ConvSpec) -> bool:
-    """Whether inputs and outputs take part as they lie, position by position."""
+    """Whether inputs and outputs are used in channels-last order, without a copy."""
     return spec.is_pointwise and _is_folded(spec) and not any(spec.padding)
 
 
@@ -223,8 +223,7 @@ def _in_place(spec: ConvSpec) -> bool:
 
 
 def _scratch(spec: ConvSpec, size: Sequence[int], training: bool) -> int:
-    """Values of a sample beyond its input and output: its kernel, and what every tap makes of the
-    input or reads from it."""
+    """Scratch values of a sample: its kernel, and every tap's outputs (stride 1) or inputs."""
     out, in_, *kernel = spec.partition.kernel_shape
     kernel_numel = out * in_ * math.prod(kernel)
     if _is_direct(spec):

@@ -1,4 +1,4 @@
-"""What a back end is: a way to contract inputs, coefficients and cells, and what it costs.
+"""The base class of back ends: a contraction of inputs, coefficients and cells, and its cost.
 
 Legend: B samples, m mixtures, n cells, O, I channels, P output positions.
 """
@@ -19,12 +19,12 @@ from .summing import GradientSum
 __all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction", "check_operands"]
 
 Needs = tuple[bool, bool, bool]
-"""Whether the gradient of the input, of the coefficients and of the cells is wanted."""
+"""Whether the gradients of the input, of the coefficients and of the cells are needed."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One contraction to be done: the layer, the shapes, and on what.
+    """One contraction: the layer, the shapes, the types and the device.
 
     Attributes:
         spec: the layer.
@@ -33,10 +33,10 @@ class Problem:
         size: spatial size of the input.
         dtype: of the input and the cells, as the contraction sees them (after autocast).
         device: device type, ``"cpu"`` or ``"cuda"``, ...
-        training: whether gradients will be asked for.
-        channels_last: whether the input lies channels last.
-        cells_dtype: of the cells, where it is not the input's: float32 under 16-bit inputs, for
-            kernels that are assembled in float32 and rounded once.
+        training: whether a backward pass follows.
+        channels_last: whether the input is in channels-last memory format.
+        cells_dtype: of the cells, where it differs from the input's: float32 under 16-bit inputs,
+            for kernels that are assembled in float32 and rounded once.
     """
 
     spec: ConvSpec
@@ -93,15 +93,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a contraction takes, from which the selector predicts its time.
+    """The work of a contraction, from which the selector predicts its time.
 
     Attributes:
         dense_macs: multiply-adds in matrix products or convolutions at full rate.
         slow_macs: multiply-adds outside of them (depthwise, elementwise).
-        bytes: read and written beyond the caches.
+        bytes: memory traffic beyond the caches.
         launches: calls of library functions or kernels.
-        waiting_bytes: moved by calls that have no time to multiply meanwhile, beside others that
-            do little else: their time is added, where that of ``bytes`` hides behind arithmetic.
+        waiting_bytes: traffic of calls that do no arithmetic. Its time is added; the time of
+            ``bytes`` overlaps with arithmetic.
     """
 
     dense_macs: float = 0
@@ -123,7 +123,7 @@ class Cost:
 def check_operands(
     x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, grad: Tensor | None = None
 ) -> None:
-    """Refuse tensors that are not one contraction's.
+    """Refuse tensors that do not fit together or do not fit the layer.
 
     Args:
         x: ``[B, I, *space]``, of a floating-point type.
@@ -178,20 +178,20 @@ def _refuse(name: str, tensor: Tensor, expected: str) -> NoReturn:
 class Contraction:
     """One way of computing ``y_b = conv(x_b, assemble(alpha_b, cells))`` and its gradients.
 
-    Both methods run without autograd and outside of autocast, and check what they are given: a back
-    end that reads memory by itself would read beyond its end. ``x`` has the dtype in which the
-    output is returned; ``cells`` has the same or, for kernels that are assembled in float32 and
-    rounded once, float32; ``alpha`` has that or float32. Gradients have their tensor's dtype.
-    The output may lie contiguous or channels last; the caller brings it into the input's layout.
-    Between forward and backward nothing is kept but the three inputs: assembled kernels are larger
-    than the activations that they make, so the backward pass assembles them again.
+    Both methods run without autograd and outside of autocast, and check their arguments: a back
+    end with kernels of its own would read beyond the end of a tensor that is too small. ``x`` has
+    the dtype in which the output is returned; ``cells`` has the same or, for kernels that are
+    assembled in float32 and rounded once, float32; ``alpha`` has that or float32. Gradients have
+    their tensor's dtype. The output may be contiguous or channels last; the caller converts it to
+    the input's layout. Only the three inputs are stored for the backward pass, which assembles the
+    kernels again: they are larger than the activations.
     """
 
     name: ClassVar[str]
 
     efficiency: ClassVar[dict[str, float]] = {}
     """Share of a device's rate of multiply-adds that the back end's products reach, by device type;
-    1 where nothing stands."""
+    1 where there is no entry."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Reason why this back end does not support the problem; ``None`` if it does."""
@@ -216,7 +216,7 @@ class Contraction:
         needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of ``x``, ``alpha`` and ``cells`` for ``grad [B, O, *space']``; ``None`` where
-        not wanted.
+        not needed.
 
         Raises:
             ValueError: the tensors do not fit the layer (:func:`check_operands`).
@@ -241,12 +241,12 @@ class Contraction:
         raise NotImplementedError
 
     def cost(self, problem: Problem) -> Cost:
-        """Of the forward pass or, when training, of both passes."""
+        """Cost of the forward pass or, when training, of both passes."""
         raise NotImplementedError
 
 
 class SummingContraction(Contraction):
-    """One that can add the cells' gradient to what other layers of the warehouse have given."""
+    """A back end that can add the cells' gradient to the gradients of other layers."""
 
     def backward_summing(
         self,
@@ -258,7 +258,7 @@ class SummingContraction(Contraction):
         needs: Needs,
         total: GradientSum | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As :meth:`backward`, of tensors that were checked; the cells' gradient is added to
+        """As :meth:`backward`, for checked tensors; the cells' gradient is added to
         ``total``, if there is one, and ``None`` is returned for it."""
         raise NotImplementedError
 

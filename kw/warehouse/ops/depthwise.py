@@ -25,18 +25,19 @@ from .spec import ConvSpec
 
 __all__ = ["Depthwise"]
 
-# Values of a sample from which a call of its own pays (0.1 ms), in the forward pass and for small
-# kernels, and for gradients of large ones. Measured with oneDNN on two cores, batch 8; shifting and
-# adding K times was slower everywhere.
+# Values of a sample from which a separate call (0.1 ms) is faster: in the forward pass and for
+# small kernels, and for gradients of large kernels. Measured with oneDNN on two cores, batch 8;
+# shifting and adding K times was slower everywhere.
 _WORTH_A_CALL = 1 << 17
 _WORTH_A_CALL_LARGE = 1 << 16
 
 
 class Depthwise(Contraction):
-    """Assemble, which is cheap here, and one depthwise convolution of ``B * C`` channels.
+    """Assemble, which is cheap for depthwise layers, then one depthwise convolution of ``B * C``
+    channels.
 
-    On CPU images that lie channels last are convolved one by one, if they are large enough, and so
-    are gradients of large kernels: there the library is several times faster.
+    On CPU, large channels-last images are convolved one by one, and so are gradients of large
+    kernels: the library is several times faster that way.
     """
 
     name = "depthwise"

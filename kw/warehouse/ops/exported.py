@@ -1,9 +1,9 @@
-"""Dynamic convolutions of operators that other runtimes know, for any number of samples.
+"""Dynamic convolutions from standard operators, for export with any number of samples.
 
 ONNX fixes the groups of a convolution, so the usual form, one group a sample, exports for a fixed
-batch only. What is here instead, by layer:
+batch only. The forms used instead, by layer:
 
-- ``columns`` (:func:`.bmm.conv_bmm`): kernels assembled, one batched matrix product;
+- ``columns`` (:func:`.bmm.conv_bmm`): assembled kernels, one batched matrix product;
 - ``mixed``: mixed inputs, one product with the shared cells, where that is less work (finely cut
   kernels on few positions; a classifier, which has one);
 - ``grouped``: depthwise layers, where the runtime takes groups that depend on the batch, or the
@@ -39,14 +39,14 @@ __all__ = ["conv_exported", "fixed_groups"]
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 MIXED = 1.3
-"""Multiply-adds of mixed inputs that take as long as one of assembled kernels, which are moved."""
+"""Multiply-adds on mixed inputs that take as long as one multiply-add on assembled kernels."""
 
 _fixed_groups: ContextVar[bool] = ContextVar("fixed_groups", default=False)
 
 
 @contextlib.contextmanager
 def fixed_groups() -> Iterator[None]:
-    """What is exported meanwhile is for a runtime whose convolutions have constant groups."""
+    """Within this context, exports use convolutions with a constant number of groups only."""
     token = _fixed_groups.set(True)
     try:
         yield
@@ -76,7 +76,7 @@ def _mixes(cells: int, spec: ConvSpec, size: Any) -> bool:
 
 
 def _hint(size: Any) -> int:
-    """The example's size: to compare a symbolic one would bind the graph to the outcome."""
+    """The example's size as an integer: comparing a symbolic size adds a guard."""
     hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
     return int(hint)
 
@@ -110,6 +110,6 @@ def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tenso
         image, kernel = sample
         return carry.clone(), conv(image.unsqueeze(0), kernel, None, *slide).squeeze(0)
 
-    # A scan carries something along; nothing is passed from sample to sample.
+    # scan() needs a carried value; no sample uses it.
     kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, C, 1, k..]
     return scan(step, x.new_zeros(1), (x, kernels))

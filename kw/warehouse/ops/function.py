@@ -1,11 +1,11 @@
-"""The autograd function around all back ends: nothing is kept but the three inputs.
+"""The autograd function around all back ends; only the three inputs are stored.
 
 Under ``torch.compile`` it is an operator of ``torch.library``: one node instead of the selector's
-branches (one graph, no breaks), and CUDA graphs capture what the chosen back end launches. Outside
-of it the same two functions stand in a ``torch.autograd.Function``, whose calls are cheaper.
+branches (one graph, no breaks), and CUDA graphs capture what the chosen back end launches.
+Otherwise a ``torch.autograd.Function``, whose calls are cheaper, runs the same two functions.
 
-The back end is looked up when the work is done, from real shapes; it may be another one in the
-backward pass, because what the forward pass computed on its way is not used there.
+The back end is chosen at run time from real shapes. The backward pass may use another one, because
+it needs no intermediate results of the forward pass.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _is_counted() -> bool:
-    """Whether torch's FlopCounterMode is on: it sees operators, not what compiled code does."""
+    """Whether torch's FlopCounterMode is on: it counts operators, not compiled code."""
     return any(type(mode).__name__.endswith("FlopCounterMode") for mode in dispatch_modes())
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
     check_operands(x, alpha, cells, spec)  # before the selector reads shapes
-    if len(x) == 0:  # as static layers do: a detector's head may be left without regions
+    if len(x) == 0:  # as static layers do; a detector's head may get no regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
     with torch.no_grad(), _outside_autocast(x):
@@ -197,7 +197,7 @@ def _backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    """The kernels again for the input's gradient, and theirs for those of what they are made of."""
+    """Assembly and input gradient, kernel gradient, gradients of coefficients and cells."""
     problem = _problem(x, cells, ConvSpec.decode(spec))
     convolutions = needs[0] + (needs[1] or needs[2])
     return 2 * (sum(needs) * problem.assembly_macs + convolutions * problem.conv_macs)
@@ -239,8 +239,8 @@ class _DynamicConv(torch.autograd.Function):
 def _differentiable(
     grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that are to be differentiated again (``create_graph``): ordinary code's."""
-    # Of aliases: coefficients come from the input, whose gradient here is that of the convolution.
+    """Differentiable gradients (``create_graph``), by plain autograd code."""
+    # Aliases, because coefficients depend on the input: only the convolution's own gradient counts.
     aliases = [t.view_as(t) for t in (x, alpha, cells)]
     wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed]
     y = conv_bmm(aliases[0], aliases[1], aliases[2], spec)
@@ -272,7 +272,7 @@ def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -
 
 
 def _outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # A back end is given the types that it shall compute in; autocast would change them again.
+    # The types are final; autocast would change them again.
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return nullcontext()

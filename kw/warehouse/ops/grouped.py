@@ -1,4 +1,4 @@
-"""The yardstick: what implementations of dynamic convolution do.
+"""The yardstick ``grouped``: the usual implementation of dynamic convolution.
 
 Legend: B samples, O, I channels, g groups, k kernel size.
 """

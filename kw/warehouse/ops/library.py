@@ -1,4 +1,4 @@
-"""The library's convolutions, where every sample has a kernel of its own.
+"""PyTorch's convolutions for samples that each have their own kernel.
 
 Legend: b samples, O, I channels, g groups, k kernel size.
 """

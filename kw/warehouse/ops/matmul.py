@@ -1,8 +1,8 @@
-"""Matrix products as fast as the installed libraries have them.
+"""The fastest matrix products of the installed libraries.
 
 For float32 on CPU that is oneDNN's linear layer: on AMD processors it is two to three times faster
-than MKL's product, which ``torch.mm`` calls. PyTorch exposes it to its own compiler only, hence the
-self-test, and ``torch.mm`` wherever it fails.
+than MKL's product, which ``torch.mm`` calls. It is a private operator of PyTorch, hence the
+self-test; ``torch.mm`` is used where it fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["accumulate", "batch_matmul", "matmul"]
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
-# Multiply-adds below which a call costs more than the work does.
+# Multiply-adds below which the call costs more than the arithmetic.
 SMALL = 1 << 14
 
 
@@ -57,8 +57,8 @@ def _is_candidate(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(a: Tensor) -> Tensor:
-    """The matrix without gaps between its rows or columns: with them oneDNN takes a slow path that
-    was seen to take a hundred times as long."""
+    """The matrix without gaps between its rows or columns: with gaps oneDNN was measured to be a
+    hundred times slower."""
     return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
 
 

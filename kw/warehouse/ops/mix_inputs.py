@@ -5,10 +5,10 @@ The convolution is linear in input and kernel alike, so the sum over cells can b
     Z[b, go, j] = sum over s, gi of alpha[b, (s, go, gi), j] * shift_s(x[b, gi])
     y[b, go]    = sum over j of E_j Z[b, go, j]
 
-No kernel is assembled. Where a sample's kernel outweighs its input n / m times over (late stages,
-small images, finely cut kernels) that is less work, and always one large product, not many small
-ones. A cell that spans space is a kernel: inputs are mixed without shifting, and the dense product
-is an ordinary convolution.
+No kernel is assembled. It is less work where a sample's kernel is more than n / m times as large as
+its input (late stages, small images, finely cut kernels), and always one large product instead of
+many small ones. A cell that spans space is a kernel: inputs are mixed without shifting, and the
+dense product is an ordinary convolution.
 
 Legend: B samples, b of a chunk times g groups, n cells, j of a chunk, GO, GI blocks along output
 and input channels of a group, c_out, c_in channels of a cell, K taps, P output positions.
@@ -145,8 +145,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(x: Tensor, cells: Tensor, spec: ConvSpec) -> Iterator[tuple[slice, list[slice]]]:
-    """Samples, and for them the cells, to work on at a time: mixed inputs have to stay in bounds,
-    and are there twice, as they are mixed and as they are multiplied."""
+    """Samples, and for them the cells, to work on at a time: mixed inputs must fit the limit,
+    and exist twice: as mixed and in the order of the product."""
     part = spec.partition
     positions = math.prod(x.shape[2:]) if _is_whole(spec) else math.prod(_size(x, spec))
     each = 2 * part.grid[1] * positions * part.cell_in * x.element_size()
@@ -161,7 +161,7 @@ def _size(x: Tensor, spec: ConvSpec) -> tuple[int, ...]:
 
 
 def _inputs(x: Tensor, spec: ConvSpec) -> Tensor:
-    """What is mixed: ``[b, (GI, K), (P, c_in)]``, or ``[b, GI, (c_in, *size)]`` for whole cells."""
+    """The inputs: ``[b, (GI, K), (P, c_in)]``, or ``[b, GI, (c_in, *size)]`` for whole cells."""
     part, size = spec.partition, x.shape[2:]
     batch, in_blocks = len(x) * spec.groups, part.grid[2]
     if _is_whole(spec):

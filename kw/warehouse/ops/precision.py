@@ -1,4 +1,4 @@
-"""In which types a contraction computes.
+"""The types in which a contraction computes.
 
 Two settings trade accuracy for speed. Their effect on a network's output is measured against
 float64 by ``kw benchmark backends``, see docs/experiments.md.
@@ -6,7 +6,7 @@ float64 by ``kw benchmark backends``, see docs/experiments.md.
 - ``torch.set_float32_matmul_precision`` is torch's own: under ``"high"`` float32 matrix products
   on NVIDIA GPUs take inputs of 10 mantissa bits (TF32). PyTorch may follow it on CPUs too,
   where the processor has such products.
-- :func:`set_assembly_precision` says what kernels are assembled in under autocast: ``"autocast"``,
+- :func:`set_assembly_precision` sets the type of assembly under autocast: ``"autocast"``,
   the default, rounds coefficients and cells to 16 bit before they are mixed; ``"float32"`` mixes
   them in float32 and rounds the assembled kernel once.
 """
@@ -25,7 +25,7 @@ _assembly = ASSEMBLY_PRECISIONS[0]
 
 
 def set_assembly_precision(precision: str) -> None:
-    """Set what kernels are assembled in under autocast: ``"autocast"`` or ``"float32"``.
+    """Set the type in which kernels are assembled under autocast: ``"autocast"`` or ``"float32"``.
 
     Raises:
         ValueError: another value.
@@ -40,12 +40,12 @@ def set_assembly_precision(precision: str) -> None:
 
 
 def assembly_precision() -> str:
-    """What :func:`set_assembly_precision` has set."""
+    """The present setting of :func:`set_assembly_precision`."""
     return _assembly
 
 
 def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and cells in the types that they are contracted in.
+    """Input and cells in the types of the contraction.
 
     Raises:
         ValueError: they differ, and autocast is off.
@@ -55,7 +55,7 @@ def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     if is_autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
-        # A model that is in 16 bit already has no more to mix with.
+        # A model in 16 bit has no float32 cells.
         return x, cells if _assembly == "float32" else cells.to(dtype)
     if x.dtype != cells.dtype:
         raise ValueError(

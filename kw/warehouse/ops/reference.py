@@ -1,4 +1,4 @@
-"""The definition of a dynamic convolution, written to be read: one sample, one block at a time.
+"""The definition of a dynamic convolution, written for reading: one sample, one block at a time.
 
 Every other back end is tested against this one.
 """

@@ -1,12 +1,12 @@
-"""Which back end does a layer, for its shapes, types and device: the selector.
+"""The selector: chooses the back end of a layer from its shapes, types and device.
 
 A cost model predicts each back end's time from its multiply-adds, the bytes it moves and the calls
-it makes; the quickest is taken. The model is arithmetic on shapes: it reads nothing from the device
-during a step, and equal machines choose equally. Where prediction is not enough, ``measure`` times
+it makes, and the fastest is used. The model is arithmetic on shapes: no synchronisation with the
+device, and equal machines make equal choices. Where prediction is not enough, ``measure`` times
 the likely ones once per shape and keeps the result in a file that all processes of the machine
 read.
 
-Forward and backward pass are chosen apart, since they share nothing but the layer's inputs.
+Forward and backward pass are chosen separately, since they share only the layer's inputs.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = ["MODES", "Prediction", "Selector"]
 
 MODES = ("model", "measure", "off")
 _CANDIDATES = 3.0
-"""Back ends predicted within this factor of the quickest are timed."""
+"""Back ends predicted within this factor of the fastest are timed."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the selector thinks of one back end for one problem.
+    """The selector's prediction for one back end and one problem.
 
     Attributes:
         name: the back end.
-        seconds: predicted time; ``None`` where it cannot do the problem.
-        refusal: why it cannot, or an empty string.
+        seconds: predicted time; ``None`` where the problem is unsupported.
+        refusal: reason it is unsupported, or an empty string.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Prediction:
 
 
 class Selector:
-    """Chooses among back ends; one instance serves the process.
+    """Chooses among back ends; one instance per process.
 
     Args:
         contractions: back ends by name, the preferred first where predictions are equal.
-        fallback: the one that is taken without planning; it must do every problem.
+        fallback: the back end of mode ``"off"``; it must support every problem.
 
     Attributes:
         mode: ``"model"`` predicts; ``"measure"`` times the likely ones at a shape's first use;
@@ -81,7 +81,7 @@ class Selector:
         """The back end for a problem: the one named, or the selector's choice for ``"auto"``.
 
         Raises:
-            ValueError: the one named cannot do the problem; the message says why.
+            ValueError: the named back end does not support the problem; the message says why.
         """
         if backend != "auto":
             contraction = self.contractions[backend]
@@ -90,7 +90,7 @@ class Selector:
                 raise ValueError(f"back end {backend!r} cannot do this: {reason}")
             self._record(problem, backend)
             return contraction
-        # The number of threads is part of what a CPU is; nothing else can change in a process.
+        # Within a process only the number of CPU threads can change.
         key = (problem, torch.get_num_threads() if problem.device == "cpu" else 0)
         chosen = self._chosen.get(key)
         if chosen is None:
@@ -113,8 +113,8 @@ class Selector:
             recorder.append((problem, name))
 
     def predict(self, problem: Problem, profile: DeviceProfile | None = None) -> list[Prediction]:
-        """Every back end's predicted time for the pass that the problem stands for, quickest
-        first; those that cannot do it last. The device is this one unless a profile is given."""
+        """Every back end's predicted time for the problem's pass, fastest first, unsupported ones
+        last; on this device unless a profile is given."""
         profile = profile or device_profile(problem.device)
         predictions = [self._predict(name, problem, profile) for name in self.contractions]
         return sorted(predictions, key=lambda p: (p.seconds is None, p.seconds or 0.0))
@@ -130,7 +130,7 @@ class Selector:
             return profile.seconds(contraction.cost(part), problem.dtype, share)
 
         seconds = predicted(problem)
-        if problem.training:  # the backward pass is what both passes take beyond the forward one
+        if problem.training:  # backward pass = both passes - forward pass
             seconds = max(seconds - predicted(replace(problem, training=False)), 0.0)
         return Prediction(name, seconds)
 
@@ -156,10 +156,10 @@ class Selector:
 
 
 def _bucket(batch: int) -> int:
-    """The next power of two: shapes that are timed once for all batches up to it."""
+    """The next power of two: all batches up to it share one timing."""
     return 1 << max(batch - 1, 0).bit_length()
 
 
 def _may_measure(problem: Problem) -> bool:
-    # Timing waits for the device, which a stream that is being captured cannot.
+    # Timing synchronises with the device, which is impossible during graph capture.
     return problem.device != "cuda" or not torch.cuda.is_current_stream_capturing()

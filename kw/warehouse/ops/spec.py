@@ -1,4 +1,4 @@
-"""What a contraction needs to know besides its tensors."""
+"""The layer's settings that a contraction needs besides its tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ConvSpec"]
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution with assembled kernels: the kernel's partition and how it slides.
+    """A convolution with assembled kernels: partition, stride, padding, dilation, groups.
 
     Attributes:
         partition: blocks and cells of the kernel.
@@ -77,7 +77,7 @@ class ConvSpec:
 
     @staticmethod
     def decode(code: Sequence[int]) -> ConvSpec:
-        """The spec that :meth:`encode` wrote."""
+        """The inverse of :meth:`encode`."""
         return _decode(tuple(code))
 
 

@@ -1,21 +1,20 @@
-"""One buffer for the gradients that the users of a warehouse's cells give in a backward pass.
+"""One buffer per backward pass for the cells' gradients of all layers of a warehouse.
 
-A warehouse may hold four times the parameters of its layers; autograd would take a gradient of that
-size from each of them, all in fresh memory, and add them up. Here the layers add to one buffer:
+A warehouse may have four times the parameters of its layers; autograd would allocate a gradient of
+that size for each layer and add them up. Here the layers add to one buffer:
 
     cells --------------------------------> layer's node      (an undefined gradient goes back)
       `--> _Sum --anchor (no values)------> layer's node      (likewise)
 
-``_Sum`` stands between the cells and their users. The engine runs it when all users that this
-backward pass reaches have run, and never earlier; it hands on the buffer that they have filled. No
-tensor in the engine's hands is ever written to, so that it does not matter what else it adds to the
-gradient: hooks, other back ends, other uses of the cells.
+``_Sum`` is the node between the cells and the layers. Autograd runs it after all layers that this
+backward pass reaches, and it returns the buffer that they have filled. Tensors that autograd holds
+are never written to, so that hooks, other back ends and other uses of the cells work as usual.
 
 - A buffer belongs to one backward pass, by the engine's number for it: partial gradients, repeated
-  passes and passes in several threads or inside one another do not meet.
+  passes, passes in several threads and nested passes do not mix.
 - Where the engine will not run ``_Sum`` (the cells' gradient is not asked for), a layer returns its
-  gradient as any other function does.
-- The anchor is kept by the nodes of the layers alone, and goes with the last of them.
+  gradient as any other autograd function.
+- Only the layers' nodes hold the anchor; it is freed with the last of them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _anchors: dict[int, weakref.ref[Tensor]] = {}
 
 
 class GradientSum:
-    """A sum of gradients in the making.
+    """A partial sum of gradients.
 
     Attributes:
         value: of the cells' shape; ``None`` before the first summand.
@@ -54,7 +53,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        # A loss that lives on keeps this node; the next forward pass needs a younger one, or its
+        # A loss that still exists keeps this node; the next forward pass needs a newer one, or its
         # cells' gradients would come last of all.
         _anchors.pop(ctx.key, None)
         total = ctx.sums.pop(backward_pass(), None)
@@ -62,9 +61,9 @@ class _Sum(torch.autograd.Function):
 
 
 def anchor_of(cells: Tensor) -> Tensor | None:
-    """What ties users of the cells to their common node: an input without values, ``[0]``.
+    """The input without values, ``[0]``, that connects layers to the common node of the cells.
 
-    The same for all graphs that are alive. ``None`` where gradients are not summed here: of tensors
+    Shared by all graphs that exist. ``None`` where gradients are not summed here: of tensors
     that autograd does not keep a gradient for, off the CPU, or under a function transform.
     """
     if (
@@ -85,8 +84,8 @@ def anchor_of(cells: Tensor) -> Tensor | None:
 def forget_anchor(cells: Tensor) -> None:
     """Let the next user of the cells make a new node.
 
-    Autograd runs nodes that are ready in the reverse order of their making. Whoever waits for the
-    cells' gradient with a node of his own, made now, is run after all that is made from now on.
+    Autograd runs ready nodes in the reverse order of their creation. A node that is created now and
+    waits for the cells' gradient runs after all nodes that are created later.
     """
     _anchors.pop(id(cells), None)
 
@@ -94,8 +93,8 @@ def forget_anchor(cells: Tensor) -> None:
 def _belongs(anchor: Tensor, cells: Tensor) -> bool:
     """Whether it leads to where autograd now accumulates the cells' gradient.
 
-    Numbers of dead objects are given again, and a parameter that moves to another type has another
-    accumulator afterwards.
+    Python reuses the ids of freed objects, and a parameter has another accumulator after a change
+    of its type.
     """
     assert anchor.grad_fn is not None
     return anchor.grad_fn.next_functions[0][0] is torch.autograd.graph.get_gradient_edge(cells).node

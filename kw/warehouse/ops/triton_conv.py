@@ -1,4 +1,4 @@
-"""The Triton back end: assembled kernels consumed where one matrix product left them, in chunks.
+"""The Triton back end: in chunks, one matrix product assembles, Triton kernels convolve.
 
 Legend: B samples, m mixtures, n cells, S, GO, GI blocks along space, output and input channels,
 ck kernel positions inside of a cell, O, I channels, P positions, rows output channels of a cell.
@@ -24,7 +24,7 @@ from .triton_tiles import tiles_of_convolution
 __all__ = ["TritonConv", "columns_of"]
 
 LEAST_ROWS = 16
-"""Rows of a chunk below which samples are divided instead: the narrowest tile of channels."""
+"""Fewest rows of a chunk (the narrowest tile of channels); below it, samples are divided."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -150,10 +150,10 @@ class TritonConv(Contraction):
             cost += replace(part, launches=(1 + residues) * chunks)  # the input's gradient
             cost += self.cost_of_kernel_gradients(problem)
         if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
-            # Triton's products without tensor cores are far from what libraries reach.
+            # Without tensor cores Triton's products are far slower than the libraries'.
             products = (3 if problem.training else 1) * conv
             cost = replace(cost, dense_macs=cost.dense_macs - products, slow_macs=products)
-        if problem.device == "cpu":  # interpreted: right, and thousands of times slower
+        if problem.device == "cpu":  # interpreted: correct, but thousands of times slower
             return Cost(slow_macs=1000 * (cost.dense_macs + cost.slow_macs))
         return cost
 
@@ -224,7 +224,7 @@ def _mixing(alpha: Tensor, dtype: torch.dtype) -> Tensor:
 def _put(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """``total = a @ b``, or added to what is there."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=int(add))  # 0: what is there is not read
+        total.addmm_(a, b, beta=int(add))  # 0: the old values are not read
     elif add:
         total += matmul(a, b)
     else:

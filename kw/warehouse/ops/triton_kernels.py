@@ -148,7 +148,7 @@ def convolve(
         t_1 = tap // TAPS_2 % TAPS_1
         t_2 = tap % TAPS_2
         if K_BLOCK % TILE_K == 0:  # the tile lies in one block: addresses stay consecutive
-            # Said aloud: not every version of Triton finds out, and then loads value by value.
+            # Explicit, since some versions of Triton do not infer it and load value by value.
             inside = tl.multiple_of(k_0 % K_BLOCK, TILE_K) + tl.arange(0, TILE_K)
             x_columns = (k_0 // K_BLOCK * x_block + inside) * x_c
             w_columns = k_0 // K_BLOCK * w_k_block + inside * w_k

@@ -43,13 +43,13 @@ AXES = 3
 
 
 def interpreted() -> bool:
-    """Whether Triton is told to interpret kernels, which it then does on the CPU."""
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache(maxsize=1)
 def kernel_module() -> ModuleType | str:
-    """The kernels or, as text, why there are none; imported when first wanted."""
+    """The kernels or, as text, why there are none; imported at first use."""
     try:
         from . import triton_kernels
     except ImportError as error:
@@ -64,7 +64,7 @@ def is_plain(spec: ConvSpec) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """How positions of a launch relate along one axis.
+    """Positions of a launch along one axis: written, read, and kernel positions.
 
     Position p is written at ``write_start + p * write_step``; its tap t reads ``p * step + start +
     t * hop`` and takes kernel position ``first + t * every``.
@@ -129,7 +129,7 @@ def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
 
 
 def reaches_all(spec: ConvSpec, size: tuple[int, ...]) -> bool:
-    """Whether every position of the input meets some tap."""
+    """Whether some tap reads every position of the input."""
     return all(axis.taps for residues in transposed_axes(spec, size) for axis in residues)
 
 
@@ -185,7 +185,7 @@ def convolve(chunk: Chunk, x: Tensor, y: Tensor) -> None:
 def convolve_transposed(chunk: Chunk, dy: Tensor, dx: Tensor, add: bool) -> None:
     """Write, or add to, ``dx [B, I, *space]`` what the chunk's output channels of ``dy`` give.
 
-    Positions of ``dx`` that no tap meets are left alone.
+    Positions of ``dx`` that no tap reads are not written.
     """
     spec, part = chunk.spec, chunk.spec.partition
     w = chunk.strides
@@ -237,7 +237,7 @@ def _launch_convolution(
     n: tuple[int, int, int, int, int],
     k: tuple[int, int, int, int, int],
 ) -> None:
-    """``n`` and ``k`` tell of written and read channels: blocks, channels of a block, strides of
+    """``n`` and ``k`` describe written and read channels: blocks, channels of a block, strides of
     either in the kernels, channels between blocks in ``y`` and ``x``."""
     kernels = kernel_module()
     assert isinstance(kernels, ModuleType)
@@ -310,7 +310,7 @@ def _positions(axes: list[Axis]) -> list[int]:
 
 
 def arithmetic(x: Tensor) -> dict[str, Any]:
-    """What products are taken in; sums are always in float32."""
+    """The type of products; sums are always in float32."""
     kernels = kernel_module()
     assert isinstance(kernels, ModuleType)
     # The interpreter multiplies bfloat16 as if its bits were integers.

@@ -39,8 +39,8 @@ class TritonOnChip(Contraction):
 
     The cells are read once for eight samples, and kernels reach neither memory nor the L2 cache:
     the forward pass and the input's gradient move activations and cells alone. Every tile of 64
-    positions mixes anew, so that this is for layers with few positions; and the time to mix grows
-    with the number of cells, where that of memory does not, so that it is for small warehouses.
+    positions mixes again, which suits layers with few positions; the time to mix grows with the
+    number of cells, which suits small warehouses.
 
     Gradients of coefficients and cells go through memory, as those of ``triton`` do. On chip they
     would take 30 bytes of shared memory for every value of a kernel, twice the forward pass, to
@@ -110,7 +110,7 @@ class TritonOnChip(Contraction):
         strides = math.prod(problem.spec.stride)
         read, made = (problem.batch * n for n in (problem.input_numel, problem.output_numel))
         cells = problem.cells_numel
-        # What is read is packed before; cells are found in the L2 cache after the first time.
+        # The input is packed before; cells are in the L2 cache after the first read.
         cost = Cost(
             dense_macs=self._macs(problem, problem.positions, transposed=False),
             bytes=(3 * read + made + cells) * problem.itemsize,
@@ -126,7 +126,7 @@ class TritonOnChip(Contraction):
                 launches=4 + strides + rest.launches,
                 waiting_bytes=rest.bytes,
             )
-        if problem.device == "cpu":  # interpreted: right, and thousands of times slower
+        if problem.device == "cpu":  # interpreted: correct, but thousands of times slower
             return Cost(slow_macs=2000 * cost.dense_macs)
         if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
             # Without tensor cores, and with sums that the registers do not hold beside operands.
@@ -148,7 +148,7 @@ class TritonOnChip(Contraction):
 
 @cache
 def _triton() -> tuple[int, int]:
-    """Its version; asked for where it can be imported."""
+    """Triton's version; only called where it can be imported."""
     import triton
 
     major, minor = triton.__version__.split(".")[:2]

@@ -32,7 +32,7 @@ __all__ = ["Mixture", "convolve_on_chip", "convolve_on_chip_transposed", "pad_co
 
 
 class Mixture(NamedTuple):
-    """What kernels are mixed from: coefficients ``[B, m, n padded]``, cells as columns
+    """The operands of mixing: coefficients ``[B, m, n padded]``, cells as columns
     ``[n, c_out * ck * c_in]``, the layer."""
 
     alpha: Tensor
@@ -84,7 +84,7 @@ def convolve_on_chip(mixture: Mixture, x: Tensor, y: Tensor) -> None:
 
 
 def convolve_on_chip_transposed(mixture: Mixture, dy: Tensor, dx: Tensor) -> None:
-    """Write ``dx [B, I, *space]``; positions that no tap meets are left alone."""
+    """Write ``dx [B, I, *space]``; positions that no tap reads are not written."""
     spec = mixture.spec
     per_axis = transposed_axes(spec, tuple(dx.shape[2:]))
     met = [[axis for axis in residues if axis.taps] for residues in per_axis]
@@ -105,7 +105,7 @@ def _sides(spec: ConvSpec) -> tuple[_Channels, _Channels]:
 
 
 def _pack(x: Tensor, read: _Channels, axes: list[list[Axis]]) -> _Packed:
-    """Bring together what a tile reads: runs of K channels of neighbouring positions.
+    """Pack the input for tiles: runs of K channels of neighbouring positions.
 
     Zeros surround the input as far as taps reach, so that the kernel compares no positions, and
     fill the last run of a block. A copy of the input, which is small where kernels are large.

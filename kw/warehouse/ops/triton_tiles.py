@@ -1,7 +1,7 @@
-"""How much one program of a Triton kernel makes: by rule, from shapes alone.
+"""Tile sizes of the Triton kernels, by rule, from shapes alone.
 
-Trials would decide better, but a step must not wait for them, ranks of a job must agree, and a run
-that is resumed must give the same bits.
+Autotuning would find better tiles, but a step must not wait for it, the ranks of a job must agree,
+and a resumed run must give the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one program makes and how.
+    """The tile of one program.
 
     Attributes:
         rows: of its result: positions; for the kernel gradient output channels.
@@ -45,7 +45,7 @@ class Tiles:
 
 # Of a Hopper GPU: multiply-adds that its tensor cores do while the L2 cache delivers one byte (790
 # TFLOP/s, 5.5 TB/s), and two programs for each multiprocessor, since one alone waits for its first
-# operands. On others the choice is a little worse, never wrong.
+# operands. On other GPUs the choice is a little slower, never wrong.
 _MACS_PER_BYTE = 72
 _PROGRAMS = 2 * 132
 
@@ -102,7 +102,7 @@ mixing them so much longer than memory does that nothing would be gained."""
 
 @dataclass(frozen=True)
 class OnChipTiles:
-    """What one program of :func:`~.triton_on_chip_kernel.convolve_on_chip` makes and how.
+    """The tile of one program of :func:`~.triton_on_chip_kernel.convolve_on_chip`.
 
     Attributes:
         positions: of its result, for every sample.

@@ -1,4 +1,4 @@
-"""Which positions of its input every position of a kernel meets.
+"""The input positions that every position of a kernel reads.
 
 For a tap (one position of the kernel), output position ``o`` reads input position
 ``o * stride + tap * dilation - padding`` along every axis. Where that falls into the padding there
@@ -61,7 +61,7 @@ def _tap_slices(spec: ConvSpec, size: tuple[int, ...]) -> list[Tap | None]:
 
 
 def gather(x: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
-    """What every tap reads, zeros in padding.
+    """The input positions of every tap, zeros in padding.
 
     ``x [B, *size, C]`` -> ``[B, K, *output size, C]``.
     """
@@ -86,7 +86,7 @@ def scatter(windows: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
 
 
 def fold(products: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
-    """What every tap makes of every input, summed where it belongs, in float32 at least.
+    """Every tap's products, summed at their output positions, in float32 at least.
 
     ``[B, *size, K, C]`` -> ``[B, *output size, C]``.
     """
