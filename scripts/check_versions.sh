@@ -59,7 +59,7 @@ for python in "${pythons[@]}"; do
     [[ ${#index[@]} -eq 0 ]] || "${pip[@]}" "${index[@]}" torch torchvision
     "${pip[@]}" . pytest scikit-learn
     "$folder/env/bin/python" -m pip list --format freeze |
-        grep -E '^(torch|torchvision|timm|numpy|pillow|PyYAML)=='
+        grep -Ei '^(torch|torchvision|timm|numpy|pillow|PyYAML)=='
     "$folder/env/bin/python" -m pytest -q "${tests[@]}"
     rm -rf "$folder/env"
 done

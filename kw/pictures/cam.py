@@ -161,7 +161,7 @@ def draw_cam(
         axes.set_axis_off()
     for number, (picture, name) in enumerate(zip(pictures, names, strict=True)):
         top, bottom = grid[number // columns * 2 :, number % columns][:2]
-        label = f"{classes[int(found.classes[number])]} {float(found.probabilities[number]):.2f}"
+        label = f"{classes[int(found.classes[number])]}: {float(found.probabilities[number]):.2f}"
         show_image(top, picture, shorten(name, side))
         show_image(bottom, picture.mean(2), below=wrap_label(label, side))
         fine = nn.functional.interpolate(

@@ -124,7 +124,7 @@ def wrap_label(text: str, inches: float) -> str:
 
 
 def show_image(axes: Any, image: Any, above: str = "", below: str = "") -> None:
-    """An image, uint8 ``[H, W, 3]`` or grey ``[H, W]``, at the top of its place, without a frame."""
+    """An image, uint8 ``[H, W, 3]`` or grey ``[H, W]``, at the top of its place, without frame."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[], anchor="N")
     axes.spines[:].set_visible(False)
