@@ -380,6 +380,7 @@ def test_the_example_is_the_method() -> None:
     assert torch.equal(ones, torch.eye(29))
     alpha = example.coefficients(0.0)[0]
     assert alpha.abs().sum(1).amax() < 1
+    assert alpha.abs().amax() < 0.5  # the papers' start: mixed, not one-hot
     assert kernel.warehouse is example.warehouse
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..warehouse import KernelShape, KWConv2d, Warehouse, set_temperature
+from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings, set_temperature
 from ..warehouse.ops.assembly import assemble
 from ..warehouse.partition import Partition
 from .coefficients import DynamicLayer
@@ -33,7 +33,7 @@ _SHOWN = 3  # cells of a mixture that are written out
 
 
 class Example:
-    """The example's warehouse and its layers, with fresh weights; draws no global random number.
+    """The example's warehouse and its layers as the papers start them; no global random number.
 
     Attributes:
         warehouse: shared by all.
@@ -43,7 +43,7 @@ class Example:
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.warehouse = Warehouse(_SHAPES, name="example")
+            self.warehouse = Warehouse(_SHAPES, WarehouseSettings(start="paper"), name="example")
             self.layers = [
                 KWConv2d(
                     shape.in_channels,
