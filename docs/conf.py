@@ -21,7 +21,7 @@ import kw.training
 os.environ.setdefault("KW_NATIVE", "0")  # importing is enough; nothing is compiled
 
 project = "kernelwarehouse"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 html_theme = "pydata_sphinx_theme"
 html_title = "kernelwarehouse"
 templates_path = ["_templates"]
