@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo demo-detection pictures test test-slow lint docs format bench clean
+.PHONY: help install demo demo-detection pictures test test-slow coverage lint docs format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
@@ -14,6 +14,7 @@ help:
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
 	@echo "make test-slow  run further cases of them; before a release"
+	@echo "make coverage run the tests and report the lines of kw/ that none of them reaches"
 	@echo "make lint     check style, types, generated tables and the documentation"
 	@echo "make docs     build the documentation's site; every warning is an error"
 	@echo "make bench    measure this machine's standard set; writes docs/benchmarks.md"
@@ -62,6 +63,9 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m slow
 
+coverage: install
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-report=xml
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +87,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(DEMO) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(DEMO) build dist site *.egg-info .coverage coverage.xml .mypy_cache .ruff_cache .pytest_cache

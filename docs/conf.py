@@ -6,7 +6,10 @@ does not parse, a name of this package that nothing documents.
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -18,7 +21,7 @@ import kw.training
 os.environ.setdefault("KW_NATIVE", "0")  # importing is enough; nothing is compiled
 
 project = "kernelwarehouse"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 html_theme = "pydata_sphinx_theme"
 html_title = "kernelwarehouse"
 templates_path = ["_templates"]
@@ -26,11 +29,24 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 exclude_patterns = ["benchmarks/*.md"]
 
+ROOT = Path(__file__).parents[1]
+setup_cfg = configparser.ConfigParser()
+setup_cfg.read(ROOT / "setup.cfg")
+project_urls = setup_cfg["metadata"]["project_urls"].strip().splitlines()
+
 # The whole contents stand beside every page: there are too few pages for a level more.
 html_sidebars = {"**": ["sidebar-contents.html"]}
 html_theme_options = {
     "navbar_center": [],
-    "navbar_end": ["theme-switcher"],
+    "navbar_end": ["theme-switcher", "navbar-icon-links"],
+    "icon_links": [
+        {
+            "name": name,
+            "url": url,
+            "icon": "fa-brands fa-github" if "github.com" in url else "fa-solid fa-file-lines",
+        }
+        for name, url in (line.split(" = ") for line in project_urls)
+    ],
     "secondary_sidebar_items": ["page-toc"],
 }
 html_show_sourcelink = False
@@ -69,28 +85,40 @@ nitpick_ignore_regex = [
 
 
 def complete(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put the tables of settings in the place of their marks."""
+    """Put tables in the place of their marks."""
     for mark, reference in REFERENCES.items():
         if mark in source[0]:
-            source[0] = source[0].replace(mark, in_groups(reference()))
+            source[0] = source[0].replace(mark, reference())
 
 
 def classification() -> str:
     from kw.config import reference
 
-    return reference()
+    return in_groups(reference())
 
 
 def detection() -> str:
     from kw.config import reference
     from kw.detection.schema import DetectionConfig
 
-    return reference(DetectionConfig)
+    return in_groups(reference(DetectionConfig))
+
+
+def families() -> str:
+    """The pages of configs/imagenet as sections, with links that fit their place here."""
+    parts = []
+    for readme in sorted((ROOT / "configs/imagenet").glob("*/README.md")):
+        text = re.sub(r"^(#+) ", r"\1# ", readme.read_text(encoding="utf-8"), flags=re.M)
+        folder = f"../configs/imagenet/{readme.parent.name}"
+        text = re.sub(r"\[([^]]+)\]\((\w+)\)", r"\1 (`\2`)", text)  # a folder: nothing to open
+        parts.append(re.sub(r"\]\((?!https?:|\.\./)", f"]({folder}/", text))
+    return "\n".join(parts)
 
 
 REFERENCES = {
     "<!-- settings of a classifier -->": classification,
     "<!-- settings of a detector -->": detection,
+    "<!-- families of models -->": families,
 }
 
 

@@ -8,7 +8,7 @@ if [[ ${1:-} == -h || ${1:-} == --help || $# -gt 1 ]]; then
 usage: $(basename "$0") [FOLDER]
 
 Writes the pictures of docs/visualizing.md and docs/method.md to FOLDER (default: docs/pictures).
-The run that they show is work_dirs/pictures/run; one that is there is drawn again, not repeated.
+The run that they show is work_dirs/pictures; one that is there is drawn again, not repeated.
 
     PYTHON        interpreter (default: .venv/bin/python, else python3)
 TEXT
@@ -20,7 +20,7 @@ python=${PYTHON:-.venv/bin/python}
 [[ -x $python ]] || python=${PYTHON:-python3}
 config=configs/demo/kw_resnet18_1x.yaml
 digits=work_dirs/demo/digits
-run=work_dirs/pictures/run
+run=work_dirs/pictures/kw_resnet18_1x
 
 [[ -d $digits/val ]] || "$python" -m kw.data.digits "$digits"
 if [[ ! -f $run/epoch_18.pth ]]; then
@@ -40,13 +40,13 @@ done
 
 draw partition --out "$out/partition.png"
 draw mixing --out "$out/mixing.png"
-draw attention "$config" "$checkpoint" --images 359 --out "$out/attention.png"
-draw attention "$config" "$checkpoint" --over classes --images 350 --out "$out/classes.png"
-draw cells "$config" "$checkpoint" --images 359 --out "$out/cells.png"
+draw attention "$checkpoint" --images 359 --out "$out/attention.png"
+draw attention "$checkpoint" --over classes --images 350 --out "$out/classes.png"
+draw cells "$checkpoint" --images 359 --out "$out/cells.png"
 draw history "$run" --images 64 --warehouse layer3 --out "$out/history.png"
-draw kernels "$config" "$checkpoint" "${images[3]}" "${images[8]}" \
+draw kernels "$checkpoint" "${images[3]}" "${images[8]}" \
     --layers 'layer1.1.conv2|layer3.1.conv1' --out "$out/kernels.png"
-draw cam "$config" "$checkpoint" "${images[@]}" --out "$out/cam.png"
+draw cam "$checkpoint" "${images[@]}" --out "$out/cam.png"
 draw batches "$config" --cfg-options data.mixup=0.8 data.cutmix=1.0 'data.random_erasing={}' \
     data.auto_augment=rand-m9-mstd0.5-inc1 label_smoothing=0.1 --out "$out/batches.png"
 draw schedules configs/imagenet/resnet18/kw_resnet18_1x.yaml --out "$out/schedules.png"

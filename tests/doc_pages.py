@@ -37,6 +37,7 @@ PLACEHOLDERS = {
     "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
     "CONFIG_A": "configs/demo/resnet18.yaml",
     "CONFIG_B": "configs/demo/kw_resnet18_1x.yaml",
+    "RUN": "work_dirs/kw_resnet18_1x",
     "CHECKPOINT": "work_dirs/kw_resnet18_1x/last.pth",
     "work_dirs/.../best.pth": "work_dirs/mask_rcnn_kw_resnet50_1x/best.pth",
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import shutil
 import subprocess
@@ -47,15 +46,7 @@ SET = [
     "data.val_images=val2017",
 ]
 # Of a study: its networks are narrow already.
-STUDY = [
-    "data.root=data/small",
-    "model.num_classes=4",
-    "data.input_size=32",
-    "total_batch_size=16",
-    "batch_size=16",
-    "schedule.warmup_epochs=0",
-    "log_interval=1",
-]
+STUDY = [*SMALL[:3], "total_batch_size=16", "batch_size=16", *SMALL[7:9]]
 # Of a published table, on the digits that --scale tiny takes.
 TABLE = ["epochs=1", "total_batch_size=256", "batch_size=256", "data.workers=0"]
 TABLE += ["data.input_size=16"]
@@ -86,23 +77,21 @@ class Run:
     Attributes:
         words: program and arguments.
         variables: environment.
-        elsewhere: why it is not run here; empty where it is.
     """
 
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...]
     variables: tuple[tuple[str, str], ...] = ()
-    elsewhere: str = ""
 
 
-def shrink(command: Command) -> Run:
-    """What to run for a command.
+def shrink(command: Command) -> Run | str:
+    """What to run for a command, or why it is not run here.
 
     Raises:
         KeyError: nothing is known about it.
     """
     program, *words = (STANDS_FOR.get(word, word) for word in command.words)
     if program in ELSEWHERE:
-        return Run(elsewhere=ELSEWHERE[program])
+        return ELSEWHERE[program]
     if program == "scripts/train.sh":
         tool, arguments = shrink_tool("tools/train.py", words)
         return Run(("scripts/train.sh", *arguments), (("PROCESSES", "1"),))
@@ -120,14 +109,14 @@ def shrink(command: Command) -> Run:
         raise KeyError(program)
     script, *arguments = words
     if script in ELSEWHERE:
-        return Run(elsewhere=ELSEWHERE[script])
+        return ELSEWHERE[script]
     if script == "-m" and arguments[0] == "pytest":
-        return Run(elsewhere="make test")
+        return "make test"
     if script == "-m":
         few = ["--train", "8", "--val", "4"] if arguments[0] == "kw.data.digit_scenes" else []
         return Run((sys.executable, "-m", *arguments, *few))
     if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
-        return Run(elsewhere="make bench, minutes")
+        return "make bench, minutes"
     if script.startswith("tools/") or script in SCRIPTS:
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():
@@ -221,11 +210,8 @@ def generate(folder: Path) -> None:
     write_images(folder / "data/small", "val", (3, 3, 3, 2), seed=1)
     coco = write_coco_set(folder / "data/coco", train=10)
     for split in ("train", "val"):
-        (coco / split).rename(coco / f"{split}2017")
-        annotations = coco / "annotations"
-        (annotations / f"instances_{split}.json").rename(
-            annotations / f"instances_{split}2017.json"
-        )
+        for part in (split, f"annotations/instances_{split}.json"):
+            (coco / part).rename(coco / part.replace(split, f"{split}2017"))
     shutil.copytree(coco, folder / "FOLDER")
     photos = folder / "photos"
     shutil.copytree(folder / "data/small", photos)
@@ -245,14 +231,10 @@ def generate(folder: Path) -> None:
     (folder / "labels.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
     # Two runs that pages compare and go on with.
     for name in ("resnet18", "kw_resnet18_1x"):
-        words = (
-            "python",
-            "tools/train.py",
-            f"configs/demo/{name}.yaml",
-            "--work-dir",
-            f"runs/{name}",
-        )
-        start(folder, shrink(Command(Block(PAGES[0], 0, "", ""), words))).check_returncode()
+        train = f"python tools/train.py configs/demo/{name}.yaml --work-dir runs/{name}"
+        small = shrink(Command(Block(PAGES[0], 0, "", ""), tuple(train.split())))
+        assert isinstance(small, Run)
+        start(folder, small).check_returncode()
 
 
 def start(folder: Path, small: Run) -> subprocess.CompletedProcess[str]:
@@ -281,64 +263,48 @@ def make_room(folder: Path, words: tuple[str, ...]) -> None:
     shutil.rmtree(folder / (named or f"work_dirs/{stem}"), ignore_errors=True)
 
 
-def run(folder: Path, page: Path, recorder: Recorder) -> list[dict[str, object]]:
-    """Run a page's commands in order; what became of each."""
-    done: list[dict[str, object]] = []
+def run(folder: Path, page: Path, recorder: Recorder) -> list[str]:
+    """Run a page's commands in order and print what became of each; the places that failed."""
+    failed = []
     shutil.rmtree(folder / "work_dirs", ignore_errors=True)
     shutil.copytree(folder / "runs", folder / "work_dirs")
     for block in read_blocks(page):
         if block.mark == "file":
             (folder / block.what).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.what).write_text(block.code)
-        if block.language not in SHELL or block.mark == "file":
-            continue
-        if not block.runs:
-            done.append({"place": block.place, "not run": block.what})
-            continue
-        for command in recorder.commands(block):
-            small = shrink(command)
-            told: dict[str, object] = {"place": block.place, "command": " ".join(command.words)}
-            if small.elsewhere:
-                done.append({**told, "not run": small.elsewhere})
-                continue
-            begin = time.monotonic()
-            make_room(folder, small.words)
-            ended = start(folder, small)
-            told |= {"status": ended.returncode, "seconds": round(time.monotonic() - begin)}
-            if ended.returncode:
-                said = ended.stdout[-1500:] + ended.stderr
-                told["said"] = said if len(said) < 4000 else said[:2000] + "\n...\n" + said[-2000:]
-            done.append(told)
-            print(f"{told['status']:3d} {told['seconds']:4d} s  {block.place}  {told['command']}")
-            if ended.returncode:
-                print(told["said"])
-            sys.stdout.flush()
-    return done
+        elif block.language in SHELL and not block.runs:
+            print(f"not run: {block.place}  ({block.what})")
+        elif block.language in SHELL:
+            for command in recorder.commands(block):
+                what, small = f"{block.place}  {' '.join(command.words)}", shrink(command)
+                if isinstance(small, str):
+                    print(f"not run: {what}  ({small})")
+                    continue
+                begin = time.monotonic()
+                make_room(folder, small.words)
+                ended = start(folder, small)
+                print(
+                    f"{ended.returncode:3d} {time.monotonic() - begin:4.0f} s  {what}", flush=True
+                )
+                if ended.returncode:
+                    failed.append(block.place)
+                    print(ended.stdout[-1500:] + ended.stderr[-4000:], flush=True)
+    return failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", help="names of pages; all if left out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="what became of each command")
     args = parser.parse_args()
-    done: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "run"
+        folder, record = Path(name) / "run", Path(name) / "record"
         folder.mkdir()
+        record.mkdir()
         generate(folder)
-        (Path(name) / "record").mkdir()
-        recorder = Recorder(Path(name) / "record")
-        for page in PAGES:
-            if not args.pages or page.stem in args.pages:
-                done += run(folder, page, recorder)
-    if args.json:
-        args.json.write_text(json.dumps(done, indent=1))
-    for told in done:
-        if "not run" in told:
-            print(f"not run: {told['place']}  {told.get('command', '')}  ({told['not run']})")
-    failed = [told for told in done if told.get("status")]
-    ran = sum("status" in told for told in done)
-    print(f"{ran} commands run, {len(failed)} failed, {len(done) - ran} not run here")
+        recorder = Recorder(record)
+        pages = [page for page in PAGES if not args.pages or page.stem in args.pages]
+        failed = [place for page in pages for place in run(folder, page, recorder)]
+    print(f"{len(failed)} commands failed", *failed)
     sys.exit(bool(failed))
 
 

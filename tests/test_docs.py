@@ -47,6 +47,7 @@ from kw.warehouse import KWLayer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 TRAIN = "tools/train.py"
+EARLIER = {".py": "configs/demo/overfit_coco.py", ".yaml": "configs/demo/resnet18.yaml"}
 
 
 @pytest.fixture
@@ -145,17 +146,11 @@ def check_python(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Non
         options = args.get("cfg_options", [])
         named = [args.get("config"), *(args.get("configs") or ()), *(args.get("sets") or ())]
         for config in named:
-            if config is None or not str(config).endswith((".yaml", ".py")):
-                continue
-            # A run of an earlier block leaves its configuration, of the kind that its name says.
-            earlier = str(config).startswith("work_dirs/")
-            kind = ".py" if str(config).endswith(".py") else ".yaml"
-            if earlier:
-                config = {
-                    ".py": "configs/demo/overfit_coco.py",
-                    ".yaml": "configs/demo/resnet18.yaml",
-                }[kind]
-            loaded(str(config), tuple(options), kind)
+            kind = Path(str(config)).suffix
+            if str(config).startswith("work_dirs/"):  # a run of an earlier block leaves one like it
+                config = EARLIER.get(kind)
+            if kind in EARLIER:
+                loaded(str(config), tuple(options), kind)
     elif not Path(script).exists():
         text = (ROOT / script).read_text()
         assert all(word in text for word in arguments if word.startswith("--")), words

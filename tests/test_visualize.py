@@ -350,6 +350,28 @@ def test_other_pictures_have_their_panels() -> None:
     assert len(draw_mixing().axes) == 3 * 2 + 1 + 5
 
 
+@pytest.mark.parametrize("count", [1, 3, 32])
+def test_long_labels_stay_below_their_images(count: int) -> None:
+    """ImageNet's names: no label reaches its neighbour, an image or the sheet's end."""
+    names = (
+        "Cardigan, Cardigan Welsh corgi 0.62 + black-and-tan coonhound, or something longer 0.38"
+    )
+    drawn = draw_batch(np.zeros((count, 8, 8, 3), np.uint8), [names] * count, "t")
+    to_tensor(drawn)
+    sheet = drawn.bbox.padded(1)  # of rounding
+    labels = [axes.xaxis.label.get_window_extent() for axes in drawn.axes]
+    boxes = [axes.get_window_extent() for axes in drawn.axes]
+    for i, label in enumerate(labels):
+        assert sheet.x0 <= label.x0
+        assert label.x1 <= sheet.x1
+        assert sheet.y0 <= label.y0
+        others = labels[:i] + labels[i + 1 :] + boxes
+        assert not any(label.overlaps(other) for other in others)
+    assert all(" 0.62\n" in axes.get_xlabel() for axes in drawn.axes)
+    area = sum(box.width * box.height for box in boxes)
+    assert area > 0.5 * sheet.width * sheet.height
+
+
 def test_the_example_is_the_method() -> None:
     example = Example()
     (kernel,) = example.layers[:1]
@@ -358,6 +380,7 @@ def test_the_example_is_the_method() -> None:
     assert torch.equal(ones, torch.eye(29))
     alpha = example.coefficients(0.0)[0]
     assert alpha.abs().sum(1).amax() < 1
+    assert alpha.abs().amax() < 0.5  # the papers' start: mixed, not one-hot
     assert kernel.warehouse is example.warehouse
 
 
@@ -486,6 +509,10 @@ KINDS = [
     "cells {config} {run}/best.pth --images 4",
     "kernels {config} {run}/best.pth {image} {other} --layers layer[12].0.conv1",
     "cam {config} {run}/best.pth {image} {other} {image}",
+    "attention {run} --images 2",
+    "kernels {run}/best.pth {image} {other}",
+    "cam {run} {image}",
+    "batches {run}",
     "history {run} --images 3 --warehouse layer4",
     "batches {config} --epoch 2",
     "schedules {config}",

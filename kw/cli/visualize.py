@@ -2,8 +2,8 @@
 
 docs/visualizing.md shows and explains every kind.
 
-kw visualize attention configs/demo/kw_resnet18_1x.yaml \\
-    work_dirs/demo/kw_resnet18_1x/best.pth --out attention.png
+kw visualize attention work_dirs/kw_resnet18_1x --out attention.png
+kw visualize attention configs/imagenet/resnet18/kw_resnet18_1x.yaml best.pth --out attention.png
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..runs import load_run
+from ..runs import load_run, run_of
 from .tool import (
     ToolParser,
     add_config_options,
@@ -36,7 +36,13 @@ def main() -> None:
         return added
 
     def checkpoint(to: argparse.ArgumentParser) -> None:
-        to.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that train.py wrote")
+        to.add_argument(
+            "checkpoint",
+            nargs="?",
+            metavar="CHECKPOINT",
+            help="a file that training wrote, or its folder; left out, CONFIG is such a file or "
+            "folder",
+        )
 
     def layers(to: argparse.ArgumentParser) -> None:
         to.add_argument(
@@ -75,11 +81,11 @@ def main() -> None:
     images(cells, 64)
     kernels = kind("kernels", draw_kernels, "the kernels that two images get")
     checkpoint(kernels)
-    kernels.add_argument("image", nargs=2, metavar="IMAGE")
+    kernels.add_argument("image", nargs="*", metavar="IMAGE", help="two")
     layers(kernels)
     cam = kind("cam", draw_cam, "class-activation maps on images")
     checkpoint(cam)
-    cam.add_argument("image", nargs="+", metavar="IMAGE")
+    cam.add_argument("image", nargs="*", metavar="IMAGE", help="one or more")
     history = kind("history", draw_history, "coefficients over training", config=False)
     history.add_argument("work_dir", type=Path, metavar="WORK_DIR")
     add_options(history)
@@ -109,6 +115,12 @@ def main() -> None:
         help="leave out detections below this score (0.5)",
     )
     args = parser.parse_args()
+    if "config" in args:
+        find_run(args)
+    count = len(getattr(args, "image", ()))
+    if (args.kind == "kernels" and count != 2) or (args.kind == "cam" and not count):
+        expected = "IMAGE IMAGE" if args.kind == "kernels" else "IMAGE"
+        parser.error(f"the following arguments are required: {expected} (got {count})")
     if args.kind != "detections":
         from ..pictures import check_output
 
@@ -116,6 +128,17 @@ def main() -> None:
     args.draw(args)
     if args.kind != "detections":
         print(args.out)
+
+
+def find_run(args: argparse.Namespace) -> None:
+    """Put configuration and checkpoint in the place of a run, which is named alone."""
+    checkpoint = getattr(args, "checkpoint", None)
+    alone = Path(args.config).is_dir() or args.config.endswith(".pth")
+    if alone and checkpoint is not None and "image" in args:
+        args.image.insert(0, checkpoint)
+        checkpoint = None
+    if alone or "checkpoint" in args:
+        args.config, args.checkpoint = run_of(args.config, checkpoint)
 
 
 def classifier(args: argparse.Namespace) -> Any:
@@ -184,7 +207,9 @@ def draw_schedules(args: argparse.Namespace) -> None:
 
     config, task = load_run(args.config, args.cfg_options)
     run = config.run if hasattr(task, "write_pictures") else config
-    picture_schedules(run, args.out, title=Path(args.config).stem)
+    file = Path(args.config).absolute()
+    title = file.parent.name if file.stem == "config" else file.stem
+    picture_schedules(run, args.out, title=title)
 
 
 def draw_method(args: argparse.Namespace) -> None:

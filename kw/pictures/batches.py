@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .style import new_figure
+from .style import new_figure, show_image, wrap_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,22 +51,15 @@ def draw_batch(pictures: Any, labels: Sequence[str], title: str) -> Figure:
     count = min(len(labels), MOST)
     columns = min(count, 8)
     rows = math.ceil(count / columns)
-    figure = new_figure(max(1.12 * columns, 4), 0.6 + 1.5 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, picture, label in zip(grid, pictures[:count], labels, strict=False):
-        axes.imshow(picture)
-        axes.text(
-            0.5,
-            -0.04,
-            label.replace(" + ", "\n"),
-            transform=axes.transAxes,
-            ha="center",
-            va="top",
-            fontsize=8,
-        )
+    side = min(9 / columns, 3.6)
     if count < len(labels):
         title += f"; the first {count} of {len(labels)} images"
-    figure.suptitle(title, size=9)
+    below = [wrap_label(label.replace(" + ", "\n"), side) for label in labels[:count]]
+    lines = max(text.count("\n") for text in below) + 1
+    figure = new_figure(side * columns, 0.5 + rows * (side + 0.15 * lines), title)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    for axes, picture, text in zip(grid, pictures, below, strict=False):
+        show_image(axes, picture, below=text)
     return figure

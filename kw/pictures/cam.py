@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import PictureError, evaluating
-from .style import new_figure
+from .coefficients import PictureError, evaluating, outputs
+from .style import new_figure, shorten, show_image, wrap_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,8 @@ def class_maps(
         PictureError: the network does not tell its stages, or none has a gradient.
     """
     names = _stages(network)
-    with evaluating(network), _frozen(network), _outputs(network, names) as seen:
+    stages = {name: network.get_submodule(name) for name in names}
+    with evaluating(network), _frozen(network), outputs(stages) as seen:
         logits = network.forward(images.detach().clone().requires_grad_(True))
         if classes is None:
             classes = logits.argmax(1)
@@ -117,24 +118,6 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _outputs(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What modules return in the pass that is made inside."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name in names:
-
-        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-            seen[name] = output
-
-        handles.append(network.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _positions(network: Any, product: Tensor) -> Tensor | None:
     """Sums over channels, ``[B, h, w]``; None for what has no positions."""
     if product.ndim == 4:
@@ -163,32 +146,27 @@ def draw_cam(
     Raises:
         PictureError: matplotlib is missing.
     """
-    columns = min(len(names), 5)
-    blocks = math.ceil(len(names) / columns)
-    figure = new_figure(1.75 * max(columns, 3), 0.9 + 3.75 * blocks)
-    grid = figure.subplots(2 * blocks, columns, squeeze=False)
-    for axes in grid.flatten():
+    count, columns = len(names), min(len(names), 5)
+    side = min(9 / columns, 3.6)
+    height, width = found.maps.shape[1:]
+    said = f"map of {found.module}, {height} x {width} positions; below: class and probability"
+    if count == 1:  # the map beside the image
+        figure = new_figure(2 * side, side + 0.9, title, said)
+        grid = figure.subplots(1, 2, squeeze=False).T
+    else:
+        blocks = math.ceil(count / columns)
+        figure = new_figure(side * columns, 0.5 + blocks * (2 * side + 0.5), title, said)
+        grid = figure.subplots(2 * blocks, columns, squeeze=False)
+    for axes in grid[-2:, columns - (-count % columns) :].flatten():  # places without an image
         axes.set_axis_off()
     for number, (picture, name) in enumerate(zip(pictures, names, strict=True)):
         top, bottom = grid[number // columns * 2 :, number % columns][:2]
-        label = classes[int(found.classes[number])]
-        top.imshow(picture)
-        top.set_title(name if len(name) <= 20 else "..." + name[-17:], fontsize=8)
-        values = found.maps[number]
-        size = picture.shape[:2]
+        label = f"{classes[int(found.classes[number])]}: {float(found.probabilities[number]):.2f}"
+        show_image(top, picture, shorten(name, side))
+        show_image(bottom, picture.mean(2), below=wrap_label(label, side))
         fine = nn.functional.interpolate(
-            values[None, None], size, mode="bilinear", align_corners=False
+            found.maps[number][None, None], picture.shape[:2], mode="bilinear", align_corners=False
         )[0, 0]
-        grey = picture.mean(2)
-        bottom.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        peak = max(float(values.max()), 1e-12)
+        peak = max(float(found.maps[number].max()), 1e-12)
         bottom.imshow(fine.numpy(), cmap="inferno", vmin=0, vmax=peak, alpha=0.6)
-        label = label if len(label) <= 14 else label[:13] + "."
-        bottom.set_title(f"{label}: {float(found.probabilities[number]):.2f}", fontsize=8)
-    height, width = found.maps.shape[1:]
-    figure.suptitle(
-        f"{title}\nmap of {found.module}, {height} x {width} positions; below: class and "
-        "probability",
-        size=9,
-    )
     return figure

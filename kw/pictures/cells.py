@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .coefficients import CellShares, CellUse, DynamicLayer, cell_shares
 from .heatmaps import Band, by_warehouse, draw_bands
-from .style import AMOUNT, FOREIGN, INK, LAYER, OWN, new_figure, signed_limit
+from .style import AMOUNT, FOREIGN, INK, LAYER, OWN, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title
     """
     groups = by_warehouse(layers)
     heights = [0.7 + 0.21 * len(group) for group in groups.values()]
-    figure = new_figure(9, sum(heights) + 0.9)
+    figure = new_figure(9, sum(heights) + 0.9, title)
     grid = figure.subplots(
         len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1.25, 1)
     )
@@ -43,13 +43,12 @@ def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title
         for layer in group:
             amount = use[layer.name].absolute.mean(0, keepdim=True)  # [1, n]
             amount = amount * (layer.cells / max(float(amount.sum()), 1e-12))
-            bands.append(Band(layer.name, amount, (layer.own.start, layer.own.stop)))
+            bands.append(Band.of(layer, amount, layer.name))
         limit = signed_limit(*(band.values for band in bands), quantile=0.99)
         image = draw_bands(left, bands, limit, AMOUNT)
         for box in left.patches:
             box.set_edgecolor("white")
-        bar = figure.colorbar(image, ax=left, extend="max", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        add_bar(figure, image, left, "max")
         left.set_title(f"warehouse {name}: use of each cell, 1 = the mean", fontsize=9, loc="left")
         for row, layer in enumerate(group):
             _draw_shares(right, row, cell_shares(use[layer.name], layer), layer)
@@ -60,7 +59,6 @@ def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title
         right.set_title("share of |coefficient|", fontsize=9, loc="left")
     handles = _legend()
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(title, size=9)
     return figure
 
 

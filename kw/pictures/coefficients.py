@@ -28,7 +28,6 @@ __all__ = [
     "DynamicLayer",
     "LayerMeasure",
     "PictureError",
-    "captured",
     "cell_shares",
     "cell_use",
     "class_effect",
@@ -36,6 +35,7 @@ __all__ = [
     "dynamic_layers",
     "evaluating",
     "measure_layer",
+    "outputs",
 ]
 
 
@@ -114,25 +114,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def captured(
-    network: nn.Module, names: Collection[str] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Coefficients ``[B, m, n]`` by layer of the forward pass that is made inside, float32.
-
-    Args:
-        network: with dynamic layers.
-        names: of the layers; left out, all.
-    """
-    seen: dict[str, Tensor] = {}
+def outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """What modules return in the pass that is made inside, by the names given to them."""
+    seen: dict[str, Any] = {}
     handles = []
-    for name, module in network.named_modules():
-        if isinstance(module, KWLayer) and (names is None or name in names):
+    for name, module in modules.items():
 
-            def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-                alpha = output if isinstance(output, Tensor) else output.alpha  # ODConv's
-                seen[name] = alpha.detach().float()
+        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+            seen[name] = output
 
-            handles.append(module.attention.register_forward_hook(keep))
+        handles.append(module.register_forward_hook(keep))
     try:
         yield seen
     finally:
@@ -156,10 +147,18 @@ def coefficients(
     Returns:
         ``[B, m, n]`` by name of the layer, float32, on that device.
     """
-    with evaluating(network), captured(network, names) as seen:
+    attentions = {
+        name: module.attention
+        for name, module in network.named_modules()
+        if isinstance(module, KWLayer) and (names is None or name in names)
+    }
+    with evaluating(network), outputs(attentions) as seen:
         # Past __call__: what network.compile() made calls no hooks.
         network.forward(images)
-    return seen
+    return {
+        name: (found if isinstance(found, Tensor) else found.alpha).float()  # ODConv's has more
+        for name, found in seen.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .coefficients import CellUse, DynamicLayer
-from .style import INK, SIGNED, new_figure, signed_limit
+from .style import INK, SIGNED, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes", "panel_grid"]
+__all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes"]
 
 _LEAST, _MOST = 7, 36  # height of a band, rows: names must fit beside it
 _INCHES = 0.024  # of a row
@@ -42,6 +42,11 @@ class Band:
     label: str
     values: Tensor
     own: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: DynamicLayer, values: Tensor, label: str) -> Band:
+        """A layer's, with its own cells."""
+        return cls(label, values, (layer.own.start, layer.own.stop))
 
     @property
     def height(self) -> int:
@@ -101,19 +106,24 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
     return image
 
 
-def panel_grid(panels: Sequence[Sequence[Band]]) -> tuple[Figure, list[Any]]:
-    """A figure and one axes for every panel: two beside one another where cells are few."""
-    columns = 1 if len(panels) == 1 or max(p[0].values.shape[1] for p in panels) > _WIDE else 2
-    rows = math.ceil(len(panels) / columns)
+def draw_panels(panels: Mapping[str, Sequence[Band]], *title: str) -> Figure:
+    """One map for each title, on a scale of its own: two beside one another where cells are few."""
+    bands = list(panels.values())
+    columns = 1 if len(bands) == 1 or max(p[0].values.shape[1] for p in bands) > _WIDE else 2
+    rows = math.ceil(len(bands) / columns)
     heights = [
-        0.75 + _INCHES * max(sum(band.height for band in p) for p in panels[r::rows])
+        0.75 + _INCHES * max(sum(band.height for band in p) for p in bands[r::rows])
         for r in range(rows)
     ]
-    figure = new_figure(9, sum(heights) + 0.5)
-    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-    for spare in grid.T.flatten()[len(panels) :]:
-        spare.set_axis_off()
-    return figure, list(grid.T.flatten()[: len(panels)])  # down the columns
+    figure = new_figure(9, sum(heights) + 0.5, *title)
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).T.flatten()
+    for axes in grid[len(bands) :]:
+        axes.set_axis_off()
+    for axes, (name, panel) in zip(grid, panels.items(), strict=False):  # down the columns
+        limit = signed_limit(*(band.values for band in panel), quantile=0.998)
+        add_bar(figure, draw_bands(axes, panel, limit), axes)
+        axes.set_title(name, fontsize=9, loc="left")
+    return figure
 
 
 def draw_attention(
@@ -129,25 +139,15 @@ def draw_attention(
     Raises:
         PictureError: matplotlib is missing.
     """
-    groups = by_warehouse(layers)
-    panels = [
-        [
-            Band(f"{x.name} ({x.mixtures})", use[x.name].mean, (x.own.start, x.own.stop))
-            for x in group
+    panels = {
+        f"warehouse {name}: {group[0].cells} cells": [
+            Band.of(x, use[x.name].mean, f"{x.name} ({x.mixtures})") for x in group
         ]
-        for group in groups.values()
-    ]
-    figure, all_axes = panel_grid(panels)
-    for axes, bands, (name, group) in zip(all_axes, panels, groups.items(), strict=True):
-        limit = signed_limit(*(band.values for band in bands), quantile=0.998)
-        image = draw_bands(axes, bands, limit)
-        bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
-        axes.set_title(f"warehouse {name}: {group[0].cells} cells", fontsize=9, loc="left")
-    figure.suptitle(
-        f"{title}\nrows: mixtures of a layer (their number); box: its own cells", size=9
+        for name, group in by_warehouse(layers).items()
+    }
+    return draw_panels(
+        panels, title, "rows: mixtures of a layer (their number); box: its own cells"
     )
-    return figure
 
 
 def draw_classes(
@@ -167,26 +167,12 @@ def draw_classes(
     Raises:
         PictureError: matplotlib is missing.
     """
-    groups = by_warehouse(layers)
-    panels = [
-        [
-            Band(
-                f"{x.name}  {effects[x.name][1]:.0%}", effects[x.name][0], (x.own.start, x.own.stop)
-            )
-            for x in group
+    panels = {
+        f"warehouse {name}": [
+            Band.of(x, effects[x.name][0], f"{x.name}  {effects[x.name][1]:.0%}") for x in group
         ]
-        for group in groups.values()
-    ]
-    figure, all_axes = panel_grid(panels)
-    for axes, bands, name in zip(all_axes, panels, groups, strict=True):
-        limit = signed_limit(*(band.values for band in bands), quantile=0.998)
-        image = draw_bands(axes, bands, limit)
-        bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
-        axes.set_title(f"warehouse {name}", fontsize=9, loc="left")
+        for name, group in by_warehouse(layers).items()
+    }
     rows = f"{len(classes)} classes from {classes[0]} (top) to {classes[-1]}"
-    figure.suptitle(
-        f"{title}\nrows of a layer: {rows}; percentage: variance over images between classes",
-        size=9,
-    )
-    return figure
+    said = f"rows of a layer: {rows}; percentage: variance over images between classes"
+    return draw_panels(panels, title, said)

@@ -10,7 +10,7 @@ import torch
 
 from .coefficients import CellUse, DynamicLayer, cell_shares
 from .heatmaps import Band, draw_bands
-from .style import AMOUNT, INK, few_ticks, new_figure, signed_limit
+from .style import AMOUNT, INK, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,26 +64,19 @@ def draw_history(
     chosen = [snapshots[i] for i in spread(len(snapshots))]
     group = [layer for layer in layers if layer.warehouse == warehouse]
     lower = 0.8 + 0.16 * len(layers)
-    figure = new_figure(10, 3.6 + lower + 1.1)
+    said = f"warehouse {warehouse}: mean coefficients, each map on its own scale"
+    figure = new_figure(10, 3.6 + lower + 1.1, title, said)
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.6, lower + 0.6))
     upper_part, lower_part = parts
-    images = []
     all_axes = upper_part.subplots(1, len(chosen), squeeze=False)[0]
     for axes, snapshot in zip(all_axes, chosen, strict=True):
-        bands = [Band(x.name, snapshot.use[x.name].mean, (x.own.start, x.own.stop)) for x in group]
+        bands = [Band.of(x, snapshot.use[x.name].mean, x.name) for x in group]
         limit = signed_limit(*(band.values for band in bands), quantile=0.998)
-        images.append(draw_bands(axes, bands, limit))
+        add_bar(upper_part, draw_bands(axes, bands, limit), axes, below=True)
         tau = "" if snapshot.temperature is None else f", tau = {snapshot.temperature:.2f}"
         axes.set_title(f"epoch {snapshot.epoch:g}{tau}", fontsize=9)
         if axes is not all_axes[0]:
             axes.set_yticks([])
-        bar = upper_part.colorbar(
-            images[-1], ax=axes, extend="both", orientation="horizontal", pad=0.02, fraction=0.05
-        )
-        few_ticks(bar)
-    upper_part.suptitle(
-        f"{title}\nwarehouse {warehouse}: mean coefficients, each map on its own scale", size=9
-    )
     _draw_shares(lower_part, layers, snapshots)
     return figure
 
@@ -108,9 +101,8 @@ def _draw_shares(part: Any, layers: Sequence[DynamicLayer], snapshots: Sequence[
         axes.tick_params(labelsize=7)
         axes.set_yticks(range(len(layers)), [x.name for x in layers] if not column else [])
         axes.tick_params(axis="y", length=0, labelsize=7)
-        bar = part.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar = add_bar(part, image, axes, "neither")
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        bar.ax.tick_params(labelsize=7)
         if has_temperature:
             below = grid[1, column]
             below.plot(epochs, [snapshot.temperature for snapshot in snapshots], color=INK)

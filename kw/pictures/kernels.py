@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..warehouse import KWLayer
 from ..warehouse.ops.assembly import assemble
 from .coefficients import coefficients
-from .style import SIGNED, new_figure, signed_limit
+from .style import SIGNED, add_bar, new_figure, shorten, show_image, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,14 +93,13 @@ def draw_kernels(
     Raises:
         PictureError: matplotlib is missing.
     """
-    figure = new_figure(9, 2.0 + 2.65 * len(kernels))
-    ratios = (1.15, *(2.6,) * len(kernels))
+    said = "the first channels of each kernel; the difference has a scale of its own"
+    figure = new_figure(9, 2.7 + 2.65 * len(kernels), title, said)
+    ratios = (1.85, *(2.6,) * len(kernels))
     grid = figure.subplots(1 + len(kernels), 3, squeeze=False, height_ratios=ratios)
     for axes, picture, name in zip(grid[0], pictures, names, strict=False):
-        axes.imshow(picture)
-        axes.set_title(name, fontsize=8)
-    for axes in grid[0]:
-        axes.set_axis_off()
+        show_image(axes, picture, shorten(name, 2.8))
+    grid[0, 2].set_axis_off()
     for row, (layer, pair) in zip(grid[1:], kernels.items(), strict=True):
         first, second = pair.float()
         limit = signed_limit(pair, quantile=0.998)
@@ -116,11 +115,7 @@ def draw_kernels(
             axes.set_title(label, fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
-            bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.046, pad=0.03)
-            bar.ax.tick_params(labelsize=7)
+            add_bar(figure, image, axes)
         row[0].set_ylabel("output channels", fontsize=8)
         row[0].set_xlabel("input channels", fontsize=8)
-    figure.suptitle(
-        f"{title}\nthe first channels of each kernel; the difference has a scale of its own", size=9
-    )
     return figure

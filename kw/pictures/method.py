@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..warehouse import KernelShape, KWConv2d, Warehouse, set_temperature
+from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings, set_temperature
 from ..warehouse.ops.assembly import assemble
 from ..warehouse.partition import Partition
 from .coefficients import DynamicLayer
 from .heatmaps import Band, draw_bands
-from .style import FOREIGN, INK, LAYER, OWN, SIGNED, few_ticks, new_figure, signed_limit
+from .style import FOREIGN, INK, LAYER, OWN, SIGNED, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ _SHOWN = 3  # cells of a mixture that are written out
 
 
 class Example:
-    """The example's warehouse and its layers, with fresh weights; draws no global random number.
+    """The example's warehouse and its layers as the papers start them; no global random number.
 
     Attributes:
         warehouse: shared by all.
@@ -43,7 +43,7 @@ class Example:
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.warehouse = Warehouse(_SHAPES, name="example")
+            self.warehouse = Warehouse(_SHAPES, WarehouseSettings(start="paper"), name="example")
             self.layers = [
                 KWConv2d(
                     shape.in_channels,
@@ -199,14 +199,12 @@ def draw_mixing() -> Figure:
     all_axes = upper.subplots(1, 3)
     for axes, tau in zip(all_axes, (1.0, 0.5, 0.0), strict=True):
         bands = [
-            Band(f"{x.name} ({x.mixtures})", alpha, (x.own.start, x.own.stop))
+            Band.of(x, alpha, f"{x.name} ({x.mixtures})")
             for x, alpha in zip(layers, example.coefficients(tau), strict=True)
         ]
         limit = signed_limit(*(band.values for band in bands))
-        image = draw_bands(axes, bands, limit)
+        add_bar(upper, draw_bands(axes, bands, limit), axes, "neither", below=True)
         axes.set_title(f"temperature {tau:g}", fontsize=9)
-        bar = upper.colorbar(image, ax=axes, orientation="horizontal", fraction=0.05, pad=0.02)
-        few_ticks(bar)
     upper.suptitle(
         "coefficients of the mixtures of A, B and C (their number), one input, fresh weights; "
         "box: own cells",

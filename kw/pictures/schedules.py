@@ -44,7 +44,7 @@ def draw_schedules(curves: Curves, title: str) -> Figure:
         PictureError: matplotlib is missing.
     """
     rows = 3 if curves.temperature is not None else 2
-    figure = new_figure(8, 0.7 + 1.75 * rows)
+    figure = new_figure(8, 0.7 + 1.75 * rows, title)
     panels = figure.subplots(rows, 1, sharex=True)
     rate, decay = panels[:2]
     rate.plot(curves.epochs, curves.lr, color=OWN)
@@ -85,5 +85,4 @@ def draw_schedules(curves: Curves, title: str) -> Figure:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
         )
-    figure.suptitle(title, size=10, color=INK)
     return figure

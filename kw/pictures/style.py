@@ -6,6 +6,8 @@ Colours: signed values in matplotlib's ``RdBu_r`` (red positive, blue negative, 
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +28,18 @@ __all__ = [
     "OWN",
     "SIGNED",
     "SUFFIXES",
+    "add_bar",
     "check_matplotlib",
     "check_output",
-    "few_ticks",
     "new_figure",
     "save",
+    "shorten",
+    "show_image",
     "signed_limit",
     "to_pixels",
     "to_tensor",
+    "wrap",
+    "wrap_label",
 ]
 
 SIGNED, AMOUNT = "RdBu_r", "viridis"
@@ -68,8 +74,13 @@ def check_output(path: Path) -> None:
         raise PictureError(f"--out {path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size, inches, that needs no display.
+def new_figure(width: float, height: float, *title: str) -> Figure:
+    """A figure that needs no display.
+
+    Args:
+        width: inches.
+        height: inches.
+        *title: lines above it; those that are wider than the figure are wrapped.
 
     Raises:
         PictureError: matplotlib is missing.
@@ -77,7 +88,61 @@ def new_figure(width: float, height: float) -> Figure:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle("\n".join(wrap(line, width, size=9, most=3) for line in title), size=9)
+    return figure
+
+
+def wrap(text: str, inches: float, size: int = 8, most: int = 2) -> str:
+    """A text in at most so many lines of this width; what does not fit ends in ``...``."""
+    columns = _columns(inches, size)
+    lines = textwrap.wrap(text, columns)
+    if len(lines) > most:
+        lines[most - 1 :] = [lines[most - 1][: columns - 3] + "..."]
+    return "\n".join(lines)
+
+
+def shorten(name: str, inches: float) -> str:
+    """A file's name in one line; of one that does not fit, the end."""
+    columns = _columns(inches, 8)
+    return name if len(name) <= columns else "..." + name[3 - columns :]
+
+
+def _columns(inches: float, size: int) -> int:
+    return max(int(inches * 72 / (0.58 * size)), 6)  # a character's mean width, in sizes
+
+
+def wrap_label(text: str, inches: float) -> str:
+    """Every line of a label in at most two lines; a number at the end of a line is kept."""
+    lines = []
+    for line in text.splitlines():
+        found = re.search(r" \d\.\d\d$", line)
+        number = found[0] if found else ""
+        lines.append(wrap(line.removesuffix(number), inches - 0.06 * len(number)) + number)
+    return "\n".join(lines)
+
+
+def show_image(axes: Any, image: Any, above: str = "", below: str = "") -> None:
+    """An image, uint8 ``[H, W, 3]`` or grey ``[H, W]``, at the top of its place, without frame."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[], anchor="N")
+    axes.spines[:].set_visible(False)
+    axes.set_title(above, fontsize=8)
+    axes.set_xlabel(below, fontsize=8)
+
+
+def add_bar(figure: Any, image: Any, axes: Any, extend: str = "both", below: bool = False) -> Any:
+    """A colour bar beside axes, or below them."""
+    where = "horizontal" if below else "vertical"
+    bar = figure.colorbar(image, ax=axes, extend=extend, orientation=where, fraction=0.05, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    if below:  # as many numbers as a short bar has room for
+        from matplotlib.ticker import MaxNLocator
+
+        bar.locator = MaxNLocator(4, symmetric=True)
+        bar.update_ticks()
+    return bar
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -97,15 +162,6 @@ def save(figure: Figure, path: Path) -> None:
             figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
     except OSError as error:
         raise PictureError(f"--out {path}: cannot be written: {error.strerror}") from error
-
-
-def few_ticks(bar: Any) -> None:
-    """Leave a short colour bar the numbers that it has room for."""
-    from matplotlib.ticker import MaxNLocator
-
-    bar.ax.tick_params(labelsize=7)
-    bar.locator = MaxNLocator(4, symmetric=True)
-    bar.update_ticks()
 
 
 def to_tensor(figure: Figure) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -24,7 +24,13 @@ _handlers: list[logging.Handler] = []
 _level: int | None = None  # of the logger before, where it was changed
 
 
-class _Console(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 cannot subscript it
+    _StreamHandler = logging.StreamHandler
+
+
+class _Console(_StreamHandler):
     """Lines above a progress bar, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:

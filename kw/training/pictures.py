@@ -130,13 +130,22 @@ class _Trained:
         return cell_use(alpha for alpha, _ in self.coefficients(layers, indices))
 
 
+def _named(config: Config) -> str:
+    """The network in words: ``"KernelWarehouse 4x resnet18"``."""
+    model = config.model
+    if model.kernel_warehouse is None:
+        return f"{model.peer.method} {model.name}" if model.peer else model.name
+    ratio = model.kernel_warehouse.cell_num_ratio
+    return f"KernelWarehouse {'' if ratio is None else f'{ratio:g}x '}{model.name}"
+
+
 def _load(config: Config, checkpoint: str | Path) -> _Trained:
     check_matplotlib()
     device = find_process("none").device
     found = load_trained(checkpoint, config, device=device)
     set_contraction(config.contraction, found.network)
     epoch = found.meta.get("epoch")
-    title = f"{config.model.name}, {found.file.name}"
+    title = f"{_named(config)}, {found.file.absolute().parent.name}/{found.file.name}"
     title += "" if epoch is None else f", epoch {epoch}"
     if has_temperature(found.network):
         title += f", temperature {get_temperature(found.network):.2f}"
@@ -348,7 +357,7 @@ def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None
     labels = [label_mixture(t, classes, config.label_smoothing) for t in targets.cpu()]
     preprocess = build_preprocessor(config).to(images.device)
     pictures = to_pixels(images, preprocess.mean, preprocess.std)
-    title = f"training batch: epoch {epoch}, update {update}"
+    title = f"training batch: {_named(config)}, epoch {epoch}, update {update}"
     if config.label_smoothing:
         title += f", label smoothing {config.label_smoothing:g} not shown"
     save(draw_batch(pictures, labels, title), out)
@@ -436,7 +445,6 @@ def picture_history(
         if meta.get("epoch") is None:
             raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")
         snapshots.append(Snapshot(meta["epoch"], tau, trained.use(layers, images)))
-    title = (
-        f"{config.model.name}, {len(files)} checkpoints of {work_dir.name}, {images} test images"
-    )
+    kept = f"{len(files)} checkpoints of {work_dir.absolute().name}"
+    title = f"{_named(config)}, {kept}, {images} test images"
     save(draw_history(layers, snapshots, warehouse or names[0], title), out)

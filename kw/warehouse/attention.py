@@ -90,9 +90,8 @@ The caller must pass coefficients in the function's range: magnitudes that sum t
 def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float]:
     """Coefficient p of a mixture's own cell and q of every other cell at the start ``"keep"``.
 
-    Contrasting: ``1 - eps / c`` and 0. The other functions are never usefully 0: ``c / (1 + c)``
-        and
-    ``min(c, 1) / (2 n (1 + c))``.
+    Contrasting: ``1 - eps / c`` and 0. The others, whose gradient vanishes at 0: ``c / (1 + c)``
+    and ``min(c, 1) / (2 n (1 + c))``.
     """
     if function == "contrasting":
         return 1 - EPS / scale, 0.0
