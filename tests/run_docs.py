@@ -75,7 +75,7 @@ STANDS_FOR = {
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
     "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
 }
-SCRIPTS = ("scripts/scaling.py", "scripts/subset_coco.py")
+SCRIPTS = ("scripts/check_exports.py", "scripts/scaling.py", "scripts/subset_coco.py")
 BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
 

@@ -132,8 +132,8 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("predict.py {place}/empty {place} --top 0", ["--top: '0': expected an integer >= 1"]),
     ("kw_benchmark_exports {place}/images none.pth", ["none.pth", "no such file or folder"]),
     ("kw_benchmark_exports {place}/folder none.pth", ["folder"]),
-    ("kw_benchmark_exportable none.yaml", ["none.yaml", "no such file"]),
-    (f"kw_benchmark_exportable {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
+    ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
+    (f"check_exports.py {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
 ]
 DETECTION: list[tuple[str, list[str]]] = [
     ("train.py none.py", ["none.py", "no such file"]),

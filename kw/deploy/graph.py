@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +151,6 @@ def load_graph(path: Path) -> tuple[nn.Module, Description]:
         raise ExportError(f"{path}: cannot be read as a .pt2 file: {one_line(error)}") from error
     texts = texts if isinstance(texts, dict) else {}
     return module, Description.from_strings(texts, str(path))
-
-
-def with_precision(description: Description, inputs: InputRange, precision: str) -> Description:
-    """The description of a file with these inputs, computed at this precision."""
-    return replace(description, input=replace(inputs, precision=precision))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 from ..errors import one_line
 from .description import ExportError, InputRange
 
-__all__ = ["BATCHES", "TOLERANCE", "Difference", "compare", "random_images"]
+__all__ = [
+    "TOLERANCE",
+    "Difference",
+    "compare",
+    "judge_by_float64",
+    "random_images",
+    "real_batches",
+]
 
+Network = Callable[[Tensor], Tensor]
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
 """Of logits, relative to the largest one or to 1, whichever is more."""
@@ -89,8 +98,18 @@ def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
         yield torch.randn(shape, generator=generator)
 
 
+def real_batches(images: Sequence[Tensor], inputs: InputRange) -> Iterator[Tensor]:
+    """Images ``[3, S, S]`` in batches of every size in turn; an incomplete last one is left out."""
+    start = 0
+    for size in cycle(BATCHES if inputs.batch is None else (inputs.batch,)):
+        if start + size > len(images):
+            return
+        yield torch.stack(list(images[start : start + size]))
+        start += size
+
+
 @torch.no_grad()
-def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor]) -> Difference:
+def compare(reference: Network, written: Network, batches: Iterable[Tensor]) -> Difference:
     """Run both on the same images.
 
     Args:
@@ -117,33 +136,16 @@ def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor])
 
 
 def judge_by_float64(
-    reference: nn.Module,
-    written: nn.Module,
-    batches: Callable[[], Iterator[Tensor]],
-    difference: Difference,
+    reference: nn.Module, written: Network, batches: Sequence[Tensor], difference: Difference
 ) -> Difference:
-    """What both differ from the network in float64, for networks that magnify rounding."""
-    exact = _Double(reference)
+    """Add how far both are from the network in float64, for networks that magnify rounding."""
+    double = copy.deepcopy(reference).double()
+
+    def exact(images: Tensor) -> Tensor:
+        return double(images.double())
+
     return replace(
         difference,
-        rounding=compare(exact, reference, batches()).largest,
-        exact=compare(exact, written, batches()).largest,
+        rounding=compare(exact, reference, batches).largest,
+        exact=compare(exact, written, batches).largest,
     )
-
-
-class _Double(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.double())
-
-
-def batched(images: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Images ``[3, S, S]`` in batches of alternating sizes, as far as they go."""
-    start = turn = 0
-    while start + sizes[turn % len(sizes)] <= len(images):
-        size = sizes[turn % len(sizes)]
-        yield torch.stack(list(images[start : start + size]))
-        start, turn = start + size, turn + 1
