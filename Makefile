@@ -72,7 +72,7 @@ docs: install
 	@echo "site/index.html"
 
 bench: install
-	$(BIN)/python tools/benchmark.py --standard
+	PYTHON=$(BIN)/python scripts/benchmark.sh
 
 format: install
 	$(BIN)/ruff check --fix .

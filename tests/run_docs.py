@@ -75,7 +75,12 @@ STANDS_FOR = {
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
     "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
 }
-SCRIPTS = ("scripts/check_exports.py", "scripts/scaling.py", "scripts/subset_coco.py")
+SCRIPTS = (
+    "scripts/check_exports.py",
+    "scripts/compare_backends.py",
+    "scripts/scaling.py",
+    "scripts/subset_coco.py",
+)
 BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
 
@@ -126,8 +131,8 @@ def shrink(command: Command) -> Run:
     if script == "-m":
         few = ["--train", "8", "--val", "4"] if arguments[0] == "kw.data.digit_scenes" else []
         return Run((sys.executable, "-m", *arguments, *few))
-    if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
-        return Run(elsewhere="make bench, minutes")
+    if script == "tools/benchmark.py" and "--render" in arguments:
+        return Run(elsewhere="tests/test_benchmark.py, on small results")
     if script.startswith("tools/") or script in SCRIPTS:
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():

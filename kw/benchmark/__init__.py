@@ -4,12 +4,19 @@
 what was found.
 """
 
-from .cases import BenchmarkError, Case, LayerSource, NetworkSource, load_cases, parse_layer
+from .cases import (
+    BenchmarkError,
+    Case,
+    LayerSource,
+    NetworkSource,
+    check_backends,
+    load_cases,
+    parse_layer,
+)
 from .conditions import DTYPES, MODES, Conditions
 from .page import render_page, table_of
 from .results import Result, read_results, write_result
 from .run import run_case
-from .standard import StandardRun, standard_runs
 
 __all__ = [
     "DTYPES",
@@ -20,13 +27,12 @@ __all__ = [
     "LayerSource",
     "NetworkSource",
     "Result",
-    "StandardRun",
+    "check_backends",
     "load_cases",
     "parse_layer",
     "read_results",
     "render_page",
     "run_case",
-    "standard_runs",
     "table_of",
     "write_result",
 ]

@@ -25,16 +25,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .cases import LayerSource, NetworkSource
+from .cases import Source
 from .conditions import Conditions
 from .steps import TrainingStep, build_step
 
@@ -47,15 +47,8 @@ _RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0
 _WINDOW = "kw.benchmark: the step that counts"
 
 
-@dataclass(frozen=True)
-class Event:
-    """A block handed out (``bytes`` above 0) or taken back.
-
-    Attributes:
-        time: in order.
-        address: of the block.
-        bytes: its size.
-    """
+class Event(NamedTuple):
+    """A block handed out (``bytes`` above 0) or taken back."""
 
     time: float
     address: int
@@ -83,9 +76,7 @@ class Memory:
     check: int
 
 
-def measure_apart(
-    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
-) -> Memory | str:
+def measure_apart(source: Source, backend: str, conditions: Conditions) -> Memory | str:
     """:func:`measure_here` in a new process.
 
     Returns:
@@ -171,9 +162,7 @@ def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) 
     return max(peak, total)
 
 
-def measure_here(
-    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
-) -> Memory | str:
+def measure_here(source: Source, backend: str, conditions: Conditions) -> Memory | str:
     """Build a network and follow its first training steps.
 
     Returns:
@@ -239,8 +228,3 @@ def _process_bytes(key: str) -> int:
     status = Path("/proc/self/status")
     found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return 1024 * int(found[1]) if found else 0
-
-
-def to_dict(memory: Memory) -> dict[str, int]:
-    """Plain types, for JSON."""
-    return asdict(memory)

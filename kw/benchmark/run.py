@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ def run_case(
     backends: Sequence[str] = ("auto",),
     *,
     subject: str | None = None,
-    code: dict[str, Any] | None = None,
     say: Callable[[str], None] = _say,
 ) -> Result:
     """Measure a case's static network, its grouped form and other back ends, interleaved.
@@ -41,7 +40,6 @@ def run_case(
         conditions: the same for all.
         backends: besides ``"grouped"``, which is always measured.
         subject: in the result's name instead of the case's own.
-        code: :func:`kw.benchmark.machine.describe_code`, where it was called already.
         say: told of every network as it begins.
 
     Returns:
@@ -63,7 +61,7 @@ def run_case(
         networks=[],
         machine=describe_machine(conditions.device),
         versions=describe_versions(conditions.device),
-        code=code or describe_code(),
+        code=describe_code(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     variants = case.variants(backends)
@@ -104,7 +102,7 @@ def _measure_memory(
         if isinstance(found, str):
             measured.problem = found
         else:
-            measured.memory = memory_of.to_dict(found)
+            measured.memory = asdict(found)
         result.networks.append(measured)
 
 

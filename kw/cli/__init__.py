@@ -42,7 +42,6 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "benchmark": {
         "networks": ("benchmark", "time and memory of dynamic beside static networks"),
-        "backends": ("compare_backends", "loss curves of all back ends from one start"),
         "loading": ("measure_loading", "how fast training batches come"),
         "exports": ("compare_exports", "accuracy and speed of exported files"),
     },
