@@ -1,4 +1,4 @@
-"""Benchmarks: what the dynamic network costs beside the static one, measured in one run.
+"""Benchmarks: time and memory of dynamic beside static networks, measured in one run.
 
 ``tools/benchmark.py`` is the command line; ``docs/benchmarks.md`` says what is counted and shows
 what was found.

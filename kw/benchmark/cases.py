@@ -68,7 +68,7 @@ class NetworkSource:
         return self.config.data.input_size
 
     def twin(self) -> tuple[Any, ...]:
-        """What decides over the static measurement: equal for sources that can share one."""
+        """All that the static measurement depends on; sources with equal twins share one."""
         static = replace(self.config.model, kernel_warehouse=None, peer=None)
         return static, self.config.optimizer, self.size
 

@@ -11,10 +11,10 @@ from ..errors import UserError
 
 __all__ = ["DTYPES", "MODES", "BenchmarkError", "Conditions", "device_slug"]
 
-# A file's name has the short word.
+# The values stand in file names.
 MODES = {"inference": "infer", "train": "train", "memory": "memory"}
 WORDS = {"inference": "inference", "train": "training step", "memory": "training memory"}
-# What the engine calls the autocast types.
+# The values are the names in a configuration.
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 

@@ -40,7 +40,7 @@ def run_case(
         conditions: the same for all.
         backends: besides ``"grouped"``, which is always measured.
         subject: in the result's name instead of the case's own.
-        say: told of every network as it begins.
+        say: called with a line for every network.
 
     Returns:
         The result. A network that runs out of memory or is too slow, and a back end that cannot do
@@ -127,8 +127,8 @@ def _measure_time(
         except Slow as error:
             measured.problem = f"too slow: {error}"
         except (ValueError, AssertionError, RuntimeError) as error:
-            # Anything else than a refused back end is a fault that must be seen as one, but an
-            # input that the static network refuses is the user's.
+            # A back end that refuses raises ValueError; other errors of dynamic networks are bugs.
+            # An input that the static network refuses, with any error, is the user's mistake.
             if variant.backend != STATIC and not isinstance(error, ValueError):
                 raise
             measured.problem = f"unavailable: {error}"

@@ -1,4 +1,4 @@
-"""The model card: a page beside an exported file that says what it is and how to use it."""
+"""The model card: a page beside an exported file about the network and how to use the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of one model beside one another: accuracy on labelled images, size, time."""
+"""Compare files of one model: accuracy on labelled images, size, time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Writing a trained classifier: ONNX, ``torch.export``, safetensors, each with its model card.
+"""Write a trained classifier as ONNX, ``torch.export`` or safetensors, with a model card.
 
-A file is written beside its final name, verified against PyTorch, and only then renamed: what
-carries the name that was asked for has been seen to work.
+A file is written under a temporary name, compared with PyTorch, and renamed if it agrees. So a file
+with the name that was asked for has always been verified.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What an exporter is given.
+    """What an exporter writes.
 
     Attributes:
         source: the network.
-        inputs: the images that the file is to take.
-        description: to be written into the file.
+        inputs: the images that the file takes.
+        description: stored in the file.
         path: the file.
-        images: real ones, uint8 ``[3, S, S]``; there may be none.
+        images: real ones, uint8 ``[3, S, S]``; may be empty.
         optimize: whether the format's own optimizer may change the graph.
     """
 
@@ -82,13 +82,13 @@ class Exporter:
     """A format of exported files; an entry of :data:`kw.registry.EXPORTERS` by its suffix.
 
     Attributes:
-        write: writes a file and returns its path, whose name may be longer than the one given.
-        precisions: what it can be written in, of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``.
+        write: writes a file and returns its path; it may add to the end of the given name.
+        precisions: which of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` it can write.
         load: reads a file for its verification: a module in evaluation mode, from normalised images
             to logits. It may be left out for the formats that :func:`kw.load` reads.
         packages: that it needs.
-        optimizes: the format has an optimizer of its own, which :attr:`Job.optimize` switches off:
-            what it spoils is written again without it.
+        optimizes: whether the format has an optimizer of its own. A file that differs from the
+            network is then written again without it (:attr:`Job.optimize`).
     """
 
     write: Callable[[Job], Path]

@@ -45,10 +45,10 @@ def write_onnx(
         optimize: fold constants and rewrite the graph, by onnxscript.
 
     Raises:
-        ExportError: a package is missing, or the graph has no counterpart in ONNX.
+        ExportError: the graph has no counterpart in ONNX.
     """
-    onnx = needs("onnx")
-    needs("onnxscript")
+    import onnx
+
     inputs = description.input
     open_axes = {0: "batch"} if inputs.batch is None else {}
     if inputs.least is not None:
@@ -78,15 +78,16 @@ def write_onnx(
 
 
 def add_description(model: Any, description: Description) -> None:
-    """Put the description into a model's metadata, in place of one that is there."""
-    onnx = needs("onnx")
+    """Put the description into a model's metadata, in place of any other."""
+    import onnx
+
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, description.to_strings())
 
 
 def _drop_traces(model: Any) -> None:
-    """PyTorch notes at every node where in the sources it comes from: a quarter of a small file,
-    and paths of the machine that wrote it."""
+    """Remove where in the sources each node comes from: a quarter of a small file, and paths of
+    the machine that wrote it."""
     for function in model.functions:
         del function.metadata_props[:]
     bodies = [model.graph, *model.functions]

@@ -1,4 +1,4 @@
-"""A written file against the network it was made of: other batches, other sizes, real images."""
+"""Compare a written file with its network, at other batches and sizes and on real images."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 Network = Callable[[Tensor], Tensor]
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest one or to 1, whichever is more."""
+"""Largest difference of logits, relative to the largest logit, or to 1 if that is more."""
 
 MARGIN = 3.0
-"""How much farther from float64 than PyTorch's float32 a file may be: sums in another order."""
+"""How many times PyTorch's own distance from float64 a file may have: it sums in another order."""
 WORST = 0.01
-"""Rounding of float32 beyond which agreement with float64 says nothing."""
+"""The rounding of PyTorch's float32 above which a comparison with float64 means nothing."""
 
 
 @dataclass
@@ -83,8 +83,8 @@ class Difference:
 
 
 def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
-    """Normal noise: every batch size at the network's own size, then the least size and an oblong
-    one, where these are open."""
+    """Normal noise: every batch size at the network's own size, then, if sizes are open, the least
+    size and an oblong one."""
     generator = torch.Generator().manual_seed(seed)
     batches = BATCHES if inputs.batch is None else (inputs.batch,)
     shapes = [(batch, 3, inputs.size, inputs.size) for batch in batches]
