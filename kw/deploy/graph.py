@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +98,20 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
     groups = ops.fixed_groups() if fixed_groups else nullcontext()
     try:
         with quiet(), groups:
+            export = partial(
+                torch.export.export, graph, (example,), dynamic_shapes={"images": shapes}
+            )
             try:
-                return _export(graph, example, shapes, deferred=False)
+                return export()
             except trace_errors():
                 # Code compares sizes, and the result is not the same for all: checked at run time.
-                return _export(graph, example, shapes, deferred=True)
-    except (MemoryError, KeyboardInterrupt):
+                return export(prefer_deferred_runtime_asserts_over_guards=True)
+    except MemoryError:
         raise
     except Exception as error:
         raise ExportError(
             f"PyTorch cannot trace {type(graph).__name__}: {one_line(error)}"
         ) from error
-
-
-def _export(
-    graph: nn.Module, example: Tensor, shapes: dict[int, Any], deferred: bool
-) -> ExportedProgram:
-    return torch.export.export(
-        graph,
-        (example,),
-        dynamic_shapes={"images": shapes},
-        prefer_deferred_runtime_asserts_over_guards=deferred,
-    )
 
 
 def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:
