@@ -80,7 +80,7 @@ docs: install
 	@echo "site/index.html"
 
 bench: install
-	$(BIN)/python tools/benchmark.py --standard
+	PYTHON=$(BIN)/python scripts/benchmark.sh
 
 format: install
 	$(BIN)/ruff check --fix .

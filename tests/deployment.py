@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kw.config import config_from_mapping, to_yaml
-from kw.deploy.sweep import randomise
 from kw.models import build_network
 from kw.training.checkpoint import save_checkpoint
+
+_SCRIPT = Path(__file__).parents[1] / "scripts" / "check_exports.py"
+_script = runpy.run_path(str(_SCRIPT), run_name="read")
+random_source, randomise = _script["random_source"], _script["randomise"]
 
 CLASSES = ["bird", "cat", "dog", "fish"]
 SETTINGS: dict[str, Any] = {

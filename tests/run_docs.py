@@ -66,7 +66,12 @@ STANDS_FOR = {
     "CONFIG...": "configs/demo/kw_resnet18_1x.yaml",
     "CONFIG": "configs/demo/kw_resnet18_1x.yaml",
 }
-SCRIPTS = ("scripts/scaling.py", "scripts/subset_coco.py")
+SCRIPTS = (
+    "scripts/check_exports.py",
+    "scripts/compare_backends.py",
+    "scripts/scaling.py",
+    "scripts/subset_coco.py",
+)
 BENCHMARK = ["--rounds", "1", "--batch-size", "2", "--input-size", "32"]
 
 
@@ -115,8 +120,8 @@ def shrink(command: Command) -> Run | str:
     if script == "-m":
         few = ["--train", "8", "--val", "4"] if arguments[0] == "kw.data.digit_scenes" else []
         return Run((sys.executable, "-m", *arguments, *few))
-    if script == "tools/benchmark.py" and {"--standard", "--render"} & set(arguments):
-        return "make bench, minutes"
+    if script == "tools/benchmark.py" and "--render" in arguments:
+        return "tests/test_benchmark.py, on small results"
     if script.startswith("tools/") or script in SCRIPTS:
         script, arguments = shrink_tool(script, arguments)
     elif (ROOT / script).exists():

@@ -1,4 +1,4 @@
-"""The benchmark: what is counted, how ratios are taken, files, tables and targets; no times."""
+"""The benchmark: what is counted, how ratios are taken, files and tables; no times."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from kw.benchmark import (
     read_results,
     render_page,
     run_case,
-    standard_runs,
     table_of,
     write_result,
 )
 from kw.benchmark import memory as memory_of
 from kw.benchmark import run as run_of
 from kw.benchmark.memory import Event, measure_step, peak_beyond
-from kw.benchmark.page import BEGIN, END, targets_table
+from kw.benchmark.page import BEGIN, END
 from kw.benchmark.results import Measured, spread_of
 from kw.benchmark.steps import TrainingStep, build_step
-from kw.benchmark.targets import TARGETS, check_targets
 from kw.benchmark.timing import Slow, interleave, iterations_for, warm_up
 from kw.config.run_schema import OptimizerConfig
 from kw.warehouse import KWLayer
@@ -140,55 +138,6 @@ def test_rounds_are_interleaved() -> None:
     assert order == ["a", "b"] * 3
     assert found == [[[1], [3], [5]], [[20], [40], [60]]]
     assert [iterations_for(t, 0.1) for t in (0.5, 0.03, 1e-9)] == [1, 4, 50]
-
-
-def test_targets() -> None:
-    met = result_of(static=[1.0] * 3, grouped=[3.0] * 3, auto=[1.9, 2.0, 9.0])
-    missed = result_of("train", static=[1.0], grouped=[3.0], auto=[2.31])
-    memory = result_of("memory", static=100, grouped=400, auto=150)
-    nothing = result_of(static=[1.0], grouped=[3.0], auto="out of memory")
-    checks = check_targets([met, missed, memory, nothing])
-    found = [(c.target.mode, c.target.limit, c.ratio and c.ratio.median, c.met) for c in checks]
-    assert found == [
-        ("inference", 2.0, 2.0, True),
-        ("inference", 2.0, None, None),
-        ("train", 2.3, 2.31, False),
-        ("memory", 1.5, 1.5, True),
-    ]
-    table = targets_table([met, missed])
-    assert "| missed |" in table
-    assert "|    met |" in table
-    assert targets_table([]) == ""
-    other = result_of(static=[1.0], auto=[1.0])
-    object.__setattr__(other.conditions, "threads", 4)
-    assert check_targets([other]) == []
-    faster = next(target for target in TARGETS if target.to == "grouped")
-    assert faster.is_met(8.0)
-    assert not faster.is_met(7.9)
-
-
-def test_standard_sets_reach_every_target() -> None:
-    runs = standard_runs(on_gpu=False) + standard_runs(on_gpu=True)
-    for target in TARGETS:
-        names = ("static", "grouped", "auto")
-        assert any(
-            target.applies(_empty(run.conditions), Measured(Path(path).stem, name))
-            for run in runs
-            for path in run.configs
-            for name in names
-        ), target
-    for run in runs:
-        assert len(load_cases(run.configs)) == 1  # one static network
-    names = [run.conditions.file_name(run.family, "x") for run in runs]
-    assert len(set(names)) == len(names)
-    only = standard_runs("*-train-*", on_gpu=False)
-    assert [run.conditions.mode for run in only] == ["train"]
-
-
-def _empty(c: Conditions) -> Result:
-    result = result_of(static=[1.0])
-    result.conditions = c
-    return result
 
 
 def test_peak_counts_what_is_left_over_and_not_what_is_kept() -> None:
@@ -444,9 +393,8 @@ def test_render_makes_the_same_page_from_files(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([], "expected one of"),
-        ([DEMO, "--standard"], "expected one of"),
-        (["--standard", "--dtype", "bfloat16"], "--dtype"),
-        (["--standard", "nothing"], "nothing"),
+        ([DEMO, "--render", "docs"], "expected one of"),
+        (["--render", "docs", "--dtype", "bfloat16"], "--dtype"),
         ([DEMO, "--mode", "latency"], "latency"),
         (["none.yaml"], "none.yaml"),
     ],

@@ -1,24 +1,24 @@
-"""Training is the same with every back end: short curves here, 200 updates by the tool.
+"""Training is the same with every back end: short curves here, 200 updates by the script.
 
-``kw benchmark backends`` runs the long comparison; docs/experiments.md has its result.
+``scripts/compare_backends.py`` runs the long comparison; docs/experiments.md has its result.
 """
 
 from __future__ import annotations
+
+import runpy
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
 import torch
 from breadth import breadth
 
-from kw.benchmark.curves import (
-    CurveSettings,
-    compare,
-    deviations,
-    force_where_possible,
-    output_errors,
-    start,
-)
 from kw.warehouse.ops import CONTRACTIONS
 
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_backends.py"
+CurveSettings, compare, deviations, force_where_possible, output_errors, start = itemgetter(
+    "CurveSettings", "compare", "deviations", "force_where_possible", "output_errors", "start"
+)(runpy.run_path(str(SCRIPT), run_name="read"))
 SHORT = CurveSettings(steps=6, batch=8, size=32)
 
 
@@ -62,8 +62,3 @@ def test_output_errors_are_ordered():
     errors = output_errors(CurveSettings(steps=3, batch=4, size=32))
     assert errors["float32"] < 1e-4 < errors["bfloat16"] < 0.2
     assert 1e-4 < errors["bfloat16, assembled in float32"] < 0.2
-
-
-def test_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="'resnet' is unknown; known: resnet18, convnext"):
-        start(CurveSettings(model="resnet"))

@@ -13,18 +13,18 @@ import pytest
 import timm
 import torch
 from breadth import breadth
-from deployment import CLASSES, SETTINGS, write_checkpoint
+from deployment import CLASSES, SETTINGS, random_source, randomise, write_checkpoint
 from torch import nn
 
 import kw
 from kw.config import config_from_mapping
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.description import InputRange
-from kw.deploy.export import Options, check_target
+from kw.deploy.export import Exporter, Options, check_target
 from kw.deploy.graph import Graph, input_range, trace
 from kw.deploy.onnx_file import OnnxNetwork, write_onnx
-from kw.deploy.sweep import random_source, randomise
 from kw.models import build_network
+from kw.registry import EXPORTERS
 from kw.warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, fold_temperature
 from kw.warehouse.ops import exported
 
@@ -272,6 +272,12 @@ def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused(name: str, precision: str, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         check_target(Path(name), Options(precision))
+
+
+def test_a_format_that_cannot_be_read_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPORTERS, ".own", Exporter(lambda job: job.path))
+    with pytest.raises(ExportError, match=r"exporter of .own files has no load.*Exporter.*load="):
+        check_target(Path("net.own"), Options())
 
 
 def test_the_tool_writes_all_formats_and_cards(tmp_path: Path, tool: Any, capsys: Any) -> None:

@@ -1,15 +1,22 @@
-"""Benchmarks: what the dynamic network costs beside the static one, measured in one run.
+"""Benchmarks: time and memory of dynamic beside static networks, measured in one run.
 
 ``tools/benchmark.py`` is the command line; ``docs/benchmarks.md`` says what is counted and shows
 what was found.
 """
 
-from .cases import BenchmarkError, Case, LayerSource, NetworkSource, load_cases, parse_layer
+from .cases import (
+    BenchmarkError,
+    Case,
+    LayerSource,
+    NetworkSource,
+    check_backends,
+    load_cases,
+    parse_layer,
+)
 from .conditions import DTYPES, MODES, Conditions
 from .page import render_page, table_of
 from .results import Result, read_results, write_result
 from .run import run_case
-from .standard import StandardRun, standard_runs
 
 __all__ = [
     "DTYPES",
@@ -20,13 +27,12 @@ __all__ = [
     "LayerSource",
     "NetworkSource",
     "Result",
-    "StandardRun",
+    "check_backends",
     "load_cases",
     "parse_layer",
     "read_results",
     "render_page",
     "run_case",
-    "standard_runs",
     "table_of",
     "write_result",
 ]

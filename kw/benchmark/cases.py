@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,38 +38,11 @@ __all__ = [
 STATIC, GROUPED = "static", "grouped"
 
 
-class Source(Protocol):
-    """Something with a static and a dynamic form, and what its training step needs."""
-
-    @property
-    def name(self) -> str:
-        """Of the dynamic form."""
-
-    @property
-    def static_name(self) -> str:
-        """Of the static form."""
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """The optimizer that its parameters are trained with."""
-
-    def build(self, backend: str) -> nn.Module:
-        """The static form, or the dynamic one with a back end; fresh weights, temperature 0.
-
-        Raises:
-            ValueError: the back end cannot do one of the layers.
-        """
-
-    def example(self, batch_size: int, input_size: int) -> tuple[Tensor, Tensor]:
-        """A random batch of inputs, and the targets of :meth:`loss`."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What is back-propagated."""
-
-
 @dataclass(frozen=True)
 class NetworkSource:
     """The network of a configuration; its static form is the same without the conversion.
+
+    Weights are fresh, the temperature is 0.
 
     Attributes:
         name: the configuration file's name without suffix.
@@ -81,18 +54,30 @@ class NetworkSource:
 
     @property
     def static_name(self) -> str:
+        """The name of the static form."""
         return self.config.model.name
 
     @property
     def optimizer(self) -> OptimizerConfig:
+        """What its parameters are trained with."""
         return self.config.optimizer
 
+    @property
+    def size(self) -> int:
+        """Side of the images that it is made for, pixels."""
+        return self.config.data.input_size
+
     def twin(self) -> tuple[Any, ...]:
-        """What decides over the static measurement: equal for sources that can share one."""
+        """All that the static measurement depends on; sources with equal twins share one."""
         static = replace(self.config.model, kernel_warehouse=None, peer=None)
-        return static, self.config.optimizer, self.config.data.input_size
+        return static, self.config.optimizer, self.size
 
     def build(self, backend: str) -> nn.Module:
+        """The static form (``"static"``), or the dynamic one with a back end.
+
+        Raises:
+            ValueError: the back end cannot do one of the layers.
+        """
         model = self.config.model
         if backend == STATIC:
             return build_network(replace(model, kernel_warehouse=None, peer=None))
@@ -101,18 +86,21 @@ class NetworkSource:
         return network
 
     def example(self, batch_size: int, input_size: int) -> tuple[Tensor, Tensor]:
+        """A random batch of inputs, and the targets of :meth:`loss`."""
         images = torch.randn(batch_size, 3, input_size, input_size)
         return images, torch.randint(self.config.model.num_classes, (batch_size,))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What is back-propagated."""
         return F.cross_entropy(outputs.float(), targets)
 
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One convolution without bias: ``nn.Conv2d`` beside :class:`KWConv2d`.
+    """One convolution without bias, ``nn.Conv2d`` beside :class:`KWConv2d`, as a source of its own.
 
-    Its loss is the mean square of the outputs, its optimizer AdamW.
+    Methods are those of :class:`NetworkSource`. Its loss is the mean square of the outputs, its
+    optimizer AdamW.
 
     Attributes:
         in_channels: input channels.
@@ -176,6 +164,9 @@ class LayerSource:
         return outputs.float().square().mean()
 
 
+Source = NetworkSource | LayerSource
+
+
 @dataclass(frozen=True)
 class Variant:
     """One network of a run.
@@ -200,7 +191,7 @@ class Case:
         input_size: side of the input that they are made for, pixels.
     """
 
-    sources: tuple[NetworkSource | LayerSource, ...]
+    sources: tuple[Source, ...]
     input_size: int
 
     @property
@@ -244,7 +235,7 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
         BenchmarkError: a configuration of a static network, or twice the same; a layer that cannot
             be.
     """
-    sources: list[NetworkSource | LayerSource] = []
+    sources: list[Source] = []
     for path in configs:
         config = load_config(path)
         if config.model.kernel_warehouse is None and config.model.peer is None:
@@ -257,7 +248,7 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BenchmarkError(f"{', '.join(twice)}: named twice; name each network once")
-    groups: list[list[NetworkSource | LayerSource]] = []
+    groups: list[list[Source]] = []
     for source in sources:
         for group in groups:
             if group[0].twin() == source.twin():
@@ -265,7 +256,7 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
                 break
         else:
             groups.append([source])
-    return [Case(tuple(group), _input_size(group[0])) for group in groups]
+    return [Case(tuple(group), group[0].size) for group in groups]
 
 
 def parse_layer(text: str) -> LayerSource:
@@ -279,36 +270,26 @@ def parse_layer(text: str) -> LayerSource:
             a layer that cannot be.
     """
     where = f"--layer {text!r}"
-    valid = ("in", "out", "size", "kernel", "stride", "padding", "groups", "ratio", "share")
-    given: dict[str, str] = {}
+    values: dict[str, Any] = {"in": None, "out": None, "kernel": 3, "stride": 1, "padding": None}
+    values |= {"groups": 1, "size": None, "ratio": 1.0, "share": 1}  # in LayerSource's order
+    given = set()
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or key not in valid:
-            near = difflib.get_close_matches(key, valid, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        if not equals or key not in values:
+            near = difflib.get_close_matches(key, values, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(values)}"
             raise BenchmarkError(f"{where}: {item!r} is no KEY=VALUE that is known; {hint}")
         if key in given:
             raise BenchmarkError(f"{where}: {key} is given twice")
-        given[key] = value
+        if not re.fullmatch(r"\d+(\.\d+)?" if key == "ratio" else r"\d+", value):
+            raise BenchmarkError(f"{where}: {key} is {value!r}, expected a number")
+        given.add(key)
+        values[key] = float(value) if key == "ratio" else int(value)
     if missing := [key for key in ("in", "out", "size") if key not in given]:
         raise BenchmarkError(f"{where}: {', '.join(missing)} missing; e.g. in=512,out=512,size=7")
-    for key, value in given.items():
-        pattern = r"\d+(\.\d+)?" if key == "ratio" else r"\d+"
-        if not re.fullmatch(pattern, value):
-            raise BenchmarkError(f"{where}: {key} is {value!r}, expected a number")
-    number = {key: int(value) for key, value in given.items() if key != "ratio"}
-    kernel = number.get("kernel", 3)
-    layer = LayerSource(
-        in_channels=number["in"],
-        out_channels=number["out"],
-        kernel=kernel,
-        stride=number.get("stride", 1),
-        padding=number.get("padding", kernel // 2),
-        groups=number.get("groups", 1),
-        size=number["size"],
-        ratio=float(given.get("ratio", "1")),
-        share=number.get("share", 1),
-    )
+    if values["padding"] is None:
+        values["padding"] = values["kernel"] // 2
+    layer = LayerSource(*values.values())
     try:
         with torch.device("meta"):
             layer.build("auto")(torch.empty(2, layer.in_channels, layer.size, layer.size))
@@ -334,7 +315,3 @@ def check_backends(backends: Sequence[str]) -> None:
 def _ratio_name(ratio: float) -> str:
     """As configurations are named: ``4x``, or ``1d2x`` for a half."""
     return f"{ratio:g}x" if ratio >= 1 else f"1d{1 / ratio:g}x"
-
-
-def _input_size(source: NetworkSource | LayerSource) -> int:
-    return source.size if isinstance(source, LayerSource) else source.config.data.input_size

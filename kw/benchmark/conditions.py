@@ -11,9 +11,10 @@ from ..errors import UserError
 
 __all__ = ["DTYPES", "MODES", "BenchmarkError", "Conditions", "device_slug"]
 
-# A file's name has the short word.
+# The values stand in file names.
 MODES = {"inference": "infer", "train": "train", "memory": "memory"}
-# What the engine calls the autocast types.
+WORDS = {"inference": "inference", "train": "training step", "memory": "training memory"}
+# The values are the names in a configuration.
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -56,6 +57,13 @@ class Conditions:
         for key in ("batch_size", "input_size", "threads", "rounds"):
             if getattr(self, key) < 1:
                 raise BenchmarkError(f"{key} is {getattr(self, key)}; expected at least 1")
+
+    def words(self) -> list[str]:
+        """All but the mode, for people."""
+        threads = [f"{self.threads} threads"] if self.device == "cpu" else []
+        size = f"{self.input_size}x{self.input_size}"
+        words = [f"batch {self.batch_size}", self.dtype, size, *threads]
+        return [*words, self.layout, self.execution]
 
     def check_device(self) -> None:
         """Refuse a device that is not here.

@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made."""
+"""Machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def describe_machine(device: str) -> dict[str, Any]:
         "cpu": found[1].strip() if found else platform.processor() or platform.machine(),
         "cores": cores,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        # Large tensors come and go with every pass: what the allocator makes of that decides over
-        # page faults, which can cost as much as the arithmetic.
+        # Each pass allocates and frees large tensors; depending on the allocator's settings, page
+        # faults can take as long as the arithmetic.
         "environment": {key: value for key, value in os.environ.items() if key in _VARIABLES},
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "gpu": None,

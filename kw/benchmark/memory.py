@@ -1,18 +1,17 @@
-"""The memory of a training step beyond parameters, gradients and optimizer state, to the byte.
+"""The memory of a training step beyond parameters, gradients and optimizer state, in exact bytes.
 
-PyTorch's profiler notes every block that PyTorch's allocators hand out and take back, on CPU and
-CUDA alike. From these events, in their order, follows what is alive at any moment. Three steps
-are followed, from the first on, and the peak is that of the third: so whatever earlier steps left
-behind, scratch buffers kept for the next one for example, counts. Of that
+PyTorch's profiler records every block that PyTorch's allocators give and take back, on CPU and
+CUDA. The sum of the blocks that are alive follows from these events. Three steps are recorded and
+the peak of the third counts, so that buffers which earlier steps keep count too. Not counted are
 
-- parameters, buffers and the batch do not count: they are there before the first step;
-- gradients and the state of the optimizer do not count: the blocks that hold them after the third
-  step are known by their addresses and left out.
+- parameters, buffers and the batch, which exist before the first step;
+- gradients and the optimizer's state, whose addresses are known after the third step;
+- what a library allocates without PyTorch's allocators.
 
 Activations kept for the backward pass, assembled kernels, temporary tensors and workspaces of
-PyTorch's and oneDNN's operators count. What a library allocates past PyTorch's allocators does not.
+PyTorch's and oneDNN's operators count.
 
-Each network has a process of its own: what others left in allocators and caches has no effect.
+Each network is measured in its own process, so that caches of other networks have no effect.
 """
 
 from __future__ import annotations
@@ -25,37 +24,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .cases import LayerSource, NetworkSource
+from .cases import Source
 from .conditions import Conditions
 from .steps import TrainingStep, build_step
 
 __all__ = ["Event", "Memory", "measure_apart", "measure_here", "measure_step", "peak_beyond"]
 
 STEPS = 3
-# glibc gives freed tensors back to the system at once: the size of the process then follows what is
-# alive, as a check of what the profiler says. Slower, which is of no account here.
+# glibc then gives freed tensors back to the system at once, so that the size of the process, which
+# checks the profiler's figure, follows what is alive. It is slower, which does not matter here.
 _RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 _WINDOW = "kw.benchmark: the step that counts"
 
 
-@dataclass(frozen=True)
-class Event:
-    """A block handed out (``bytes`` above 0) or taken back.
-
-    Attributes:
-        time: in order.
-        address: of the block.
-        bytes: its size.
-    """
+class Event(NamedTuple):
+    """A block that is given (``bytes`` above 0) or taken back."""
 
     time: float
     address: int
@@ -83,9 +75,7 @@ class Memory:
     check: int
 
 
-def measure_apart(
-    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
-) -> Memory | str:
+def measure_apart(source: Source, backend: str, conditions: Conditions) -> Memory | str:
     """:func:`measure_here` in a new process.
 
     Returns:
@@ -147,8 +137,8 @@ def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) 
     Args:
         events: all since nothing was alive, in order of time.
         start: only moments from then on count.
-        kept: what is alive after the last event and does not count: of the last block at each of
-            these addresses the part of so many bytes that does.
+        kept: blocks that are alive after the last event and hold what does not count: by address,
+            how many bytes of the last block there count all the same.
 
     Returns:
         Bytes.
@@ -171,9 +161,7 @@ def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) 
     return max(peak, total)
 
 
-def measure_here(
-    source: NetworkSource | LayerSource, backend: str, conditions: Conditions
-) -> Memory | str:
+def measure_here(source: Source, backend: str, conditions: Conditions) -> Memory | str:
     """Build a network and follow its first training steps.
 
     Returns:
@@ -201,7 +189,7 @@ def _kept(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _read_trace(profiler: profile, device: torch.device) -> tuple[float, list[Event]]:
-    """When the window opens, and the allocations on a device."""
+    """When the step that counts begins, and the allocations on a device."""
     kind = {"cpu": 0, "cuda": 1}[device.type]  # c10::DeviceType, as the trace has it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -239,8 +227,3 @@ def _process_bytes(key: str) -> int:
     status = Path("/proc/self/status")
     found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return 1024 * int(found[1]) if found else 0
-
-
-def to_dict(memory: Memory) -> dict[str, int]:
-    """Plain types, for JSON."""
-    return asdict(memory)

@@ -1,4 +1,4 @@
-"""A run's raw figures, what follows from them, and the files that hold both."""
+"""A run's raw figures, what is computed from them, and their files."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Result:
         return spread_of([a / b for a, b in pairs])
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What follows from the raw figures: one flat row a network and part.
+        """What is computed from the raw figures: one flat row a network and part.
 
         Times are in milliseconds, memory in bytes; ``x_static`` is the ratio to the static network,
         ``x_faster_than_grouped`` the grouped form's figure over this one's.

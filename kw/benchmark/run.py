@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ def run_case(
     backends: Sequence[str] = ("auto",),
     *,
     subject: str | None = None,
-    code: dict[str, Any] | None = None,
     say: Callable[[str], None] = _say,
 ) -> Result:
     """Measure a case's static network, its grouped form and other back ends, interleaved.
@@ -41,8 +40,7 @@ def run_case(
         conditions: the same for all.
         backends: besides ``"grouped"``, which is always measured.
         subject: in the result's name instead of the case's own.
-        code: :func:`kw.benchmark.machine.describe_code`, where it was called already.
-        say: told of every network as it begins.
+        say: called with a line for every network.
 
     Returns:
         The result. A network that runs out of memory or is too slow, and a back end that cannot do
@@ -63,7 +61,7 @@ def run_case(
         networks=[],
         machine=describe_machine(conditions.device),
         versions=describe_versions(conditions.device),
-        code=code or describe_code(),
+        code=describe_code(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     variants = case.variants(backends)
@@ -104,7 +102,7 @@ def _measure_memory(
         if isinstance(found, str):
             measured.problem = found
         else:
-            measured.memory = memory_of.to_dict(found)
+            measured.memory = asdict(found)
         result.networks.append(measured)
 
 
@@ -129,8 +127,8 @@ def _measure_time(
         except Slow as error:
             measured.problem = f"too slow: {error}"
         except (ValueError, AssertionError, RuntimeError) as error:
-            # Anything else than a refused back end is a fault that must be seen as one, but an
-            # input that the static network refuses is the user's.
+            # A back end that refuses raises ValueError; other errors of dynamic networks are bugs.
+            # An input that the static network refuses, with any error, is the user's mistake.
             if variant.backend != STATIC and not isinstance(error, ValueError):
                 raise
             measured.problem = f"unavailable: {error}"

@@ -1,4 +1,4 @@
-"""What is timed and what allocates: an inference pass, and a training step in its three parts."""
+"""What is measured: an inference pass, or a training step in three parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conditions import DTYPES, Conditions
 __all__ = ["PARTS", "InferenceStep", "Step", "TrainingStep", "build_step"]
 
 PARTS = {"inference": ("total",), "train": ("forward", "backward", "optimizer", "total")}
-# The networks must stay what they were in the first round; the update costs the same.
+# So small that all rounds measure the same network; the update takes as long as any other.
 LEARNING_RATE = 1e-8
 
 
@@ -98,7 +98,7 @@ Step = InferenceStep | TrainingStep
 
 
 def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
-    """A network, its batch and what is done with them, the same for the same source.
+    """Build a network and its batch, from a fixed seed, and the step that is measured.
 
     Raises:
         ValueError: the back end cannot do one of the layers.
@@ -113,8 +113,8 @@ def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
     network.to(device)
     inputs, targets = inputs.to(device), targets.to(device)
     if conditions.compile:
-        # All networks of a class share its code: each is one more entry among that code's compiled
-        # forms, and beyond the limit PyTorch falls back to eager.
+        # Networks of one class share compiled code: each adds an entry, and with more entries than
+        # the limit PyTorch runs without compiling.
         clear_compiled(limit=64)
         network.compile()
     if conditions.mode == "inference":

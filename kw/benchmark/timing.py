@@ -1,4 +1,4 @@
-"""Interleaved timing: static, grouped, back end, static, grouped, ... so that drift hits all alike.
+"""Interleaved timing: static, grouped, back end, static, ... so that drift affects all equally.
 
 A round runs every network once, for as many iterations as fill a short time, and gives one mean
 time for each part of it. Ratios are taken within rounds.
@@ -19,10 +19,10 @@ from .steps import InferenceStep, Step
 
 __all__ = ["Slow", "interleave", "iterations_for", "time_step", "warm_up"]
 
-# One iteration of a CPU network is long enough; a GPU's milliseconds, and layers, are repeated.
+# A CPU network takes longer for one iteration; what takes milliseconds is repeated.
 ROUND_SECONDS = 0.1
 MAX_ITERATIONS = 50
-# An iteration beyond this is not worth waiting for, round after round.
+# A network that takes longer for an iteration is left out.
 LIMIT_SECONDS = 60.0
 WARM_UP = 3
 
@@ -68,7 +68,7 @@ def time_step(step: Step, iterations: int) -> list[float]:
 
 
 def warm_up(step: Step, seconds: float = ROUND_SECONDS) -> int:
-    """Run a step until allocators, caches and compilers have settled.
+    """Run a step a few times, so that allocators, caches and compilers are ready.
 
     Returns:
         How many iterations fill ``seconds``.

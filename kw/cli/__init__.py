@@ -42,10 +42,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "benchmark": {
         "networks": ("benchmark", "time and memory of dynamic beside static networks"),
-        "backends": ("compare_backends", "loss curves of all back ends from one start"),
         "loading": ("measure_loading", "how fast training batches come"),
         "exports": ("compare_exports", "accuracy and speed of exported files"),
-        "exportable": ("check_exports", "which configurations export, with random weights"),
     },
     "visualize": {"": ("visualize", "pictures of cells, coefficients, batches, detections")},
     "study": {

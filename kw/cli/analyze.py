@@ -14,6 +14,8 @@ from ..evaluation import render_table
 from ..models.complexity import Complexity, analyze
 from .tool import ToolParser, add_options, output_file, save_json
 
+__all__ = ["main"]
+
 
 def costs_table(rows: Sequence[tuple[str, Complexity]]) -> str:
     """One line a network; M, G and MB are 10^6, 10^9 and 10^6 bytes."""
@@ -50,9 +52,6 @@ def warehouses_table(cost: Complexity) -> str:
             for warehouse in cost.warehouses
         ],
     )
-
-
-__all__ = ["main"]
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ The first file is what the others are compared with.
 """
 
 import argparse
-from dataclasses import asdict
 
 from ..deploy.comparison import compare_files
 from ..evaluation import render_table
@@ -26,16 +25,13 @@ def main() -> None:
     header = ("file", "top-1 %", "top-5 %", "same class %", "largest difference", "MB")
     cells = [
         (
-            row.file,
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
-            f"{row.same:.2f}",
-            f"{row.difference:.1e}",
-            f"{row.megabytes:.2f}",
-            *(f"{each:.2f}" for each in row.milliseconds),
+            row["file"],
+            *(f"{row[key]:.2f}" for key in ("top1", "top5", "same")),
+            f"{row['difference']:.1e}",
+            *(f"{each:.2f}" for each in (row["megabytes"], *row["milliseconds"])),
         )
         for row in rows
     ]
     print(render_table((*header, "ms an image, batch 1", "batch 8"), cells))
     if args.json is not None:
-        save_json([asdict(row) for row in rows], args.json)
+        save_json(rows, args.json)

@@ -18,6 +18,8 @@ from ..warehouse.ops.device import GPUS
 from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, device, number
 
+__all__ = ["main"]
+
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,9 +51,6 @@ def row(choice: LayerChoice) -> tuple[str, ...]:
         milliseconds(choice.backward_costs, choice.backward),
         others(choice.forward_costs, choice.forward),
     )
-
-
-__all__ = ["main"]
 
 
 def main() -> None:

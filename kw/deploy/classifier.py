@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..config import ConfigError
 from ..data.preprocess import BatchPreprocessor
 from ..data.reading import Picture, read_image
 from ..data.transforms import build_transform
 from ..models.build import build_network
-from ..training.checkpoint import CheckpointError, load_network
+from ..training.checkpoint import load_network
 from .description import Description, ExportError
 from .graph import load_graph
 from .onnx_file import OnnxNetwork
@@ -27,6 +26,7 @@ from .weights import cast, read_weights
 __all__ = ["Classifier", "Prediction", "load"]
 
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
+_EXPECTED = f"a work directory of tools/train.py, or a file {', '.join(FORMATS)}"
 
 
 class Prediction(NamedTuple):
@@ -119,7 +119,10 @@ class Classifier(nn.Module):
         return torch.cat(found)
 
     def predict(
-        self, images: Picture | Iterable[Picture] | Tensor, k: int = 5, batch_size: int = 32
+        self,
+        images: Picture | Iterable[Picture | Tensor] | Tensor,
+        k: int = 5,
+        batch_size: int = 32,
     ) -> list[list[Prediction]]:
         """The likeliest classes of images.
 
@@ -176,43 +179,26 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
     """
     file = Path(path)
     if not file.exists():
-        raise ExportError(f"{file}: no such file or folder; expected {_expected()}")
+        raise ExportError(f"{file}: no such file or folder; expected {_EXPECTED}")
     suffix = ".pth" if file.is_dir() else file.suffix
     if suffix == ".pth":
         source = read_source(file, weights=weights)
         network, description = source.network, source.description
     elif suffix == ".safetensors":
-        network, description = _from_weights(file)
+        state, description = read_weights(file)
+        network = build_network(description.config.model)
+        load_network(network, cast(state, torch.float32), str(file))
+        network = ready(network)
     elif suffix == ".onnx":
         network = OnnxNetwork(file, device)
         description = Description.from_strings(network.metadata, str(file))
     elif suffix == ".pt2":
         network, description = load_graph(file)
     else:
-        raise ExportError(f"{file}: expected {_expected()}, found {suffix or 'no suffix'!r}")
+        raise ExportError(f"{file}: expected {_EXPECTED}, found {suffix or 'no suffix'!r}")
     classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2"))
-    if suffix != ".pt2":  # a traced program refuses train() and eval(); it was traced in the latter
-        classifier.eval()
-    return _moved(classifier, device, file)
-
-
-def _moved(classifier: Classifier, device: str, file: Path) -> Classifier:
-    if device != "cpu" and file.suffix == ".pt2":
+    if suffix != ".pt2":  # a traced program refuses eval() and to()
+        return classifier.eval().to(device)
+    if device != "cpu":
         raise ExportError(f"{file}: a .pt2 file computes where it was traced, on the CPU; use cpu")
-    return classifier if device == "cpu" else classifier.to(device)
-
-
-def _from_weights(file: Path) -> tuple[nn.Module, Description]:
-    state, description = read_weights(file)
-    network = build_network(description.config.model)
-    try:
-        load_network(network, cast(state, torch.float32), str(file))
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
-    except ConfigError:
-        raise
-    return ready(network), description
-
-
-def _expected() -> str:
-    return f"a work directory of tools/train.py, or a file {', '.join(FORMATS)}"
+    return classifier

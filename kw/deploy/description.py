@@ -1,6 +1,6 @@
-"""What an exported file says of itself: enough to use it without this project.
+"""The description in an exported file: enough to use the file without this project.
 
-The parts are JSON texts by name, which ONNX and safetensors store as they are.
+Its parts are JSON texts by name, which ONNX and safetensors store as metadata.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import UserError
 __all__ = ["Description", "ExportError", "InputRange", "preprocessing"]
 
 MARK = "kernelwarehouse"
-"""The part that tells our files from others; its value is the version of this layout."""
+"""The part that marks files of this project; its value is the version of the layout."""
 VERSION = "1"
 
 
@@ -142,7 +142,7 @@ class Description:
 
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
-    """What happens to an image before the network, as in evaluation, for other programs."""
+    """The steps from an image to the network's input, as in evaluation, for other programs."""
     return {
         "colour": "RGB",
         "exif_orientation": data.exif_orientation,
@@ -157,7 +157,7 @@ def preprocessing(data: DataConfig) -> dict[str, Any]:
 
 
 def _of(kind: type, value: Any) -> Any:
-    """The value, where it has the type."""
+    """The value if it has the type, else a TypeError."""
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

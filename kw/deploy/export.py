@@ -1,7 +1,7 @@
-"""Writing a trained classifier: ONNX, ``torch.export``, safetensors, each with its model card.
+"""Write a trained classifier as ONNX, ``torch.export`` or safetensors, with a model card.
 
-A file is written beside its final name, verified against PyTorch, and only then renamed: what
-carries the name that was asked for has been seen to work.
+A file is written under a temporary name, compared with PyTorch, and renamed if it agrees. So a file
+with the name that was asked for has always been verified.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..registry import EXPORTERS
 from .card import write_card
-from .classifier import Classifier, load
+from .classifier import FORMATS, Classifier, load
 from .description import Description, ExportError, InputRange
-from .graph import DTYPES, Graph, input_range, save_graph, trace, with_precision
+from .graph import DTYPES, Graph, input_range, save_graph, trace
 from .onnx_file import needs, write_onnx
 from .quantize import quantize
 from .source import Source
 from .verify import (
-    BATCHES,
     TOLERANCE,
     Difference,
-    batched,
     compare,
     judge_by_float64,
     random_images,
+    real_batches,
 )
 from .weights import cast, write_weights
 
@@ -59,14 +58,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What an exporter is given.
+    """What an exporter writes.
 
     Attributes:
         source: the network.
-        inputs: the images that the file is to take.
-        description: to be written into the file.
+        inputs: the images that the file takes.
+        description: stored in the file.
         path: the file.
-        images: real ones, uint8 ``[3, S, S]``; there may be none.
+        images: real ones, uint8 ``[3, S, S]``; may be empty.
         optimize: whether the format's own optimizer may change the graph.
     """
 
@@ -83,13 +82,13 @@ class Exporter:
     """A format of exported files; an entry of :data:`kw.registry.EXPORTERS` by its suffix.
 
     Attributes:
-        write: writes a file and returns its path, whose name may be longer than the one given.
-        precisions: what it can be written in, of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``.
+        write: writes a file and returns its path; it may add to the end of the given name.
+        precisions: which of ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` it can write.
         load: reads a file for its verification: a module in evaluation mode, from normalised images
-            to logits; None for :func:`kw.load`, which knows this project's formats alone.
+            to logits. It may be left out for the formats that :func:`kw.load` reads.
         packages: that it needs.
-        optimizes: the format has an optimizer of its own, which :attr:`Job.optimize` switches off:
-            what it spoils is written again without it.
+        optimizes: whether the format has an optimizer of its own. A file that differs from the
+            network is then written again without it (:attr:`Job.optimize`).
     """
 
     write: Callable[[Job], Path]
@@ -126,7 +125,8 @@ def check_target(path: Path, options: Options) -> None:
     """Refuse what cannot be written, before anything is done.
 
     Raises:
-        ExportError: an unknown format, a precision that it has not, or a missing package.
+        ExportError: an unknown format, or one that cannot be read back; a precision that the format
+            does not have; a missing package.
     """
     exporter = EXPORTERS.get(path.suffix)
     if exporter is None:
@@ -138,6 +138,11 @@ def check_target(path: Path, options: Options) -> None:
         raise ExportError(
             f"{path}: {path.suffix} files are written in {', '.join(exporter.precisions)}, not in "
             f"{options.precision}"
+        )
+    if exporter.load is None and path.suffix not in FORMATS:
+        raise ExportError(
+            f"{path}: the exporter of {path.suffix} files has no load, and kw.load does not read "
+            "them, so that they could not be verified; register Exporter(write, load=...)"
         )
     for package in exporter.packages:
         needs(package)
@@ -174,7 +179,7 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     exporter = EXPORTERS[target.suffix]
-    description = with_precision(source.description, inputs, inputs.precision)
+    description = replace(source.description, input=inputs)
     job = Job(source, inputs, description, partial, images)
     try:
         try:
@@ -253,17 +258,12 @@ def _verify(
         Different: they differ by more than :data:`TOLERANCE`, where both compute in float32,
             and by more than float32's rounding explains.
     """
-    sizes = BATCHES if inputs.batch is None else (inputs.batch,)
-    real_images = _normalised(source, images) if images else []
-    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {
-        "random": lambda: random_images(inputs),
-        "real": lambda: batched(real_images, sizes),
-    }
+    kinds = {"random": list(random_images(inputs))}
+    if images:
+        kinds["real"] = list(real_batches(_normalised(source, images), inputs))
     found: dict[str, Difference] = {}
     for kind, batches in kinds.items():
-        if kind == "real" and not images:
-            continue
-        difference = compare(source.network, classifier, batches())
+        difference = compare(source.network, classifier, batches)
         if inputs.precision == "fp32" and difference.largest > TOLERANCE:
             difference = judge_by_float64(source.network, classifier, batches, difference)
             if not difference.is_rounding:

@@ -1,7 +1,7 @@
-"""A network as a graph of operators, for any number of images and, where it can, any size.
+"""Trace a network to a graph of operators, for any number of images and any size where possible.
 
-Temperature 0 is made final before: no temperature and no one-hot start is left in the graph. Every
-dynamic layer takes the form that exports best (:mod:`kw.warehouse.ops.exported`).
+The temperature is set to 0 and folded first: the graph has neither temperature nor one-hot start.
+Each dynamic layer takes the form that exports best (:mod:`kw.warehouse.ops.exported`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _EXAMPLES = 3  # images of the example: neither 0 nor 1, which tracing takes for
 
 
 class Graph(nn.Module):
-    """The network to be traced: float32 images in, float32 logits out, whatever is between.
+    """The network to be traced: float32 images in, float32 logits out, at any precision between.
 
     Args:
         network: in evaluation mode; it is copied.
@@ -57,10 +57,11 @@ class Graph(nn.Module):
 
 
 def input_range(network: nn.Module, config: ModelConfig, size: int) -> tuple[InputRange, str]:
-    """What images a network takes: any from a least size on, or one size only, and then why.
+    """The images that a network takes, and why it takes one size only (empty if it takes others).
 
-    A network with position embeddings for one size refuses others. The least size is that at which
-    the deepest feature map still has two positions along each axis: one is traced as a constant.
+    A network with position embeddings for one size refuses others. The least size is the one at
+    which the deepest feature map has two positions along each axis: a size of one would be traced
+    as a constant.
     """
     reduction = _reduction(network)
     try:
@@ -97,28 +98,20 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
     groups = ops.fixed_groups() if fixed_groups else nullcontext()
     try:
         with quiet(), groups:
+            export = partial(
+                torch.export.export, graph, (example,), dynamic_shapes={"images": shapes}
+            )
             try:
-                return _export(graph, example, shapes, deferred=False)
+                return export()
             except trace_errors():
-                # Something compares sizes, and cannot prove it of all: it is checked when it runs.
-                return _export(graph, example, shapes, deferred=True)
-    except (MemoryError, KeyboardInterrupt):
+                # Code compares sizes, and the result is not the same for all: checked at run time.
+                return export(prefer_deferred_runtime_asserts_over_guards=True)
+    except MemoryError:
         raise
     except Exception as error:
         raise ExportError(
             f"PyTorch cannot trace {type(graph).__name__}: {one_line(error)}"
         ) from error
-
-
-def _export(
-    graph: nn.Module, example: Tensor, shapes: dict[int, Any], deferred: bool
-) -> ExportedProgram:
-    return torch.export.export(
-        graph,
-        (example,),
-        dynamic_shapes={"images": shapes},
-        prefer_deferred_runtime_asserts_over_guards=deferred,
-    )
 
 
 def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:
@@ -135,7 +128,7 @@ def save_graph(program: ExportedProgram, description: Description, path: Path) -
 
 
 def load_graph(path: Path) -> tuple[nn.Module, Description]:
-    """Read a ``.pt2`` file: a program, which is trusted like one.
+    """Read a ``.pt2`` file. It is a program: read only files that you trust.
 
     Raises:
         ExportError: it cannot be read, or was not written here.
@@ -148,20 +141,15 @@ def load_graph(path: Path) -> tuple[nn.Module, Description]:
         texts = json.loads(extra[_FILE] or "{}")
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file raises whatever is where the damage is
+    except Exception as error:  # a damaged file can raise anything
         raise ExportError(f"{path}: cannot be read as a .pt2 file: {one_line(error)}") from error
     texts = texts if isinstance(texts, dict) else {}
     return module, Description.from_strings(texts, str(path))
 
 
-def with_precision(description: Description, inputs: InputRange, precision: str) -> Description:
-    """The description of a file with these inputs, computed at this precision."""
-    return replace(description, input=replace(inputs, precision=precision))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PyTorch's exporters tell their progress and their own deprecations; a user can mend none."""
+    """Hide messages of PyTorch's exporters: progress, and deprecations in PyTorch itself."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -174,8 +162,8 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _least(network: nn.Module, reduction: int) -> int:
-    """The size from which on the deepest feature map has two positions: one more than the total
-    stride where convolutions pad, twice the stride where they do not, as in ConvNeXt."""
+    """The least size at which the deepest feature map has two positions: one more than the total
+    stride where convolutions pad, twice the stride where they do not (ConvNeXt)."""
     features = getattr(copy.deepcopy(network).to("meta"), "forward_features", None)
     if features is None:
         return 2 * reduction

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,14 @@ def write_onnx(
         optimize: fold constants and rewrite the graph, by onnxscript.
 
     Raises:
-        ExportError: a package is missing, or the graph has no counterpart in ONNX.
+        ExportError: the graph has no counterpart in ONNX.
     """
-    onnx = needs("onnx")
-    needs("onnxscript")
+    import onnx
+
+    inputs = description.input
+    open_axes = {0: "batch"} if inputs.batch is None else {}
+    if inputs.least is not None:
+        open_axes |= {2: "height", 3: "width"}
     try:
         with quiet():
             written = torch.onnx.export(
@@ -59,6 +62,7 @@ def write_onnx(
                 optimize=optimize,
                 input_names=["images"],
                 output_names=["logits"],
+                dynamic_shapes={"images": open_axes},  # their names; the program has the ranges
             )
         assert written is not None
         model = written.model_proto
@@ -66,7 +70,6 @@ def write_onnx(
         raise
     except Exception as error:
         raise ExportError(f"{path}: PyTorch cannot write it as ONNX: {one_line(error)}") from error
-    _name_axes(model, description)
     _drop_traces(model)
     model.producer_name, model.producer_version = "kernelwarehouse", __version__
     onnx.checker.check_model(model)
@@ -75,33 +78,16 @@ def write_onnx(
 
 
 def add_description(model: Any, description: Description) -> None:
-    """Put the description into a model's metadata, in place of one that is there."""
-    onnx = needs("onnx")
+    """Put the description into a model's metadata, in place of any other."""
+    import onnx
+
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, description.to_strings())
 
 
-def _name_axes(model: Any, description: Description) -> None:
-    """Names for the open axes, where PyTorch leaves symbols: ``s77`` becomes ``batch``."""
-    shape = model.graph.input[0].type.tensor_type.shape.dim
-    names = {
-        axis.dim_param: name
-        for axis, name in zip(shape, ("batch", "channels", "height", "width"), strict=True)
-        if axis.dim_param
-    }
-    if not names:
-        return
-    symbols = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    graph = model.graph
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param:
-                axis.dim_param = symbols.sub(lambda m: names[m[1]], axis.dim_param)
-
-
 def _drop_traces(model: Any) -> None:
-    """PyTorch notes at every node where in the sources it comes from: a quarter of a small file,
-    and paths of the machine that wrote it."""
+    """Remove where in the sources each node comes from: a quarter of a small file, and paths of
+    the machine that wrote it."""
     for function in model.functions:
         del function.metadata_props[:]
     bodies = [model.graph, *model.functions]

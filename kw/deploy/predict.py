@@ -6,9 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-
-import torch
 
 from ..data.reading import BadImageError, DataError
 from ..data.walk import IMAGE_EXTENSIONS, describe, walk_images
@@ -61,33 +60,25 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def predict_files(
     classifier: Classifier, files: Iterable[Path], k: int = 5, batch_size: int = 32
 ) -> Iterator[Result]:
-    """A result for every file, in their order; those that cannot be read are passed over.
+    """A result for every file, in their order, also for those that cannot be read.
 
     Args:
         classifier: from :func:`kw.load`.
         files: see :func:`find_images`.
         k: classes an image.
-        batch_size: images that the network sees at a time; so many are in memory.
+        batch_size: files that are read, and images that the network sees, at a time.
     """
-    read: list[tuple[Path, torch.Tensor | str]] = []
-    for file in files:
-        try:
-            read.append((file, classifier.read(file)))
-        except BadImageError as error:
-            read.append((file, error.reason))
-        if sum(isinstance(item, torch.Tensor) for _, item in read) == batch_size:
-            yield from _results(classifier, read, k)
-            read = []
-    yield from _results(classifier, read, k)
-
-
-def _results(
-    classifier: Classifier, read: list[tuple[Path, torch.Tensor | str]], k: int
-) -> Iterator[Result]:
-    images = [item for _, item in read if isinstance(item, torch.Tensor)]
-    best = iter(classifier.best(classifier.logits(torch.stack(images)), k) if images else ())
-    for file, item in read:
-        if isinstance(item, str):
-            yield Result(str(file), [], item)
-        else:
-            yield Result(str(file), next(best))
+    remaining = iter(files)
+    while some := list(islice(remaining, batch_size)):
+        images, reasons = [], {}
+        for file in some:
+            try:
+                images.append(classifier.read(file))
+            except BadImageError as error:
+                reasons[file] = error.reason
+        best = iter(classifier.predict(images, k, batch_size))
+        for file in some:
+            if file in reasons:
+                yield Result(str(file), [], reasons[file])
+            else:
+                yield Result(str(file), next(best))

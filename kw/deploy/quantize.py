@@ -1,7 +1,7 @@
-"""INT8 by onnxruntime: weights a channel, activations a tensor, calibrated on real images.
+"""INT8 by onnxruntime: a scale per channel of weights and per activation, from real images.
 
 Only products with weights are quantized: convolutions, linear layers, and the product of
-coefficients and cells, which holds most of a KernelWarehouse network's numbers. The product of an
+coefficients and cells, which has most of a KernelWarehouse network's parameters. The product of an
 assembled kernel with its image has no weights and stays in float32, as do loops.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import one_line
 from .description import Description, ExportError
 from .graph import quiet
-from .onnx_file import add_description, needs
+from .onnx_file import add_description
 
 __all__ = ["CALIBRATION", "quantize"]
 
@@ -34,14 +34,15 @@ def quantize(path: Path, description: Description, images: Sequence[Tensor]) -> 
 
     Args:
         path: a float32 file.
-        description: written into the new one.
-        images: normalised, ``[3, S, S]`` each; ranges of activations are found on them.
+        description: stored in the new one.
+        images: normalised, ``[3, S, S]`` each; the ranges of activations are measured on them.
 
     Raises:
         ExportError: onnxruntime cannot quantize it.
     """
-    onnx = needs("onnx")
-    tool = needs("onnxruntime.quantization")
+    import onnx
+    from onnxruntime import quantization as tool
+
     model = onnx.load(path)
     skipped = [
         node.name

@@ -1,10 +1,11 @@
-"""A written file against the network it was made of: other batches, other sizes, real images."""
+"""Compare a written file with its network, at other batches and sizes and on real images."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,24 @@ from torch import Tensor, nn
 from ..errors import one_line
 from .description import ExportError, InputRange
 
-__all__ = ["BATCHES", "TOLERANCE", "Difference", "compare", "random_images"]
+__all__ = [
+    "TOLERANCE",
+    "Difference",
+    "compare",
+    "judge_by_float64",
+    "random_images",
+    "real_batches",
+]
 
+Network = Callable[[Tensor], Tensor]
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest one or to 1, whichever is more."""
+"""Largest difference of logits, relative to the largest logit, or to 1 if that is more."""
 
 MARGIN = 3.0
-"""How much farther from float64 than PyTorch's float32 a file may be: sums in another order."""
+"""How many times PyTorch's own distance from float64 a file may have: it sums in another order."""
 WORST = 0.01
-"""Rounding of float32 beyond which agreement with float64 says nothing."""
+"""The rounding of PyTorch's float32 above which a comparison with float64 means nothing."""
 
 
 @dataclass
@@ -74,8 +83,8 @@ class Difference:
 
 
 def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
-    """Normal noise: every batch size at the network's own size, then the least size and an oblong
-    one, where these are open."""
+    """Normal noise: every batch size at the network's own size, then, if sizes are open, the least
+    size and an oblong one."""
     generator = torch.Generator().manual_seed(seed)
     batches = BATCHES if inputs.batch is None else (inputs.batch,)
     shapes = [(batch, 3, inputs.size, inputs.size) for batch in batches]
@@ -89,8 +98,18 @@ def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
         yield torch.randn(shape, generator=generator)
 
 
+def real_batches(images: Sequence[Tensor], inputs: InputRange) -> Iterator[Tensor]:
+    """Images ``[3, S, S]`` in batches of every size in turn; an incomplete last one is left out."""
+    start = 0
+    for size in cycle(BATCHES if inputs.batch is None else (inputs.batch,)):
+        if start + size > len(images):
+            return
+        yield torch.stack(list(images[start : start + size]))
+        start += size
+
+
 @torch.no_grad()
-def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor]) -> Difference:
+def compare(reference: Network, written: Network, batches: Iterable[Tensor]) -> Difference:
     """Run both on the same images.
 
     Args:
@@ -117,33 +136,16 @@ def compare(reference: nn.Module, written: nn.Module, batches: Iterator[Tensor])
 
 
 def judge_by_float64(
-    reference: nn.Module,
-    written: nn.Module,
-    batches: Callable[[], Iterator[Tensor]],
-    difference: Difference,
+    reference: nn.Module, written: Network, batches: Sequence[Tensor], difference: Difference
 ) -> Difference:
-    """What both differ from the network in float64, for networks that magnify rounding."""
-    exact = _Double(reference)
+    """Add how far both are from the network in float64, for networks that magnify rounding."""
+    double = copy.deepcopy(reference).double()
+
+    def exact(images: Tensor) -> Tensor:
+        return double(images.double())
+
     return replace(
         difference,
-        rounding=compare(exact, reference, batches()).largest,
-        exact=compare(exact, written, batches()).largest,
+        rounding=compare(exact, reference, batches).largest,
+        exact=compare(exact, written, batches).largest,
     )
-
-
-class _Double(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.double())
-
-
-def batched(images: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Images ``[3, S, S]`` in batches of alternating sizes, as far as they go."""
-    start = turn = 0
-    while start + sizes[turn % len(sizes)] <= len(images):
-        size = sizes[turn % len(sizes)]
-        yield torch.stack(list(images[start : start + size]))
-        start, turn = start + size, turn + 1

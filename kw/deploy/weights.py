@@ -1,7 +1,7 @@
-"""Weights alone, as safetensors: tensors without code, under a name that tells damage.
+"""Weights as safetensors: tensors without code.
 
-As in PyTorch's model zoo a file's name ends with the first eight digits of its SHA-256; reading it
-compares them.
+As in PyTorch's model zoo the name ends with the first eight digits of the file's SHA-256, which are
+compared when the file is read: damage is found.
 """
 
 from __future__ import annotations

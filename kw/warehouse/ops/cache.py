@@ -1,4 +1,4 @@
-"""Where files are kept that cost time to make again: the compiled library, timings."""
+"""The folder of files that take time to make again: the compiled library, timings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["cache_folder"]
 def cache_folder() -> Path:
     """``$KW_CACHE_DIR``; else ``kernelwarehouse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    A user without a home, as containers have, gets a folder among the temporary ones.
+    A user without a home, as in containers, gets a folder below the temporary one.
     """
     given = os.environ.get("KW_CACHE_DIR")
     if given:

@@ -1,8 +1,8 @@
-"""Back end ``native``: kernels assembled in cache by compiled code and used at once, on a CPU.
+"""Back end ``native``: compiled code for CPUs that assembles kernels in cache and uses them there.
 
-A sample's kernel is larger than its activations in late layers; written to memory and read back it
-costs more than the convolution. Here no more than a slice of some samples' kernels exists at any
-time, in the second-level cache. The C++ in ``cpp/`` is compiled when the back end is first wanted.
+In late layers a sample's kernel is larger than its activations; writing it to memory and reading it
+back takes longer than the convolution. Here only a slice of some samples' kernels exists at a time,
+in the second-level cache. The C++ in ``cpp/`` is compiled on first use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Native(SummingContraction):
     name: ClassVar[str] = "native"
 
     def refusal(self, problem: Problem) -> str | None:
-        """Compiles, if nothing else speaks against it."""
+        """Why not; compiles the library where there is no other reason."""
         if problem.device != "cpu":
             return f"runs on a CPU only, not on {problem.device}"
         if problem.dtype != torch.float32:

@@ -1,7 +1,7 @@
 """The types in which a contraction computes.
 
 Two settings trade accuracy for speed. Their effect on a network's output is measured against
-float64 by ``kw benchmark backends``, see docs/experiments.md.
+float64 by ``scripts/compare_backends.py``, see docs/experiments.md.
 
 - ``torch.set_float32_matmul_precision`` is torch's own: under ``"high"`` float32 matrix products
   on NVIDIA GPUs take inputs of 10 mantissa bits (TF32). PyTorch may follow it on CPUs too,
