@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,14 +13,14 @@ from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
 from .annotations import category_ids, load_annotations
 from .config import DetectorConfig
-from .drawing import draw_ground_truth
+from .drawing import contact_sheet, draw_annotations, side_by_side
 from .predictor import Predictor
 from .sets import check_test_annotations, trained_classes
-from .sheets import contact_sheet, side_by_side
 
 __all__ = ["picture_names", "refuse_overwriting", "save_picture", "write_pictures"]
 
 TITLES = ("predicted", "annotated")
+_SHEET_WIDTH = 640  # of a pair of pictures on the sheet, pixels: a thousand pairs fit in memory
 
 
 def write_pictures(
@@ -56,8 +56,11 @@ def write_pictures(
     if data.check:
         check_test_annotations(data, predictor.has_masks, classes, truth).raise_for_errors()
     ids = category_ids(truth, data.val_annotations)
-    categories = [{"id": ids[name], "name": name} for name in classes]
-    wanted = {category["id"] for category in categories}
+    names_of = {ids[name]: name for name in classes}
+    objects = defaultdict(list)
+    for each in truth["annotations"]:
+        if each["category_id"] in names_of:
+            objects[each["image_id"]].append(each)
     files = [Path(data.root, data.val_images, image["file_name"]) for image in truth["images"]]
     names = picture_names([image["file_name"] for image in truth["images"]])
     refuse_overwriting(out, names, files, [Path(data.root, data.val_images)])
@@ -72,21 +75,16 @@ def write_pictures(
         except (BadImageError, OutOfMemory) as error:
             say(str(error))
             continue
-        objects = [
-            each
-            for each in truth["annotations"]
-            if each["image_id"] == image["id"] and each["category_id"] in wanted
-        ]
-        drawn = predictor.draw(file, found)
-        annotated = draw_ground_truth(picture, objects, categories, classes=classes)
-        pair = side_by_side(drawn, annotated, TITLES)
+        annotated = draw_annotations(picture, objects[image["id"]], names_of)
+        pair = side_by_side(predictor.draw(picture, found), annotated, TITLES)
         paths.append(folder / name)
         save_picture(pair, paths[-1])
+        pair.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH))
         sheet.append(pair)
     if not sheet:
         raise DataError(f"{data.val_annotations}: none of its images can be read")
     paths.append(folder / "sheet.png")
-    save_picture(contact_sheet(sheet, columns=2), paths[-1])
+    save_picture(contact_sheet(sheet), paths[-1])
     return paths
 
 

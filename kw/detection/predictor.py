@@ -22,10 +22,9 @@ from .annotations import category_ids
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading
 from .detector import build_detector, has_masks, without_weights
-from .drawing import draw_detections
+from .drawing import draw_objects
 from .mmdet import register_all_modules
-from .run_lengths import encode_masks, mask_areas
-from .segments import segmentation_mask
+from .run_lengths import encode_masks, mask_areas, segmentation_mask
 from .sets import class_names
 
 __all__ = ["Found", "Predictor", "coco_file", "coco_results", "load", "result_ids"]
@@ -140,13 +139,17 @@ class Predictor:
 
     def draw(self, picture: Picture, found: Found, score: float = 0.0) -> Image.Image:
         """The picture with what was found in it; detections below a score are left out."""
+        kept = (found.scores >= score).nonzero().flatten().tolist()
+        labels = [int(found.labels[i]) for i in kept]
+        texts = [
+            f"{self.classes[label]} {found.scores[i]:.2f}"
+            for i, label in zip(kept, labels, strict=True)
+        ]
         masks = None
         if found.masks is not None:
             width, height = found.size
-            masks = [segmentation_mask(each, height, width) for each in found.masks]
-        boxes, labels, scores = (v.numpy() for v in (found.boxes, found.labels, found.scores))
-        image = self.read(picture)
-        return draw_detections(image, boxes, labels, scores, masks, self.classes, score)
+            masks = [segmentation_mask(found.masks[i], height, width) for i in kept]
+        return draw_objects(self.read(picture), found.boxes[kept], labels, texts, masks)
 
 
 def _reads_annotations(step: Any) -> bool:

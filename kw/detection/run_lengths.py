@@ -1,4 +1,4 @@
-"""Masks as run lengths, COCO's compressed form."""
+"""Masks in COCO's forms: run lengths, compressed or not, and polygons."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 __all__ = [
     "are_run_lengths",
@@ -15,8 +16,8 @@ __all__ = [
     "encode_masks",
     "import_evaluator",
     "mask_areas",
+    "segmentation_mask",
 ]
-
 
 _PIXELS = 2**25  # of masks that are compressed at a time
 
@@ -73,6 +74,47 @@ def decompress(text: str) -> list[int] | None:
         counts.append(value + counts[-2] if len(counts) > 2 else value)
         value, shift = 0, 0
     return None if shift else counts
+
+
+def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """The mask of an annotation.
+
+    Args:
+        segmentation: polygons, lists ``[x, y, x, y, ...]`` in pixels; or run lengths
+            ``{"size": [height, width], "counts": list, str or bytes}``.
+        height: of the image, pixels.
+        width: of the image, pixels.
+
+    Returns:
+        bool ``[height, width]``; along polygons it may differ from pycocotools' by a pixel.
+
+    Raises:
+        ValueError: it is neither form, or the run lengths do not fit the image.
+    """
+    if isinstance(segmentation, Mapping):
+        counts, size = segmentation["counts"], list(segmentation["size"])
+        if isinstance(counts, bytes):
+            counts = counts.decode("ascii")
+        if isinstance(counts, str):
+            counts = decompress(counts)
+        if size != [height, width] or counts is None or sum(counts) != height * width:
+            total = "unreadable counts" if counts is None else f"counts of {sum(counts)} pixels"
+            raise ValueError(
+                f"run lengths of size {size} with {total} are not those of an image of "
+                f"height {height} and width {width}"
+            )
+        inside = np.arange(len(counts)) % 2 == 1
+        return np.repeat(inside, counts).reshape(width, height).T
+    if not isinstance(segmentation, (list, tuple)):
+        raise ValueError(f"a segmentation is a list or a mapping, not {segmentation!r}")
+    image = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(image)
+    for polygon in segmentation:
+        # COCO measures from the corner of the first pixel, Pillow from its centre.
+        corners = np.asarray(polygon, np.float64).reshape(-1, 2) - 0.5
+        if len(corners) > 2:
+            draw.polygon([tuple(corner) for corner in corners.tolist()], fill=1)
+    return np.array(image)
 
 
 def bounds(counts: Sequence[int], height: int) -> tuple[int, int, int, int] | None:
