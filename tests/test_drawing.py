@@ -159,7 +159,7 @@ def test_ground_truth_of_coco() -> None:
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any]) -> None:
     arguments = {"boxes": [[0, 0, 5, 5]], "labels": [0], "texts": ["x"], **settings}
-    with pytest.raises(ValueError, match="shorter|longer|not finite"):
+    with pytest.raises(ValueError, match=r"shorter|longer|not finite"):
         draw_objects(blank(), **arguments)
 
 

@@ -15,7 +15,10 @@ __all__ = ["class_colour", "contact_sheet", "draw_annotations", "draw_objects", 
 _READABLE = 480  # the least longer side of a picture, pixels
 _OPACITY = 0.45  # of masks
 # Easy to tell apart on dark and light images, and bright enough for black text.
-_COLOURS = "ff5252 40c4ff ffd600 69f05a e060ff ff7800 1de9b6 828cff ff80ab bcc85a".split()
+_COLOURS = (
+    *("ff5252", "40c4ff", "ffd600", "69f05a", "e060ff"),
+    *("ff7800", "1de9b6", "828cff", "ff80ab", "bcc85a"),
+)
 
 
 def class_colour(label: int) -> tuple[int, ...]:
@@ -65,7 +68,7 @@ def draw_objects(
         draw.rectangle(box, outline=colour, width=line)
     font = _font(picture)
     height = _height(font)
-    taken: list[tuple[int, int, int]] = []  # left, top, right of the texts
+    taken: list[Any] = []  # left, top, right of the texts
     for (left, top, right, bottom), colour, text in zip(
         corners.tolist(), colours, texts, strict=True
     ):
@@ -74,7 +77,7 @@ def draw_objects(
         width = int(font.getlength(text)) + 4
         x = max(0, min(left, picture.width - width))
         y = first = max(0, min(top - height, picture.height - height))
-        while any(x < r and x + width > l and abs(y - t) < height for l, t, r in taken):
+        while any(x < x2 and x + width > x1 and abs(y - y1) < height for x1, y1, x2 in taken):
             y += height
             if y + height > picture.height:  # no free place below
                 y = first
