@@ -36,15 +36,10 @@ class _Loaded(COCO):
 
 
 class CocoDataset(_CocoDataset):
-    """mmdetection's data set, of a file that was read before.
+    """mmdetection's data set, from the content of an annotation file.
 
     A label is an index into ``metainfo.classes``, whatever the order of the file. If images without
     objects are left out, so are images whose objects are all left out.
-
-    Args:
-        content: content of the annotation file, of
-            :func:`kw.detection.annotations.load_annotations`.
-        **settings: those of mmdetection's data set.
     """
 
     def __init__(self, content: Mapping[str, Any], **settings: Any) -> None:

@@ -28,13 +28,7 @@ _Shape = tuple[Mapping[str, Any], list[list[float]]]  # an object and its polygo
 
 
 def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
-    """Check boxes, ``[left, top, width, height]``, and areas against them.
-
-    Args:
-        objects: annotations with ``id``, ``image_id`` (in ``sizes``), ``bbox`` and ``area``.
-        sizes: width and height of the images.
-        findings: list to add to.
-    """
+    """Check boxes, ``[left, top, width, height]``, and whether areas fit them."""
     good = []
     for each in objects:
         if is_box(each["bbox"]):
@@ -84,13 +78,7 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
 
 
 def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
-    """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths.
-
-    Args:
-        objects: annotations with ``id``, ``image_id`` (in ``sizes``) and ``area``.
-        sizes: width and height of the images.
-        findings: list to add to.
-    """
+    """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths."""
     shapes: list[_Shape] = []
     for each in objects:
         mask = each.get("segmentation")
@@ -209,13 +197,7 @@ def _check_runs(
 def _compare_boxes(
     objects: Sequence[Mapping[str, Any]], extents: np.ndarray, findings: Findings
 ) -> None:
-    """Compare boxes with the extents of their masks, which may be of different objects.
-
-    Args:
-        objects: annotations.
-        extents: ``[N, 4]``, left, top, right, bottom of their masks.
-        findings: list to add to.
-    """
+    """Compare N boxes with the extents ``[N, 4]`` of their masks: left, top, right, bottom."""
     pairs = [
         i
         for i, each in enumerate(objects)

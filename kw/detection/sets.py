@@ -41,9 +41,7 @@ def read_sets(config: CocoDataConfig) -> tuple[Content, Content]:
 def class_names(config: CocoDataConfig, content: Content | None = None) -> list[str]:
     """The categories to detect: ``data.classes``, or all of the training file.
 
-    Args:
-        config: the data.
-        content: content of the training file, if it was read before.
+    ``content`` is that of the training file, if it was read before.
 
     Raises:
         DataError: the file cannot be read, or lacks a category that the configuration names.
@@ -101,13 +99,10 @@ def check_sets(
     read_images: bool = False,
     contents: tuple[Content, Content] | None = None,
 ) -> list[Report]:
-    """Check both annotation files, see :func:`kw.detection.annotations.check_annotations`.
+    """Check the training and the test annotations, and their images.
 
-    Args:
-        config: the data.
-        masks: whether every object must have a mask.
-        read_images: decode all images too.
-        contents: content of the training and the test annotations, if they were read before.
+    See :func:`kw.detection.annotations.check_annotations`; ``contents`` are those of the two files,
+    if they were read before.
     """
     train_content, val_content = contents or (None, None)
     classes: list[str] | None
@@ -123,14 +118,7 @@ def check_sets(
 def check_test_annotations(
     config: CocoDataConfig, masks: bool, classes: list[str], content: Content
 ) -> Report:
-    """Check the test annotations, but not the image files: evaluation counts bad ones as missed.
-
-    Args:
-        config: the data.
-        masks: whether every object must have a mask.
-        classes: classes of the detector.
-        content: content of the file.
-    """
+    """Check the test annotations without the image files: evaluation counts bad ones as missed."""
     return _check(config, False, open_images=False, classes=classes, masks=masks, content=content)
 
 
