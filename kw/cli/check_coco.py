@@ -1,12 +1,12 @@
-"""Check annotated images in COCO's format before training: lists all that is wrong.
+"""Check annotated images in COCO's format before training, and list all problems.
 
 kw inspect annotations configs/coco/mask_rcnn_kw_resnet50_1x.py --cfg-options data.root=my_set
 kw inspect annotations annotations/instances_train2017.json train2017 \\
     annotations/instances_val2017.json val2017 --json problems.json
 
-A detector's configuration names both of its sets, and how they are read. Of files, the first is
-taken to be trained on and further ones to be tested on, which should not share its images. Exit
-status: 0 if there are no errors (there may be warnings), else 2.
+A detector's configuration names its two sets, and how they are read. With files, the first set is
+for training; the others are for testing and should not have its images. Exit status: 0 without
+errors (there may be warnings), otherwise 2.
 """
 
 import argparse

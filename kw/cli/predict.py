@@ -6,7 +6,7 @@ kw predict work_dirs/mine test2017/ --annotations image_info_test-dev2017.json \
     --json results.json
 
 MODEL is a work directory or checkpoint of tools/train.py, or a file of tools/export.py. Files that
-cannot be read are passed over and listed at the end; the status is 2 only if none could be read.
+cannot be read are skipped and listed at the end; the status is 2 only if none could be read.
 
 A detector's --json is an annotation file in COCO's format whose annotations have scores; with
 --annotations it is COCO's results format, with the ids of that file, which needs no annotations.
@@ -60,12 +60,12 @@ def main() -> None:
         dest="pictures",
         type=output_folder,
         metavar="DIR",
-        help="draw what is found into DIR",
+        help="draw the detections into DIR",
     )
     of_objects.add_argument(
         "--annotations",
         metavar="FILE",
-        help="annotation file that names the images, below the one folder IMAGES",
+        help="annotation file with the names of the images in the folder IMAGES",
     )
     args = parser.parse_args()
     run = detector_config(args.model) is not None
@@ -148,7 +148,7 @@ def find_objects(args: argparse.Namespace) -> None:
 
 
 def _found(paths: list[str]) -> list[tuple[Path, str]]:
-    """Files, and their names below the deepest folder that holds all that was given."""
+    """Files, and their names below the common folder of all paths."""
     given = [Path(path).absolute() for path in paths]
     root = os.path.commonpath([path if path.is_dir() else path.parent for path in given])
     files = dict.fromkeys(find_images(paths))
@@ -156,7 +156,7 @@ def _found(paths: list[str]) -> list[tuple[Path, str]]:
 
 
 def _listed(args: argparse.Namespace, content: dict[str, Any]) -> list[tuple[Path, str]]:
-    """Files that an annotation file names, and their names there."""
+    """The files of an annotation file, and their names there."""
     if len(args.images) != 1 or not Path(args.images[0]).is_dir():
         raise DataError("--annotations: expected one folder as IMAGES")
     seen: set[int] = set()

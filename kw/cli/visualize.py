@@ -102,11 +102,14 @@ def main() -> None:
     for name, added in kinds.choices.items():
         example = f"the picture, e.g. {name}.png (or .svg, .pdf)"
         added.add_argument("--out", type=output_file, required=True, metavar="FILE", help=example)
-    detections = kind("detections", draw_detections, "a detector's results beside the truth")
+    detections = kind("detections", draw_detections, "a detector's results beside the annotations")
     checkpoint(detections)
     detections.add_argument("--out", type=output_folder, required=True, metavar="DIR")
     detections.add_argument(
-        "--images", type=number(int, 1), default=12, help="the first so many test images (12)"
+        "--images",
+        type=number(int, 1),
+        default=12,
+        help="number of pictures, of the first test images (12)",
     )
     detections.add_argument(
         "--score",

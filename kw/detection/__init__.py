@@ -1,13 +1,14 @@
 """Detection and instance segmentation: mmdetection with KernelWarehouse backbones.
 
 Importing this package makes ``import mmdet`` work without a compiled mmcv
-(:mod:`kw.detection.ops`).
-Annotation checks, evaluation and drawing need no mmdetection and are imported from their modules.
+(:mod:`kw.detection.ops`). Annotation checks, evaluation and drawing do not need mmdetection and are
+imported from their modules.
 """
 
 from importlib.util import find_spec as _find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazily
 from .ops import bind
 
 if TYPE_CHECKING:
@@ -28,23 +29,16 @@ __all__ = [
     "write_pictures",
 ]
 
-_HOMES = {
-    "Backbone": "backbone",
-    "Predictor": "predictor",
-    "load": "predictor",
-    "load_detector_config": "config",
-    "evaluate_checkpoint": "run",
-    "train": "run",
-    "write_pictures": "pictures",
-}
-
 if _find_spec("mmcv") is not None and _find_spec("mmdet") is not None:
     bind()
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "backbone": "Backbone",
+        "config": "load_detector_config",
+        "pictures": "write_pictures",
+        "predictor": "Predictor load",
+        "run": "evaluate_checkpoint train",
+    },
+)

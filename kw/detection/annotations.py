@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kw.data.dataset import DataError
@@ -24,21 +24,15 @@ from kw.detection.usage import OUTSIDE, Usage, why_unused
 __all__ = ["Report", "category_ids", "check_annotations", "load_annotations"]
 
 _TABLES = ("images", "annotations", "categories")
-_KEYS = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
-    "categories": ("id", "name"),
-}
-_NUMBERS = (int, float)
-# LVIS's lists of what was looked for in an image, and of what was not annotated wholly.
+# LVIS's lists: categories that were searched for in an image, and those annotated incompletely.
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 
 COCO_DETECTIONS = 100
-"""Detections of a category in an image that count in COCO's evaluation."""
+"""Detections of a category in an image that COCO's evaluation counts."""
 
 
 class _Unusable(DataError):
-    """A file that cannot be looked into further; ``kind`` is a finding's."""
+    """A file that cannot be checked further; ``kind`` is that of the finding."""
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
@@ -48,7 +42,7 @@ class _Unusable(DataError):
 def load_annotations(
     annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
 ) -> dict[str, Any]:
-    """Read a file; of its content only the outer structure is checked.
+    """Read a file; only the outer structure of its content is checked.
 
     Args:
         annotations_file: in COCO's format; UTF-8, with or without a byte-order mark.
@@ -88,11 +82,11 @@ def load_annotations(
 def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
     """Category names and their ids, in the order of the ids.
 
-    A category without objects is left out where another has its name: some exporters list the name
-    of the project, or of the group, as a category too.
+    A category without objects is left out if another has the same name: some exporters list the
+    name of the project or the group as a category too.
 
     Raises:
-        DataError: a category has no id or no name, or one that another has.
+        DataError: a category has no id or no name, or shares one with another.
     """
     categories = _without_doubles(content)
     named = {}
@@ -110,7 +104,7 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
 
 
 def _without_doubles(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Categories without those that have no object and the name of another."""
+    """The categories, without those that have no object and share the name of another."""
     used = _values(content["annotations"], "category_id")
     sound = [each for each in content["categories"] if _is_category(each)]
     taken = {each["name"] for each in sound if each["id"] in used}
@@ -138,7 +132,7 @@ def check_annotations(
     settings: CocoDataConfig | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Check a set and list everything that is wrong with it; raises nothing for what it finds.
+    """Check a set and list all problems; problems are reported, not raised.
 
     Args:
         annotations_file: file in COCO's format.
@@ -146,16 +140,13 @@ def check_annotations(
         classes: the model's classes: each must be a category of the file.
         num_classes: the model's number of classes, where their names come from the file.
         masks: whether every object must have a mask.
-        read_images: decode all images too, which finds damaged ones; otherwise read their headers.
-        other: report on the set that this one must not share images with, as a validation set must
-            not with its training set.
-        training: whether the set is trained on; else it is evaluated against.
-        open_images: look at the image files at all.
-        settings: how the images are read and which are left out. Default: a run's defaults.
-        content: the file's, where it is read already.
-
-    Returns:
-        The report; ``raise_for_errors`` turns it into a refusal.
+        read_images: decode all images, which finds damaged ones; otherwise only read their headers.
+        other: report on a set that this one must not share images with; for a validation set, the
+            training set.
+        training: whether the set is for training; otherwise it is for evaluation.
+        open_images: whether to open the image files at all.
+        settings: how images are read and which are left out. Default: a run's defaults.
+        content: content of the file, if it was read before.
     """
     file, folder = os.fspath(annotations_file), os.fspath(images_dir)
     findings = Findings()
@@ -209,51 +200,61 @@ def check_annotations(
     )
 
 
+def _is_integer(value: Any) -> bool:
+    # True is an int, and some exporters write ids as text: neither would match another id.
+    return type(value) is int
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+# Of every key: the test of its value, and what was expected. Boxes have a check of their own.
+_Expected = tuple[Callable[[Any], bool], str]
+_ID: _Expected = _is_integer, "an integer"
+_SIZE: _Expected = (lambda value: type(value) is int and value > 0), "a positive integer"
+_REQUIRED: dict[str, dict[str, _Expected]] = {
+    "images": {
+        "id": _ID,
+        "file_name": (_is_name, "a file's name"),
+        "width": _SIZE,
+        "height": _SIZE,
+    },
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (lambda value: True, "anything"),
+        "area": (lambda value: type(value) in (int, float), "a number"),
+    },
+    "categories": {"id": _ID, "name": (lambda value: isinstance(value, str), "text")},
+}
+_OPTIONAL: dict[str, _Expected] = {
+    "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
+    "ignore": (lambda value: value in (0, 1, None), "0 or 1"),
+}
+
+
 def _check_table(
     content: Mapping[str, Any], table: str, findings: Findings
 ) -> list[dict[str, Any]]:
     """The rows of a table that have all keys, with values of the right kind."""
-    keys, what = _KEYS[table], "category" if table == "categories" else table[:-1]
+    required, what = _REQUIRED[table], "category" if table == "categories" else table[:-1]
+    expected = {**required, **_OPTIONAL} if table == "annotations" else required
     sound = []
     for place, row in enumerate(content[table]):
-        missing = [key for key in keys if key not in row]
-        if missing:
+        if missing := [key for key in required if key not in row]:
             name = row["id"] if "id" in row else f"number {place + 1} in the file"
             findings.add("missing-key", f"{what} {name} lacks {', '.join(missing)}")
             continue
-        wrong = _wrong_value(table, row)
-        if wrong is None:
-            sound.append(row)
+        for key, (is_right, kind) in expected.items():
+            if key in row and not is_right(row[key]):
+                found = f"{what} {row['id']}: {key} is {row[key]!r}, not {kind}"
+                findings.add("bad-value", found)
+                break
         else:
-            key, expected = wrong
-            findings.add("bad-value", f"{what} {row['id']}: {key} is {row[key]!r}, not {expected}")
+            sound.append(row)
     return sound
-
-
-def _wrong_value(table: str, row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first key of a row with a value of a wrong kind, and what was expected."""
-    # True is an int, and some exporters write ids as text: both would be looked up in vain.
-    if type(row["id"]) is not int:
-        return "id", "an integer"
-    if table == "images":
-        if not _is_name(row["file_name"]):
-            return "file_name", "a file's name"
-        for key in ("width", "height"):
-            if type(row[key]) is not int or row[key] <= 0:
-                return key, "a positive integer"
-    elif table == "annotations":
-        for key in ("image_id", "category_id"):
-            if type(row[key]) is not int:
-                return key, "an integer"
-        if type(row["area"]) not in _NUMBERS:
-            return "area", "a number"
-        if "iscrowd" in row and row["iscrowd"] not in (0, 1):
-            return "iscrowd", "0 or 1"
-        if row.get("ignore") not in (0, 1, None):
-            return "ignore", "0 or 1"
-    elif not isinstance(row["name"], str):
-        return "name", "text"
-    return None
 
 
 def _check_usage(
@@ -264,7 +265,7 @@ def _check_usage(
     settings: CocoDataConfig,
     findings: Findings,
 ) -> None:
-    """Compare the objects that are listed with those that are used."""
+    """Find the objects that are not used, and images with more objects than detections count."""
     usage, in_image = Usage(), Counter[int]()
     for each in objects:
         if each["category_id"] not in names or not is_box(each["bbox"]):
@@ -273,7 +274,7 @@ def _check_usage(
         usage.count(names[each["category_id"]], reason)
         if reason is None:
             in_image[each["image_id"]] += 1
-        elif not each.get("iscrowd") and reason != OUTSIDE:  # these are listed as boxes
+        elif not each.get("iscrowd") and reason != OUTSIDE:  # reported by the check of boxes
             what = f"annotation {each['id']} of image {each['image_id']}: {reason}"
             findings.add("left-out", what)
     if usage.listed and not usage.used:
@@ -331,8 +332,8 @@ def _check_links(
     categories: Sequence[Mapping[str, Any]],
     findings: Findings,
 ) -> None:
-    """Check what annotations name, and what nothing names."""
-    # Of all rows: one that lacks something else is listed for that already.
+    """Check the ids that annotations refer to, and find images and categories without objects."""
+    # The ids of all rows: a row that lacks something else is reported for that already.
     image_ids = _values(content["images"], "id")
     known = _values(content["categories"], "id")
     used = _values(content["annotations"], "category_id")
@@ -362,15 +363,11 @@ def _check_links(
 
 
 def _values(rows: Iterable[Mapping[str, Any]], key: str) -> set[int]:
-    return {row[key] for row in rows if type(row.get(key)) is int}
+    return {row[key] for row in rows if _is_integer(row.get(key))}
 
 
 def _is_category(row: Mapping[str, Any]) -> bool:
-    return type(row.get("id")) is int and _is_name(row.get("name"))
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return _is_integer(row.get("id")) and _is_name(row.get("name"))
 
 
 def _a(value: Any) -> str:

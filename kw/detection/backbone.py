@@ -1,4 +1,4 @@
-"""Any classifier of this project as a detector's backbone: its feature maps, and no copy of it.
+"""Any classifier of this project as a detector's backbone.
 
 ::
 
@@ -51,7 +51,7 @@ from .weights import StartWeights, read_backbone
 
 __all__ = ["Backbone", "read_network"]
 
-# mmdetection's configurations find what is in it as kw.NAME.
+# mmdetection's configurations name its entries kw.NAME.
 _MODELS = Registry("model", parent=MODELS, scope="kw", locations=["kw.detection.backbone"])
 
 
@@ -59,31 +59,30 @@ _MODELS = Registry("model", parent=MODELS, scope="kw", locations=["kw.detection.
 class Backbone(nn.Module):
     """The feature maps of a timm network, static or converted, at temperature 0.
 
-    Parts that no map depends on, the classifier first, are taken out, so that every parameter
-    that is left gets a gradient.
+    Parts that no map depends on, such as the classifier, are removed, so that every parameter gets
+    a gradient.
 
     Args:
         network: a classification configuration (YAML), or a mapping with the keys of its
-            ``model``; ``weights`` and ``freeze`` there belong to the classifier's training.
-        weights: where training starts from: the file of a classifier, converted or static, or of a
-            detector, of which the backbone is taken; ``timm`` or ``timm:TAG``; or weights that were
-            read already. Static ones are loaded before the network is converted, which keeps what
-            it computes, also where the network's own start is ``"paper"``. Everything must fit but
-            the classifier itself. Its moving average where a file has one.
-        out_indices: which maps: places in timm's ``feature_info`` of the network, and one more for
-            what its last convolution makes of the last (MobileNetV2). Default: the maps of stride
-            4 to 32, of those that there are.
+            ``model``; ``weights`` and ``freeze`` there apply only to the classifier's training.
+        weights: weights to start from: the file of a classifier, converted or static, or of a
+            detector, whose backbone is used; ``timm`` or ``timm:TAG``; or :class:`StartWeights`.
+            Static weights are loaded before the network is converted, so that it computes the
+            same, even if the network's own start is ``"paper"``. All tensors but the classifier's
+            must fit. The moving average is used if a file has one.
+        out_indices: the maps, as indices into the network's ``feature_info`` of timm; one more is
+            the output of its last convolution (MobileNetV2). Default: all maps of stride 4 to 32.
         frozen_stages: -1 trains everything, 0 freezes the stem, n the stem and n stages. A
-            warehouse is frozen when every layer that uses it is.
-        freeze: patterns of parameters or modules of the network that do not train, besides
+            warehouse is frozen if all layers that use it are.
+        freeze: patterns of further parameters or modules of the network that do not train
             (:func:`kw.models.freezing.freeze`).
-        norm_eval: BatchNorm, that of attention too, uses and keeps its statistics.
-        output_norm: LayerNorm over the channels of every map, as ConvNeXt's detectors have it.
-        grad_checkpointing: keep only the blocks' inputs for the backward pass. Where norm_eval is
-            off, BatchNorm's statistics are then updated twice an iteration.
-        drop_path_rate: in place of the classifier's own; stochastic depth grows from 0 to this.
-        resumes: a checkpoint of the detector brings all weights: none are read, and nothing has to
-            be kept in the conversion.
+        norm_eval: BatchNorm, also in attention, uses its running statistics and keeps them.
+        output_norm: LayerNorm over the channels of every map, as in ConvNeXt's detectors.
+        grad_checkpointing: keep only the blocks' inputs for the backward pass. Without norm_eval,
+            BatchNorm's statistics are then updated twice an iteration.
+        drop_path_rate: replaces the classifier's; stochastic depth grows from 0 to this rate.
+        resumes: a checkpoint will bring all weights: none are read, and the conversion need not
+            keep any.
 
     Attributes:
         out_channels: channels of the maps.
@@ -151,7 +150,7 @@ class Backbone(nn.Module):
         return tuple(maps)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training mode, but for what is frozen and, with ``norm_eval``, BatchNorm."""
+        """Set training mode, except for frozen modules and, with ``norm_eval``, BatchNorm."""
         super().train(mode)
         for module in self._kept_in_eval:
             module.eval()
@@ -170,7 +169,6 @@ class Backbone(nn.Module):
 
     def _choose_maps(self, name: str, out_indices: Sequence[int] | None) -> None:
         self._kept_in_eval: list[nn.Module] = []
-        # ModuleList-like objects of timm iterate over the dictionaries of all maps.
         info = [dict(entry) for entry in self.network.feature_info]
         if out_indices is None:
             wanted = [i for i, entry in enumerate(info) if 4 <= entry["reduction"] <= 32]
@@ -192,7 +190,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _drop_unused(self, name: str) -> None:
-        """Take out what an image does not pass on its way to the maps."""
+        """Remove the modules that the maps do not use."""
         called: set[nn.Module] = set()
         handles = [
             module.register_forward_pre_hook(lambda module, _: called.add(module))
@@ -229,8 +227,8 @@ def read_network(
     """The ``model`` of a classification configuration.
 
     Args:
-        network: a file, a mapping with the keys of ``model``, or what was read of them.
-        folder: where a relative file name starts, if it does not in the working directory.
+        network: a file, a mapping with the keys of ``model``, or a configuration.
+        folder: folder of relative file names; those that it lacks are in the working directory.
 
     Raises:
         ConfigError: the file or the mapping is wrong.
@@ -254,7 +252,7 @@ def read_network(
 def _started(
     config: ModelConfig, weights: StartWeights, out_indices: Sequence[int] | None
 ) -> nn.Module:
-    """The whole network with weights, before anything is taken out.
+    """The whole network with weights, before parts are removed.
 
     Raises:
         ConfigError: it cannot be built.
@@ -282,7 +280,7 @@ def _started(
 
 
 def _keeping(config: ModelConfig, source: str) -> ModelConfig:
-    """A network that keeps static weights, whatever its file says of training from nothing."""
+    """The configuration with a start that keeps static weights."""
     warehouse, peer = config.kernel_warehouse, config.peer
     settings = [warehouse, *warehouse.warehouses.values()] if warehouse is not None else [peer]
     if all(own is None or own.start != "paper" for own in settings):
@@ -297,7 +295,7 @@ def _keeping(config: ModelConfig, source: str) -> ModelConfig:
 def _with_unused(
     config: ModelConfig, state: dict[str, Tensor], out_indices: Sequence[int] | None
 ) -> dict[str, Tensor]:
-    """A detector's backbone with fresh weights for what it lacks and no map of ours depends on."""
+    """The weights of a detector's backbone, with fresh ones for parts that our maps do not use."""
     if not is_converted(state):
         config = replace(config, kernel_warehouse=None, peer=None)
     whole = build_network(config)
@@ -311,7 +309,7 @@ def _with_unused(
 
 
 def _remove(module: nn.Module, called: set[nn.Module]) -> None:
-    """Identities in place of the modules with parameters that were not called."""
+    """Replace modules that have parameters and were not called by identities."""
     for name, child in list(module.named_children()):
         if isinstance(child, Warehouse):  # held, not called
             continue

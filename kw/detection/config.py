@@ -1,11 +1,11 @@
 """Configurations of detectors: mmengine's Python files, with the settings of a run checked.
 
-A file sets what mmdetection reads, ``model``, ``train_pipeline`` and ``test_pipeline``, and what a
-run of this project reads (:class:`kw.detection.schema.DetectionConfig`). mmdetection's own settings
-of data loaders, optimizers and hooks, which its base files bring along, are not used: a warning
-names them.
+A file sets the keys of mmdetection, ``model``, ``train_pipeline`` and ``test_pipeline``, and those
+of a run of this project (:class:`kw.detection.schema.DetectionConfig`). mmdetection's settings of
+data loaders, optimizers and hooks, which come with its base files, are not used: a warning names
+them.
 
-A Python configuration is a program: it is trusted as code is.
+A Python configuration is a program: run only files that you trust.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["DetectorConfig", "detection_limits", "load_detector_config"]
 _LIMIT = "max_per_img"
 _OF_MMDET = ("model", "train_pipeline", "test_pipeline")
 _OF_RUN = tuple(field.name for field in dataclasses.fields(DetectionConfig))
-# What sets the same in mmdetection.
+# mmdetection's keys, and what sets the same here.
 _INSTEAD = {
     "optim_wrapper": "optimizer, ema and precision",
     "param_scheduler": "schedule",
@@ -50,15 +50,15 @@ _INSTEAD = {
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
-    """A configuration, checked as far as it can be without building anything.
+    """A configuration that was checked as far as possible without building anything.
 
     Attributes:
-        run: data, optimizer, schedule and what else a run needs.
+        run: data, optimizer, schedule and the other settings of a run.
         model: the detector, for mmdetection's registry.
-        train_pipeline: transforms of training images, likewise.
-        test_pipeline: transforms of test images, likewise.
+        train_pipeline: transforms of training images, for mmdetection's registry.
+        test_pipeline: transforms of test images, for mmdetection's registry.
         source: the file.
-        custom_imports: modules of the user's own that register what the file names (mmengine's).
+        custom_imports: the user's modules that register names of the file (mmengine's key).
     """
 
     run: DetectionConfig
@@ -75,7 +75,7 @@ class DetectorConfig:
         return any(step.get("with_mask", False) for step in steps)
 
     def to_python(self) -> str:
-        """One Python text with every setting; reading it gives an equal configuration."""
+        """A Python text with all settings; reading it gives an equal configuration."""
         content = dataclasses.asdict(self.run)
         content.update({name: getattr(self, name) for name in _OF_MMDET})
         if self.custom_imports is not None:
@@ -90,10 +90,10 @@ def load_detector_config(
 
     Args:
         path: a Python file; its ``_base_`` files are read with it.
-        options: ``a.b=value`` strings over the file's settings, the value in YAML's flow style.
+        options: ``a.b=value`` strings that replace settings; the value in YAML's flow style.
 
     Raises:
-        ConfigError: with one line for every problem: file and line, key, value, what was expected.
+        ConfigError: a line for each problem, with file, line, key, value and what was expected.
     """
     path = os.fspath(path)
     origins = read_origins(path)
@@ -134,13 +134,13 @@ def _run_file(path: str) -> dict[str, Any]:
         content = config.to_dict()
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the program raises
+    except (Exception, SystemExit) as error:  # the program may raise anything
         raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return {k: v for k, v in content.items() if not k.startswith("_") and k != "filename"}
 
 
 def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
-    """What is wrong with a key that nobody reads; those of mmdetection's files give a warning."""
+    """The problem of a key that is not used; keys of mmdetection's files are only warned of."""
     known = (*_OF_MMDET, *_OF_RUN, "custom_imports")
     if name in known:
         return None
@@ -159,7 +159,7 @@ def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
 
 
 def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
-    """``--cfg-options`` for the run, as one tree, and those for mmdetection's parts, by key."""
+    """Split ``--cfg-options`` into those of the run, a tree, and those of mmdetection, by key."""
     given, parts = Entry({}, Origin(OPTIONS)), {}
     problems: list[str] = []
     for option in options:
@@ -186,7 +186,7 @@ def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Ent
 
 
 def _missing(content: dict[str, Any], key: str) -> str | None:
-    """What keeps a key of mmdetection's parts from being set: every step to it must exist."""
+    """The reason why a key of mmdetection's parts cannot be set: a step to it does not exist."""
     value: Any = content
     names = key.split(".")
     for i, name in enumerate(names[:-1]):
@@ -208,7 +208,7 @@ def _step(value: Any, name: str) -> Any:
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of mmdetection's parts; a list in place of a tuple becomes one."""
+    """Set a key of mmdetection's parts; a list that replaces a tuple becomes a tuple."""
     target: Any = content
     *steps, last = key.split(".")
     for name in steps:
@@ -220,13 +220,13 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def detection_limits(model: dict[str, Any]) -> list[int]:
-    """How many detections of an image a detector gives at most, where its settings say so."""
+    """The limits in a detector's settings on its detections of an image."""
     limits = [part.get(_LIMIT) for part in _test_settings(model)] + [model.get("num_queries")]
     return [limit for limit in limits if isinstance(limit, int) and limit > 0]  # -1: no limit
 
 
 def _set_limit(model: dict[str, Any], limit: int) -> None:
-    """Let a detector give so many detections of an image."""
+    """Set the number of detections of an image that a detector gives."""
     parts = [part for part in _test_settings(model) if _LIMIT in part]
     if not parts:
         raise ConfigError(f"data.max_detections: model.test_cfg has no {_LIMIT} to set")
@@ -241,14 +241,14 @@ def _set_limit(model: dict[str, Any], limit: int) -> None:
 
 
 def _test_settings(model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a detector of one stage, and of the last one of two."""
+    """The test settings of a detector of one stage, and of the last stage of two."""
     settings = model.get("test_cfg")
     parts = [settings, settings.get("rcnn")] if isinstance(settings, dict) else []
     return [part for part in parts if isinstance(part, dict)]
 
 
 def _with_sizes(value: Any) -> Any:
-    """YAML has no tuples, but mmdetection takes an image's size for one."""
+    """Image sizes as tuples, which mmdetection expects and YAML does not have."""
     if isinstance(value, list):
         return [_with_sizes(item) for item in value]
     if not isinstance(value, dict):
@@ -263,12 +263,14 @@ def _with_sizes(value: Any) -> Any:
 
 
 def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:
-    """The backbone's classifier, read from its file: a run's configuration needs no other file.
+    """Replace the file name of the backbone's classifier by its settings, in place.
+
+    The configuration that a run saves then needs no other file.
 
     Args:
-        content: the configuration's; changed in place.
+        content: the configuration.
         path: its file.
-        folder: where a relative file name starts: that of the file that gives it.
+        folder: folder of a relative file name.
     """
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
@@ -279,7 +281,7 @@ def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) ->
     from .backbone import read_network
 
     config = read_network(backbone["network"], folder)
-    settings = _without_defaults(dataclasses.asdict(config))
+    settings = _without_none(dataclasses.asdict(config))
     for name, nothing in (("weights", "None"), ("freeze", "[]")):
         found = settings.pop(name, None)
         if found and name not in backbone and content.get("load_from") is None:
@@ -290,10 +292,9 @@ def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) ->
     backbone["network"] = settings
 
 
-def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """What says nothing left out."""
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _without_defaults(value) if isinstance(value, dict) else value
+        name: _without_none(value) if isinstance(value, dict) else value
         for name, value in settings.items()
         if value is not None
     }

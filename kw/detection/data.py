@@ -1,7 +1,6 @@
-"""COCO data sets through mmdetection's transforms, with random choices that depend on the image
-alone.
+"""COCO data sets with mmdetection's transforms, whose random choices depend only on the image.
 
-A sample is what mmdetection's ``PackDetInputs`` makes, ``{"inputs": uint8 [3, H, W],
+A sample is the result of mmdetection's ``PackDetInputs``, ``{"inputs": uint8 [3, H, W],
 "data_samples": DetDataSample}``; a batch has lists of both.
 """
 
@@ -47,15 +46,14 @@ class Samples(TolerantDataset):
     """An mmdetection data set by keys ``(epoch, index)``.
 
     Args:
-        dataset: the data set, complete. Its loading of images from files is replaced by this
-            project's (:func:`kw.data.read_image`): OpenCV gives half a JPEG for half a file. The
-            pixels of files in order are OpenCV's.
-        seed: with the key it decides every random choice of the transforms, so that neither the
-            number of loader processes nor what was drawn before matters.
-        bad_images: what becomes of images that cannot be read; evaluation leaves them out, which
-            makes all objects in them missed ones.
+        dataset: the data set. :func:`kw.data.read_image` replaces its reading of files, because
+            OpenCV returns half a JPEG for half a file. The pixels of good files are the same.
+        seed: together with the key it decides every random choice of the transforms, whatever the
+            number of loader processes.
+        bad_images: what to do with images that cannot be read; evaluation leaves them out and
+            counts all their objects as missed.
         upright: turn images as their EXIF data say.
-        masks: whether training needs the objects' masks.
+        masks: whether training needs masks.
 
     Raises:
         ConfigError: a transform mixes several images.
@@ -94,15 +92,15 @@ class Samples(TolerantDataset):
             DataError: they fail or keep dropping it.
         """
         with seeded("detection", self.seed, *key):
-            # A random crop may miss every object: another crop of the same image then.
+            # A random crop may miss every object: try another crop of the same image.
             for _ in range(_TRIES if self.training else 1):
                 try:
                     sample = self.dataset.prepare_data(index)
                 except (UserError, MemoryError):
                     raise
-                except Exception as error:  # what mmdetection's or the user's transforms raise
+                except Exception as error:  # of transforms of mmdetection or the user
                     what = f"{self._pipeline} fails on it: {one_line(error)}"
-                    if not self.training:  # one image must not end a run at its first evaluation
+                    if not self.training:  # evaluation goes on without the image
                         raise BadImageError.of(self.path(index), what) from error
                     raise DataError(f"{self.path(index)}: {what}") from error
                 if sample is not None:
@@ -125,11 +123,11 @@ def with_our_reading(
         steps: mmdetection's transforms.
         max_pixels: larger images are refused.
         upright: turn images as their EXIF data say.
-        pipeline: what messages call them.
+        pipeline: name of the pipeline in messages.
 
     Raises:
-        ConfigError: a transform mixes several images, or reads files in a way of its own, which
-            turns them although they are to be left as stored.
+        ConfigError: a transform mixes several images, or a transform with its own reading of files
+            would turn images that are to be left as stored.
     """
     for step in steps:
         if isinstance(step, LoadImageFromFile) and not (upright or _is_plain(step)):
@@ -154,13 +152,13 @@ def check_sample(sample: Any, pipeline: str, training: bool = False, masks: bool
     """Refuse a sample that a detector cannot use.
 
     Args:
-        sample: what the transforms have made.
-        pipeline: what messages call them.
-        training: whether it is trained on.
-        masks: whether it needs masks then.
+        sample: result of the transforms.
+        pipeline: name of the pipeline in messages.
+        training: whether it is for training.
+        masks: whether training needs masks.
 
     Raises:
-        ConfigError: it is no sample, or something is missing in it; says which transform gives it.
+        ConfigError: it is not a sample, or lacks a part; the message names the transform to add.
     """
     packed = sample.get("data_samples") if isinstance(sample, dict) else None
     if packed is None or "inputs" not in sample:
@@ -178,16 +176,16 @@ def check_sample(sample: Any, pipeline: str, training: bool = False, masks: bool
 
 
 def _is_plain(step: LoadImageFromFile) -> bool:
-    """Whether it reads colour, by OpenCV, from a file of this machine."""
+    """Whether it reads colour images with OpenCV from local files."""
     how = (step.imdecode_backend, step.color_type)
     return how == ("cv2", "color") and not (step.backend_args or step.file_client_args)
 
 
 class LoadImage(BaseTransform):
-    """mmcv's ``LoadImageFromFile`` for files that OpenCV would take for good.
+    """mmcv's ``LoadImageFromFile``, but with a refusal of damaged files.
 
     Args:
-        settings: the transform that it stands for.
+        settings: the transform that it replaces.
         max_pixels: larger images are refused.
         upright: turn images as their EXIF data say, as OpenCV does.
     """
@@ -202,7 +200,7 @@ class LoadImage(BaseTransform):
 
         Raises:
             BadImageError: it cannot be read.
-            DataError: it is of another size than its annotations are for.
+            DataError: its size is not that of the annotation file.
         """
         path = results["img_path"]
         image = read_image(path, self.max_pixels, self.upright)
@@ -229,20 +227,20 @@ def build_train_loader(
 ) -> Loader:
     """The training images of one process; epochs as in :class:`kw.data.TrainBatchSampler`.
 
-    Objects that are listed but not used are said, by number, reason and category.
+    A message counts the objects that are left out, by reason and category.
 
     Args:
         config: detector and data.
         classes: names of the categories.
-        rank: this process's.
+        rank: rank of this process.
         world_size: number of processes.
         masks: whether the detector learns masks.
-        content: of the annotation file, where it is read already.
+        content: content of the annotation file, if it was read before.
 
     Raises:
         ConfigError: the batch does not fit the processes or the images, or a transform of
             ``train_pipeline`` does not exist.
-        DataError: no image or no object is left to train on.
+        DataError: there is no image or no object to train on.
     """
     run, data = config.run, config.run.data
     file = Path(data.root, data.train_annotations)
@@ -282,7 +280,7 @@ def build_eval_loader(
     world_size: int,
     content: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """This process's share of the test images, none of them twice; arguments as above.
+    """The test images of one process; each image belongs to one process. Arguments as above.
 
     Raises:
         ConfigError: a transform of ``test_pipeline`` does not exist.
@@ -323,7 +321,7 @@ def _build(
 ) -> Any:
     register_all_modules(init_default_scope=True)
     try:
-        # pycocotools prints how it is getting on.
+        # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             return CocoDataset(
                 content,
@@ -337,5 +335,5 @@ def _build(
             )
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # what mmdetection makes of settings that it does not expect
+    except Exception as error:  # mmdetection raises any kind for wrong settings
         raise ConfigError(f"{key}: mmdetection cannot build it: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""From a configuration to mmdetection's detector, its heads as wide as the data have classes."""
+"""mmdetection's detector, built from a configuration for the classes of the data."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     """Build a detector with fresh heads.
 
     Args:
-        model: for mmdetection's registry; ``num_classes`` of every head is set here.
+        model: settings for mmdetection's registry; ``num_classes`` of all heads is replaced.
         classes: category names.
 
     Returns:
         mmdetection's detector, initialised.
 
     Raises:
-        ConfigError: mmdetection or the backbone refuse the settings, or the neck expects other
-            channels than the backbone gives.
+        ConfigError: mmdetection or the backbone refuses the settings, or the backbone's channels
+            are not those of the neck.
         CheckpointError: the backbone's weights cannot be read or do not fit.
     """
     register_all_modules(init_default_scope=True)
@@ -53,11 +53,11 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         detector = MODELS.build(ConfigDict(settings))
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # what mmdetection makes of settings that it does not expect
+    except Exception as error:  # mmdetection raises any kind for wrong settings
         raise ConfigError(f"model: mmdetection cannot build it: {one_line(error)}") from error
     if isinstance(detector.backbone, Backbone):
         _check_channels(settings, detector.backbone)
-    detector._dump_init_info = lambda: None  # a line for every parameter
+    detector._dump_init_info = lambda: None  # it logs a line for every parameter
     detector.init_weights()
     del detector._dump_init_info
     detector.dataset_meta = {"classes": tuple(classes)}
@@ -65,9 +65,9 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
 
 
 class WithLosses(nn.Module):
-    """A detector as it is trained: a batch of the training loader -> losses by name.
+    """A detector for training: a batch of the training loader -> losses by name.
 
-    ``loss`` is the sum of those whose names have "loss" in them, as in mmdetection.
+    As in mmdetection, ``loss`` is the sum of those with "loss" in their names.
 
     Args:
         detector: mmdetection's.
@@ -78,14 +78,14 @@ class WithLosses(nn.Module):
         self.detector: Any = detector
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Losses, scalars; those that a head lists by level are summed."""
+        """Losses, scalars; lists of losses by level are summed."""
         inputs = self.detector.data_preprocessor(batch, True)
         total, parts = self.detector.parse_losses(self.detector(**inputs, mode="loss"))
         return {**parts, "loss": total}
 
 
 class EpochInfo(Hook):
-    """Tells mmdetection's models where training is: some losses and image sizes depend on it."""
+    """Gives mmdetection's models epoch and iteration: some losses and image sizes depend on it."""
 
     def __init__(self) -> None:
         self._hub = MessageHub.get_current_instance()
@@ -103,7 +103,7 @@ class EpochInfo(Hook):
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """A detector's settings without weights to start from, for one that a checkpoint brings."""
+    """A detector's settings without start weights, for a detector that loads a checkpoint."""
     backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
     if backbone.get("type") == "kw.Backbone":
         backbone["resumes"] = True
@@ -111,7 +111,7 @@ def without_weights(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_maps_exact(detector: Any) -> None:
-    """Hand feature maps to the heads in float32, for training under autocast.
+    """Give feature maps to the heads in float32, for training under autocast.
 
     mmdetection rounds the corners of regions to the type of the maps: in bf16, at 1,000 pixels, by
     up to 2 pixels. Convolutions of the heads still run in 16 bit.
@@ -133,7 +133,7 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
     """Factors on the learning rate by parameter name; empty without layer decay.
 
     Raises:
-        ConfigError: the backbone does not say where its blocks are.
+        ConfigError: the backbone is mmdetection's, whose blocks are not known.
     """
     if decay is None:
         return {}
@@ -147,9 +147,9 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
 
 
 def _with_classes(settings: Any, classes: int, key: str) -> Any:
-    """``num_classes`` of the heads; a region proposal head tells objects from background only.
+    """Set ``num_classes`` of the heads, except for region proposals, which have no classes.
 
-    A number that is set otherwise is said, but for COCO's, which mmdetection's own files have.
+    A message names other numbers that are replaced, except COCO's, which mmdetection's files have.
     """
     if isinstance(settings, list):
         return [_with_classes(item, classes, f"{key}[{i}]") for i, item in enumerate(settings)]

@@ -1,279 +1,155 @@
-"""Pictures of detections and of the truth, with Pillow alone.
-
-Boxes are in pixels of the image that is given, measured from its upper left corner. Small images
-are enlarged by a whole factor before anything is drawn, so that lines are thin and labels readable
-beside objects of a few pixels.
-"""
+"""Boxes, masks and labels drawn over an image; pictures put together."""
 
 from __future__ import annotations
 
-import colorsys
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from .segments import segmentation_mask
-from .sheets import contact_sheet, load_font, side_by_side, text_size, to_rgb
+from .run_lengths import segmentation_mask
 
-__all__ = [
-    "class_colour",
-    "contact_sheet",
-    "draw_detections",
-    "draw_ground_truth",
-    "side_by_side",
-    "to_rgb",
-]
+__all__ = ["class_colour", "contact_sheet", "draw_annotations", "draw_objects", "side_by_side"]
 
-Colour = tuple[int, int, int]
-
-# The longer side that an image is enlarged to, at least, pixels.
-_READABLE = 480
-_OPACITY = 0.45
-# Told apart at a glance, on dark and on light ground; further classes go around the colour circle.
-_COLOURS: tuple[Colour, ...] = (
-    (255, 82, 82),
-    (64, 196, 255),
-    (255, 214, 0),
-    (105, 240, 90),
-    (224, 96, 255),
-    (255, 120, 0),
-    (29, 233, 182),
-    (130, 140, 255),
-    (255, 128, 171),
-    (188, 200, 90),
+_READABLE = 480  # the least longer side of a picture, pixels
+_OPACITY = 0.45  # of masks
+# Easy to tell apart on dark and light images, and bright enough for black text.
+_COLOURS = (
+    *("ff5252", "40c4ff", "ffd600", "69f05a", "e060ff"),
+    *("ff7800", "1de9b6", "828cff", "ff80ab", "bcc85a"),
 )
 
 
-def class_colour(label: int) -> Colour:
+def class_colour(label: int) -> tuple[int, ...]:
     """The colour of a class, the same in every picture; RGB."""
-    if 0 <= label < len(_COLOURS):
-        return _COLOURS[label]
-    # Golden ratio: neighbours are far apart, and no hue comes twice.
-    hue = label * 0.6180339887 % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, (0.55, 0.75, 0.95)[label % 3], 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    if label < len(_COLOURS):
+        return ImageColor.getrgb(f"#{_COLOURS[label]}")
+    # Steps of the golden ratio keep neighbouring hues apart and repeat none.
+    hue, saturation = label * 222.492236 % 360, (40, 50, 60)[label % 3]
+    return ImageColor.getrgb(f"hsv({hue:.3f}, {saturation}%, 100%)")
 
 
-def draw_detections(
-    image: Any,
-    boxes: Any,
-    labels: Any,
-    scores: Any = None,
-    masks: Any = None,
-    classes: Sequence[str] | None = None,
-    score_threshold: float = 0.0,
-    scale: int | None = None,
-    crowd: Any = None,
+def draw_objects(
+    image: Image.Image, boxes: Any, labels: Sequence[int], texts: Sequence[str], masks: Any = None
 ) -> Image.Image:
-    """Draw boxes, names and masks over a copy of an image.
+    """Draw boxes, their texts and masks over a copy of an image.
+
+    A small image is enlarged by a whole factor to a longer side of at least 480 pixels, so that
+    lines are thin and texts readable beside objects of a few pixels.
 
     Args:
-        image: see :func:`to_rgb`; H x W pixels.
+        image: RGB, H x W pixels.
         boxes: ``[N, 4]``, left, top, right, bottom in pixels; may reach beyond the image.
-        labels: places in ``classes``, integers ``[N]``; they choose the colours.
-        scores: ``[N]``, 0 to 1, written behind the names.
-        masks: ``[N, H, W]``, nonzero is inside.
-        classes: names; without them the labels are written.
-        score_threshold: detections below are left out, where there are scores.
-        scale: whole factor to enlarge the image by; default: the least that gives the longer
-            side 480 pixels.
-        crowd: ``[N]``, which of them are regions of many objects: dashed and hatched.
-
-    Returns:
-        A new RGB image, ``scale`` times as large.
+        labels: N numbers of classes, which give the colours.
+        texts: N texts, written above the boxes.
+        masks: N bool arrays ``[H, W]``, or None.
 
     Raises:
-        ValueError: the numbers of boxes, labels, scores and masks differ, masks are not of the
-            image's size, or a box has a value that is not finite.
+        ValueError: the numbers of boxes, labels, texts and masks differ, or a box is not finite.
     """
-    picture = to_rgb(image)
-    width, height = picture.size
-    box_rows = np.asarray(boxes, np.float64).reshape(-1, 4)
-    count = len(box_rows)
-    label_rows = _rows("labels", labels, count).astype(int)
-    score_rows = None if scores is None else _rows("scores", scores, count)
-    crowd_rows = np.zeros(count, bool) if crowd is None else _rows("crowd", crowd, count) != 0
-    mask_rows = None if masks is None else _rows("masks", masks, count) != 0
-    if mask_rows is not None and count and mask_rows.shape[1:] != (height, width):
-        raise ValueError(f"masks are {list(mask_rows.shape)} for an image of {height} x {width}")
-    if not np.isfinite(box_rows).all():
-        raise ValueError("a box has a value that is not finite")
-    if scale is None:
-        scale = max(1, math.ceil(_READABLE / max(width, height)))
-    picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-
-    kept = np.arange(count)
-    if score_rows is not None:
-        kept = kept[score_rows >= score_threshold]
-    # Large ones first: what lies on them stays visible.
-    areas = (box_rows[:, 2:] - box_rows[:, :2]).clip(0).prod(1)
-    kept = kept[np.argsort(-areas[kept], kind="stable")]
+    scale = max(1, -(-_READABLE // max(image.size)))
+    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     line = max(1, round(max(picture.size) / 320))
-    if mask_rows is not None:
-        pixels = np.array(picture)
-        for i in kept:
-            colour = class_colour(int(label_rows[i]))
-            _paint(pixels, mask_rows[i], colour, scale, line, bool(crowd_rows[i]))
-        picture = Image.fromarray(pixels)
+    corners = scale * np.asarray(boxes, np.float64).reshape(-1, 4)
+    if not np.isfinite(corners).all():
+        raise ValueError("a box has a value that is not finite")
+    corners[:, 2:] = np.maximum(corners[:, 2:] - 1, corners[:, :2])  # the last pixel inside
+    # Edges outside stay outside, but close: Pillow counts in 32 bits.
+    corners = np.rint(corners).clip(-2 * line, np.tile(picture.size, 2) + 2 * line).astype(int)
+    colours = [class_colour(int(label)) for label in labels]
+
+    if masks is not None:
+        for mask, colour in zip(masks, colours, strict=True):
+            veil = Image.fromarray((np.asarray(mask) * round(255 * _OPACITY)).astype(np.uint8))
+            picture.paste(colour, mask=veil.resize(picture.size, Image.Resampling.NEAREST))
     draw = ImageDraw.Draw(picture)
-    corners = [_on_picture(box_rows[i] * scale, picture.size, line) for i in kept]
-    for i, corner in zip(kept, corners, strict=True):
-        _frame(draw, corner, class_colour(int(label_rows[i])), line, bool(crowd_rows[i]))
-    taken: list[tuple[int, int, int, int]] = []
-    for i, corner in zip(kept, corners, strict=True):
-        label = int(label_rows[i])
-        text = str(label) if classes is None else classes[label]
-        if score_rows is not None:
-            text += f" {score_rows[i]:.2f}"
-        _write(draw, text, corner, class_colour(label), picture.size, taken)
+    for box, colour in zip(corners.tolist(), colours, strict=True):
+        draw.rectangle(box, outline=colour, width=line)
+    font = _font(picture)
+    height = _height(font)
+    taken: list[Any] = []  # left, top, right of the texts
+    for (left, top, right, bottom), colour, text in zip(
+        corners.tolist(), colours, texts, strict=True
+    ):
+        if right < 0 or bottom < 0 or left >= picture.width or top >= picture.height:
+            continue
+        width = int(font.getlength(text)) + 4
+        x = max(0, min(left, picture.width - width))
+        y = first = max(0, min(top - height, picture.height - height))
+        while any(x < x2 and x + width > x1 and abs(y - y1) < height for x1, y1, x2 in taken):
+            y += height
+            if y + height > picture.height:  # no free place below
+                y = first
+                break
+        taken.append((x, y, x + width))
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
+        draw.text((x + 2, y + 1), text, fill=(0, 0, 0), font=font)
     return picture
 
 
-def draw_ground_truth(
-    image: Any,
-    annotations: Sequence[Mapping[str, Any]],
-    categories: Sequence[Mapping[str, Any]],
-    masks: bool = True,
-    scale: int | None = None,
-    classes: Sequence[str] | None = None,
+def draw_annotations(
+    image: Image.Image, annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]
 ) -> Image.Image:
-    """Draw the annotations of one image in COCO's format; crowds are dashed and hatched.
+    """Draw the annotations of one image in COCO's format, as :func:`draw_objects` does.
+
+    Masks are drawn if all annotations have one. A crowd region has ``(crowd)`` behind its name.
 
     Args:
-        image: see :func:`to_rgb`.
+        image: RGB.
         annotations: those of this image.
-        categories: those of the file.
-        masks: draw them, where all annotations have one.
-        scale: see :func:`draw_detections`.
-        classes: names of the categories in the order of a detector's labels, whose colours they
-            get; default: in the order of their ids.
-
-    Returns:
-        A new RGB image.
+        classes: the names of the categories by their ids, in the order of the detector's labels.
 
     Raises:
-        ValueError: a mask is not of the image's size.
-        KeyError: an annotation's category is not among ``categories``.
+        ValueError: a mask is not of the image's size, or an annotation's category is unknown.
     """
-    picture = to_rgb(image)
-    ordered = sorted(categories, key=lambda category: category["id"])
-    names = [str(each["name"]) for each in ordered] if classes is None else list(classes)
-    places = {each["id"]: names.index(str(each["name"])) for each in ordered}
-    boxes = np.array([entry["bbox"] for entry in annotations], np.float64).reshape(-1, 4)
+    boxes = np.array([each["bbox"] for each in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    shapes = None
-    if masks and annotations and all(entry.get("segmentation") for entry in annotations):
-        size = picture.height, picture.width
-        shapes = [segmentation_mask(entry["segmentation"], *size) for entry in annotations]
-    return draw_detections(
-        picture,
-        boxes,
-        [places[entry["category_id"]] for entry in annotations],
-        masks=shapes,
-        classes=names,
-        scale=scale,
-        crowd=[bool(entry.get("iscrowd", 0)) for entry in annotations],
-    )
+    masks = None
+    if all(each.get("segmentation") for each in annotations):
+        size = image.height, image.width
+        masks = [segmentation_mask(each["segmentation"], *size) for each in annotations]
+    labels = [list(classes).index(each["category_id"]) for each in annotations]
+    texts = [
+        classes[each["category_id"]] + (" (crowd)" if each.get("iscrowd") else "")
+        for each in annotations
+    ]
+    return draw_objects(image, boxes, labels, texts, masks)
 
 
-def _rows(name: str, values: Any, count: int) -> np.ndarray:
-    rows = np.asarray(values)
-    if rows.ndim == 0 or len(rows) != count:
-        raise ValueError(f"{name} are {list(rows.shape)} for {count} boxes")
-    return rows
+def side_by_side(
+    left: Image.Image, right: Image.Image, titles: tuple[str, str], gap: int = 8
+) -> Image.Image:
+    """Two pictures in one row on white, each below its title."""
+    font = _font(left)
+    bar = _height(font) + 4
+    starts = 0, max(left.width, int(font.getlength(titles[0]))) + gap
+    width = starts[1] + max(right.width, int(font.getlength(titles[1])))
+    sheet = Image.new("RGB", (width, bar + max(left.height, right.height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for picture, title, x in zip((left, right), titles, starts, strict=True):
+        sheet.paste(picture, (x, bar))
+        draw.text((x, 2), title, fill="black", font=font)
+    return sheet
 
 
-def _on_picture(box: np.ndarray, size: tuple[int, int], line: int) -> tuple[int, int, int, int]:
-    """Corners in whole pixels, both inside; edges beyond the picture stay beyond it.
-
-    They are moved close to it, because Pillow counts in 32 bits.
-    """
-    left, top, right, bottom = box
-    low, (wide, high) = -2 * line, (size[0] + 2 * line, size[1] + 2 * line)
-    x1, x2 = np.rint([left, max(right - 1, left)]).clip(low, wide).astype(int).tolist()
-    y1, y2 = np.rint([top, max(bottom - 1, top)]).clip(low, high).astype(int).tolist()
-    return x1, y1, x2, y2
-
-
-def _paint(
-    pixels: np.ndarray, mask: np.ndarray, colour: Colour, scale: int, line: int, hatched: bool
-) -> None:
-    """A translucent mask with an outline inside its edge, into ``pixels``."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return
-    top, left = rows[0], columns[0]
-    part = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    part = part.repeat(scale, 0).repeat(scale, 1)
-    inner = np.pad(part, 1)
-    for _ in range(line):  # one pixel narrower each time
-        inner[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-    edge = part & ~inner[1:-1, 1:-1]
-    if hatched:
-        period = 6 * line
-        stripes = np.add.outer(np.arange(part.shape[0]), np.arange(part.shape[1])) % period < line
-        part = part & (stripes | edge)
-    window = pixels[top * scale :, left * scale :][: part.shape[0], : part.shape[1]]
-    mixed = window[part] * (1 - _OPACITY) + np.array(colour) * _OPACITY
-    window[part] = mixed.astype(np.uint8)
-    window[edge] = colour
+def contact_sheet(images: Sequence[Image.Image], columns: int = 2, gap: int = 8) -> Image.Image:
+    """Pictures in rows on white; every place has the size of the largest."""
+    width = max(image.width for image in images) + gap
+    height = max(image.height for image in images) + gap
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (gap + place % columns * width, gap + place // columns * height))
+    return sheet
 
 
-def _frame(
-    draw: ImageDraw.ImageDraw,
-    corners: tuple[int, int, int, int],
-    colour: Colour,
-    line: int,
-    dashed: bool,
-) -> None:
-    left, top, right, bottom = corners
-    if not dashed:
-        draw.rectangle(corners, outline=colour, width=line)
-        return
-    dash = 4 * line
-    for x in range(left, right + 1, 2 * dash):
-        end = min(x + dash - 1, right)
-        draw.rectangle((x, top, end, min(top + line - 1, bottom)), fill=colour)
-        draw.rectangle((x, max(bottom - line + 1, top), end, bottom), fill=colour)
-    for y in range(top, bottom + 1, 2 * dash):
-        end = min(y + dash - 1, bottom)
-        draw.rectangle((left, y, min(left + line - 1, right), end), fill=colour)
-        draw.rectangle((max(right - line + 1, left), y, right, end), fill=colour)
+def _font(picture: Image.Image) -> Any:
+    """Pillow's own font, in a size that is readable in a picture."""
+    return ImageFont.load_default(max(12, min(32, max(picture.size) // 36)))
 
 
-def _write(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    corners: tuple[int, int, int, int],
-    colour: Colour,
-    size: tuple[int, int],
-    taken: list[tuple[int, int, int, int]],
-) -> None:
-    """A label above its box, or where nothing is written yet; none for boxes out of sight."""
-    left, top, right, bottom = corners
-    if right < 0 or bottom < 0 or left >= size[0] or top >= size[1]:
-        return
-    font = load_font(max(12, min(32, round(max(size) / 36))))
-    wide, high = text_size(font, text)
-    wide, high = wide + 4, high + 2
-    right_side = max(right - wide + 1, 0)
-    places = [(left, top - high), (left, bottom + 1), (right_side, top - high), (left, top)]
-    fitted = []
-    for x, y in places:
-        x, y = min(max(x, 0), max(size[0] - wide, 0)), min(max(y, 0), max(size[1] - high, 0))
-        fitted.append((x, y, x + wide, y + high))
-    best = min(fitted, key=lambda place: sum(_overlap(place, other) for other in taken))
-    taken.append(best)
-    draw.rectangle((best[0], best[1], best[2] - 1, best[3] - 1), fill=colour)
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 128
-    ink = (0, 0, 0) if bright else (255, 255, 255)
-    draw.text((best[0] + 2, best[1] + 1), text, fill=ink, font=font)
-
-
-def _overlap(first: tuple[int, int, int, int], second: tuple[int, int, int, int]) -> int:
-    wide = min(first[2], second[2]) - max(first[0], second[0])
-    high = min(first[3], second[3]) - max(first[1], second[1])
-    return max(wide, 0) * max(high, 0)
+def _height(font: Any) -> int:
+    """The height of every line of text, with and without descenders, pixels."""
+    return int(font.getbbox("Ag")[3]) + 3

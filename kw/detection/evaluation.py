@@ -1,11 +1,10 @@
 """COCO's figures for boxes and masks, exact for any number of processes.
 
-The figures are those of pycocotools, computed by faster-coco-eval: the same matching in C++, in a
-fraction of the time. Of each category in an image the best ``maxDets`` detections count, 1, 10 or
-100 as COCO defines. mmdetection's own metric takes 100, 300 and 1,000: its mAP is this one, its
-mAP_50, mAP_75 and those of the sizes count up to 1,000 detections. They differ from ours only for a
-detector that gives more than 100 of one category in an image; most are set to give 100 in all.
-Another limit than 100 can be set.
+faster-coco-eval computes the figures of pycocotools: the same matching in C++, much faster. The
+best ``maxDets`` detections of each category in an image count: 1, 10 or 100, as COCO defines;
+another limit than 100 can be set. mmdetection's own metric uses 100, 300 and 1,000: its mAP is the
+same, but mAP_50, mAP_75 and the figures by size count up to 1,000 detections. They differ only for
+a detector that gives more than 100 detections of one category in an image.
 
 Legend: N detections of an image, H x W its pixels.
 """
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,6 @@ import torch.distributed as dist
 from kw.data.dataset import DataError
 from kw.detection.annotations import COCO_DETECTIONS, category_ids, load_annotations
 from kw.detection.findings import some
-from kw.detection.ground_truth import read_truth
 from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
@@ -62,23 +60,21 @@ class _Outcome(NamedTuple):
 class CocoEvaluator:
     """Collects detections on every process and evaluates them on the first.
 
-    All images of the file count: an image that nothing was added for has no detections. Annotation
-    ids do not matter (evaluators take an object of id 0 for one that was not found; here objects
-    are numbered anew).
+    All images of the file count: an image without a call of :meth:`add` has no detections.
 
     Args:
         annotations_file: ground truth in COCO's format.
-        classes: category names in the order of the model's labels; categories that are not named
-            are left out, their objects too. Default: all, in the order of their ids.
-        masks: whether masks are evaluated as well; every object then needs a segmentation.
-        max_detections: detections of a category in an image that count, more than 10; the figure
-            ``AR_100`` has this number in its name.
-        content: the file's, where it is read already.
+        classes: category names in the order of the model's labels; other categories and their
+            objects are left out. Default: all, in the order of their ids.
+        masks: whether masks are evaluated too; every object then needs a segmentation.
+        max_detections: detections of a category in an image that count, more than 10; the name of
+            the figure ``AR_100`` then has this number.
+        content: content of the file, if it was read before.
 
     Attributes:
-        classes: the category names; a label is a place in this list.
-        image_ids: the file's images.
-        objects: how many there are in an image, by its id, without crowds.
+        classes: the category names; a label is an index into this list.
+        image_ids: the ids of the file's images.
+        objects: number of objects by image id, without crowds.
 
     Raises:
         DataError: the file cannot be used, or a class is not in it.
@@ -105,7 +101,7 @@ class CocoEvaluator:
                 f"{self.file} has no category {some(missing)}; it has {some(sorted(ids))}"
             )
         wanted = [ids[name] for name in self.classes]
-        self._truth, self._numbers, categories = read_truth(content, self.file, wanted, masks)
+        self._truth, self._numbers, categories = _read_truth(content, self.file, wanted, masks)
         self._categories_of = [categories[each] for each in wanted]  # numbers by label
         self._sizes = {
             image["id"]: (image.get("height"), image.get("width")) for image in content["images"]
@@ -120,20 +116,20 @@ class CocoEvaluator:
         self._categories: dict[str, Figures] = {}
 
     def add(self, image_id: int, boxes: Any, scores: Any, labels: Any, masks: Any = None) -> None:
-        """Count one image; nothing is communicated.
+        """Add the detections of one image, without communication.
 
         Args:
             image_id: id of the image in the annotation file.
-            boxes: ``[N, 4]``, left, top, right, bottom in pixels of the image as annotated. Here
-                and below a tensor on any device or an array.
+            boxes: ``[N, 4]``, left, top, right, bottom in pixels of the annotated image; like the
+                others a tensor on any device or an array.
             scores: ``[N]``.
-            labels: ``[N]``, places in ``classes``.
-            masks: bool ``[N, H, W]``, or N run lengths as :func:`encode_masks` gives them; needed
-                if masks are evaluated, ignored if not. They are kept compressed.
+            labels: ``[N]``, indices into ``classes``.
+            masks: bool ``[N, H, W]``, or N run lengths of :func:`encode_masks`; needed if masks are
+                evaluated, otherwise ignored.
 
         Raises:
-            ValueError: the image was added before, is not in the file, or what was found in it does
-                not have these shapes or is not finite; the message names the image.
+            ValueError: the image was added before or is not in the file, or a value has another
+                shape or is not finite; the message names the image.
         """
         image_id = int(image_id)
         if image_id in self._found:
@@ -165,14 +161,13 @@ class CocoEvaluator:
         self._found[image_id] = found
 
     def compute(self) -> Figures:
-        """Gather, evaluate on the first process and tell all: a collective call.
+        """Gather, evaluate on the first process and send the result to all: a collective call.
 
-        What was added is forgotten, for the next evaluation.
+        The detections that were added are then dropped.
 
         Returns:
-            ``bbox_<figure>`` and, with masks, ``segm_<figure>`` for every one of :data:`FIGURES`,
-            in [0, 1]. None is a figure that does not exist, because no object has that size (COCO
-            writes -1, which an average would take for a number; NaN is not JSON).
+            ``bbox_<figure>`` and, with masks, ``segm_<figure>`` for each of :data:`FIGURES`, in
+            [0, 1]; None if no object has the figure's size (COCO writes -1).
 
         Raises:
             ValueError: no image was added on any process, or one on two of them.
@@ -184,7 +179,7 @@ class CocoEvaluator:
             first = dist.get_rank() == 0
             shares: list[Any] | None = [None] * dist.get_world_size() if first else None
             dist.gather_object(share, shares)
-            # A failure is told as well: the other processes would wait for the figures for ever.
+            # An error is sent too: the other processes would otherwise wait forever.
             told: list[Any] = [None]
             if shares is not None:
                 try:
@@ -213,12 +208,12 @@ class CocoEvaluator:
         return self._categories[kind]
 
     def _compress(self, image_id: int, masks: Any) -> tuple[list[bytes], np.ndarray]:
-        """Run lengths, and areas: these here, so that every process counts its share's."""
+        """Run lengths and areas; computed here, so that the processes share the work."""
         if masks is None:
             masks = []
         runs = masks if are_run_lengths(masks) else encode_masks(masks)
         for run in runs:
-            # Evaluators give masks of different sizes an overlap of -1, without a word.
+            # Evaluators silently give masks of different sizes an overlap of -1.
             if tuple(run["size"]) != self._sizes[image_id]:
                 raise ValueError(
                     f"image {image_id}: a mask of {tuple(run['size'])}, but the image has (height, "
@@ -254,9 +249,9 @@ class CocoEvaluator:
         """The twelve figures, and AP in the order of the classes."""
         coco = import_evaluator()
         truth = coco.COCO(self._truth)
-        # Not loadRes, which asks for the area of each mask by itself: a third of all the time.
+        # loadRes computes the areas of the masks again, which takes a third of the time.
         results = coco.COCO({**self._truth, "annotations": self._results(kind, found)})
-        evaluator = coco.COCOeval_faster(truth, results, kind, print_function=_silent)
+        evaluator = coco.COCOeval_faster(truth, results, kind, print_function=lambda *_: None)
         evaluator.params.imgIds = sorted(self._numbers.values())
         evaluator.params.catIds = sorted(self._categories_of)
         evaluator.params.maxDets = self._most
@@ -270,7 +265,7 @@ class CocoEvaluator:
         return [None if value < 0 else float(value) for value in evaluator.stats], of_class
 
     def _results(self, kind: str, found: Mapping[int, _Detections]) -> list[dict[str, Any]]:
-        """Detections as annotations; those of masks are small, medium or large by the mask."""
+        """Detections as annotations; the area of a mask decides its size class."""
         results: list[dict[str, Any]] = []
         for image_id in sorted(found):
             boxes, scores, labels, masks, areas = found[image_id]
@@ -298,5 +293,68 @@ def _array(values: Any, dtype: type) -> np.ndarray:
     return np.asarray(values, dtype=dtype)
 
 
-def _silent(*_: object) -> None:
-    pass
+def _read_truth(
+    content: Mapping[str, Any], file: str, category_ids: Collection[int], masks: bool
+) -> tuple[dict[str, Any], dict[int, int], dict[int, int]]:
+    """The part of an annotation file that evaluation needs, numbered anew.
+
+    Images, annotations and categories are numbered from 1 in the order of their ids: evaluators
+    take an object of id 0 for no object, and images from 2^53 on for one another.
+
+    Returns:
+        The content, the numbers of the images by id, and those of the categories.
+
+    Raises:
+        DataError: a value is missing or wrong.
+    """
+    try:
+        ids = [int(image["id"]) for image in content["images"]]
+        images = {image_id: number for number, image_id in enumerate(sorted(ids), 1)}
+        categories = {each: number for number, each in enumerate(sorted(category_ids), 1)}
+        if len(images) < len(ids):
+            raise DataError(f"{file} names an image id twice; tools/check_coco.py lists them")
+        keys = ("height", "width") if masks else ()
+        sizes = {each["id"]: {key: each[key] for key in keys} for each in content["images"]}
+        annotations: list[dict[str, Any]] = []
+        for each in content["annotations"]:
+            if each["category_id"] not in categories:
+                continue
+            kept = {key: each[key] for key in ("bbox", "area")}
+            if masks:
+                kept["segmentation"] = _mask(each, sizes[each["image_id"]], file)
+            kept.update(
+                id=len(annotations) + 1,
+                image_id=images[each["image_id"]],
+                category_id=categories[each["category_id"]],
+                iscrowd=int(each.get("iscrowd", 0)),
+            )
+            annotations.append(kept)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
+        raise DataError(
+            f"{file} cannot be evaluated against: an image or an annotation {what}; "
+            "tools/check_coco.py lists what is wrong"
+        ) from error
+    numbered = {
+        "images": [{"id": images[each], **sizes[each]} for each in sizes],
+        "annotations": annotations,
+        "categories": [{"id": number} for number in categories.values()],
+    }
+    return numbered, images, categories
+
+
+def _mask(each: Mapping[str, Any], size: Mapping[str, int], file: str) -> Any:
+    mask, what = each["segmentation"], f"{file}: annotation {each.get('id')}"
+    if not mask:
+        raise DataError(f"{what} has no mask")
+    if isinstance(mask, list) and not all(isinstance(part, list) for part in mask):
+        raise DataError(f"{what}: segmentation is no list of polygons")
+    # Evaluators silently give masks of different sizes an overlap of -1.
+    if isinstance(mask, Mapping) and list(mask["size"]) != [size["height"], size["width"]]:
+        raise DataError(
+            f"{what} has run lengths of {list(mask['size'])} (height, width), its image is "
+            f"{[size['height'], size['width']]}"
+        )
+    return mask

@@ -1,9 +1,9 @@
-"""What is wrong with a set of annotated images: kinds of problems, and the list of those found."""
+"""The kinds of problems in a set of annotated images, and the report of those that were found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kw.data.dataset import DataError
@@ -12,8 +12,8 @@ __all__ = ["KINDS", "Finding", "Findings", "Report", "some"]
 
 _EXAMPLES = 5
 
-# Errors are what training or evaluation would stop at or silently do wrong. Warnings are what they
-# put up with, and what COCO's own files have. The order is that of the report.
+# An error would stop training or evaluation, or make it silently wrong. Data with warnings can be
+# used; COCO's own files have some. The report has this order.
 KINDS: dict[str, tuple[str, str]] = {
     "file": ("error", "annotation file cannot be read"),
     "json": ("error", "annotation file is not JSON"),
@@ -22,15 +22,15 @@ KINDS: dict[str, tuple[str, str]] = {
     "no-objects": ("error", "no objects in the annotation file"),
     "missing-key": ("error", "keys missing"),
     "bad-value": ("error", "values of a wrong kind"),
-    "image-id-twice": ("error", "image ids named again"),
-    "annotation-id-twice": ("error", "annotation ids named again"),
-    "category-id-twice": ("error", "category ids named again"),
-    "category-name-twice": ("error", "categories of one name with objects: which is meant?"),
+    "image-id-twice": ("error", "image ids used twice"),
+    "annotation-id-twice": ("error", "annotation ids used twice"),
+    "category-id-twice": ("error", "category ids used twice"),
+    "category-name-twice": ("error", "categories with the same name that both have objects"),
     "category-name-empty": ("error", "categories without a name"),
-    "num-classes": ("error", "number of categories is not the model's"),
-    "class-missing": ("error", "classes of the model without a category"),
-    "federated": ("error", "images annotated in part, as LVIS's are: not supported"),
-    "nothing-left": ("error", "no object is left"),
+    "num-classes": ("error", "the model has another number of classes"),
+    "class-missing": ("error", "classes of the model that the file lacks"),
+    "federated": ("error", "partly annotated images, as in LVIS: not supported"),
+    "nothing-left": ("error", "no object can be used"),
     "unknown-image": ("error", "annotations of an image that is not listed"),
     "unknown-category": ("error", "annotations of a category that is not listed"),
     "images-dir": ("error", "folder of images cannot be read"),
@@ -39,31 +39,34 @@ KINDS: dict[str, tuple[str, str]] = {
     "image-size": ("error", "images of another size than the annotation file says"),
     "image-size-turned": (
         "error",
-        "images whose size is that of the other data.exif_orientation: set it if their boxes lie "
-        "in that picture too, else exchange width and height",
+        "images that have the stated size under the other data.exif_orientation: set it if the "
+        "boxes fit that orientation too, else exchange width and height",
     ),
     "box-format": ("error", "boxes that are not four finite numbers"),
     "box-negative": ("error", "boxes of negative width or height"),
     "box-corners": ("error", "boxes look like [left, top, right, bottom], not [.., width, height]"),
-    "box-fractions": ("error", "boxes look like parts of the image, not pixels"),
-    "box-outside": ("error", "boxes wholly outside of their image"),
+    "box-fractions": ("error", "boxes look like fractions of the image, not pixels"),
+    "box-outside": ("error", "boxes completely outside of their image"),
     "box-mask-apart": ("error", "boxes that do not touch their object's mask"),
     "mask-missing": ("error", "objects without a mask"),
     "mask-format": ("error", "masks that are neither polygons nor run lengths"),
-    "polygon-broken": ("error", "polygons that are no polygon"),
-    "mask-outside": ("error", "masks wholly outside of their image"),
+    "polygon-broken": ("error", "polygons with invalid coordinates"),
+    "mask-outside": ("error", "masks completely outside of their image"),
     "run-length-size": ("error", "run lengths of another size than the image"),
     "run-length-broken": ("error", "run lengths that do not fill their image"),
-    "class-extra": ("warning", "categories that the model does not have: left out"),
-    "category-double": ("warning", "categories of another's name, without objects: left out"),
+    "class-extra": ("warning", "categories that the model lacks: left out"),
+    "category-double": (
+        "warning",
+        "categories without objects that have the name of another: left out",
+    ),
     "category-unused": ("warning", "categories without any object"),
     "category-left-out": ("warning", "categories whose objects are all left out"),
     "left-out": ("warning", "objects that training leaves out"),
     "file-name-twice": ("warning", "images with the file of another image"),
-    "image-turned": ("warning", "images with an EXIF orientation: do their objects fit?"),
-    "box-empty": ("warning", "boxes of no width or no height"),
+    "image-turned": ("warning", "images with an EXIF orientation: check that their objects fit"),
+    "box-empty": ("warning", "boxes without width or height"),
     "box-partly-outside": ("warning", "boxes partly outside of their image"),
-    "box-mask": ("warning", "boxes of another extent than their object's mask"),
+    "box-mask": ("warning", "boxes that do not fit their object's mask"),
     "polygon-short": ("warning", "polygons of fewer than three points: left out"),
     "polygon-flat": ("warning", "polygons without an area"),
     "mask-partly-outside": ("warning", "masks partly outside of their image"),
@@ -103,12 +106,12 @@ class Findings:
             examples.append(example)
 
     def add_all(self, kind: str, examples: Iterable[str]) -> None:
-        """Count many."""
+        """Count one problem for each example."""
         for example in examples:
             self.add(kind, example)
 
     def listed(self) -> list[Finding]:
-        """In the order of ``KINDS``: errors, warnings, remarks."""
+        """The findings in the order of ``KINDS``."""
         return [
             Finding(kind, severity, text, self._counts[kind], tuple(self._examples[kind]))
             for kind, (severity, text) in KINDS.items()
@@ -118,30 +121,30 @@ class Findings:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in one annotation file and its images."""
+    """The problems of one annotation file and its images."""
 
     annotations_file: str
     images_dir: str
     images: int
     objects: int
     categories: tuple[str, ...]
-    """names in the order of their ids, which is the order of labels"""
+    """names in the order of their ids, which is the order of the labels"""
     findings: tuple[Finding, ...]
     file_names: frozenset[str] = field(default=frozenset(), repr=False)
-    """file names of the images, which another set is compared with"""
+    """file names of the images, for the comparison with another set"""
 
     @property
     def errors(self) -> list[Finding]:
-        """What a run must not start with."""
+        """Problems that a run must not start with."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
     @property
     def warnings(self) -> list[Finding]:
-        """What a user should know of."""
+        """Problems that a user should know."""
         return [finding for finding in self.findings if finding.severity == "warning"]
 
     def render(self) -> str:
-        """The list as text: a line for the set, one for each kind, one for each example."""
+        """The report as text: a line for the set, for each kind and for each example."""
         lines = [
             f"{self.annotations_file}, images in {self.images_dir}: {self.images:,} images, "
             f"{self.objects:,} objects of {len(self.categories)} categories"
@@ -158,31 +161,13 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "annotations_file": self.annotations_file,
-            "images_dir": self.images_dir,
-            "images": self.images,
-            "objects": self.objects,
-            "categories": list(self.categories),
-            "findings": [
-                {
-                    "kind": finding.kind,
-                    "severity": finding.severity,
-                    "text": finding.text,
-                    "count": finding.count,
-                    "examples": list(finding.examples),
-                }
-                for finding in self.findings
-            ],
-        }
+        """The report as plain values, for JSON."""
+        content = asdict(self)
+        del content["file_names"]
+        return content
 
     def raise_for_errors(self) -> None:
-        """Refuse a set with errors.
-
-        Raises:
-            DataError: lists all errors and warnings.
-        """
+        """Raise a DataError with the whole report if there are errors."""
         if self.errors:
             raise DataError(f"{len(self.errors)} kinds of errors:\n{self.render()}")
 

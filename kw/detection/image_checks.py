@@ -1,4 +1,4 @@
-"""Checks of image files against what an annotation file says of them."""
+"""Checks of image files: readable, and of the size that the annotation file states."""
 
 from __future__ import annotations
 
@@ -9,53 +9,45 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kw.data.reading import MAX_PIXELS, BadImageError, Header, read_header, read_image
+from kw.data.reading import BadImageError, Header, read_header, read_image
 from kw.detection.findings import Findings, Report
 
 __all__ = ["check_images", "check_leak"]
 
-_PER_TASK = 64
+_MISSING = "no such file"
 
 
 def check_images(
     images: Sequence[Mapping[str, Any]],
-    images_dir: str | os.PathLike[str],
+    folder: str,
     findings: Findings,
-    decode: bool = False,
-    upright: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    threads: int | None = None,
+    decode: bool,
+    upright: bool,
+    max_pixels: int,
 ) -> None:
     """Open every image file and compare its size.
 
     Args:
         images: entries with ``id``, ``file_name``, ``width`` and ``height``.
-        images_dir: folder that the names are relative to.
+        folder: folder that the names are relative to.
         findings: list to add to.
-        decode: read the pixels too, which finds files that end too early; otherwise the headers.
+        decode: read the pixels too, which finds truncated files; otherwise only the headers.
         upright: whether training turns images as their EXIF data say.
-        max_pixels: larger images are refused by training.
-        threads: files opened at a time, most of which wait for the disk. Default: 4 per processor,
-            16 at most.
+        max_pixels: training refuses larger images.
     """
-    folder = os.fspath(images_dir)
     try:
         os.scandir(folder).close()
     except OSError as error:
         findings.add("images-dir", f"{folder}: {error.strerror}")
         return
-    names = [image["file_name"] for image in images]
-    tasks = [names[start : start + _PER_TASK] for start in range(0, len(names), _PER_TASK)]
 
-    def read(task: list[str]) -> list[Header | str]:
-        return [_read(os.path.join(folder, name), decode, max_pixels) for name in task]
+    def read(image: Mapping[str, Any]) -> Header | str:
+        return _read(os.path.join(folder, image["file_name"]), decode, max_pixels)
 
-    # Reading an image puts warnings aside, which is no thread's own: all of them are put back here.
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(threads or min(16, 4 * (os.cpu_count() or 1))) as pool,
-    ):
-        headers = [header for task in pool.map(read, tasks) for header in task]
+    # Threads, because most of them wait for the disk. Reading an image changes the warning
+    # filters, which all threads share: they are restored here.
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        headers = list(pool.map(read, images))
     for image, header in zip(images, headers, strict=True):
         name = f"{image['file_name']} (image {image['id']})"
         if header == _MISSING:
@@ -66,15 +58,13 @@ def check_images(
             _compare(name, (image["width"], image["height"]), header, upright, findings)
 
 
-def check_leak(
-    files: Iterable[str], images_dir: str | os.PathLike[str], other: Report, findings: Findings
-) -> None:
-    """Find images that another set holds too.
+def check_leak(files: Iterable[str], folder: str, other: Report, findings: Findings) -> None:
+    """Find images that another set has too.
 
     Two sets may number their files alike, so files of the same name are compared byte by byte.
     """
     for name in sorted(other.file_names.intersection(files)):
-        here = os.path.join(os.fspath(images_dir), name)
+        here = os.path.join(folder, name)
         there = os.path.join(other.images_dir, name)
         try:
             same = os.path.samefile(here, there) or filecmp.cmp(here, there, shallow=False)
@@ -84,11 +74,8 @@ def check_leak(
             findings.add("leak", f"{here} is {there}")
 
 
-_MISSING = "no such file"
-
-
 def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
-    """The header, or why training cannot read the file."""
+    """The header, or the reason why training cannot read the file."""
     try:
         header = read_header(path, max_pixels)
         if decode:
@@ -103,10 +90,10 @@ def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
 def _compare(
     name: str, said: tuple[int, int], header: Header, upright: bool, findings: Findings
 ) -> None:
-    """Compare the size that the annotation file says with the one that training sees."""
+    """Compare the size in the annotation file with the size that training sees."""
     seen = header.upright_size if upright else header.size
     if said == seen:
-        # An orientation that keeps the size may be meant either way.
+        # An orientation that keeps the size does not show whether the boxes were turned.
         if header.orientation > 1 and header.upright_size == header.size:
             does = "is" if upright else "is not"
             findings.add(

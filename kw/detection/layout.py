@@ -1,7 +1,7 @@
-"""Where the parameters of a backbone stand: in its stem, in a block of a stage, or after the last.
+"""The place of a backbone's parameters: the stem, a block of a stage, or after the last stage.
 
-timm's networks say so themselves (``group_matcher``). A warehouse stands where the deepest layer
-that uses it stands: it may change only as fast as that layer, and it is frozen only with it.
+timm's networks give the places (``group_matcher``). A warehouse has the place of the deepest layer
+that uses it: it has the learning rate of that layer, and is frozen only with it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Place(NamedTuple):
 def parameter_places(network: nn.Module) -> dict[str, Place]:
     """The place of every parameter of a timm network, converted or not.
 
-    A block of a vision transformer, which has no stages, counts as a stage of its own.
+    A vision transformer has no stages: each of its blocks counts as a stage.
 
     Raises:
-        ValueError: the network does not say where its stages are.
+        ValueError: the network does not give its stages.
     """
     matcher = getattr(network, "group_matcher", None)
     if matcher is None:
@@ -56,7 +56,7 @@ def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
     Args:
         network: the backbone.
         stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. A
-            warehouse is frozen when every layer that uses it is.
+            warehouse is frozen if all layers that use it are.
 
     Raises:
         ValueError: the network's stages are not known, or there are fewer of them.
@@ -71,20 +71,20 @@ def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
 
 
 def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, float]:
-    """Factors on the learning rate that fall by ``rate`` with every group of blocks, last to first.
+    """Factors on the learning rate, which fall by ``rate`` with every group of blocks to the stem.
 
-    What is not in the network (neck and heads) has factor 1, its last group ``rate``. With
-    ``blocks=3`` ConvNeXt-Tiny has seven groups: the stem, the stages, of which the third with nine
-    blocks makes three; so were the published detectors trained (ConvNeXt, arXiv:2201.03545,
-    appendix A.3: layer-wise decay over 6 layers).
+    Neck and heads have the factor 1, the last group of the network has ``rate``. With ``blocks=3``
+    ConvNeXt-Tiny has seven groups: the stem, three stages, and three groups of the third stage,
+    which has nine blocks. The published detectors were trained this way (ConvNeXt,
+    arXiv:2201.03545, appendix A.3: layer-wise decay over 6 layers).
 
     Args:
         network: the backbone.
         rate: factor from group to group.
-        blocks: blocks of a stage that make a group.
+        blocks: blocks of a stage in a group.
 
     Returns:
-        The factor by name of the parameter. A warehouse has that of its deepest user.
+        The factors by name of the parameter. A warehouse has the factor of its deepest user.
 
     Raises:
         ValueError: the network's stages are not known.
@@ -100,7 +100,7 @@ def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, flo
 
 
 def _match(name: str, groups: Mapping[str, Any]) -> Place:
-    """By timm's patterns; -1 stands for the stem, and what they do not name is the head."""
+    """The place by timm's patterns; -1 is the stem, other names belong to the head."""
     if re.match(groups["stem"], name):
         return Place(-1, 0)
     patterns = groups["blocks"]
@@ -113,7 +113,7 @@ def _match(name: str, groups: Mapping[str, Any]) -> Place:
 
 
 def _place_warehouses(network: nn.Module, found: dict[str, Place]) -> None:
-    """Cells: the deepest of the layers that use them."""
+    """Give cells the place of the deepest layer that uses them."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     deepest: dict[str, Place] = {}
     for layer_name, layer in network.named_modules():

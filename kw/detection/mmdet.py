@@ -1,4 +1,4 @@
-"""mmdetection, once its operators are bound: the one place that imports it."""
+"""mmdetection, imported after its operators are bound; no other module imports it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["MODELS", "CocoDataset", "register_all_modules"]
 
 
 class _Loaded(COCO):
-    """The content of an annotation file that is in memory already."""
+    """mmdetection's index of an annotation file whose content is in memory."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__()
@@ -30,20 +30,16 @@ class _Loaded(COCO):
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def get_cat_ids(self, cat_names: Any = (), **_: Any) -> list[int]:
-        """In the order of the names that are asked for, not of the file."""
+        """The ids in the order of ``cat_names``."""
         ids = category_ids(self.dataset, "annotations")
         return [ids[name] for name in cat_names]
 
 
 class CocoDataset(_CocoDataset):
-    """mmdetection's, of a file that is read already.
+    """mmdetection's data set, from the content of an annotation file.
 
-    A label is a place in ``metainfo.classes`` whatever the file's order. Where images without
-    objects are left out, so are those whose objects are all left out.
-
-    Args:
-        content: of the annotation file, see :func:`kw.detection.annotations.load_annotations`.
-        **settings: as mmdetection's.
+    A label is an index into ``metainfo.classes``, whatever the order of the file. If images without
+    objects are left out, so are images whose objects are all left out.
     """
 
     def __init__(self, content: Mapping[str, Any], **settings: Any) -> None:
@@ -52,10 +48,10 @@ class CocoDataset(_CocoDataset):
         del self.COCOAPI  # the content is not kept
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """mmdetection's.
+        """Like mmdetection's.
 
         Raises:
-            DataError: an annotation or an image lacks something, or has a wrong value.
+            DataError: an annotation or an image lacks a value, or has a wrong one.
         """
         try:
             found: list[dict[str, Any]] = super().load_data_list()
@@ -67,7 +63,7 @@ class CocoDataset(_CocoDataset):
         return found
 
     def filter_data(self) -> list[dict[str, Any]]:
-        """mmdetection's, which looks at what is listed, not at what is left."""
+        """Like mmdetection's, which also keeps images whose objects are all left out."""
         kept: list[dict[str, Any]] = super().filter_data()
         if not self.test_mode and (self.filter_cfg or {}).get("filter_empty_gt"):
             return [info for info in kept if info["instances"]]

@@ -17,10 +17,10 @@ from kw.detection.run_lengths import bounds, decompress
 
 __all__ = ["check_boxes", "check_masks", "is_box"]
 
-# COCO's own boxes and polygons pass the border by fractions of a pixel.
+# COCO's own boxes and polygons exceed the border by fractions of a pixel.
 _BORDER = 1.0
 _NUMBERS = {int, float}
-_BATCH = 100_000  # objects whose polygons are in memory a second time
+_BATCH = 100_000  # objects whose polygons are copied at a time
 
 Sizes = Mapping[int, tuple[int, int]]
 """image id -> width and height"""
@@ -28,13 +28,7 @@ _Shape = tuple[Mapping[str, Any], list[list[float]]]  # an object and its polygo
 
 
 def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
-    """Check boxes, ``[left, top, width, height]``, and areas against them.
-
-    Args:
-        objects: annotations with ``id``, ``image_id`` (in ``sizes``), ``bbox`` and ``area``.
-        sizes: width and height of the images.
-        findings: list to add to.
-    """
+    """Check boxes, ``[left, top, width, height]``, and whether areas fit them."""
     good = []
     for each in objects:
         if is_box(each["bbox"]):
@@ -54,7 +48,7 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
     solid = ~negative & ~empty
     outside = solid & ((end <= 0) | (start >= limits)).any(1)
     partly = solid & ~outside & ((start < -_BORDER) | (end > limits + _BORDER)).any(1)
-    # An area of nothing is COCO's own way to mark what is too thin; such boxes are listed already.
+    # COCO itself gives thin objects an area of 0; their boxes are reported as empty.
     area = solid & ~((areas > 0) & (areas <= 1.1 * extent.prod(1) + 10))
     for kind, where in (
         ("box-negative", negative),
@@ -72,7 +66,7 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
     if small.mean() > 0.99 and (extent < 1).any():
         findings.add("box-fractions", f"{small.sum():,} of {len(good):,} boxes end before (1, 1)")
 
-    # As corners all of them would fit; as left, top, width, height many do not.
+    # Read as corners nearly all boxes fit; read as left, top, width, height many do not.
     fit = ((extent >= start) & (extent <= limits + _BORDER) & (start >= -_BORDER)).all(1)
     beyond = (end > limits + _BORDER).any(1)
     if len(good) >= 10 and fit.mean() > 0.99 and beyond.mean() > 0.25:
@@ -84,13 +78,7 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
 
 
 def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
-    """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths.
-
-    Args:
-        objects: annotations with ``id``, ``image_id`` (in ``sizes``) and ``area``.
-        sizes: width and height of the images.
-        findings: list to add to.
-    """
+    """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths."""
     shapes: list[_Shape] = []
     for each in objects:
         mask = each.get("segmentation")
@@ -116,7 +104,7 @@ def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
 def _usable(
     each: Mapping[str, Any], mask: list[list[float]], findings: Findings
 ) -> list[list[float]]:
-    """The polygons of an object that readers keep."""
+    """The polygons of an object that can be used."""
     usable, short = [], []
     for polygon in mask:
         if not _are_finite(polygon):
@@ -128,7 +116,7 @@ def _usable(
         else:
             usable.append(polygon)
     for polygon in short:
-        # Beside others it is left out, alone it leaves an object without a mask.
+        # Readers leave it out; without other polygons the object then has no mask.
         findings.add(
             "polygon-short" if usable else "polygon-broken",
             _say(each, f"{len(polygon)} coordinates, expected 6 or more"),
@@ -137,7 +125,7 @@ def _usable(
 
 
 def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) -> None:
-    """Check where polygons are and what area they have."""
+    """Check positions and areas of polygons."""
     polygons = [polygon for _, those in shapes for polygon in those]
     of_shape = np.cumsum([0] + [len(those) for _, those in shapes])[:-1]  # its first polygon
     lengths = np.array([len(polygon) // 2 for polygon in polygons])
@@ -147,7 +135,7 @@ def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) 
     ).reshape(-1, 2)
     following = np.arange(1, len(points) + 1)
     following[first + lengths - 1] = first
-    # Relative to each polygon's first point: far from the origin digits would be lost.
+    # Relative to the polygon's first point, to keep the precision far from the origin.
     local = points - np.repeat(points[first], lengths, axis=0)
     cross = local[:, 0] * local[following, 1] - local[following, 0] * local[:, 1]
     areas = np.abs(np.add.reduceat(cross, first)) / 2
@@ -171,7 +159,7 @@ def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) 
 
     _compare_boxes([each for each, _ in shapes], np.concatenate([low, high], 1), findings)
 
-    # Polygons may overlap and annotators round, so only what is far off is worth a line.
+    # Polygons may overlap and annotators round, so only large differences are reported.
     total = np.add.reduceat(areas, of_shape)
     stated = np.array([each["area"] for each, _ in shapes], dtype=np.float64)
     off = (stated > 0) & ((stated > 2 * total + 50) | (total > 2 * stated + 50))
@@ -209,24 +197,18 @@ def _check_runs(
 def _compare_boxes(
     objects: Sequence[Mapping[str, Any]], extents: np.ndarray, findings: Findings
 ) -> None:
-    """Compare boxes with the extents of the masks: they may be of different objects.
-
-    Args:
-        objects: annotations.
-        extents: ``[N, 4]``, left, top, right, bottom of their masks.
-        findings: list to add to.
-    """
+    """Compare N boxes with the extents ``[N, 4]`` of their masks: left, top, right, bottom."""
     pairs = [
         i
         for i, each in enumerate(objects)
-        if is_box(each["bbox"]) and min(each["bbox"][2:]) > 0  # others are listed as boxes
+        if is_box(each["bbox"]) and min(each["bbox"][2:]) > 0  # others are reported as boxes
     ]
     boxes = np.array([objects[i]["bbox"] for i in pairs], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = extents[pairs]
     shared = np.minimum(boxes[:, 2:], masks[:, 2:]) - np.maximum(boxes[:, :2], masks[:, :2])
     apart = (shared < -_BORDER).any(1)
-    # A pixel more on each side: thin objects are rounded to nothing.
+    # A pixel is added on each side, because thin objects may be rounded to nothing.
     both = (shared + 2 * _BORDER).clip(0).prod(1)
     sides = [ends[:, 2:] - ends[:, :2] + 2 * _BORDER for ends in (boxes, masks)]
     either = sides[0].prod(1) + sides[1].prod(1) - both

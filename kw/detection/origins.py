@@ -1,6 +1,6 @@
-"""Which line of which file a Python configuration sets a key on, for error messages.
+"""File and line that set each key of a Python configuration, for error messages.
 
-mmengine merges the files' values and forgets where they came from; the syntax trees still know.
+mmengine merges the values of all files without their origins, so the syntax trees are read too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ BASE = "_base_"
 
 
 def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
-    """Where every dotted key of a file and its bases was set last.
+    """The place where every dotted key of a file and its bases was set last.
 
     Bases of other packages (``mmdet::...``) are left out.
 
     Args:
         path: the Python file.
-        chain: the files that led to it.
+        chain: the files that inherit from it.
 
     Raises:
-        ConfigError: a file is missing or no Python, or bases go in a circle.
+        ConfigError: a file is missing or not Python, or the bases form a circle.
     """
     steps = [os.path.realpath(step) for step in chain]
     if os.path.realpath(path) in steps:
@@ -56,7 +56,7 @@ def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
 
 
 def entry_with_origins(value: Any, key: str, origins: dict[str, Origin], origin: Origin) -> Entry:
-    """The tree of a Python value, every part with the line that set it. Tuples become lists."""
+    """The tree of a Python value, with the line that set each part. Tuples become lists."""
     origin = origins.get(key, origin)
     if isinstance(value, dict):
         children = {
@@ -104,7 +104,7 @@ def _keys(
 
 
 def _base_names(node: ast.expr, path: str) -> list[str]:
-    """The bases that are files of this tree; mmengine evaluates the others."""
+    """The bases that are local files; mmengine reads the others."""
     try:
         value = ast.literal_eval(node)
     except ValueError:

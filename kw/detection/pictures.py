@@ -1,8 +1,8 @@
-"""What a detector finds in the test images, drawn beside what is annotated."""
+"""Pictures of the test images: detections beside annotations."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,14 +13,14 @@ from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
 from .annotations import category_ids, load_annotations
 from .config import DetectorConfig
-from .drawing import draw_ground_truth
+from .drawing import contact_sheet, draw_annotations, side_by_side
 from .predictor import Predictor
 from .sets import check_test_annotations, trained_classes
-from .sheets import contact_sheet, side_by_side
 
 __all__ = ["picture_names", "refuse_overwriting", "save_picture", "write_pictures"]
 
 TITLES = ("predicted", "annotated")
+_SHEET_WIDTH = 640  # of a pair of pictures on the sheet, pixels: a thousand pairs fit in memory
 
 
 def write_pictures(
@@ -35,10 +35,11 @@ def write_pictures(
     Args:
         config: detector and data.
         checkpoint: a file that training wrote; its moving average where it has one.
-        out: folder for the pictures, named as the images are (see :func:`picture_names`), and
-            ``sheet.png``; made if it is not there.
-        images: the first so many test images that can be read; others are said.
-        score: detections below are left out.
+        out: folder for the pictures, which have the names of their images
+            (:func:`picture_names`), and for ``sheet.png``.
+        images: number of pictures, of the first test images that can be read; a message names
+            the others.
+        score: detections below this score are left out.
 
     Returns:
         The pictures, the sheet last.
@@ -56,8 +57,11 @@ def write_pictures(
     if data.check:
         check_test_annotations(data, predictor.has_masks, classes, truth).raise_for_errors()
     ids = category_ids(truth, data.val_annotations)
-    categories = [{"id": ids[name], "name": name} for name in classes]
-    wanted = {category["id"] for category in categories}
+    names_of = {ids[name]: name for name in classes}
+    objects = defaultdict(list)
+    for each in truth["annotations"]:
+        if each["category_id"] in names_of:
+            objects[each["image_id"]].append(each)
     files = [Path(data.root, data.val_images, image["file_name"]) for image in truth["images"]]
     names = picture_names([image["file_name"] for image in truth["images"]])
     refuse_overwriting(out, names, files, [Path(data.root, data.val_images)])
@@ -72,51 +76,40 @@ def write_pictures(
         except (BadImageError, OutOfMemory) as error:
             say(str(error))
             continue
-        objects = [
-            each
-            for each in truth["annotations"]
-            if each["image_id"] == image["id"] and each["category_id"] in wanted
-        ]
-        drawn = predictor.draw(file, found)
-        annotated = draw_ground_truth(picture, objects, categories, classes=classes)
-        pair = side_by_side(drawn, annotated, TITLES)
+        annotated = draw_annotations(picture, objects[image["id"]], names_of)
+        pair = side_by_side(predictor.draw(picture, found), annotated, TITLES)
         paths.append(folder / name)
         save_picture(pair, paths[-1])
+        pair.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH))
         sheet.append(pair)
     if not sheet:
         raise DataError(f"{data.val_annotations}: none of its images can be read")
     paths.append(folder / "sheet.png")
-    save_picture(contact_sheet(sheet, columns=2), paths[-1])
+    save_picture(contact_sheet(sheet), paths[-1])
     return paths
 
 
 def picture_names(files: Sequence[str]) -> list[str]:
-    """Names of pictures for image files, none twice, below a folder.
+    """A different name for the picture of each image file, also on disks that ignore case.
 
-    ``cam0/1.jpg`` becomes ``cam0/1.png``. Where two files would get one name, both keep theirs and
-    get ``.png`` behind it; what is still named twice is numbered. ``..`` and the root of a path are
-    left out.
+    ``cam0/1.jpg`` becomes ``cam0/1.png``. If two files would get the same name, ``.png`` is
+    appended to their own names, and a number to names that are still equal. ``..`` and the root of
+    a path are left out.
     """
-    safe = [_below(file) for file in files]
-    short = [path.with_suffix(".png") for path in safe]
-    wanted = Counter(_key(path) for path in short)
-    taken = {_key(PurePosixPath("sheet.png"))}
-    named = []
-    for path, name in zip(safe, short, strict=True):
-        if wanted[_key(name)] > 1 or _key(name) in taken:
-            name = path.with_name(path.name + ".png")
-        number = 1
-        while _key(name) in taken:
+    paths = [_below(file) for file in files]
+    count = Counter(str(path.with_suffix(".png")).lower() for path in paths)
+    taken = {"sheet.png"}
+    names = []
+    for path in paths:
+        name, number = str(path.with_suffix(".png")), 1
+        if count[name.lower()] > 1 or name.lower() in taken:
+            name = f"{path}.png"
+        while name.lower() in taken:
             number += 1
-            name = path.with_name(f"{path.name}.{number}.png")
-        taken.add(_key(name))
-        named.append(str(name))
-    return named
-
-
-def _key(path: PurePosixPath) -> str:
-    """What is one name on disks that do not tell capitals apart."""
-    return str(path).lower()
+            name = f"{path}.{number}.png"
+        taken.add(name.lower())
+        names.append(name)
+    return names
 
 
 def _below(file: str) -> PurePosixPath:
@@ -128,13 +121,13 @@ def _below(file: str) -> PurePosixPath:
 def refuse_overwriting(
     out: str | Path, names: Iterable[str], files: Iterable[Path], folders: Iterable[Path]
 ) -> None:
-    """Refuse to draw over images, or where they are looked for the next time.
+    """Refuse to draw over images, or into a folder that is searched for images.
 
     Args:
         out: folder of the pictures.
-        names: of the pictures in it.
+        names: names of the pictures in it.
         files: the images.
-        folders: that are searched for images.
+        folders: folders that are searched for images.
 
     Raises:
         DataError: a picture would be one of the images, or in one of the folders.
@@ -149,7 +142,7 @@ def refuse_overwriting(
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, in a folder that is made if need be.
+    """Write a picture; its folder is made if necessary.
 
     Raises:
         DataError: it cannot be written.

@@ -1,4 +1,4 @@
-"""A trained detector in use: what it finds in pictures, and COCO's formats of that."""
+"""A trained detector for pictures, and its detections in COCO's formats."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from .annotations import category_ids
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading
 from .detector import build_detector, has_masks, without_weights
-from .drawing import draw_detections
+from .drawing import draw_objects
 from .mmdet import register_all_modules
-from .run_lengths import encode_masks, mask_areas
-from .segments import segmentation_mask
+from .run_lengths import encode_masks, mask_areas, segmentation_mask
 from .sets import class_names
 
 __all__ = ["Found", "Predictor", "coco_file", "coco_results", "load", "result_ids"]
@@ -34,16 +33,16 @@ _PIPELINE = "test_pipeline"
 
 
 class Found(NamedTuple):
-    """What a detector finds in a picture; the best first."""
+    """The detections in a picture, by falling score."""
 
     boxes: Tensor
     """float32 ``[N, 4]``: left, top, right, bottom in pixels"""
     scores: Tensor
     """float32 ``[N]``"""
     labels: Tensor
-    """int64 ``[N]``, places in :attr:`Predictor.classes`"""
+    """int64 ``[N]``, indices into :attr:`Predictor.classes`"""
     masks: list[dict[str, Any]] | None
-    """run lengths, see :func:`kw.detection.run_lengths.encode_masks`; None for boxes alone"""
+    """run lengths of :func:`kw.detection.run_lengths.encode_masks`; None for boxes alone"""
     size: tuple[int, int]
     """width and height of the picture, pixels"""
 
@@ -52,17 +51,17 @@ class Predictor:
     """A trained detector, ready for pictures.
 
     Args:
-        config: the detector and how it reads pictures (``test_pipeline``).
-        checkpoint: a file that training wrote; its moving average where it has one.
-        device: where it runs.
+        config: the detector, and how it reads pictures (``test_pipeline``).
+        checkpoint: a file that training wrote; its moving average is used if it has one.
+        device: device to run on.
 
     Attributes:
-        classes: names of its categories; a label is a place in this list.
+        classes: names of its categories; a label is an index into this list.
 
     Raises:
         ConfigError: the detector cannot be built.
         CheckpointError: the checkpoint cannot be read or is of another detector.
-        DataError: the checkpoint names no categories, nor can the training annotations be read.
+        DataError: neither the checkpoint nor the training annotations give the categories.
     """
 
     def __init__(
@@ -80,11 +79,11 @@ class Predictor:
         self.detector.to(device).eval()
         self.has_masks = has_masks(self.detector)
         register_all_modules(init_default_scope=True)
-        # What is annotated is not known here.
+        # There are no annotations here.
         steps = [step for step in config.test_pipeline if not _reads_annotations(step)]
         try:
             transforms = Compose(steps).transforms
-        except Exception as error:  # what mmdetection makes of settings that it does not expect
+        except Exception as error:  # mmdetection raises any kind for wrong settings
             what = f"mmdetection cannot build it: {one_line(error)}"
             raise ConfigError(f"{_PIPELINE}: {what}") from error
         self._steps = with_our_reading(
@@ -92,7 +91,7 @@ class Predictor:
         )
 
     def read(self, picture: Picture) -> Image.Image:
-        """A picture as the detector sees it, RGB, in its full size.
+        """A picture as the detector reads it: RGB, full size.
 
         Raises:
             BadImageError: it cannot be read.
@@ -104,13 +103,13 @@ class Predictor:
         """Find objects in one picture.
 
         Args:
-            picture: a file, an image of Pillow's, or an array, see :func:`kw.data.read_image`.
-            score: detections below are left out, beside those that the detector's own threshold
-                (``test_cfg``) leaves out.
+            picture: a file, a Pillow image or an array, see :func:`kw.data.read_image`.
+            score: detections below this score are left out, and those below the detector's own
+                threshold (``test_cfg``).
 
         Raises:
             BadImageError: it cannot be read as an image, or the transforms fail on it.
-            OutOfMemory: memory does not suffice for it.
+            OutOfMemory: it needs too much memory.
         """
         sample: Any = {"img_path": picture, "img_id": 0}
         name = picture if isinstance(picture, (str, Path)) else "a picture"
@@ -120,7 +119,7 @@ class Predictor:
                     sample = step(sample)
             except (UserError, MemoryError):
                 raise
-            except Exception as error:  # what mmdetection's or the user's transforms raise
+            except Exception as error:  # of transforms of mmdetection or the user
                 what = f"{_PIPELINE} fails on it: {one_line(error)}"
                 raise BadImageError.of(name, what) from error
             check_sample(sample, _PIPELINE)
@@ -139,14 +138,18 @@ class Predictor:
         )
 
     def draw(self, picture: Picture, found: Found, score: float = 0.0) -> Image.Image:
-        """The picture with what was found in it; detections below a score are left out."""
+        """The picture with its detections, without those below a score."""
+        kept = (found.scores >= score).nonzero().flatten().tolist()
+        labels = [int(found.labels[i]) for i in kept]
+        texts = [
+            f"{self.classes[label]} {found.scores[i]:.2f}"
+            for i, label in zip(kept, labels, strict=True)
+        ]
         masks = None
         if found.masks is not None:
             width, height = found.size
-            masks = [segmentation_mask(each, height, width) for each in found.masks]
-        boxes, labels, scores = (v.numpy() for v in (found.boxes, found.labels, found.scores))
-        image = self.read(picture)
-        return draw_detections(image, boxes, labels, scores, masks, self.classes, score)
+            masks = [segmentation_mask(found.masks[i], height, width) for i in kept]
+        return draw_objects(self.read(picture), found.boxes[kept], labels, texts, masks)
 
 
 def _reads_annotations(step: Any) -> bool:
@@ -154,16 +157,16 @@ def _reads_annotations(step: Any) -> bool:
 
 
 def load(model: str | Path, device: str = "cpu") -> Predictor:
-    """A ready detector of a training run.
+    """The trained detector of a run.
 
-    Its ``config.py`` is run as a program: trust the folder as you would a program.
+    Its ``config.py`` is run as a program: load only folders that you trust.
 
     Args:
         model: a work directory of ``tools/train.py``, or a checkpoint in it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CheckpointError: it is no detector's, or as for :class:`Predictor`.
+        CheckpointError: it is not a detector's, or as for :class:`Predictor`.
         ConfigError: its configuration cannot be used.
     """
     config = detector_config(model)
@@ -179,13 +182,13 @@ def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) ->
     """The category ids of a detector's labels in an annotation file.
 
     Args:
-        classes: of the detector.
-        content: of the file; it needs no annotations.
+        classes: classes of the detector.
+        content: content of the file; it needs no annotations.
         file: its name, for messages.
 
     Raises:
-        DataError: the file lacks a category, or names one twice, without objects that tell which
-            is meant.
+        DataError: the file lacks a category, or has several of one name and no objects that show
+            which one is meant.
     """
     objects = content.get("annotations") or []
     ids = category_ids({**content, "annotations": objects}, file)
@@ -201,21 +204,21 @@ def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) ->
 
 
 def coco_results(found: Iterable[tuple[int, Found]], ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, which its evaluation server and tools read.
+    """Detections in COCO's results format, for its evaluation server and tools.
 
     Args:
-        found: image ids and what was found there.
-        ids: of the categories by label, see :func:`result_ids`.
+        found: image ids and their detections.
+        ids: category ids by label, see :func:`result_ids`.
     """
     return [row for image_id, each in found for row in _rows(image_id, each, ids)]
 
 
 def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dict[str, Any]:
-    """Detections as an annotation file: images and categories numbered from 1, and scores.
+    """Detections as an annotation file with scores; images and categories count from 1.
 
     Args:
-        found: file names and what was found there.
-        classes: of the detector.
+        found: file names and their detections.
+        classes: classes of the detector.
     """
     numbered = [(place, name, each) for place, (name, each) in enumerate(found, 1)]
     ids = range(1, len(classes) + 1)

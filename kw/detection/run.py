@@ -58,7 +58,7 @@ def train(
         moving average.
 
     Raises:
-        DataError: the data have errors; all that were found are named.
+        DataError: the data have errors; the message has all that were found.
     """
     folder = Path(work_dir)
     return start(config.run, folder, launcher, lambda p: build_trainer(config, folder, p, resume))
@@ -67,7 +67,7 @@ def train(
 def build_trainer(
     config: DetectorConfig, work_dir: Path, process: Process, resume: bool | str | Path = False
 ) -> Trainer:
-    """All of a training run, ready for ``trainer.run()``; arguments as for :func:`train`."""
+    """A training run, ready for ``trainer.run()``; arguments as for :func:`train`."""
     run = config.run
     check_devices(run, process)
     open_log(work_dir, process)
@@ -75,7 +75,7 @@ def build_trainer(
     contents = read_sets(run.data)
     classes = class_names(run.data, contents[0])
     set_seed(run.seed)
-    if resume_from is not None:  # which brings all weights
+    if resume_from is not None:  # it has all weights
         detector = build_detector(without_weights(config.model), classes)
     elif run.load_from is not None:
         detector = start_detector(config.model, classes, run.load_from)
@@ -125,13 +125,13 @@ def build_trainer(
 def evaluate_detector(
     detector: nn.Module, loader: Loader, evaluator: CocoEvaluator, precision: str
 ) -> dict[str, float | None]:
-    """COCO's figures on a data set that processes share out; a collective call.
+    """COCO's figures on a data set that is divided among the processes; a collective call.
 
     Args:
-        detector: mmdetection's; left in the mode that it was in.
-        loader: disjoint shares over the processes, without padding; an image that it leaves out
-            because it cannot be read has no detections.
-        evaluator: knows the ground truth.
+        detector: mmdetection's; its mode is restored.
+        loader: the images of this process; an unreadable image, which it leaves out, has no
+            detections.
+        evaluator: evaluator with the ground truth.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
     training = detector.training
@@ -205,7 +205,7 @@ def _evaluator(
     """The evaluator of the test images.
 
     Raises:
-        DataError: there is no object to evaluate against.
+        DataError: the test annotations have no object.
     """
     data = config.run.data
     file = Path(data.root, data.val_annotations)
@@ -228,7 +228,7 @@ def _evaluator(
 
 
 def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
-    """Refuse data with errors, on all processes, though only one looks; warnings are said."""
+    """Check the data on one process; errors are raised on all, warnings are printed."""
     set_place("checking the data")
     found: list[Any] = [None]
     if process.is_main:

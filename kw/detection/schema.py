@@ -1,13 +1,12 @@
-"""The settings of a detector's run, as types; :mod:`kw.config.schema` says how they are declared.
+"""The settings of a detector's run, as types (:mod:`kw.config.schema` explains the declarations).
 
-What mmdetection reads itself (``model``, ``train_pipeline``, ``test_pipeline``) is not here: its
-own registries check that.
+mmdetection's registries check what mmdetection reads: ``model``, ``train_pipeline`` and
+``test_pipeline``.
 """
 
 # ruff: noqa: RUF009 -- setting() and table() return dataclasses.field()
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..config.checking import Schema
@@ -42,7 +41,7 @@ class CocoDataConfig:
         32, "training images with a shorter side are left out, pixels", minimum=0, maximum=10**5
     )
     group_by_aspect: bool = setting(
-        True, "deal out an update's images so that wide ones meet wide ones: less padding"
+        True, "put wide images of an update into the same batches, which needs less padding"
     )
     exif_orientation: str = setting(
         "apply",
@@ -77,7 +76,7 @@ class DetectionOptimizerConfig(OptimizerConfig):
 
 @dataclass
 class _Detection:
-    # A base class of its own so that the data come first.
+    # A separate base class, so that the data come first.
     data: CocoDataConfig = field(metadata={"doc": "images and annotations"})
 
 
@@ -97,13 +96,9 @@ def _rules(config: DetectionConfig, report: Report) -> None:
     check_run_rules(config, report)
     classes = config.data.classes
     if classes is not None and (not classes or len(set(classes)) < len(classes)):
-        report(config, ("data.classes",), "names, none twice; null for all of the file")
+        report(config, ("data.classes",), "different names; null for all of the file")
     if config.load_from is not None and "://" in config.load_from:
         report(config, ("load_from",), "a file: download it first")
 
 
-def _ignored(config: DetectionConfig) -> Iterator[tuple[str, str]]:
-    yield from ignored_run_settings(config)
-
-
-SCHEMA = Schema(DetectionConfig, _rules, _ignored)
+SCHEMA = Schema(DetectionConfig, _rules, ignored_run_settings)

@@ -1,4 +1,4 @@
-"""The annotation files that a configuration names: their classes, their check, parts of them."""
+"""The annotation files of a configuration: their classes, their checks, parts of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ __all__ = [
     "write_subset",
 ]
 
-
 Content = Mapping[str, Any]
 
 
 def read_sets(config: CocoDataConfig) -> tuple[Content, Content]:
-    """The training and the test annotations; one file is read once.
+    """The training and the test annotations; if both are one file, it is read once.
 
     Raises:
         DataError: a file cannot be read.
@@ -40,11 +39,9 @@ def read_sets(config: CocoDataConfig) -> tuple[Content, Content]:
 
 
 def class_names(config: CocoDataConfig, content: Content | None = None) -> list[str]:
-    """The categories to detect: those of the configuration, or all of the training file.
+    """The categories to detect: ``data.classes``, or all of the training file.
 
-    Args:
-        config: of the data.
-        content: of the training file, where it is read already.
+    ``content`` is that of the training file, if it was read before.
 
     Raises:
         DataError: the file cannot be read, or lacks a category that the configuration names.
@@ -69,14 +66,14 @@ def trained_classes(
 ) -> list[str]:
     """The categories that a checkpoint detects, in the order of its labels.
 
-    Categories of the test annotations that it does not detect, and ``data.classes`` where it names
-    others, are not used, which is said.
+    A message names categories of the test annotations that the checkpoint does not detect, and
+    ``data.classes`` if they differ; neither is used.
 
     Args:
-        checkpoint: as it was read; one without names detects what the configuration says.
-        config: of the data to test on.
-        source: what messages call the checkpoint.
-        content: of the test annotations, where they are read already.
+        checkpoint: its content; without names, the classes are those of the configuration.
+        config: the data to test on.
+        source: name of the checkpoint in messages.
+        content: content of the test annotations, if they were read before.
 
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
@@ -102,19 +99,16 @@ def check_sets(
     read_images: bool = False,
     contents: tuple[Content, Content] | None = None,
 ) -> list[Report]:
-    """Check both annotation files, see :func:`kw.detection.annotations.check_annotations`.
+    """Check the training and the test annotations, and their images.
 
-    Args:
-        config: of the data.
-        masks: whether every object must have a mask.
-        read_images: decode all images too.
-        contents: of the training and the test annotations, where they are read already.
+    See :func:`kw.detection.annotations.check_annotations`; ``contents`` are those of the two files,
+    if they were read before.
     """
     train_content, val_content = contents or (None, None)
     classes: list[str] | None
     try:
         classes = class_names(config, train_content)
-    except DataError:  # a fault of the file, which is listed with all others
+    except DataError:  # the check reports it with all other problems
         classes = config.classes
     same: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
     train = _check(config, True, content=train_content, **same)
@@ -124,33 +118,21 @@ def check_sets(
 def check_test_annotations(
     config: CocoDataConfig, masks: bool, classes: list[str], content: Content
 ) -> Report:
-    """Check what is evaluated against, without the image files: bad ones count as missed.
-
-    Args:
-        config: of the data.
-        masks: whether every object must have a mask.
-        classes: the detector's.
-        content: of the file.
-    """
-    settings: dict[str, Any] = {"classes": classes, "masks": masks, "content": content}
-    return _check(config, False, open_images=False, **settings)
+    """Check the test annotations without the image files: evaluation counts bad ones as missed."""
+    return _check(config, False, open_images=False, classes=classes, masks=masks, content=content)
 
 
 def _check(config: CocoDataConfig, training: bool, **settings: Any) -> Report:
-    """Check the training or the test set that a configuration names."""
-    names = (
-        (config.train_annotations, config.train_images)
-        if training
-        else (config.val_annotations, config.val_images)
-    )
-    file, folder = (Path(config.root, name) for name in names)
+    """Check the training or the test set of a configuration."""
+    file = Path(config.root, config.train_annotations if training else config.val_annotations)
+    folder = Path(config.root, config.train_images if training else config.val_images)
     return check_annotations(file, folder, training=training, settings=config, **settings)
 
 
 def write_subset(
     source: str | os.PathLike[str], target: str | os.PathLike[str], images: int
 ) -> dict[str, Any]:
-    """Write the part of an annotation file that is about its first images with objects.
+    """Write the first images that have objects, and their annotations, to another file.
 
     Args:
         source: file in COCO's format.
@@ -158,7 +140,7 @@ def write_subset(
         images: number of images.
 
     Returns:
-        What was written.
+        The content that was written.
 
     Raises:
         DataError: the source cannot be read, has fewer such images, or the target cannot be

@@ -1,7 +1,8 @@
-"""A whole detector to start from: mmdetection's, published or your own, or one of this project.
+"""Start from a whole detector, of mmdetection or of this project.
 
-The backbone is loaded into the static network before it is converted, which keeps what it computes;
-neck and heads by name. What depends on the number of classes starts afresh where it differs.
+The backbone's weights are loaded into the static network before the conversion, so that it computes
+the same; neck and heads are loaded by name. Tensors whose shape depends on the number of classes
+keep their fresh values if the number differs.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _SHOWN = 20
 
 
 def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str) -> Any:
-    """Build a detector with the weights of another one; what was loaded and what not is said.
+    """Build a detector with the weights of another one; messages say what was loaded and what not.
 
     Args:
-        model: for mmdetection's registry, as for :func:`build_detector`.
+        model: settings for mmdetection's registry, as for :func:`build_detector`.
         classes: category names.
-        load_from: file of a detector of the same kind. A part that either of the two lacks, masks
-            for instance, is left out; one that both have must fit in every tensor, but for those
-            whose shape follows from the number of classes.
+        load_from: file of a detector of the same kind. A part that only one of the two has, for
+            example masks, is left out. All tensors of a common part must fit, except those whose
+            shape depends on the number of classes.
 
     Returns:
         mmdetection's detector.
@@ -41,7 +42,7 @@ def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str
     """
     start = read_detector(load_from)
     settings = without_weights(model)
-    if settings["backbone"].pop("resumes", False):  # the backbone is this project's
+    if settings["backbone"].pop("resumes", False):  # a backbone of this project
         settings["backbone"]["weights"] = start
         if (replaced := model["backbone"].get("weights")) is not None:
             say(
@@ -55,16 +56,10 @@ def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str
 def _load(
     detector: Any, start: StartWeights, model: dict[str, Any], classes: Sequence[str]
 ) -> None:
-    """Load what the backbone has not loaded; all of it or nothing.
-
-    Args:
-        detector: its backbone has its weights.
-        start: weights of a detector.
-        model: the detector's settings.
-        classes: its category names.
+    """Load all weights but the backbone's, which it has loaded already.
 
     Raises:
-        CheckpointError: the weights do not fit.
+        CheckpointError: the weights do not fit; none are loaded.
     """
     has_network = isinstance(detector.backbone, Backbone)
     found = start.others if has_network else start.state
@@ -83,7 +78,7 @@ def _load(
     absent = {name: value for name, value in own.items() if part_of(name) not in shared}
     other = {name for name in own if name in state and state[name].shape != own[name].shape}
     resized = other & _of_classes(own, model, classes) if other else set()
-    # Counters of batches, which old files lack, change nothing.
+    # Old files lack the counters of batches, which have no effect.
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     kept = {name: own[name] for name in resized}
     refuse_other(own, {**counters, **state, **absent, **kept}, start.source)
@@ -108,13 +103,13 @@ def _load(
 def _of_classes(
     own: Mapping[str, Tensor], model: dict[str, Any], classes: Sequence[str]
 ) -> set[str]:
-    """The tensors whose shape follows from the number of classes: those that one more changes."""
+    """The tensors whose shape depends on the number of classes: another class changes it."""
     wider = build_detector(without_weights(model), [*classes, "one more"]).state_dict()
     return {name for name, value in own.items() if wider[name].shape != value.shape}
 
 
 def _compare_classes(start: StartWeights, classes: Sequence[str]) -> None:
-    """Tell of as many classes with other names, which the heads now take for each other."""
+    """Report classes of other names in the same number: the heads then predict ours for theirs."""
     assert start.classes is not None
     pairs = list(zip(start.classes, classes, strict=False))
     differ = [f"{theirs} -> {ours}" for theirs, ours in pairs if theirs != ours]

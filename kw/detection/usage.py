@@ -1,7 +1,7 @@
-"""Which of the objects of an annotation file training and evaluation use.
+"""Which objects of an annotation file training and evaluation use.
 
-mmdetection's reader leaves out some without a word; this is a model of what it does, which
-``tests/test_usage.py`` holds against it.
+mmdetection's reader silently leaves out some. :func:`why_unused` has the same rules;
+``tests/test_usage.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _CROWD = "iscrowd 1, a region to ignore; an object has 0"
 def why_unused(
     each: Mapping[str, Any], size: tuple[int, int], training: bool = True, min_size: int = 0
 ) -> str | None:
-    """Why an object is not used, in a few words; None for one that is.
+    """The reason why an object is not used, or None if it is.
 
     Args:
         each: an annotation whose box has four finite numbers.
-        size: width and height of its image, as the file says.
-        training: whether it is for training; evaluation leaves out crowds alone.
+        size: width and height of its image in the file.
+        training: whether it is for training; evaluation leaves out only crowds.
         min_size: training images with a shorter side are left out, pixels.
     """
     if training:
@@ -49,15 +49,15 @@ def why_unused(
 
 @dataclass
 class Usage:
-    """Objects listed and objects used, by the name of their category."""
+    """Numbers of objects in the file and of objects that are used, by category name."""
 
     listed: Counter[str] = field(default_factory=Counter)
     used: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    """of those that are not used"""
+    """of the objects that are not used"""
 
     def count(self, name: str, reason: str | None) -> None:
-        """Count an object of a category; ``reason`` as of :func:`why_unused`."""
+        """Count an object of a category; ``reason`` is that of :func:`why_unused`."""
         self.listed[name] += 1
         if reason is None:
             self.used[name] += 1
@@ -76,8 +76,8 @@ class Usage:
 
         Args:
             objects: annotations.
-            names: of the categories by their ids; objects of others are not counted.
-            sizes: width and height of the images by their ids.
+            names: category names by id; objects of other categories are not counted.
+            sizes: width and height of the images by id.
             min_size: see :func:`why_unused`.
         """
         usage = cls()
@@ -92,7 +92,7 @@ class Usage:
         return self.used.total() == self.listed.total()
 
     def without_any(self) -> list[str]:
-        """Categories that have objects of which none is used."""
+        """Categories whose objects are all left out."""
         return [f"{name} ({n:,})" for name, n in self.listed.items() if not self.used[name]]
 
     def __str__(self) -> str:

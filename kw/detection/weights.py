@@ -1,8 +1,8 @@
-"""Trained weights that a backbone or a whole detector starts from, whatever project wrote them.
+"""Trained weights, of any project, to start a backbone or a whole detector from.
 
-A classifier's file holds a network; a detector's holds the backbone under ``backbone.``
-(mmdetection, whose ResNets have torchvision's names, and timm's) or ``backbone.network.`` (this
-project), and neck and heads beside it.
+A classifier's file has the weights of a network. A detector's file has those of the backbone, with
+the prefix ``backbone.`` (mmdetection; its ResNets have the names of torchvision and timm) or
+``backbone.network.`` (this project), and those of neck and heads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["StartWeights", "count_parts", "part_of", "read_backbone", "read_dete
 
 _BACKBONE = "backbone."
 _OURS = ("backbone.network.", "backbone.output_norms.")
-# A setting of mmdetection's ResNets, in the text of the configuration that a file brings along.
+# A setting of mmdetection's ResNets, in the text of the configuration in a file.
 _CAFFE = re.compile(r"""style['"]?\s*[=:]\s*['"]caffe""")
 
 
@@ -36,11 +36,11 @@ class StartWeights:
     """Weights of a classifier or of a detector.
 
     Attributes:
-        source: what messages call them.
-        state: all of them, by the file's names.
-        prefix: of the backbone's names; empty for a classifier's weights.
-        classes: names of the detector's categories, where the file has them.
-        caffe_style: the file says that its blocks of three convolutions stride in the first one.
+        source: name of the weights in messages.
+        state: all weights, by the names in the file.
+        prefix: prefix of the backbone's names; empty for a classifier.
+        classes: names of the detector's categories, if the file has them.
+        caffe_style: in the file's network, blocks of three convolutions stride in the first one.
     """
 
     source: str
@@ -50,7 +50,7 @@ class StartWeights:
     caffe_style: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StartWeights:
-        """Itself: settings are copied, the tensors in them need not be."""
+        """No copy: settings are copied, but not the tensors in them."""
         return self
 
     @property
@@ -61,19 +61,19 @@ class StartWeights:
 
     @property
     def others(self) -> dict[str, Tensor]:
-        """Those that are not the network's: neck, heads."""
+        """The other weights: those of neck and heads."""
         return {k: v for k, v in self.state.items() if not k.startswith(self.prefix)}
 
 
 def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
-    """The weights that ``model.backbone.weights`` names; what is not a backbone's is said.
+    """The weights of ``model.backbone.weights``; a message counts those of neck and heads.
 
     Args:
         weights: file of a classifier or of a detector; ``timm`` or ``timm:TAG``.
         config: the network.
 
     Raises:
-        ConfigError: timm cannot bring them.
+        ConfigError: timm does not have them.
         CheckpointError: the file cannot be read.
     """
     if not isinstance(weights, str):
@@ -94,10 +94,10 @@ def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
 
 
 def read_detector(file: str) -> StartWeights:
-    """The weights that ``load_from`` names.
+    """The weights of ``load_from``.
 
     Raises:
-        CheckpointError: the file cannot be read, or it holds no detector.
+        CheckpointError: the file cannot be read, or has no detector.
     """
     state = read_weights(file)
     source = f"load_from {file}"
@@ -145,7 +145,7 @@ def _detector_weights(source: str, file: str, state: Mapping[str, Tensor]) -> St
 
 
 def _read_meta(file: str) -> dict[str, Any]:
-    """What a file says about itself; it was read before, now its tensors stay on disk."""
+    """The ``meta`` of a file, without reading its tensors."""
     if file.endswith(".safetensors"):
         return {}
     mapped = zipfile.is_zipfile(file)  # not torch's older format

@@ -1,7 +1,7 @@
-"""mmdetection without a compiled mmcv: its operators, by torchvision's compiled ones and torch.
+"""mmcv's operators by torchvision and PyTorch, for mmdetection without a compiled mmcv.
 
-mmcv's extension does not compile beside current PyTorch, and mmdetection does not import without
-it. :func:`bind` puts a module of our own in its place. Importing this package does nothing yet.
+mmcv's extension does not compile with current PyTorch, and mmdetection cannot be imported without
+it. :func:`bind` installs a module of this project in its place; importing this package does not.
 """
 
 from .binding import Binding, bind

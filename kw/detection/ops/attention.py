@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention (Zhu et al., 2021), as Deformable DETR and DINO use it on GPUs.
+"""Multi-scale deformable attention (Zhu et al., 2021), for Deformable DETR and DINO on GPUs.
 
-On CPU mmcv has its own. This is :func:`torch.nn.functional.grid_sample` on each level's map;
-backward samples again instead of keeping what was sampled, which outweighs everything else.
+On CPUs mmcv has its own. The operator calls :func:`torch.nn.functional.grid_sample` on the map of
+each level. The backward pass samples again, because the samples would need most of the memory.
 
 Legend: B images, K positions of all maps, M heads, D channels of a head, Q queries, L levels, P
 points.
@@ -26,7 +26,7 @@ def ms_deform_attn_forward(
     attn_weight: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Sums of sampled values: for each query and head, over its points in all maps.
+    """The sum of sampled values over the points in all maps, for each query and head.
 
     Args:
         value: ``[B, K, M, D]``, the maps one after another.
@@ -70,7 +70,7 @@ def ms_deform_attn_backward(
 
 
 def _shapes(spatial_shapes: Tensor, starts: Tensor) -> list[tuple[int, int, int]]:
-    """Height, width and start of each map; waits for the device once."""
+    """Height, width and start of each map; synchronises with the device once."""
     return [tuple(row) for row in torch.cat([spatial_shapes, starts[:, None]], 1).tolist()]
 
 

@@ -1,7 +1,6 @@
-"""Find out which mmcv is installed, and give the plain one the operators that mmdetection needs.
+"""Find which mmcv is installed, and give an mmcv without extension the operators of mmdetection.
 
-Nothing of mmcv or mmdetection is imported to find out: an extension that is there stays the first
-to be loaded, and one that is broken is not loaded halfway.
+This imports nothing of mmcv or mmdetection.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ INSTALL = "pip install 'kernelwarehouse[detection]'"
 
 
 class Binding(enum.Enum):
-    """What :func:`bind` found and did."""
+    """The result of :func:`bind`."""
 
     BOUND = "mmcv's operators are torchvision's and kw's"
     COMPILED = "a compiled mmcv was found and left alone"
@@ -32,12 +31,11 @@ class Binding(enum.Enum):
 def bind() -> Binding:
     """Make ``mmcv.ops``, and with it mmdetection, importable; a second call changes nothing.
 
-    Call it before mmdetection is imported: an ``import mmdet.models`` that failed before does no
-    harm, it may be repeated.
+    Call it before mmdetection is imported. An ``import mmdet.models`` that failed can be repeated.
 
     Returns:
-        What was found and done. Only ``BOUND`` changes anything: ``sys.modules`` then has a module
-        ``mmcv._ext``. Operators that it lacks raise NotImplementedError when they are called.
+        What was found and done. With ``BOUND``, ``sys.modules`` has a module ``mmcv._ext``, whose
+        missing operators raise NotImplementedError when they are called.
 
     Raises:
         ImportError: mmcv or mmdetection is not installed, or their versions do not go together.
@@ -70,7 +68,7 @@ def _folder(package: str) -> Path:
 
 
 def _needs_extension(mmcv: Path) -> bool:
-    """Whether the wrappers of ``mmcv.ops`` load an extension; a fork may have replaced them."""
+    """Whether ``mmcv.ops`` loads an extension; that of a fork may not."""
     wrappers = sorted((mmcv / "ops").glob("*.py"))
     if not wrappers:
         raise ImportError(f"mmcv in {mmcv} has no operators (no ops/*.py): {INSTALL}", name="mmcv")
@@ -80,8 +78,8 @@ def _needs_extension(mmcv: Path) -> bool:
 def _check_versions(mmcv: Path, mmdet: Path) -> None:
     """Compare mmcv's version with the bounds that mmdetection asserts when it is imported.
 
-    Both are read from their files, so that forks with other bounds, or other distribution names,
-    are judged by what they say themselves; what cannot be read is left to mmdetection.
+    Both are read from the files of the packages, which also works for forks. If one cannot be
+    read, nothing is checked.
     """
     found = _read(mmcv / "version.py", "__version__")
     lowest = _read(mmdet / "__init__.py", "mmcv_minimum_version")

@@ -1,9 +1,8 @@
 """Deformable convolution (Dai et al., 2017) and its modulated second version (Zhu et al., 2019).
 
-torchvision's operator is the same function with the same conventions: offsets are ``[B, G * K * 2,
-..]`` with the vertical before the horizontal one of each of the K kernel positions, group by group;
-masks are ``[B, G * K, ..]``; a sample outside of the image, by more than the pixel that fades to
-zero, is zero. Tests hold this to the definition.
+torchvision's operator is the same function. Offsets are ``[B, G * K * 2, ..]``: group by group, and
+for each of the K kernel positions the vertical before the horizontal offset. Masks are ``[B, G * K,
+..]``. Samples more than a pixel outside of the image are zero.
 
 Legend: B images, G deformable groups, K = kH * kW.
 """
@@ -35,7 +34,7 @@ def deform_conv_forward(
     ones: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``output``; ``columns`` and ``ones`` are scratch space, left empty.
+    """Fill ``output``; ``columns`` and ``ones`` are scratch space that is not used.
 
     Args:
         input: ``[B, C, H, W]``.
@@ -58,9 +57,10 @@ def deform_conv_backward_input(
     columns: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``gradInput`` and ``gradOffset``, and keep the gradient of the weight in ``columns``.
+    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``.
 
-    mmcv asks for that next, with the same scratch space, and one pass of torchvision's gives all.
+    torchvision computes all three at once, and mmcv calls :func:`deform_conv_backward_parameters`
+    next, with the same scratch space.
     """
     gradients = _backward(gradOutput, input, weight, offset, None, None, _geometry_v1(settings))
     gradInput.copy_(gradients[0])
@@ -80,8 +80,8 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Add the gradient of the weight, times ``scale``, to ``gradWeight``.
 
-    ``columns`` has it if this backward pass came by :func:`deform_conv_backward_input`. It is empty
-    if neither input nor offset asks for a gradient; whether they do is fixed by the forward pass.
+    It is in ``columns`` if :func:`deform_conv_backward_input` was called in this backward pass.
+    ``columns`` is empty if neither input nor offset needs a gradient.
     """
     if columns.numel():
         gradient = columns
@@ -104,7 +104,7 @@ def modulated_deform_conv_forward(
     columns: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``output``; ``ones`` and ``columns`` are scratch space, left empty.
+    """Fill ``output``; ``ones`` and ``columns`` are scratch space that is not used.
 
     Args:
         input, weight, offset, output: as in :func:`deform_conv_forward`.
@@ -174,7 +174,7 @@ def _backward(
     bias: Tensor | None,
     geometry: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
-    """Gradients of input, weight, offset, mask and bias; those of absent ones mean nothing."""
+    """Gradients of input, weight, offset, mask and bias; ignore those of absent tensors."""
     tensors = _complete(input, weight, offset, mask, bias)
     (wide,) = widen(grad)
     gradients: tuple[Tensor, ...] = torchvision_backward("deform_conv2d")(
@@ -186,7 +186,7 @@ def _backward(
 def _complete(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> list[Tensor]:
-    """All five, in one type; torchvision wants tensors for mask and bias where there are none."""
+    """All five in one type; torchvision needs tensors also for an absent mask and bias."""
     mask = input.new_zeros(len(input), 1) if mask is None else mask
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     return [t.contiguous() for t in widen(input, weight, offset, mask, bias)]

@@ -1,10 +1,10 @@
-"""Focal loss (Lin et al., 2017): cross entropy that well classified examples hardly count in.
+"""Focal loss (Lin et al., 2017): cross entropy with small weights for well classified examples.
 
-mmcv's CUDA code takes logarithms of probabilities that may have been rounded to 0, bounded by the
-least float32. These are computed from logits: equal up to there, exact beyond.
+mmcv's CUDA code takes logarithms of probabilities, bounded by the least float32. The sigmoid loss
+here is computed from logits: the same, but exact for probabilities that float32 rounds to 0.
 
 Legend: N samples, C classes. ``weight`` is empty or has a factor for each class, ``[C]``; samples
-of the background count once.
+of the background have the factor 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sigmoid_focal_loss_forward(
 
     Args:
         input: logits, ``[N, C]``.
-        target: int64 ``[N]``; C, or anything else that is no class, is background.
+        target: int64 ``[N]``; C and other values that are not a class are background.
         weight: empty or ``[C]``.
         output: ``[N, C]``, filled.
         gamma, alpha: as in the paper.
@@ -79,7 +79,7 @@ def softmax_focal_loss_backward(
     """The derivative by the logits; ``grad_input`` ``[N, C]`` is filled, ``buff`` is not used."""
     p, scale, is_target = _softmax_terms(softmax, target, weight, alpha)
     slope = -((1 - p) ** gamma)
-    if gamma:  # otherwise the term is 0, but its factors may be infinite
+    if gamma:  # without gamma the term is 0, but its factors may be infinite
         slope = slope + gamma * (1 - p).clamp(min=_least(p)) ** (gamma - 1) * p * _log(p)
     grad_input.copy_((scale * slope)[:, None] * (is_target - widen(softmax)[0]))
 

@@ -1,7 +1,7 @@
-"""Suppression of boxes that overlap better ones.
+"""Suppression of boxes that overlap boxes with a better score.
 
-Boxes are corners ``x1, y1, x2, y2``. mmcv counts ``offset`` pixels to their width and height: 0
-where coordinates are continuous, 1 where they are indices of pixels that belong to the box.
+Boxes are corners ``x1, y1, x2, y2``. mmcv adds ``offset`` pixels to their width and height: 0 for
+continuous coordinates, 1 for indices of pixels that belong to the box.
 
 Legend: N boxes.
 """
@@ -21,21 +21,21 @@ _NAIVE, _LINEAR, _GAUSSIAN = range(3)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Hard suppression, greedily from the best score: whatever overlaps a kept box by more.
+    """Hard suppression, greedily from the best score.
 
     Args:
         boxes: ``[N, 4]``.
         scores: ``[N]``.
-        iou_threshold: boxes go whose IoU with a kept one exceeds it, in float32 as in mmcv: 0.6
-            does not exceed 0.6.
-        offset: 0 or 1, counted to widths and heights.
+        iou_threshold: boxes whose IoU with a kept box exceeds it are removed. It is compared in
+            float32, as in mmcv.
+        offset: 0 or 1, added to widths and heights.
 
     Returns:
         Indices of the boxes that are kept, best first, int64.
     """
     boxes, scores = widen(boxes, scores)
     if offset:
-        # Both corners of an intersection are corners of its boxes: moving all of them moves it too.
+        # Moving the lower right corners of all boxes moves those of their intersections too.
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     return torch.ops.torchvision.nms(boxes, scores, _as_float32(iou_threshold))
 
@@ -52,21 +52,21 @@ def softnms(
 ) -> Tensor:
     """Soft-NMS (Bodla et al., 2017): overlapping boxes lose score instead of being removed.
 
-    The best remaining box is taken and scales the scores of the others: to 0 where the IoU reaches
-    the threshold (method 0), by ``1 - IoU`` there (1), or by ``exp(-IoU^2 / sigma)`` everywhere
-    (2). Boxes below ``min_score`` leave at once, but the first box taken is never asked. Two boxes
-    without an area do not overlap.
+    The best remaining box is kept and scales the scores of the others: to 0 if the IoU reaches the
+    threshold (method 0), by ``1 - IoU`` in that case (1), or always by ``exp(-IoU^2 / sigma)`` (2).
+    Boxes below ``min_score`` are then removed; the first box is always kept. Two boxes without
+    area do not overlap.
 
     Args:
-        boxes: ``[N, 4]``, on the CPU like the rest; mmcv brings them there.
+        boxes: ``[N, 4]``; mmcv moves all tensors to the CPU before.
         scores: ``[N]``.
-        dets: ``[N, 5]``; its first rows receive boxes and new scores in the order of the result.
+        dets: ``[N, 5]``; boxes and new scores are written to its first rows.
 
     Returns:
-        Indices of the boxes that are kept, in the order in which they were taken, int64.
+        Indices of the kept boxes, in the order in which they were kept, int64.
     """
     boxes, scores = widen(boxes, scores)
-    # NumPy, because a step has a dozen calls on few numbers: a tenth of what they cost in torch.
+    # NumPy's calls on a few numbers take a tenth of the time of torch's.
     rows = torch.cat([boxes, scores[:, None]], 1).cpu().numpy().copy()
     indices = np.arange(len(rows))
     threshold = _as_float32(iou_threshold)
@@ -91,12 +91,12 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Hard suppression that tells which kept box each box went to.
+    """Hard suppression that also gives the boxes that each kept box suppressed.
 
     Args:
         dets: ``[N, 5]``, boxes and scores.
-        iou_threshold: boxes go whose IoU with a kept one *reaches* it; here mmcv differs from
-        `nms`.
+        iou_threshold: boxes whose IoU with a kept box *reaches* it are removed; this differs from
+            `nms`, as in mmcv.
 
     Returns:
         A group for each kept box, best first: its index and those that it suppressed, best first.
@@ -114,7 +114,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 
 def _iou(box: np.ndarray, others: np.ndarray, offset: int) -> np.ndarray:
-    """IoU of one box with others, ``[N]``; 0 for two boxes without an area."""
+    """IoU of one box with others, ``[N]``; 0 for two boxes without area."""
     sizes = np.minimum(box[2:4], others[:, 2:4]) - np.maximum(box[:2], others[:, :2]) + offset
     shared = np.prod(np.maximum(sizes, 0), axis=1)
     area = np.prod(box[2:4] - box[:2] + offset)
@@ -123,7 +123,7 @@ def _iou(box: np.ndarray, others: np.ndarray, offset: int) -> np.ndarray:
 
 
 def _fill_gaps(kept: np.ndarray) -> np.ndarray:
-    """Positions of what is kept, each gap filled by what was last; ties are taken in this order."""
+    """Positions of kept rows; the last rows fill the gaps, which decides ties as in mmcv."""
     count = int(kept.sum())
     order = np.arange(count)
     gaps = np.flatnonzero(~kept[:count])

@@ -1,12 +1,12 @@
 """RoIAlign (He et al., 2017): averages, or maxima, of samples between pixels in a region's bins.
 
-torchvision's operator has the averages. Its backward pass on GPUs adds in no fixed order and
-refuses to where deterministic algorithms are asked for; there, and for maxima, this file has its
-own.
+torchvision's operator computes averages. Its backward pass on GPUs adds in no fixed order, so it
+raises an error if deterministic algorithms are required. For that case and for maxima, this file
+has an implementation.
 
-The averages are separable: samples lie on a grid, and a sample counts if both of its coordinates
-do. So an output is ``Y[r] @ map @ X[r].T`` and its derivative two matrix products, where row p of
-``Y[r]`` has the mean weights of the map's lines in bin p.
+The averages are separable, because samples lie on a grid. An output is ``Y[r] @ map @ X[r].T``,
+where row p of ``Y[r]`` has the mean weights of the map's lines in bin p; its derivative is two
+matrix products.
 
 Legend: R regions, B images, C channels, H x W a map, P x Q bins, S samples of a bin along one axis.
 """
@@ -25,7 +25,7 @@ from .widening import widen
 __all__ = ["backward_in_order", "roi_align_backward", "roi_align_forward"]
 
 _MAXIMUM = 0
-_SCRATCH = 1 << 26  # values that one step of our own passes may hold, about
+_SCRATCH = 1 << 26  # values in memory in a step of the backward pass, about
 
 
 def roi_align_forward(
@@ -41,21 +41,21 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``output``, and for maxima which samples they were.
+    """Fill ``output``, and for maxima the numbers of their samples.
 
     Args:
         input: ``[B, C, H, W]``.
         rois: ``[R, 5]``: index of the image, x1, y1, x2, y2 in pixels of that image.
         output: ``[R, C, P, Q]``.
-        argmax_y, argmax_x: empty for averages; ``[R, C, P, Q]`` for maxima. They get the sample's
-            number along each axis, -1 where there is none: in half precision numbers keep their
-            value, mmcv's coordinates would not.
+        argmax_y, argmax_x: empty for averages; ``[R, C, P, Q]`` for maxima, which get the number
+            of the sample along each axis, or -1 without samples. mmcv stores coordinates, which
+            half precision would round.
         aligned_height, aligned_width: P and Q.
-        spatial_scale: pixels of the map to a pixel of the image.
-        sampling_ratio: S; 0 for as many as a bin has pixels, rounded up.
+        spatial_scale: pixels of the map per pixel of the image.
+        sampling_ratio: S; 0 for the number of pixels in a bin, rounded up.
         pool_mode: 0 for maxima, 1 for averages.
-        aligned: whether pixels have their values at their centres, which is correct; otherwise at
-            their corners, and regions have at least one pixel.
+        aligned: whether the values of pixels are at their centres, which is correct; otherwise
+            they are at their corners, and regions have at least one pixel.
     """
     x, boxes = widen(input, rois)
     if pool_mode != _MAXIMUM:
@@ -69,7 +69,7 @@ def roi_align_forward(
     for r, image in enumerate(boxes[:, 0].long().tolist()):
         rows, columns = y_axis.weights(r, x.shape[2]), x_axis.weights(r, x.shape[3])
         s_y, s_x = rows.shape[1], columns.shape[1]
-        if not s_y * s_x:  # no extent, no sample
+        if not s_y * s_x:  # a region without extent has no samples
             output[r], argmax_y[r], argmax_x[r] = 0, -1, -1
             continue
         samples = torch.einsum("psh,chw,qtw->cpqst", rows, x[image], columns)
@@ -92,7 +92,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``grad_input`` ``[B, C, H, W]``; all else as forward."""
+    """Fill ``grad_input`` ``[B, C, H, W]``; the other arguments are those of the forward pass."""
     grad, boxes = widen(grad_output, rois)
     shape = tuple(grad_input.shape)
     y_axis = _axis(boxes[:, 2::2], spatial_scale, aligned_height, sampling_ratio, aligned)
@@ -111,7 +111,7 @@ def roi_align_backward(
 
 
 class _Axis(NamedTuple):
-    """Where the samples of all regions lie along one axis, in pixels of the map; ``[R]`` each."""
+    """Positions of the samples of all regions along an axis, in pixels of the map; ``[R]`` each."""
 
     start: Tensor
     bin: Tensor  # extent
@@ -119,13 +119,13 @@ class _Axis(NamedTuple):
     bins: int
 
     def positions(self, r: int) -> Tensor:
-        """Of region r, ``[bins, S]``."""
+        """The positions in region r, ``[bins, S]``."""
         number = torch.arange(self.bins * int(self.samples[r]), device=self.start.device)
         number = number.view(self.bins, -1).to(self.start) + 0.5
         return self.start[r] + number * (self.bin[r] / self.samples[r])
 
     def weights(self, r: int, length: int) -> Tensor:
-        """How much each pixel counts in each sample of region r, ``[bins, S, length]``."""
+        """The weight of each pixel in each sample of region r, ``[bins, S, length]``."""
         position = self.positions(r)
         counts = (position >= -1) & (position <= length)
         pixels = torch.arange(length, device=position.device)
@@ -146,7 +146,7 @@ def _axis(ends: Tensor, scale: float, bins: int, ratio: int, aligned: bool) -> _
 def backward_in_order(
     grad: Tensor, images: Tensor, y_axis: _Axis, x_axis: _Axis, shape: tuple[int, ...]
 ) -> Tensor:
-    """The derivative of averages by matrix products, which always add in the same order.
+    """The derivative of averages by matrix products, which add in a fixed order.
 
     Args:
         grad: ``[R, C, P, Q]``.
@@ -184,7 +184,7 @@ def _backward_of_maxima(
     argmax_x: Tensor,
     shape: tuple[int, ...],
 ) -> Tensor:
-    """Each gradient goes to the four pixels around the sample that was the maximum."""
+    """Add each gradient to the four pixels around the sample of the maximum."""
     _, channels, height, width = shape
     y = _corners(y_axis, torch.arange(y_axis.bins, device=grad.device)[:, None], argmax_y, height)
     x = _corners(x_axis, torch.arange(x_axis.bins, device=grad.device), argmax_x, width)
@@ -200,7 +200,7 @@ def _backward_of_maxima(
 def _corners(
     axis: _Axis, bins: Tensor, numbers: Tensor, length: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels beside chosen samples, and their weights; ``[R, C, P, Q]`` each."""
+    """The two pixels beside samples, and their weights; ``[R, C, P, Q]`` each."""
     start, extent, samples = (t.view(-1, 1, 1, 1) for t in axis[:3])
     position = start + (bins + (numbers + 0.5) / samples.clamp(min=1)) * extent
     counts = (numbers >= 0) & (position >= -1) & (position <= length)

@@ -1,8 +1,8 @@
 """RoIPool (Girshick, 2015) as mmcv defines it: maxima over the pixels that a bin touches.
 
-torchvision's operator of this name is another function: it rounds regions to whole pixels first and
-gives those without extent one pixel. Here a region spans ``x1 * scale`` to ``(x2 + 1) * scale``,
-its corners being pixels that belong to it, and one without extent is zero.
+torchvision's operator of this name differs: it first rounds regions to whole pixels, and gives
+regions without extent a pixel. Here the corners are pixels of the region, which spans
+``x1 * scale`` to ``(x2 + 1) * scale``; the output of a region without extent is zero.
 
 Legend: R regions, C channels, H x W a map, P x Q bins.
 """
@@ -16,7 +16,7 @@ from .widening import widen
 
 __all__ = ["roi_pool_backward", "roi_pool_forward"]
 
-_SCRATCH = 1 << 24  # values that one step may gather, about
+_SCRATCH = 1 << 24  # values that a step gathers, about
 
 
 def roi_pool_forward(
@@ -34,10 +34,10 @@ def roi_pool_forward(
         input: ``[B, C, H, W]``.
         rois: ``[R, 5]``: index of the image, x1, y1, x2, y2 in pixels of that image.
         output: ``[R, C, P, Q]``; 0 for bins outside of the map.
-        argmax: int32 ``[R, C, P, Q]``, the maximum's place ``h * W + w``, the first one among
-            equals; -1 for bins outside of the map.
+        argmax: int32 ``[R, C, P, Q]``, the index ``h * W + w`` of the maximum, the first of equal
+            ones; -1 for bins outside of the map.
         pooled_height, pooled_width: P and Q.
-        spatial_scale: pixels of the map to a pixel of the image.
+        spatial_scale: pixels of the map per pixel of the image.
     """
     output.zero_()
     argmax.fill_(-1)
@@ -48,7 +48,7 @@ def roi_pool_forward(
         return
     pixels_last = input.permute(0, 2, 3, 1)
     heights, widths = (bottom - top).amax(1), (right - left).amax(1)
-    # Regions of similar size go together: a step gathers as much for each as for its largest.
+    # Regions of similar size share a step, which gathers for each as much as for the largest.
     order = (heights * widths).argsort()
     for chunk in _chunks(order, (heights * widths).tolist(), output[0].numel()):
         rows = top[chunk, :, None] + torch.arange(int(heights[chunk].max()), device=top.device)
@@ -82,7 +82,7 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Fill ``grad_input`` ``[B, C, H, W]``: gradients go to the pixels that were the maxima."""
+    """Fill ``grad_input`` ``[B, C, H, W]``: gradients are added to the pixels of the maxima."""
     (grad,) = widen(grad_output)
     images, channels = rois[:, 0].long(), grad_input.shape[1]
     planes = images[:, None] * channels + torch.arange(channels, device=grad.device)
@@ -93,7 +93,7 @@ def roi_pool_backward(
 
 
 def _bins(ends: Tensor, scale: float, bins: int, length: int) -> tuple[Tensor, Tensor]:
-    """First pixel of each bin, and the one behind its last; int64 ``[R, bins]``, within the map."""
+    """First pixel of each bin, and the one after its last; int64 ``[R, bins]``, within the map."""
     start, end = ends[:, :1] * scale, (ends[:, 1:] + 1) * scale
     edges = torch.arange(bins, device=ends.device)
     extent = (end - start) / bins

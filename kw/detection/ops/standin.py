@@ -42,20 +42,20 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 class _StandIn(ModuleType):
-    """Has an attribute for every operator: those that are missing fail when they are called."""
+    """A module with an attribute for every name; a missing operator fails when it is called."""
 
     def __getattr__(self, name: str) -> Any:
-        # Names with an underscore are the import system's and inspect's questions, not operators.
+        # The import system and inspect ask for names with an underscore, which are no operators.
         if name.startswith("_"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return functools.partial(_fail, name)
 
 
 class _Loader(Loader):
-    """Gives the module again where somebody asks for its loader.
+    """A loader that returns the finished module.
 
-    ``mmengine.utils.mmcv_full_available`` does: parameter groups for deformable convolutions depend
-    on its answer.
+    ``mmengine.utils.mmcv_full_available`` needs one; parameter groups for deformable convolutions
+    depend on its result.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -65,22 +65,18 @@ class _Loader(Loader):
         return self._module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run: the module was complete when it was made."""
+        """Do nothing: the module is complete."""
 
 
 def make_standin(name: str) -> ModuleType:
-    """A module with our operators under mmcv's names.
-
-    Args:
-        name: the name that it is imported by.
-    """
+    """A module with our operators under mmcv's names, to be imported as ``name``."""
     module = _StandIn(name, __doc__)
     module.__spec__ = ModuleSpec(name, _Loader(module), origin=__name__)
     module.__loader__ = module.__spec__.loader
     for operator, function in OPERATORS.items():
         setattr(module, operator, _in_full_precision(function))
     for question in ("get_compiler_version", "get_compiling_cuda_version"):
-        setattr(module, question, _not_compiled)  # printed among the versions of an environment
+        setattr(module, question, _not_compiled)  # for reports of the environment
     return module
 
 
@@ -102,7 +98,7 @@ def _fail(name: str, *arguments: Any, **settings: Any) -> None:
 
 
 def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would round within an operator what it widens to float32."""
+    """Switch autocast off, which would round the float32 values inside an operator."""
 
     @functools.wraps(operator)
     def without_autocast(*arguments: Any, **settings: Any) -> Any:

@@ -1,7 +1,7 @@
-"""In which types the operators compute.
+"""The type in which the operators compute: float32 or wider; results are rounded once.
 
-float16 and bfloat16 hold coordinates in steps of whole pixels where boxes lie, and not all compiled
-operators take them; all operators compute in float32 at least and round their results once.
+In float16 and bfloat16 the coordinates of boxes are rounded to whole pixels, and some compiled
+operators do not take these types.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ __all__ = ["widen"]
 
 
 def widen(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, detached, in one type: the widest among them and float32."""
+    """The tensors, detached, in the widest of their types and float32."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     return [t.detach().to(dtype) for t in tensors]
