@@ -17,8 +17,8 @@ from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     Loader,
-    check_classes,
     deaths_explained,
+    list_splits,
     open_training,
     open_validation,
     stop_workers,
@@ -132,8 +132,9 @@ def build_trainer(
         hooks.append(PictureHook(config.pictures))
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    classes = check_classes(config.data, config.model.num_classes)
-    train_loader = open_training(config, process.device, process.rank, process.world_size)
+    listings = list_splits(config.data, config.model.num_classes)
+    where = (process.device, process.rank, process.world_size)
+    train_loader = open_training(config, *where, listings["train"])
 
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
@@ -150,13 +151,13 @@ def build_trainer(
     average = distribute(network, config, process)
     loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
     model = ImageClassifier(network, build_preprocessor(config), loss)
-    val_loader = open_validation(config, process.device, process.rank, process.world_size)
+    val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
         "top1",
-        classes,
+        list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
     )
@@ -267,9 +268,10 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
-        classes = check_classes(config.data, config.model.num_classes, ["val"])
-        refuse_other_classes(state, classes, f"checkpoint {checkpoint}", config.data.root)
-        loader = open_validation(config, process.device, process.rank, process.world_size)
+        listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
+        refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
+        where = (process.device, process.rank, process.world_size)
+        loader = open_validation(config, *where, listing)
         network = build_network(config.model)
         check_network(network, config.model, config.data.input_size)
         set_contraction(config.contraction, network)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +32,7 @@ from .finite import FiniteGuard
 from .hooks import Hook
 from .interruption import Agreement, Signals
 from .logs import close_log
-from .parallel import across_processes, release, set_gradient_sync, whole_norm
+from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
 from .saving import Checkpoints, checkpoint_name
@@ -83,6 +84,8 @@ class Updater:
         self.guard = FiniteGuard()
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
         self._micro_batch = 0
+        self._model: nn.Module | None = None
+        self._sharded: list[FSDPModule] = []  # of that model
 
     @contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
@@ -92,8 +95,11 @@ class Updater:
         """
         if self._micro_batch == 0:
             self.guard.begin(model)
+            if self._model is not model:
+                self._model, self._sharded = model, sharded_modules(model)[:1]  # tells the others
         is_last = self._micro_batch == self.accumulation - 1
-        set_gradient_sync(model, is_last)  # of a sharded model
+        for module in self._sharded:
+            module.set_requires_gradient_sync(is_last)
         with ExitStack() as stack:
             if not is_last and isinstance(model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(model.no_sync())
@@ -246,6 +252,8 @@ class Trainer:
             with self.signals.watched(), deaths_explained(self.train_loader, self.val_loader):
                 return self.train()
         finally:
+            for hook in self.hooks:
+                hook.close(self)
             stop_workers(self.train_loader)
             stop_workers(self.val_loader)
             close_log()
