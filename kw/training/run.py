@@ -139,15 +139,9 @@ def build_trainer(
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
-    check_network(network, config.model, config.data.input_size)
-    set_contraction(config.contraction, network)
-    if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+    _prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(process.device)
-    if config.compile:
-        network.compile()
     average = distribute(network, config, process)
     loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
     model = ImageClassifier(network, build_preprocessor(config), loss)
@@ -174,6 +168,16 @@ def build_trainer(
         hooks,
         resume_from,
     )
+
+
+def _prepare(network: nn.Module, config: Config, process: Process) -> None:
+    check_network(network, config.model, config.data.input_size)
+    set_contraction(config.contraction, network)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    network.to(process.device)
+    if config.compile:
+        network.compile()
 
 
 def build_preprocessor(config: Config) -> BatchPreprocessor:
@@ -273,14 +277,8 @@ def evaluate_checkpoint(
         where = (process.device, process.rank, process.world_size)
         loader = open_validation(config, *where, listing)
         network = build_network(config.model)
-        check_network(network, config.model, config.data.input_size)
-        set_contraction(config.contraction, network)
+        _prepare(network, config, process)
         preprocess = build_preprocessor(config).to(process.device)
-        network.to(process.device)
-        if config.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if config.compile:
-            network.compile()
         return evaluate_weights(
             network,
             state,

@@ -84,8 +84,7 @@ class Updater:
         self.guard = FiniteGuard()
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
         self._micro_batch = 0
-        self._model: nn.Module | None = None
-        self._sharded: list[FSDPModule] = []  # of that model
+        self._sharded: list[FSDPModule] | None = None
 
     @contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
@@ -95,10 +94,10 @@ class Updater:
         """
         if self._micro_batch == 0:
             self.guard.begin(model)
-            if self._model is not model:
-                self._model, self._sharded = model, sharded_modules(model)[:1]  # tells the others
+            if self._sharded is None:
+                self._sharded = sharded_modules(model)[:1]  # the outermost tells those inside
         is_last = self._micro_batch == self.accumulation - 1
-        for module in self._sharded:
+        for module in self._sharded or ():
             module.set_requires_gradient_sync(is_last)
         with ExitStack() as stack:
             if not is_last and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -281,8 +280,7 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """One pass over the training images, or what a resumed run has left of it."""
-        done = self.updates_of_epoch
-        self.sampler.set_epoch(self.epoch, done)
+        self.sampler.set_epoch(self.epoch, done := self.updates_of_epoch)
         if done == 0:
             self.updater.guard.begin_epoch()
         for hook in self.hooks:
@@ -303,11 +301,7 @@ class Trainer:
         self.epoch += 1
 
     def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
-        """One optimizer update, the epoch's ``index``-th (from 0).
-
-        Returns:
-            Losses by name, scalars on the device, their means over the micro-batches.
-        """
+        """The epoch's ``index``-th update (from 0); its losses by name, means over micro-batches."""
         self._set_rates()
         place = f"in update {index + 1} of epoch {self.epoch + 1}"
         sums: dict[str, Tensor] = {}
@@ -410,8 +404,7 @@ class Trainer:
             path = self._save(None, False, self.update)
             if stop:
                 self.checkpoints.finish()
-                name = self.signals.name or "another process was told to end"
-                raise Interrupted(name, str(path))
+                raise Interrupted(self.signals.name or "another process was told to end", str(path))
 
     def _save(self, metrics: Metrics | None, is_best: bool, update: int | None) -> Path:
         host_barrier("gathering a checkpoint")

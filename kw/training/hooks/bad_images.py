@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...data import BadImage, Loader
+from ...data import Loader
 from ..distributed import host_barrier
 from ..logs import logger
 from ..state import fault_logs
@@ -59,7 +58,11 @@ class BadImageHook(Hook):
         """
         host_barrier(place)
         log = fault_logs(trainer)[split]
-        new = log.learn(_of_all(trainer, log.take()))
+        met: list[Any] = [log.take()]
+        if trainer.process.world_size > 1:
+            met *= trainer.process.world_size
+            dist.all_gather_object(met, met[0])
+        new = log.learn(fault for share in met for fault in share)
         if not new:
             return
         if trainer.process.is_main:
@@ -81,18 +84,6 @@ def tell_bad_images(loader: Loader) -> None:
     for _, path, reason in loader.faults.learn(loader.faults.take()):
         warnings.warn(f"cannot read {path}: {reason}; {_INSTEAD['val']}", stacklevel=2)
     loader.faults.check()
-
-
-def _of_all(trainer: Trainer, met: list[BadImage]) -> list[BadImage]:
-    if trainer.process.world_size == 1:
-        return met
-    count = torch.tensor(len(met), device=trainer.process.device)
-    dist.all_reduce(count)
-    if not count:
-        return []
-    gathered: list[Any] = [None] * trainer.process.world_size
-    dist.all_gather_object(gathered, met)
-    return [BadImage(*fault) for share in gathered for fault in share]
 
 
 def _write_list(trainer: Trainer) -> None:
