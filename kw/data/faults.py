@@ -1,6 +1,6 @@
-"""What becomes of images that cannot be read: a substitute, an account of it, a bound.
+"""Images that cannot be read: a substitute for each, a list of them, and a bound on their number.
 
-Loader processes share no memory with the run: what they met travels in the batch. A sample with a
+Loader processes share no memory with the run, so faults travel in the batch. A sample with a
 fault is wrapped as :class:`Delivered`, :func:`collate_faults` moves the faults into the batch, and
 :class:`~kw.data.loader.Loader` takes them out again into its :class:`FaultLog`.
 """
@@ -120,7 +120,7 @@ class TolerantDataset(Dataset[Any]):
     def note_for(self, workers: int) -> None:
         """Let loader processes note what they read."""
         if workers:
-            # Shared memory: a process that is killed has no last words.
+            # Shared memory: a process that is killed cannot report.
             self._in_hand = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
 
     def in_hand(self, worker: int) -> int | None:

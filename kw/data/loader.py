@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Loader(DataLoader[Any]):
-    """torch's loader; bad files that a batch tells of go to :attr:`faults`, not to the model.
+    """torch's loader; bad files that a batch names go to :attr:`faults`, not to the model.
 
     Attributes:
         faults: the bad files of the data set.

@@ -1,7 +1,7 @@
 """Checkpoints: tensors and plain types only, written whole or not at all, read without code.
 
-A file is a zip archive, whose parts carry checksums: one that was cut off or damaged is told from a
-whole one before anything is read from it.
+A file is a zip archive whose parts carry checksums: a damaged or incomplete file is recognised
+before anything is read from it.
 
 A checkpoint is a mapping:
 

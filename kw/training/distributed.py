@@ -125,7 +125,6 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
                     line = socket.create_connection(_address(), timeout.total_seconds())
                     rank, size = process.rank, process.world_size
                     presence = Presence(heart, line, rank, size, timeout, keeper)
-                    presence.join()
                     stack.enter_context(watched(presence))
                 on_gpu = process.device.type == "cuda"
                 dist.init_process_group(
@@ -133,7 +132,7 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
                     store=store,
                     rank=process.rank,
                     world_size=process.world_size,
-                    # nccl would end the process without a word: hosts are to find out before.
+                    # nccl ends the process without a message: gloo is to fail first.
                     timeout=timeout + NCCL_MARGIN if on_gpu else timeout,
                     device_id=process.device if on_gpu else None,
                 )

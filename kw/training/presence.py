@@ -95,14 +95,14 @@ def is_of_communication(error: BaseException) -> bool:
 
 @contextmanager
 def watched(presence: Presence) -> Iterator[None]:
-    """Send heartbeats inside the context, and name the missing process when a call fails.
+    """Wait for all processes; inside, send heartbeats and name the missing one when a call fails.
 
     Raises:
-        MissingProcess: a process died, hangs, or is not where the others are.
+        MissingProcess: a process never came, died, hangs, or is not where the others are.
     """
     global _current
+    presence.join()
     _current = presence
-    presence.start()
     how = "had ended its run"
     try:
         yield
@@ -170,7 +170,7 @@ class Presence:
         self._place = (self._place[0] + 1, place, time.monotonic())
 
     def join(self) -> None:
-        """Wait until all processes are there.
+        """Wait until all processes are there; then start sending heartbeats.
 
         Raises:
             MissingProcess: some did not come in time.
@@ -182,7 +182,7 @@ class Presence:
             while (joined := self._reach().add("joined", 0)) < self.world_size:
                 if self._learns() or time.monotonic() > until:
                     message = self._absent()
-                    self._reach().add("told", 1)
+                    self._reach().add("informed", 1)
                     self._keep_store(joined)
                     raise MissingProcess(message)
                 time.sleep(self.interval / 4)
@@ -192,9 +192,6 @@ class Presence:
                 f"{self.world_size} had joined the run: {self._self()} waited for them"
             ) from error
         self._start = time.monotonic()  # about the same moment everywhere
-
-    def start(self) -> None:
-        """Start sending heartbeats."""
         self._thread.start()
 
     def explain(self, error: BaseException) -> str | None:
@@ -237,7 +234,7 @@ class Presence:
                     break
                 self._wake.wait(self.interval)
                 self._wake.clear()
-            self._reach().add("told", 1)
+            self._reach().add("informed", 1)
             if self._missing is not None and not self._known.is_set():
                 self._end_if_stuck()
             self._out.wait()
@@ -294,7 +291,7 @@ class Presence:
         return self._missing
 
     def _absent(self) -> str:
-        """Who did not join; those who did say the same."""
+        """The message about the ranks that did not join, the same on all that did."""
         everyone = range(self.world_size)
         absent = [r for r in everyone if not self._reach().check([f"beat/{r}"])]
         ranks = self._agree(dict.fromkeys(absent, "never joined the run"))
@@ -306,7 +303,7 @@ class Presence:
         )
 
     def _look(self) -> None:
-        """Find out who is missing, over so long that every living heart beats."""
+        """Find the missing ranks; takes as long as every live process needs for a heartbeat."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         before = self._read(others)
         until = time.monotonic() + self.patience
@@ -326,7 +323,7 @@ class Presence:
         }
         if gone:
             return gone
-        # All live: who is behind, else who did not call, else who called from elsewhere.
+        # All live. Name those that are behind, else those that made no call, else those elsewhere.
         step = self._place[0]
         running = [rank for rank, beat in now.items() if beat.state == _RUNNING]
         behind = [rank for rank in running if now[rank].step < step]
@@ -340,15 +337,15 @@ class Presence:
     def _keep_store(self, processes: int) -> None:
         """As its keeper, wait until so many processes know what this one knows, or have ended."""
         until = time.monotonic() + self.patience
-        while self.rank == self.keeper and self._reach().add("told", 0) < processes:
+        while self.rank == self.keeper and self._reach().add("informed", 0) < processes:
             if time.monotonic() > until:
                 return
             time.sleep(self.interval / 4)
 
     def _end_if_stuck(self) -> None:
-        """End this process, if it does not come out of what it does by itself.
+        """End this process unless training ends it first.
 
-        It may be the one that is missing, or wait in a call that nothing interrupts.
+        It may be the missing one, or wait in a call that nothing interrupts.
         """
         place = self._place[1]
         self._known.set()

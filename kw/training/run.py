@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,8 @@ from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook, ProgressHook
-from .hooks.bad_images import tell_bad_images
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook
+from .hooks.bad_images import INSTEAD
 from .logs import close_log, open_log
 from .optim import build_optimizer
 from .parallel import distribute
@@ -91,7 +92,7 @@ def train(
 def start(
     config: RunConfig, work_dir: Path, launcher: str, build: Callable[[Process], Trainer]
 ) -> dict[str, float | None]:
-    """Join the processes, take hold of the work directory, build a run and let it train.
+    """Join the processes, lock the work directory, build a run and train.
 
     Args:
         config: the run's.
@@ -129,6 +130,8 @@ def build_trainer(
         )
     hooks = build_hooks(config)
     if config.pictures is not None:
+        from ..pictures.hook import PictureHook  # a room above this one
+
         hooks.append(PictureHook(config.pictures))
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
@@ -309,6 +312,7 @@ def evaluate_weights(
 
     Raises:
         CheckpointError: the checkpoint is of another model.
+        DataError: too many images cannot be read.
     """
     metrics: dict[str, float | None] = {}
     try:
@@ -319,7 +323,9 @@ def evaluate_weights(
                 with deaths_explained(loader):
                     found = measure()
                 metrics.update({prefix + name: value for name, value in found.items()})
-        tell_bad_images(loader)
+        for _, path, reason in loader.faults.learn(loader.faults.take()):
+            warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
+        loader.faults.check()
     finally:
         stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
@@ -327,7 +333,7 @@ def evaluate_weights(
 
 
 def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
-    """Make dynamic layers compute as configured; a static network has none to be told.
+    """Set how dynamic layers compute; a static network has none.
 
     Selector and precisions are settings of the process.
 

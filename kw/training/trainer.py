@@ -95,7 +95,7 @@ class Updater:
         if self._micro_batch == 0:
             self.guard.begin(model)
             if self._sharded is None:
-                self._sharded = sharded_modules(model)[:1]  # the outermost tells those inside
+                self._sharded = sharded_modules(model)[:1]  # the outermost sets those inside
         is_last = self._micro_batch == self.accumulation - 1
         for module in self._sharded or ():
             module.set_requires_gradient_sync(is_last)
@@ -166,7 +166,7 @@ class Trainer:
         best: best score so far; -1 before there is one.
         stops: set it to end the run after the current epoch.
         batches: the micro-batches of the last update.
-        data_seconds: time spent waiting for batches; whoever logs it resets it.
+        data_seconds: seconds of waiting for batches since the last log line.
         last_metrics: of the last evaluation.
         board: TensorBoard's writer, in the main process while training.
         resumed: ``meta`` of the checkpoint that the run goes on from.
@@ -195,7 +195,7 @@ class Trainer:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"hooks: two classes are called {twice[0]}, as their states would be")
         self.resume_from = resume_from
-        # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
+        # Ranks draw different drop paths; the seeds of data do not depend on the rank.
         set_seed(config.seed + process.rank)
         self.model = across_processes(task.model, config.distributed, process)
         self.updates_per_epoch = sampler.updates_per_epoch
@@ -280,7 +280,8 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """One pass over the training images, or what a resumed run has left of it."""
-        self.sampler.set_epoch(self.epoch, done := self.updates_of_epoch)
+        done = self.updates_of_epoch
+        self.sampler.set_epoch(self.epoch, done)
         if done == 0:
             self.updater.guard.begin_epoch()
         for hook in self.hooks:
@@ -301,7 +302,7 @@ class Trainer:
         self.epoch += 1
 
     def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
-        """The epoch's ``index``-th update (from 0); its losses by name, means over micro-batches."""
+        """The epoch's ``index``-th update (from 0); its losses, means over its micro-batches."""
         self._set_rates()
         place = f"in update {index + 1} of epoch {self.epoch + 1}"
         sums: dict[str, Tensor] = {}
@@ -386,10 +387,10 @@ class Trainer:
             self._save(metrics, is_best, None)
 
     def save_within_epoch(self) -> None:
-        """A checkpoint within an epoch, where one is due; ends a run that was told to end.
+        """A checkpoint within an epoch, where one is due; ends the run after a signal.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: a signal came, here or on another process.
         """
         self.checkpoints.report_failure()
         settings = self.config.checkpoint
