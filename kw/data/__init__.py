@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazily
 
 if TYPE_CHECKING:
-    from .dataset import UNREADABLE, ImageFolder, Sample, list_splits
+    from .dataset import UNREADABLE, ImageFolder, Listing, Sample, list_splits
     from .faults import BadImage, FaultLog, TolerantDataset
     from .loader import (
         Loader,
@@ -35,6 +35,7 @@ __all__ = [
     "EvalBatchSampler",
     "FaultLog",
     "ImageFolder",
+    "Listing",
     "Loader",
     "Sample",
     "TolerantDataset",
@@ -58,7 +59,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "dataset": "UNREADABLE ImageFolder Sample list_splits",
+        "dataset": "UNREADABLE ImageFolder Listing Sample list_splits",
         "faults": "BadImage FaultLog TolerantDataset",
         "loader": "Loader build_eval_loader build_loader build_train_loader "
         "deaths_explained stop_workers",

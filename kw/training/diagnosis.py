@@ -107,6 +107,9 @@ class _Watch:
         finally:
             for handle in handles:
                 handle.remove()
+            # Their hooks refer to this object, in cycles that Python cannot free.
+            self._alive.clear()
+            self._names.clear()
 
     def _layer(self, module: nn.Module) -> str:
         name, kind = self._names[module], type(module).__name__
