@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,20 @@ from kw.data import (
     build_eval_loader,
     build_train_loader,
     build_transform,
-    check_data_root,
     derive_seed,
+    list_splits,
     seeded,
 )
 from kw.data.transforms import _posterize
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 16
+
+
+def check_data_root(
+    root: Path, num_classes: int, splits: Sequence[str] = ("train", "val")
+) -> Sequence[str]:
+    return list_splits(DataConfig(root=str(root)), num_classes, splits)[splits[0]].classes
 
 
 def make_config(**settings: Any) -> DataConfig:

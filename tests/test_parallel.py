@@ -27,8 +27,8 @@ from kw.training.parallel import (
     backward_order,
     local,
     release,
-    set_gradient_sync,
     shard,
+    sharded_modules,
     wrap_ddp,
 )
 from kw.training.trainer import Updater
@@ -186,10 +186,10 @@ def check_sharding(process: Process) -> None:
         loss_of(network, 0)
         release(network)
     network.zero_grad()
-    set_gradient_sync(network, False)
+    sharded_modules(network)[0].set_requires_gradient_sync(False)
     kept = loss_of(network, rank)  # its graph stays, as a loss that is logged keeps it
     kept.backward()
-    set_gradient_sync(network, True)
+    sharded_modules(network)[0].set_requires_gradient_sync(True)
     loss_of(network, world + rank).backward()
     check(list(range(2 * world)))
     network.zero_grad()

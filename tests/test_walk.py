@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ from PIL import Image
 from test_engine import changed, run
 from torchvision.datasets.folder import make_dataset
 
-from kw.data import DataError, ImageFolder, check_data_root
+from kw.config.schema import DataConfig
+from kw.data import DataError, ImageFolder, list_splits
 from kw.data.walk import IMAGE_EXTENSIONS, describe, walk_images
 from kw.deploy.predict import find_images
+
+
+def check_data_root(
+    root: Path, num_classes: int, splits: Sequence[str] = ("train", "val")
+) -> Sequence[str]:
+    return list_splits(DataConfig(root=str(root)), num_classes, splits)[splits[0]].classes
 
 
 def picture(path: Path, kind: str = "PNG") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazily
 
 if TYPE_CHECKING:
-    from .dataset import UNREADABLE, ImageFolder, Sample, check_classes, check_data_root
+    from .dataset import UNREADABLE, ImageFolder, Listing, Sample, list_splits
     from .faults import BadImage, FaultLog, TolerantDataset
     from .loader import (
         Loader,
@@ -35,6 +35,7 @@ __all__ = [
     "EvalBatchSampler",
     "FaultLog",
     "ImageFolder",
+    "Listing",
     "Loader",
     "Sample",
     "TolerantDataset",
@@ -43,10 +44,9 @@ __all__ = [
     "build_loader",
     "build_train_loader",
     "build_transform",
-    "check_classes",
-    "check_data_root",
     "deaths_explained",
     "derive_seed",
+    "list_splits",
     "open_training",
     "open_validation",
     "read_image",
@@ -59,7 +59,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "dataset": "UNREADABLE ImageFolder Sample check_classes check_data_root",
+        "dataset": "UNREADABLE ImageFolder Listing Sample list_splits",
         "faults": "BadImage FaultLog TolerantDataset",
         "loader": "Loader build_eval_loader build_loader build_train_loader "
         "deaths_explained stop_workers",

@@ -27,9 +27,8 @@ __all__ = [
     "ImageFolder",
     "Listing",
     "Sample",
-    "check_classes",
-    "check_data_root",
     "list_split",
+    "list_splits",
 ]
 
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
@@ -142,12 +141,13 @@ class ImageFolder(TolerantDataset):
         listing: Listing | None = None,
     ) -> None:
         super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
-        folder = Path(root).expanduser() / split
         self.transform = transform
         self.upright = upright
         found = list_folders(Path(root), split) if listing is None else listing
-        base = folder if listing is None else Path(root)
-        self.folder = base.expanduser()
+        self.folder = Path(root).expanduser()
+        inside = f"{self.folder / split}{os.sep}"
+        if all(str(path).startswith(inside) for path in found.files):
+            self.folder /= split
         self.classes = list(found.classes)
         self.labels = np.array(found.labels, dtype=np.int64)
         # Not a list of strings: reading one writes its reference count, so that every forked worker
@@ -182,79 +182,51 @@ class ImageFolder(TolerantDataset):
         return Sample(tensor, UNREADABLE, key)
 
 
-def check_classes(
+def list_splits(
     data: DataConfig, num_classes: int, splits: Sequence[str] = ("train", "val")
-) -> list[str]:
-    """:func:`check_data_root` of any data set: the class names, the same in all splits.
-
-    Raises:
-        DataError: likewise.
-    """
-    if data.dataset == "folder":
-        return check_data_root(data.root, num_classes, splits)
-    first, *others = (list(list_split(data, split).classes) for split in splits)
-    where = f"data.dataset {data.dataset!r}"
-    if any(other != first for other in others):
-        raise DataError(f"{where}: {' and '.join(splits)} have other classes, or another order")
-    if len(first) != num_classes:
-        raise DataError(
-            f"{where} has {len(first)} classes ({_some(first)}), but model.num_classes is "
-            f"{num_classes}: set model.num_classes to {len(first)}"
-        )
-    return first
-
-
-def check_data_root(
-    root: str | os.PathLike[str], num_classes: int, splits: Sequence[str] = ("train", "val")
-) -> list[str]:
-    """Check a data folder's layout before a run starts, without opening an image.
+) -> dict[str, Listing]:
+    """The files of a run's splits, listed once and checked before the run; no image is opened.
 
     Args:
-        root: folder that holds the splits.
+        data: the data set.
         num_classes: classes of the model's classifier.
         splits: splits that the run needs; all must have the classes of the first.
-
-    Returns:
-        The class names, sorted.
 
     Raises:
         DataError: with what was expected and what was found; or there is only one class.
     """
+    listings = {split: list_split(data, split) for split in splits}
     first, *others = splits
-    classes = _check_split(root, first)
+    classes = list(listings[first].classes)
+    where = {split: f"data.dataset {data.dataset!r}, {split}" for split in splits}
+    if data.dataset == "folder":
+        where = {split: str(Path(data.root) / split) for split in splits}
     if len(classes) == 1 and "train" in splits:
         raise DataError(
-            f"{Path(root) / first} has one class ({classes[0]}): there is nothing to tell apart, "
+            f"{where[first]} has one class ({classes[0]}): there is nothing to tell apart, "
             "every network is right; add a folder of other images"
         )
     for split in others:
-        found = _check_split(root, split)
+        found = list(listings[split].classes)
         if found != classes:
             missing = sorted(set(classes) - set(found))
             unknown = sorted(set(found) - set(classes))
+            differences = [
+                f"{what} {_some(names)}"
+                for what, names in (("lacks", missing), ("has besides", unknown))
+                if names
+            ] or ["has them in another order"]
             raise DataError(
-                f"{Path(root) / split} must have the classes of {Path(root) / first}, but "
-                + " and ".join(
-                    f"{what} {_some(names)}"
-                    for what, names in (("lacks", missing), ("has besides", unknown))
-                    if names
-                )
+                f"{where[split]} must have the classes of {where[first]}, but "
+                + " and ".join(differences)
             )
     if len(classes) != num_classes:
         raise DataError(
-            f"{Path(root) / first} has {len(classes)} classes ({_some(classes)}), but "
+            f"{where[first]} has {len(classes)} classes ({_some(classes)}), but "
             f"model.num_classes is {num_classes}: set model.num_classes to {len(classes)}, "
             "or data.root to the folder that was meant"
         )
-    return classes
-
-
-def _check_split(root: str | os.PathLike[str], split: str) -> list[str]:
-    folder = Path(root).expanduser() / split
-    classes = _find_classes(folder)
-    filled = {i for i, name in enumerate(classes) if any(True for _ in walk_images(folder / name))}
-    _check_not_empty(folder, classes, filled)
-    return classes
+    return listings
 
 
 def _find_classes(folder: Path) -> list[str]:

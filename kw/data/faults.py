@@ -1,6 +1,6 @@
-"""What becomes of images that cannot be read: a substitute, an account of it, a bound.
+"""Images that cannot be read: a substitute for each, a list of them, and a bound on their number.
 
-Loader processes share no memory with the run: what they met travels in the batch. A sample with a
+Loader processes share no memory with the run, so faults travel in the batch. A sample with a
 fault is wrapped as :class:`Delivered`, :func:`collate_faults` moves the faults into the batch, and
 :class:`~kw.data.loader.Loader` takes them out again into its :class:`FaultLog`.
 """
@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.seeding import derive_seed
 from kw.errors import memory_for
 
-__all__ = ["BadImage", "Delivered", "FaultLog", "TolerantDataset", "with_faults"]
+__all__ = ["BadImage", "Delivered", "FaultLog", "TolerantDataset", "collate_faults"]
 
 _TRIES = 16  # of so many images one is readable, unless the disk is gone
 _SHOWN = 20
@@ -109,8 +108,9 @@ class TolerantDataset(Dataset[Any]):
                     return Delivered(self.unreadable(key), tuple(faults))
             else:
                 return Delivered(sample, tuple(faults)) if faults else sample
-        listed = "".join(f"\n  {fault.path}: {fault.reason}" for fault in faults)
-        raise DataError(f"none of {len(faults)} images drawn one after another is readable{listed}")
+        raise DataError(
+            f"none of {len(faults)} images drawn one after another is readable{_listed(faults)}"
+        )
 
     def _candidates(self, key: tuple[int, int]) -> Iterator[int]:
         yield key[1]
@@ -120,7 +120,7 @@ class TolerantDataset(Dataset[Any]):
     def note_for(self, workers: int) -> None:
         """Let loader processes note what they read."""
         if workers:
-            # Shared memory: a process that is killed has no last words.
+            # Shared memory: a process that is killed cannot report.
             self._in_hand = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
 
     def in_hand(self, worker: int) -> int | None:
@@ -141,15 +141,11 @@ class TolerantDataset(Dataset[Any]):
             self._in_hand[worker.id] = -1
 
 
-def with_faults(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """A collation that puts the samples' faults under ``"faults"`` of the batch.
+def collate_faults(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """A batch by ``collate``, with the samples' faults under ``"faults"``.
 
     A batch of which nothing is left has nothing else.
     """
-    return partial(_collate_faults, collate)
-
-
-def _collate_faults(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     faults = [f for each in samples if isinstance(each, Delivered) for f in each.faults]
     if not faults:
         return collate(samples)

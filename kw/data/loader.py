@@ -12,13 +12,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 from kw.data.dataset import ImageFolder, Sample
-from kw.data.faults import FaultLog, TolerantDataset, with_faults
+from kw.data.faults import FaultLog, TolerantDataset, collate_faults
 from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 
@@ -34,7 +35,7 @@ __all__ = [
 
 
 class Loader(DataLoader[Any]):
-    """torch's loader; bad files that a batch tells of go to :attr:`faults`, not to the model.
+    """torch's loader; bad files that a batch names go to :attr:`faults`, not to the model.
 
     Attributes:
         faults: the bad files of the data set.
@@ -144,7 +145,7 @@ def build_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=with_faults(collate),
+        collate_fn=partial(collate_faults, collate),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_signals if workers else None,

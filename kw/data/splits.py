@@ -10,7 +10,7 @@ from PIL import Image
 
 from kw.config.schema import Config, DataConfig
 from kw.data.batch_augment import BatchAugment
-from kw.data.dataset import ImageFolder, list_split
+from kw.data.dataset import ImageFolder, Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -19,7 +19,13 @@ from kw.data.transforms import build_transform
 __all__ = ["open_training", "open_validation", "test_images"]
 
 
-def open_training(config: Config, device: torch.device, rank: int, world_size: int) -> Loader:
+def open_training(
+    config: Config,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    listing: Listing | None = None,
+) -> Loader:
     """The loader of one training process.
 
     Before each epoch call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
@@ -29,6 +35,7 @@ def open_training(config: Config, device: torch.device, rank: int, world_size: i
         device: the device that trains, where ``data.memory`` has batches assembled.
         rank: this process, from 0.
         world_size: number of processes.
+        listing: the split's files (:func:`kw.data.list_splits`); left out, they are listed here.
 
     Raises:
         ConfigError: the batches do not fit the data set, see
@@ -37,7 +44,7 @@ def open_training(config: Config, device: torch.device, rank: int, world_size: i
     """
     data, memory = config.data, config.data.memory
     if memory is None:
-        folder = _folder(config, "train", build_transform(data, True))
+        folder = _folder(config, "train", build_transform(data, True), listing)
         return build_train_loader(
             folder,
             batch_size=config.batch_size,
@@ -46,7 +53,7 @@ def open_training(config: Config, device: torch.device, rank: int, world_size: i
             rank=rank,
             world_size=world_size,
         )
-    folder = _folder(config, "train", _as_held(data, memory.size))
+    folder = _folder(config, "train", _as_held(data, memory.size), listing)
     sampler = TrainBatchSampler(
         len(folder), config.batch_size, config.total_batch_size, rank, world_size, config.seed
     )
@@ -55,7 +62,13 @@ def open_training(config: Config, device: torch.device, rank: int, world_size: i
     )
 
 
-def open_validation(config: Config, device: torch.device, rank: int, world_size: int) -> Loader:
+def open_validation(
+    config: Config,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    listing: Listing | None = None,
+) -> Loader:
     """The loader of one evaluating process: its share of the images, none of them twice.
 
     Args:
@@ -63,11 +76,13 @@ def open_validation(config: Config, device: torch.device, rank: int, world_size:
         device: the device that evaluates.
         rank: this process, from 0.
         world_size: number of processes.
+        listing: the split's files (:func:`kw.data.list_splits`); left out, they are listed here.
 
     Raises:
         DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
     """
-    data, folder = config.data, test_images(config)
+    data = config.data
+    folder = _folder(config, "val", build_transform(data, False), listing)
     batch_size = config.eval_batch_size or config.batch_size
     if data.memory is None:
         return build_eval_loader(
@@ -83,11 +98,14 @@ def test_images(config: Config) -> ImageFolder:
     Raises:
         DataError: the data folder is not as expected.
     """
-    return _folder(config, "val", build_transform(config.data, False))
+    return _folder(config, "val", build_transform(config.data, False), None)
 
 
 def _folder(
-    config: Config, split: str, transform: Callable[[Image.Image], torch.Tensor]
+    config: Config,
+    split: str,
+    transform: Callable[[Image.Image], torch.Tensor],
+    listing: Listing | None,
 ) -> ImageFolder:
     data = config.data
     return ImageFolder(
@@ -98,7 +116,7 @@ def _folder(
         training=split == "train",
         bad_images=data.bad_images,
         upright=data.exif_orientation == "apply",
-        listing=None if data.dataset == "folder" else list_split(data, split),
+        listing=listing or list_split(data, split),
     )
 
 

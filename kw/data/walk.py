@@ -13,7 +13,7 @@ IMAGE_EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
-"""Endings that are taken for images; what is in a file is told by its content."""
+"""Endings that are taken for images; the format is read from the content."""
 
 _OF_SYSTEMS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN")
 """Folders that storage devices, archives and desktops leave beside images."""

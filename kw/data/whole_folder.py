@@ -1,7 +1,7 @@
 """Folders of generated data that are there as a whole or not at all.
 
-A marker file inside tells that a folder is complete and with which settings it was written, so that
-a program that is run again leaves it as it is, and never touches what it did not write.
+A marker file inside says that a folder is complete and with which settings it was written. A
+program that is run again then keeps the folder. It never changes what it did not write.
 """
 
 from __future__ import annotations

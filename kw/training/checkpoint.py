@@ -1,7 +1,7 @@
 """Checkpoints: tensors and plain types only, written whole or not at all, read without code.
 
-A file is a zip archive, whose parts carry checksums: one that was cut off or damaged is told from a
-whole one before anything is read from it.
+A file is a zip archive whose parts carry checksums: a damaged or incomplete file is recognised
+before anything is read from it.
 
 A checkpoint is a mapping:
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,6 @@ __all__ = [
     "restore_rng_state",
     "rng_state",
     "save_checkpoint",
-    "sync_folder",
 ]
 
 
@@ -62,21 +62,12 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # renames survive a power cut, where the system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

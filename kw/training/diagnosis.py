@@ -46,7 +46,8 @@ def find_origin(
     try:
         for batch in batches:
             # All of them, whatever is found: layers may communicate, and other processes with them.
-            with uncompiled(network), _watched(network) as watch:
+            watch = _Watch(network)
+            with uncompiled(network), watch.hooked():
                 found += _pass(model, network, batch, context, watch)
     finally:
         with torch.no_grad():
@@ -85,33 +86,52 @@ def _pass(
 
 
 class _Watch:
-    """What was seen of one pass."""
+    """What was seen of one pass of a network."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.forward: str | None = None
         self.gradients: list[_Seen] = []  # in time's order
         self._last = ""
         self._alive: list[Tensor] = []  # so that no other tensor gets its identity
+        self._names = {module: name for name, module in network.named_modules()}
 
-    def entered(self, layer: str, is_whole: bool, inputs: Any) -> None:
-        """A layer is about to run."""
-        tensors = _floats(inputs)
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside, every layer is watched."""
+        handles = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(self._entered, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._left))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            # Their hooks refer to this object, in cycles that Python cannot free.
+            self._alive.clear()
+            self._names.clear()
+
+    def _layer(self, module: nn.Module) -> str:
+        name, kind = self._names[module], type(module).__name__
+        return f"{name} ({kind})" if name else kind
+
+    def _entered(self, module: nn.Module, given: Any, more: Any) -> None:
+        tensors, layer = _floats((given, more)), self._layer(module)
         if self.forward is None and not all(map(_is_finite, tensors)):
             self.forward = (
-                "the images: they are not finite after preprocessing"
-                if is_whole
-                else f"what is computed between {self._last or 'the images'} and {layer}: the "
+                f"what is computed between {self._last or 'the images'} and {layer}: the "
                 f"input of {layer} is not finite"
             )
+            if not self._names[module]:  # the whole network
+                self.forward = "the images: they are not finite after preprocessing"
         self._follow("input", layer, tensors)
 
-    def left(self, layer: str, inputs: Any, outputs: Any) -> None:
-        """A layer has run."""
-        tensors = _floats(outputs)
+    def _left(self, module: nn.Module, given: Any, outputs: Any) -> None:
+        tensors, layer = _floats(outputs), self._layer(module)
         if self.forward is None and not all(map(_is_finite, tensors)):
-            sizes = [f"{_largest(t):.3g} ({str(t.dtype)[6:]})" for t in _floats(inputs)]
-            given = f", of inputs up to {' and '.join(sizes)}" if sizes else ""
-            self.forward = f"{layer}: its output is not finite{given}"
+            sizes = [f"{_largest(t):.3g} ({str(t.dtype)[6:]})" for t in _floats(given)]
+            of = f", of inputs up to {' and '.join(sizes)}" if sizes else ""
+            self.forward = f"{layer}: its output is not finite{of}"
         self._last = layer
         self._follow("output", layer, tensors)
 
@@ -138,29 +158,6 @@ class _Watch:
     def _passed(self, gradient: Tensor, seen: _Seen) -> None:
         if not _is_finite(gradient):
             self.gradients.append(seen)
-
-
-@contextmanager
-def _watched(network: nn.Module) -> Iterator[_Watch]:
-    watch, handles = _Watch(), []
-    for name, module in network.named_modules():
-        layer = f"{name} ({type(module).__name__})" if name else type(module).__name__
-
-        def enter(
-            _: Any, given: Any, more: Any, layer: str = layer, whole: bool = not name
-        ) -> None:
-            watch.entered(layer, whole, (given, more))
-
-        def leave(_: Any, given: Any, outputs: Any, layer: str = layer) -> None:
-            watch.left(layer, given, outputs)
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -36,8 +36,6 @@ __all__ = [
 
 LAUNCHERS = ("none", "pytorch", "slurm")
 NCCL_MARGIN = timedelta(minutes=1)
-
-
 _hosts: Any = None
 
 
@@ -119,21 +117,22 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
     try:
         with ExitStack() as stack:
             if not dist.is_initialized():
-                store, keeper = _connect(process, timeout)
+                launcher_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                keeper = None if launcher_keeps else 0
+                store = _connect(timeout, keeper, listens=process.rank == keeper)
                 if process.world_size > 1:
-                    heart = _connection(timeout)
-                    rank, size = process.rank, process.world_size
+                    heart = _connect(timeout, keeper)  # one that waits cannot serve other calls
                     line = socket.create_connection(_address(), timeout.total_seconds())
-                    presence = Presence(_attempt(heart), line, rank, size, timeout, keeper)
-                    presence.join()
+                    rank, size = process.rank, process.world_size
+                    presence = Presence(heart, line, rank, size, timeout, keeper)
                     stack.enter_context(watched(presence))
                 on_gpu = process.device.type == "cuda"
                 dist.init_process_group(
                     "nccl" if on_gpu else "gloo",
-                    store=_attempt(store),
+                    store=store,
                     rank=process.rank,
                     world_size=process.world_size,
-                    # nccl would end the process without a word: hosts are to find out before.
+                    # nccl ends the process without a message: gloo is to fail first.
                     timeout=timeout + NCCL_MARGIN if on_gpu else timeout,
                     device_id=process.device if on_gpu else None,
                 )
@@ -141,15 +140,20 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
                 _hosts = dist.new_group(backend="gloo", timeout=timeout)
             yield process
     except MissingProcess:
-        if process.device.type == "cuda":
-            _end_later()
+        if process.device.type == "cuda":  # nccl may block for good
+            timer = threading.Timer(30, os._exit, (EXIT_MISSING,))
+            timer.daemon = True
+            timer.start()
         raise
     finally:
         _hosts = None
         if dist.is_initialized():
             dist.destroy_process_group()
-        atexit.unregister(_free_groups)
-        atexit.register(_free_groups)
+        # A finished run keeps its groups in reference cycles (DistributedDataParallel's). A thread
+        # of gloo takes the interpreter's lock to free the tensors of a call. If it does so while
+        # the interpreter shuts down, the process aborts and its exit status is lost (torch 2.15).
+        atexit.unregister(gc.collect)
+        atexit.register(gc.collect)
 
 
 def hosts() -> Any:
@@ -192,76 +196,34 @@ def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
 
 
-def _connect(process: Process, timeout: timedelta) -> tuple[dist.Store, int | None]:
-    """The group's store, and the rank that runs it; None if the launcher does."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _connection(timeout), None
-    if process.rank > 0:
-        return _connection(timeout), 0
-    try:
-        # It does not wait for the others: they are to be named, not counted.
-        return _connection(timeout, is_master=True), 0
-    except dist.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConfigError(
-            f"process 0 cannot listen at MASTER_ADDR:MASTER_PORT {address}: {one_line(error)}; "
-            "choose another port, or end what uses it"
-        ) from error
-
-
-def _connection(timeout: timedelta, is_master: bool = False) -> dist.Store:
-    """A new connection to the store: a connection that waits cannot serve other calls."""
+def _connect(timeout: timedelta, keeper: int | None, listens: bool = False) -> dist.Store:
+    """A new connection to the processes' store, which ``keeper`` runs, or None: the launcher."""
     address, port = _address()
     try:
-        return dist.TCPStore(
-            address,
-            port,
-            None,
-            is_master,
-            timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
+        # The keeper does not wait for the others: they are to be named, not counted.
+        store = dist.TCPStore(
+            address, port, None, listens, timeout, wait_for_workers=False, multi_tenant=True
         )
     except dist.DistNetworkError as error:
-        if is_master:
-            raise
-        who = "process 0"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            who = "the launcher"
+        if listens:
+            raise ConfigError(
+                f"process 0 cannot listen at MASTER_ADDR:MASTER_PORT {address}:{port}: "
+                f"{one_line(error)}; choose another port, or end what uses it"
+            ) from error
+        who = "the launcher" if keeper is None else f"process {keeper}"
         raise MissingProcess(
             f"{who}, which keeps the processes' store, never joined the run: process "
             f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} found nobody at {address}:{port} "
             f"(MASTER_ADDR:MASTER_PORT) within {timeout.total_seconds():g} s "
             "(distributed.timeout_minutes)"
         ) from error
-
-
-def _address() -> tuple[str, int]:
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-
-def _attempt(store: dist.Store) -> dist.Store:
-    """The part of the store for this start: torchrun keeps one store over restarts, with the
-    addresses of dead processes."""
+    # torchrun keeps one store over restarts, with the addresses of dead processes.
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"restart_{restarts}", store)
 
 
-def _end_later() -> None:
-    """End this process in 30 seconds, even if nccl blocks."""
-    timer = threading.Timer(30, os._exit, (EXIT_MISSING,))
-    timer.daemon = True
-    timer.start()
-
-
-def _free_groups() -> None:
-    """End gloo's threads while the interpreter still runs, by freeing the groups that they serve.
-
-    A finished run keeps its groups in reference cycles (DistributedDataParallel's). A thread of
-    gloo takes the interpreter's lock to free the tensors of a call. If it does so while the
-    interpreter shuts down, the process aborts and its exit status is lost (seen with torch 2.15).
-    """
-    gc.collect()
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _translate_slurm() -> None:

@@ -1,7 +1,7 @@
 """Updates whose loss or gradient is not finite: skipped on the device, counted there.
 
-The decision never reaches the host. It is the same on all processes, because it is taken from the
-reduced gradient: a loss that is not finite on one of them makes the gradient NaN on all.
+The host does not read the decision. All processes decide alike, because they use the reduced
+gradient: a loss that is not finite on one of them makes the gradient NaN on all.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FiniteGuard:
     """
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None  # int64: total, in a row, in the epoch
+        self._counts = torch.tensor(Skipped(0, 0, 0))  # int64; on the device after an update
         self._groups: list[list[Tensor]] | None = None  # buffers of one type and device
         self._kept: list[Tensor] = []
         self._loss_is_bad: Tensor | None = None
@@ -80,7 +80,7 @@ class FiniteGuard:
 
         Args:
             optimizer: gradients are reduced and, with a scaler, unscaled.
-            scaler: loss scaling; it decides by itself.
+            scaler: loss scaling; where enabled, it decides whether to step.
             norm: the gradient's global norm; ``None`` with a scaler.
         """
         self._prime(optimizer)
@@ -95,12 +95,11 @@ class FiniteGuard:
 
     def begin_epoch(self) -> None:
         """Count the epoch's updates anew."""
-        if self._counts is not None:
-            self._counts[2] = 0
+        self._counts[2] = 0
 
     def read(self) -> Skipped:
         """The counts, the same on all processes: waits for the device."""
-        return Skipped(0, 0, 0) if self._counts is None else Skipped(*self._counts.tolist())
+        return Skipped(*self._counts.tolist())
 
     def state_dict(self) -> dict[str, int]:
         """The counts, plain numbers."""
@@ -108,14 +107,14 @@ class FiniteGuard:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore :meth:`state_dict`."""
-        self._counts = torch.tensor(Skipped(**state))  # moved when the device is known
+        self._counts = torch.tensor(Skipped(**state))
 
     def _fault_of(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
         """Whether an update under loss scaling is at fault."""
         assert self._loss_is_bad is not None
         bad = self._loss_is_bad.float()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # The reduced gradient does not tell a bad loss from an overflow.
+            # The reduced gradient looks the same after a bad loss and after an overflow.
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         overflowed, scale = overflow(scaler, optimizer)
         return (bad > 0) | (overflowed & (scale < 1))
@@ -145,10 +144,7 @@ class FiniteGuard:
             copy_all(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
 
     def _count(self, fault: Tensor) -> None:
-        if self._counts is None:
-            self._counts = torch.zeros(3, dtype=torch.int64, device=fault.device)
-        elif self._counts.device != fault.device:
-            self._counts = self._counts.to(fault.device)
+        self._counts = self._counts.to(fault.device)
         one = fault.long()
         self._counts += one
         self._counts[1] *= one

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ..config import ConfigError
+from ..errors import UserError
 from .checkpoint import CheckpointError
 from .distributed import Process
 from .logs import logger
@@ -22,6 +23,7 @@ from .saving import checkpoints, newest_whole
 __all__ = ["find_checkpoint", "held"]
 
 LOCK = "run.lock"
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -35,18 +37,11 @@ def held(work_dir: Path, process: Process) -> Iterator[None]:
         OSError: the folder cannot be made; on all processes.
     """
     set_place("taking hold of the work directory")
-    error: Exception | None = None
-    handle = None
-    if process.is_main:
-        try:
-            handle = _lock(work_dir)
-        except (ConfigError, OSError) as refused:  # the other processes wait for an answer
-            error = refused
-    _raise_everywhere(error)
+    handle = _on_first(process, lambda: _lock(work_dir))
     try:
         yield
     finally:
-        if handle is not None:
+        if process.is_main and handle is not None:
             with suppress(OSError):
                 (work_dir / LOCK).unlink()
             os.close(handle)
@@ -98,37 +93,40 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
     if not isinstance(resume, bool):
         return Path(resume)
     set_place("looking for a checkpoint to go on from")
-    # Only the first process looks: others might see another state of a shared disk.
-    path, error = _newest(resume, work_dir) if process.is_main else (None, None)
-    found: Path | None = _raise_everywhere(error, path)
-    return found
+    # Others might see another state of a shared disk.
+    return _on_first(process, lambda: _newest(resume, work_dir))
 
 
-def _raise_everywhere(error: Exception | None, value: Any = None) -> Any:
-    """The first process's value on all of them, or its error."""
-    answer = [value, error]
+def _on_first(process: Process, work: Callable[[], _T]) -> _T:
+    """What the first process found, on all of them, or its error; a collective call."""
+    answer: list[Any] = [None, None]
+    if process.is_main:
+        try:
+            answer[0] = work()
+        except (UserError, OSError) as error:  # the other processes wait for an answer
+            answer[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
-    return answer[0]
+    found: _T = answer[0]
+    return found
 
 
-def _newest(resume: bool, work_dir: Path) -> tuple[Path | None, Exception | None]:
+def _newest(resume: bool, work_dir: Path) -> Path | None:
     found = checkpoints(work_dir)
     if not found:
-        return None, None
+        return None
     if not resume:
-        message = (
+        raise ConfigError(
             f"--work-dir {work_dir} holds a run already ({found[-1].name}); continue it with "
             "--resume, or choose another folder"
         )
-        return None, ConfigError(message)
     faults: list[str] = []
     path = newest_whole(work_dir, faults.append)
     for fault in faults:
         logger.warning(fault)
     if path is None:
         listed = "\n  ".join(faults)
-        return None, CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")
-    return path, None
+        raise CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")
+    return path

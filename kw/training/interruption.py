@@ -72,7 +72,7 @@ class Agreement:
         self._pending: Any = None
 
     def exchange(self, save: bool, stop: bool) -> tuple[bool, bool]:
-        """Tell the others, and learn what was told at the update before.
+        """Send this process's requests; return those of all processes at the update before.
 
         Args:
             save: this process wants a checkpoint.

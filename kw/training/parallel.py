@@ -42,8 +42,8 @@ __all__ = [
     "local",
     "placed_like",
     "release",
-    "set_gradient_sync",
     "shard",
+    "sharded_modules",
     "whole_norm",
     "wrap_ddp",
 ]
@@ -191,20 +191,15 @@ def _gather_again(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> No
         output.register_hook(gather)
 
 
+def sharded_modules(network: nn.Module) -> list[FSDPModule]:
+    """The modules that are sharded, the outermost first; none in a network that is not sharded."""
+    return [module for module in network.modules() if isinstance(module, FSDPModule)]
+
+
 def release(network: nn.Module) -> None:
-    """After a forward pass without backward: each process keeps its part alone. Does nothing to a
-    network that is not sharded."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass of a sharded model reduces gradients; nothing for others."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(sync)
-            return  # the outermost one tells those inside
+    """After a forward pass without backward: each process keeps its part alone."""
+    for module in sharded_modules(network):
+        module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

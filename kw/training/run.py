@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
     Loader,
-    check_classes,
     deaths_explained,
+    list_splits,
     open_training,
     open_validation,
     stop_workers,
@@ -32,8 +33,8 @@ from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, PictureHook, ProgressHook
-from .hooks.bad_images import tell_bad_images
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook
+from .hooks.bad_images import INSTEAD
 from .logs import close_log, open_log
 from .optim import build_optimizer
 from .parallel import distribute
@@ -91,7 +92,7 @@ def train(
 def start(
     config: RunConfig, work_dir: Path, launcher: str, build: Callable[[Process], Trainer]
 ) -> dict[str, float | None]:
-    """Join the processes, take hold of the work directory, build a run and let it train.
+    """Join the processes, lock the work directory, build a run and train.
 
     Args:
         config: the run's.
@@ -129,34 +130,31 @@ def build_trainer(
         )
     hooks = build_hooks(config)
     if config.pictures is not None:
+        from ..pictures.hook import PictureHook  # a room above this one
+
         hooks.append(PictureHook(config.pictures))
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    classes = check_classes(config.data, config.model.num_classes)
-    train_loader = open_training(config, process.device, process.rank, process.world_size)
+    listings = list_splits(config.data, config.model.num_classes)
+    where = (process.device, process.rank, process.world_size)
+    train_loader = open_training(config, *where, listings["train"])
 
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
-    check_network(network, config.model, config.data.input_size)
-    set_contraction(config.contraction, network)
-    if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+    _prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(process.device)
-    if config.compile:
-        network.compile()
     average = distribute(network, config, process)
     loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
     model = ImageClassifier(network, build_preprocessor(config), loss)
-    val_loader = open_validation(config, process.device, process.rank, process.world_size)
+    val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
         "top1",
-        classes,
+        list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
     )
@@ -173,6 +171,16 @@ def build_trainer(
         hooks,
         resume_from,
     )
+
+
+def _prepare(network: nn.Module, config: Config, process: Process) -> None:
+    check_network(network, config.model, config.data.input_size)
+    set_contraction(config.contraction, network)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    network.to(process.device)
+    if config.compile:
+        network.compile()
 
 
 def build_preprocessor(config: Config) -> BatchPreprocessor:
@@ -267,18 +275,13 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, config.distributed.timeout_minutes) as process:
         check_devices(config, process)
-        classes = check_classes(config.data, config.model.num_classes, ["val"])
-        refuse_other_classes(state, classes, f"checkpoint {checkpoint}", config.data.root)
-        loader = open_validation(config, process.device, process.rank, process.world_size)
+        listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
+        refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
+        where = (process.device, process.rank, process.world_size)
+        loader = open_validation(config, *where, listing)
         network = build_network(config.model)
-        check_network(network, config.model, config.data.input_size)
-        set_contraction(config.contraction, network)
+        _prepare(network, config, process)
         preprocess = build_preprocessor(config).to(process.device)
-        network.to(process.device)
-        if config.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if config.compile:
-            network.compile()
         return evaluate_weights(
             network,
             state,
@@ -309,6 +312,7 @@ def evaluate_weights(
 
     Raises:
         CheckpointError: the checkpoint is of another model.
+        DataError: too many images cannot be read.
     """
     metrics: dict[str, float | None] = {}
     try:
@@ -319,7 +323,9 @@ def evaluate_weights(
                 with deaths_explained(loader):
                     found = measure()
                 metrics.update({prefix + name: value for name, value in found.items()})
-        tell_bad_images(loader)
+        for _, path, reason in loader.faults.learn(loader.faults.take()):
+            warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
+        loader.faults.check()
     finally:
         stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
@@ -327,7 +333,7 @@ def evaluate_weights(
 
 
 def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
-    """Make dynamic layers compute as configured; a static network has none to be told.
+    """Set how dynamic layers compute; a static network has none.
 
     Selector and precisions are settings of the process.
 

@@ -19,7 +19,6 @@ from .logs import logger
 
 __all__ = [
     "Checkpoints",
-    "Writer",
     "checkpoint_name",
     "checkpoints",
     "copied",
@@ -52,12 +51,7 @@ def checkpoints(work_dir: Path) -> list[Path]:
 
 
 def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose checksums agree.
-
-    Args:
-        work_dir: where to look.
-        report: told of every newer one that is passed over, and why.
-    """
+    """The newest checkpoint whose checksums agree; ``report`` gets a line on each newer one."""
     for path in reversed(checkpoints(work_dir)):
         fault = find_damage(path, ours=True)
         if fault is None:
@@ -91,55 +85,8 @@ def link(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-class Writer:
-    """Writes one checkpoint at a time in a thread of its own.
-
-    Attributes:
-        failure: what kept the last one from being written, if anything; cleared by
-            :meth:`take_failure`.
-    """
-
-    def __init__(self) -> None:
-        self.failure: OSError | None = None
-        self._thread: threading.Thread | None = None
-
-    def write(self, state: Mapping[str, Any], path: Path, then: Callable[[], None]) -> None:
-        """Copy a state and begin to write it; waits for the one before.
-
-        Args:
-            state: tensors and plain types.
-            path: file to write.
-            then: called in the thread once the file is there.
-        """
-        self.wait()
-        copy = copied(state)
-
-        def work() -> None:
-            try:
-                save_checkpoint(copy, path)
-                then()
-            except OSError as error:
-                self.failure = error
-
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until what was begun is written, or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def take_failure(self) -> OSError | None:
-        """What went wrong since this was asked last; None while a write is under way."""
-        if self._thread is not None and self._thread.is_alive():
-            return None
-        failure, self.failure = self.failure, None
-        return failure
-
-
 class Checkpoints:
-    """Writes a run's checkpoints; keeps the newest, ``last.pth`` and ``best.pth``.
+    """Writes a run's checkpoints beside training; keeps the newest, ``last.pth`` and ``best.pth``.
 
     A checkpoint that cannot be written, on a full disk say, leaves the earlier ones as they are;
     the next one is tried again, and the run ends with an error only if its last one is missing.
@@ -152,19 +99,35 @@ class Checkpoints:
     def __init__(self, work_dir: Path, keep: int) -> None:
         self.work_dir = work_dir
         self.keep = keep
-        self._writer = Writer()
+        self._failure: OSError | None = None  # of the last write
+        self._thread: threading.Thread | None = None
 
     def write(
         self, state: Mapping[str, Any], path: Path, best: Mapping[str, Any] | None = None
     ) -> None:
-        """Begin to write a checkpoint.
+        """Copy a state and begin to write it in a thread; waits for the one before.
 
         Args:
             state: tensors and plain types.
             path: its file (:func:`checkpoint_name`).
             best: the run's results, if this is its best checkpoint so far.
         """
-        self._writer.write(state, path, lambda: self.name(path, best))
+        self._wait()
+        copy = copied(state)
+
+        def work() -> None:
+            try:
+                save_checkpoint(copy, path)
+                self.name(path, best)
+            except OSError as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def name(self, path: Path, best: Mapping[str, Any] | None) -> None:
         """``last.pth``, ``best.pth`` and ``results.json`` of a checkpoint that is written."""
@@ -181,12 +144,12 @@ class Checkpoints:
 
     def report_failure(self) -> None:
         """Log what kept a checkpoint from being written, if anything did."""
-        failure = self._writer.take_failure()
-        if failure is not None:
+        if self._failure is not None:
             logger.error(
-                f"a checkpoint could not be written ({failure}); earlier ones are as they were, "
-                "and the next one will be tried"
+                f"a checkpoint could not be written ({self._failure}); earlier ones are as they "
+                "were, and the next one will be tried"
             )
+            self._failure = None
 
     def finish(self) -> None:
         """Wait for the last checkpoint.
@@ -194,11 +157,10 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written.
         """
-        self._writer.wait()
-        failure = self._writer.take_failure()
-        if failure is not None:
+        self._wait()
+        if self._failure is not None:
             raise CheckpointError(
-                f"the last checkpoint could not be written to {self.work_dir}: {failure}"
+                f"the last checkpoint could not be written to {self.work_dir}: {self._failure}"
             )
 
 

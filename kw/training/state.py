@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..data import FaultLog, Loader
+from ..data import FaultLog
 from ..errors import one_line
 from ..version import __version__
 from .checkpoint import (
@@ -190,8 +190,7 @@ def _statistics(trainer: Trainer) -> list[Tensor]:
 
 def fault_logs(trainer: Trainer) -> dict[str, FaultLog]:
     """What is known of the files of a run's data sets."""
-    loaders = {"train": trainer.train_loader, "val": trainer.val_loader}
-    return {name: each.faults for name, each in loaders.items() if isinstance(each, Loader)}
+    return {"train": trainer.train_loader.faults, "val": trainer.val_loader.faults}
 
 
 def placed_state(

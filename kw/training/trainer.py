@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +32,7 @@ from .finite import FiniteGuard
 from .hooks import Hook
 from .interruption import Agreement, Signals
 from .logs import close_log
-from .parallel import across_processes, release, set_gradient_sync, whole_norm
+from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
 from .saving import Checkpoints, checkpoint_name
@@ -83,6 +84,7 @@ class Updater:
         self.guard = FiniteGuard()
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
         self._micro_batch = 0
+        self._sharded: list[FSDPModule] | None = None
 
     @contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
@@ -92,8 +94,11 @@ class Updater:
         """
         if self._micro_batch == 0:
             self.guard.begin(model)
+            if self._sharded is None:
+                self._sharded = sharded_modules(model)[:1]  # the outermost sets those inside
         is_last = self._micro_batch == self.accumulation - 1
-        set_gradient_sync(model, is_last)  # of a sharded model
+        for module in self._sharded or ():
+            module.set_requires_gradient_sync(is_last)
         with ExitStack() as stack:
             if not is_last and isinstance(model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(model.no_sync())
@@ -161,7 +166,7 @@ class Trainer:
         best: best score so far; -1 before there is one.
         stops: set it to end the run after the current epoch.
         batches: the micro-batches of the last update.
-        data_seconds: time spent waiting for batches; whoever logs it resets it.
+        data_seconds: seconds of waiting for batches since the last log line.
         last_metrics: of the last evaluation.
         board: TensorBoard's writer, in the main process while training.
         resumed: ``meta`` of the checkpoint that the run goes on from.
@@ -190,7 +195,7 @@ class Trainer:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"hooks: two classes are called {twice[0]}, as their states would be")
         self.resume_from = resume_from
-        # Ranks draw their own drop path; data are seeded by what they are, not by who reads them.
+        # Ranks draw different drop paths; the seeds of data do not depend on the rank.
         set_seed(config.seed + process.rank)
         self.model = across_processes(task.model, config.distributed, process)
         self.updates_per_epoch = sampler.updates_per_epoch
@@ -246,6 +251,8 @@ class Trainer:
             with self.signals.watched(), deaths_explained(self.train_loader, self.val_loader):
                 return self.train()
         finally:
+            for hook in self.hooks:
+                hook.close(self)
             stop_workers(self.train_loader)
             stop_workers(self.val_loader)
             close_log()
@@ -295,11 +302,7 @@ class Trainer:
         self.epoch += 1
 
     def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
-        """One optimizer update, the epoch's ``index``-th (from 0).
-
-        Returns:
-            Losses by name, scalars on the device, their means over the micro-batches.
-        """
+        """The epoch's ``index``-th update (from 0); its losses, means over its micro-batches."""
         self._set_rates()
         place = f"in update {index + 1} of epoch {self.epoch + 1}"
         sums: dict[str, Tensor] = {}
@@ -384,10 +387,10 @@ class Trainer:
             self._save(metrics, is_best, None)
 
     def save_within_epoch(self) -> None:
-        """A checkpoint within an epoch, where one is due; ends a run that was told to end.
+        """A checkpoint within an epoch, where one is due; ends the run after a signal.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: a signal came, here or on another process.
         """
         self.checkpoints.report_failure()
         settings = self.config.checkpoint
@@ -402,8 +405,7 @@ class Trainer:
             path = self._save(None, False, self.update)
             if stop:
                 self.checkpoints.finish()
-                name = self.signals.name or "another process was told to end"
-                raise Interrupted(name, str(path))
+                raise Interrupted(self.signals.name or "another process was told to end", str(path))
 
     def _save(self, metrics: Metrics | None, is_best: bool, update: int | None) -> Path:
         host_barrier("gathering a checkpoint")

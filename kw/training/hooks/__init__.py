@@ -4,7 +4,6 @@ from .bad_images import BadImageHook
 from .base import Hook
 from .finite import FiniteHook
 from .log import LogHook
-from .pictures import PictureHook
 from .progress import ProgressHook
 
-__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "PictureHook", "ProgressHook"]
+__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "ProgressHook"]

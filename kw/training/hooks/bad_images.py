@@ -1,16 +1,13 @@
-"""Which image files could not be read: said once each, over all processes, up to a bound."""
+"""Image files that could not be read: each is logged once over all processes, up to a bound."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...data import BadImage, Loader
 from ..distributed import host_barrier
 from ..logs import logger
 from ..state import fault_logs
@@ -21,15 +18,15 @@ from .log import write_line
 if TYPE_CHECKING:
     from ..trainer import Trainer
 
-__all__ = ["BadImageHook", "tell_bad_images"]
+__all__ = ["INSTEAD", "BadImageHook"]
 
-_INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
+INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
 
 
 class BadImageHook(Hook):
     """Names every bad file in the log, in ``log.jsonl`` and in ``bad_images.txt``.
 
-    Processes tell one another when a log line is due, where training waits for the device anyway.
+    Processes exchange names when a log line is due, where training waits for the device anyway.
 
     Args:
         interval: updates between tellings; an epoch's last update always gives one.
@@ -59,40 +56,21 @@ class BadImageHook(Hook):
         """
         host_barrier(place)
         log = fault_logs(trainer)[split]
-        new = log.learn(_of_all(trainer, log.take()))
+        met: list[Any] = [log.take()]
+        if trainer.process.world_size > 1:
+            met *= trainer.process.world_size
+            dist.all_gather_object(met, met[0])
+        new = log.learn(fault for share in met for fault in share)
         if not new:
             return
         if trainer.process.is_main:
             for _, path, reason in new:
                 shown = path.encode("utf-8", "backslashreplace").decode()
-                logger.warning(f"cannot read {shown}: {reason}; {_INSTEAD[split]}")
+                logger.warning(f"cannot read {shown}: {reason}; {INSTEAD[split]}")
                 line = {"split": split, "path": path, "reason": reason}
                 write_line(trainer.work_dir, "bad_image", epoch, trainer.update, line)
             _write_list(trainer)
         log.check()
-
-
-def tell_bad_images(loader: Loader) -> None:
-    """Warn of this process's bad files, after an evaluation without a run.
-
-    Raises:
-        DataError: they are too many.
-    """
-    for _, path, reason in loader.faults.learn(loader.faults.take()):
-        warnings.warn(f"cannot read {path}: {reason}; {_INSTEAD['val']}", stacklevel=2)
-    loader.faults.check()
-
-
-def _of_all(trainer: Trainer, met: list[BadImage]) -> list[BadImage]:
-    if trainer.process.world_size == 1:
-        return met
-    count = torch.tensor(len(met), device=trainer.process.device)
-    dist.all_reduce(count)
-    if not count:
-        return []
-    gathered: list[Any] = [None] * trainer.process.world_size
-    dist.all_gather_object(gathered, met)
-    return [BadImage(*fault) for share in gathered for fault in share]
 
 
 def _write_list(trainer: Trainer) -> None:

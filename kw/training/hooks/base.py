@@ -56,6 +56,9 @@ class Hook:
     def after_training(self, trainer: Trainer) -> None:
         """Once, when all epochs are done."""
 
+    def close(self, trainer: Trainer) -> None:
+        """Once, at the end of the run, also where it ends with an error."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, of this process: tensors and plain types."""
         return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -60,59 +59,45 @@ class FiniteHook(Hook):
 
     def _stop(self, trainer: Trainer, skipped: Skipped) -> None:
         """Look for the layer, in the update that was just skipped; all processes together."""
-        origin = self._origin(trainer)
-        origins = [origin]
-        if trainer.process.world_size > 1:
-            origins = [None] * trainer.process.world_size
-            dist.all_gather_object(origins, origin)
+        origins = [self._origin(trainer)]
+        several = trainer.process.world_size > 1
+        if several:
+            origins *= trainer.process.world_size
+            dist.all_gather_object(origins, origins[0])
         found = {rank: each for rank, each in enumerate(origins) if each is not None}
-        where = next(iter(found.values()), None)
-        checkpoint = next(reversed(checkpoints(trainer.work_dir)), None)
-        report = {
-            "skipped": skipped.total,
-            "in_a_row": skipped.in_a_row,
-            "origin": where,
-            "rank": next(iter(found), None),
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-        }
+        rank, where = next(iter(found.items()), (None, None))
+        began = "a second pass of this update's images did not show in which layer it began"
+        if where is not None:
+            ranks = f" (on process {', '.join(map(str, found))})" if several else ""
+            began = f"it began{ranks} in {where}"
+        checkpoint = next(map(str, reversed(checkpoints(trainer.work_dir))), None)
+        last = "there is no checkpoint yet"
+        if checkpoint is not None:
+            last = f"the last good checkpoint is {checkpoint}"
         if trainer.process.is_main:
+            report = {
+                "skipped": skipped.total,
+                "in_a_row": skipped.in_a_row,
+                "origin": where,
+                "rank": rank,
+                "checkpoint": checkpoint,
+            }
             write_line(trainer.work_dir, "non_finite", trainer.epoch + 1, trainer.update, report)
-        raise NonFiniteError(_message(trainer, skipped, where, found, checkpoint))
+        raise NonFiniteError(
+            "loss or gradient not finite: "
+            f"stopped in epoch {trainer.epoch + 1} at update {trainer.update}, after "
+            f"{skipped.in_a_row} skipped updates in a row and {skipped.in_epoch} in this epoch "
+            f"(non_finite.patience {self.config.patience}); {began}; the skipped updates "
+            f"changed nothing, {last}"
+        )
 
     def _origin(self, trainer: Trainer) -> str | None:
-        config = trainer.config
+        precision, device_type = trainer.config.precision, trainer.process.device.type
+        model, network = trainer.task.model, trainer.task.network
         try:
             return find_origin(
-                trainer.task.model,
-                trainer.task.network,
-                trainer.batches,
-                lambda: autocast(config.precision, trainer.process.device.type),
+                model, network, trainer.batches, lambda: autocast(precision, device_type)
             )
         except Exception as error:  # a search that fails must not hide what it is about
             logger.warning(f"the search for the layer: {type(error).__name__}: {error}")
             return None
-
-
-def _message(
-    trainer: Trainer,
-    skipped: Skipped,
-    where: str | None,
-    found: dict[int, str],
-    checkpoint: Path | None,
-) -> str:
-    began = "a second pass of this update's images did not show in which layer it began"
-    if where is not None:
-        ranks = (
-            f" (on process {', '.join(map(str, found))})" if trainer.process.world_size > 1 else ""
-        )
-        began = f"it began{ranks} in {where}"
-    last = "there is no checkpoint yet"
-    if checkpoint is not None:
-        last = f"the last good checkpoint is {checkpoint}"
-    return (
-        "loss or gradient not finite: "
-        f"stopped in epoch {trainer.epoch + 1} at update {trainer.update}, after "
-        f"{skipped.in_a_row} skipped updates in a row and {skipped.in_epoch} in this epoch "
-        f"(non_finite.patience {trainer.config.non_finite.patience}); {began}; the skipped updates "
-        f"changed nothing, {last}"
-    )

@@ -40,19 +40,16 @@ class LogHook(Hook):
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
-
         self._sums: dict[str, Tensor] = {}  # of the finite values, and their number: [2]
-        self._updates = 0
         self._skipped: int | None = None  # updates skipped up to the last line
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last line."""
-        return {"sums": dict(self._sums), "updates": self._updates, "skipped": self._skipped}
+        return {"sums": dict(self._sums), "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._sums = dict(state["sums"])
-        self._updates, self._skipped = state["updates"], state["skipped"]
+        self._sums, self._skipped = dict(state["sums"]), state["skipped"]
 
     def before_training(self, trainer: Trainer) -> None:
         device = trainer.process.device
@@ -60,8 +57,7 @@ class LogHook(Hook):
         if self._skipped is None:
             self._skipped = trainer.updater.guard.read().total
         self._anneals = has_temperature(trainer.task.network)
-        self._seconds = 0.0  # of training alone, since this process started
-        self._updates_timed = 0
+        self._trained = (0.0, 0)  # seconds and updates since this process started
         if trainer.process.is_main:
             _forget_after(trainer.work_dir / "log.jsonl", trainer.update, trainer.epoch)
             for line in _describe(trainer):
@@ -94,9 +90,8 @@ class LogHook(Hook):
         self._record(trainer, "val", trainer.epoch, found)
 
     def after_training(self, trainer: Trainer) -> None:
-        if trainer.board is None:
+        if trainer.board is None:  # the main process has one
             return
-        trainer.board.close()
         best = "no best epoch"
         if trainer.best >= 0:
             best = f"best {trainer.task.score} {trainer.best:.3f}"
@@ -107,8 +102,12 @@ class LogHook(Hook):
                 f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
             )
 
+    def close(self, trainer: Trainer) -> None:
+        if trainer.board is not None:
+            trainer.board.close()
+
     def _start_clock(self, trainer: Trainer) -> None:
-        self._started = time.perf_counter()
+        self._started, self._updates = time.perf_counter(), 0
         trainer.data_seconds = 0.0
 
     def _write_training(self, trainer: Trainer) -> None:
@@ -123,26 +122,24 @@ class LogHook(Hook):
         skipped = trainer.updater.guard.read().total
         values["skipped"] = skipped - (self._skipped or 0)
         self._skipped = skipped
-        seconds = time.perf_counter() - self._started
-        self._seconds += seconds
-        self._updates_timed += self._updates  # those before a resume were not timed here
         values["lr"] = trainer.optimizer.param_groups[0]["lr"]
         if self._anneals:
             values["temperature"] = trainer.schedule.temperature(trainer.update - 1)
-        values["images_per_second"] = (
-            self._updates * trainer.config.total_batch_size / max(seconds, 1e-9)
-        )
+        # A resumed run's sums go back further than its clock.
+        seconds, updates = time.perf_counter() - self._started, self._updates
+        values["images_per_second"] = updates * trainer.config.total_batch_size / seconds
         values["seconds"] = seconds
-        values["data_time"] = trainer.data_seconds / self._updates
+        values["data_time"] = trainer.data_seconds / updates
+        self._trained = self._trained[0] + seconds, self._trained[1] + updates
         left = trainer.schedule.total_updates - trainer.update
-        remaining = left * self._seconds / self._updates_timed
+        remaining = left * self._trained[0] / self._trained[1]
         logger.info(
             f"epoch {epoch}/{trainer.config.epochs} [{done}/{trainer.updates_per_epoch}] "
-            + " ".join(f"{key} {value:.4g}" for key, value in values.items())
+            + " ".join(f"{key} {value:.4g}" for key, value in values.items() if value)
             + f" eta {timedelta(seconds=round(remaining))}"
         )
         self._record(trainer, "train", epoch, values)
-        self._sums, self._updates = {}, 0
+        self._sums = {}
         self._start_clock(trainer)
 
     def _record(self, trainer: Trainer, mode: str, epoch: int, values: dict[str, float]) -> None:

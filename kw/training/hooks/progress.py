@@ -1,4 +1,4 @@
-"""A progress bar, where somebody looks: on a terminal."""
+"""A progress bar, on a terminal only."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class ProgressHook(Hook):
             self._bar.set_postfix_str("ending the epoch: evaluation, checkpoint")
 
     def after_epoch(self, trainer: Trainer, metrics: Metrics | None) -> None:
+        self.close(trainer)
+
+    def close(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -8,32 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...config.schema import PicturesConfig
-from ...models import ImageClassifier
-from ...pictures import (
+from ..config.schema import PicturesConfig
+from ..models import ImageClassifier
+from ..training.hooks import Hook
+from ..training.precision import autocast
+from ..training.task import Metrics
+from ..warehouse import KWLayer
+from .batches import draw_batch, label_mixture
+from .cells import draw_cells
+from .coefficients import (
     CellUse,
     DynamicLayer,
     cell_shares,
     cell_use,
-    check_matplotlib,
     coefficients,
-    draw_attention,
-    draw_batch,
-    draw_cells,
     dynamic_layers,
-    label_mixture,
-    read_images,
-    spaced,
-    to_pixels,
-    to_tensor,
 )
-from ...warehouse import KWLayer
-from ..precision import autocast
-from ..task import Metrics
-from .base import Hook
+from .heatmaps import draw_attention
+from .samples import read_images, spaced
+from .style import check_matplotlib, to_pixels, to_tensor
 
 if TYPE_CHECKING:
-    from ..trainer import Trainer
+    from ..training.trainer import Trainer
 
 __all__ = ["PictureHook"]
 

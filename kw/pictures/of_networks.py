@@ -1,7 +1,4 @@
-"""From a configuration and a checkpoint to pictures in files (docs/visualizing.md).
-
-What is computed and drawn is in :mod:`kw.pictures`; here it meets data folders and checkpoints.
-"""
+"""From a configuration and a checkpoint to pictures of a network (docs/visualizing.md)."""
 
 from __future__ import annotations
 
@@ -15,72 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, load_config
-from ..config.run_schema import RunConfig
+from ..config import load_config
 from ..config.schema import Config
-from ..data import (
-    build_transform,
-    check_classes,
-    open_training,
-    read_image,
-    stop_workers,
-    test_images,
-)
-from ..pictures import (
-    CellUse,
-    Curves,
-    DynamicLayer,
-    LayerMeasure,
-    PictureError,
-    Snapshot,
-    assembled_kernels,
-    cell_use,
-    check_matplotlib,
-    class_effect,
-    class_maps,
-    coefficients,
-    draw_attention,
-    draw_batch,
-    draw_cam,
-    draw_cells,
-    draw_classes,
-    draw_history,
-    draw_kernels,
-    draw_schedules,
-    dynamic_layers,
-    few_of_each,
-    label_mixture,
-    measure_layer,
-    read_images,
-    save,
-    spaced,
-    to_pixels,
-)
-from ..warehouse import get_temperature, has_temperature
-from .checkpoint import (
+from ..data import build_transform, read_image, test_images
+from ..training.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_network,
     refuse_other_classes,
 )
-from .distributed import find_process
-from .precision import autocast
-from .run import build_preprocessor, set_contraction
-from .saving import checkpoints
-from .schedule import Schedule
-from .trained import choose_weights, load_trained
+from ..training.distributed import find_process
+from ..training.precision import autocast
+from ..training.run import build_preprocessor, set_contraction
+from ..training.saving import checkpoints
+from ..training.trained import choose_weights, load_trained
+from ..warehouse import get_temperature, has_temperature
+from .cam import class_maps, draw_cam
+from .cells import draw_cells
+from .coefficients import (
+    CellUse,
+    DynamicLayer,
+    LayerMeasure,
+    PictureError,
+    cell_use,
+    class_effect,
+    coefficients,
+    dynamic_layers,
+    measure_layer,
+)
+from .heatmaps import draw_attention, draw_classes
+from .history import Snapshot, draw_history
+from .kernels import assembled_kernels, draw_kernels
+from .of_runs import network_name
+from .samples import few_of_each, read_images, spaced
+from .style import check_matplotlib, save, to_pixels
 
 __all__ = [
     "picture_attention",
-    "picture_batch",
     "picture_cam",
     "picture_cells",
     "picture_classes",
     "picture_history",
     "picture_kernels",
-    "picture_schedules",
-    "schedule_curves",
-    "training_batch",
 ]
 
 _CHUNK = 32  # images of a forward pass
@@ -130,22 +103,13 @@ class _Trained:
         return cell_use(alpha for alpha, _ in self.coefficients(layers, indices))
 
 
-def _named(config: Config) -> str:
-    """The network in words: ``"KernelWarehouse 4x resnet18"``."""
-    model = config.model
-    if model.kernel_warehouse is None:
-        return f"{model.peer.method} {model.name}" if model.peer else model.name
-    ratio = model.kernel_warehouse.cell_num_ratio
-    return f"KernelWarehouse {'' if ratio is None else f'{ratio:g}x '}{model.name}"
-
-
 def _load(config: Config, checkpoint: str | Path) -> _Trained:
     check_matplotlib()
     device = find_process("none").device
     found = load_trained(checkpoint, config, device=device)
     set_contraction(config.contraction, found.network)
     epoch = found.meta.get("epoch")
-    title = f"{_named(config)}, {found.file.absolute().parent.name}/{found.file.name}"
+    title = f"{network_name(config)}, {found.file.absolute().parent.name}/{found.file.name}"
     title += "" if epoch is None else f", epoch {epoch}"
     if has_temperature(found.network):
         title += f", temperature {get_temperature(found.network):.2f}"
@@ -314,94 +278,6 @@ def _own_images(trained: _Trained, files: Sequence[str | Path]) -> tuple[Tensor,
     return images, ["/".join(Path(f).parts[-2:]) for f in files]
 
 
-def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Tensor, list[str]]:
-    """The first micro-batch that the first process trains on in an update.
-
-    Args:
-        config: the run.
-        epoch: from 1.
-        update: of the epoch, from 1.
-
-    Returns:
-        Images, normalised ``[B, 3, S, S]``; targets, labels ``[B]`` or probabilities ``[B, C]``;
-        names of the classes.
-
-    Raises:
-        ConfigError: there is no such update.
-        DataError: the data folder is not as expected.
-    """
-    classes = check_classes(config.data, config.model.num_classes)
-    process = find_process("none")
-    loader = open_training(config, process.device, process.rank, process.world_size)
-    sampler: Any = loader.batch_sampler
-    for name, value, most in (
-        ("--epoch", epoch, config.epochs),
-        ("--update", update, sampler.updates_per_epoch),
-    ):
-        if value > most:
-            raise ConfigError(f"{name} {value}: the run has {most}")
-    sampler.set_epoch(epoch - 1, update - 1)
-    try:
-        batch = next(iter(loader))
-    finally:
-        stop_workers(loader)
-    with torch.no_grad():
-        images, targets = build_preprocessor(config).to(process.device)(batch, True)
-    return images, targets, classes
-
-
-def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None:
-    """What the network sees in one update; arguments and errors as for :func:`training_batch`."""
-    check_matplotlib()
-    images, targets, classes = training_batch(config, epoch, update)
-    labels = [label_mixture(t, classes, config.label_smoothing) for t in targets.cpu()]
-    preprocess = build_preprocessor(config).to(images.device)
-    pictures = to_pixels(images, preprocess.mean, preprocess.std)
-    title = f"training batch: {_named(config)}, epoch {epoch}, update {update}"
-    if config.label_smoothing:
-        title += f", label smoothing {config.label_smoothing:g} not shown"
-    save(draw_batch(pictures, labels, title), out)
-
-
-def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
-    """What a run sets before each update, and when that changes its course.
-
-    Args:
-        config: the run; one that anneals no temperature has no curve of it.
-        updates: of an epoch. The curves over epochs hardly depend on it; no data are needed.
-    """
-    schedule = Schedule(config, updates)
-    # A long run needs no more points than a picture has.
-    step = max(schedule.total_updates // 20_000, 1)
-    steps = range(0, schedule.total_updates, step)
-    marks = {}
-    if schedule.warmup_updates:
-        marks["warm-up ends"] = schedule.warmup_updates / schedule.updates_per_epoch
-    if config.temperature_epochs:
-        marks["temperature is 0"] = config.temperature_epochs
-    if config.schedule.name == "step":
-        for number, epoch in enumerate(config.schedule.milestones, 1):
-            marks[f"step {number}"] = epoch
-    return Curves(
-        config.epochs,
-        [u / updates for u in steps],
-        [schedule.lr(u) for u in steps],
-        [schedule.temperature(u) for u in steps] if config.temperature_epochs else None,
-        config.optimizer.weight_decay,
-        config.optimizer.name == "adamw",
-        marks,
-    )
-
-
-def picture_schedules(config: RunConfig, out: Path, *, title: str) -> None:
-    """The schedules of a run, before it; needs neither data nor a network.
-
-    Raises:
-        PictureError: ``out`` cannot be written, or matplotlib is missing.
-    """
-    save(draw_schedules(schedule_curves(config), title), out)
-
-
 def picture_history(
     work_dir: Path,
     out: Path,
@@ -446,5 +322,5 @@ def picture_history(
             raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")
         snapshots.append(Snapshot(meta["epoch"], tau, trained.use(layers, images)))
     kept = f"{len(files)} checkpoints of {work_dir.absolute().name}"
-    title = f"{_named(config)}, {kept}, {images} test images"
+    title = f"{network_name(config)}, {kept}, {images} test images"
     save(draw_history(layers, snapshots, warehouse or names[0], title), out)

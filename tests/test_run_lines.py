@@ -1,0 +1,102 @@
+"""What a run says of itself: rates after a resume, nothing of what is zero; what it lists once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_engine import CPU, changed, log_of, run
+from torch import nn
+
+from kw.config import config_from_mapping
+from kw.data import dataset
+from kw.registry import DATASETS
+from kw.training import build_trainer, trainer
+from kw.training.hooks import Hook, log, progress
+from kw.training.trainer import Updater
+
+
+def test_the_rate_after_a_resume_counts_the_updates_since(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = changed(settings, epochs=1, log_interval=4, checkpoint__updates=3)
+    run(settings, tmp_path)
+    run(settings, tmp_path, resume=tmp_path / "epoch_0_update_3.pth")
+    rates, seconds = (log_of(tmp_path, "train", key) for key in ("images_per_second", "seconds"))
+    assert len(rates) == 1
+    assert rates[0] * seconds[0] == pytest.approx(16)  # one update of four
+
+
+def test_lines_hold_what_is_not_zero(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(changed(settings, log_interval=4), tmp_path)
+    (text,) = tmp_path.glob("*/*.log")
+    first, second = (line for line in text.read_text().splitlines() if "images_per_second" in line)
+    assert " temperature " in first
+    assert " temperature " not in second
+    assert "skipped" not in first + second
+    assert log_of(tmp_path, "train", "skipped") == log_of(tmp_path, "train", "temperature")[1:] * 2
+
+
+class Broken(Hook):
+    def after_update(self, trainer: Any, losses: Any) -> None:
+        raise RuntimeError("broken")
+
+
+def test_an_error_closes_the_bar_and_the_board(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    calls: Counter[str] = Counter()
+    bar = SimpleNamespace(
+        update=lambda: None,
+        set_postfix_str=lambda text: None,
+        close=lambda: calls.update(["bar"]),
+    )
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bar)
+    broken = build_trainer(config_from_mapping(settings), tmp_path, CPU)
+    broken.hooks.append(Broken())
+    monkeypatch.setattr(log.SummaryWriter, "close", lambda _: calls.update(["board"]))
+    with pytest.raises(RuntimeError, match="broken"):
+        broken.run()
+    assert calls == {"bar": 1, "board": 1}
+
+
+def test_a_model_is_searched_once_for_its_sharded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[nn.Module] = []
+    monkeypatch.setattr(trainer, "sharded_modules", lambda model: searched.append(model) or [])
+    model = nn.Linear(2, 1)
+    updater = Updater(torch.optim.SGD(model.parameters(), 0.1), accumulation=2)
+    for _ in range(3):
+        for _ in range(2):
+            with updater.forward(model):
+                loss = model(torch.ones(1, 2)).sum()
+            updater.backward(loss)
+        updater.step()
+    assert searched == [model]
+
+
+@pytest.mark.parametrize("kind", ["folder", "mine"])
+def test_each_split_is_listed_once(
+    kind: str,
+    settings: dict[str, Any],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = []
+
+    def counting(root: Path, split: str) -> dataset.Listing:
+        listed.append(split)
+        return dataset.list_folders(root, split)
+
+    monkeypatch.setitem(DATASETS.entries, kind, counting)
+    built = build_trainer(config_from_mapping(changed(settings, data__dataset=kind)), tmp_path, CPU)
+    assert listed == ["train", "val"]
+    assert built.task.classes == ["bird", "cat", "dog", "fish"]
+    assert built.train_loader.dataset.path(0) == Path(
+        settings["data"]["root"], "train", "bird", "0.png"
+    )
