@@ -274,6 +274,13 @@ def test_what_cannot_be_written_is_refused(name: str, precision: str, message: s
         check_target(Path(name), Options(precision))
 
 
+def test_too_few_real_images_are_refused(source: Any, tmp_path: Path) -> None:
+    images = [torch.zeros(3, 40, 40, dtype=torch.uint8)] * 3
+    with pytest.raises(ExportError, match="3 real images do not fill a batch of 4"):
+        export(source, tmp_path / "net.onnx", Options(batch=4), images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_format_that_cannot_be_read_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPORTERS, ".own", Exporter(lambda job: job.path))
     with pytest.raises(ExportError, match=r"exporter of .own files has no load.*Exporter.*load="):

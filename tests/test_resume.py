@@ -187,9 +187,15 @@ def test_training_does_not_wait_for_the_disk(
 def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
     """The update under way is finished and saved; resumed, nothing is lost or done twice."""
     settings["epochs"] = 4
-    sent = threading.Timer(0.6, lambda: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    sent.start()
+
+    def send() -> None:
+        while not (tmp_path / "parts/log.jsonl").exists():  # it is trained by then
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
 
     def train_until_it_comes() -> None:
         while True:

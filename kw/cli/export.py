@@ -61,7 +61,8 @@ def main() -> None:
     for target in args.targets:
         check_target(target, options)
     source = read_source(args.checkpoint, args.config, args.cfg_options, args.weights)
-    images = read_some(source, iter(find_images(args.images)), CALIBRATION) if args.images else []
+    count = max(CALIBRATION, args.batch or 1)
+    images = read_some(source, iter(find_images(args.images)), count) if args.images else []
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     for target in args.targets:

@@ -167,6 +167,11 @@ def export(
         raise ExportError(
             f"{target}: int8 is calibrated on real images; name a folder of some with --images"
         )
+    if options.batch is not None and 0 < len(images) < options.batch:
+        raise ExportError(
+            f"{target}: {len(images)} real images do not fill a batch of {options.batch}: give more, "
+            "or a smaller --batch"
+        )
     begin = time.perf_counter()
     config = source.description.config
     size = config.data.input_size
