@@ -169,8 +169,8 @@ def export(
         )
     if options.batch is not None and 0 < len(images) < options.batch:
         raise ExportError(
-            f"{target}: {len(images)} real images do not fill a batch of {options.batch}: give more, "
-            "or a smaller --batch"
+            f"{target}: {len(images)} real images do not fill a batch of {options.batch}: give "
+            "more, or a smaller --batch"
         )
     begin = time.perf_counter()
     config = source.description.config
