@@ -170,7 +170,7 @@ def test_bad_data_are_refused_before_training(coco: Path, file: Path, tmp_path: 
     config = load_detector_config(file, [f"data.root={broken}"])
     with pytest.raises(DataError) as error:
         train(config, tmp_path / "run")
-    for words in ("outside of their image", "polygon", "named again", "files missing"):
+    for words in ("outside of their image", "polygon", "used twice", "files missing"):
         assert words in str(error.value)
     with pytest.raises(DataError, match=r"no category purple.*red, green, blue"):
         train(load_detector_config(file, ["data.classes=[red, purple]"]), tmp_path / "run")

@@ -191,7 +191,7 @@ def test_graphs_that_share_a_node_run_apart():
     same(net.cells.grad, theirs.cells.grad)
 
 
-@pytest.mark.parametrize("backends", [("native", "bmm", "native"), ("bmm", "native", "kernels")])
+@pytest.mark.parametrize("backends", [("native", "bmm", "native"), ("bmm", "native", "assembled")])
 def test_users_with_other_back_ends(backends):
     same(grads(Chain(backends)), grads(plain()))
 
