@@ -15,10 +15,10 @@ from test_engine import CPU, changed, run
 
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
-from kw.pictures.of_networks import picture_classes
 from kw.training import CheckpointError, build_trainer, evaluate_checkpoint, load_checkpoint
 from kw.training.folder import held
 from kw.training.layout import settings_changed
+from kw.training.network_pictures import picture_classes
 from kw.training.saving import link
 
 HOLDER = """

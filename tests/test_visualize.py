@@ -48,9 +48,9 @@ from kw.pictures import (
 )
 from kw.pictures.kernels import difference, mosaic
 from kw.pictures.method import Example, block_corner
-from kw.pictures.of_runs import schedule_curves, training_batch
 from kw.training import build_trainer, load_checkpoint, train
 from kw.training.distributed import Process
+from kw.training.run_pictures import schedule_curves, training_batch
 from kw.warehouse import KernelShape, KWConv2d, Warehouse
 from kw.warehouse.ops.reference import assemble_reference
 from kw.warehouse.partition import CellSlice
@@ -581,7 +581,7 @@ def test_a_static_network_gets_one_message(
     recipe: dict[str, Any], tmp_path: Path, run_dir: Path
 ) -> None:
     from kw import build_model
-    from kw.pictures.of_networks import picture_cells
+    from kw.training.network_pictures import picture_cells
 
     options = ["model.kernel_warehouse=null", "temperature_epochs=0"]
     config = load_config(run_dir / "config.yaml", options)

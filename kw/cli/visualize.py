@@ -154,7 +154,7 @@ def classifier(args: argparse.Namespace) -> Any:
 
 def draw_attention(args: argparse.Namespace) -> None:
     from ..evaluation import render_table
-    from ..pictures.of_networks import picture_attention, picture_classes
+    from ..training.network_pictures import picture_attention, picture_classes
 
     config, options = classifier(args), {"layers": args.layers, "images": args.images}
     if args.over == "classes":
@@ -169,26 +169,26 @@ def draw_attention(args: argparse.Namespace) -> None:
 
 
 def draw_cells(args: argparse.Namespace) -> None:
-    from ..pictures.of_networks import picture_cells
+    from ..training.network_pictures import picture_cells
 
     options = {"layers": args.layers, "images": args.images}
     picture_cells(classifier(args), args.checkpoint, args.out, **options)
 
 
 def draw_kernels(args: argparse.Namespace) -> None:
-    from ..pictures.of_networks import picture_kernels
+    from ..training.network_pictures import picture_kernels
 
     picture_kernels(classifier(args), args.checkpoint, args.image, args.out, layers=args.layers)
 
 
 def draw_cam(args: argparse.Namespace) -> None:
-    from ..pictures.of_networks import picture_cam
+    from ..training.network_pictures import picture_cam
 
     picture_cam(classifier(args), args.checkpoint, args.image, args.out)
 
 
 def draw_history(args: argparse.Namespace) -> None:
-    from ..pictures.of_networks import picture_history
+    from ..training.network_pictures import picture_history
 
     picture_history(
         args.work_dir,
@@ -200,13 +200,13 @@ def draw_history(args: argparse.Namespace) -> None:
 
 
 def draw_batch(args: argparse.Namespace) -> None:
-    from ..pictures.of_runs import picture_batch
+    from ..training.run_pictures import picture_batch
 
     picture_batch(classifier(args), args.out, epoch=args.epoch, update=args.update)
 
 
 def draw_schedules(args: argparse.Namespace) -> None:
-    from ..pictures.of_runs import picture_schedules
+    from ..training.run_pictures import picture_schedules
 
     config, task = load_run(args.config, args.cfg_options)
     run = config.run if hasattr(task, "write_pictures") else config

@@ -35,6 +35,7 @@ from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook
 from .hooks.bad_images import INSTEAD
+from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
 from .optim import build_optimizer
 from .parallel import distribute
@@ -130,8 +131,6 @@ def build_trainer(
         )
     hooks = build_hooks(config)
     if config.pictures is not None:
-        from ..pictures.hook import PictureHook  # a room above this one
-
         hooks.append(PictureHook(config.pictures))
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.schema import PicturesConfig
-from ..models import ImageClassifier
-from ..training.hooks import Hook
-from ..training.precision import autocast
-from ..training.task import Metrics
-from ..warehouse import KWLayer
-from .batches import draw_batch, label_mixture
-from .cells import draw_cells
-from .coefficients import (
+from ...config.schema import PicturesConfig
+from ...models import ImageClassifier
+from ...pictures.batches import draw_batch, label_mixture
+from ...pictures.cells import draw_cells
+from ...pictures.coefficients import (
     CellUse,
     DynamicLayer,
     cell_shares,
@@ -24,12 +20,16 @@ from .coefficients import (
     coefficients,
     dynamic_layers,
 )
-from .heatmaps import draw_attention
-from .samples import read_images, spaced
-from .style import check_matplotlib, to_pixels, to_tensor
+from ...pictures.heatmaps import draw_attention
+from ...pictures.samples import read_images, spaced
+from ...pictures.style import check_matplotlib, to_pixels, to_tensor
+from ...warehouse import KWLayer
+from ..precision import autocast
+from ..task import Metrics
+from .base import Hook
 
 if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+    from ..trainer import Trainer
 
 __all__ = ["PictureHook"]
 

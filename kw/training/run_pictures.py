@@ -12,12 +12,12 @@ from ..config import ConfigError
 from ..config.run_schema import RunConfig
 from ..config.schema import Config
 from ..data import list_splits, open_training, stop_workers
-from ..training.distributed import find_process
-from ..training.run import build_preprocessor
-from ..training.schedule import Schedule
-from .batches import draw_batch, label_mixture
-from .schedules import Curves, draw_schedules
-from .style import check_matplotlib, save, to_pixels
+from ..pictures.batches import draw_batch, label_mixture
+from ..pictures.schedules import Curves, draw_schedules
+from ..pictures.style import check_matplotlib, save, to_pixels
+from .distributed import find_process
+from .run import build_preprocessor
+from .schedule import Schedule
 
 __all__ = [
     "network_name",

@@ -15,21 +15,9 @@ from torch import Tensor, nn
 from ..config import load_config
 from ..config.schema import Config
 from ..data import build_transform, read_image, test_images
-from ..training.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_network,
-    refuse_other_classes,
-)
-from ..training.distributed import find_process
-from ..training.precision import autocast
-from ..training.run import build_preprocessor, set_contraction
-from ..training.saving import checkpoints
-from ..training.trained import choose_weights, load_trained
-from ..warehouse import get_temperature, has_temperature
-from .cam import class_maps, draw_cam
-from .cells import draw_cells
-from .coefficients import (
+from ..pictures.cam import class_maps, draw_cam
+from ..pictures.cells import draw_cells
+from ..pictures.coefficients import (
     CellUse,
     DynamicLayer,
     LayerMeasure,
@@ -40,12 +28,24 @@ from .coefficients import (
     dynamic_layers,
     measure_layer,
 )
-from .heatmaps import draw_attention, draw_classes
-from .history import Snapshot, draw_history
-from .kernels import assembled_kernels, draw_kernels
-from .of_runs import network_name
-from .samples import few_of_each, read_images, spaced
-from .style import check_matplotlib, save, to_pixels
+from ..pictures.heatmaps import draw_attention, draw_classes
+from ..pictures.history import Snapshot, draw_history
+from ..pictures.kernels import assembled_kernels, draw_kernels
+from ..pictures.samples import few_of_each, read_images, spaced
+from ..pictures.style import check_matplotlib, save, to_pixels
+from ..warehouse import get_temperature, has_temperature
+from .checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_network,
+    refuse_other_classes,
+)
+from .distributed import find_process
+from .precision import autocast
+from .run import build_preprocessor, set_contraction
+from .run_pictures import network_name
+from .saving import checkpoints
+from .trained import choose_weights, load_trained
 
 __all__ = [
     "picture_attention",
