@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from kw.data.dataset import DataError
-from kw.detection.annotations import COCO_DETECTIONS, category_ids, load_annotations
+from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
 from kw.detection.findings import some
 from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator, mask_areas
 
@@ -88,14 +88,8 @@ class CocoEvaluator:
         self._most = [1, 10, max_detections]
         if content is None:
             content = load_annotations(self.file)
-        ids = category_ids(content, self.file)
-        self.classes = list(ids if classes is None else classes)
-        missing = [name for name in self.classes if name not in ids]
-        if missing:
-            raise DataError(
-                f"{self.file} has no category {some(missing)}; it has {some(sorted(ids))}"
-            )
-        wanted = [ids[name] for name in self.classes]
+        self.classes = list(category_ids(content, self.file) if classes is None else classes)
+        wanted = ids_of(self.classes, content, self.file)
         self._truth, self._numbers, categories = _read_truth(content, self.file, wanted, masks)
         self._categories_of = [categories[each] for each in wanted]  # numbers by label
         self._sizes = {
