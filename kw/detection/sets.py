@@ -79,7 +79,8 @@ def trained_classes(
     file = Path(config.root, config.val_annotations)
     if content is None:
         content = load_annotations(file)
-    ids_of(trained, content, str(file), f", which {source} detects (name its categories as in training)")
+    hint = f", which {source} detects (name its categories as in training)"
+    ids_of(trained, content, str(file), hint)
     if other := [name for name in category_ids(content, str(file)) if name not in trained]:
         say(f"{file}: objects of {', '.join(other)} are left out: {source} does not detect them")
     if config.classes is not None and list(config.classes) != trained:
