@@ -23,7 +23,7 @@ import torch.distributed as dist
 from kw.data.dataset import DataError
 from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
 from kw.detection.findings import some
-from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator, mask_areas
+from kw.detection.run_lengths import encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
 
@@ -183,7 +183,9 @@ class CocoEvaluator:
         """Run lengths and areas; computed here, so that the processes share the work."""
         if masks is None:
             masks = []
-        runs = masks if are_run_lengths(masks) else encode_masks(masks)
+        is_list = isinstance(masks, (list, tuple))
+        encoded = is_list and all(isinstance(mask, Mapping) for mask in masks)
+        runs = masks if encoded else encode_masks(masks)
         for run in runs:
             # Evaluators silently give masks of different sizes an overlap of -1.
             if tuple(run["size"]) != self._sizes[image_id]:
@@ -192,9 +194,8 @@ class CocoEvaluator:
                     f"width) {self._sizes[image_id]}"
                 )
         counts = [run["counts"] for run in runs]
-        areas = mask_areas(runs)
-        encoded = [each.encode() if isinstance(each, str) else each for each in counts]
-        return encoded, _array(areas, np.float64)
+        counts = [each.encode() if isinstance(each, str) else each for each in counts]
+        return counts, _array(mask_areas(runs), np.float64)
 
     def _evaluate(self, shares: Sequence[Mapping[int, _Detections]]) -> Figures:
         """Evaluate the shares of all processes."""
