@@ -97,7 +97,7 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
     dtype = torch.float32 if cells is None else cells.dtype
     device = "cpu" if cells is None else cells.device.type
     number = part.mixtures if cells is None else len(cells)
-    selector.choose(Problem(spec, number, 2, size, dtype, device), name)
+    selector.check(Problem(spec, number, 2, size, dtype, device), name)
 
 
 def _is_exporting() -> bool:

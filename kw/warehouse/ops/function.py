@@ -62,7 +62,7 @@ def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) 
     if len(x) == 0:  # as static layers do; a detector's head may get no regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
-    with torch.no_grad(), _outside_autocast(x):
+    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x):
         contraction = selector.choose(_problem(x, cells, spec), backend)
         return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
 
@@ -84,7 +84,7 @@ def _run_backward(
             for t, n in zip((x, alpha, cells), needs, strict=True)
         ]
         return found[0], found[1], found[2]
-    with torch.no_grad(), _outside_autocast(x):
+    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
         if isinstance(contraction, SummingContraction) and needs[2]:

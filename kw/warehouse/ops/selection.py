@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .admission import Admission, bucket, current_gpu, is_capturing
 from .contraction import Contraction, Problem
 from .device import DeviceProfile, device_profile
 from .timing import TimingCache, time_contraction
@@ -60,6 +61,7 @@ class Selector:
         self.contractions = contractions
         self.fallback = fallback
         self.timings = TimingCache()
+        self.admission = Admission(contractions[fallback])
         self._mode = "model"
         self._recorders: list[list[tuple[Problem, str]]] = []
         self._chosen: dict[tuple[Problem, int], Contraction] = {}
@@ -77,24 +79,49 @@ class Selector:
         self._mode = mode
         self._chosen.clear()
 
+    def check(self, problem: Problem, backend: str) -> Contraction:
+        """The named back end, which has to support the problem.
+
+        Raises:
+            ValueError: it does not, or a trial has banned it; the message says why.
+        """
+        contraction = self.contractions[backend]
+        reason = contraction.refusal(problem) or self.admission.ban(contraction, problem)
+        if reason:
+            raise ValueError(f"back end {backend!r} cannot do this: {reason}")
+        return contraction
+
     def choose(self, problem: Problem, backend: str = "auto") -> Contraction:
         """The back end for a problem: the one named, or the selector's choice for ``"auto"``.
 
+        One that compiles kernels is tried first (:class:`Admission`).
+
         Raises:
-            ValueError: the named back end does not support the problem; the message says why.
+            ValueError: the named back end does not support the problem or fails its trial; the
+                message says why.
+            DeviceLostError: a trial left the device unusable.
         """
         if backend != "auto":
-            contraction = self.contractions[backend]
-            reason = contraction.refusal(problem)
-            if reason:
-                raise ValueError(f"back end {backend!r} cannot do this: {reason}")
+            contraction = self.check(problem, backend)
+            admitted = self.admission.admits(contraction, problem)
+            if admitted is None:
+                raise ValueError(
+                    f"back end {backend!r} cannot be tried now, during the capture of a CUDA graph "
+                    "or without free memory: run the network once before"
+                )
+            if not admitted:
+                self.check(problem, backend)  # says why
             self._record(problem, backend)
             return contraction
-        # Within a process only the number of CPU threads can change.
-        key = (problem, torch.get_num_threads() if problem.device == "cpu" else 0)
+        # Within a process the number of CPU threads and the current GPU can change.
+        cpu = problem.device == "cpu"
+        key = (problem, torch.get_num_threads() if cpu else current_gpu(problem.device))
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self.contractions[self._plan(problem)]
+            name, is_final = self._plan(problem)
+            chosen = self.contractions[name]
+            if is_final:
+                self._chosen[key] = chosen
         self._record(problem, chosen.name)
         return chosen
 
@@ -121,7 +148,7 @@ class Selector:
 
     def _predict(self, name: str, problem: Problem, profile: DeviceProfile) -> Prediction:
         contraction = self.contractions[name]
-        reason = contraction.refusal(problem)
+        reason = contraction.refusal(problem) or self.admission.ban(contraction, problem)
         if reason:
             return Prediction(name, None, reason)
 
@@ -134,16 +161,28 @@ class Selector:
             seconds = max(seconds - predicted(replace(problem, training=False)), 0.0)
         return Prediction(name, seconds)
 
-    def _plan(self, problem: Problem) -> str:
+    def _plan(self, problem: Problem) -> tuple[str, bool]:
+        """The back end, and whether it stays the choice: one that could not be tried yet may be
+        better."""
         if self.mode == "off":
-            return self.fallback
+            return self.fallback, True
         possible = [p for p in self.predict(problem) if p.seconds is not None]
-        if self.mode == "model" or len(possible) == 1 or not _may_measure(problem):
-            return possible[0].name
         assert possible[0].seconds is not None
         limit = possible[0].seconds * _CANDIDATES
-        likely = [p.name for p in possible if p.seconds is not None and p.seconds <= limit]
-        return self._measure(replace(problem, batch=_bucket(problem.batch)), likely)
+        likely: list[str] = []
+        is_final = True
+        for prediction in possible:
+            assert prediction.seconds is not None
+            if likely and (self.mode == "model" or prediction.seconds > limit):
+                break
+            admitted = self.admission.admits(self.contractions[prediction.name], problem)
+            if admitted:
+                likely.append(prediction.name)
+            is_final = is_final and admitted is not None
+        # Timing waits for the device.
+        if len(likely) == 1 or is_capturing(problem.device):
+            return likely[0], is_final
+        return self._measure(replace(problem, batch=bucket(problem.batch)), likely), is_final
 
     def _measure(self, problem: Problem, names: Iterable[str]) -> str:
         def measure() -> dict[str, float]:
@@ -153,13 +192,3 @@ class Selector:
         times = self.timings.get(problem, measure)
         known = {name: seconds for name, seconds in times.items() if name in self.contractions}
         return min(known, key=lambda name: known[name]) if known else self.fallback
-
-
-def _bucket(batch: int) -> int:
-    """The next power of two: all batches up to it share one timing."""
-    return 1 << max(batch - 1, 0).bit_length()
-
-
-def _may_measure(problem: Problem) -> bool:
-    # Timing synchronises with the device, which is impossible during graph capture.
-    return problem.device != "cuda" or not torch.cuda.is_current_stream_capturing()

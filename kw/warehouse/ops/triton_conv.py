@@ -67,6 +67,9 @@ class TritonConv(Contraction):
         found = launch.kernel_module()
         return found if isinstance(found, str) else None
 
+    def needs_trial(self, problem: Problem) -> bool:
+        return problem.device == "cuda"  # elsewhere they are interpreted
+
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         x = _readable(x, spec)
         y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)

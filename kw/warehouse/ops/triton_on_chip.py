@@ -74,6 +74,9 @@ class TritonOnChip(Contraction):
                 return f"needs {wanted >> 10} KB of shared memory; the device has {there >> 10}"
         return None
 
+    def needs_trial(self, problem: Problem) -> bool:
+        return problem.device == "cuda"  # elsewhere they are interpreted
+
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         y = _empty(x, spec.out_channels, spec.output_size(x.shape[2:]))
         if len(x):
