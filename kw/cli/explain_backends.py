@@ -14,7 +14,7 @@ from ..models import build_network, check_network
 from ..training import set_contraction
 from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
-from ..warehouse.ops.device import GPUS
+from ..warehouse.ops.gpus import GPUS
 from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, device, number
 
@@ -87,6 +87,6 @@ def main() -> None:
         choices = explain(network, images)
     if args.gpu:
         dtype = dtype or torch.float32
-        choices = [explain_on(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
+        choices = [explain_on(choice, batch, dtype, GPUS[args.gpu].profile()) for choice in choices]
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import one_line
 from .contraction import Contraction, Problem
+from .precision import allows_tf32
 from .timing import draw_operands
 
 __all__ = [
@@ -132,9 +133,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return relative if math.isfinite(relative) else math.inf
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Difference that rounding explains in a type under the present float32 matmul precision."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+def tolerance(dtype: torch.dtype, device: str) -> float:
+    """Difference that rounding explains in a type under torch's present settings."""
+    if dtype == torch.float32 and allows_tf32(device):
         return _TF32
     return _TOLERANCE[dtype]
 
@@ -169,7 +170,7 @@ def _try(contraction: Contraction, library: Contraction, problem: Problem) -> st
     for name, ours, theirs in zip(names, found, few.run(library), strict=True):
         ours = ours[samples] if name != "cells'" else ours
         away = difference(ours, theirs)
-        if away > tolerance(problem.dtype):
+        if away > tolerance(problem.dtype, problem.device):
             what = f"the {name} gradient" if problem.training else f"its {name}"
             return f"{what} is off by {away:.0e} of the largest value"
     return None

@@ -193,6 +193,9 @@ class Contraction:
     """Share of a device's rate of multiply-adds that the back end's products reach, by device type;
     1 where there is no entry."""
 
+    needs_measurement: ClassVar[bool] = False
+    """Whether the selector chooses it only where ``kw doctor`` has measured it."""
+
     def refusal(self, problem: Problem) -> str | None:
         """Reason why this back end does not support the problem; ``None`` if it does."""
         raise NotImplementedError

@@ -10,8 +10,8 @@ it needs no intermediate results of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ...torch_private import dispatch_modes
 from .backends import selector
 from .bmm import conv_bmm
 from .contraction import Needs, Problem, SummingContraction, check_operands
+from .precision import as_convolutions_round
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
@@ -62,7 +63,7 @@ def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) 
     if len(x) == 0:  # as static layers do; a detector's head may get no regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
-    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x):
+    with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec), backend)
         return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
 
@@ -84,7 +85,7 @@ def _run_backward(
             for t, n in zip((x, alpha, cells), needs, strict=True)
         ]
         return found[0], found[1], found[2]
-    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x):
+    with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
         if isinstance(contraction, SummingContraction) and needs[2]:
@@ -269,6 +270,13 @@ def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -
         lies_channels_last(x),
         None if cells.dtype == x.dtype else cells.dtype,
     )
+
+
+@contextmanager
+def _settled(x: Tensor) -> Iterator[None]:
+    """On the input's device, without autograd, in types and precisions that are final."""
+    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x), as_convolutions_round(x):
+        yield
 
 
 def _outside_autocast(x: Tensor) -> AbstractContextManager[Any]:

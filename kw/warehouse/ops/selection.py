@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from .admission import Admission, bucket, current_gpu, is_capturing
+from .calibration import device_profile
 from .contraction import Contraction, Problem
-from .device import DeviceProfile, device_profile
+from .device import DeviceProfile
+from .precision import allows_tf32
 from .timing import TimingCache, time_contraction
 
 __all__ = ["MODES", "Prediction", "Selector"]
@@ -64,7 +66,8 @@ class Selector:
         self.admission = Admission(contractions[fallback])
         self._mode = "model"
         self._recorders: list[list[tuple[Problem, str]]] = []
-        self._chosen: dict[tuple[Problem, int], Contraction] = {}
+        self._profiles: dict[str, DeviceProfile] = {}
+        self._chosen: dict[tuple[Problem, int, bool], Contraction] = {}
 
     @property
     def mode(self) -> str:
@@ -77,6 +80,18 @@ class Selector:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"planner mode {mode!r} is unknown; {hint}known: {', '.join(MODES)}")
         self._mode = mode
+        self._chosen.clear()
+
+    def profile(self, device: str) -> DeviceProfile:
+        """The rates that choices for a type of device are computed from."""
+        return self._profiles.get(device) or device_profile(device)
+
+    def use_profile(self, device: str, profile: DeviceProfile | None) -> None:
+        """Compute choices from these rates from now on, such as those of another process; ``None``
+        goes back to this machine's."""
+        self._profiles.pop(device, None)
+        if profile is not None:
+            self._profiles[device] = profile
         self._chosen.clear()
 
     def check(self, problem: Problem, backend: str) -> Contraction:
@@ -113,9 +128,10 @@ class Selector:
                 self.check(problem, backend)  # says why
             self._record(problem, backend)
             return contraction
-        # Within a process the number of CPU threads and the current GPU can change.
+        # What can change within a process: CPU threads, the current GPU, rounding to TF32.
         cpu = problem.device == "cpu"
-        key = (problem, torch.get_num_threads() if cpu else current_gpu(problem.device))
+        where = torch.get_num_threads() if cpu else current_gpu(problem.device)
+        key = (problem, where, allows_tf32(problem.device))
         chosen = self._chosen.get(key)
         if chosen is None:
             name, is_final = self._plan(problem)
@@ -142,13 +158,20 @@ class Selector:
     def predict(self, problem: Problem, profile: DeviceProfile | None = None) -> list[Prediction]:
         """Every back end's predicted time for the problem's pass, fastest first, unsupported ones
         last; on this device unless a profile is given."""
-        profile = profile or device_profile(problem.device)
+        profile = profile or self.profile(problem.device)
         predictions = [self._predict(name, problem, profile) for name in self.contractions]
         return sorted(predictions, key=lambda p: (p.seconds is None, p.seconds or 0.0))
 
     def _predict(self, name: str, problem: Problem, profile: DeviceProfile) -> Prediction:
         contraction = self.contractions[name]
-        reason = contraction.refusal(problem) or self.admission.ban(contraction, problem)
+        dtype = str(problem.dtype).removeprefix("torch.")
+        reason = (
+            contraction.refusal(problem)
+            or self.admission.ban(contraction, problem)
+            or profile.bans.get(f"{name} {dtype}")
+        )
+        if reason is None and contraction.needs_measurement and name not in profile.factors:
+            reason = "is chosen only where `kw doctor` has measured it"
         if reason:
             return Prediction(name, None, reason)
 
@@ -159,7 +182,7 @@ class Selector:
         seconds = predicted(problem)
         if problem.training:  # backward pass = both passes - forward pass
             seconds = max(seconds - predicted(replace(problem, training=False)), 0.0)
-        return Prediction(name, seconds)
+        return Prediction(name, seconds * profile.factors.get(name, (1.0, 1.0))[problem.training])
 
     def _plan(self, problem: Problem) -> tuple[str, bool]:
         """The back end, and whether it stays the choice: one that could not be tried yet may be

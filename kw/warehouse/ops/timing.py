@@ -20,7 +20,7 @@ from .cache import cache_folder
 from .contraction import Contraction, Problem
 from .spec import ConvSpec
 
-__all__ = ["Operands", "TimingCache", "draw_operands", "time_contraction"]
+__all__ = ["Operands", "TimingCache", "draw_operands", "machine_name", "time_contraction"]
 
 _ROUNDS = 5
 
@@ -48,7 +48,7 @@ class TimingCache:
     def _from_file(
         self, problem: Problem, measure: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        path = cache_folder() / f"timings-{_machine(problem.device)}.json"
+        path = cache_folder() / f"timings-{machine_name(problem.device)}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
@@ -141,7 +141,8 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _machine(device: str) -> str:
+def machine_name(device: str) -> str:
+    """Device and version of torch as a part of a file's name."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:

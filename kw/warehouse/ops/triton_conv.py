@@ -17,6 +17,7 @@ from . import triton_launch as launch
 from .assembly import GPU_SCRATCH
 from .contraction import Contraction, Cost, Needs, Problem
 from .matmul import matmul
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
@@ -152,7 +153,7 @@ class TritonConv(Contraction):
             residues = math.prod(problem.spec.stride)
             cost += replace(part, launches=(1 + residues) * chunks)  # the input's gradient
             cost += self.cost_of_kernel_gradients(problem)
-        if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        if problem.dtype is torch.float32 and not allows_tf32("cuda"):
             # Without tensor cores Triton's products are far slower than the libraries'.
             products = (3 if problem.training else 1) * conv
             cost = replace(cost, dense_macs=cost.dense_macs - products, slow_macs=products)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_tiles import tiles_of_convolution, tiles_of_gradient
 
@@ -315,7 +316,7 @@ def arithmetic(x: Tensor) -> dict[str, Any]:
     assert isinstance(kernels, ModuleType)
     # The interpreter multiplies bfloat16 as if its bits were integers.
     dtype = torch.float32 if interpreted() else x.dtype
-    strict = interpreted() or torch.get_float32_matmul_precision() == "highest"
+    strict = interpreted() or not allows_tf32("cuda")
     return {
         "DOT": getattr(kernels.tl, str(dtype).removeprefix("torch.")),
         "PRECISION": "ieee" if strict else "tf32",

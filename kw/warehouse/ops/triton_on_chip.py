@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import triton_on_chip_launch as launch
 from .contraction import Contraction, Cost, Needs, Problem
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_conv import TritonConv, columns_of
 from .triton_launch import reaches_all
@@ -52,6 +53,8 @@ class TritonOnChip(Contraction):
     efficiency: ClassVar[dict[str, float]] = {"cuda": 0.4}
     """An estimate, not measured: three quarters of what shared memory lets through, which is 0.53
     of the rate of large products (:mod:`.triton_on_chip_kernel`)."""
+
+    needs_measurement: ClassVar[bool] = True  # no GPU has run it yet
 
     def __init__(self) -> None:
         self.through_memory = TritonConv()
@@ -131,7 +134,7 @@ class TritonOnChip(Contraction):
             )
         if problem.device == "cpu":  # interpreted: correct, but thousands of times slower
             return Cost(slow_macs=2000 * cost.dense_macs)
-        if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        if problem.dtype is torch.float32 and not allows_tf32("cuda"):
             # Without tensor cores, and with sums that the registers do not hold beside operands.
             return replace(cost, dense_macs=0, slow_macs=_SPILLING * cost.dense_macs)
         return cost
