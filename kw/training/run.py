@@ -33,7 +33,7 @@ from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
@@ -200,6 +200,7 @@ def build_hooks(config: RunConfig) -> list[Hook]:
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),
+        RatesHook(),
         *(HOOKS.find(name)(**args) for name, args in config.hooks.items()),
     ]
 

@@ -29,6 +29,7 @@ __all__ = [
     "DeviceLostError",
     "bucket",
     "current_gpu",
+    "deviations",
     "difference",
     "is_capturing",
     "tolerance",
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 1e-2
+OUTPUT = "output"
+GRADIENTS = ("gradient of the input", "gradient of the coefficients", "gradient of the cells")
 
 
 class DeviceLostError(RuntimeError):
@@ -140,8 +143,25 @@ def tolerance(dtype: torch.dtype, device: str) -> float:
     return _TOLERANCE[dtype]
 
 
-def _try(contraction: Contraction, library: Contraction, problem: Problem) -> str | None:
-    """Reason not to use the back end; ``None`` if it computes what the library computes."""
+def deviations(
+    contraction: Contraction, library: Contraction, problem: Problem, exact: torch.dtype
+) -> dict[str, float]:
+    """Run a back end on random operands and compare a few samples with the library's results.
+
+    Args:
+        contraction: back end to try.
+        library: back end to compare with.
+        problem: shapes, types, device and pass.
+        exact: type in which the library computes.
+
+    Returns:
+        For the output, or for every gradient, the largest difference relative to the largest value;
+        infinite for what was not written.
+
+    Raises:
+        DeviceLostError: the device cannot be used any more.
+        Exception: what a compiler, a driver or a library raises.
+    """
     operands = draw_operands(problem)
     samples = sorted({0, problem.batch // 2, problem.batch - 1})
     others = [i for i in range(problem.batch) if i not in samples]
@@ -150,9 +170,7 @@ def _try(contraction: Contraction, library: Contraction, problem: Problem) -> st
     with _poisoned_memory():
         try:
             found = operands.run(contraction)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:  # what a compiler, a driver or a library raises
+        except Exception as failure:
             error = failure
     try:
         _synchronise(problem.device)
@@ -164,15 +182,27 @@ def _try(contraction: Contraction, library: Contraction, problem: Problem) -> st
             f"{library.name!r}); please report it with what `kw doctor --json FILE` writes"
         ) from (error or lost)
     if error is not None:
+        raise error
+    few = operands.of_samples(samples).to(exact)
+    names = GRADIENTS if problem.training else (OUTPUT,)
+    return {
+        name: difference(ours if name == GRADIENTS[-1] else ours[samples], theirs)
+        for name, ours, theirs in zip(names, found, few.run(library), strict=True)
+    }
+
+
+def _try(contraction: Contraction, library: Contraction, problem: Problem) -> str | None:
+    """Reason not to use the back end; ``None`` if it computes what the library computes."""
+    exact = torch.promote_types(problem.dtype, torch.float32)
+    try:
+        found = deviations(contraction, library, problem, exact)
+    except (torch.OutOfMemoryError, DeviceLostError):
+        raise
+    except Exception as error:
         return one_line(error)
-    few = operands.of_samples(samples).to(torch.promote_types(problem.dtype, torch.float32))
-    names = ("input's", "coefficients'", "cells'") if problem.training else ("output",)
-    for name, ours, theirs in zip(names, found, few.run(library), strict=True):
-        ours = ours[samples] if name != "cells'" else ours
-        away = difference(ours, theirs)
+    for name, away in found.items():
         if away > tolerance(problem.dtype, problem.device):
-            what = f"the {name} gradient" if problem.training else f"its {name}"
-            return f"{what} is off by {away:.0e} of the largest value"
+            return f"{name} is off by {away:.0e} of the largest value"
     return None
 
 
