@@ -72,11 +72,9 @@ def _examine(device: str, seconds: float, write: bool) -> dict[str, Any]:
     rows = [_row(name, findings, profile) for name in CONTRACTIONS]
     header = ("back end", "works in", "largest error", "time / predicted", "remarks")
     print(render_table(header, rows))
-    tried = len({finding.shape for finding in findings})
-    if tried < len(doctor.SHAPES):
-        print(
-            f"  {tried} of {len(doctor.SHAPES)} shapes in {seconds:g} s; --seconds gives more time"
-        )
+    tried, shapes = len({finding.shape for finding in findings}), len(doctor.SHAPES)
+    if tried < shapes:
+        print(f"  {tried} of {shapes} shapes in {seconds:g} s; --seconds gives more time")
     for name, reason in profile.bans.items():
         print(f"  WRONG: {name}: {reason}")
     if lost:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...torch_private import dispatch_modes
+from ...torch_private import dispatch_modes, in_function_transform
 from .backends import selector
 from .bmm import conv_bmm
 from .contraction import Needs, Problem, SummingContraction, check_operands
@@ -26,10 +26,17 @@ from .precision import as_convolutions_round
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
-__all__ = ["contract", "lies_channels_last"]
+__all__ = ["contract", "lies_channels_last", "may_share"]
 
 
-def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+def contract(
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: ConvSpec,
+    backend: str,
+    rounded: Tensor | None = None,
+) -> Tensor:
     """The contraction by a back end of :data:`CONTRACTIONS` or by the selector's choice.
 
     Args:
@@ -38,6 +45,8 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
         cells: ``[n, cell]``, of x's dtype or float32.
         spec: the layer.
         backend: a name, or ``"auto"``.
+        rounded: the cells in x's dtype, where they are in another and :func:`may_share` says so.
+            They are computed with; gradients are those of ``cells``, in their dtype.
 
     Returns:
         ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
@@ -45,8 +54,22 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
     if torch.compiler.is_compiling() or not _is_plain(x) or _is_counted():
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
-        return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells))
-    return _run(x, alpha, cells, spec, backend)
+        return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells), rounded)
+    return _run(x, alpha, cells if rounded is None else rounded, spec, backend)
+
+
+def may_share(x: Tensor, cells: Tensor) -> bool:
+    """Whether :func:`contract` takes cells that were rounded outside of autograd.
+
+    Compilers and function transforms see the rounding instead: a compiler does it once itself.
+    """
+    return (
+        type(cells) is torch.nn.Parameter
+        and _is_plain(x)
+        and not torch.compiler.is_compiling()
+        and not in_function_transform()
+        and not _is_counted()
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -88,10 +111,14 @@ def _run_backward(
     with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
-        if isinstance(contraction, SummingContraction) and needs[2]:
-            dx, dalpha, dcells = contraction.backward_summing(*arguments, sum_of(anchor))
+        total = sum_of(anchor) if needs[2] else None
+        if isinstance(contraction, SummingContraction):
+            dx, dalpha, dcells = contraction.backward_summing(*arguments, total)
         else:
             dx, dalpha, dcells = contraction.backward(*arguments)
+            if total is not None and dcells is not None:
+                total.add(dcells)
+                dcells = None
     return (
         None if dx is None else _laid_out(dx, lies_channels_last(x)),
         None if dalpha is None else dalpha.contiguous(),
@@ -218,23 +245,32 @@ class _DynamicConv(torch.autograd.Function):
         spec: ConvSpec,
         backend: str,
         anchor: Tensor | None,
+        rounded: Tensor | None,
     ) -> Tensor:
-        return _run(x, alpha, cells, spec, backend)
+        return _run(x, alpha, cells if rounded is None else rounded, spec, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs[:-1], output)
-        ctx.anchor = inputs[-1]
+        x, alpha, cells, ctx.spec, ctx.backend, ctx.anchor, rounded = inputs
+        ctx.save_for_backward(x, alpha, cells if rounded is None else rounded)
+        # Not saved: as static layers under autocast, it allows cells to change before the backward
+        # pass. Only gradients of gradients read it.
+        ctx.cells = None if rounded is None else cells
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, cells = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            if ctx.cells is not None:
+                cells = ctx.cells.to(cells.dtype)
             found = _differentiable(grad, x, alpha, cells, ctx.spec, needs)
         else:
             found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
-        return *found, None, None, None
+        dx, dalpha, dcells = found
+        if dcells is not None and ctx.cells is not None:
+            dcells = dcells.to(ctx.cells.dtype)
+        return dx, dalpha, dcells, None, None, None, None
 
 
 def _differentiable(

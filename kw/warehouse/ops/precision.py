@@ -93,8 +93,8 @@ def matmul_precision() -> str:
         return str(torch.backends.cuda.matmul.fp32_precision)
 
 
-def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and cells in the types of the contraction.
+def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The input in the type of the contraction, and the type that the cells take.
 
     Raises:
         ValueError: they differ, and autocast is off.
@@ -103,12 +103,11 @@ def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if is_autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
         # A model in 16 bit has no float32 cells.
-        return x, cells if _assembly == "float32" else cells.to(dtype)
+        return x.to(dtype), cells.dtype if _assembly == "float32" else dtype
     if x.dtype != cells.dtype:
         raise ValueError(
             f"the input is {x.dtype} and the layer's cells are {cells.dtype}; convert one of "
             "them, or use torch.autocast"
         )
-    return x, cells
+    return x, cells.dtype
