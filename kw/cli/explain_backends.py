@@ -12,6 +12,7 @@ from ..config import load_config
 from ..evaluation import render_table
 from ..models import build_network, check_network
 from ..training import set_contraction
+from ..training.run import uses_channels_last
 from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
 from ..warehouse.ops.gpus import GPUS
@@ -79,7 +80,7 @@ def main() -> None:
     batch = args.batch_size or config.batch_size
     size = (1 if args.gpu else batch, 3, config.data.input_size, config.data.input_size)
     images = torch.zeros(size, device=args.device)
-    if config.channels_last:
+    if uses_channels_last(config, torch.device("cuda" if args.gpu else args.device)):
         images = images.to(memory_format=torch.channels_last)
     dtype = DTYPES[args.precision or config.precision]
     kind = torch.device(args.device).type

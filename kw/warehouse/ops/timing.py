@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import cache_folder
+from .cache import cache_folder, locked
 from .contraction import Contraction, Problem
 from .spec import ConvSpec
 
@@ -51,7 +50,7 @@ class TimingCache:
         path = cache_folder() / f"timings-{machine_name(problem.device)}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 times = _read(path)
                 key = _key(problem)
                 if key not in times:
@@ -167,15 +166,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # none yet, or cut off by a crash: measured anew
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: without a lock processes may measure the same thing
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

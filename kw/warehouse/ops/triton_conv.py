@@ -27,6 +27,9 @@ __all__ = ["TritonConv", "columns_of"]
 LEAST_ROWS = 16
 """Fewest rows of a chunk (the narrowest tile of channels); below it, samples are divided."""
 
+_OFFSETS = 1 << 31
+"""Offsets within a sample and its kernel have 32 bits in the kernels; those of samples have 64."""
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,6 +64,8 @@ class TritonConv(Contraction):
             return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
         if len(problem.size) > launch.AXES:
             return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+        if max(problem.input_numel, problem.output_numel, problem.kernel_numel) >= _OFFSETS:
+            return "does samples and kernels of fewer than 2^31 values"
         if problem.device == "cuda" and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             if major < 8:
