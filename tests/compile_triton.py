@@ -131,7 +131,9 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for module, name in (
         (triton_kernels, "convolve"),
+        (triton_kernels, "convolve_flat"),
         (triton_kernels, "kernel_gradient"),
+        (triton_kernels, "kernel_gradient_flat"),
         (triton_on_chip_kernel, "convolve_on_chip"),
     ):
         setattr(module, name, Compiled(getattr(module, name), found))

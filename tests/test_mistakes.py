@@ -184,7 +184,7 @@ def test_mistakes_about_detectors(
 
 def test_all_tools_are_asked() -> None:
     asked = {line.split()[0] for line, _ in [*MISTAKES, *DETECTION]}
-    assert asked == {*TOOLS, *SCRIPTS, *ALONE} - {"kw_doctor"}  # which takes nothing
+    assert asked == {*TOOLS, *SCRIPTS, *ALONE} - {"kw_doctor"}  # which takes no file
 
 
 @pytest.mark.parametrize("name", TOOLS)

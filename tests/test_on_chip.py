@@ -22,7 +22,7 @@ from kw.warehouse import KernelShape, KWConv2d, partition_kernels, set_backend
 from kw.warehouse.ops import ConvSpec
 from kw.warehouse.ops.backends import selector
 from kw.warehouse.ops.contraction import Problem
-from kw.warehouse.ops.device import GPUS
+from kw.warehouse.ops.gpus import GPUS
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_on_chip import TritonOnChip
 from kw.warehouse.ops.triton_tiles import tiles_on_chip
@@ -172,7 +172,8 @@ def test_is_captured_by_a_graph():
 # --- what needs no kernel -----------------------------------------------------------------------
 
 
-H200 = GPUS["h200"]
+H200 = GPUS["h200"].profile()
+MEASURED = replace(H200, factors={"on_chip": (1.0, 1.0)})
 
 
 def problem(channels=512, size=7, kernel=3, cells=27, batch=128, dtype=torch.bfloat16, **rest):
@@ -217,7 +218,7 @@ def test_tiles_hold_all_cells_in_little_memory(cells, parts):
     assert tiles.shared(2) <= tiles_on_chip(49, cells, 4).shared(4) <= 227 << 10
 
 
-def test_cost_counts_padding():
+def test_cost_counts_padding(monkeypatch):
     """Nine taps take the place of ten, 49 positions of 64, 27 cells of 32."""
     cost = TritonOnChip().cost
     values = 128 * 512 * 512 * 10
@@ -227,23 +228,32 @@ def test_cost_counts_padding():
     both = cost(problem(training=True))
     assert both.dense_macs == 2 * values * (32 + 64)
     assert both.waiting_bytes > 3 * 2 * 128 * 512 * 512 * 9  # kernels' gradients, in and out
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     strict = cost(problem(dtype=torch.float32))
     assert strict.slow_macs > cost(problem()).dense_macs  # no tensor cores
 
 
 @can_compile
-def test_is_chosen_for_few_positions_and_cells():
+def test_is_chosen_for_few_positions_and_cells(monkeypatch):
     """Where a GPU's memory would be waited for, and not where mixing takes longer."""
 
     def quicker(p):
-        found = {prediction.name: prediction.seconds for prediction in selector.predict(p, H200)}
+        found = {each.name: each.seconds for each in selector.predict(p, MEASURED)}
         return found["on_chip"] < found["triton"]
 
     assert quicker(problem())
     assert quicker(problem(training=True))
     assert not quicker(problem(cells=108))
     assert not quicker(problem(channels=256, size=14))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert not quicker(problem(dtype=torch.float32))
+
+
+@can_compile
+def test_is_not_chosen_where_nobody_has_measured_it():
+    found = {each.name: each for each in selector.predict(problem(), H200)}
+    assert found["on_chip"].seconds is None
+    assert "kw doctor" in found["on_chip"].refusal
 
 
 @can_start_interpreter

@@ -22,7 +22,7 @@ from triton_checks import (
     runs_kernels,
 )
 
-from kw.warehouse.ops import triton_conv, triton_launch
+from kw.warehouse.ops import triton_conv, triton_launch, triton_on_chip
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
@@ -179,6 +179,14 @@ def test_refuses_what_it_cannot_do():
     assert refusal(problem(CASES["2d grouped"])) == "does ungrouped convolutions only, not 2 groups"
 
 
+@pytest.mark.parametrize("size", [(1 << 16, 1 << 14), (1 << 24, 1 << 7)])
+def test_refuses_offsets_that_32_bits_do_not_hold(size):
+    small = problem(CASES["2d"])
+    assert small.input_numel * 1000 < 1 << 31
+    assert "2^31" in TritonConv().refusal(replace(small, size=size))
+    assert "2^31" in triton_on_chip.TritonOnChip().refusal(replace(small, size=size))
+
+
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_accepts_the_rest():
     assert TritonConv().refusal(problem(dtype=torch.bfloat16)) is None
@@ -211,7 +219,7 @@ def test_chunks_cover_everything_within_the_scratch(scratch):
     assert (len(chunks) == 1) == (scratch >= 6 * 40 * row)
 
 
-def test_cost_counts_what_is_assembled():
+def test_cost_counts_what_is_assembled(monkeypatch):
     """Training assembles twice and contracts the kernels' gradient twice."""
     layer = Case((3, 3), (7, 7), (512, 512), padding=1)
     bf16 = torch.bfloat16
@@ -226,6 +234,7 @@ def test_cost_counts_what_is_assembled():
     assert both.launches > forward.launches
     wide = TritonConv().cost(problem(layer, dtype=bf16, cells_dtype=torch.float32))
     assert wide.bytes > forward.bytes
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert TritonConv().cost(problem(layer)).slow_macs == 64 * kernels  # float32, no tensor cores
 
 

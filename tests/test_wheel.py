@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kw.config.names import config_file, config_names
-from kw.warehouse.ops import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "demo_kw_resnet18_1x"
@@ -173,21 +171,3 @@ def test_a_name_is_taken_wherever_a_configuration_is(
     with pytest.raises(SystemExit):
         tool("kw inspect backends", "demo_resnet19")
     assert "did you mean demo_resnet18" in capsys.readouterr().err
-
-
-def test_the_doctor_tries_every_back_end(
-    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = tmp_path / "report.json"
-    tool("kw doctor", "--json", report)
-    found = json.loads(report.read_text())["devices"]["cpu"]
-    assert found["versions"]["torch"] == torch.__version__
-    outcomes = found["back_ends"]
-    assert set(outcomes) == set(BACKENDS)
-    for name in ("reference", "grouped", "assembled", "bmm", "mix_inputs"):
-        assert outcomes[name].startswith("works: ")
-    assert outcomes["depthwise"].startswith("not here: ")
-    assert not {
-        name for name, outcome in outcomes.items() if outcome.startswith(("WRONG", "FAILS"))
-    }
-    assert "assembled  works: " in capsys.readouterr().out

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..warehouse.ops.precision import matmul_precision
 from .conditions import device_slug
 
 __all__ = ["describe_code", "describe_machine", "describe_versions"]
@@ -65,7 +66,7 @@ def describe_versions(device: str) -> dict[str, str | None]:
     if device == "cuda":
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
-    found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    found["float32_matmul_precision"] = matmul_precision()
     return found
 
 

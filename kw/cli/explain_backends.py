@@ -12,9 +12,10 @@ from ..config import load_config
 from ..evaluation import render_table
 from ..models import build_network, check_network
 from ..training import set_contraction
+from ..training.run import uses_channels_last
 from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
-from ..warehouse.ops.device import GPUS
+from ..warehouse.ops.gpus import GPUS
 from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, device, number
 
@@ -79,7 +80,7 @@ def main() -> None:
     batch = args.batch_size or config.batch_size
     size = (1 if args.gpu else batch, 3, config.data.input_size, config.data.input_size)
     images = torch.zeros(size, device=args.device)
-    if config.channels_last:
+    if uses_channels_last(config, torch.device("cuda" if args.gpu else args.device)):
         images = images.to(memory_format=torch.channels_last)
     dtype = DTYPES[args.precision or config.precision]
     kind = torch.device(args.device).type
@@ -87,6 +88,6 @@ def main() -> None:
         choices = explain(network, images)
     if args.gpu:
         dtype = dtype or torch.float32
-        choices = [explain_on(choice, batch, dtype, GPUS[args.gpu]) for choice in choices]
+        choices = [explain_on(choice, batch, dtype, GPUS[args.gpu].profile()) for choice in choices]
     header = ("layer", "shape", "forward", "ms", "backward", "ms", "forward otherwise")
     print(render_table(header, [row(choice) for choice in choices]))

@@ -322,6 +322,17 @@ class PicturesConfig:
 
 
 @dataclass
+class CompileConfig:
+    """How torch.compile compiles the network."""
+
+    mode: str = setting(
+        "default",
+        "of torch.compile; reduce-overhead launches what it compiled as CUDA graphs",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+
+
+@dataclass
 class _Classification:
     # A base class of its own so that model and data come first.
     model: ModelConfig = field(metadata={"doc": "the network"})
@@ -339,8 +350,12 @@ class Config(RunConfig, _Classification):
     label_smoothing: float = setting(
         0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
     )
-    channels_last: bool = setting(False, "NHWC memory layout of images and 4-D weights")
-    compile: bool = setting(False, "compile the network with torch.compile")
+    channels_last: bool | None = setting(
+        None, "NHWC memory layout of images and 4-D weights; null = on GPUs"
+    )
+    compile: bool | CompileConfig = setting(
+        False, "compile the network with torch.compile; {mode: ...} is its mode"
+    )
     custom_imports: list[str] = setting(
         [],
         "modules of your own that register what is named here; imported only where the command "

@@ -113,7 +113,7 @@ def _load(config: Config, checkpoint: str | Path) -> _Trained:
     title += "" if epoch is None else f", epoch {epoch}"
     if has_temperature(found.network):
         title += f", temperature {get_temperature(found.network):.2f}"
-    preprocess = build_preprocessor(config).to(device)
+    preprocess = build_preprocessor(config, device).to(device)
     return _Trained(config, found.network, preprocess, found.classes, title)
 
 

@@ -33,7 +33,7 @@ from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook
+from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
@@ -146,7 +146,7 @@ def build_trainer(
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
     loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
-    model = ImageClassifier(network, build_preprocessor(config), loss)
+    model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
@@ -175,21 +175,28 @@ def build_trainer(
 def _prepare(network: nn.Module, config: Config, process: Process) -> None:
     check_network(network, config.model, config.data.input_size)
     set_contraction(config.contraction, network)
-    if config.channels_last:
+    if uses_channels_last(config, process.device):
         network.to(memory_format=torch.channels_last)
     network.to(process.device)
     if config.compile:
-        network.compile()
+        mode = None if config.compile is True else config.compile.mode
+        network.compile(mode=mode)
 
 
-def build_preprocessor(config: Config) -> BatchPreprocessor:
-    """What a classifier's run does to its batches, in training and evaluation."""
+def uses_channels_last(config: Config, device: torch.device) -> bool:
+    """Whether images and 4-D weights lie channels last; by default they do on GPUs, where the
+    kernels of dynamic layers and those of 16 bit read them that way."""
+    return device.type == "cuda" if config.channels_last is None else config.channels_last
+
+
+def build_preprocessor(config: Config, device: torch.device) -> BatchPreprocessor:
+    """What a classifier's run does to its batches, in training and evaluation, on a device."""
     return BatchPreprocessor(
         config.data,
         config.model.num_classes,
         config.label_smoothing,
         config.seed,
-        config.channels_last,
+        uses_channels_last(config, device),
     )
 
 
@@ -200,6 +207,7 @@ def build_hooks(config: RunConfig) -> list[Hook]:
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),
+        RatesHook(),
         *(HOOKS.find(name)(**args) for name, args in config.hooks.items()),
     ]
 
@@ -280,7 +288,7 @@ def evaluate_checkpoint(
         loader = open_validation(config, *where, listing)
         network = build_network(config.model)
         _prepare(network, config, process)
-        preprocess = build_preprocessor(config).to(process.device)
+        preprocess = build_preprocessor(config, process.device).to(process.device)
         return evaluate_weights(
             network,
             state,

@@ -69,7 +69,7 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
     finally:
         stop_workers(loader)
     with torch.no_grad():
-        images, targets = build_preprocessor(config).to(device)(batch, True)
+        images, targets = build_preprocessor(config, device).to(device)(batch, True)
     return images, targets, list(listing.classes)
 
 
@@ -78,7 +78,7 @@ def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None
     check_matplotlib()
     images, targets, classes = training_batch(config, epoch, update)
     labels = [label_mixture(t, classes, config.label_smoothing) for t in targets.cpu()]
-    preprocess = build_preprocessor(config).to(images.device)
+    preprocess = build_preprocessor(config, images.device).to(images.device)
     pictures = to_pixels(images, preprocess.mean, preprocess.std)
     title = f"training batch: {network_name(config)}, epoch {epoch}, update {update}"
     if config.label_smoothing:

@@ -86,7 +86,7 @@ def explain_on(
         choice: from :func:`explain`; a yardstick is returned unchanged.
         batch: samples.
         dtype: type of inputs and cells on the GPU.
-        profile: of the GPU, e.g. one of :data:`kw.warehouse.ops.device.GPUS`.
+        profile: of the GPU, e.g. that of one of :data:`kw.warehouse.ops.gpus.GPUS`.
     """
     if choice.problem is None:
         return choice

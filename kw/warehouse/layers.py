@@ -139,6 +139,10 @@ class KWLayer(nn.Module):
             check_backend(backend, self.spec, self.warehouse.cells)
         self.backend = backend
 
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The cells in a type of 16 bit, one copy for all layers of the warehouse in a pass."""
+        return self.warehouse.rounded(dtype, id(self))
+
     @property
     def spec(self) -> ConvSpec:
         """Partition, stride, padding, dilation and groups, for the back ends."""
@@ -252,7 +256,8 @@ class KWConvNd(KWLayer):
 
     def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
         """The convolution with coefficients ``[B, m, n]``, without the bias."""
-        return dynamic_conv(self.pad(x), alpha, self.warehouse.cells, self._spec, self.backend)
+        cells = self.warehouse.cells
+        return dynamic_conv(self.pad(x), alpha, cells, self._spec, self.backend, self.rounded)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The attention's input: the input averaged over positions, ``[B, I]``.
@@ -335,7 +340,8 @@ class KWLinear(KWLayer):
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
         alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
-        y = dynamic_conv(tokens.transpose(1, 2), alpha, cells, self.spec, self.backend)
+        tokens = tokens.transpose(1, 2)
+        y = dynamic_conv(tokens, alpha, cells, self.spec, self.backend, self.rounded)
         y = y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

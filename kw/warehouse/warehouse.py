@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import KernelAttention
 from .conversion import Conversion
+from .ops.rounded import RoundedCells
 from .partition import KernelShape, partition_kernels
 
 __all__ = [
@@ -160,6 +161,10 @@ class Warehouse(nn.Module):
         """The parameter ``weight``, ``[n, c_out * c_in * cell_kernel]``."""
         return self.weight
 
+    def rounded(self, dtype: torch.dtype, user: int) -> Tensor:
+        """The cells in a type of 16 bit, as :meth:`.ops.rounded.RoundedCells.get` shares them."""
+        return _rounded.setdefault(self, RoundedCells()).get(self.cells, dtype, user)
+
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) on each layer's own cells, viewed as one kernel
         ``[cells * c_out, c_in, cell_kernel]``; temperature 0."""
@@ -262,8 +267,9 @@ class Warehouse(nn.Module):
         return f"cells={self.partition.cells}, cell_shape={shape}, layers={len(self.shapes)}"
 
 
-# Records about a state dict while it is made or loaded. They are not attributes of the modules,
-# which are copied and pickled.
+# Rounded cells, and records about a state dict while it is made or loaded. They are not attributes
+# of the modules, which are copied and pickled.
+_rounded: WeakKeyDictionary[Warehouse, RoundedCells] = WeakKeyDictionary()
 _saved_to: WeakKeyDictionary[Warehouse, tuple[weakref.ref[Any], str]] = WeakKeyDictionary()
 _loaded_from: WeakKeyDictionary[Warehouse, tuple[list[str], list[str]]] = WeakKeyDictionary()
 

@@ -5,5 +5,6 @@ from .base import Hook
 from .finite import FiniteHook
 from .log import LogHook
 from .progress import ProgressHook
+from .rates import RatesHook
 
-__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "ProgressHook"]
+__all__ = ["BadImageHook", "FiniteHook", "Hook", "LogHook", "ProgressHook", "RatesHook"]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
 from .exported import conv_exported, fixed_groups
-from .function import contract
+from .function import contract, may_share
 from .precision import assembly_precision, compute_types, set_assembly_precision
 from .spec import ConvSpec
 
@@ -38,7 +39,12 @@ __all__ = [
 
 
 def dynamic_conv(
-    x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str = "auto"
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: ConvSpec,
+    backend: str = "auto",
+    rounded: Callable[[torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     """Convolve every sample with the kernel that its coefficients assemble from the cells.
 
@@ -51,6 +57,8 @@ def dynamic_conv(
         cells: ``[n, c_out * c_in * cell_kernel]``.
         spec: partition, stride, padding, dilation, groups.
         backend: one of :data:`BACKENDS`, or ``"auto"``: the selector's choice for these shapes.
+        rounded: gives the cells in a type of 16 bit (:class:`~.rounded.RoundedCells`); without it
+            they are rounded for this call.
 
     Returns:
         ``[B, O, *output space]``, without the bias.
@@ -66,11 +74,13 @@ def dynamic_conv(
         backend = "auto"
     if backend != "auto" and backend not in CONTRACTIONS:
         check_backend(backend, spec)
-    x, cells = compute_types(x, cells)
+    x, dtype = compute_types(x, cells)
     if _is_exporting():
         # An exported graph may contain standard operators only.
-        return conv_exported(x, alpha, cells, spec)
-    return contract(x, alpha, cells, spec, backend)
+        return conv_exported(x, alpha, cells.to(dtype), spec)
+    if cells.dtype == dtype or rounded is None or not may_share(x, cells):
+        return contract(x, alpha, cells.to(dtype), spec, backend)
+    return contract(x, alpha, cells, spec, backend, rounded(dtype))
 
 
 def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> None:
@@ -97,7 +107,7 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
     dtype = torch.float32 if cells is None else cells.dtype
     device = "cpu" if cells is None else cells.device.type
     number = part.mixtures if cells is None else len(cells)
-    selector.choose(Problem(spec, number, 2, size, dtype, device), name)
+    selector.check(Problem(spec, number, 2, size, dtype, device), name)
 
 
 def _is_exporting() -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "locked"]
 
 
 def cache_folder() -> Path:
@@ -23,3 +25,19 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "kernelwarehouse"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"kernelwarehouse-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder or of a file, which is made; other processes wait for it."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: processes may do the same work twice
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

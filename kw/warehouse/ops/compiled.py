@@ -26,7 +26,7 @@ import threading
 from itertools import islice
 from pathlib import Path
 
-from .cache import cache_folder
+from .cache import cache_folder, locked
 
 __all__ = ["CompileError", "compiler", "library"]
 
@@ -104,7 +104,9 @@ def _load() -> ctypes.CDLL:
     ):
         path = Path(tempfile.mkdtemp(prefix="kernelwarehouse-")) / name  # for this process only
     if not path.exists():
-        _compile(arguments, path)
+        with locked(path.parent):  # one process of a machine compiles
+            if not path.exists():
+                _compile(arguments, path)
     return ctypes.CDLL(str(path))
 
 

@@ -193,9 +193,17 @@ class Contraction:
     """Share of a device's rate of multiply-adds that the back end's products reach, by device type;
     1 where there is no entry."""
 
+    needs_measurement: ClassVar[bool] = False
+    """Whether the selector chooses it only where ``kw doctor`` has measured it."""
+
     def refusal(self, problem: Problem) -> str | None:
         """Reason why this back end does not support the problem; ``None`` if it does."""
         raise NotImplementedError
+
+    def needs_trial(self, problem: Problem) -> bool:
+        """Whether the back end is compared with a library's before its first use
+        (:mod:`.admission`); for kernels that are compiled on the user's machine."""
+        return False
 
     def forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         """``x [B, I, *space]``, ``alpha [B, m, n]``, ``cells [n, cell]`` -> ``[B, O, *space']``.

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 
 from .contraction import Cost
+from .precision import allows_tf32
 
-__all__ = ["GPUS", "DeviceProfile", "device_profile"]
+__all__ = ["DeviceProfile", "estimated_profile"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Rates of one device.
+    """Rates of one device, estimated or measured.
 
     Attributes:
         dense: multiply-adds a second in matrix products, by dtype.
+        tf32: the same in float32 where products may be rounded (:func:`.precision.allows_tf32`).
         slow: multiply-adds a second outside of them.
         bandwidth: bytes a second.
         launch: seconds a call.
+        factors: measured over predicted time, forward and backward, of back ends that were
+            measured.
+        bans: reason not to use a back end with a dtype, by ``"name dtype"``.
+        origin: where the rates come from, for a person.
     """
 
-    dense: dict[torch.dtype, float]
+    dense: Mapping[torch.dtype, float]
     slow: float
     bandwidth: float
     launch: float
+    tf32: float = 0.0
+    factors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bans: Mapping[str, str] = field(default_factory=dict)
+    origin: str = "estimated"
 
     def seconds(self, cost: Cost, dtype: torch.dtype, efficiency: float = 1.0) -> float:
         """Predicted time: arithmetic or memory, whichever takes longer, memory that is waited for,
@@ -37,61 +51,91 @@ class DeviceProfile:
             dtype: in which it computes.
             efficiency: share of the dense rate that it reaches.
         """
-        dense = self.dense.get(dtype, self.dense[torch.float32]) * efficiency
-        arithmetic = cost.dense_macs / dense + cost.slow_macs / self.slow
+        dense = self.dense.get(dtype, self.dense[torch.float32])
+        if dtype == torch.float32 and self.tf32 and allows_tf32("cuda"):
+            dense = self.tf32
+        arithmetic = cost.dense_macs / (dense * efficiency) + cost.slow_macs / self.slow
         overlapped = max(arithmetic, cost.bytes / self.bandwidth)
         return overlapped + cost.waiting_bytes / self.bandwidth + cost.launches * self.launch
 
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and texts that :meth:`from_json` reads."""
+        return {
+            "multiply_adds_a_second": {_name(t): rate for t, rate in self.dense.items()},
+            "tf32": self.tf32,
+            "outside_of_products": self.slow,
+            "bytes_a_second": self.bandwidth,
+            "seconds_a_call": self.launch,
+            "measured_over_predicted": {name: list(two) for name, two in self.factors.items()},
+            "bans": dict(self.bans),
+            "origin": self.origin,
+        }
 
-def device_profile(device: str) -> DeviceProfile:
-    """The profile of a device type: of the current CUDA device, of the CPU's threads in use."""
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> DeviceProfile:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: something is missing or of another type.
+        """
+        try:
+            rates = found["multiply_adds_a_second"]
+            return cls(
+                {t: float(rates[_name(t)]) for t in _DTYPES if _name(t) in rates},
+                float(found["outside_of_products"]),
+                float(found["bytes_a_second"]),
+                float(found["seconds_a_call"]),
+                float(found["tf32"]),
+                {n: (float(a), float(b)) for n, (a, b) in found["measured_over_predicted"].items()},
+                {str(name): str(reason) for name, reason in found["bans"].items()},
+                str(found["origin"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the rates of a device: {error!r}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def estimated_profile(device: str) -> DeviceProfile:
+    """By rule: of the current CUDA device, or of the CPU's threads in use."""
     if device == "cuda" and torch.cuda.is_available():
-        high = torch.get_float32_matmul_precision() != "highest"
-        return _cuda_profile(torch.cuda.current_device(), high)
+        return _cuda_profile(torch.cuda.current_device())
     return _cpu_profile(torch.get_num_threads())
+
+
+@cache
+def _cuda_profile(index: int) -> DeviceProfile:
+    from .gpus import gpu_of
+
+    return gpu_of(torch.cuda.get_device_properties(index)).profile()
 
 
 @cache
 def _cpu_profile(threads: int) -> DeviceProfile:
     # Seen with oneDNN on AVX-512 cores: 75 to 90 G multiply-adds a second and core in float32,
     # 25 to 50 GB/s from memory for two of them, about 8 us for a call through the dispatcher.
-    float32 = 75e9 * threads
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    float32 = (75e9 if wide else 40e9) * threads
     dense = {torch.float32: float32, torch.float64: float32 / 2}
-    dense |= {torch.bfloat16: float32 / 2, torch.float16: float32 / 4}
+    dense |= {dtype: float32 * _half_share(dtype, wide) for dtype in _HALVES}
     return DeviceProfile(dense, slow=4e9 * threads, bandwidth=30e9, launch=8e-6)
 
 
-# Multiply-adds a clock and multiprocessor in 16 bit on the tensor cores (vendor's data sheets).
-_TENSOR_MACS = {(7, 0): 512, (7, 5): 512, (8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048}
+_HALVES = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
+"""Instructions for products of a type: of tiles, of vectors."""
 
 
-@cache
-def _cuda_profile(index: int, reduced_float32: bool) -> DeviceProfile:
-    properties = torch.cuda.get_device_properties(index)
-    clock = getattr(properties, "clock_rate", 1_500_000) * 1e3  # kHz
-    # A compute capability that is not known yet is taken for the newest that is.
-    tensor = _TENSOR_MACS.get((properties.major, properties.minor), max(_TENSOR_MACS.values()))
-    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
-    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
-    bandwidth = 2 * memory_clock * bus_bytes or 2e12
-    per_clock = properties.multi_processor_count * clock
-    return _gpu_profile(per_clock, tensor, bandwidth, reduced_float32)
-
-
-def _gpu_profile(
-    per_clock: float, tensor: int, bandwidth: float, reduced_float32: bool
-) -> DeviceProfile:
-    """From multiprocessors times clock, their multiply-adds on tensor cores, and memory's peak."""
-    half = 0.6 * per_clock * tensor  # what large matrix products reach of the peak
-    single = half / 2 if reduced_float32 else 0.7 * per_clock * 128
-    dense = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
-    dense[torch.float64] = per_clock * 32
-    return DeviceProfile(dense, slow=0.3 * per_clock * 128, bandwidth=0.8 * bandwidth, launch=4e-6)
-
-
-GPUS = {
-    "a100": _gpu_profile(108 * 1.41e9, 1024, 2.04e12, False),
-    "h100": _gpu_profile(132 * 1.98e9, 2048, 3.35e12, False),
-    "h200": _gpu_profile(132 * 1.98e9, 2048, 4.8e12, False),
-}
-"""Profiles of GPUs that are not there, from data sheets, to say what would be chosen on them."""
+def _half_share(dtype: torch.dtype, wide: bool) -> float:
+    """Rate of a CPU's products of a type against float32's, by its instructions."""
+    found: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch >= 2.10
+    capabilities = found()
+    tiles, vectors = _HALVES[dtype]
+    if capabilities.get(tiles):
+        return 4  # of 16 by the instruction's width: oneDNN packs the operands first
+    if capabilities.get(vectors):
+        return 2
+    # Without them oneDNN converts to float32 and back on AVX-512 alone; others compute one value
+    # at a time: 0.4 to 0.8 G multiply-adds a second against 38 to 49 in float32 (two AVX2 cores).
+    return (0.5 if dtype == torch.bfloat16 else 0.25) if wide else 1 / 60

@@ -10,25 +10,33 @@ it needs no intermediate results of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...torch_private import dispatch_modes
+from ...torch_private import dispatch_modes, in_function_transform
 from .backends import selector
 from .bmm import conv_bmm
 from .contraction import Needs, Problem, SummingContraction, check_operands
+from .precision import as_convolutions_round
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
-__all__ = ["contract", "lies_channels_last"]
+__all__ = ["contract", "lies_channels_last", "may_share"]
 
 
-def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
+def contract(
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    spec: ConvSpec,
+    backend: str,
+    rounded: Tensor | None = None,
+) -> Tensor:
     """The contraction by a back end of :data:`CONTRACTIONS` or by the selector's choice.
 
     Args:
@@ -37,6 +45,8 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
         cells: ``[n, cell]``, of x's dtype or float32.
         spec: the layer.
         backend: a name, or ``"auto"``.
+        rounded: the cells in x's dtype, where they are in another and :func:`may_share` says so.
+            They are computed with; gradients are those of ``cells``, in their dtype.
 
     Returns:
         ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
@@ -44,8 +54,22 @@ def contract(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: s
     if torch.compiler.is_compiling() or not _is_plain(x) or _is_counted():
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
-        return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells))
-    return _run(x, alpha, cells, spec, backend)
+        return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells), rounded)
+    return _run(x, alpha, cells if rounded is None else rounded, spec, backend)
+
+
+def may_share(x: Tensor, cells: Tensor) -> bool:
+    """Whether :func:`contract` takes cells that were rounded outside of autograd.
+
+    Compilers and function transforms see the rounding instead: a compiler does it once itself.
+    """
+    return (
+        type(cells) is torch.nn.Parameter
+        and _is_plain(x)
+        and not torch.compiler.is_compiling()
+        and not in_function_transform()
+        and not _is_counted()
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -62,7 +86,7 @@ def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) 
     if len(x) == 0:  # as static layers do; a detector's head may get no regions
         empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return _laid_out(empty, lies_channels_last(x))
-    with torch.no_grad(), _outside_autocast(x):
+    with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec), backend)
         return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
 
@@ -84,13 +108,17 @@ def _run_backward(
             for t, n in zip((x, alpha, cells), needs, strict=True)
         ]
         return found[0], found[1], found[2]
-    with torch.no_grad(), _outside_autocast(x):
+    with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
-        if isinstance(contraction, SummingContraction) and needs[2]:
-            dx, dalpha, dcells = contraction.backward_summing(*arguments, sum_of(anchor))
+        total = sum_of(anchor) if needs[2] else None
+        if isinstance(contraction, SummingContraction):
+            dx, dalpha, dcells = contraction.backward_summing(*arguments, total)
         else:
             dx, dalpha, dcells = contraction.backward(*arguments)
+            if total is not None and dcells is not None:
+                total.add(dcells)
+                dcells = None
     return (
         None if dx is None else _laid_out(dx, lies_channels_last(x)),
         None if dalpha is None else dalpha.contiguous(),
@@ -217,23 +245,32 @@ class _DynamicConv(torch.autograd.Function):
         spec: ConvSpec,
         backend: str,
         anchor: Tensor | None,
+        rounded: Tensor | None,
     ) -> Tensor:
-        return _run(x, alpha, cells, spec, backend)
+        return _run(x, alpha, cells if rounded is None else rounded, spec, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs[:-1], output)
-        ctx.anchor = inputs[-1]
+        x, alpha, cells, ctx.spec, ctx.backend, ctx.anchor, rounded = inputs
+        ctx.save_for_backward(x, alpha, cells if rounded is None else rounded)
+        # Not saved: as static layers under autocast, it allows cells to change before the backward
+        # pass. Only gradients of gradients read it.
+        ctx.cells = None if rounded is None else cells
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, cells = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            if ctx.cells is not None:
+                cells = ctx.cells.to(cells.dtype)
             found = _differentiable(grad, x, alpha, cells, ctx.spec, needs)
         else:
             found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
-        return *found, None, None, None
+        dx, dalpha, dcells = found
+        if dcells is not None and ctx.cells is not None:
+            dcells = dcells.to(ctx.cells.dtype)
+        return dx, dalpha, dcells, None, None, None, None
 
 
 def _differentiable(
@@ -269,6 +306,13 @@ def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -
         lies_channels_last(x),
         None if cells.dtype == x.dtype else cells.dtype,
     )
+
+
+@contextmanager
+def _settled(x: Tensor) -> Iterator[None]:
+    """On the input's device, without autograd, in types and precisions that are final."""
+    with torch.no_grad(), _outside_autocast(x), torch.cuda.device_of(x), as_convolutions_round(x):
+        yield
 
 
 def _outside_autocast(x: Tensor) -> AbstractContextManager[Any]:

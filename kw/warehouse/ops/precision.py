@@ -1,11 +1,13 @@
 """The types in which a contraction computes.
 
-Two settings trade accuracy for speed. Their effect on a network's output is measured against
-float64 by ``scripts/compare_backends.py``, see docs/experiments.md.
+Settings trade accuracy for speed. Their effect on a network's output is measured against float64 by
+``scripts/compare_backends.py``, see docs/experiments.md.
 
-- ``torch.set_float32_matmul_precision`` is torch's own: under ``"high"`` float32 matrix products
-  on NVIDIA GPUs take inputs of 10 mantissa bits (TF32). PyTorch may follow it on CPUs too,
-  where the processor has such products.
+- On GPUs float32 products take inputs of 10 mantissa bits (TF32) where torch's convolutions may:
+  ``torch.backends.cudnn.conv.fp32_precision``, up to torch 2.8 ``torch.backends.cudnn.allow_tf32``.
+  Torch's default is that they may, and a dynamic convolution then costs and rounds as the static
+  one beside it. Matrix products of static linear layers follow another setting of torch.
+- On CPUs ``torch.set_float32_matmul_precision`` counts, where the processor has such products.
 - :func:`set_assembly_precision` sets the type of assembly under autocast: ``"autocast"``,
   the default, rounds coefficients and cells to 16 bit before they are mixed; ``"float32"`` mixes
   them in float32 and rounds the assembled kernel once.
@@ -14,11 +16,22 @@ float64 by ``scripts/compare_backends.py``, see docs/experiments.md.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["ASSEMBLY_PRECISIONS", "assembly_precision", "compute_types", "set_assembly_precision"]
+__all__ = [
+    "ASSEMBLY_PRECISIONS",
+    "allows_tf32",
+    "as_convolutions_round",
+    "assembly_precision",
+    "compute_types",
+    "matmul_precision",
+    "set_assembly_precision",
+]
 
 ASSEMBLY_PRECISIONS = ("autocast", "float32")
 _assembly = ASSEMBLY_PRECISIONS[0]
@@ -44,8 +57,44 @@ def assembly_precision() -> str:
     return _assembly
 
 
-def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and cells in the types of the contraction.
+def allows_tf32(device: str) -> bool:
+    """Whether float32 products of contractions may be rounded to TF32 on a type of device."""
+    if device != "cuda":
+        return False
+    convolution = getattr(torch.backends.cudnn, "conv", None)  # torch >= 2.9
+    if convolution is None:
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(convolution.fp32_precision == "tf32")
+
+
+@contextmanager
+def as_convolutions_round(x: Tensor) -> Iterator[None]:
+    """Let matrix products of float32 be rounded on a GPU as convolutions are."""
+    if x.dtype != torch.float32 or x.device.type != "cuda":
+        yield
+        return
+    # The setting that convolutions have, since torch refuses to read the old one beside the new.
+    is_new = hasattr(torch.backends.cudnn, "conv")
+    name, values = ("fp32_precision", ("ieee", "tf32")) if is_new else ("allow_tf32", (False, True))
+    products: Any = torch.backends.cuda.matmul
+    before = getattr(products, name)
+    setattr(products, name, values[allows_tf32("cuda")])
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
+
+
+def matmul_precision() -> str:
+    """Torch's setting for float32 matrix products, by either of its interfaces."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set through the new one
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The input in the type of the contraction, and the type that the cells take.
 
     Raises:
         ValueError: they differ, and autocast is off.
@@ -54,12 +103,11 @@ def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if is_autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
         # A model in 16 bit has no float32 cells.
-        return x, cells if _assembly == "float32" else cells.to(dtype)
+        return x.to(dtype), cells.dtype if _assembly == "float32" else dtype
     if x.dtype != cells.dtype:
         raise ValueError(
             f"the input is {x.dtype} and the layer's cells are {cells.dtype}; convert one of "
             "them, or use torch.autocast"
         )
-    return x, cells
+    return x, cells.dtype

@@ -18,8 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .admission import Admission, bucket, current_gpu, is_capturing
+from .calibration import device_profile
 from .contraction import Contraction, Problem
-from .device import DeviceProfile, device_profile
+from .device import DeviceProfile
+from .precision import allows_tf32
 from .timing import TimingCache, time_contraction
 
 __all__ = ["MODES", "Prediction", "Selector"]
@@ -60,9 +63,11 @@ class Selector:
         self.contractions = contractions
         self.fallback = fallback
         self.timings = TimingCache()
+        self.admission = Admission(contractions[fallback])
         self._mode = "model"
         self._recorders: list[list[tuple[Problem, str]]] = []
-        self._chosen: dict[tuple[Problem, int], Contraction] = {}
+        self._profiles: dict[str, DeviceProfile] = {}
+        self._chosen: dict[tuple[Problem, int, bool], Contraction] = {}
 
     @property
     def mode(self) -> str:
@@ -77,24 +82,62 @@ class Selector:
         self._mode = mode
         self._chosen.clear()
 
+    def profile(self, device: str) -> DeviceProfile:
+        """The rates that choices for a type of device are computed from."""
+        return self._profiles.get(device) or device_profile(device)
+
+    def use_profile(self, device: str, profile: DeviceProfile | None) -> None:
+        """Compute choices from these rates from now on, such as those of another process; ``None``
+        goes back to this machine's."""
+        self._profiles.pop(device, None)
+        if profile is not None:
+            self._profiles[device] = profile
+        self._chosen.clear()
+
+    def check(self, problem: Problem, backend: str) -> Contraction:
+        """The named back end, which has to support the problem.
+
+        Raises:
+            ValueError: it does not, or a trial has banned it; the message says why.
+        """
+        contraction = self.contractions[backend]
+        reason = contraction.refusal(problem) or self.admission.ban(contraction, problem)
+        if reason:
+            raise ValueError(f"back end {backend!r} cannot do this: {reason}")
+        return contraction
+
     def choose(self, problem: Problem, backend: str = "auto") -> Contraction:
         """The back end for a problem: the one named, or the selector's choice for ``"auto"``.
 
+        One that compiles kernels is tried first (:class:`Admission`).
+
         Raises:
-            ValueError: the named back end does not support the problem; the message says why.
+            ValueError: the named back end does not support the problem or fails its trial; the
+                message says why.
+            DeviceLostError: a trial left the device unusable.
         """
         if backend != "auto":
-            contraction = self.contractions[backend]
-            reason = contraction.refusal(problem)
-            if reason:
-                raise ValueError(f"back end {backend!r} cannot do this: {reason}")
+            contraction = self.check(problem, backend)
+            admitted = self.admission.admits(contraction, problem)
+            if admitted is None:
+                raise ValueError(
+                    f"back end {backend!r} cannot be tried now, during the capture of a CUDA graph "
+                    "or without free memory: run the network once before"
+                )
+            if not admitted:
+                self.check(problem, backend)  # says why
             self._record(problem, backend)
             return contraction
-        # Within a process only the number of CPU threads can change.
-        key = (problem, torch.get_num_threads() if problem.device == "cpu" else 0)
+        # What can change within a process: CPU threads, the current GPU, rounding to TF32.
+        cpu = problem.device == "cpu"
+        where = torch.get_num_threads() if cpu else current_gpu(problem.device)
+        key = (problem, where, allows_tf32(problem.device))
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self.contractions[self._plan(problem)]
+            name, is_final = self._plan(problem)
+            chosen = self.contractions[name]
+            if is_final:
+                self._chosen[key] = chosen
         self._record(problem, chosen.name)
         return chosen
 
@@ -115,13 +158,20 @@ class Selector:
     def predict(self, problem: Problem, profile: DeviceProfile | None = None) -> list[Prediction]:
         """Every back end's predicted time for the problem's pass, fastest first, unsupported ones
         last; on this device unless a profile is given."""
-        profile = profile or device_profile(problem.device)
+        profile = profile or self.profile(problem.device)
         predictions = [self._predict(name, problem, profile) for name in self.contractions]
         return sorted(predictions, key=lambda p: (p.seconds is None, p.seconds or 0.0))
 
     def _predict(self, name: str, problem: Problem, profile: DeviceProfile) -> Prediction:
         contraction = self.contractions[name]
-        reason = contraction.refusal(problem)
+        dtype = str(problem.dtype).removeprefix("torch.")
+        reason = (
+            contraction.refusal(problem)
+            or self.admission.ban(contraction, problem)
+            or profile.bans.get(f"{name} {dtype}")
+        )
+        if reason is None and contraction.needs_measurement and name not in profile.factors:
+            reason = "is chosen only where `kw doctor` has measured it"
         if reason:
             return Prediction(name, None, reason)
 
@@ -132,18 +182,30 @@ class Selector:
         seconds = predicted(problem)
         if problem.training:  # backward pass = both passes - forward pass
             seconds = max(seconds - predicted(replace(problem, training=False)), 0.0)
-        return Prediction(name, seconds)
+        return Prediction(name, seconds * profile.factors.get(name, (1.0, 1.0))[problem.training])
 
-    def _plan(self, problem: Problem) -> str:
+    def _plan(self, problem: Problem) -> tuple[str, bool]:
+        """The back end, and whether it stays the choice: one that could not be tried yet may be
+        better."""
         if self.mode == "off":
-            return self.fallback
+            return self.fallback, True
         possible = [p for p in self.predict(problem) if p.seconds is not None]
-        if self.mode == "model" or len(possible) == 1 or not _may_measure(problem):
-            return possible[0].name
         assert possible[0].seconds is not None
         limit = possible[0].seconds * _CANDIDATES
-        likely = [p.name for p in possible if p.seconds is not None and p.seconds <= limit]
-        return self._measure(replace(problem, batch=_bucket(problem.batch)), likely)
+        likely: list[str] = []
+        is_final = True
+        for prediction in possible:
+            assert prediction.seconds is not None
+            if likely and (self.mode == "model" or prediction.seconds > limit):
+                break
+            admitted = self.admission.admits(self.contractions[prediction.name], problem)
+            if admitted:
+                likely.append(prediction.name)
+            is_final = is_final and admitted is not None
+        # Timing waits for the device.
+        if len(likely) == 1 or is_capturing(problem.device):
+            return likely[0], is_final
+        return self._measure(replace(problem, batch=bucket(problem.batch)), likely), is_final
 
     def _measure(self, problem: Problem, names: Iterable[str]) -> str:
         def measure() -> dict[str, float]:
@@ -153,13 +215,3 @@ class Selector:
         times = self.timings.get(problem, measure)
         known = {name: seconds for name, seconds in times.items() if name in self.contractions}
         return min(known, key=lambda name: known[name]) if known else self.fallback
-
-
-def _bucket(batch: int) -> int:
-    """The next power of two: all batches up to it share one timing."""
-    return 1 << max(batch - 1, 0).bit_length()
-
-
-def _may_measure(problem: Problem) -> bool:
-    # Timing synchronises with the device, which is impossible during graph capture.
-    return problem.device != "cuda" or not torch.cuda.is_current_stream_capturing()

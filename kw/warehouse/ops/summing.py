@@ -36,11 +36,35 @@ class GradientSum:
     """A partial sum of gradients.
 
     Attributes:
+        dtype: the cells'.
         value: of the cells' shape; ``None`` before the first summand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.value: Tensor | None = None
+        self._stream: Any = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a layer's gradient, which may be of another dtype and is not used afterwards."""
+        self.wait()
+        if self.value is None:
+            self.value = gradient.to(self.dtype).contiguous()
+        else:
+            self.value += gradient
+        if gradient.is_cuda:
+            self._stream = torch.cuda.current_stream(gradient.device)
+
+    def wait(self) -> None:
+        """Let the current CUDA stream wait for the last summand, which may be of another one.
+
+        Autograd does this for the gradients that it passes on itself.
+        """
+        if self._stream is not None and self.value is not None:
+            current = torch.cuda.current_stream(self.value.device)
+            if current != self._stream:
+                current.wait_stream(self._stream)
+                self.value.record_stream(current)
 
 
 class _Sum(torch.autograd.Function):
@@ -48,7 +72,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, cells: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.sums = {}  # by backward pass
-        ctx.key = id(cells)
+        ctx.key, ctx.dtype = id(cells), cells.dtype
         return cells.new_empty(0)
 
     @staticmethod
@@ -57,18 +81,23 @@ class _Sum(torch.autograd.Function):
         # cells' gradients would come last of all.
         _anchors.pop(ctx.key, None)
         total = ctx.sums.pop(backward_pass(), None)
-        return None if total is None else total.value
+        if total is None:
+            return None
+        total.wait()
+        return total.value
 
 
 def anchor_of(cells: Tensor) -> Tensor | None:
     """The input without values, ``[0]``, that connects layers to the common node of the cells.
 
     Shared by all graphs that exist. ``None`` where gradients are not summed here: of tensors
-    that autograd does not keep a gradient for, off the CPU, or under a function transform.
+    that autograd does not keep a gradient for, on other devices than CPUs and GPUs, or under a
+    function transform.
     """
     if (
         type(cells) is not nn.Parameter
-        or not (cells.requires_grad and cells.is_cpu and cells.is_contiguous())
+        or not (cells.requires_grad and cells.is_contiguous())
+        or cells.device.type not in ("cpu", "cuda")
         or in_function_transform()
     ):
         return None
@@ -114,4 +143,4 @@ def sum_of(anchor: Tensor | None) -> GradientSum | None:
     node: Any = anchor.grad_fn
     if not runs_in_this_pass(node):
         return None
-    return node.sums.setdefault(task, GradientSum())
+    return node.sums.setdefault(task, GradientSum(node.dtype))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .cache import cache_folder
+from .cache import cache_folder, locked
 from .contraction import Contraction, Problem
+from .spec import ConvSpec
 
-__all__ = ["TimingCache", "time_contraction"]
+__all__ = ["Operands", "TimingCache", "draw_operands", "machine_name", "time_contraction"]
 
 _ROUNDS = 5
 
@@ -45,10 +47,10 @@ class TimingCache:
     def _from_file(
         self, problem: Problem, measure: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        path = cache_folder() / f"timings-{_machine(problem.device)}.json"
+        path = cache_folder() / f"timings-{machine_name(problem.device)}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 times = _read(path)
                 key = _key(problem)
                 if key not in times:
@@ -61,15 +63,42 @@ class TimingCache:
             return measure()
 
 
-def time_contraction(contractions: Mapping[str, Contraction], problem: Problem) -> dict[str, float]:
-    """Median seconds of one pass by each back end, taken in turn on random tensors.
+@dataclass(frozen=True)
+class Operands:
+    """Tensors of one problem, for either pass."""
 
-    One that runs out of memory is left out.
-    """
+    x: Tensor
+    alpha: Tensor
+    cells: Tensor
+    grad: Tensor
+    spec: ConvSpec
+    training: bool
+
+    def run(self, contraction: Contraction) -> tuple[Tensor, ...]:
+        """The output or, when training, the gradients of input, coefficients and cells."""
+        if not self.training:
+            return (contraction.forward(self.x, self.alpha, self.cells, self.spec),)
+        needs = (True, True, True)
+        found = contraction.backward(self.grad, self.x, self.alpha, self.cells, self.spec, needs)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    def of_samples(self, samples: list[int]) -> Operands:
+        """The operands of some samples."""
+        x, alpha, grad = (t[samples] for t in (self.x, self.alpha, self.grad))
+        return replace(self, x=x, alpha=alpha, grad=grad)
+
+    def to(self, dtype: torch.dtype) -> Operands:
+        """The operands in one type."""
+        x, alpha, cells, grad = (t.to(dtype) for t in (self.x, self.alpha, self.cells, self.grad))
+        return replace(self, x=x, alpha=alpha, cells=cells, grad=grad)
+
+
+def draw_operands(problem: Problem) -> Operands:
+    """Random operands: standard normal, coefficients divided by the root of the number of cells."""
     part, device = problem.spec.partition, problem.device
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+    def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
     x = draw(problem.batch, problem.spec.in_channels, *problem.size)
@@ -79,19 +108,23 @@ def time_contraction(contractions: Mapping[str, Contraction], problem: Problem) 
     cell = problem.cells_numel // problem.cells
     cells = draw(problem.cells, cell, dtype=problem.cells_dtype or problem.dtype)
     grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
+    alpha = (alpha / problem.cells**0.5).to(torch.promote_types(torch.float32, cells.dtype))
+    return Operands(x, alpha, cells, grad, problem.spec, problem.training)
 
-    def run(contraction: Contraction) -> None:
-        if problem.training:
-            contraction.backward(grad, x, alpha, cells, problem.spec, (True, True, True))
-        else:
-            contraction.forward(x, alpha, cells, problem.spec)
 
+def time_contraction(contractions: Mapping[str, Contraction], problem: Problem) -> dict[str, float]:
+    """Median seconds of one pass by each back end, taken in turn on random tensors.
+
+    One that runs out of memory is left out.
+    """
+    device = problem.device
+    operands = draw_operands(problem)
     times: dict[str, list[float]] = {name: [] for name in contractions}
     for i in range(_ROUNDS + 1):
         for name in list(times):
             try:
                 start = _now(device)
-                run(contractions[name])
+                operands.run(contractions[name])
                 seconds = _now(device) - start
             except torch.OutOfMemoryError:
                 del times[name]
@@ -107,7 +140,8 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _machine(device: str) -> str:
+def machine_name(device: str) -> str:
+    """Device and version of torch as a part of a file's name."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -132,15 +166,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # none yet, or cut off by a crash: measured anew
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: without a lock processes may measure the same thing
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,6 +17,7 @@ from . import triton_launch as launch
 from .assembly import GPU_SCRATCH
 from .contraction import Contraction, Cost, Needs, Problem
 from .matmul import matmul
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
@@ -25,6 +26,9 @@ __all__ = ["TritonConv", "columns_of"]
 
 LEAST_ROWS = 16
 """Fewest rows of a chunk (the narrowest tile of channels); below it, samples are divided."""
+
+_OFFSETS = 1 << 31
+"""Offsets within a sample and its kernel have 32 bits in the kernels; those of samples have 64."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,12 +64,17 @@ class TritonConv(Contraction):
             return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
         if len(problem.size) > launch.AXES:
             return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+        if max(problem.input_numel, problem.output_numel, problem.kernel_numel) >= _OFFSETS:
+            return "does samples and kernels of fewer than 2^31 values"
         if problem.device == "cuda" and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             if major < 8:
                 return f"needs a device of compute capability 8.0, not {major}.{minor}"
         found = launch.kernel_module()
         return found if isinstance(found, str) else None
+
+    def needs_trial(self, problem: Problem) -> bool:
+        return problem.device == "cuda"  # elsewhere they are interpreted
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         x = _readable(x, spec)
@@ -149,7 +158,7 @@ class TritonConv(Contraction):
             residues = math.prod(problem.spec.stride)
             cost += replace(part, launches=(1 + residues) * chunks)  # the input's gradient
             cost += self.cost_of_kernel_gradients(problem)
-        if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        if problem.dtype is torch.float32 and not allows_tf32("cuda"):
             # Without tensor cores Triton's products are far slower than the libraries'.
             products = (3 if problem.training else 1) * conv
             cost = replace(cost, dense_macs=cost.dense_macs - products, slow_macs=products)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["convolve", "kernel_gradient"]
+__all__ = ["convolve", "convolve_flat", "kernel_gradient", "kernel_gradient_flat"]
 
 
 @triton.jit
@@ -40,7 +40,11 @@ def _valid_taps(at, hop, size, TAPS: tl.constexpr):
     return bits
 
 
-@triton.jit
+_SIZES = [f"{name}_{axis}" for name in ("count", "size", "start") for axis in range(3)]
+"""Arguments that differ with the size of the image: another size compiles nothing anew."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def convolve(
     x,
     w,
@@ -181,7 +185,7 @@ def convolve(
     tl.store(at, total.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def kernel_gradient(
     x,
     dy,
@@ -309,3 +313,9 @@ def kernel_gradient(
         total.to(dw.dtype.element_ty),
         mask=(o < out_channels)[:, None] & (i < in_channels)[None, :],
     )
+
+
+# Of inputs whose positions are neighbours in memory. They are read in whole vectors, for which the
+# compiler has to know that sizes are multiples of 16, as those that are launched are.
+convolve_flat = triton.jit(convolve.fn)
+kernel_gradient_flat = triton.jit(kernel_gradient.fn)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_tiles import tiles_of_convolution, tiles_of_gradient
 
@@ -215,7 +216,8 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     tiles = tiles_of_gradient(len(x) * taps, positions, outputs, inputs, x.itemsize)
     programs = -(-outputs // tiles.rows) * -(-inputs // tiles.columns)
     programs *= len(x) * taps
-    kernels.kernel_gradient[(programs,)](
+    kernel = kernels.kernel_gradient_flat if x.stride(-1) == 1 else kernels.kernel_gradient
+    kernel[(programs,)](
         x, dy, chunk.blocks,
         *_strides(x), *_strides(dy),
         w["b"], w["tap"], w["o_block"], w["o"], w["i_block"],
@@ -261,7 +263,8 @@ def _launch_convolution(
     positions = math.prod(axis.count for axis in axes)
     tiles = tiles_of_convolution(len(x), positions, channels, inner, x.itemsize)
     programs = -(-positions // tiles.rows) * -(-channels // tiles.columns) * len(x)
-    kernels.convolve[(programs,)](
+    convolution = kernels.convolve_flat if x.stride(-1) == 1 else kernels.convolve
+    convolution[(programs,)](
         x, w, y,
         *_strides(x), y_b, y_c, *y_space,
         chunk.strides["b"], *w_taps, w_n_block, w_n, w_k_block, w_k,
@@ -315,7 +318,7 @@ def arithmetic(x: Tensor) -> dict[str, Any]:
     assert isinstance(kernels, ModuleType)
     # The interpreter multiplies bfloat16 as if its bits were integers.
     dtype = torch.float32 if interpreted() else x.dtype
-    strict = interpreted() or torch.get_float32_matmul_precision() == "highest"
+    strict = interpreted() or not allows_tf32("cuda")
     return {
         "DOT": getattr(kernels.tl, str(dtype).removeprefix("torch.")),
         "PRECISION": "ieee" if strict else "tf32",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import triton_on_chip_launch as launch
 from .contraction import Contraction, Cost, Needs, Problem
+from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_conv import TritonConv, columns_of
 from .triton_launch import reaches_all
@@ -53,6 +54,8 @@ class TritonOnChip(Contraction):
     """An estimate, not measured: three quarters of what shared memory lets through, which is 0.53
     of the rate of large products (:mod:`.triton_on_chip_kernel`)."""
 
+    needs_measurement: ClassVar[bool] = True  # no GPU has run it yet
+
     def __init__(self) -> None:
         self.through_memory = TritonConv()
 
@@ -73,6 +76,9 @@ class TritonOnChip(Contraction):
             if wanted > there:
                 return f"needs {wanted >> 10} KB of shared memory; the device has {there >> 10}"
         return None
+
+    def needs_trial(self, problem: Problem) -> bool:
+        return problem.device == "cuda"  # elsewhere they are interpreted
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         y = _empty(x, spec.out_channels, spec.output_size(x.shape[2:]))
@@ -128,7 +134,7 @@ class TritonOnChip(Contraction):
             )
         if problem.device == "cpu":  # interpreted: correct, but thousands of times slower
             return Cost(slow_macs=2000 * cost.dense_macs)
-        if problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        if problem.dtype is torch.float32 and not allows_tf32("cuda"):
             # Without tensor cores, and with sums that the registers do not hold beside operands.
             return replace(cost, dense_macs=0, slow_macs=_SPILLING * cost.dense_macs)
         return cost

@@ -1,0 +1,68 @@
+"""The rates that a run's back ends are chosen by: one set for all processes, kept with the run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ...warehouse import KWLayer
+from ...warehouse.ops import selector
+from ...warehouse.ops.device import DeviceProfile
+from ...warehouse.ops.timing import machine_name
+from ..distributed import hosts
+from ..logs import logger
+from .base import Hook
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+__all__ = ["RatesHook"]
+
+
+class RatesHook(Hook):
+    """Gives every process the rates of the first one, and a resumed run those that it began with.
+
+    The selector's choice is arithmetic on these rates, so that all processes choose alike, and a
+    resumed run as before, though ``kw doctor`` has measured in between. ``rates.json`` in the work
+    directory has them. A run that goes on on another kind of device takes that device's.
+    """
+
+    is_shared = True
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+
+    def before_training(self, trainer: Trainer) -> None:
+        if not any(isinstance(module, KWLayer) for module in trainer.task.network.modules()):
+            self._state = {}
+            return
+        device = trainer.process.device.type
+        machine = machine_name(device)
+        found: list[Any] = [self._state or None]
+        if found[0] is not None and found[0]["machine"] != machine:
+            logger.info(
+                f"the run goes on on {machine}, not on {found[0]['machine']}: back ends are chosen "
+                "by other rates"
+            )
+            found = [None]
+        if found[0] is None:
+            found = [{"machine": machine, "rates": selector.profile(device).to_json()}]
+        if trainer.process.world_size > 1:
+            dist.broadcast_object_list(found, src=0, group=hosts())
+        self._state = found[0]
+        profile = DeviceProfile.from_json(self._state["rates"])
+        selector.use_profile(device, profile)
+        if trainer.process.is_main:
+            (trainer.work_dir / "rates.json").write_text(json.dumps(self._state, indent=1))
+            logger.info(f"back ends are chosen by rates that are {profile.origin}")
+
+    def close(self, trainer: Trainer) -> None:
+        selector.use_profile(trainer.process.device.type, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state

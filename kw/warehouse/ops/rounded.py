@@ -1,0 +1,54 @@
+"""Cells rounded to 16 bit under autocast: once for the layers of a warehouse, not once for each.
+
+A warehouse may have four times the parameters of its layers. Rounded by every layer, ResNet50 with
+4x cells would write and keep a copy of its warehouses for each of their layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .admission import is_capturing
+
+__all__ = ["RoundedCells"]
+
+
+class RoundedCells:
+    """The latest rounded copy of one warehouse's cells.
+
+    The copy serves the layers that ask one after another. A layer that asks again begins another
+    pass and gets a new copy, so that none is older than the pass under way, however the cells were
+    changed in between. So does a layer in another type or stream, or after a change of the cells.
+    """
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._state: tuple[Any, ...] = ()
+        self._users: set[int] = set()
+
+    @torch.no_grad()
+    def get(self, cells: Tensor, dtype: torch.dtype, user: int) -> Tensor:
+        """The cells in a type, without a gradient.
+
+        Args:
+            cells: ``[n, cell]``.
+            dtype: of 16 bit.
+            user: number of the layer that asks.
+        """
+        state = _state(cells, dtype)
+        if self._copy is None or state != self._state or user in self._users:
+            self._copy, self._state = cells.detach().to(dtype), state
+            self._users.clear()
+        self._users.add(user)
+        return self._copy
+
+
+def _state(cells: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a copy depends on, beside the values."""
+    stream = torch.cuda.current_stream(cells.device).stream_id if cells.is_cuda else 0
+    version = 0 if cells.is_inference() else cells._version
+    inference, capturing = torch.is_inference_mode_enabled(), is_capturing(cells.device.type)
+    return dtype, cells.data_ptr(), version, stream, inference, capturing
