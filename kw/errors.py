@@ -6,6 +6,7 @@ Every package raises its own kind of :class:`UserError`: ``ConfigError``, ``Data
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -22,9 +23,11 @@ __all__ = [
     "OutOfMemory",
     "UserError",
     "answer",
+    "did_you_mean",
     "memory_for",
     "one_line",
     "say",
+    "valid_names",
 ]
 
 _logger = logging.getLogger("kw")
@@ -94,6 +97,19 @@ def say(line: str) -> None:
         _logger.info(line)
     elif _logger.level <= logging.INFO:  # the level is not set by the user
         print(line, file=sys.stderr)
+
+
+def did_you_mean(wrong: object, known: Iterable[str], count: int = 1, quoted: bool = False) -> str:
+    """``; did you mean NAME?`` with the names nearest to a wrong one; empty where none is near."""
+    near = difflib.get_close_matches(str(wrong), list(known), count)
+    names = map(repr, near) if quoted else near
+    return f"; did you mean {' or '.join(names)}?" if near else ""
+
+
+def valid_names(wrong: object, known: Iterable[str]) -> str:
+    """The end of a message about a wrong name: the nearest name, if any, and all names."""
+    known = list(known)
+    return f"{did_you_mean(wrong, known, quoted=True) or ';'} known: {', '.join(known) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:

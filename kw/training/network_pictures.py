@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from ..pictures.kernels import assembled_kernels, draw_kernels
 from ..pictures.samples import few_of_each, read_images, spaced
 from ..pictures.style import check_matplotlib, save, to_pixels
 from ..warehouse import get_temperature, has_temperature
+from ..warehouse.plan import nearest
 from .checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -132,10 +132,9 @@ def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
         raise PictureError(f"--layers {pattern!r}: no regular expression: {error}") from None
     if not found:
         names = [layer.name for layer in layers]
-        near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
         raise PictureError(
             f"--layers {pattern!r}: matches the whole name of no dynamic layer; there are "
-            f"{len(names)}, e.g. {', '.join(near)}"
+            f"{len(names)}, {nearest(pattern, names)}"
         )
     return found
 
