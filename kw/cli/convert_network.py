@@ -9,7 +9,6 @@ budget of 1 kernels are kept in part; every other one of --images then says whic
 the rest measure the difference. The start is "keep", whatever the configuration says.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")
     parser.add_argument(
