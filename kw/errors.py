@@ -55,12 +55,12 @@ class Interrupted(Exception):
     """
 
     def __init__(self, name: str, checkpoint: str) -> None:
-        super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
+        super().__init__(f"{name}: saved {checkpoint}; continue with --resume")
         self.checkpoint = checkpoint
 
 
 class MissingProcess(Exception):
-    """Another process of the run died, hangs or never started; the message says which and where."""
+    """Another process of the run died, hangs or never started; the message names it."""
 
 
 _REMEDIES = {
@@ -88,9 +88,11 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed
 
 
 def say(line: str) -> None:
-    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where that would not
-    show it. A level above INFO of the logger ``kw`` itself silences it. Of several processes the
-    first speaks."""
+    """Print a line for the user: by the logger ``kw`` (INFO), or to stderr if that shows nothing.
+
+    A level above INFO of the logger ``kw`` suppresses it. Of several processes only the first
+    prints.
+    """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
@@ -141,7 +143,7 @@ def answer(error: BaseException) -> str | None:
         )
     if isinstance(error, RuntimeError) and _WORKER_DIED.search(text):
         return (
-            f"{text.splitlines()[0]}; a loader process died, usually for want of memory: lower "
+            f"{text.splitlines()[0]}; a loader process died, usually for lack of memory: lower "
             "data.workers, or give /dev/shm more room"
         )
     if isinstance(error, ValueError) and _ONE_VALUE in text:
