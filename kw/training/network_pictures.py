@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import load_config
 from ..config.schema import Config
-from ..data import build_transform, read_image, test_images
+from ..data import read_files, test_images
 from ..pictures.cam import class_maps, draw_cam
 from ..pictures.cells import draw_cells
 from ..pictures.coefficients import (
@@ -268,12 +268,7 @@ def picture_cam(
 
 def _own_images(trained: _Trained, files: Sequence[str | Path]) -> tuple[Tensor, list[str]]:
     """Images as a test would see them, and their names."""
-    data = trained.config.data
-    transform = build_transform(data, False)
-    upright = data.exif_orientation == "apply"
-    read = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
-    labels = torch.zeros(len(read), dtype=torch.int64)
-    images = trained.prepare({"images": torch.stack(read), "labels": labels})
+    images = trained.prepare(read_files(files, trained.config.data))
     return images, ["/".join(Path(f).parts[-2:]) for f in files]
 
 
