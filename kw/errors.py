@@ -6,6 +6,7 @@ Every package raises its own kind of :class:`UserError`: ``ConfigError``, ``Data
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -22,9 +23,11 @@ __all__ = [
     "OutOfMemory",
     "UserError",
     "answer",
+    "did_you_mean",
     "memory_for",
     "one_line",
     "say",
+    "valid_names",
 ]
 
 _logger = logging.getLogger("kw")
@@ -52,12 +55,12 @@ class Interrupted(Exception):
     """
 
     def __init__(self, name: str, checkpoint: str) -> None:
-        super().__init__(f"{name}: saved {checkpoint}; go on with --resume")
+        super().__init__(f"{name}: saved {checkpoint}; continue with --resume")
         self.checkpoint = checkpoint
 
 
 class MissingProcess(Exception):
-    """Another process of the run died, hangs or never started; the message says which and where."""
+    """Another process of the run died, hangs or never started; the message names it."""
 
 
 _REMEDIES = {
@@ -85,15 +88,30 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed
 
 
 def say(line: str) -> None:
-    """Tell the user something once: to the logger ``kw`` (INFO), or to stderr where that would not
-    show it. A level above INFO of the logger ``kw`` itself silences it. Of several processes the
-    first speaks."""
+    """Print a line for the user: by the logger ``kw`` (INFO), or to stderr if that shows nothing.
+
+    A level above INFO of the logger ``kw`` suppresses it. Of several processes only the first
+    prints.
+    """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     if _logger.hasHandlers() and _logger.isEnabledFor(logging.INFO):
         _logger.info(line)
     elif _logger.level <= logging.INFO:  # the level is not set by the user
         print(line, file=sys.stderr)
+
+
+def did_you_mean(wrong: object, known: Iterable[str], count: int = 1, quoted: bool = False) -> str:
+    """``; did you mean NAME?`` with the names nearest to a wrong one; empty where none is near."""
+    near = difflib.get_close_matches(str(wrong), list(known), count)
+    names = map(repr, near) if quoted else near
+    return f"; did you mean {' or '.join(names)}?" if near else ""
+
+
+def valid_names(wrong: object, known: Iterable[str]) -> str:
+    """The end of a message about a wrong name: the nearest name, if any, and all names."""
+    known = list(known)
+    return f"{did_you_mean(wrong, known, quoted=True) or ';'} known: {', '.join(known) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:
@@ -125,7 +143,7 @@ def answer(error: BaseException) -> str | None:
         )
     if isinstance(error, RuntimeError) and _WORKER_DIED.search(text):
         return (
-            f"{text.splitlines()[0]}; a loader process died, usually for want of memory: lower "
+            f"{text.splitlines()[0]}; a loader process died, usually for lack of memory: lower "
             "data.workers, or give /dev/shm more room"
         )
     if isinstance(error, ValueError) and _ONE_VALUE in text:

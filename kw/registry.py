@@ -15,7 +15,6 @@ standard library; a registry imports the modules of the project's own entries wh
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import types
@@ -23,7 +22,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import UserError
+from .errors import UserError, valid_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,9 +96,7 @@ class Registry(MutableMapping[str, T]):
         """
         if name in self:
             return self[name]
-        near = difflib.get_close_matches(name, self, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{self.kind} {name!r} is unknown; {hint}known: {', '.join(self)}")
+        raise UserError(f"{self.kind} {name!r} is unknown{valid_names(name, self)}")
 
     def __getitem__(self, name: str) -> T:
         while name not in self.entries and self._modules:
@@ -198,9 +195,7 @@ def argument_fault(
     known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     for name in given:
         if name not in known and not takes_any:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            return f"no {name!r} among its arguments{hint}; valid: {', '.join(known) or 'none'}"
+            return f"no {name!r} among its arguments{valid_names(name, known)}"
     needed = [name for name, p in known.items() if p.default is p.empty]
     missing = [name for name in needed if name not in given and name not in elsewhere]
     if missing:

@@ -7,7 +7,6 @@ A line a configuration and format: the largest difference of logits from PyTorch
 largest, on noise of several batch sizes and sizes. The status is 2 if any failed.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ FORMATS = ("onnx", "pt2", "safetensors")
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="configuration files (YAML)")
     add_options(parser)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)

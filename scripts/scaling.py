@@ -8,7 +8,6 @@ The step's parts and the time at which each gradient is complete are measured he
 those of H100 nodes with 400 Gb/s InfiniBand unless they are given.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable
@@ -126,7 +125,7 @@ def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tup
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = 128 if device == "cuda" else 8

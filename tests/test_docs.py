@@ -89,7 +89,7 @@ def parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> argparse.
         except SystemExit as ended:
             if ended.code:
                 raise
-    return argparse.Namespace()  # --reference and --help answer and end
+    return argparse.Namespace()  # --help ends the tool
 
 
 def main_of(words: tuple[str, ...]) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..config import load_config
 from ..config.run_schema import OptimizerConfig
 from ..config.schema import Config
+from ..errors import valid_names
 from ..models import build_network
 from ..warehouse import KWConv2d, set_backend
 from ..warehouse.ops import BACKENDS
@@ -276,9 +276,8 @@ def parse_layer(text: str) -> LayerSource:
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in values:
-            near = difflib.get_close_matches(key, values, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(values)}"
-            raise BenchmarkError(f"{where}: {item!r} is no KEY=VALUE that is known; {hint}")
+            known = valid_names(key, values)
+            raise BenchmarkError(f"{where}: {item!r} is not KEY=VALUE with a known key{known}")
         if key in given:
             raise BenchmarkError(f"{where}: {key} is given twice")
         if not re.fullmatch(r"\d+(\.\d+)?" if key == "ratio" else r"\d+", value):
@@ -307,9 +306,7 @@ def check_backends(backends: Sequence[str]) -> None:
     valid = ["auto", *BACKENDS]
     for name in backends:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise BenchmarkError(f"back end {name!r} is unknown; {hint}known: {', '.join(valid)}")
+            raise BenchmarkError(f"back end {name!r} is unknown{valid_names(name, valid)}")
 
 
 def _ratio_name(ratio: float) -> str:

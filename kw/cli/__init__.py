@@ -6,12 +6,12 @@ once. ``tools/*.py`` are the same commands by path.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
+from ..errors import did_you_mean
 from ..version import __version__
 from .tool import ToolParser, add_config_options, number, output_file, run_tool
 
@@ -98,11 +98,9 @@ def command_of(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     return f"kw {first} {rest[0]}", group[rest[0]][0], rest[1:]
 
 
-def _refuse(kind: str, word: str, known: Iterable[str]) -> NoReturn:
-    names = list(known)
-    near = difflib.get_close_matches(word, names, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    print(f"error: no {kind} {word!r}{hint} (there are: {', '.join(names)})", file=sys.stderr)
+def _refuse(kind: str, word: str, known: Collection[str]) -> NoReturn:
+    hint = did_you_mean(word, known)
+    print(f"error: no {kind} {word!r}{hint} (there are: {', '.join(known)})", file=sys.stderr)
     sys.exit(2)
 
 

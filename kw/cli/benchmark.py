@@ -33,7 +33,7 @@ __all__ = ["main"]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     what = parser.add_argument_group("what is measured")
     what.add_argument("configs", nargs="*", metavar="CONFIG", help="of converted networks (YAML)")
     what.add_argument(

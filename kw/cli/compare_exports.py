@@ -5,8 +5,6 @@ kw benchmark exports data/imagenet best.pth kw_resnet18_1x.onnx kw_resnet18_1x_i
 The first file is what the others are compared with.
 """
 
-import argparse
-
 from ..deploy.comparison import compare_files
 from ..evaluation import render_table
 from .tool import ToolParser, number, output_file, save_json
@@ -15,7 +13,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("root", metavar="DATA", help="a folder with val/<class>/*")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for tools/predict.py")
     parser.add_argument("--batch-size", type=number(int, 1, 65536), default=32, metavar="N")

@@ -9,7 +9,6 @@ the target gets: "all" keeps both, as a training run of this project does, and t
 the average first; "model" and "ema" keep one, as the target's only weights.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a file that they released")
     add_config_options(parser)
     parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")

@@ -9,7 +9,6 @@ budget of 1 kernels are kept in part; every other one of --images then says whic
 the rest measure the difference. The start is "keep", whatever the configuration says.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,7 @@ import torch
 from .. import __version__
 from ..config import ConfigError, load_config, to_yaml
 from ..config.schema import Config
-from ..data import BatchPreprocessor, build_transform
-from ..data.reading import read_image
+from ..data import BatchPreprocessor, read_files
 from ..deploy import find_images
 from ..evaluation import render_table
 from ..models import check_network, start_network
@@ -32,7 +30,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     parser.add_argument("target", type=output_file, metavar="TARGET", help="the file to write")
     parser.add_argument(
@@ -96,15 +94,9 @@ def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
     if folder is None:
         return torch.randn(count, 3, size, size)
     files = find_images([folder])
-    transform, upright = build_transform(data, False), data.exif_orientation == "apply"
     count = min(count, len(files))
     chosen = [files[place * len(files) // count] for place in range(count)]
-    read = [
-        transform(read_image(file, data.bad_images.max_pixels, upright).convert("RGB"))
-        for file in chosen
-    ]
-    batch = {"images": torch.stack(read), "labels": torch.zeros(len(read), dtype=torch.long)}
-    return BatchPreprocessor(data, config.model.num_classes)(batch, False)[0]
+    return BatchPreprocessor(data, config.model.num_classes)(read_files(chosen, data), False)[0]
 
 
 @torch.no_grad()

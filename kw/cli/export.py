@@ -7,7 +7,6 @@ The name's end decides the format. Batch and image size are open where the netwo
 the temperature is folded to 0. A model card is written beside every file (docs/deployment.md).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add_config_options(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that training wrote")
     parser.add_argument(

@@ -7,59 +7,41 @@ kw config --reference               # of a classifier's settings
 kw config --reference detection     # of a detector's
 """
 
-import argparse
 import sys
-from typing import Any
 
 from ..config import Config, reference, to_yaml
 from ..config.names import config_names
 from ..runs import load_run
 from .tool import ToolParser, add_config_options
 
-
-class _Reference(argparse.Action):
-    # Like --help: answers and exits, so that CONFIG need not be given.
-    def __call__(
-        self, parser: argparse.ArgumentParser, _: Any, kind: Any, __: str | None = None
-    ) -> None:
-        if kind == "detection":
-            from ..detection.schema import DetectionConfig
-
-            sys.stdout.write(reference(DetectionConfig))
-        else:
-            sys.stdout.write(reference())
-        parser.exit()
-
-
 __all__ = ["main"]
-
-
-class _List(argparse.Action):
-    def __call__(
-        self, parser: argparse.ArgumentParser, _: Any, pattern: Any, __: str | None = None
-    ) -> None:
-        for name, file in config_names(pattern or "*").items():
-            print(f"{name:32s} {file}")
-        parser.exit()
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    add_config_options(parser)
+    add_config_options(parser, nargs="?")
     parser.add_argument(
         "--reference",
-        action=_Reference,
         nargs="?",
+        const="classification",
         choices=("classification", "detection"),
-        help="print every key with its meaning, and exit",
+        help="print every key with its meaning",
     )
     parser.add_argument(
-        "--list",
-        action=_List,
-        nargs="?",
-        metavar="PATTERN",
-        help="list the configurations that are here, by name, and exit",
+        "--list", nargs="?", const="*", metavar="PATTERN", help="list the configurations by name"
     )
     args = parser.parse_args()
-    config, _ = load_run(args.config, args.cfg_options)
-    sys.stdout.write(to_yaml(config) if isinstance(config, Config) else config.to_python())
+    if args.reference == "detection":
+        from ..detection.schema import DetectionConfig
+
+        sys.stdout.write(reference(DetectionConfig))
+    elif args.reference is not None:
+        sys.stdout.write(reference())
+    elif args.list is not None:
+        for name, file in config_names(args.list).items():
+            print(f"{name:32s} {file}")
+    elif args.config is None:
+        parser.error("the following arguments are required: CONFIG")
+    else:
+        config, _ = load_run(args.config, args.cfg_options)
+        sys.stdout.write(to_yaml(config) if isinstance(config, Config) else config.to_python())

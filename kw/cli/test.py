@@ -9,7 +9,7 @@ import os
 
 from ..runs import load_run, run_of
 from ..training.distributed import LAUNCHERS
-from .tool import ToolParser, add_config_options, output_file, save_json
+from .tool import ToolParser, add_checkpoint, add_config_options, output_file, save_json
 
 __all__ = ["main"]
 
@@ -17,12 +17,7 @@ __all__ = ["main"]
 def main() -> None:
     parser = ToolParser(__doc__)
     add_config_options(parser)
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        metavar="CHECKPOINT",
-        help="a file that training wrote, or its folder; left out, CONFIG is such a file or folder",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the results to FILE"
     )

@@ -32,6 +32,7 @@ from ..version import __version__
 
 __all__ = [
     "ToolParser",
+    "add_checkpoint",
     "add_config_options",
     "add_options",
     "device",
@@ -50,7 +51,7 @@ class ToolParser(argparse.ArgumentParser):
     """A parser whose tool has ``--debug``, and whose mistakes look like all others.
 
     Args:
-        doc: the tool's docstring; its first line is the description.
+        doc: the tool's docstring, with examples; the help shows it as it is.
         **kwargs: as for :class:`argparse.ArgumentParser`.
 
     Attributes:
@@ -60,9 +61,8 @@ class ToolParser(argparse.ArgumentParser):
     debug = False
 
     def __init__(self, doc: str | None = None, **kwargs: Any) -> None:
-        if doc:
-            kwargs.setdefault("description", doc.splitlines()[0])
-        super().__init__(**kwargs)
+        kwargs.setdefault("description", doc)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument(
             "--debug", action=_Debug, nargs=0, help="show the traceback of a mistake as well"
         )
@@ -103,15 +103,26 @@ class _Import(argparse.Action):
         import_modules([value], option or "--import")
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``CONFIG`` and ``--cfg-options``."""
+def add_config_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """``CONFIG`` and :func:`add_options`."""
     parser.add_argument(
         "config",
+        nargs=nargs,
         metavar="CONFIG",
         help="configuration file (YAML for a classifier, Python for a detector), or one's name "
         "(kw config --list)",
     )
     add_options(parser)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """``CHECKPOINT``, which may be left out (:func:`kw.runs.run_of`)."""
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="a checkpoint or a work directory; without it, CONFIG is one of these",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

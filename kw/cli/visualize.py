@@ -14,6 +14,7 @@ from ..config import ConfigError
 from ..runs import load_run, run_of
 from .tool import (
     ToolParser,
+    add_checkpoint,
     add_config_options,
     add_options,
     number,
@@ -35,15 +36,6 @@ def main() -> None:
         added.set_defaults(draw=draw)
         return added
 
-    def checkpoint(to: argparse.ArgumentParser) -> None:
-        to.add_argument(
-            "checkpoint",
-            nargs="?",
-            metavar="CHECKPOINT",
-            help="a file that training wrote, or its folder; left out, CONFIG is such a file or "
-            "folder",
-        )
-
     def layers(to: argparse.ArgumentParser) -> None:
         to.add_argument(
             "--layers",
@@ -60,7 +52,7 @@ def main() -> None:
         )
 
     attention = kind("attention", draw_attention, "coefficients per layer as heat maps")
-    checkpoint(attention)
+    add_checkpoint(attention)
     layers(attention)
     images(attention, 64)
     attention.add_argument(
@@ -76,15 +68,15 @@ def main() -> None:
         help="with --over classes: the first so many (10)",
     )
     cells = kind("cells", draw_cells, "which cells the layers use, their own or others'")
-    checkpoint(cells)
+    add_checkpoint(cells)
     layers(cells)
     images(cells, 64)
     kernels = kind("kernels", draw_kernels, "the kernels that two images get")
-    checkpoint(kernels)
+    add_checkpoint(kernels)
     kernels.add_argument("image", nargs="*", metavar="IMAGE", help="two")
     layers(kernels)
     cam = kind("cam", draw_cam, "class-activation maps on images")
-    checkpoint(cam)
+    add_checkpoint(cam)
     cam.add_argument("image", nargs="*", metavar="IMAGE", help="one or more")
     history = kind("history", draw_history, "coefficients over training", config=False)
     history.add_argument("work_dir", type=Path, metavar="WORK_DIR")
@@ -103,7 +95,7 @@ def main() -> None:
         example = f"the picture, e.g. {name}.png (or .svg, .pdf)"
         added.add_argument("--out", type=output_file, required=True, metavar="FILE", help=example)
     detections = kind("detections", draw_detections, "a detector's results beside the annotations")
-    checkpoint(detections)
+    add_checkpoint(detections)
     detections.add_argument("--out", type=output_folder, required=True, metavar="DIR")
     detections.add_argument(
         "--images",

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+from ..errors import did_you_mean
 from .describe import UNIONS, allowed, default_of, is_required, key_hints
 from .imports import import_custom
 from .loading import OPTIONS
@@ -175,8 +176,7 @@ class _Checker:
         if isinstance(entry.value, float) and not math.isfinite(entry.value):
             expected = expected.replace("a number", "a finite number")
         if metadata.get("choices") is not None and isinstance(entry.value, str):
-            near = difflib.get_close_matches(entry.value, metadata["choices"], 1)
-            expected += f"; did you mean {near[0]!r}?" if near else ""
+            expected += did_you_mean(entry.value, metadata["choices"], quoted=True)
         return self.expect(entry, key, expected)
 
     def _mapping(self, item_hint: Any, entry: Entry, key: str) -> Any:

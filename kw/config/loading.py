@@ -16,7 +16,6 @@ How files combine:
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import did_you_mean
 from .tree import ConfigError, Entry, Origin, join, merge, show
 
 __all__ = ["OPTIONS", "SCALARS", "parse_config", "read_config", "read_option"]
@@ -273,9 +273,8 @@ def _read_text(path: str, where: str) -> str:
     except FileNotFoundError:
         folder = Path(path).parent
         names = [str(f) for f in folder.glob("*.y*ml")] if folder.is_dir() else []
-        near = difflib.get_close_matches(path, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         found = "" if folder.is_dir() else f" (nor a folder {folder})"
+        hint = did_you_mean(path, names)
         raise ConfigError(f"{where}: no such file: {path}{found}{hint}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: expected a YAML file, found one that is not text") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..errors import did_you_mean
 from .tree import ConfigError
 
 __all__ = ["config_file", "config_names", "configs"]
@@ -55,8 +55,7 @@ def config_file(name: str | os.PathLike[str]) -> Path:
     known = config_names()
     if str(name) in known:
         return known[str(name)]
-    near = difflib.get_close_matches(str(name), known, 3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = did_you_mean(name, known, 3)
     raise ConfigError(
         f"{name}: no such file, nor a configuration of that name{hint} (kw config --list)"
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..registry import (
     DATASETS,
     HOOKS,
@@ -249,9 +248,7 @@ def _model_name_expected(name: str, in_timm: bool) -> str:
         return ""
     if timm.is_model(name):
         return ""
-    near = difflib.get_close_matches(name, timm.list_models(), 3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"the name of a timm model{hint}"
+    return f"the name of a timm model{did_you_mean(name, timm.list_models(), 3, quoted=True)}"
 
 
 def ignored_run_settings(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -28,11 +28,11 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer. The learning rate belongs to ``total_batch_size``: it is not rescaled."""
+    """The optimizer. The learning rate is that of ``total_batch_size``: it is not rescaled."""
 
     name: str = setting(
         "adamw",
-        "adamw, sgd, or another of torch's or timm's by its name in lower case, or your own",
+        "adamw, sgd, another optimizer of torch or timm (name in lower case), or your own",
     )
     lr: float = setting(doc="learning rate after warm-up", above=0, maximum=1e6, example=0.1)
     weight_decay: float = setting(
@@ -40,7 +40,7 @@ class OptimizerConfig:
     )
     exempt_from_decay: str = setting(
         "norm_and_bias",
-        "parameters without decay: 1-D ones and biases, those of normalisation layers, or none",
+        "parameters without decay: 1-D ones and biases; those of normalisation layers; or none",
         choices=("norm_and_bias", "norm", "none"),
     )
     betas: list[float] = setting(
@@ -49,13 +49,14 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "adamw: added to the denominator", above=0, maximum=1)
     momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
     nesterov: bool = setting(False, "sgd: Nesterov's form")
-    args: dict[str, Any] = setting({}, "further arguments of the optimizer, by name")
+    args: dict[str, Any] = setting({}, "further keyword arguments of the optimizer")
     attention_lr: float = setting(
         1.0, "factor on the learning rate of attention branches", above=0, maximum=1e6
     )
     head_lr: float = setting(
         1.0,
-        "factor on the learning rate of the classifier: above 1 for a new one on a trained network",
+        "factor on the learning rate of the classifier; above 1 for a new classifier on a "
+        "pretrained network",
         above=0,
         maximum=1e6,
     )
@@ -70,8 +71,7 @@ class ScheduleConfig:
     warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0, maximum=10**6)
     warmup_updates: int = setting(
         0,
-        "warm-up of at least so many updates, but of no more than a tenth of the run for that: for "
-        "sets that are small",
+        "minimum length of the warm-up, updates (for small data sets); at most a tenth of the run",
         minimum=0,
         maximum=10**6,
     )
@@ -80,7 +80,7 @@ class ScheduleConfig:
         [], "step: epochs at which the rate is multiplied", above=0, maximum=10**6
     )
     gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
-    args: dict[str, Any] = setting({}, "arguments of another schedule, by name")
+    args: dict[str, Any] = setting({}, "keyword arguments of another schedule")
 
 
 @dataclass
@@ -92,39 +92,37 @@ class EmaConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written; the best is always kept, and the last epoch's written."""
+    """When checkpoints are written. The last epoch's always is, and the best is always kept."""
 
     interval: int = setting(1, "epochs between checkpoints", minimum=1, maximum=10**6)
     updates: int | None = setting(
         None,
-        "also after every so many updates, within epochs; null = not",
+        "updates between checkpoints within an epoch; null = none within epochs",
         minimum=1,
         maximum=10**9,
     )
     minutes: float | None = setting(
-        None, "also after so many minutes; null = not", above=0, maximum=10**6
+        None, "minutes between checkpoints within an epoch; null = none", above=0, maximum=10**6
     )
     keep: int = setting(2, "newest checkpoints kept", minimum=1, maximum=10**6)
 
 
 @dataclass
 class ContractionConfig:
-    """How dynamic layers compute: speed, and with the precisions its price in accuracy
+    """How dynamic layers compute: speed, and for the precisions also accuracy
     (docs/benchmarks.md)."""
 
-    backend: str = setting(
-        "auto", "back end of every dynamic layer; auto = the selector's choice for each"
-    )
+    backend: str = setting("auto", "back end of all dynamic layers; auto = chosen for each layer")
     planner: str = setting(
         "model",
-        "model: by predicted cost; measure: time the likely ones once per shape and keep the "
-        "result in $KW_CACHE_DIR; off: always the same one",
+        "how auto chooses. model: by predicted cost; measure: times the best candidates once "
+        "per shape and stores the result in $KW_CACHE_DIR; off: always the same back end",
         choices=("model", "measure", "off"),
     )
     assembly_precision: str = setting(
         "autocast",
-        "under bf16 and fp16, autocast: mix cells in 16 bit; float32: mix them in float32 and "
-        "round the assembled kernel",
+        "precision bf16 or fp16: autocast mixes cells in 16 bits; float32 in float32, and "
+        "rounds the assembled kernel",
         choices=("autocast", "float32"),
     )
     float32_matmul_precision: str = setting(
@@ -147,13 +145,13 @@ class DistributedConfig:
     )
     bucket_mb: float = setting(
         25.0,
-        "ddp: gradients are reduced in buckets of about so many MiB",
+        "ddp: approximate size of the buckets in which gradients are reduced, MiB",
         above=0,
         maximum=10**5,
     )
     timeout_minutes: float = setting(
         10.0,
-        "the run ends when a process waits longer than this for another",
+        "the run ends with an error if a process waits longer than this for another",
         above=0,
         maximum=10**5,
     )
@@ -161,23 +159,23 @@ class DistributedConfig:
 
 @dataclass
 class BadImagesConfig:
-    """What becomes of image files that cannot be read (docs/faults.md)."""
+    """How image files that cannot be read are handled (docs/faults.md)."""
 
     policy: str = setting(
         "skip",
-        "skip: train on another image instead, count as wrong in evaluation; raise: stop",
+        "skip: train on another image instead, count as wrong in evaluation; raise: stop the run",
         choices=("skip", "raise"),
     )
     max_fraction: float = setting(
         0.001,
-        "skip: the run stops when more of a data set's files are bad, rounded up to whole files",
+        "skip: the run stops if a larger fraction of a data set's files is bad, rounded up to "
+        "whole files",
         minimum=0,
         maximum=1,
     )
     max_pixels: int = setting(
         178_956_970,
-        "larger images count as bad before memory is asked for; the default is the most that "
-        "Pillow opens",
+        "larger images are not decoded and count as bad; the default is Pillow's limit",
         minimum=1,
         maximum=178_956_970,
     )
@@ -185,14 +183,15 @@ class BadImagesConfig:
 
 @dataclass
 class NonFiniteConfig:
-    """What becomes of updates whose loss or gradient is not finite: they are skipped."""
+    """Updates whose loss or gradient is not finite are skipped; when the run stops."""
 
     patience: int = setting(
-        20, "the run stops after as many skipped updates in a row", minimum=1, maximum=10**9
+        20, "the run stops after this many skipped updates in a row", minimum=1, maximum=10**9
     )
     max_fraction: float = setting(
         0.1,
-        "the run stops when more of an epoch's updates (and more than patience) were skipped",
+        "the run stops if a larger fraction of an epoch's updates (and more than patience) is "
+        "skipped",
         minimum=0,
         maximum=1,
     )
@@ -223,11 +222,15 @@ class RunConfig:
         minimum=0,
         maximum=10**6,
     )
-    ema: EmaConfig | None = setting(None, "average of the weights")
+    ema: EmaConfig | None = setting(None, "moving average of the weights; null = none")
     precision: str = setting(
-        "fp32", "autocast type of forward and loss", choices=("fp32", "bf16", "fp16")
+        "fp32",
+        "autocast type of forward pass and loss; fp32 = no autocast",
+        choices=("fp32", "bf16", "fp16"),
     )
-    non_finite: NonFiniteConfig = table(NonFiniteConfig, "updates whose loss is not finite")
+    non_finite: NonFiniteConfig = table(
+        NonFiniteConfig, "updates whose loss or gradient is not finite"
+    )
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     distributed: DistributedConfig = table(DistributedConfig, "training on several processes")
     contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
@@ -239,6 +242,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")
     hooks: dict[str, dict[str, Any]] = setting(
         {},
-        "further hooks by registered name, with their arguments, in the order in which they are "
+        "further hooks: registered names, with their arguments, in the order in which they are "
         "called, e.g. {early_stopping: {patience: 5}}",
     )

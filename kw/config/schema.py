@@ -85,14 +85,14 @@ class WarehouseConfig:
     )
     start: str | None = setting(
         None,
-        "keep: begin as the static network, with its weights; paper: cells and attention at "
-        "random, to be annealed (temperature_epochs)",
+        "keep: start with the static network's weights and outputs; paper: random cells and "
+        "attention, annealed over temperature_epochs",
         choices=_STARTS,
     )
     firmness: float | None = setting(
         None,
-        "start keep: the logits' scale over the number of cells; larger values change the "
-        "coefficients more slowly",
+        "start keep: scale of the logits / number of cells; with larger values coefficients change "
+        "more slowly",
         minimum=0.001,
         maximum=1e6,
     )
@@ -100,10 +100,10 @@ class WarehouseConfig:
 
 @dataclass
 class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
-    """The conversion to a KernelWarehouse network: the plan, and changed settings."""
+    """The conversion to a KernelWarehouse network: a plan, and settings that replace its own."""
 
     warehouses: dict[str, WarehouseConfig] = setting(
-        {}, "settings of single warehouses by their names, over those of all"
+        {}, "settings of single warehouses, by name; they take precedence over those of all"
     )
 
     def overrides(self) -> dict[str, Any]:
@@ -117,20 +117,20 @@ class KernelWarehouseConfig(WarehouseConfig, _PlanConfig):
 
 @dataclass
 class PeerConfig:
-    """The conversion to one of the peers; null leaves the method's own value."""
+    """The conversion to another dynamic convolution; null leaves the method's own value."""
 
     method: str = setting(doc="method of kw.peers", choices=PEERS, example="dyconv")
-    kernels: int | None = setting(None, "kernels of every converted layer", minimum=1, maximum=1024)
+    kernels: int | None = setting(None, "kernels per converted layer", minimum=1, maximum=1024)
     reduction: float | None = setting(
         None, "dyconv, odconv: hidden width of the attention / input channels", above=0, maximum=64
     )
     layers: str | None = setting(
-        None, "regular expression on the whole names of the layers to convert"
+        None, "layers to convert: a regular expression that matches the whole name"
     )
     start: str | None = setting(
         None,
-        "keep: begin as the static network, with its weights; paper: kernels and attention at "
-        "random, to be annealed where there is a temperature (temperature_epochs)",
+        "keep: start with the static network's weights and outputs; paper: random kernels and "
+        "attention, annealed over temperature_epochs if the method has a temperature",
         choices=_STARTS,
     )
 
@@ -168,11 +168,11 @@ class ModelConfig:
     timm_args: dict[str, Any] = setting({}, "further keyword arguments of timm.create_model")
     weights: str | None = setting(
         None,
-        "trained weights to start from: a file (.safetensors, .pth) of the static network, before "
-        "it is converted, or of the converted one; timm or timm:TAG takes those of timm's hub",
+        "pretrained weights: a file (.safetensors, .pth) of the static or of the converted "
+        "network; timm or timm:TAG downloads timm's",
     )
     freeze: list[str] = setting(
-        [], "regular expressions: parameters and modules of these names do not train"
+        [], "regular expressions: parameters and modules with matching names are not trained"
     )
     stem: StemConfig | None = setting(
         None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
@@ -181,7 +181,7 @@ class ModelConfig:
         None, "conversion, e.g. {plan: resnet18, cell_num_ratio: 4}; null = the static network"
     )
     peer: PeerConfig | None = setting(
-        None, "conversion to another method instead, e.g. {method: dyconv, kernels: 4}"
+        None, "conversion to another dynamic convolution instead, e.g. {method: dyconv, kernels: 4}"
     )
 
 
@@ -191,9 +191,11 @@ class RandomErasingConfig:
 
     probability: float = setting(0.25, "probability per image", minimum=0, maximum=1)
     mode: str = setting(
-        "pixel", "what the rectangle is filled with", choices=("pixel", "rand", "const")
+        "pixel",
+        "what a rectangle is filled with: noise per pixel, one random colour, or zeros",
+        choices=("pixel", "rand", "const"),
     )
-    count: int = setting(1, "rectangles per erased image, at most", minimum=1, maximum=100)
+    count: int = setting(1, "largest number of rectangles per erased image", minimum=1, maximum=100)
 
 
 @dataclass
@@ -203,13 +205,13 @@ class MemoryConfig:
 
     place: str = setting(
         "device",
-        "memory of the device that trains, or of its host",
+        "memory of the training device, or of its host",
         choices=("device", "host"),
     )
     size: int | None = setting(
         None,
-        "training images are held as squares of this side: the shorter side is resized, the middle "
-        "cut out; null = as they are, all of one size",
+        "side of the stored training images, pixels: the shorter side is resized to it, then the "
+        "centre is cropped; null = unchanged, all images of one size",
         minimum=1,
         maximum=8192,
     )
@@ -217,7 +219,7 @@ class MemoryConfig:
 
 @dataclass
 class DataConfig:
-    """Images, augmentation, and how they are loaded."""
+    """Images, augmentation and loading."""
 
     root: str = setting(
         doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
@@ -226,15 +228,16 @@ class DataConfig:
         224, "side of the square network input, pixels", minimum=1, maximum=8192
     )
     workers: int = setting(
-        4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
+        4, "loader processes per device; 0 = load in the training process", minimum=0, maximum=512
     )
     memory: MemoryConfig | None = setting(
-        None, "hold the decoded images in memory, e.g. {place: device}; null = read files always"
+        None,
+        "keep decoded images in memory, e.g. {place: device}; null = read the files in every epoch",
     )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(
         "apply",
-        "apply: turn images as their EXIF data say; ignore: take them as stored, as torchvision "
+        "apply: rotate images as their EXIF data say; ignore: use them as stored, as torchvision "
         "and timm do",
         choices=("apply", "ignore"),
     )
@@ -243,13 +246,15 @@ class DataConfig:
     )
     std: list[float] = setting(
         [0.229, 0.224, 0.225],
-        "channel deviations of inputs in [0, 1]",
+        "channel standard deviations of inputs in [0, 1]",
         minimum=1e-6,
         maximum=1e6,
         length=3,
     )
     interpolation: str = setting(
-        "bicubic", "resampling", choices=("bilinear", "bicubic", "nearest", "lanczos")
+        "bicubic",
+        "interpolation of resized images",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
     )
     test_crop_ratio: float = setting(
         0.875, "test images are resized to input_size / ratio, then cropped", minimum=0.1, maximum=1
@@ -268,7 +273,7 @@ class DataConfig:
         maximum=1e3,
         length=2,
     )
-    horizontal_flip: float = setting(0.5, "probability of a mirror image", minimum=0, maximum=1)
+    horizontal_flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     color_jitter: float | None = setting(
         None, "strength of brightness, contrast and saturation jitter", minimum=0, maximum=10
     )
@@ -277,8 +282,8 @@ class DataConfig:
     )
     transforms: dict[str, dict[str, Any]] = setting(
         {},
-        "further transforms by registered name, with their arguments, of a training image before "
-        "it is cropped",
+        "further transforms of a training image before the crop: registered names, with their "
+        "arguments",
     )
     random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
     mixup: float = setting(
@@ -288,15 +293,15 @@ class DataConfig:
         0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0, maximum=1000
     )
     mix_probability: float = setting(
-        1.0, "probability that a batch is mixed at all", minimum=0, maximum=1
+        1.0, "probability that mixup or cutmix is applied to a batch", minimum=0, maximum=1
     )
     mix_switch_probability: float = setting(
-        0.5, "probability of cutmix where both are on", minimum=0, maximum=1
+        0.5, "probability of cutmix instead of mixup if both are on", minimum=0, maximum=1
     )
     dataset: str = setting(
         "folder", "how a split's files, labels and classes are found", choices=DATASETS
     )
-    dataset_args: dict[str, Any] = setting({}, "arguments of the data set, by name")
+    dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
 
 
 @dataclass
@@ -305,10 +310,10 @@ class LossConfig:
 
     name: str = setting(
         "cross_entropy",
-        "cross_entropy; bce: every class for itself, one against all the others",
+        "cross_entropy; bce: binary cross-entropy of each class",
         choices=LOSSES,
     )
-    args: dict[str, Any] = setting({}, "arguments of the loss, by name")
+    args: dict[str, Any] = setting({}, "keyword arguments of the loss")
 
 
 @dataclass
@@ -345,7 +350,7 @@ class Config(RunConfig, _Classification):
 
     loss: LossConfig = table(LossConfig, "what training minimises")
     metrics: dict[str, dict[str, Any]] = setting(
-        {}, "figures of an evaluation beside the accuracy, by registered name, with arguments"
+        {}, "metrics besides the accuracy: registered names, with their arguments"
     )
     label_smoothing: float = setting(
         0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
@@ -358,8 +363,8 @@ class Config(RunConfig, _Classification):
     )
     custom_imports: list[str] = setting(
         [],
-        "modules of your own that register what is named here; imported only where the command "
-        "line or the environment allows it (docs/extending.md)",
+        "your modules that register names used here; imported only if the command line or the "
+        "environment allows it (docs/extending.md)",
     )
     pictures: PicturesConfig | None = setting(
         None, "heat maps of coefficients and a training batch for TensorBoard; null = none"

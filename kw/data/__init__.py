@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .reading import BadImageError, DataError, read_image
     from .samplers import EvalBatchSampler, TrainBatchSampler
     from .seeding import derive_seed, seeded, uniform_draws
-    from .splits import open_training, open_validation, test_images
+    from .splits import open_training, open_validation, read_files, test_images
     from .transforms import build_transform
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "list_splits",
     "open_training",
     "open_validation",
+    "read_files",
     "read_image",
     "seeded",
     "stop_workers",
@@ -67,7 +68,7 @@ __getattr__ = lazily(
         "reading": "BadImageError DataError read_image",
         "samplers": "EvalBatchSampler TrainBatchSampler",
         "seeding": "derive_seed seeded uniform_draws",
-        "splits": "open_training open_validation test_images",
+        "splits": "open_training open_validation read_files test_images",
         "transforms": "build_transform",
     },
 )

@@ -7,7 +7,6 @@ The scans are those of :mod:`kw.data.digits`, so that this demo needs no downloa
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,7 +22,12 @@ from PIL import Image
 from kw.data.dataset import DataError
 from kw.data.digits import choose_val, load_scans
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import is_written, whole_folder
+from kw.data.whole_folder import (
+    command_parser,
+    is_written,
+    whole_folder,
+    write_by_command,
+)
 
 __all__ = ["Scene", "compose_scene", "encode_mask", "write_digit_scenes"]
 
@@ -274,26 +278,19 @@ def _check_count(root: Path, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write the canvases, print one line; exit status 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kw.data.digit_scenes",
-        description="Write canvases of handwritten digits with annotations in COCO's format.",
+    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
+    parser = command_parser(
+        "kw.data.digit_scenes", "Write canvases of handwritten digits, annotated in COCO's format."
     )
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
     parser.add_argument("--train", type=int, default=1200, help="canvases to train on (1200)")
     parser.add_argument("--val", type=int, default=120, help="canvases to validate on (120)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the canvases (0)")
-    options = parser.parse_args(arguments)
-    try:
-        counts = write_digit_scenes(options.root, options.train, options.val, options.seed)
-    except (DataError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"digit scenes: {counts['train']} training and {counts['val']} test images with boxes and "
-        f"masks of 10 classes, in {options.root}"
+    return write_by_command(
+        parser,
+        arguments,
+        write_digit_scenes,
+        "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
+        "in {root}",
     )
-    return 0
 
 
 if __name__ == "__main__":

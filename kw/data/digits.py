@@ -8,7 +8,6 @@ scikit-learn, so that the demo needs no download::
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,12 @@ import numpy as np
 from PIL import Image
 
 from kw.data.dataset import DataError
-from kw.data.whole_folder import is_written, whole_folder
-from kw.errors import answer
+from kw.data.whole_folder import (
+    command_parser,
+    is_written,
+    whole_folder,
+    write_by_command,
+)
 
 __all__ = ["VAL_FRACTION", "choose_val", "load_scans", "write_digits"]
 
@@ -123,25 +126,17 @@ def _count(root: Path) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write the digits, print one line; exit status 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kw.data.digits",
-        description="Write scikit-learn's handwritten digits as a folder of images.",
+    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
+    parser = command_parser(
+        "kw.data.digits", "Write scikit-learn's handwritten digits as a folder of images."
     )
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
     parser.add_argument("--size", type=int, default=32, help="side of the images, pixels (32)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
-    options = parser.parse_args(arguments)
-    try:
-        counts = write_digits(options.root, options.size, seed=options.seed)
-    except (DataError, ImportError, OSError) as error:
-        print(f"error: {answer(error) or error}", file=sys.stderr)
-        return 2
-    print(
-        f"digits: {counts['train']} training and {counts['val']} test images of 10 classes, "
-        f"{options.size}x{options.size}, in {options.root}"
+    return write_by_command(
+        parser,
+        arguments,
+        write_digits,
+        "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,11 @@ from kw.data.batch_augment import BatchAugment
 from kw.data.dataset import ImageFolder, Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
+from kw.data.reading import read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.transforms import build_transform
 
-__all__ = ["open_training", "open_validation", "test_images"]
+__all__ = ["open_training", "open_validation", "read_files", "test_images"]
 
 
 def open_training(
@@ -99,6 +101,19 @@ def test_images(config: Config) -> ImageFolder:
         DataError: the data folder is not as expected.
     """
     return _folder(config, "val", build_transform(config.data, False), None)
+
+
+def read_files(
+    files: Sequence[str | os.PathLike[str]], data: DataConfig
+) -> dict[str, torch.Tensor]:
+    """A batch of image files as the test images are read; their labels are 0.
+
+    Raises:
+        BadImageError: one cannot be read.
+    """
+    transform, upright = build_transform(data, False), data.exif_orientation == "apply"
+    images = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
+    return {"images": torch.stack(images), "labels": torch.zeros(len(images), dtype=torch.int64)}
 
 
 def _folder(

@@ -9,7 +9,6 @@ that matter. The scans are scikit-learn's (:mod:`kw.data.digits`), so that nothi
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import math
 import os
@@ -23,8 +22,12 @@ from PIL import Image
 from kw.data.dataset import DataError
 from kw.data.digits import choose_val, load_scans
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import is_written, whole_folder
-from kw.errors import answer
+from kw.data.whole_folder import (
+    command_parser,
+    is_written,
+    whole_folder,
+    write_by_command,
+)
 
 __all__ = ["choose_scans", "see", "write_two_inks"]
 
@@ -163,32 +166,23 @@ def _lay(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write the images, print one line; exit status 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kw.data.two_inks",
-        description="Write pictures of two digits, of which the light tells which one counts.",
+    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
+    parser = command_parser(
+        "kw.data.two_inks", "Write images of two digits; the light determines which is the class."
     )
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
     parser.add_argument("--train", type=int, default=16_000, help="training images (16000)")
     parser.add_argument("--val", type=int, default=6_000, help="held-out images (6000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images (0)")
     parser.add_argument("--size", type=int, default=16, help="side of the images, pixels (16)")
     parser.add_argument(
         "--search", action="store_true", help="hold out training scans; test scans are not used"
     )
-    options = parser.parse_args(arguments)
-    try:
-        counts = write_two_inks(
-            options.root, options.train, options.val, options.seed, options.size, options.search
-        )
-    except (DataError, ImportError, OSError) as error:
-        print(f"error: {answer(error) or error}", file=sys.stderr)
-        return 2
-    print(
-        f"two inks: {counts['train']} training and {counts['val']} held-out images of 10 "
-        f"classes in 2 lights, {options.size}x{options.size}, in {options.root}"
+    return write_by_command(
+        parser,
+        arguments,
+        write_two_inks,
+        "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
+        "{size}x{size}, in {root}",
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ program that is run again then keeps the folder. It never changes what it did no
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kw.data.dataset import DataError
+from kw.errors import answer
 
-__all__ = ["is_written", "whole_folder"]
+__all__ = ["command_parser", "is_written", "whole_folder", "write_by_command"]
 
 
 def is_written(root: Path, marker: str, settings: Mapping[str, float], what: str) -> bool:
@@ -70,3 +73,38 @@ def whole_folder(root: Path, marker: str, settings: Mapping[str, float]) -> Iter
         if root.exists():
             root.rmdir()
         shutil.move(partial, root)
+
+
+def command_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a module that writes such a folder: ``ROOT`` and ``--seed``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("root", help="folder to write: absent, empty, or written before")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data (0)")
+    return parser
+
+
+def write_by_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    write: Callable[..., Mapping[str, int]],
+    summary: str,
+) -> int:
+    """Write a folder with the settings of a command line; print one line.
+
+    Args:
+        parser: its arguments are named as those of ``write``.
+        arguments: the command line; left out, the process's.
+        write: returns the numbers of images by split.
+        summary: what is printed, a format of the arguments and the numbers.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake of the user.
+    """
+    options = vars(parser.parse_args(arguments))
+    try:
+        counts = write(**options)
+    except (DataError, ImportError, OSError) as error:
+        print(f"error: {answer(error) or error}", file=sys.stderr)
+        return 2
+    print(summary.format(**{**options, **counts}))
+    return 0

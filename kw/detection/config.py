@@ -11,7 +11,6 @@ A Python configuration is a program: run only files that you trust.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import warnings
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from ..config import ConfigError
 from ..config.checking import check_tree
 from ..config.loading import OPTIONS, read_option
 from ..config.tree import Entry, Origin, merge
+from ..errors import did_you_mean
 from .origins import entry_with_origins, read_origins
 from .packages import packages_from_metadata
 from .schema import SCHEMA, DetectionConfig
@@ -147,10 +147,9 @@ def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
     origin = origins.get(name)
     instead = _INSTEAD.get(name)
     if instead is None and origin is not None:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         return (
-            f"{origin}: {name}: expected a known key{hint} (a variable of the file's own starts "
+            f"{origin}: {name}: expected a known key{did_you_mean(name, known)} "
+            "(a variable of the file's own starts "
             f"with an underscore; valid here: {', '.join(known)})"
         )
     if origin is not None:
@@ -177,8 +176,7 @@ def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Ent
                 problems.append(f"{OPTIONS}: {key}: {problem}")
         else:
             names = (*_OF_RUN, *_OF_MMDET)
-            near = difflib.get_close_matches(key.split(".")[0], names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key.split(".")[0], names)
             problems.append(f"{OPTIONS}: {key}: expected a known key{hint}")
     if problems:
         raise ConfigError(*problems)

@@ -5,7 +5,6 @@ The data are ``paper_tables.yaml`` beside this module, whose head describes them
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import valid_names
 from .report import ReportError
 
 __all__ = ["FIGURES", "PAPER_TABLES", "SOURCES", "Figure", "PaperRow", "PaperTable", "paper_tables"]
@@ -184,6 +184,4 @@ def _find(name: str, known: Mapping[str, Any], what: str) -> Any:
 
 
 def _unknown(name: str, known: Any, what: str) -> str:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{what} {name!r}: there is none of that name; {hint}There are: {', '.join(known)}"
+    return f"{what} {name!r}: there is none of that name{valid_names(name, known)}"

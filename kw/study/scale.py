@@ -6,7 +6,6 @@ are the scale ``full``, which has none.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..config.loading import read_config
+from ..errors import valid_names
 
 __all__ = ["FULL", "Scale", "epochs_scaled", "read_scale"]
 
@@ -80,11 +80,7 @@ def read_scale(name: str, folder: Path) -> Scale:
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file():
         known = [FULL.name, *sorted(file.stem for file in folder.glob("*.yaml"))]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"--scale {name}: no such file: {path}; {hint}There are: {', '.join(known)}"
-        )
+        raise ConfigError(f"--scale {name}: no such file: {path}{valid_names(name, known)}")
     content = read_config(path).plain()
     rules = content.get("rules")
     whole = set(content) == {"title", "rules"} and isinstance(content["title"], str)

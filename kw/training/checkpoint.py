@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain types only, written whole or not at all, read without code.
+"""Checkpoints: tensors and plain types only, written atomically, read without running code.
 
 A file is a zip archive whose parts carry checksums: a damaged or incomplete file is recognised
 before anything is read from it.
@@ -47,10 +47,10 @@ __all__ = [
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint beside its final name and rename it: half of one is never seen.
+    """Write a checkpoint to a temporary name and rename it, so that no partial file is seen.
 
     Raises:
-        OSError: it could not be written; what was there before is as it was.
+        OSError: it could not be written; an earlier file is kept.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -62,7 +62,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # renames survive a power cut, where the system can
+    with suppress(OSError):  # so that the rename survives a power failure
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -71,7 +71,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, running no code of its own.
+    """Read a checkpoint to the CPU without running code from it.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, it holds more than tensors and plain
@@ -97,7 +97,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_network(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a network's state, of this or an earlier version, all of it or nothing.
+    """Load a network's state, of this or an earlier version, completely or with an error.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape; all are listed.
@@ -125,10 +125,10 @@ def named_classes(checkpoint: Mapping[str, Any], count: int, source: str) -> lis
 def refuse_other_classes(
     checkpoint: Mapping[str, Any], classes: Sequence[str], source: str, data: str
 ) -> None:
-    """Refuse data whose labels do not mean what the checkpoint's do: labels are places in a list.
+    """Refuse data whose list of classes differs: a label is an index into it.
 
     Args:
-        checkpoint: as it was read; one without names (``meta.classes``) is let pass.
+        checkpoint: as it was read; one without names (``meta.classes``) is accepted.
         classes: those of the data.
         source: what messages call the checkpoint.
         data: what they call the data.
@@ -143,8 +143,8 @@ def refuse_other_classes(
     place, (theirs, ours) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
     raise CheckpointError(
         f"{source} was trained on other classes than those of {data}: class {place} is {theirs!r} "
-        f"there and {ours!r} here ({len(trained)} and {len(classes)} classes); a label is a place "
-        "in their list: name folders or categories as in training"
+        f"there and {ours!r} here ({len(trained)} and {len(classes)} classes); a label is an "
+        "index into that list: name folders or categories as in training"
     )
 
 

@@ -1,4 +1,4 @@
-"""A run's work directory: one run at a time, and which checkpoint it goes on from."""
+"""A run's work directory: locked by one run at a time; the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _T = TypeVar("_T")
 
 @contextmanager
 def held(work_dir: Path, process: Process) -> Iterator[None]:
-    """Keep other runs out of a work directory; a collective call.
+    """Lock a work directory against other runs; a collective call.
 
-    The lock is the operating system's: it goes with the process that holds it, however this ends.
+    The operating system holds the lock: it is released when its process ends, in any way.
 
     Raises:
         ConfigError: another run writes there.
         OSError: the folder cannot be made; on all processes.
     """
-    set_place("taking hold of the work directory")
+    set_place("locking the work directory")
     handle = _on_first(process, lambda: _lock(work_dir))
     try:
         yield
@@ -66,13 +66,13 @@ def _lock(work_dir: Path) -> int | None:
         except OSError as error:
             os.close(handle)
             logger.warning(
-                f"{work_dir}: cannot be locked ({error.strerror}): start no other run there"
+                f"{work_dir}: cannot be locked ({error.strerror}); do not start another run there"
             )
             return None
         with suppress(OSError):
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 break
-        os.close(handle)  # its holder took it away meanwhile
+        os.close(handle)  # its holder deleted the file meanwhile
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle
@@ -88,17 +88,17 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
 
     Raises:
         ConfigError: ``work_dir`` holds a run that is not to be resumed.
-        CheckpointError: none of its checkpoints is whole.
+        CheckpointError: all of its checkpoints are damaged.
     """
     if not isinstance(resume, bool):
         return Path(resume)
-    set_place("looking for a checkpoint to go on from")
-    # Others might see another state of a shared disk.
+    set_place("looking for a checkpoint to resume from")
+    # Other processes may see another state of a shared disk.
     return _on_first(process, lambda: _newest(resume, work_dir))
 
 
 def _on_first(process: Process, work: Callable[[], _T]) -> _T:
-    """What the first process found, on all of them, or its error; a collective call."""
+    """Run ``work`` on the first process; its result or error on all. A collective call."""
     answer: list[Any] = [None, None]
     if process.is_main:
         try:
@@ -128,5 +128,5 @@ def _newest(resume: bool, work_dir: Path) -> Path | None:
         logger.warning(fault)
     if path is None:
         listed = "\n  ".join(faults)
-        raise CheckpointError(f"no checkpoint of {work_dir} is whole:\n  {listed}")
+        raise CheckpointError(f"no checkpoint of {work_dir} is intact:\n  {listed}")
     return path

@@ -1,8 +1,7 @@
-"""What a checkpoint must look like before anything is done with it.
+"""Checks of a checkpoint's content before it is used.
 
-A file that holds tensors and plain types runs no code, but may still hold anything: another
-program's, one that was edited, one of another run. Each function says what is wrong, as the middle
-of a sentence, or nothing.
+A file of tensors and plain types runs no code, but it may come from another program or another run,
+or be edited. The checks return a fault as part of a sentence, or None.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ __all__ = ["layout_fault", "number_as_now", "resume_fault", "settings_changed"]
 
 
 def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
-    """What is wrong with the parts that every reader uses; parts may be missing."""
+    """A fault of the parts that every reader uses; parts may be missing."""
     for key in ("state_dict", "ema_state_dict"):
         state = checkpoint.get(key, {"": Tensor()})
         if not isinstance(state, Mapping) or not state:
@@ -51,10 +50,10 @@ def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
 
 
 def resume_fault(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> str | None:
-    """Why a run cannot go on from a checkpoint whose layout is right; weights are not looked at.
+    """Why a run cannot resume from a checkpoint of valid layout; weights are not checked here.
 
     Args:
-        checkpoint: it may hold weights alone, of which nothing is said here.
+        checkpoint: one that holds weights only is accepted here.
         optimizer: the run's, fresh.
     """
     if "optimizer" not in checkpoint:
@@ -71,11 +70,11 @@ def resume_fault(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> str | N
 
 
 def settings_changed(before: Any, now: str) -> list[str]:
-    """What differs between two resolved configurations, a line for each setting.
+    """The differences between two resolved configurations, one line per setting.
 
     Args:
-        before: the text of the run until now; of a checkpoint, where it may be anything.
-        now: the text of the run from here on.
+        before: text from the checkpoint, which may be of any type.
+        now: text of the resumed run.
     """
     if not isinstance(before, str):
         return []
@@ -99,9 +98,9 @@ def _flat(settings: Any, key: str = "") -> dict[str, Any]:
 
 
 def number_as_now(checkpoint: Mapping[str, Any], network: nn.Module, optimizer: Optimizer) -> None:
-    """Bring the optimizer's state of an earlier version into this version's order of parameters.
+    """Renumber an earlier version's optimizer state in this version's order of parameters.
 
-    Does nothing to a checkpoint of this version, or to one that :func:`resume_fault` refuses.
+    Checkpoints of this version, and those that :func:`resume_fault` refuses, are not changed.
 
     Args:
         checkpoint: as it was read.

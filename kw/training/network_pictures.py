@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import load_config
 from ..config.schema import Config
-from ..data import build_transform, read_image, test_images
+from ..data import read_files, test_images
 from ..pictures.cam import class_maps, draw_cam
 from ..pictures.cells import draw_cells
 from ..pictures.coefficients import (
@@ -34,6 +33,7 @@ from ..pictures.kernels import assembled_kernels, draw_kernels
 from ..pictures.samples import few_of_each, read_images, spaced
 from ..pictures.style import check_matplotlib, save, to_pixels
 from ..warehouse import get_temperature, has_temperature
+from ..warehouse.plan import nearest
 from .checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -132,10 +132,9 @@ def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
         raise PictureError(f"--layers {pattern!r}: no regular expression: {error}") from None
     if not found:
         names = [layer.name for layer in layers]
-        near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
         raise PictureError(
             f"--layers {pattern!r}: matches the whole name of no dynamic layer; there are "
-            f"{len(names)}, e.g. {', '.join(near)}"
+            f"{len(names)}, {nearest(pattern, names)}"
         )
     return found
 
@@ -269,12 +268,7 @@ def picture_cam(
 
 def _own_images(trained: _Trained, files: Sequence[str | Path]) -> tuple[Tensor, list[str]]:
     """Images as a test would see them, and their names."""
-    data = trained.config.data
-    transform = build_transform(data, False)
-    upright = data.exif_orientation == "apply"
-    read = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
-    labels = torch.zeros(len(read), dtype=torch.int64)
-    images = trained.prepare({"images": torch.stack(read), "labels": labels})
+    images = trained.prepare(read_files(files, trained.config.data))
     return images, ["/".join(Path(f).parts[-2:]) for f in files]
 
 

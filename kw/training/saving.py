@@ -1,4 +1,4 @@
-"""The checkpoints of a work directory: written beside training, named, cleared away, found."""
+"""The checkpoints of a work directory: written in a thread, named, found, and old ones deleted."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def checkpoint_name(epoch: int, update: int | None) -> str:
     """File name of a checkpoint: ``epoch_3.pth``, or ``epoch_3_update_4100.pth`` within the next.
 
     Args:
-        epoch: epochs done, evaluation and all.
-        update: updates done, of the whole run, where an epoch is under way.
+        epoch: epochs done, their evaluations included.
+        update: updates done in the whole run, for a checkpoint within an epoch.
     """
     return f"epoch_{epoch}.pth" if update is None else f"epoch_{epoch}_update_{update}.pth"
 
 
 def checkpoints(work_dir: Path) -> list[Path]:
-    """The checkpoints of a work directory, oldest of the run first."""
+    """The checkpoints of a work directory, in the order of training."""
     found = {
         (int(match[1]), int(match[2] or -1)): path
         for path in work_dir.glob("epoch_*.pth")
@@ -56,7 +56,7 @@ def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
         fault = find_damage(path, ours=True)
         if fault is None:
             return path
-        report(f"passed over {path}: {fault}")
+        report(f"skipped {path}: {fault}")
     return None
 
 
@@ -72,7 +72,7 @@ def copied(state: Any) -> Any:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file, where the file system has them; else a copy. Replaces at once."""
+    """A hard link to a file, or a copy where the file system has none; replaces atomically."""
     with contextlib.suppress(FileNotFoundError):
         if target.samefile(source):  # renaming one name of a file to another does nothing
             return
@@ -86,10 +86,10 @@ def link(source: Path, target: Path) -> None:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints beside training; keeps the newest, ``last.pth`` and ``best.pth``.
+    """Writes a run's checkpoints in a thread; keeps the newest, ``last.pth`` and ``best.pth``.
 
-    A checkpoint that cannot be written, on a full disk say, leaves the earlier ones as they are;
-    the next one is tried again, and the run ends with an error only if its last one is missing.
+    If a checkpoint cannot be written, for example on a full disk, earlier ones are kept and the
+    next one is tried. The run ends with an error only if its last checkpoint cannot be written.
 
     Args:
         work_dir: the run's.
@@ -105,7 +105,7 @@ class Checkpoints:
     def write(
         self, state: Mapping[str, Any], path: Path, best: Mapping[str, Any] | None = None
     ) -> None:
-        """Copy a state and begin to write it in a thread; waits for the one before.
+        """Copy a state and write it in a thread; waits for the previous write.
 
         Args:
             state: tensors and plain types.
@@ -143,11 +143,11 @@ class Checkpoints:
                 old.unlink()
 
     def report_failure(self) -> None:
-        """Log what kept a checkpoint from being written, if anything did."""
+        """Log the error of the last write, if there was one."""
         if self._failure is not None:
             logger.error(
-                f"a checkpoint could not be written ({self._failure}); earlier ones are as they "
-                "were, and the next one will be tried"
+                f"a checkpoint could not be written ({self._failure}); earlier ones are "
+                "kept, and the next one will be tried"
             )
             self._failure = None
 
@@ -165,7 +165,7 @@ class Checkpoints:
 
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""A run as a checkpoint, and a run that goes on from one."""
+"""Saving a run as a checkpoint, and resuming it from one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run_state(
 
 
 def resume(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Let a run go on from a checkpoint: all of it, or an error.
+    """Resume a run from a checkpoint, completely or with an error.
 
     Returns:
         The checkpoint's ``meta``.
@@ -90,13 +90,13 @@ def resume(trainer: Trainer, path: Path) -> dict[str, Any]:
     refuse_other_classes(checkpoint, trainer.task.classes, source, "this run's data")
     fault = resume_fault(checkpoint, optimizer)
     if fault is not None:
-        raise CheckpointError(f"{source} is of another run: {fault}")
+        raise CheckpointError(f"{source} does not belong to this run: {fault}")
     try:
         _restore(trainer, checkpoint, source)
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        # What restores expects what saved wrote; anything may be in a file of other origin.
+        # A file of another program may hold anything.
         raise CheckpointError(
             f"{source} is not laid out as this version writes it: {one_line(error)}"
         ) from error
@@ -104,11 +104,11 @@ def resume(trainer: Trainer, path: Path) -> dict[str, Any]:
     logger.info(f"resumed {path}: epoch {trainer.epoch}, update {trainer.update}")
     if trainer.is_finished:
         logger.warning(
-            f"{source}: its {trainer.epoch} epochs are done, epochs is {trainer.config.epochs}; "
+            f"{source}: {trainer.epoch} epochs are done and epochs is {trainer.config.epochs}: "
             "nothing is trained"
         )
     elif changed := settings_changed(meta.get("config"), trainer.task.config_text):
-        logger.warning("goes on with other settings than before:\n  " + "\n  ".join(changed))
+        logger.warning("resumed with changed settings:\n  " + "\n  ".join(changed))
     return meta
 
 
@@ -125,7 +125,7 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], source: str) -> None:
         raise CheckpointError(
             f"{source}: {done} updates in {meta['epoch']} epochs, {before} an epoch, where "
             f"this run makes {per_epoch} an epoch; resume with the total_batch_size and images "
-            "that it was trained with, or begin another run with model.weights set to this file"
+            "that it was trained with, or start a new run with model.weights set to this file"
         )
     if trainer.average is not None:
         average = checkpoint.get("ema_state_dict")
@@ -145,17 +145,17 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], source: str) -> None:
 def _restore_process(
     trainer: Trainer, ranks: list[dict[str, Any]], source: str, within: bool
 ) -> None:
-    """What belongs to this process; ``within``: an epoch was under way."""
+    """Restore the state of this process; ``within``: the checkpoint was written within an epoch."""
     process = trainer.process
     if len(ranks) != process.world_size:
         restored = _restore_hooks(trainer, ranks[0], shared=True)
         # The log's sums begin anew with its next line.
         anew = [name for name in ranks[0]["hooks"] if name not in (*restored, "LogHook")]
-        also = ", nor are BatchNorm's statistics those of each process" if within else ""
+        also = ", BatchNorm starts from the first process's statistics" if within else ""
         also += f"; without the state of {', '.join(anew)}" if anew else ""
         logger.warning(
-            f"{source} was written by {len(ranks)} process(es): the recipe goes on with "
-            f"{process.world_size}, but not to the bit: drop path draws other numbers, "
+            f"{source} was written by {len(ranks)} process(es); the run continues on "
+            f"{process.world_size}, but not to the bit: drop path draws other random numbers, "
             f"gradients are summed in another order{also}"
         )
         return
@@ -171,7 +171,7 @@ def _restore_process(
 
 
 def _restore_hooks(trainer: Trainer, own: dict[str, Any], shared: bool = False) -> list[str]:
-    """Give hooks their states of a process, or those alone that all processes share; by name."""
+    """Restore the hooks, or only those with one state for all processes; returns their names."""
     restored = []
     for hook in trainer.hooks:
         name = type(hook).__name__
@@ -189,7 +189,7 @@ def _statistics(trainer: Trainer) -> list[Tensor]:
 
 
 def fault_logs(trainer: Trainer) -> dict[str, FaultLog]:
-    """What is known of the files of a run's data sets."""
+    """The logs of unreadable files, by split."""
     return {"train": trainer.train_loader.faults, "val": trainer.val_loader.faults}
 
 

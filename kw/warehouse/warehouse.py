@@ -5,7 +5,6 @@ Paper: KernelWarehouse (ICML 2024, arXiv 2406.07879), warehouse construction-wit
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..errors import valid_names
 from .attention import KernelAttention
 from .conversion import Conversion
 from .ops.rounded import RoundedCells
@@ -79,9 +79,8 @@ class WarehouseSettings:
         known = [f.name for f in fields(self)]
         for key in overrides:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-                raise ValueError(f"{source}: unknown warehouse setting {key!r}{hint}")
+                valid = valid_names(key, known)
+                raise ValueError(f"{source}: unknown warehouse setting {key!r}{valid}")
             kind, value = type(getattr(self, key)), overrides[key]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number if kind is float else isinstance(value, kind)):

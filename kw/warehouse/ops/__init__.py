@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ...errors import valid_names
 from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
@@ -95,9 +95,7 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
         ValueError: naming the valid ones, or saying why.
     """
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"back end {name!r} is unknown; {hint}known: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"back end {name!r} is unknown{valid_names(name, ('auto', *BACKENDS))}")
     if name in YARDSTICKS:
         return
     # The smallest input that the kernel fits on; limits on larger inputs are checked when they

@@ -15,13 +15,14 @@ Settings trade accuracy for speed. Their effect on a network's output is measure
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...errors import valid_names
 
 __all__ = [
     "ASSEMBLY_PRECISIONS",
@@ -45,10 +46,8 @@ def set_assembly_precision(precision: str) -> None:
     """
     global _assembly
     if precision not in ASSEMBLY_PRECISIONS:
-        near = difflib.get_close_matches(str(precision), ASSEMBLY_PRECISIONS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        known = ", ".join(ASSEMBLY_PRECISIONS)
-        raise ValueError(f"assembly precision {precision!r} is unknown; {hint}known: {known}")
+        known = valid_names(precision, ASSEMBLY_PRECISIONS)
+        raise ValueError(f"assembly precision {precision!r} is unknown{known}")
     _assembly = precision
 
 

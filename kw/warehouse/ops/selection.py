@@ -12,12 +12,12 @@ Forward and backward pass are chosen separately, since they share only the layer
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from ...errors import valid_names
 from .admission import Admission, bucket, current_gpu, is_capturing
 from .calibration import device_profile
 from .contraction import Contraction, Problem
@@ -76,9 +76,7 @@ class Selector:
     @mode.setter
     def mode(self, mode: str) -> None:
         if mode not in MODES:
-            near = difflib.get_close_matches(str(mode), MODES, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"planner mode {mode!r} is unknown; {hint}known: {', '.join(MODES)}")
+            raise ValueError(f"planner mode {mode!r} is unknown{valid_names(mode, MODES)}")
         self._mode = mode
         self._chosen.clear()
 
