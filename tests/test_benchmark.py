@@ -267,6 +267,7 @@ def test_a_run_writes_its_files(tmp_path: Path, tool, capsys: pytest.CaptureFixt
     assert {float(row["x_static_median"]) for row in static} == {1.0}
 
 
+@pytest.mark.slow
 def test_memory_is_the_same_in_a_process_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = parse_layer("in=8,out=8,size=8")
     c = conditions("memory", input_size=8, batch_size=4)

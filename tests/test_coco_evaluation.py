@@ -161,6 +161,7 @@ def work(rank: int, store: str, file: str, out: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     truth, found = random_set(np.random.default_rng(30))
     file = write(truth, tmp_path / "truth.json")

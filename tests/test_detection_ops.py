@@ -116,6 +116,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         bind()
 
 
+@pytest.mark.slow
 def test_an_import_that_failed_can_be_repeated() -> None:
     program = """
 try:

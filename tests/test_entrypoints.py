@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from breadth import breadth
 
 import kw
 from kw.errors import UserError
@@ -31,7 +32,11 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import timm, kw", "import kw\nfrom timm.models import resnet"]
+    "imports",
+    breadth(
+        ["import timm, kw", "import kw\nfrom timm.models import resnet"],
+        ["import kw\nfrom timm.models import resnet"],
+    ),
 )
 def test_either_import_may_come_first(imports: str) -> None:
     """Also where somebody has only asked whether timm is there; nothing else is imported."""
@@ -67,7 +72,9 @@ def test_create(name: str) -> None:
     assert model.pretrained_cfg["architecture"] == name
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "kw_deit_tiny_1x"])
+@pytest.mark.parametrize(
+    "name", breadth([*FAMILIES, "kw_deit_tiny_1x"], [SMALL, "kw_deit_tiny_1x"])
+)
 def test_features_only(name: str) -> None:
     """The static network's features, by shape; all cells are registered, none is without use."""
     size = {"img_size": 64} if "deit" in name else {}

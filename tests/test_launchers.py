@@ -121,6 +121,7 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
     )
 
 
+@pytest.mark.slow
 def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path) -> None:
     """And the second time it goes on where it stopped; an array's job takes its configuration."""
     settings = yaml.safe_load(config.read_text())

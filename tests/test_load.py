@@ -283,6 +283,7 @@ def test_the_configuration_survives(run: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pt2_stays_on_the_cpu(run: Path, tmp_path: Path) -> None:
     written = export(read_source(run), tmp_path / "net.pt2", Options(batch=2, fixed_size=True))
     classifier = kw.load(written.path)

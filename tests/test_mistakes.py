@@ -314,6 +314,7 @@ def test_nobody_reads() -> None:
     assert done.returncode == 141
 
 
+@pytest.mark.slow
 def test_one_message_of_several_processes() -> None:
     """The first to fail speaks; torchrun's own summary points to it."""
     done = subprocess.run(

@@ -143,6 +143,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
 @pytest.mark.parametrize(
     ("shape", "failing"),

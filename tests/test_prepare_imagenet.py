@@ -121,6 +121,7 @@ def test_every_image_lands_in_its_class(prepared: Path) -> None:
     assert "3 classes, 6 images" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path) -> None:
     archive = source / "ILSVRC2012_img_train.tar"
     members = class_archives()
@@ -176,6 +177,7 @@ def test_sources_that_cannot_do(source: Path, tmp_path: Path) -> None:
     assert not (target / "train").exists()
 
 
+@pytest.mark.slow
 def test_val_images_that_the_devkit_lists_must_be_there(source: Path, tmp_path: Path) -> None:
     (source / "ILSVRC2012_img_val.tar").write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": b""}))
     assert_refused(run(source, tmp_path / "target"), "lacks images", "n00000011")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import breadth
 from kills import free_port
 
 from kw.config import ConfigError, load_config
@@ -335,7 +336,7 @@ exec "$@"
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+@pytest.mark.parametrize("launcher", breadth(["torchrun", "slurm"], ["slurm"]))
 def test_launchers_train_to_the_end(
     launcher: str,
     tmp_path: Path,

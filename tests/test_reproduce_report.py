@@ -121,6 +121,7 @@ def test_forms_say_the_same_and_mark_what_is_doubtful(task: Reproduction, tmp_pa
             assert line.split() == words
 
 
+@pytest.mark.slow
 def test_plots_stand_beside_the_table(task: Reproduction, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"

@@ -208,7 +208,7 @@ def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.S
     assert updates == list(range(1, 4 * settings["epochs"] + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_the_exit_status_says_so(
     settings: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:

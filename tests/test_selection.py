@@ -150,6 +150,7 @@ def test_no_place_to_write_is_no_error(fakes, tmp_path, monkeypatch):
     assert fakes.choose(problem(8, 4, batch=2)).name in "ab"
 
 
+@pytest.mark.slow
 def test_choices_are_the_same_in_another_process():
     script = (
         "import torch\n"

@@ -60,6 +60,7 @@ def test_rows_of_a_study_differ_in_the_network_alone(path: Path) -> None:
         assert config == base
 
 
+@pytest.mark.slow
 def test_rows_have_the_sizes_of_the_imagenet_models() -> None:
     """Of the same names, less what the classifier and the stem differ by."""
     for path in (ROOT / "configs/tiny_imagenet/resnet18").glob("*.yaml"):
@@ -207,6 +208,7 @@ def continuing(study: Path) -> None:
     study.write_text(yaml.safe_dump(content))
 
 
+@pytest.mark.slow
 def test_a_row_whose_start_failed_is_left_out(
     study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
 ) -> None:

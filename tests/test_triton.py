@@ -17,6 +17,7 @@ from triton_checks import (
     INTERPRETED,
     TRITON,
     can_start_interpreter,
+    either_mark,
     gpu_only,
     run_in_interpreter,
     runs_kernels,
@@ -41,6 +42,14 @@ SMALL = {
     "dilation shares the stride": Case((3, 3), (9, 8), stride=2, dilation=2, padding=2, batch=1),
     "aligned pointwise": Case((1, 1), (4, 8), (32, 16), batch=2, settings=HALVES),
 }
+QUICK = [
+    "1d even kernel, stride, dilation",
+    "2d uneven in every way",
+    "2d many cells",
+    "2d whole cells",
+    "2d pointwise padded",
+    "3d",
+]
 SMALLEST_TILES = Tiles(16, 16, 16, 4, 2)
 
 
@@ -49,9 +58,9 @@ def compare(case, scratch, channels_last=False, **settings):
 
 
 @runs_kernels
-@pytest.mark.parametrize("case", UNGROUPED.values(), ids=UNGROUPED)
-def test_equals_reference(case):
-    compare(case, scratch=1 << 28)
+@pytest.mark.parametrize("name", breadth(UNGROUPED, QUICK))
+def test_equals_reference(name):
+    compare(UNGROUPED[name], scratch=1 << 28)
 
 
 @runs_kernels
@@ -239,5 +248,6 @@ def test_cost_counts_what_is_assembled(monkeypatch):
 
 
 @can_start_interpreter
-def test_in_the_interpreter():
-    run_in_interpreter(__file__)
+@either_mark
+def test_in_the_interpreter(marks):
+    run_in_interpreter(__file__, marks)

@@ -49,6 +49,7 @@ def compiled(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_kernels_load_whole_vectors_and_use_the_matrix_units(compiled):
     found = compiled["convolve"] + compiled["kernel_gradient"]
     assert len(found) == 6
@@ -59,6 +60,7 @@ def test_kernels_load_whole_vectors_and_use_the_matrix_units(compiled):
         assert kernel["shared"] <= SHARED, kernel
 
 
+@pytest.mark.slow
 def test_kernels_stay_on_chip(compiled):
     """Everything that is predicted of the on-chip kernel rests on this."""
     found = compiled.get("convolve_on_chip")

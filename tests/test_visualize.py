@@ -429,6 +429,7 @@ def run_dir(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_does_not_notice_its_pictures(
     recipe: dict[str, Any], run_dir: Path, tmp_path: Path
 ) -> None:

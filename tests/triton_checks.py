@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from breadth import breadth
 from convolutions import Case
 
 from kw.warehouse.ops import triton_launch
@@ -39,22 +40,27 @@ def interpreter_loops():
     return True
 
 
+NO_INTERPRETER = "needs Triton and a GPU or an interpreter that works with this NumPy"
 runs_kernels = pytest.mark.skipif(
-    not (TRITON and (GPU or (INTERPRETED and interpreter_loops()))),
-    reason="needs Triton and a GPU or an interpreter that works with this NumPy",
+    not (TRITON and (GPU or (INTERPRETED and interpreter_loops()))), reason=NO_INTERPRETER
 )
 gpu_only = pytest.mark.skipif(not (TRITON and GPU), reason="needs Triton and a GPU")
 can_start_interpreter = pytest.mark.skipif(
-    not TRITON or INTERPRETED, reason="needs Triton; or this is that process"
+    INTERPRETED or sys.platform != "linux", reason="this is that process; or Triton is not built"
 )
+either_mark = pytest.mark.parametrize("marks", breadth(["not slow", "slow"], ["not slow"]))
 
 
-def run_in_interpreter(path):
-    """All tests of a file on the CPU, also where there is a GPU."""
+def run_in_interpreter(path, marks):
+    """Tests of a file on the CPU, also where there is a GPU. Kernels that are not run are a
+    failure: no other test runs them."""
+    assert TRITON, "the tests need Triton: pip install triton"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, path]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert NO_INTERPRETER not in result.stdout, "Triton's interpreter does not work here"
+    assert " passed" in result.stdout
 
 
 def layout(x, channels_last):
