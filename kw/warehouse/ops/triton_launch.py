@@ -19,17 +19,19 @@ from torch import Tensor
 
 from .precision import allows_tf32
 from .spec import ConvSpec
-from .triton_tiles import tiles_of_convolution, tiles_of_gradient
+from .triton_tiles import Tiles, tiles_of_convolution, tiles_of_gradient
 
 __all__ = [
     "AXES",
     "Axis",
     "Chunk",
     "arithmetic",
+    "compiler_options",
     "convolve",
     "convolve_transposed",
     "forward_axes",
     "interpreted",
+    "is_amd",
     "is_plain",
     "kernel_gradient",
     "kernel_module",
@@ -226,7 +228,7 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
         *(axis.taps for axis in axes),
         O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **arithmetic(x),
         FLAT=is_plain(spec), DEEP=len(part.kernel) == AXES and not is_plain(spec),
-        TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **tiles.options,
+        TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **compiler_options(tiles),
     )  # fmt: skip
 
 
@@ -272,7 +274,7 @@ def _launch_convolution(
         *_positions(axes),
         *(axis.taps for axis in axes),
         N_BLOCK=n_block, K_BLOCK=k_block, K=inner, ADD=add, **arithmetic(x),
-        TILE_P=tiles.rows, TILE_N=tiles.columns, TILE_K=tiles.inner, **tiles.options,
+        TILE_P=tiles.rows, TILE_N=tiles.columns, TILE_K=tiles.inner, **compiler_options(tiles),
     )  # fmt: skip
 
 
@@ -318,8 +320,20 @@ def arithmetic(x: Tensor) -> dict[str, Any]:
     assert isinstance(kernels, ModuleType)
     # The interpreter multiplies bfloat16 as if its bits were integers.
     dtype = torch.float32 if interpreted() else x.dtype
-    strict = interpreted() or not allows_tf32("cuda")
+    # Triton for AMD's GPUs refuses the word TF32, on some of them for 16 bit as well.
+    rounds = x.dtype == torch.float32 and allows_tf32("cuda") and not (interpreted() or is_amd())
     return {
         "DOT": getattr(kernels.tl, str(dtype).removeprefix("torch.")),
-        "PRECISION": "ieee" if strict else "tf32",
+        "PRECISION": "tf32" if rounds else "ieee",
     }
+
+
+def compiler_options(tiles: Tiles) -> dict[str, int]:
+    """Warps and stages for Triton's compiler; on AMD's GPUs, which have 64 KB of shared memory, two
+    stages."""
+    return {**tiles.options, "num_stages": 2} if is_amd() else tiles.options
+
+
+def is_amd() -> bool:
+    """Whether this is torch for AMD's GPUs."""
+    return torch.version.hip is not None
