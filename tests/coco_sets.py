@@ -86,11 +86,10 @@ def random_set(
 
 def reference(
     truth: dict[str, Any], found: Detections, kinds: tuple[str, ...] = ("bbox", "segm")
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """pycocotools' figures, -1 where there is none; and AP by category id, by kind."""
+) -> dict[str, float]:
+    """pycocotools' figures, -1 where there is none."""
     category_ids = sorted(category["id"] for category in truth["categories"])
     figures: dict[str, float] = {}
-    categories: dict[str, list[float]] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = json.loads(json.dumps(truth))
@@ -104,12 +103,7 @@ def reference(
             figures.update(
                 {f"{kind}_{k}": float(v) for k, v in zip(FIGURES, evaluator.stats, strict=True)}
             )
-            precision = evaluator.eval["precision"][:, :, :, 0, 2]
-            categories[kind] = [
-                float(np.mean(each[each > -1])) if (each > -1).any() else -1.0
-                for each in np.moveaxis(precision, 2, 0)
-            ]
-    return figures, categories
+    return figures
 
 
 def write(content: dict[str, Any], path: Path) -> Path:

@@ -70,16 +70,6 @@ def sigmoid_focal(x: Tensor, target: Tensor, gamma: float, alpha: float) -> Tens
     return torch.stack(rows).view(x.shape) if rows else x * 0
 
 
-def softmax_focal(x: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
-    """``[N]``; the same of the target's probability, 0 for negative targets."""
-    rows = []
-    for n in range(len(x)):
-        p = torch.exp(x[n]) / torch.exp(x[n]).sum()
-        t = int(target[n])
-        rows.append(-alpha * (1 - p[t]) ** gamma * torch.log(p[t]) if t >= 0 else x[n].sum() * 0)
-    return torch.stack(rows)
-
-
 def _between(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Bilinear value at a point, ``[C]``; pixels that do not exist are zero."""
     total = image.new_zeros(len(image))
@@ -124,44 +114,17 @@ def roi_samples(
 
 
 def roi_align(
-    x: Tensor,
-    rois: Tensor,
-    bins: tuple[int, int],
-    scale: float,
-    ratio: int,
-    aligned: bool,
-    mode: str = "avg",
+    x: Tensor, rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool
 ) -> Tensor:
     """``[R, C, *bins]``."""
     pooled = []
     for roi in rois:
         for row in roi_samples(x[int(roi[0])], roi, bins, scale, ratio, aligned):
             for samples in row:
-                if not samples:
-                    pooled.append(x[0].sum((1, 2)) * 0)
-                elif mode == "max":
-                    pooled.append(torch.stack(samples).amax(0))
-                else:
+                if samples:
                     pooled.append(torch.stack(samples).mean(0))
-    return torch.stack(pooled).view(len(rois), *bins, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def roi_pool(x: Tensor, rois: Tensor, bins: tuple[int, int], scale: float) -> Tensor:
-    """``[R, C, *bins]``: maxima of pixels that bins touch; corners belong to the region."""
-    pooled = []
-    for roi in rois:
-        image = x[int(roi[0])]
-        x1, y1 = float(roi[1]) * scale, float(roi[2]) * scale
-        x2, y2 = (float(roi[3]) + 1) * scale, (float(roi[4]) + 1) * scale
-        for p in range(bins[0]):
-            for q in range(bins[1]):
-                top = max(math.floor(y1 + p * (y2 - y1) / bins[0]), 0)
-                bottom = math.ceil(y1 + (p + 1) * (y2 - y1) / bins[0])
-                left = max(math.floor(x1 + q * (x2 - x1) / bins[1]), 0)
-                right = math.ceil(x1 + (q + 1) * (x2 - x1) / bins[1])
-                pixels = image[:, top : max(bottom, 0), left : max(right, 0)].flatten(1)
-                empty = x2 <= x1 or y2 <= y1 or not pixels.shape[1]
-                pooled.append(image.sum((1, 2)) * 0 if empty else pixels.amax(1))
+                else:
+                    pooled.append(x[0].sum((1, 2)) * 0)
     return torch.stack(pooled).view(len(rois), *bins, x.shape[1]).permute(0, 3, 1, 2)
 
 

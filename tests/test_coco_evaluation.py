@@ -40,7 +40,7 @@ def assert_same(figures: dict[str, float | None], expected: dict[str, float]) ->
 @pytest.mark.parametrize("seed", range(8))
 def test_figures_are_those_of_pycocotools(tmp_path: Path, seed: int) -> None:
     truth, found = random_set(np.random.default_rng(seed))
-    expected, categories = reference(truth, found)
+    expected = reference(truth, found)
     assert 0.05 < expected["bbox_mAP"] < 0.95
     assert 0.05 < expected["segm_mAP"] < 0.95
     assert any(annotation["iscrowd"] for annotation in truth["annotations"])
@@ -50,13 +50,6 @@ def test_figures_are_those_of_pycocotools(tmp_path: Path, seed: int) -> None:
     figures = evaluator.compute()
     assert_same(figures, expected)
     json.dumps(figures, allow_nan=False)
-    for kind, values in categories.items():
-        mine = evaluator.per_category(kind)
-        assert list(mine) == [f"class {i}" for i in range(6)]
-        assert list(mine.values()) == [
-            None if value == -1 else pytest.approx(value, abs=1e-12) for value in values
-        ]
-        assert mine["class 5"] is None  # it has no object
 
 
 def test_evaluating_again_gives_the_same(tmp_path: Path) -> None:
@@ -82,7 +75,7 @@ def test_labels_follow_the_classes_that_are_given(tmp_path: Path) -> None:
         each["labels"] %= 3
     by_id = sorted(classes, key=lambda name: ids[name])
     place = np.array([by_id.index(name) for name in classes])
-    expected, _ = reference(kept, {k: v | {"labels": place[v["labels"]]} for k, v in found.items()})
+    expected = reference(kept, {k: v | {"labels": place[v["labels"]]} for k, v in found.items()})
     evaluator = CocoEvaluator(write(truth, tmp_path / "truth.json"), classes, masks=True)
     add_all(evaluator, found)
     assert_same(evaluator.compute(), expected)
@@ -161,7 +154,7 @@ def work(rank: int, store: str, file: str, out: Path) -> None:
         if twice and rank == 1:
             evaluator.add(next(iter(found)), [], [], [], [])
         try:
-            results.append([evaluator.compute(), evaluator.per_category("segm")])
+            results.append(evaluator.compute())
         except ValueError as error:
             results.append(str(error))
     (out / f"{rank}.json").write_text(json.dumps(results))
@@ -179,7 +172,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     figures = evaluator.compute()
     for rank in range(2):
         shared, twice = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert shared == [figures, evaluator.per_category("segm")]
+        assert shared == figures
         # Every process raises: one that waited for figures would wait for ever.
         assert twice == f"evaluated on two processes: image {next(iter(found))}"
 
@@ -224,8 +217,6 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     evaluator = CocoEvaluator(file)
     with pytest.raises(ValueError, match="no image was added"):
         evaluator.compute()
-    with pytest.raises(ValueError, match="call compute first"):
-        evaluator.per_category()
     with pytest.raises(DataError, match=r"nowhere\.json: No such file"):
         CocoEvaluator(tmp_path / "nowhere.json")
     for key, masks, message in (

@@ -1,4 +1,4 @@
-"""mmcv's focal losses as kw.detection.ops provides them."""
+"""mmcv's focal loss as kw.detection.ops provides them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detection_setup import DEVICES, DTYPES, compare, draw, operators
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.25), (0.0, 0.5), (1.5, 0.3)])
-def test_focal_losses(device: str, dtype: torch.dtype, gamma: float, alpha: float) -> None:
+def test_focal_loss(device: str, dtype: torch.dtype, gamma: float, alpha: float) -> None:
     x = draw(6, 4) * 2
     target = torch.tensor([0, 3, 4, 1, 2, 4])  # 4 is the background
     compare(
@@ -21,31 +21,16 @@ def test_focal_losses(device: str, dtype: torch.dtype, gamma: float, alpha: floa
         device,
         dtype,
     )
-    ignored = torch.tensor([0, 3, -1, 1, 2, 2])
-    compare(
-        lambda x: operators.softmax_focal_loss(x, ignored.to(device), gamma, alpha, None, "sum"),
-        lambda x: reference.softmax_focal(x, ignored, gamma, alpha).sum(),
-        [x],
-        device,
-        dtype,
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_focal_losses_weigh_classes(device: str) -> None:
+def test_focal_loss_weighs_classes(device: str) -> None:
     x, weight = draw(5, 3), torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
     target, factor = torch.tensor([0, 2, 3, 1, 3]), torch.tensor([0.5, 3, 1, 2, 1])
     on_device = (target.to(device), 2.0, 0.25, weight.to(device), "mean")
     compare(
         lambda x: operators.sigmoid_focal_loss(x, *on_device),
         lambda x: (reference.sigmoid_focal(x, target, 2, 0.25) * factor[:, None]).sum() / 5,
-        [x],
-        device,
-    )
-    classes = target.clamp(max=2)
-    compare(
-        lambda x: operators.softmax_focal_loss(x, classes.to(device), *on_device[1:]),
-        lambda x: (reference.softmax_focal(x, classes, 2, 0.25) * weight[classes]).mean(),
         [x],
         device,
     )
@@ -63,7 +48,3 @@ def test_focal_loss_of_extreme_and_of_no_logits(device: str) -> None:
     empty = torch.zeros(0, 4, device=device, requires_grad=True)
     loss = operators.sigmoid_focal_loss(empty, target[:0], 2.0, 0.25, None, "none")
     assert loss.shape == (0, 4)
-    certain = torch.tensor([[200.0, 0], [-200, 0]], device=device, requires_grad=True)
-    for gamma in (0.0, 0.5, 2.0):
-        loss = operators.softmax_focal_loss(certain, target[[0, 0]] * 0, gamma, 0.25, None, "sum")
-        assert torch.autograd.grad(loss, certain)[0].isfinite().all()

@@ -133,7 +133,7 @@ def test_cocos_tools_read_the_results() -> None:
     ]
     names = [each["name"] for each in sorted(truth["categories"], key=lambda each: each["id"])]
     results = json.loads(json.dumps(coco_results(found, result_ids(names, truth, "file"))))
-    expected, _ = reference(truth, detections)
+    expected = reference(truth, detections)
     annotated = COCO()
     annotated.dataset = truth
     annotated.createIndex()

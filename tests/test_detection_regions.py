@@ -7,8 +7,6 @@ import pytest
 import torch
 from detection_setup import DEVICES, DTYPES, compare, draw, operators
 
-from kw.detection.ops import roi_align
-
 # The image's number, then corners: inside, across the border, outside, without extent, the whole.
 ROIS = [
     [0, 2.3, 1.2, 17.9, 13.1],
@@ -23,14 +21,13 @@ ROIS = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", ["avg", "max"])
 @pytest.mark.parametrize(("aligned", "ratio"), [(True, 0), (True, 2), (False, 0), (False, 2)])
-def test_roi_align(device: str, mode: str, aligned: bool, ratio: int) -> None:
+def test_roi_align(device: str, aligned: bool, ratio: int) -> None:
     rois = torch.tensor(ROIS, dtype=torch.float64)
     settings = ((2, 3), 0.4, ratio)
     compare(
-        lambda x: operators.roi_align(x, rois.to(x), *settings, mode, aligned),
-        lambda x: reference.roi_align(x, rois, *settings, aligned, mode),
+        lambda x: operators.roi_align(x, rois.to(x), *settings, "avg", aligned),
+        lambda x: reference.roi_align(x, rois, *settings, aligned),
         [draw(2, 3, 8, 10)],
         device,
     )
@@ -38,36 +35,15 @@ def test_roi_align(device: str, mode: str, aligned: bool, ratio: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["avg", "max"])
-def test_roi_align_types(device: str, dtype: torch.dtype, mode: str) -> None:
+def test_roi_align_types(device: str, dtype: torch.dtype) -> None:
     rois = torch.tensor(ROIS[:2])  # stay float32: rounding a corner would be another region
     compare(
-        lambda x: operators.roi_align(x, rois.to(x.device), 2, 0.5, 2, mode, True),
-        lambda x: reference.roi_align(x, rois, (2, 2), 0.5, 2, True, mode),
+        lambda x: operators.roi_align(x, rois.to(x.device), 2, 0.5, 2, "avg", True),
+        lambda x: reference.roi_align(x, rois, (2, 2), 0.5, 2, True),
         [draw(2, 2, 8, 10)],
         device,
         dtype,
     )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_roi_align_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in for torchvision's backward pass where algorithms must be deterministic."""
-    rois = torch.tensor(ROIS, dtype=torch.float64)
-    x = draw(2, 3, 8, 10).requires_grad_()
-    for aligned, ratio in ((True, 0), (False, 0), (True, 2)):
-        expected = reference.roi_align(x, rois, (2, 3), 0.4, ratio, aligned)
-        grad = draw(*expected.shape, seed=1)
-        (wanted,) = torch.autograd.grad(expected, x, grad)
-        axes = [
-            roi_align._axis(rois[:, start::2].to(device), 0.4, bins, ratio, aligned)
-            for start, bins in ((2, 2), (1, 3))
-        ]
-        images = rois[:, 0].long().to(device)
-        for scratch in (1 << 26, 64):  # all regions at once; one at a time
-            monkeypatch.setattr(roi_align, "_SCRATCH", scratch)
-            found = roi_align.backward_in_order(grad.to(device), images, *axes, tuple(x.shape))
-            torch.testing.assert_close(found.cpu(), wanted)
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
@@ -82,43 +58,19 @@ def test_roi_align_with_deterministic_algorithms() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 0.4])
-def test_roi_pool(
-    device: str, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kw.detection.ops.roi_pool._SCRATCH", 1 << 8)  # in several steps
-    backwards = [[0, 9, 9, 3, 3]]
-    rois = torch.tensor(ROIS + backwards)
-    # No two pixels are equal after rounding: gradients of ties are a matter of convention.
-    pixels = torch.randperm(160, generator=torch.Generator().manual_seed(0)).double()
-    compare(
-        lambda x: operators.roi_pool(x, rois.to(x.device), (2, 3), scale),
-        lambda x: reference.roi_pool(x, rois.double(), (2, 3), scale),
-        [pixels.view(2, 1, 8, 10) / 64],
-        device,
-        dtype,
-    )
+def test_maxima_are_refused() -> None:
+    x, rois = draw(2, 3, 8, 10), torch.tensor(ROIS, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"'roi_align' with pool_mode='max'.*set pool"):
+        operators.roi_align(x, rois, 7, 0.4, 0, "max", True)
+    with pytest.raises(NotImplementedError, match=r"'roi_pool_forward' is not among"):
+        operators.roi_pool(x, rois, 7, 0.4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_roi_pool_takes_the_first_of_equal_pixels(device: str) -> None:
-    x = torch.ones(1, 1, 4, 6, device=device, requires_grad=True)
-    operators.roi_pool(x, torch.tensor([[0.0, 0, 0, 5, 3]], device=device), 1).sum().backward()
-    assert x.grad is not None
-    assert x.grad.flatten().nonzero().tolist() == [[0]]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["avg", "max", "pool"])
-def test_no_regions(device: str, kind: str) -> None:
+def test_no_regions(device: str) -> None:
     x = torch.ones(2, 3, 8, 10, device=device, requires_grad=True)
     rois = torch.zeros(0, 5, device=device)
-    if kind == "pool":
-        pooled = operators.roi_pool(x, rois, 7, 0.5)
-    else:
-        pooled = operators.roi_align(x, rois, 7, 0.5, 0, kind, True)
+    pooled = operators.roi_align(x, rois, 7, 0.5)
     pooled.sum().backward()
     assert pooled.shape == (0, 3, 7, 7)
     assert x.grad is not None
@@ -132,11 +84,9 @@ def test_regions_of_strided_maps_under_autocast(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         pooled = operators.roi_align(x, rois, 2, 0.4)
         grad = torch.autograd.grad(pooled.transpose(2, 3).sum(), x)[0]
-        maxima = operators.roi_pool(x, rois, 2, 0.4)
     plain = x.detach().contiguous().requires_grad_()
     expected = operators.roi_align(plain, rois, 2, 0.4)
     assert torch.equal(pooled, expected)
-    assert torch.equal(maxima, operators.roi_pool(plain, rois, 2, 0.4))
     torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), plain)[0])
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     read, add, compute = np.diff(clock)
     print(f"CocoEvaluator: compute {compute:.1f} s (besides: read {read:.1f} s, add {add:.1f} s)")
     start = time.perf_counter()
-    expected, _ = reference(truth, found, ("bbox", "segm") if masks else ("bbox",))
+    expected = reference(truth, found, ("bbox", "segm") if masks else ("bbox",))
     print(f"pycocotools: {time.perf_counter() - start:.1f} s")
     for name, value in expected.items():
         print(f"{name:12} {figures[name]!r:22} {value!r}")

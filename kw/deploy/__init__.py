@@ -5,8 +5,8 @@
     classifier = kw.load("work_dirs/kw_resnet18_1x")  # or .pth, .safetensors, .onnx, .pt2
     classifier.predict(["cat.jpg"], k=5)
 
-- :mod:`.source`: a training run's network and what is known of it;
-- :mod:`.description`: what every exported file carries: classes, preprocessing, configuration;
+- :mod:`.source`: a training run's network and its description;
+- :mod:`.description`: the metadata of every exported file: classes, preprocessing, configuration;
 - :mod:`.graph`, :mod:`.onnx_file`, :mod:`.weights`: the formats; :mod:`.quantize`: INT8;
 - :mod:`.verify`: a written file against PyTorch; :mod:`.card`: the model card;
 - :mod:`.classifier`: ``kw.load``; :mod:`.predict`: files and folders.

@@ -1,4 +1,4 @@
-"""``kw.load``: a trained classifier, ready for images, from whatever file holds one."""
+"""``kw.load``: a trained classifier, ready for images, from a file of any supported format."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
         return self.transform(read_image(image, data.bad_images.max_pixels, upright))
 
     def _read(self, item: Picture | Tensor) -> Tensor:
-        """As :meth:`read`; what that has read already as it is."""
+        """As :meth:`read`; a tensor that it returned is not changed."""
         if not isinstance(item, Tensor):
             return self.read(item)
         size = self.description.config.data.input_size

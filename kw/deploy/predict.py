@@ -19,7 +19,7 @@ __all__ = ["Result", "find_images", "predict_files"]
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a file.
+    """The result for a file.
 
     Attributes:
         file: as it was given, or found in a folder that was given.
@@ -35,7 +35,7 @@ class Result:
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files as given; of folders every image below, by its name, sorted by path.
 
-    What is no image or hidden (:mod:`kw.data.walk`) is left out, which is said.
+    Hidden files and files of other kinds are left out (:mod:`kw.data.walk`); a message counts them.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.

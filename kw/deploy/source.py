@@ -21,11 +21,11 @@ __all__ = ["Source", "read_source", "ready"]
 
 @dataclass(frozen=True)
 class Source:
-    """A trained network and what is known of it.
+    """A trained network with its description.
 
     Attributes:
         network: in evaluation mode, at temperature 0, on the CPU.
-        description: of it.
+        description: classes, preprocessing, configuration and figures.
         notes: what a user should know, a sentence each.
     """
 
@@ -71,7 +71,7 @@ def ready(network: nn.Module) -> nn.Module:
 
 
 def _name(config: str | Path | None, path: Path, settings: Config) -> str:
-    """What to call it: after its configuration file or work directory."""
+    """Its name: that of its configuration file or work directory."""
     if config is not None:
         return Path(config).stem
     return path.absolute().parent.name or settings.model.name

@@ -63,7 +63,7 @@ class Difference:
         return self.exact <= max(TOLERANCE, MARGIN * self.rounding) and self.rounding <= WORST
 
     def add(self, expected: Tensor, found: Tensor, shape: tuple[int, ...]) -> None:
-        """Take in the logits ``[B, C]`` of a batch.
+        """Add the logits ``[B, C]`` of a batch.
 
         Raises:
             ExportError: other shapes, or values that are not finite.

@@ -21,7 +21,7 @@ from kw.detection.object_checks import check_boxes, check_masks, is_box
 from kw.detection.schema import CocoDataConfig
 from kw.detection.usage import OUTSIDE, Usage, why_unused
 
-__all__ = ["Report", "category_ids", "check_annotations", "load_annotations"]
+__all__ = ["Report", "category_ids", "check_annotations", "ids_of", "load_annotations"]
 
 _TABLES = ("images", "annotations", "categories")
 # LVIS's lists: categories that were searched for in an image, and those annotated incompletely.
@@ -103,6 +103,28 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
     return dict(sorted(named.items(), key=lambda pair: pair[1]))
 
 
+def ids_of(
+    classes: Sequence[str], content: Mapping[str, Any], file: str, hint: str = ""
+) -> list[int]:
+    """The category ids of some classes, in their order.
+
+    Args:
+        classes: category names.
+        content: content of the file.
+        file: its name in messages.
+        hint: where the names come from, in the message; begins with a space or a comma.
+
+    Raises:
+        DataError: the file lacks a category; or as for :func:`category_ids`.
+    """
+    ids = category_ids(content, file)
+    if missing := [name for name in classes if name not in ids]:
+        raise DataError(
+            f"{file} has no category {', '.join(missing)}{hint}; it has {', '.join(ids)}"
+        )
+    return [ids[name] for name in classes]
+
+
 def _without_doubles(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The categories, without those that have no object and share the name of another."""
     used = _values(content["annotations"], "category_id")
@@ -123,7 +145,6 @@ def check_annotations(
     images_dir: str | os.PathLike[str],
     *,
     classes: Sequence[str] | None = None,
-    num_classes: int | None = None,
     masks: bool = True,
     read_images: bool = False,
     other: Report | None = None,
@@ -138,7 +159,6 @@ def check_annotations(
         annotations_file: file in COCO's format.
         images_dir: folder that the file's image names are relative to.
         classes: the model's classes: each must be a category of the file.
-        num_classes: the model's number of classes, where their names come from the file.
         masks: whether every object must have a mask.
         read_images: decode all images, which finds damaged ones; otherwise only read their headers.
         other: report on a set that this one must not share images with; for a validation set, the
@@ -167,7 +187,7 @@ def check_annotations(
         if not any(category is each for each in kept):
             findings.add("category-double", f"{category['name']} (category {category['id']})")
     categories = [dict(each) for each in kept]
-    _check_categories(categories, classes, num_classes, findings)
+    _check_categories(categories, classes, findings)
     _check_links(content, images, objects, categories, findings)
 
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -299,7 +319,6 @@ def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], findings: Findings)
 def _check_categories(
     categories: Sequence[Mapping[str, Any]],
     classes: Sequence[str] | None,
-    num_classes: int | None,
     findings: Findings,
 ) -> None:
     _check_ids("category", categories, findings)
@@ -313,9 +332,6 @@ def _check_categories(
             findings.add("category-name-twice", twice)
         else:
             owner[name] = category["id"]
-    if num_classes is not None and len(categories) != num_classes:
-        what = f"the file has {len(categories)} categories ({some(list(owner))})"
-        findings.add("num-classes", f"{what}, the model {num_classes} classes")
     if classes is not None:
         for name in classes:
             if name not in owner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from ..data import (
     seeded,
 )
 from ..errors import UserError, one_line, say
-from .annotations import category_ids, load_annotations
+from .annotations import ids_of, load_annotations
 from .config import DetectorConfig
 from .mmdet import CocoDataset, register_all_modules
 from .schema import CocoDataConfig
@@ -253,13 +252,10 @@ def build_train_loader(
     dataset = _build(
         config.train_pipeline, "train_pipeline", data, True, classes, content, filter_cfg=filters
     )
-    groups, usage.used = [], Counter()
-    for info in map(dataset.get_data_info, range(len(dataset))):
-        groups.append(int(info["width"] > info["height"]))
-        used = (each["bbox_label"] for each in info["instances"] if not each["ignore_flag"])
-        usage.used.update(classes[label] for label in used)
-    if not usage.is_complete():
+    if usage.reasons:
         say(f"{file}: {usage}")
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    groups = [int(info["width"] > info["height"]) for info in infos]
     sampler = TrainBatchSampler(
         len(dataset),
         run.batch_size,
@@ -299,8 +295,7 @@ def build_eval_loader(
 def _listed(
     content: Mapping[str, Any], file: Path, classes: Sequence[str], data: CocoDataConfig
 ) -> Usage:
-    ids = category_ids(content, str(file))
-    names = {ids[name]: name for name in classes}
+    names = dict(zip(ids_of(classes, content, str(file)), classes, strict=True))
     try:
         sizes = {each["id"]: (each["width"], each["height"]) for each in content["images"]}
         return Usage.of(content["annotations"], names, sizes, min_size=data.min_size)

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from kw.data.dataset import DataError
-from kw.detection.annotations import COCO_DETECTIONS, category_ids, load_annotations
+from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
 from kw.detection.findings import some
-from kw.detection.run_lengths import are_run_lengths, encode_masks, import_evaluator, mask_areas
+from kw.detection.run_lengths import encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
 
@@ -50,11 +50,6 @@ class _Detections(NamedTuple):
     """N compressed run lengths of [H, W]"""
     mask_areas: np.ndarray | None = None
     """[N], pixels"""
-
-
-class _Outcome(NamedTuple):
-    figures: Figures
-    categories: dict[str, Figures]
 
 
 class CocoEvaluator:
@@ -93,14 +88,8 @@ class CocoEvaluator:
         self._most = [1, 10, max_detections]
         if content is None:
             content = load_annotations(self.file)
-        ids = category_ids(content, self.file)
-        self.classes = list(ids if classes is None else classes)
-        missing = [name for name in self.classes if name not in ids]
-        if missing:
-            raise DataError(
-                f"{self.file} has no category {some(missing)}; it has {some(sorted(ids))}"
-            )
-        wanted = [ids[name] for name in self.classes]
+        self.classes = list(category_ids(content, self.file) if classes is None else classes)
+        wanted = ids_of(self.classes, content, self.file)
         self._truth, self._numbers, categories = _read_truth(content, self.file, wanted, masks)
         self._categories_of = [categories[each] for each in wanted]  # numbers by label
         self._sizes = {
@@ -113,7 +102,6 @@ class CocoEvaluator:
             back[each["image_id"]] for each in annotations if not each["iscrowd"]
         )
         self._found: dict[int, _Detections] = {}
-        self._categories: dict[str, Figures] = {}
 
     def add(self, image_id: int, boxes: Any, scores: Any, labels: Any, masks: Any = None) -> None:
         """Add the detections of one image, without communication.
@@ -174,44 +162,30 @@ class CocoEvaluator:
         """
         share, self._found = self._found, {}
         if not (dist.is_available() and dist.is_initialized()):
-            outcome = self._evaluate([share])
-        else:
-            first = dist.get_rank() == 0
-            shares: list[Any] | None = [None] * dist.get_world_size() if first else None
-            dist.gather_object(share, shares)
-            # An error is sent too: the other processes would otherwise wait forever.
-            told: list[Any] = [None]
-            if shares is not None:
-                try:
-                    told = [self._evaluate(shares)]
-                except Exception as error:
-                    told = [error]
-            dist.broadcast_object_list(told)
-            if isinstance(told[0], Exception):
-                raise told[0]
-            outcome = told[0]
-        self._categories = outcome.categories
-        return outcome.figures
-
-    def per_category(self, kind: str = "bbox") -> Figures:
-        """Average precision of every class, as of the last :meth:`compute`.
-
-        Args:
-            kind: ``"bbox"`` or ``"segm"``.
-
-        Returns:
-            Class name -> AP at IoU 0.5 to 0.95; None for a class without objects.
-        """
-        if kind not in self._categories:
-            have = ", ".join(self._categories) or "nothing, call compute first"
-            raise ValueError(f"{kind!r} was not evaluated; there is: {have}")
-        return self._categories[kind]
+            return self._evaluate([share])
+        first = dist.get_rank() == 0
+        shares: list[Any] | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object(share, shares)
+        # An error is sent too: the other processes would otherwise wait forever.
+        result: list[Any] = [None]
+        if shares is not None:
+            try:
+                result = [self._evaluate(shares)]
+            except Exception as error:
+                result = [error]
+        dist.broadcast_object_list(result)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        figures: Figures = result[0]
+        return figures
 
     def _compress(self, image_id: int, masks: Any) -> tuple[list[bytes], np.ndarray]:
         """Run lengths and areas; computed here, so that the processes share the work."""
         if masks is None:
             masks = []
-        runs = masks if are_run_lengths(masks) else encode_masks(masks)
+        is_list = isinstance(masks, (list, tuple))
+        encoded = is_list and all(isinstance(mask, Mapping) for mask in masks)
+        runs = masks if encoded else encode_masks(masks)
         for run in runs:
             # Evaluators silently give masks of different sizes an overlap of -1.
             if tuple(run["size"]) != self._sizes[image_id]:
@@ -220,11 +194,10 @@ class CocoEvaluator:
                     f"width) {self._sizes[image_id]}"
                 )
         counts = [run["counts"] for run in runs]
-        areas = mask_areas(runs)
-        encoded = [each.encode() if isinstance(each, str) else each for each in counts]
-        return encoded, _array(areas, np.float64)
+        counts = [each.encode() if isinstance(each, str) else each for each in counts]
+        return counts, _array(mask_areas(runs), np.float64)
 
-    def _evaluate(self, shares: Sequence[Mapping[int, _Detections]]) -> _Outcome:
+    def _evaluate(self, shares: Sequence[Mapping[int, _Detections]]) -> Figures:
         """Evaluate the shares of all processes."""
         found: dict[int, _Detections] = {}
         for share in shares:
@@ -235,18 +208,14 @@ class CocoEvaluator:
         if not found:
             raise ValueError("nothing was evaluated: no image was added on any process")
         figures: Figures = {}
-        categories = {}
+        names = [f"AR_{self._most[-1]}" if name == "AR_100" else name for name in FIGURES]
         for kind in self.kinds:
-            stats, precision = self._run(kind, found)
-            names = [f"AR_{self._most[-1]}" if name == "AR_100" else name for name in FIGURES]
+            stats = self._run(kind, found)
             figures.update({f"{kind}_{k}": v for k, v in zip(names, stats, strict=True)})
-            categories[kind] = dict(zip(self.classes, precision, strict=True))
-        return _Outcome(figures, categories)
+        return figures
 
-    def _run(
-        self, kind: str, found: Mapping[int, _Detections]
-    ) -> tuple[list[float | None], list[float | None]]:
-        """The twelve figures, and AP in the order of the classes."""
+    def _run(self, kind: str, found: Mapping[int, _Detections]) -> list[float | None]:
+        """The twelve figures."""
         coco = import_evaluator()
         truth = coco.COCO(self._truth)
         # loadRes computes the areas of the masks again, which takes a third of the time.
@@ -256,13 +225,7 @@ class CocoEvaluator:
         evaluator.params.catIds = sorted(self._categories_of)
         evaluator.params.maxDets = self._most
         evaluator.run()
-        # [IoU, recall, category, size, maxDets]: all sizes, most detections
-        precision = evaluator.eval["precision"][:, :, :, 0, -1]
-        of_class = []
-        for number in self._categories_of:
-            curve = precision[:, :, number - 1]
-            of_class.append(float(curve.mean()) if (curve > -1).all() else None)
-        return [None if value < 0 else float(value) for value in evaluator.stats], of_class
+        return [None if value < 0 else float(value) for value in evaluator.stats]
 
     def _results(self, kind: str, found: Mapping[int, _Detections]) -> list[dict[str, Any]]:
         """Detections as annotations; the area of a mask decides its size class."""

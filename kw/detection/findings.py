@@ -27,7 +27,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "category-id-twice": ("error", "category ids used twice"),
     "category-name-twice": ("error", "categories with the same name that both have objects"),
     "category-name-empty": ("error", "categories without a name"),
-    "num-classes": ("error", "the model has another number of classes"),
     "class-missing": ("error", "classes of the model that the file lacks"),
     "federated": ("error", "partly annotated images, as in LVIS: not supported"),
     "nothing-left": ("error", "no object can be used"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.reading import DataError
 from ..errors import one_line
-from .annotations import category_ids
+from .annotations import ids_of
 from .ops import bind
 
 bind()
@@ -31,8 +31,7 @@ class _Loaded(COCO):
 
     def get_cat_ids(self, cat_names: Any = (), **_: Any) -> list[int]:
         """The ids in the order of ``cat_names``."""
-        ids = category_ids(self.dataset, "annotations")
-        return [ids[name] for name in cat_names]
+        return ids_of(cat_names, self.dataset, "annotations")
 
 
 class CocoDataset(_CocoDataset):

@@ -11,7 +11,7 @@ from PIL import Image
 from ..config import ConfigError
 from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
-from .annotations import category_ids, load_annotations
+from .annotations import ids_of, load_annotations
 from .config import DetectorConfig
 from .drawing import contact_sheet, draw_annotations, side_by_side
 from .predictor import Predictor
@@ -56,8 +56,7 @@ def write_pictures(
     classes = trained_classes(trained, data, f"checkpoint {checkpoint}", truth)
     if data.check:
         check_test_annotations(data, predictor.has_masks, classes, truth).raise_for_errors()
-    ids = category_ids(truth, data.val_annotations)
-    names_of = {ids[name]: name for name in classes}
+    names_of = dict(zip(ids_of(classes, truth, data.val_annotations), classes, strict=True))
     objects = defaultdict(list)
     for each in truth["annotations"]:
         if each["category_id"] in names_of:

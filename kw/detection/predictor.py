@@ -18,7 +18,7 @@ from ..errors import UserError, memory_for, one_line
 from ..training import load_checkpoint, load_network, set_contraction
 from ..training.checkpoint import CheckpointError
 from ..training.trained import choose_weights, detector_config, trained_file
-from .annotations import category_ids
+from .annotations import ids_of
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading
 from .detector import build_detector, has_masks, without_weights
@@ -191,16 +191,15 @@ def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) ->
             which one is meant.
     """
     objects = content.get("annotations") or []
-    ids = category_ids({**content, "annotations": objects}, file)
-    if missing := [name for name in classes if name not in ids]:
-        raise DataError(f"{file} has no category {', '.join(missing)}; it has {', '.join(ids)}")
+    ids = ids_of(classes, {**content, "annotations": objects}, file)
     used = {each.get("category_id") for each in objects}
     names = Counter(each["name"] for each in content["categories"])
-    if twice := [name for name in classes if names[name] > 1 and ids[name] not in used]:
+    pairs = zip(classes, ids, strict=True)
+    if twice := [name for name, number in pairs if names[name] > 1 and number not in used]:
         raise DataError(
             f"{file} has several categories {', '.join(twice)}: remove those that are not meant"
         )
-    return [ids[name] for name in classes]
+    return ids
 
 
 def coco_results(found: Iterable[tuple[int, Found]], ids: Sequence[int]) -> list[dict[str, Any]]:

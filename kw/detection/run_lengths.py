@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageDraw
 
 __all__ = [
-    "are_run_lengths",
     "bounds",
     "decompress",
     "encode_masks",
@@ -134,11 +133,6 @@ def bounds(counts: Sequence[int], height: int) -> tuple[int, int, int, int] | No
     top = np.where(is_within, first % height, 0).min()
     bottom = np.where(is_within, last % height, height - 1).max() + 1
     return int(first[0] // height), int(top), int(last[-1] // height + 1), int(bottom)
-
-
-def are_run_lengths(masks: Any) -> bool:
-    """Whether masks are compressed."""
-    return isinstance(masks, (list, tuple)) and all(isinstance(mask, Mapping) for mask in masks)
 
 
 def import_evaluator() -> Any:

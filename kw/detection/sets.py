@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data import DataError
 from ..errors import say
-from .annotations import Report, category_ids, check_annotations, load_annotations
+from .annotations import Report, category_ids, check_annotations, ids_of, load_annotations
 from .schema import CocoDataConfig
 
 __all__ = [
@@ -47,14 +47,11 @@ def class_names(config: CocoDataConfig, content: Content | None = None) -> list[
         DataError: the file cannot be read, or lacks a category that the configuration names.
     """
     file = Path(config.root, config.train_annotations)
-    found = list(category_ids(load_annotations(file) if content is None else content, str(file)))
+    if content is None:
+        content = load_annotations(file)
     if config.classes is None:
-        return found
-    missing = [name for name in config.classes if name not in found]
-    if missing:
-        raise DataError(
-            f"{file} has no category {', '.join(missing)} (data.classes); it has {', '.join(found)}"
-        )
+        return list(category_ids(content, str(file)))
+    ids_of(config.classes, content, str(file), " (data.classes)")
     return list(config.classes)
 
 
@@ -78,19 +75,17 @@ def trained_classes(
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
     """
-    trained = checkpoint.get("meta", {}).get("classes") or class_names(config)
+    trained = list(checkpoint.get("meta", {}).get("classes") or class_names(config))
     file = Path(config.root, config.val_annotations)
-    found = list(category_ids(load_annotations(file) if content is None else content, str(file)))
-    if missing := [name for name in trained if name not in found]:
-        raise DataError(
-            f"{file} has no category {', '.join(missing)}, which {source} detects; it has "
-            f"{', '.join(found)}: name its categories as in training"
-        )
-    if other := [name for name in found if name not in trained]:
+    if content is None:
+        content = load_annotations(file)
+    hint = f", which {source} detects (name its categories as in training)"
+    ids_of(trained, content, str(file), hint)
+    if other := [name for name in category_ids(content, str(file)) if name not in trained]:
         say(f"{file}: objects of {', '.join(other)} are left out: {source} does not detect them")
     if config.classes is not None and list(config.classes) != trained:
         say(f"data.classes is not used: {source} detects {', '.join(trained)}")
-    return list(trained)
+    return trained
 
 
 def check_sets(

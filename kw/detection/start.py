@@ -45,9 +45,7 @@ def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str
     if settings["backbone"].pop("resumes", False):  # a backbone of this project
         settings["backbone"]["weights"] = start
         if (replaced := model["backbone"].get("weights")) is not None:
-            say(
-                f"{start.source} brings the backbone: model.backbone.weights {replaced} is not read"
-            )
+            say(f"{start.source} has the backbone: model.backbone.weights {replaced} is not read")
     detector = build_detector(settings, classes)
     _load(detector, start, model, classes)
     return detector

@@ -87,10 +87,6 @@ class Usage:
                 usage.count(names[each["category_id"]], reason)
         return usage
 
-    def is_complete(self) -> bool:
-        """Whether all objects are used."""
-        return self.used.total() == self.listed.total()
-
     def without_any(self) -> list[str]:
         """Categories whose objects are all left out."""
         return [f"{name} ({n:,})" for name, n in self.listed.items() if not self.used[name]]

@@ -1,4 +1,4 @@
-"""Class-activation maps: which parts of an image speak for a class.
+"""Class-activation maps: which parts of an image support a class.
 
 Paper: HiResCAM (Draelos and Carin, arXiv 2011.08891), ``relu(sum_c dy/df_c * f_c)`` position by
 position. On the last map of a network that averages it before a linear classifier this is the
@@ -36,10 +36,10 @@ class ClassMaps:
     """Maps of some images.
 
     Attributes:
-        module: whose output was looked at.
+        module: name of the module whose output was used.
         maps: ``[B, h, w]``, not negative.
-        classes: the class that each map speaks of, int64 ``[B]``.
-        probabilities: what the network gives to it, ``[B]``.
+        classes: the class that each map explains, int64 ``[B]``.
+        probabilities: the network's probability of that class, ``[B]``.
     """
 
     module: str
@@ -60,11 +60,11 @@ def class_maps(
     Args:
         network: a timm network; left as it was.
         images: preprocessed, ``[B, 3, S, S]``.
-        classes: to explain, int64 ``[B]``; left out, the predicted ones.
+        classes: classes to explain, int64 ``[B]``; default: the predicted ones.
         least: positions along a side.
 
     Raises:
-        PictureError: the network does not tell its stages, or none has a gradient.
+        PictureError: the network has no ``feature_info``, or no stage has a gradient.
     """
     names = _stages(network)
     stages = {name: network.get_submodule(name) for name in names}
@@ -107,7 +107,7 @@ def _stages(network: Any) -> list[str]:
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters, which nobody asks for."""
+    """Without gradients of parameters, which are not needed."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a network's attention does: the coefficients of its layers, and what they sum up to.
+"""The coefficients that a network's attention gives to its layers, and summaries of them.
 
 Legend: B images, m mixtures of a layer, n cells of its warehouse, C classes. Coefficients are
 ``alpha`` of Eq. 5 (KernelWarehouse, ICML 2024, arXiv 2406.07879), after the null cell was dropped
@@ -115,7 +115,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
-    """What modules return in the pass that is made inside, by the names given to them."""
+    """Inside it, the outputs of modules in a forward pass are recorded, by their names."""
     seen: dict[str, Any] = {}
     handles = []
     for name, module in modules.items():
@@ -142,7 +142,7 @@ def coefficients(
     Args:
         network: with dynamic layers.
         images: preprocessed, ``[B, 3, S, S]``, on the network's device.
-        names: of the layers; left out, all.
+        names: names of the layers; default: all.
 
     Returns:
         ``[B, m, n]`` by name of the layer, float32, on that device.
@@ -153,7 +153,7 @@ def coefficients(
         if isinstance(module, KWLayer) and (names is None or name in names)
     }
     with evaluating(network), outputs(attentions) as seen:
-        # Past __call__: what network.compile() made calls no hooks.
+        # Not __call__: a network that network.compile() has compiled calls no hooks.
         network.forward(images)
     return {
         name: (found if isinstance(found, Tensor) else found.alpha).float()  # ODConv's has more
@@ -237,7 +237,7 @@ class CellShares:
 
 
 def cell_shares(use: CellUse, layer: DynamicLayer) -> CellShares:
-    """Sum a layer's use of cells up by whose cells they are."""
+    """Sum a layer's use of cells by the owners of the cells."""
     own = layer.own_mask()
     inside = torch.zeros_like(own)
     inside[:, layer.own.start : layer.own.stop] = True

@@ -1,7 +1,7 @@
-"""What pictures have in common: matplotlib where it is there, colours, sizes, saving.
+"""Shared parts of pictures: the check for matplotlib, colours, sizes, saving.
 
 Colours: signed values in matplotlib's ``RdBu_r`` (red positive, blue negative, white 0), amounts in
-``viridis``, categories from Okabe and Ito's set; none of them needs red to be told from green.
+``viridis``, categories from Okabe and Ito's set: none of them relies on red against green.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DPI = 120
 
 
 def check_matplotlib() -> None:
-    """Refuse to draw where there is nothing to draw with, before the work and not after.
+    """Refuse to draw without matplotlib, before other work is done.
 
     Raises:
         PictureError: matplotlib is missing.

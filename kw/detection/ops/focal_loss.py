@@ -1,7 +1,7 @@
 """Focal loss (Lin et al., 2017): cross entropy with small weights for well classified examples.
 
-mmcv's CUDA code takes logarithms of probabilities, bounded by the least float32. The sigmoid loss
-here is computed from logits: the same, but exact for probabilities that float32 rounds to 0.
+mmcv's CUDA code takes logarithms of probabilities, bounded by the least float32. The loss here is
+computed from logits: the same, but exact for probabilities that float32 rounds to 0.
 
 Legend: N samples, C classes. ``weight`` is empty or has a factor for each class, ``[C]``; samples
 of the background have the factor 1.
@@ -15,12 +15,7 @@ from torch import Tensor
 
 from .widening import widen
 
-__all__ = [
-    "sigmoid_focal_loss_backward",
-    "sigmoid_focal_loss_forward",
-    "softmax_focal_loss_backward",
-    "softmax_focal_loss_forward",
-]
+__all__ = ["sigmoid_focal_loss_backward", "sigmoid_focal_loss_forward"]
 
 
 def sigmoid_focal_loss_forward(
@@ -51,39 +46,6 @@ def sigmoid_focal_loss_backward(
     grad_input.copy_(scale * sign * slope)
 
 
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    """``output = -alpha (1 - p)^gamma log p``, ``p`` the probability of the target.
-
-    Args:
-        softmax: probabilities, ``[N, C]``.
-        target: int64 ``[N]``; negative ones are ignored: no loss, no gradient.
-        weight: empty or ``[C]``.
-        output: ``[N]``, filled.
-        gamma, alpha: as in the paper.
-    """
-    p, scale, _ = _softmax_terms(softmax, target, weight, alpha)
-    output.copy_(-scale * (1 - p) ** gamma * _log(p))
-
-
-def softmax_focal_loss_backward(
-    softmax: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    buff: Tensor,
-    grad_input: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """The derivative by the logits; ``grad_input`` ``[N, C]`` is filled, ``buff`` is not used."""
-    p, scale, is_target = _softmax_terms(softmax, target, weight, alpha)
-    slope = -((1 - p) ** gamma)
-    if gamma:  # without gamma the term is 0, but its factors may be infinite
-        slope = slope + gamma * (1 - p).clamp(min=_least(p)) ** (gamma - 1) * p * _log(p)
-    grad_input.copy_((scale * slope)[:, None] * (is_target - widen(softmax)[0]))
-
-
 def _sigmoid_terms(
     input: Tensor, target: Tensor, weight: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,26 +58,8 @@ def _sigmoid_terms(
     return sign, F.logsigmoid(sign * x), torch.sigmoid(-sign * x), scale
 
 
-def _softmax_terms(
-    softmax: Tensor, target: Tensor, weight: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The probability of the target and the factor, ``[N]``, and the target as ``[N, C]``."""
-    (p,) = widen(softmax)
-    is_target = (target[:, None] == torch.arange(p.shape[1], device=p.device)).to(p)
-    scale = alpha * _weights(weight, target, p) * (target >= 0)
-    return (p * is_target).sum(1), scale, is_target
-
-
 def _weights(weight: Tensor, target: Tensor, like: Tensor) -> Tensor:
     if not weight.numel():
         return like.new_ones(len(target))
     is_class = (target >= 0) & (target < len(weight))
     return torch.where(is_class, weight.to(like)[target.clamp(0, len(weight) - 1)], 1)
-
-
-def _log(p: Tensor) -> Tensor:
-    return p.clamp(min=_least(p)).log()
-
-
-def _least(p: Tensor) -> float:
-    return torch.finfo(p.dtype).tiny

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, deform_conv, focal_loss, nms, roi_align, roi_pool
+from . import attention, deform_conv, focal_loss, nms, roi_align
 
 __all__ = ["OPERATORS", "is_standin", "make_standin"]
 
@@ -28,15 +28,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         deform_conv.modulated_deform_conv_backward,
         focal_loss.sigmoid_focal_loss_forward,
         focal_loss.sigmoid_focal_loss_backward,
-        focal_loss.softmax_focal_loss_forward,
-        focal_loss.softmax_focal_loss_backward,
         nms.nms,
         nms.softnms,
         nms.nms_match,
         roi_align.roi_align_forward,
         roi_align.roi_align_backward,
-        roi_pool.roi_pool_forward,
-        roi_pool.roi_pool_backward,
     )
 }
 
