@@ -1,0 +1,293 @@
+"""Compile the Triton kernels for GPUs that are not here, and print what became of them.
+
+python scripts/compile_kernels.py --targets sm_80 sm_90 gfx942 --json found.json
+
+By default the layers of all shipped backbones in bfloat16, float16 and float32 (TF32) for every
+target: some hours. --few takes the layers that tests/test_triton_compiled.py checks. A line is
+printed for every kernel that misses the budget: reloads of spilled values in the innermost loop,
+shared memory, loads of single values. The exit status is 1 if one does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kw.evaluation import render_table
+from kw.models import PAPER_MODELS
+from kw.warehouse import KernelShape, KWLayer, partition_kernels
+from kw.warehouse.ops import ConvSpec, triton_kernels, triton_launch, triton_on_chip_kernel
+from kw.warehouse.ops.contraction import Contraction
+from kw.warehouse.ops.triton_conv import TritonConv
+from kw.warehouse.ops.triton_on_chip import _TRITON, TritonOnChip, _triton
+
+SHARED = {
+    "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+    "gfx90a": 64, "gfx942": 64,
+}  # fmt: skip
+"""KB of shared memory (LDS) that a program may have, by target."""
+KERNELS = (
+    (triton_kernels, "convolve"),
+    (triton_kernels, "convolve_flat"),
+    (triton_kernels, "kernel_gradient"),
+    (triton_kernels, "kernel_gradient_flat"),
+    (triton_on_chip_kernel, "convolve_on_chip"),
+)
+BATCH = 128
+
+
+class Elsewhere:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, target: str) -> None:
+        if target.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(target[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", target, 64)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+class Compiled:
+    """A kernel that is compiled where it would be launched; equal launches compile once."""
+
+    def __init__(self, kernel: Any, found: dict[str, dict[str, Any]]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_only(*args: Any, **options: Any) -> None:
+            name = self.kernel.fn.__name__
+            try:
+                binary = self.kernel.run(*args, grid=grid, warmup=True, **options)
+            except Exception as error:  # what a compiler raises
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.found[f"{name} {options}"] = {"kernel": name, "error": text}
+                return
+            if binary.hash not in self.found:
+                described = describe(binary, options["num_warps"])
+                self.found[binary.hash] = {"kernel": name, **described}
+
+        return compile_only
+
+
+def describe(binary: Any, warps: int) -> dict[str, Any]:
+    """Instructions, registers and memory of what the compiler made."""
+    found = {"shared": binary.metadata.shared, "layouts": batched_layouts(binary.asm["ttgir"])}
+    if "ptx" not in binary.asm:
+        code = binary.asm["amdgcn"]
+        return found | {
+            "threads": 64 * warps,
+            "products": code.count("v_mfma_"),
+            "plain loads": len(re.findall(r"(global|buffer)_load_(ushort|short|ubyte|b16)", code)),
+            "registers": max(map(int, re.findall(r"\.vgpr_count: +(\d+)", code)), default=0),
+            "spilled": max(map(int, re.findall(r"\.vgpr_spill_count: +(\d+)", code)), default=0),
+        }
+    ptx = binary.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+),", ptx)
+    return found | {
+        "threads": 32 * warps,
+        "products": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", ptx)),
+        "batched products": ptx.count("mma.sync"),
+        "copies": sorted({int(size, 16) for size in copies}),
+        "plain loads": len(re.findall(r"ld\.global\.(?!v4)", ptx)),
+        **resources(binary.asm["cubin"]),
+    }
+
+
+def batched_layouts(code: str) -> list[list[int]]:
+    """Of batched operands in shared memory: phases of the swizzle, then sides, nearest first."""
+    pattern = r"swizzled_shared<\{.*?maxPhase = (\d+), order = \[(\d), (\d), (\d)\]"
+    return sorted([int(n) for n in match] for match in re.findall(pattern, code))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread; matrix instructions and loads of what was spilled for want of
+    registers, both in the innermost loop."""
+    tool = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        code = subprocess.check_output([tool, "-sass", file.name], text=True)
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+    jumps = [(at, re.search(r"BRA.* 0x([0-9a-f]+)", text)) for at, text in lines]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    bodies = [[text for at, text in lines if a <= at <= b] for a, b in loops]
+    found = {"registers": int(re.findall(r"REG:(\d+)", usage)[-1]), "matrix": 0, "spilled": 0}
+    for body in sorted(bodies, key=len, reverse=True):  # the shortest with products stays
+        if matrix := sum("MMA." in text for text in body):
+            found |= {"matrix": matrix, "spilled": sum("LDL" in text for text in body)}
+    return found
+
+
+def compile_layer(
+    backend: Contraction, spec: ConvSpec, cells: int, size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Both passes of one layer for a few samples; tiles are those of :data:`BATCH`."""
+    part = spec.partition
+    batch = 16 if isinstance(backend, TritonOnChip) else 1
+    x = torch.empty(batch, spec.in_channels, *size, dtype=dtype)
+    if max(part.kernel) > 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    alpha = torch.empty(batch, part.mixtures, cells)
+    cell = part.cell_out * part.cell_in * torch.Size(part.cell_kernel).numel()
+    stored = torch.empty(cells, cell, dtype=dtype)
+    y = backend.forward(x, alpha, stored, spec)
+    needs = (True, True, True) if isinstance(backend, TritonConv) else (True, False, False)
+    backend.backward(torch.empty_like(y), x, alpha, stored, spec, needs)
+
+
+def square(channels: tuple[int, int], kernel: int) -> ConvSpec:
+    """A layer whose warehouse it shares with one of the smaller number of channels."""
+    inner, out = channels
+    width = min(channels)
+    warehouse = partition_kernels(
+        [KernelShape(out, inner, (kernel, kernel)), KernelShape(width, width, (kernel, kernel))]
+    )
+    return ConvSpec(warehouse.layers[0], (1, 1), (kernel // 2, kernel // 2), (1, 1))
+
+
+def few() -> Iterator[tuple[Contraction, ConvSpec, int, tuple[int, ...], torch.dtype]]:
+    """Two layers at 28x28; the last stages of ResNet18 1x and 4x and of ResNet50 1x on chip."""
+    for kernel in (3, 1):
+        spec = square((128, 128), kernel)
+        yield TritonConv(), spec, spec.partition.mixtures, (28, 28), torch.bfloat16
+    if _triton() >= _TRITON:
+        for channels, kernel, cells in (
+            ((512, 512), 3, 27),
+            ((512, 512), 3, 108),
+            ((2048, 512), 1, 47),
+        ):
+            yield TritonOnChip(), square(channels, kernel), cells, (7, 7), torch.bfloat16
+
+
+def shipped(
+    pattern: str, dtypes: list[torch.dtype], on_chip: bool
+) -> Iterator[tuple[Contraction, ConvSpec, int, tuple[int, ...], torch.dtype]]:
+    """Every ungrouped layer of the shipped models, at 224 pixels."""
+    import timm
+
+    import kw
+
+    seen = set()
+    for name in kw.list_models(pattern):
+        size = 300 if "efficientnet" in PAPER_MODELS[name].backbone else 224
+        with torch.device("meta"):
+            model = timm.create_model(name).eval()
+        layers: list[tuple[ConvSpec, int, tuple[int, ...]]] = []
+
+        def note(layer: Any, inputs: Any, _: Any, layers: Any = layers) -> None:
+            x = inputs[0]
+            place = tuple(x.shape[2:]) if len(layer.spec.stride) == 2 else (x[0, ..., 0].numel(),)
+            layers.append((layer.spec, len(layer.warehouse.cells), place))
+
+        for module in model.modules():
+            if isinstance(module, KWLayer):
+                module.register_forward_hook(note)
+        with torch.no_grad():
+            model(torch.empty(1, 3, size, size, device="meta"))
+        for layer in dict.fromkeys(layers):
+            if layer in seen or layer[0].groups > 1:
+                continue
+            seen.add(layer)
+            for dtype in dtypes:
+                yield TritonConv(), *layer, dtype
+                if on_chip and layer[1] <= 128 and _triton() >= _TRITON:
+                    yield TritonOnChip(), *layer, dtype
+
+
+def missed(kernel: dict[str, Any], target: str) -> str:
+    """The budgets that a kernel misses, in words."""
+    if "error" in kernel:
+        return f"does not compile: {kernel['error']}"
+    found = []
+    if kernel["shared"] > SHARED[target] << 10:
+        found.append(f"{kernel['shared'] >> 10} KB of shared memory, {SHARED[target]} are there")
+    if kernel["spilled"]:
+        found.append(f"{kernel['spilled']} spilled values reloaded")
+    if kernel["plain loads"]:
+        found.append(f"{kernel['plain loads']} loads of single values")
+    return "; ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--models", default="kw_*", help="pattern of names (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--on-chip", action="store_true", help="the on-chip kernel as well")
+    parser.add_argument("--few", action="store_true", help="a few layers in bfloat16")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    # As for BATCH samples, though one is enough to compile.
+    for name in ("tiles_of_convolution", "tiles_of_gradient"):
+        rule = getattr(triton_launch, name)
+        setattr(triton_launch, name, lambda b, *s, rule=rule: rule(BATCH * b, *s))
+    originals = {name: getattr(module, name) for module, name in KERNELS}
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    report: dict[str, list[dict[str, Any]]] = {}
+    rows = []
+    for target in args.targets:
+        driver.set_active(Elsewhere(target))
+        found: dict[str, dict[str, Any]] = {}
+        for module, name in KERNELS:
+            originals[name].device_caches.clear()  # they know devices by number alone
+            setattr(module, name, Compiled(originals[name], found))
+        for layer in few() if args.few else shipped(args.models, dtypes, args.on_chip):
+            before = len(found)
+            compile_layer(*layer)
+            for kernel in list(found.values())[before:]:
+                spec, size, dtype = layer[1], layer[3], str(layer[4]).removeprefix("torch.")
+                side = "x".join(map(str, spec.partition.kernel))
+                place = "x".join(map(str, size))
+                kernel["layer"] = f"{spec.in_channels}->{spec.out_channels} {side} @{place} {dtype}"
+                if words := missed(kernel, target):
+                    print(
+                        f"{target} {kernel['kernel']} {kernel['layer']}: {words}", file=sys.stderr
+                    )
+        report[target] = list(found.values())
+        rows.append(row(target, report[target]))
+    header = ("target", "kernels", "compile", "most registers", "spill", "too much shared memory",
+              "load single values")  # fmt: skip
+    print(render_table(header, rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report))
+    sys.exit(any("error" in kernel for kernels in report.values() for kernel in kernels))
+
+
+def row(target: str, kernels: list[dict[str, Any]]) -> tuple[str, ...]:
+    """A line of the summary."""
+    done = [kernel for kernel in kernels if "error" not in kernel]
+    counts = (
+        len(kernels),
+        len(done),
+        max((kernel["registers"] for kernel in done), default=0),
+        sum(bool(kernel["spilled"]) for kernel in done),
+        sum(kernel["shared"] > SHARED[target] << 10 for kernel in done),
+        sum(bool(kernel["plain loads"]) for kernel in done),
+    )
+    return (target, *map(str, counts))
+
+
+if __name__ == "__main__":
+    main()
