@@ -18,14 +18,14 @@ from .contraction import Contraction, Cost, Needs, Problem
 from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_conv import TritonConv, columns_of
-from .triton_launch import reaches_all
+from .triton_launch import is_amd, reaches_all
 from .triton_on_chip_launch import Mixture
 from .triton_tiles import ON_CHIP_CELLS, tiles_on_chip
 
 __all__ = ["TritonOnChip"]
 
-_SHARED = 227 << 10
-"""Bytes of shared memory for a program where a device does not say: those of a Hopper GPU."""
+_SHARED = 99 << 10
+"""Bytes of shared memory for a program where torch does not say: those of the smallest GPUs."""
 
 _TRITON = (3, 4)
 """The first Triton whose compiler can be used: 3.2 crashes on the kernel, and 3.3 lays the input
@@ -64,6 +64,8 @@ class TritonOnChip(Contraction):
             return f"keeps tiles of up to {ON_CHIP_CELLS} cells on chip, not of {problem.cells}"
         if problem.cells_dtype not in (None, problem.dtype):
             return "mixes in the type of the input, not in float32 under 16 bit"
+        if is_amd():
+            return "is for NVIDIA's GPUs; AMD's have too little shared memory"
         reason = self.through_memory.refusal(problem)
         if reason is not None or problem.device != "cuda":
             return reason
