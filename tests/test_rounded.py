@@ -8,12 +8,15 @@ import pickle
 import pytest
 import timm
 import torch
+from processes import in_processes
+from test_parallel import build, loss_of
 from test_summing import SHAPE, Chain, image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kw  # noqa: F401 -- registers the models
+from kw.training.parallel import shard
 from kw.warehouse import KWConv2d, KWLinear, Warehouse
 from kw.warehouse.ops import set_assembly_precision
 
@@ -176,3 +179,24 @@ def test_copies_do_not_carry_it():
     net, x = chain(), image()
     run(net, x)
     assert len(pickle.dumps(net)) == len(pickle.dumps(chain()))
+
+
+def check_sharded(process):
+    """FSDP frees and gathers the cells between passes; their storage may be another one."""
+    plain, sharded = build(cell_num_ratio=4), build(cell_num_ratio=4)
+    shard(sharded, process)
+    for _ in range(2):
+        plain.zero_grad(), sharded.zero_grad()
+        for network, seeds in ((plain, range(process.world_size)), (sharded, [process.rank])):
+            for seed in seeds:
+                with BF16:
+                    loss = loss_of(network, seed)
+                loss.backward()
+        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+            expected = theirs.grad / process.world_size
+            error = (ours.grad.full_tensor() - expected).abs().max()
+            assert error <= 1e-5 * expected.abs().max().clamp_min(1e-6)
+
+
+def test_sharded_cells():
+    in_processes(check_sharded, 2)
