@@ -145,7 +145,8 @@ def test_rounding_is_no_fault(dtype):
 
 
 def test_without_memory_the_trial_comes_later(caplog):
-    faults = [torch.OutOfMemoryError("CUDA out of memory"), None]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    faults = [error, error, None]
 
     def fault(results):
         if error := faults.pop(0):
@@ -154,9 +155,14 @@ def test_without_memory_the_trial_comes_later(caplog):
 
     compiled = Compiled(fault)
     chooser = selector_of(compiled)
-    assert chooser.choose(problem(8)) is LIBRARY
-    assert chooser.choose(problem(8)) is compiled
+    for expected in (LIBRARY, LIBRARY, compiled):
+        assert chooser.choose(problem(8)) is expected
     assert not caplog.records
+    faults += [error] * 3
+    for _ in range(5):
+        assert chooser.choose(problem(16)) is LIBRARY
+    assert compiled.calls == 6
+    assert "no memory for its trial" in caplog.text
 
 
 def test_during_the_capture_of_a_graph_nothing_is_tried(monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +225,28 @@ def test_contractions_round_as_convolutions_may(monkeypatch: pytest.MonkeyPatch)
     assert not precision.allows_tf32("cuda")
     exact = {each.name: each.seconds for each in selector.predict(case, GPUS["h100"].profile())}
     assert exact["assembled"] > 2 * rounded["assembled"]
+
+
+def test_threads_share_the_setting_and_restore_it() -> None:
+    """As backward passes of several GPUs do; a tensor that says it is on one stands in."""
+    x: Any = SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(type="cuda"))
+    name = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
+    before, met = getattr(torch.backends.cuda.matmul, name), threading.Barrier(3)
+
+    def contract(seconds: float) -> None:
+        with precision.as_convolutions_round(x):
+            met.wait()
+            time.sleep(seconds)
+            found.append(getattr(torch.backends.cuda.matmul, name))
+
+    found: list[Any] = []
+    threads = [threading.Thread(target=contract, args=(n / 50,)) for n in (1, 3, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found in (["tf32"] * 3, [True] * 3)
+    assert getattr(torch.backends.cuda.matmul, name) == before
 
 
 @pytest.fixture

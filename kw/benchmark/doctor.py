@@ -208,6 +208,8 @@ def _examine_one(
             took = _seconds(lambda: operands.run(contraction), problem.device)
     except DeviceLostError:
         raise
+    except torch.OutOfMemoryError:
+        return replace(finding, refusal="there is not enough memory")
     except Exception as error:  # what a compiler, a driver or a library raises
         return replace(finding, failure=one_line(error))
     failure = None
@@ -251,13 +253,18 @@ def _seconds(run: Callable[[], object], device: str) -> float:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    repeat: Callable[[], object] = graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # it waits for the device, which no graph can
+        torch.cuda.synchronize()
+        repeat = run
     for _ in range(5):
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         for _ in range(4):
-            graph.replay()
+            repeat()
         end_event.record()
         torch.cuda.synchronize()
         times.append(start_event.elapsed_time(end_event) / 4e3)  # milliseconds

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 1e-2
+_ATTEMPTS = 3
 OUTPUT = "output"
 GRADIENTS = ("gradient of the input", "gradient of the coefficients", "gradient of the cells")
 
@@ -62,6 +64,7 @@ class Admission:
         self._bans: dict[tuple[str, Problem, int], str] = {}
         self._admitted: set[tuple[str, Problem, int]] = set()
         self._logged: set[tuple[str, str]] = set()
+        self._without_memory: Counter[tuple[str, Problem, int]] = Counter()
 
     def ban(self, contraction: Contraction, problem: Problem) -> str | None:
         """Why a trial has banned the back end for such problems; ``None`` if none has."""
@@ -72,7 +75,7 @@ class Admission:
 
         Returns:
             ``None`` where it cannot be tried at this moment: during the capture of a CUDA graph, or
-            without memory for the trial.
+            without memory for the trial (which counts as failed the third time).
 
         Raises:
             DeviceLostError: the trial left the device unusable.
@@ -89,7 +92,10 @@ class Admission:
         try:
             reason = _try(contraction, self._library, problem)
         except torch.OutOfMemoryError:
-            return None
+            self._without_memory[kind] += 1
+            if self._without_memory[kind] < _ATTEMPTS:
+                return None
+            reason = f"there was no memory for its trial, {_ATTEMPTS} times"
         if reason is None:
             self._admitted.add(kind)
             return True
@@ -108,6 +114,7 @@ class Admission:
         self._bans.clear()
         self._admitted.clear()
         self._logged.clear()
+        self._without_memory.clear()
 
 
 def bucket(count: int) -> int:

@@ -15,6 +15,7 @@ Settings trade accuracy for speed. Their effect on a network's output is measure
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,9 @@ __all__ = [
 
 ASSEMBLY_PRECISIONS = ("autocast", "float32")
 _assembly = ASSEMBLY_PRECISIONS[0]
+_lock = threading.Lock()
+_inside: list[None] = []
+_before: list[Any] = []
 
 
 def set_assembly_precision(precision: str) -> None:
@@ -72,16 +76,22 @@ def as_convolutions_round(x: Tensor) -> Iterator[None]:
     if x.dtype != torch.float32 or x.device.type != "cuda":
         yield
         return
-    # The setting that convolutions have, since torch refuses to read the old one beside the new.
+    # The newer setting where there is one, since torch refuses to read the old one beside it.
     is_new = hasattr(torch.backends.cudnn, "conv")
     name, values = ("fp32_precision", ("ieee", "tf32")) if is_new else ("allow_tf32", (False, True))
     products: Any = torch.backends.cuda.matmul
-    before = getattr(products, name)
-    setattr(products, name, values[allows_tf32("cuda")])
+    with _lock:  # threads share the setting: the first one changes it, the last one restores it
+        if not _inside:
+            _before.append(getattr(products, name))
+            setattr(products, name, values[allows_tf32("cuda")])
+        _inside.append(None)
     try:
         yield
     finally:
-        setattr(products, name, before)
+        with _lock:
+            _inside.pop()
+            if not _inside:
+                setattr(products, name, _before.pop())
 
 
 def matmul_precision() -> str:

@@ -99,7 +99,7 @@ def draw_operands(problem: Problem) -> Operands:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+        return torch.randn(*shape, device=device, generator=generator, dtype=dtype)
 
     x = draw(problem.batch, problem.spec.in_channels, *problem.size)
     if problem.channels_last:
