@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import breadth
 from kills import free_port
 
 from kw.config import ConfigError, load_config
@@ -79,8 +80,9 @@ def test_the_whole_path(tmp_path: Path, call: Callable[..., str]) -> None:
     pytest.importorskip("sklearn")
     options = ["imagenet_300ep", "--scale", "tiny", "--work-dir", tmp_path]
     options += ["--rows", "resnet18", "kw_resnet18_1x"]
-    settings = ["epochs=1", "total_batch_size=128", "batch_size=128", "checkpoint.updates=2"]
-    settings += ["data.workers=0", "data.input_size=16"]
+    settings = ["epochs=1", "total_batch_size=16", "batch_size=16", "checkpoint.updates=2"]
+    settings += ["data.workers=0", "data.input_size=16", "model.timm_args.channels=[8,8,16,16]"]
+    settings += ["model.timm_args.layers=[1,1,1,1]"]
     run = [*options, "--run", "--cfg-options", *settings]
     folder = tmp_path / "tiny/imagenet_300ep"
     broken = folder / "resnet18/epoch_1.pth"
@@ -335,7 +337,7 @@ exec "$@"
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+@pytest.mark.parametrize("launcher", breadth(["torchrun", "slurm"], ["torchrun"]))
 def test_launchers_train_to_the_end(
     launcher: str,
     tmp_path: Path,
