@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on a Hopper GPU; the multiprocessor has one KB
 more, and each program takes one."""

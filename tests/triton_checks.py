@@ -19,6 +19,8 @@ from kw.warehouse.ops import triton_launch
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
 
+# Cases of every axis and of pointwise kernels, which are read another way.
+FEW = ["1d even kernel, stride, dilation", "2d uneven in every way", "2d pointwise strided"]
 INTERPRETED = triton_launch.interpreted()
 TRITON = importlib.util.find_spec("triton") is not None
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -49,10 +51,10 @@ can_start_interpreter = pytest.mark.skipif(
 )
 
 
-def run_in_interpreter(path):
-    """All tests of a file on the CPU, also where there is a GPU."""
+def run_in_interpreter(*paths):
+    """All tests of files on the CPU, also where there is a GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
