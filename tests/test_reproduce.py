@@ -75,13 +75,15 @@ def full(tmp_path: Path) -> Callable[..., Reproduction]:
     return lambda table, **settings: Reproduction(TABLES[table], FULL, tmp_path, **settings)
 
 
-def test_the_whole_path(tmp_path: Path, call: Callable[..., str]) -> None:
-    """One row fails and does not stop the next, which is interrupted; then both are finished."""
+@pytest.mark.parametrize("both", breadth([False, True], [False]))
+def test_the_whole_path(both: bool, tmp_path: Path, call: Callable[..., str]) -> None:
+    """One row fails and does not stop the next, which is interrupted; then it, or both, end."""
     pytest.importorskip("sklearn")
     options = ["imagenet_300ep", "--scale", "tiny", "--work-dir", tmp_path]
     options += ["--rows", "resnet18", "kw_resnet18_1x"]
-    settings = ["epochs=1", "total_batch_size=128", "batch_size=128", "checkpoint.updates=2"]
-    settings += ["data.workers=0", "data.input_size=16"]
+    settings = ["epochs=1", "total_batch_size=16", "batch_size=16", "checkpoint.updates=2"]
+    settings += ["data.workers=0", "data.input_size=16", "model.timm_args.channels=[8,8,16,16]"]
+    settings += ["model.timm_args.layers=[1,1,1,1]"]
     run = [*options, "--run", "--cfg-options", *settings]
     folder = tmp_path / "tiny/imagenet_300ep"
     broken = folder / "resnet18/epoch_1.pth"
@@ -108,9 +110,10 @@ def test_the_whole_path(tmp_path: Path, call: Callable[..., str]) -> None:
     assert "kw_resnet18_1x         interrupted at epoch 0 of 1;" in output
 
     broken.unlink()
-    output = call(*options, "--collect", *run[len(options) :])
-    assert "[1/2] resnet18: begins" in output
-    assert "[2/2] kw_resnet18_1x: goes on" in output
+    rows = [] if both else ["--rows", "kw_resnet18_1x"]
+    output = call(*options, *rows, "--collect", *run[len(options) :])
+    assert ("[1/2] resnet18: begins" in output) == both
+    assert "kw_resnet18_1x: goes on" in output
     assert "resumed" in (folder / "kw_resnet18_1x/output.txt").read_text()
     results = json.loads((other / "results.json").read_text())
     table = (folder / "table.md").read_text()
@@ -336,9 +339,13 @@ exec "$@"
 }
 
 
-@pytest.mark.parametrize("launcher", breadth(["torchrun", "slurm"], ["slurm"]))
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    breadth([("torchrun", 1), ("torchrun", 2), ("slurm", 2)], [("torchrun", 1)]),
+)
 def test_launchers_train_to_the_end(
     launcher: str,
+    processes: int,
     tmp_path: Path,
     images: Path,
     call: Callable[..., str],
@@ -362,7 +369,7 @@ def test_launchers_train_to_the_end(
     ]
     settings = [f"data.root={images}", "epochs=1", "data.workers=0"]
     settings += ["total_batch_size=8", "batch_size=4"]
-    call(*options, "--run", "--launcher", launcher, "--gpus", 2, "--cfg-options", *settings)
+    call(*options, "--run", "--launcher", launcher, "--gpus", processes, "--cfg-options", *settings)
     folder = tmp_path / "tiny/imagenet_resnet18_100ep"
     table = call(*options)
     for index, row in enumerate(rows):

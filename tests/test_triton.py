@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from breadth import breadth
 from convolutions import CASES, HALVES, WHOLE, Case
 from triton_checks import (
     DEVICE,
+    FEW,
     INTERPRETED,
     TRITON,
     can_start_interpreter,
@@ -42,14 +44,6 @@ SMALL = {
     "dilation shares the stride": Case((3, 3), (9, 8), stride=2, dilation=2, padding=2, batch=1),
     "aligned pointwise": Case((1, 1), (4, 8), (32, 16), batch=2, settings=HALVES),
 }
-QUICK = [
-    "1d even kernel, stride, dilation",
-    "2d uneven in every way",
-    "2d many cells",
-    "2d whole cells",
-    "2d pointwise padded",
-    "3d",
-]
 SMALLEST_TILES = Tiles(16, 16, 16, 4, 2)
 
 
@@ -58,7 +52,7 @@ def compare(case, scratch, channels_last=False, **settings):
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", breadth(UNGROUPED, QUICK))
+@pytest.mark.parametrize("name", breadth(UNGROUPED, FEW))
 def test_equals_reference(name):
     compare(UNGROUPED[name], scratch=1 << 28)
 
@@ -83,7 +77,7 @@ def test_many_tiles_and_chunks(name, monkeypatch):
 
 @runs_kernels
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-@pytest.mark.parametrize("name", ["1d", "2d few cells", "2d pointwise strided"])
+@pytest.mark.parametrize("name", breadth(["1d", "2d few cells", "2d pointwise strided"], ["1d"]))
 def test_half_precision(name, dtype, tolerance):
     """Kernels, their gradients and results are rounded, 2^-9 each in bfloat16; sums are not."""
     for scratch in (1 << 28, 64):
@@ -250,4 +244,6 @@ def test_cost_counts_what_is_assembled(monkeypatch):
 @can_start_interpreter
 @either_mark
 def test_in_the_interpreter(marks):
-    run_in_interpreter(__file__, marks)
+    """One process for both back ends: most of its time are imports."""
+    other = str(Path(__file__).with_name("test_on_chip.py"))
+    run_in_interpreter(marks, __file__, other)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on a Hopper GPU; the multiprocessor has one KB
 more, and each program takes one."""
@@ -50,7 +51,6 @@ def compiled(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 def test_kernels_load_whole_vectors_and_use_the_matrix_units(compiled):
     found = compiled["convolve"] + compiled["kernel_gradient"]
     assert len(found) == 6
@@ -61,7 +61,6 @@ def test_kernels_load_whole_vectors_and_use_the_matrix_units(compiled):
         assert kernel["shared"] <= SHARED, kernel
 
 
-@pytest.mark.slow
 def test_kernels_stay_on_chip(compiled):
     """Everything that is predicted of the on-chip kernel rests on this."""
     found = compiled.get("convolve_on_chip")

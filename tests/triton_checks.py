@@ -20,6 +20,8 @@ from kw.warehouse.ops import triton_launch
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
 
+# Cases of every axis and of pointwise kernels, which are read another way.
+FEW = ["1d even kernel, stride, dilation", "2d uneven in every way", "2d pointwise strided"]
 INTERPRETED = triton_launch.interpreted()
 TRITON = importlib.util.find_spec("triton") is not None
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -51,12 +53,12 @@ can_start_interpreter = pytest.mark.skipif(
 either_mark = pytest.mark.parametrize("marks", breadth(["not slow", "slow"], ["not slow"]))
 
 
-def run_in_interpreter(path, marks):
-    """Tests of a file on the CPU, also where there is a GPU. Kernels that are not run are a
+def run_in_interpreter(marks, *paths):
+    """Tests of files on the CPU, also where there is a GPU. Kernels that are not run are a
     failure: no other test runs them."""
     assert TRITON, "the tests need Triton: pip install triton"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *paths]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert NO_INTERPRETER not in result.stdout, "Triton's interpreter does not work here"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -63,6 +64,7 @@ def members(hint: Any) -> tuple[str, Any] | None:
     return None
 
 
+@functools.cache
 def key_hints(cls: Any, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type hint and field of every setting, by dotted key; groups come before their members."""
     found = {}
