@@ -347,7 +347,8 @@ def dynamic_network(name: str) -> torch.nn.Module:
 
 
 each_kind = pytest.mark.parametrize(
-    "name", breadth([*NARROW, "mobilenetv2_035"], NARROW)  # the last two have depthwise layers
+    "name",
+    breadth([*NARROW, "mobilenetv2_035"], NARROW),  # the last two have depthwise layers
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from breadth import breadth
 from convolutions import CASES, Case
 from torch import nn
 
@@ -114,7 +115,7 @@ class Network(nn.Module):
         return self.head(self.body(x).flatten(2).transpose(1, 2)).mean(1)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", breadth([False, True], [True]))
 def test_compiles_into_one_graph(autocast):
     """Forward and backward; a batch of another size does not compile anew."""
     torch._dynamo.reset()

@@ -259,7 +259,9 @@ def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) 
     assert largest_difference(*weights) < 1e-4
 
 
-@pytest.mark.parametrize(("world", "strategy"), breadth([(2, "ddp"), (3, "ddp"), (2, "fsdp")], [(2, "ddp")]))
+@pytest.mark.parametrize(
+    ("world", "strategy"), breadth([(2, "ddp"), (3, "ddp"), (2, "fsdp")], [(2, "ddp")])
+)
 def test_killed_and_resumed_is_never_interrupted(
     images: Path, tmp_path: Path, world: int, strategy: str
 ) -> None:
