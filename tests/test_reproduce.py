@@ -134,7 +134,7 @@ def test_the_whole_path(both: bool, tmp_path: Path, call: Callable[..., str]) ->
         assert note in table
 
     assert "done already" in call(*run, "--rows", "kw_resnet18_1x")
-    wrong = call(*run, "seed=3", "--rows", "resnet18", status=1)
+    wrong = call(*run, "seed=3", "--rows", "kw_resnet18_1x", status=1)
     assert "was begun with other settings (seed 0 -> 3)" in wrong
 
 
