@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
@@ -20,6 +21,13 @@ from kw.cli import main
 os.environ["KW_CALIBRATION"] = "0"
 # The networks of tests are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+# A base of mmdetection is looked for in a hundred YAML files, half a second every time.
+try:
+    from mmengine.config import utils as mmengine_utils
+except ImportError:
+    pass
+else:
+    mmengine_utils._get_cfg_metainfo = functools.cache(mmengine_utils._get_cfg_metainfo)
 # Autograd starts its threads at the first backward pass: none here, but some where that one is
 # inside torch.compile, and then processes that tests fork cannot run one (tests/processes.py).
 torch.ones(1, requires_grad=True).sum().backward()

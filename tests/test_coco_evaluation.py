@@ -161,12 +161,11 @@ def work(rank: int, store: str, file: str, out: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     truth, found = random_set(np.random.default_rng(30))
     file = write(truth, tmp_path / "truth.json")
     mp.start_processes(
-        work, (str(tmp_path / "store"), str(file), tmp_path), nprocs=2, start_method="spawn"
+        work, (str(tmp_path / "store"), str(file), tmp_path), nprocs=2, start_method="fork"
     )
     evaluator = CocoEvaluator(file, masks=True)
     add_all(evaluator, found)

@@ -147,7 +147,7 @@ def train_with(process: Any, file: Path, work_dir: Path, strategy: str) -> None:
     train(load_detector_config(file, options), work_dir, launcher="pytorch")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_parallel.py shards a classifier
 def test_a_sharded_detector_is_the_same(file: Path, tmp_path: Path) -> None:
     logs = []
     for strategy in ("ddp", "fsdp"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import breadth
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,13 +99,13 @@ def test_evaluating_the_checkpoint_repeats_the_run(
 
 def test_it_learns(settings: dict[str, Any], tmp_path: Path) -> None:
     # With BatchNorm: normalising each image by itself would remove the grey that tells the class.
-    batch_norm = {"channels": [8, 8, 16, 16]}
+    batch_norm = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
     settings = changed(settings, epochs=16, optimizer__lr=0.01, model__timm_args=batch_norm)
     metrics = run(settings, tmp_path)
     assert metrics["top1"] > 90
 
 
-@pytest.mark.parametrize("batch_size", [8, 4])
+@pytest.mark.parametrize("batch_size", breadth([8, 4], [4]))
 def test_accumulation_does_not_change_the_recipe(
     settings: dict[str, Any], tmp_path: Path, batch_size: int
 ) -> None:

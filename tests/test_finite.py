@@ -417,7 +417,6 @@ with process_group("pytorch", 2.0) as process:
 """
 
 
-@pytest.mark.slow
 def test_two_processes(settings: dict[str, Any], images: Path, tmp_path: Path) -> None:
     """NaN on one of them skips on both and stops both; both know every bad file.
 

@@ -320,7 +320,7 @@ def test_one_message_of_several_processes() -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "3", "tools/train.py", R18, "--launcher", "pytorch"),
+            *("--nproc-per-node", "2", "tools/train.py", R18, "--launcher", "pytorch"),
             *("--cfg-options", "epochs=x"),
         ],
         cwd=ROOT,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from breadth import breadth
 from doc_pages import ROOT, read_blocks
 from PIL import Image
 from processes import call
@@ -210,7 +211,10 @@ def test_bce_is_one_against_all() -> None:
     torch.testing.assert_close(bce(logits, labels, sum_classes=True), 3 * expected)
 
 
-@pytest.mark.parametrize("name", ["adam", "lamb", "lion", "rmsprop", "adafactor", "nadamw"])
+@pytest.mark.parametrize(
+    "name",
+    breadth(["adam", "lamb", "lion", "rmsprop", "adafactor", "nadamw"], ["lamb", "adafactor"]),
+)
 def test_other_optimizers(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
     """They train, and a run that goes on ends where one that never stopped does."""
     optimizer = {"name": name, "lr": 0.001, "weight_decay": 0.01}

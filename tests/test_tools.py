@@ -50,7 +50,6 @@ def test_two_processes_follow_the_recipe_of_one(config: Path, tmp_path: Path) ->
         assert results["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_batch_norm_agrees_across_processes(config: Path, tmp_path: Path) -> None:
     """Statistics are averaged before anything is saved or evaluated; resuming works with two."""
     options = ["batch_size=8", "model.timm_args={channels: [8, 8, 16, 16], _delete_: true}"]

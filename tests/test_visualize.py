@@ -401,7 +401,7 @@ def recipe(images: Path) -> dict[str, Any]:
             "name": "resnet18",
             "num_classes": 4,
             "drop_path_rate": 0.2,
-            "timm_args": {"channels": [8, 8, 16, 16]},
+            "timm_args": {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]},
             "kernel_warehouse": {"plan": "resnet18", "start": "paper"},
         },
         "data": {

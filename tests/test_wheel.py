@@ -94,6 +94,7 @@ def test_train_test_predict(run: Any, images: Path) -> None:
     assert any(name in found for name in ("bird", "cat", "dog", "fish"))
 
 
+@pytest.mark.slow  # what kw.train does is tested without a wheel, and the wheel by commands
 def test_python(run: Any, images: Path) -> None:
     code = (
         "import kw\n"

@@ -22,6 +22,7 @@ from kw.warehouse.ops.triton_conv import TritonConv
 
 # Cases of every axis and of pointwise kernels, which are read another way.
 FEW = ["1d even kernel, stride, dilation", "2d uneven in every way", "2d pointwise strided"]
+FEW += ["2d whole cells"]
 INTERPRETED = triton_launch.interpreted()
 TRITON = importlib.util.find_spec("triton") is not None
 GPU = torch.cuda.is_available() and not INTERPRETED

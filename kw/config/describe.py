@@ -14,6 +14,7 @@ from .tree import join
 __all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "members"]
 
 UNIONS = (typing.Union, types.UnionType)
+_type_hints = functools.cache(typing.get_type_hints)  # they are compiled from texts
 _NUMBERS = {int: "an integer", float: "a number"}
 _BOUNDS = (("minimum", ">="), ("above", ">"), ("maximum", "<="), ("below", "<"))
 
@@ -64,11 +65,10 @@ def members(hint: Any) -> tuple[str, Any] | None:
     return None
 
 
-@functools.cache
 def key_hints(cls: Any, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type hint and field of every setting, by dotted key; groups come before their members."""
     found = {}
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for field in dataclasses.fields(cls):
         child_key = join(key, field.name)
         found[child_key] = (hints[field.name], field)
