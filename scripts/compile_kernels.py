@@ -10,8 +10,6 @@ shared memory, loads of single values. The exit status is 1 if one does not comp
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
@@ -25,6 +23,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from kw.cli import ToolParser, output_file, run_tool
+from kw.cli.tool import save_json
 from kw.evaluation import render_table
 from kw.models import PAPER_MODELS
 from kw.warehouse import KernelShape, KWLayer, partition_kernels
@@ -229,15 +229,13 @@ def missed(kernel: dict[str, Any], target: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--targets", nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--models", default="kw_*", help="pattern of names (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--on-chip", action="store_true", help="the on-chip kernel as well")
     parser.add_argument("--few", action="store_true", help="a few layers in bfloat16")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     args = parser.parse_args()
     # As for BATCH samples, though one is enough to compile.
     for name in ("tiles_of_convolution", "tiles_of_gradient"):
@@ -272,7 +270,7 @@ def main() -> None:
               "load single values")  # fmt: skip
     print(render_table(header, rows))
     if args.json is not None:
-        args.json.write_text(json.dumps(report))
+        save_json(report, args.json)
     sys.exit(any("error" in kernel for kernels in report.values() for kernel in kernels))
 
 
@@ -291,4 +289,4 @@ def row(target: str, kernels: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -80,8 +80,8 @@ def shrink(node: Any, widths: list[int], width: int) -> None:
             shrink(value, widths, width)
 
 
-def build(name: str, pooling: dict[str, Any] | None = None) -> nn.Module:
-    """A small network; ``pooling`` replaces the operator that cuts out its regions."""
+def build(name: str) -> nn.Module:
+    """A small network."""
     from mmdet.registry import MODELS as registry
     from mmdet.utils import register_all_modules
 
@@ -94,8 +94,6 @@ def build(name: str, pooling: dict[str, Any] | None = None) -> nn.Module:
     shrink(model, [base * 2**i * (4 if bottleneck else 1) for i in range(4)], width)
     if "encoder" in model:  # transformers' heads have the width as a default
         model.bbox_head.embed_dims = width
-    if pooling:
-        model.roi_head.bbox_roi_extractor.roi_layer = {"output_size": 7, **pooling}
     model.backbone.update(depth=50 if bottleneck else 18, base_channels=base)
     network = registry.build(model)
     network.init_weights()  # some parameters are not even zero before
@@ -167,13 +165,6 @@ def test_models_learn_and_predict(name: str) -> None:
         assert (found.labels < CLASSES).all()
         if "mask" in name:
             assert found.masks.shape == (len(found), height, width)
-
-
-@pytest.mark.parametrize(
-    "pooling", [{"type": "RoIPool"}, {"type": "RoIAlign", "pool_mode": "max"}], ids=str
-)
-def test_other_pooling_of_regions(pooling: dict[str, Any]) -> None:
-    train_step(build("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", pooling))
 
 
 @pytest.mark.parametrize("name", MODELS, ids=lambda name: Path(name).stem)

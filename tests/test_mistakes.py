@@ -132,6 +132,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("predict.py {place}/empty {place} --top 0", ["--top: '0': expected an integer >= 1"]),
     ("kw_benchmark_exports {place}/images none.pth", ["none.pth", "no such file or folder"]),
     ("kw_benchmark_exports {place}/folder none.pth", ["folder"]),
+    ("compile_kernels.py --targets sm_1", ["--targets", "invalid choice: 'sm_1'"]),
     ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
     (f"check_exports.py {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
 ]
