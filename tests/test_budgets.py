@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from breadth import breadth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,8 +115,19 @@ def nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selector, "_chosen", {})
 
 
-@pytest.mark.parametrize("name", ["kw_resnet18_1x", "kw_resnet50_4x", "kw_mobilenetv2_050_1x"])
-def test_cells_are_rounded_and_kept_once_a_warehouse(name: str) -> None:
+MODELS = [
+    "kw_resnet18_1x",
+    "kw_resnet50_1x",
+    "kw_resnet50_4x",
+    "kw_mobilenetv2_050_1x",
+    "kw_convnext_tiny_1x",
+]
+
+
+@pytest.mark.parametrize("name", breadth(MODELS, ["kw_resnet50_4x", "kw_mobilenetv2_050_1x"]))
+def test_cells_are_rounded_and_kept_once_a_warehouse(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts, warehouses, layers = count(name)
     half = sum(2 * warehouse.cells.numel() for warehouse in warehouses)
     assert layers > len(warehouses)
@@ -123,7 +135,18 @@ def test_cells_are_rounded_and_kept_once_a_warehouse(name: str) -> None:
     assert counts.kept == half
     # One float32 gradient a warehouse; every other layer adds to it.
     assert counts.gradients == 2 * half
-    print(f"{name}: {counts.rounded / MB:.0f} MB, {layers} layers, {counts.launches} launches")
+    # Every layer for itself, as before.
+    monkeypatch.setattr("kw.warehouse.ops.may_share", lambda *_: False)
+    monkeypatch.setattr("kw.warehouse.ops.function.anchor_of", lambda _: None)
+    apart, _, _ = count(name)
+    assert apart.rounded == apart.kept > counts.rounded
+    assert apart.gradients > counts.gradients
+    assert apart.launches > counts.launches
+    print(f"{name}: {layers} layers, {len(warehouses)} warehouses")
+    for what in ("rounded", "kept", "gradients"):
+        before, now = getattr(apart, what) / MB, getattr(counts, what) / MB
+        print(f"  {what}: {before:.0f} -> {now:.0f} MB")
+    print(f"  launches: {apart.launches} -> {counts.launches}")
 
 
 def test_launches_of_the_attention() -> None:

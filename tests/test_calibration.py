@@ -310,7 +310,7 @@ def test_a_wrong_back_end_is_found_and_banned(
     monkeypatch.setitem(CONTRACTIONS, "compiled", Compiled(wrong_cells))
     tool("kw doctor")
     out = capsys.readouterr().out
-    assert "WRONG: compiled float32: 16->16 3x3 @6: gradient of the cells is off by 1e-02" in out
+    assert "BANNED: compiled float32: 16->16 3x3 @6: gradient of the cells is off by 1e-02" in out
     monkeypatch.delitem(CONTRACTIONS, "compiled")
     assert "compiled float32" in device_profile("cpu").bans
 

@@ -200,3 +200,14 @@ def check_sharded(process):
 
 def test_sharded_cells():
     in_processes(check_sharded, 2)
+
+
+def test_graphs_share_nothing(monkeypatch):
+    """What one captured graph owns may be gone when another one is replayed."""
+    net = chain()
+    with torch.no_grad(), Casts(net.cells) as casts:
+        run(net, image())
+        assert casts.count == 2
+        monkeypatch.setattr("kw.warehouse.ops.rounded.is_capturing", lambda device: True)
+        run(net, image())
+    assert casts.count == 2 + 4

@@ -109,19 +109,17 @@ def describe_tools(device: str) -> dict[str, str]:
 def measure_rates(device: str) -> DeviceProfile:
     """Rates of products, memory and calls; those outside of products in proportion to float32's."""
     estimate = estimated_profile(device)
-    side, copied = (768, 32 << 20) if device == "cpu" else (4096, 256 << 20)
+    large, copied = (768, 32 << 20) if device == "cpu" else (4096, 256 << 20)
 
-    def product(dtype: torch.dtype) -> float:
+    def product(dtype: torch.dtype, side: int = large) -> float:
         a = torch.randn(side, side, device=device).to(dtype)
         return side**3 / _seconds(lambda: a @ a, device)
 
     dense = {torch.float32: product(torch.float32)}
     scale = dense[torch.float32] / estimate.dense[torch.float32]
     for dtype, rate in estimate.dense.items():
-        if device == "cpu" and rate < dense[torch.float32] / _SLOW:
-            dense[dtype] = rate * scale  # a product of this size would take a minute
-        else:
-            dense[dtype] = product(dtype)
+        is_slow = rate < estimate.dense[torch.float32] / _SLOW  # the large one would take a minute
+        dense[dtype] = product(dtype, large // 3 if device == "cpu" and is_slow else large)
     tf32 = 0.0
     if device == "cuda":
         x = torch.empty(1, device=device)

@@ -76,7 +76,7 @@ def _examine(device: str, seconds: float, write: bool) -> dict[str, Any]:
     if tried < shapes:
         print(f"  {tried} of {shapes} shapes in {seconds:g} s; --seconds gives more time")
     for name, reason in profile.bans.items():
-        print(f"  WRONG: {name}: {reason}")
+        print(f"  BANNED: {name}: {reason}")
     if lost:
         print(f"  STOPPED: {lost}")
     path = None

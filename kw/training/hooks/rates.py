@@ -26,7 +26,7 @@ class RatesHook(Hook):
 
     The selector's choice is arithmetic on these rates, so that all processes choose alike, and a
     resumed run as before, though ``kw doctor`` has measured in between. ``rates.json`` in the work
-    directory has them. A run that goes on on another kind of device takes that device's.
+    directory has them. A run that continues on another kind of device takes that device's.
     """
 
     is_shared = True
@@ -43,8 +43,8 @@ class RatesHook(Hook):
         found: list[Any] = [self._state or None]
         if found[0] is not None and found[0]["machine"] != machine:
             logger.info(
-                f"the run goes on on {machine}, not on {found[0]['machine']}: back ends are chosen "
-                "by other rates"
+                f"the run continues on {machine}; it began on {found[0]['machine']}: back ends are "
+                "chosen by other rates"
             )
             found = [None]
         if found[0] is None:

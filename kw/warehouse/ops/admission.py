@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...errors import one_line
 from .contraction import Contraction, Problem
+from .device import current_gpu, is_capturing
 from .precision import allows_tf32
 from .timing import draw_operands
 
@@ -29,10 +30,8 @@ __all__ = [
     "Admission",
     "DeviceLostError",
     "bucket",
-    "current_gpu",
     "deviations",
     "difference",
-    "is_capturing",
     "tolerance",
 ]
 
@@ -120,18 +119,6 @@ class Admission:
 def bucket(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
-
-
-def current_gpu(device: str) -> int:
-    """The current device's index; 0 for a type of which there is none here."""
-    return torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else 0
-
-
-def is_capturing(device: str) -> bool:
-    """Whether a CUDA graph is being captured: nothing may wait for the device then."""
-    if device != "cuda" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

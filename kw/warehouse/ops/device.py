@@ -12,7 +12,7 @@ import torch
 from .contraction import Cost
 from .precision import allows_tf32
 
-__all__ = ["DeviceProfile", "estimated_profile"]
+__all__ = ["DeviceProfile", "current_gpu", "estimated_profile", "is_capturing"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,3 +139,15 @@ def _half_share(dtype: torch.dtype, wide: bool) -> float:
     # Without them oneDNN converts to float32 and back on AVX-512 alone; others compute one value
     # at a time: 0.4 to 0.8 G multiply-adds a second against 38 to 49 in float32 (two AVX2 cores).
     return (0.5 if dtype == torch.bfloat16 else 0.25) if wide else 1 / 60
+
+
+def current_gpu(device: str) -> int:
+    """The current device's index; 0 for a type of which there is none here."""
+    return torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else 0
+
+
+def is_capturing(device: str) -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device then."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()

@@ -38,7 +38,6 @@ __all__ = [
 ASSEMBLY_PRECISIONS = ("autocast", "float32")
 _assembly = ASSEMBLY_PRECISIONS[0]
 _lock = threading.Lock()
-_inside: list[None] = []
 _before: list[Any] = []
 
 
@@ -80,18 +79,14 @@ def as_convolutions_round(x: Tensor) -> Iterator[None]:
     is_new = hasattr(torch.backends.cudnn, "conv")
     name, values = ("fp32_precision", ("ieee", "tf32")) if is_new else ("allow_tf32", (False, True))
     products: Any = torch.backends.cuda.matmul
-    with _lock:  # threads share the setting: the first one changes it, the last one restores it
-        if not _inside:
-            _before.append(getattr(products, name))
-            setattr(products, name, values[allows_tf32("cuda")])
-        _inside.append(None)
+    with _lock:  # threads share the setting: the last one restores what the first one found
+        _before.append(getattr(products, name))
+        setattr(products, name, values[allows_tf32("cuda")])
     try:
         yield
     finally:
         with _lock:
-            _inside.pop()
-            if not _inside:
-                setattr(products, name, _before.pop())
+            setattr(products, name, _before.pop())
 
 
 def matmul_precision() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .admission import is_capturing
+from .device import is_capturing
 
 __all__ = ["RoundedCells"]
 
@@ -22,6 +22,7 @@ class RoundedCells:
     The copy serves the layers that ask one after another. A layer that asks again begins another
     pass and gets a new copy, so that none is older than the pass under way, however the cells were
     changed in between. So does a layer in another type or stream, or after a change of the cells.
+    While a CUDA graph is captured, nothing is shared.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,8 @@ class RoundedCells:
             dtype: of 16 bit.
             user: number of the layer that asks.
         """
+        if is_capturing(cells.device.type):  # a graph reads no memory that another one owns
+            return cells.detach().to(dtype)
         state = _state(cells, dtype)
         if self._copy is None or state != self._state or user in self._users:
             self._copy, self._state = cells.detach().to(dtype), state
@@ -50,5 +53,4 @@ def _state(cells: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """What a copy depends on, beside the values."""
     stream = torch.cuda.current_stream(cells.device).stream_id if cells.is_cuda else 0
     version = 0 if cells.is_inference() else cells._version
-    inference, capturing = torch.is_inference_mode_enabled(), is_capturing(cells.device.type)
-    return dtype, cells.data_ptr(), version, stream, inference, capturing
+    return dtype, cells.data_ptr(), version, stream, torch.is_inference_mode_enabled()

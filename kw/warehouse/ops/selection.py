@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import valid_names
-from .admission import Admission, bucket, current_gpu, is_capturing
+from .admission import Admission, bucket
 from .calibration import device_profile
 from .contraction import Contraction, Problem
-from .device import DeviceProfile
+from .device import DeviceProfile, current_gpu, is_capturing
 from .precision import allows_tf32
 from .timing import TimingCache, time_contraction
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cache import cache_folder, locked
 from .contraction import Contraction, Problem
+from .precision import as_convolutions_round
 from .spec import ConvSpec
 
 __all__ = ["Operands", "TimingCache", "draw_operands", "machine_name", "time_contraction"]
@@ -75,11 +76,13 @@ class Operands:
     training: bool
 
     def run(self, contraction: Contraction) -> tuple[Tensor, ...]:
-        """The output or, when training, the gradients of input, coefficients and cells."""
-        if not self.training:
-            return (contraction.forward(self.x, self.alpha, self.cells, self.spec),)
-        needs = (True, True, True)
-        found = contraction.backward(self.grad, self.x, self.alpha, self.cells, self.spec, needs)
+        """The output or, when training, the gradients of input, coefficients and cells; float32 is
+        rounded as in a network."""
+        with as_convolutions_round(self.x):
+            if not self.training:
+                return (contraction.forward(self.x, self.alpha, self.cells, self.spec),)
+            x, alpha, cells, needs = self.x, self.alpha, self.cells, (True, True, True)
+            found = contraction.backward(self.grad, x, alpha, cells, self.spec, needs)
         return tuple(gradient for gradient in found if gradient is not None)
 
     def of_samples(self, samples: list[int]) -> Operands:
