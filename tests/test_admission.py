@@ -12,10 +12,10 @@ from torch import nn
 
 from kw.warehouse import KWConv2d
 from kw.warehouse.ops import CONTRACTIONS, Cost, selector
-from kw.warehouse.ops import admission as room
-from kw.warehouse.ops.admission import DeviceLostError
+from kw.warehouse.ops import trials as room
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.selection import Selector
+from kw.warehouse.ops.trials import DeviceLostError
 from kw.warehouse.ops.triton_conv import TritonConv
 from kw.warehouse.ops.triton_on_chip import TritonOnChip
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw  # noqa: F401 -- registers the models
-from kw.warehouse import KWLayer, Warehouse
+from kw.models import PAPER_MODELS
+from kw.warehouse import KWConv2d, KWLayer, Warehouse
 from kw.warehouse.ops import CONTRACTIONS, Cost, selector
 from kw.warehouse.ops.contraction import Contraction
 
 MB = 1e6
+NOTHING = 5  # operators of the contraction that computes nothing: its output and gradients
 
 
 class Nothing(Contraction):
@@ -54,12 +56,14 @@ class Counts:
         kept: bytes of rounded cells that the backward pass keeps.
         gradients: bytes of cells' gradients that are allocated, in float32.
         launches: operators that compute something, apart from contractions.
+        coefficients: bytes that the attentions' last steps keep for the backward pass.
     """
 
     rounded: int = 0
     kept: int = 0
     gradients: int = 0
     launches: int = 0
+    coefficients: int = 0
     places: set[int] = field(default_factory=set)
 
 
@@ -93,11 +97,21 @@ def count(name: str, **settings: Any) -> tuple[Counts, list[Warehouse], int]:
     counts = Counts()
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no place is taken twice
+    seen: set[int] = set()
+    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
+    shapes = {
+        (2, layer.attention.mixtures, layer.attention.cells + extra)
+        for layer in layers
+        for extra in (0, 1)
+    }
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
         if tensor.data_ptr() in counts.places:
             kept[tensor.data_ptr()] = tensor.nbytes
+        if tensor.shape in shapes and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            counts.coefficients += tensor.nbytes
         return tensor
 
     with Counting(counts, cells), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -105,8 +119,7 @@ def count(name: str, **settings: Any) -> tuple[Counts, list[Warehouse], int]:
             y = model(torch.randn(2, 3, 32, 32))
         y.float().sum().backward()
     counts.kept = sum(kept.values())
-    layers = sum(isinstance(module, KWLayer) for module in model.modules())
-    return counts, warehouses, layers
+    return counts, warehouses, len(layers)
 
 
 @pytest.fixture(autouse=True)
@@ -149,14 +162,80 @@ def test_cells_are_rounded_and_kept_once_a_warehouse(
     print(f"  launches: {apart.launches} -> {counts.launches}")
 
 
-def test_launches_of_the_attention() -> None:
+@pytest.mark.parametrize("name", breadth(MODELS, ["kw_resnet50_1x"]))
+def test_launches_of_the_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per layer, beside what the static network launches."""
-    counts, _, layers = count("kw_resnet50_1x")
-    model = timm.create_model("resnet50", num_classes=10)
+    plain, _, layers = count(name)
+    model = timm.create_model(PAPER_MODELS[name].backbone, num_classes=10)
     static = Counts()
     with Counting(static, []):
         with torch.autocast("cpu", torch.bfloat16):
             y = model(torch.randn(2, 3, 32, 32))
         y.float().sum().backward()
-    print(counts.launches, static.launches, layers, (counts.launches - static.launches) / layers)
-    assert (counts.launches - static.launches) / layers <= 40
+    launched = fuse(monkeypatch)
+    fused, _, _ = count(name)
+    assert launched == 2 * layers * [1]
+    found = [
+        (counts.launches + extra - static.launches) / layers - NOTHING
+        for counts, extra in ((plain, 0), (fused, len(launched)))
+    ]
+    print(f"{name}: {found[0]:.1f} -> {found[1]:.1f} launches a layer beside the static network's")
+    print(f"  kept by attention: {plain.coefficients / MB:.2f} -> {fused.coefficients / MB:.2f} MB")
+    assert found[1] <= 17
+    assert found[0] - found[1] >= 15
+    assert fused.coefficients < 0.8 * plain.coefficients
+
+
+def fuse(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As on a GPU; the list gets an entry for every launch of the fused kernels."""
+    launched: list[int] = []
+
+    def launch(logits: Tensor, one_hot: Any, temperature: Any, dtype: torch.dtype) -> Any:
+        launched.append(1)
+        batch, mixtures, width = logits.shape
+        alpha = torch.empty(width - 1, batch, mixtures, dtype=dtype).permute(1, 2, 0)
+        return alpha, torch.empty(())
+
+    def gradient(grad: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
+        launched.append(1)
+        return torch.empty(logits.shape)
+
+    monkeypatch.setattr("kw.warehouse.attention.is_fused", lambda *_: True)
+    monkeypatch.setattr("kw.warehouse.ops.coefficients.launch", launch)
+    monkeypatch.setattr("kw.warehouse.ops.coefficients.launch_gradient", gradient)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_pooling_writes_no_gradient_of_the_inputs_size(
+    dtype: torch.dtype, channels_last: bool
+) -> None:
+    """The two gradients of a layer's input are added; only the sum is as large as the input."""
+    layer = KWConv2d(8, 8, 3, padding=1, start="paper")
+    x = torch.randn(4, 8, 6, 6).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = layer(x)
+    written: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            is_whole = isinstance(result, Tensor) and result.shape == x.shape
+            if is_whole and not any(r.alias_info for r in func._schema.returns):
+                written.append(func._schema.name)
+            return result
+
+    weight = torch.ones_like(y)
+    with Watching():
+        y.backward(weight)
+    assert written == ["aten::zeros_like", "aten::add"]  # the convolution's; the sum
+    assert x.grad is not None
+    assert x.grad.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )

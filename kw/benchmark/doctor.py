@@ -15,12 +15,13 @@ import torch
 from ..errors import one_line
 from ..warehouse import KernelShape, partition_kernels
 from ..warehouse.ops import CONTRACTIONS, ConvSpec, Problem, selector
-from ..warehouse.ops.admission import DeviceLostError, deviations, tolerance
+from ..warehouse.ops.admission import deviations
 from ..warehouse.ops.compiled import CompileError, compiler
 from ..warehouse.ops.contraction import Contraction
 from ..warehouse.ops.device import DeviceProfile, estimated_profile
 from ..warehouse.ops.precision import as_convolutions_round
 from ..warehouse.ops.timing import draw_operands
+from ..warehouse.ops.trials import DeviceLostError, fault, tolerance
 
 __all__ = ["SHAPES", "Finding", "calibrated", "describe_tools", "examine", "measure_rates"]
 
@@ -210,10 +211,7 @@ def _examine_one(
         return replace(finding, refusal="there is not enough memory")
     except Exception as error:  # what a compiler, a driver or a library raises
         return replace(finding, failure=one_line(error))
-    failure = None
-    for name, away in found.items():
-        if away > tolerance(problem.dtype, problem.device):
-            failure = f"{name} is off by {away:.0e} of the largest value"
+    failure = fault(found, tolerance(problem.dtype, problem.device))
     return replace(finding, deviations=found, seconds=took, predicted=predicted, failure=failure)
 
 

@@ -20,9 +20,9 @@ from ..benchmark.machine import describe_machine, describe_versions
 from ..evaluation import render_table
 from ..version import __version__
 from ..warehouse.ops import CONTRACTIONS
-from ..warehouse.ops.admission import DeviceLostError
 from ..warehouse.ops.calibration import write_calibration
 from ..warehouse.ops.device import DeviceProfile
+from ..warehouse.ops.trials import DeviceLostError
 from .tool import ToolParser, number, output_file, save_json
 
 __all__ = ["main"]

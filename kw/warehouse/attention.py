@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..registry import ATTENTION_FUNCTIONS
+from .ops.coefficients import EPS, annealed, contrasting, fused_coefficients, is_fused
+from .ops.precision import coefficient_type
 from .partition import CellSlice
 
 __all__ = [
@@ -31,14 +33,7 @@ __all__ = [
     "own_and_other",
 ]
 
-EPS = 1e-3
-"""Added to the denominator of the contrasting and the rectified function."""
-
-
-@ATTENTION_FUNCTIONS.register()
-def contrasting(logits: Tensor) -> Tensor:
-    """``z_j / (sum_p |z_p| + 1e-3)``: signed, so that cells can be subtracted."""
-    return logits / (logits.abs().sum(-1, keepdim=True) + EPS)
+ATTENTION_FUNCTIONS.register()(contrasting)
 
 
 @ATTENTION_FUNCTIONS.register()
@@ -255,18 +250,17 @@ class KernelAttention(nn.Module):
                 (:func:`kw.warehouse.fold_temperature`).
 
         Returns:
-            ``[B, m, n]``, float32.
+            ``[B, m, n]``; float32, on GPUs in the type of :func:`~.ops.precision.coefficient_type`.
         """
+        dtype = coefficient_type(pooled.device.type)
         with full_precision(pooled):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             function = ATTENTION_FUNCTIONS.entries[self.function]
+            if function is contrasting and is_fused(logits, self.one_hot, temperature, dtype):
+                return fused_coefficients(logits, self.one_hot, temperature, dtype)
             alpha = function(logits)[..., :-1]  # the null cell is dropped
-            if temperature is None or self.one_hot is None:
-                return alpha
-            # A copy, since the buffer may change before the backward pass reads it.
-            tau = temperature.to(alpha).clone()
-            return torch.lerp(alpha, self.one_hot.to(alpha), tau)
+            return annealed(alpha, self.one_hot, temperature)
 
     def _logits(self, pooled: Tensor) -> Tensor:
         hidden = normalise(self.norm1, self.fc1(pooled)).relu()

@@ -9,6 +9,7 @@ Legend: B samples, I and O input and output channels, N tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..torch_private import in_function_transform
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
 from .start import keep_kernels
@@ -348,4 +350,29 @@ class KWLinear(KWLayer):
 
 def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Global average over positions, in float32 at least: ``[B, I]``."""
+    if torch.compiler.is_compiling() or in_function_transform():
+        return _mean(x, dims)
+    result: Tensor = _Pool.apply(x, dims)
+    return result
+
+
+def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.mean(dims, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class _Pool(torch.autograd.Function):
+    """The same average. Its gradient is one value a channel, which is not written out for every
+    position: autograd adds it to the convolution's gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
+        return _mean(x, dims)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        positions = math.prod(ctx.shape[dim] for dim in ctx.dims)
+        each = (grad / positions).to(ctx.dtype)
+        for dim in ctx.dims:  # in ascending order
+            each = each.unsqueeze(dim)
+        return each.expand(ctx.shape), None

@@ -68,6 +68,7 @@ def dynamic_conv(
             shape, type or device does not fit the layer or the other tensors.
     """
     if backend in YARDSTICKS:
+        alpha = alpha.to(cells.dtype)
         check_operands(x, alpha, cells, spec)
         if len(x) > 0:
             return YARDSTICKS[backend](x, alpha, cells, spec)

@@ -30,6 +30,7 @@ __all__ = [
     "allows_tf32",
     "as_convolutions_round",
     "assembly_precision",
+    "coefficient_type",
     "compute_types",
     "matmul_precision",
     "set_assembly_precision",
@@ -115,3 +116,15 @@ def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, torch.dtype]:
             "them, or use torch.autocast"
         )
     return x, cells.dtype
+
+
+def coefficient_type(device: str) -> torch.dtype:
+    """The type in which kernels on a GPU get their coefficients: bfloat16 where autocast assembles
+    in it, else float32.
+
+    Gradients of coefficients are sums over whole kernels, for which float16's range is too small.
+    """
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return torch.float32
+    is_rounded = _assembly == "autocast" and torch.get_autocast_dtype(device) == torch.bfloat16
+    return torch.bfloat16 if is_rounded else torch.float32
