@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
 from triton_checks import DEVICE, INTERPRETED, can_start_interpreter, run_in_interpreter
 
+from kw.benchmark.doctor import examine_attention
 from kw.warehouse import KWConv2d, set_temperature
 from kw.warehouse.ops import coefficients as room
 from kw.warehouse.ops.coefficients import (
@@ -226,6 +228,20 @@ def test_the_trial_finds_no_fault():
         for is_annealed in (True, False):
             found = deviations(5, 27, is_annealed, dtype, DEVICE)
             assert max(found.values()) < limit
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        (spoiled(), r"float32 \de-\d+, bfloat16 \de-0\d"),
+        (spoiled(factor=1.2), "float32 WRONG: coefficients is off by 2e-01 of.*, bfloat16 WRONG"),
+        (spoiled(error=RuntimeError("no C compiler")), "float32 FAILS: RuntimeError: no C comp"),
+    ],
+    ids=["right", "wrong", "fails"],
+)
+def test_the_doctor_examines_the_kernel(launch, words, monkeypatch):
+    with_faults(monkeypatch, launch)
+    assert re.match(words, examine_attention("cpu"))
 
 
 @can_start_interpreter

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import one_line
 from ..warehouse import KernelShape, partition_kernels
-from ..warehouse.ops import CONTRACTIONS, ConvSpec, Problem, selector
+from ..warehouse.ops import CONTRACTIONS, ConvSpec, Problem, coefficients, selector
 from ..warehouse.ops.admission import deviations
 from ..warehouse.ops.compiled import CompileError, compiler
 from ..warehouse.ops.contraction import Contraction
@@ -23,7 +23,15 @@ from ..warehouse.ops.precision import as_convolutions_round
 from ..warehouse.ops.timing import draw_operands
 from ..warehouse.ops.trials import DeviceLostError, fault, tolerance
 
-__all__ = ["SHAPES", "Finding", "calibrated", "describe_tools", "examine", "measure_rates"]
+__all__ = [
+    "SHAPES",
+    "Finding",
+    "calibrated",
+    "describe_tools",
+    "examine",
+    "examine_attention",
+    "measure_rates",
+]
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -193,6 +201,27 @@ def examine(device: str, rates: DeviceProfile, seconds: float) -> Iterator[Findi
                 yield replace(finding, refusal=refusal)
             else:
                 yield _examine_one(finding, contraction, problem, predicted.get(name))
+
+
+def examine_attention(device: str) -> str:
+    """How far the kernel of attention coefficients is from float64, or why it is not used.
+
+    Raises:
+        DeviceLostError: it left the device unusable.
+    """
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            found = coefficients.deviations(5, 27, True, dtype, device)
+        except DeviceLostError:
+            raise
+        except Exception as error:  # what a compiler, a driver or a library raises
+            said.append(f"{name} FAILS: {one_line(error)}")
+            continue
+        wrong = fault(found, tolerance(dtype, "cpu"))
+        said.append(f"{name} WRONG: {wrong}" if wrong else f"{name} {max(found.values()):.0e}")
+    return ", ".join(said)
 
 
 def _examine_one(

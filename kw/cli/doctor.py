@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from ..benchmark import doctor
-from ..benchmark.doctor import Finding, calibrated, describe_tools, examine, measure_rates
+from ..benchmark.doctor import (
+    Finding,
+    calibrated,
+    describe_tools,
+    examine,
+    examine_attention,
+    measure_rates,
+)
 from ..benchmark.machine import describe_machine, describe_versions
 from ..evaluation import render_table
 from ..version import __version__
@@ -65,6 +72,9 @@ def _examine(device: str, seconds: float, write: bool) -> dict[str, Any]:
     findings: list[Finding] = []
     lost = None
     try:
+        if device == "cuda":
+            tools["attention kernel"] = examine_attention(device)
+            print(f"  attention kernel: {tools['attention kernel']}")
         findings += examine(device, rates, seconds)
     except DeviceLostError as error:
         lost = str(error)
