@@ -49,7 +49,8 @@ def convolve(
     x,
     w,
     y,
-    # Strides of what is read and written; y's along space between positions of this launch.
+    # Strides of what is read and written, but for those of channels in units of X_UNIT and Y_UNIT;
+    # y's along space between positions of this launch.
     x_b,
     x_c,
     x_0,
@@ -60,19 +61,15 @@ def convolve(
     y_0,
     y_1,
     y_2,
-    # Strides of the kernels: samples, taps per axis, then written (n) and read (k) channels.
+    # Strides of the kernels in units of W_UNIT: samples, taps per axis, blocks of written (n) and of
+    # read (k) channels; then the number of written blocks.
     w_b,
     w_0,
     w_1,
     w_2,
     w_n_block,
-    w_n,
     w_k_block,
-    w_k,
-    # Written channels; channels of y and x between blocks (more than a block has in a chunk).
-    channels,
-    y_block,
-    x_block,
+    n_blocks,
     # Positions written, size of x; tap t of position p reads at p * step + start + t * hop.
     count_0,
     count_1,
@@ -92,8 +89,17 @@ def convolve(
     TAPS_0: tl.constexpr,
     TAPS_1: tl.constexpr,
     TAPS_2: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    # Strides of the kernels inside of a block; channels of a block, and of y and x between blocks
+    # (more than a block has in a chunk).
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
     N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    Y_BLOCK: tl.constexpr,
+    X_BLOCK: tl.constexpr,
     K: tl.constexpr,
     ADD: tl.constexpr,
     DOT: tl.constexpr,
@@ -118,6 +124,11 @@ def convolve(
     of input and 0.12 GB of kernels: 0.11 ms if all came from L2. The input of a tile and its rim
     are 47 KB, which L1 holds: then L2 delivers 0.2 GB, 0.035 ms.
     """
+    x_b, x_0, x_1, x_2 = x_b * X_UNIT, x_0 * X_UNIT, x_1 * X_UNIT, x_2 * X_UNIT
+    y_b, y_0, y_1, y_2 = y_b * Y_UNIT, y_0 * Y_UNIT, y_1 * Y_UNIT, y_2 * Y_UNIT
+    w_b, w_0, w_1, w_2 = w_b * W_UNIT, w_0 * W_UNIT, w_1 * W_UNIT, w_2 * W_UNIT
+    w_n_block, w_k_block = w_n_block * W_UNIT, w_k_block * W_UNIT
+    channels = n_blocks * N_BLOCK
     n_tiles = tl.cdiv(channels, TILE_N)
     positions = count_0 * count_1 * count_2
     p_tiles = tl.cdiv(positions, TILE_P)
@@ -135,7 +146,7 @@ def convolve(
     at_1 = p_1 * step_1 + start_1
     at_2 = p_2 * step_2 + start_2
     x_rows = at_0 * x_0 + at_1 * x_1 + at_2 * x_2  # [P]
-    w_rows = n // N_BLOCK * w_n_block + n % N_BLOCK * w_n  # [N]
+    w_rows = n // N_BLOCK * w_n_block + n % N_BLOCK * W_N  # [N]
 
     # Comparing positions at every tap would take as many instructions as there is time for.
     bits_0 = _valid_taps(at_0, hop_0, size_0, TAPS_0)
@@ -154,12 +165,12 @@ def convolve(
         if K_BLOCK % TILE_K == 0:  # the tile lies in one block: addresses stay consecutive
             # Explicit, since some versions of Triton do not infer it and load value by value.
             inside = tl.multiple_of(k_0 % K_BLOCK, TILE_K) + tl.arange(0, TILE_K)
-            x_columns = (k_0 // K_BLOCK * x_block + inside) * x_c
-            w_columns = k_0 // K_BLOCK * w_k_block + inside * w_k
+            x_columns = (k_0 // K_BLOCK * X_BLOCK + inside) * x_c
+            w_columns = k_0 // K_BLOCK * w_k_block + inside * W_K
         else:
             k = k_0 + tl.arange(0, TILE_K)
-            x_columns = (k // K_BLOCK * x_block + k % K_BLOCK) * x_c
-            w_columns = k // K_BLOCK * w_k_block + k % K_BLOCK * w_k
+            x_columns = (k // K_BLOCK * X_BLOCK + k % K_BLOCK) * x_c
+            w_columns = k // K_BLOCK * w_k_block + k % K_BLOCK * W_K
         here = ((bits_0 >> t_0) & (bits_1 >> t_1) & (bits_2 >> t_2) & 1) != 0
         x_tap = x + (t_0 * hop_0 * x_0 + t_1 * hop_1 * x_1 + t_2 * hop_2 * x_2)
         x_mask, w_mask = here[:, None], (n < channels)[None, :]
@@ -177,7 +188,7 @@ def convolve(
         total = tl.dot(x_tile.to(DOT), w_tile.to(DOT), total, input_precision=PRECISION)
 
     y_rows = p_0 * y_0 + p_1 * y_1 + p_2 * y_2  # [P]
-    y_columns = (n // N_BLOCK * y_block + n % N_BLOCK) * y_c  # [N]
+    y_columns = (n // N_BLOCK * Y_BLOCK + n % N_BLOCK) * y_c  # [N]
     at = y + y_rows[:, None] + y_columns[None, :]
     mask = (p < positions)[:, None] & (n < channels)[None, :]
     if ADD:  # chunks follow one another on one stream: no two programs add to one value
@@ -205,10 +216,9 @@ def kernel_gradient(
     w_o_block,
     w_o,
     w_i_block,
-    out_channels,
-    in_channels,
-    y_block,
-    # As for convolve.
+    o_blocks,
+    i_blocks,
+    # As for convolve; all strides of the kernels are in units of W_UNIT.
     count_0,
     count_1,
     count_2,
@@ -227,8 +237,12 @@ def kernel_gradient(
     TAPS_0: tl.constexpr,
     TAPS_1: tl.constexpr,
     TAPS_2: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
     O_BLOCK: tl.constexpr,
     I_BLOCK: tl.constexpr,
+    Y_BLOCK: tl.constexpr,  # channels of y between blocks
     FLAT: tl.constexpr,  # one axis, read at the position that is written
     DEEP: tl.constexpr,  # three axes
     DOT: tl.constexpr,
@@ -249,6 +263,11 @@ def kernel_gradient(
     Late: 604 MB written, 0.14 ms; 0.5 GB read through L2, 0.09 ms, overlapping.
     Early: 0.024 ms for memory; nine taps read both tensors through the caches, 0.9 GB, 0.17 ms.
     """
+    x_b, x_0, x_1, x_2 = x_b * X_UNIT, x_0 * X_UNIT, x_1 * X_UNIT, x_2 * X_UNIT
+    y_b, y_0, y_1, y_2 = y_b * Y_UNIT, y_0 * Y_UNIT, y_1 * Y_UNIT, y_2 * Y_UNIT
+    w_b, w_tap, w_o_block = w_b * W_UNIT, w_tap * W_UNIT, w_o_block * W_UNIT
+    w_o, w_i_block = w_o * W_UNIT, w_i_block * W_UNIT
+    out_channels, in_channels = o_blocks * O_BLOCK, i_blocks * I_BLOCK
     o_tiles = tl.cdiv(out_channels, TILE_O)
     i_tiles = tl.cdiv(in_channels, TILE_I)
     TAPS: tl.constexpr = TAPS_0 * TAPS_1 * TAPS_2
@@ -263,7 +282,7 @@ def kernel_gradient(
     from_0 = start_0 + tap // (TAPS_1 * TAPS_2) * hop_0
     from_1 = start_1 + tap // TAPS_2 % TAPS_1 * hop_1
     from_2 = start_2 + tap % TAPS_2 * hop_2
-    y_columns = (o // O_BLOCK * y_block + o % O_BLOCK) * y_c  # [O]
+    y_columns = (o // O_BLOCK * Y_BLOCK + o % O_BLOCK) * y_c  # [O]
     x_columns = i * x_c  # [I]
 
     # Positions advance by a tile, digit by digit: divisions would take longer than the products.

@@ -30,6 +30,7 @@ __all__ = [
     "convolve",
     "convolve_transposed",
     "forward_axes",
+    "in_units",
     "interpreted",
     "is_amd",
     "is_plain",
@@ -210,7 +211,6 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     axes = forward_axes(spec, tuple(x.shape[2:]))
     x, dy, axes = _collapse(spec, x, dy, axes)
     dy = dy[:, chunk.start :]
-    w = chunk.strides
     axes = pad_axes(axes)
     outputs, inputs = part.grid[1] * chunk.rows, part.kernel_shape[1]
     positions = math.prod(axis.count for axis in axes)
@@ -219,14 +219,18 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     programs = -(-outputs // tiles.rows) * -(-inputs // tiles.columns)
     programs *= len(x) * taps
     kernel = kernels.kernel_gradient_flat if x.stride(-1) == 1 else kernels.kernel_gradient
+    x_unit, x_strides = _strides(x)
+    y_unit, y_strides = _strides(dy)
+    w = chunk.strides
+    w_unit, w_strides = in_units(w["b"], w["tap"], w["o_block"], w["o"], w["i_block"])
     kernel[(programs,)](
         x, dy, chunk.blocks,
-        *_strides(x), *_strides(dy),
-        w["b"], w["tap"], w["o_block"], w["o"], w["i_block"],
-        outputs, inputs, part.cell_out,
+        *x_strides, *y_strides, *w_strides,
+        part.grid[1], part.grid[2],
         *_positions(axes),
         *(axis.taps for axis in axes),
-        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, **arithmetic(x),
+        X_UNIT=x_unit, Y_UNIT=y_unit, W_UNIT=w_unit,
+        O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, Y_BLOCK=part.cell_out, **arithmetic(x),
         FLAT=is_plain(spec), DEEP=len(part.kernel) == AXES and not is_plain(spec),
         TILE_O=tiles.rows, TILE_I=tiles.columns, TILE_P=tiles.inner, **compiler_options(tiles),
     )  # fmt: skip
@@ -246,11 +250,12 @@ def _launch_convolution(
     kernels = kernel_module()
     assert isinstance(kernels, ModuleType)
     axes = pad_axes(axes)
-    write_start = [axis.write_start for axis in axes]
-    y_b, y_c, *y_space = _strides(y)
-    for start, stride in zip(write_start, y_space, strict=True):
-        y = shift(y, start * stride)
-    y_space = [s * axis.write_step for s, axis in zip(y_space, axes, strict=True)]
+    x_unit, x_strides = _strides(x)
+    steps = pad(y.stride()[2:], 0)
+    start = sum(axis.write_start * s for s, axis in zip(steps, axes, strict=True))
+    steps = tuple(axis.write_step * s for s, axis in zip(steps, axes, strict=True))
+    y_unit, (y_b, *y_space) = in_units(y.stride(0), *steps)
+    y_c, y = y.stride(1), shift(y, start)
 
     tap = chunk.strides["tap"]
     kernel = pad(chunk.spec.partition.kernel, 1)
@@ -266,14 +271,15 @@ def _launch_convolution(
     tiles = tiles_of_convolution(len(x), positions, channels, inner, x.itemsize)
     programs = -(-positions // tiles.rows) * -(-channels // tiles.columns) * len(x)
     convolution = kernels.convolve_flat if x.stride(-1) == 1 else kernels.convolve
+    w_unit, w_strides = in_units(chunk.strides["b"], *w_taps, w_n_block, w_k_block)
     convolution[(programs,)](
         x, w, y,
-        *_strides(x), y_b, y_c, *y_space,
-        chunk.strides["b"], *w_taps, w_n_block, w_n, w_k_block, w_k,
-        channels, y_block, x_block,
+        *x_strides, y_b, y_c, *y_space, *w_strides, n_blocks,
         *_positions(axes),
         *(axis.taps for axis in axes),
-        N_BLOCK=n_block, K_BLOCK=k_block, K=inner, ADD=add, **arithmetic(x),
+        X_UNIT=x_unit, Y_UNIT=y_unit, W_UNIT=w_unit, W_N=w_n, W_K=w_k,
+        N_BLOCK=n_block, K_BLOCK=k_block, Y_BLOCK=y_block, X_BLOCK=x_block,
+        K=inner, ADD=add, **arithmetic(x),
         TILE_P=tiles.rows, TILE_N=tiles.columns, TILE_K=tiles.inner, **compiler_options(tiles),
     )  # fmt: skip
 
@@ -298,9 +304,20 @@ def pad_axes(axes: list[Axis]) -> list[Axis]:
     return [Axis(1, 1, 1, 0, 0, 1)] * (AXES - len(axes)) + axes
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
-    """Of samples, channels and three axes of space."""
-    return (*t.stride()[:2], *pad(t.stride()[2:], 0))
+def in_units(*strides: int) -> tuple[int, list[int]]:
+    """The largest power of two up to 16 that divides all strides, and the strides in that unit.
+
+    Of a number Triton knows whether 16 divides it, and no more. Where rows have 24 channels, it
+    would load value by value.
+    """
+    unit = math.gcd(16, *strides)
+    return unit, [stride // unit for stride in strides]
+
+
+def _strides(t: Tensor) -> tuple[int, list[int]]:
+    """Of samples, channels and three axes of space, but for channels in units, and the unit."""
+    unit, (b, *space) = in_units(t.stride(0), *pad(t.stride()[2:], 0))
+    return unit, [b, t.stride(1), *space]
 
 
 def shift(t: Tensor, offset: int) -> Tensor:
