@@ -5,9 +5,9 @@ python scripts/compile_kernels.py --targets sm_80 sm_90 gfx942 --json found.json
 By default the layers of all shipped backbones in bfloat16, float16 and float32 (TF32) for every
 target: some hours. --few takes the layers that tests/test_triton_compiled.py checks. A line is
 printed for every kernel that exceeds a budget: shared memory (LDS), registers (one program has to
-fit), reloads of spilled values (in the innermost loop, half as many as matrix instructions), loads
-of single values (none, unless a row of channels is no multiple of 16 bytes). Then the exit status
-is 1, as if one does not compile.
+fit), reloads of spilled values (half as many as matrix instructions, in the innermost loop), loads
+of single values (none, unless cells have an odd number of channels). The exit status is 1 if there
+is one, or if a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def batched_layouts(code: str) -> list[list[int]]:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread; matrix instructions and loads of what was spilled for want of
-    registers, both in the innermost loop."""
+    registers, both in the innermost loop or, where there is none, altogether."""
     tool = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
@@ -165,6 +165,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
     jumps = [(at, re.search(r"BRA.* 0x([0-9a-f]+)", text)) for at, text in lines]
     loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    loops.append((0, lines[-1][0]))  # short loops are unrolled: all of it counts
     bodies = [[text for at, text in lines if a <= at <= b] for a, b in loops]
     found = {"registers": int(re.findall(r"REG:(\d+)", usage)[-1]), "matrix": 0, "spilled": 0}
     for body in sorted(bodies, key=len, reverse=True):  # the shortest with products stays

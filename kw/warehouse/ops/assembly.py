@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..partition import Partition
 from .contraction import Needs
-from .matmul import accumulate, matmul
+from .matmul import accumulate, float32_matmul, matmul
 from .spec import ConvSpec
 
 __all__ = [
@@ -148,7 +148,9 @@ class BlockGradients:
         alpha, cells = self._inputs
         rows = blocks.flatten(0, 1).to(cells.dtype)
         if self._alpha is not None:
-            product = matmul(rows, cells[:, values].t())
+            # CPUs sum in float32, and round to 16 bit once.
+            multiply = float32_matmul if rows.is_cuda else matmul
+            product = multiply(rows, cells[:, values].t())
             self._alpha[samples] += product.view(-1, *alpha.shape[1:])
         if self._cells is not None:
             mixing = alpha[samples].flatten(0, 1).to(rows.dtype)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ...torch_private import onednn_linear
 
-__all__ = ["accumulate", "batch_matmul", "matmul"]
+__all__ = ["accumulate", "batch_matmul", "float32_matmul", "matmul"]
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 # Multiply-adds below which the call costs more than the arithmetic.
 SMALL = 1 << 14
+# Summed values that are converted to float32 at a time; the copies stay in the caches.
+PIECE = 1 << 12
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -42,6 +44,32 @@ def batch_matmul(a: Tensor, b: Tensor) -> Tensor:
     for i in range(len(a)):
         out[i] = fast(_dense(a[i]), _dense(b[i]))
     return out
+
+
+def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a [M, K] @ b [K, N]`` with the result in float32 also where the matrices have 16 bit.
+
+    For long sums: a GPU's library divides them among multiprocessors and may round every part to 16
+    bit. With torch up to 2.7 and on AMD's GPUs, whose libraries cannot, the result is converted. On
+    CPUs the operands are, some at a time, which takes longer than a product in 16 bit.
+    """
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return matmul(a, b)
+    if a.device.type == "cuda" and _has_float32_results():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if a.device.type != "cpu":
+        return matmul(a, b).float()
+    total = a.new_zeros(a.shape[0], b.shape[1], dtype=torch.float32)
+    for start in range(0, a.shape[1], PIECE):
+        some = slice(start, start + PIECE)
+        total += matmul(a[:, some].float(), b[some].float())
+    return total
+
+
+@lru_cache(maxsize=1)
+def _has_float32_results() -> bool:
+    """Whether products of 16-bit matrices can have float32 results on this GPU."""
+    return torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

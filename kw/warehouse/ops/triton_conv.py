@@ -16,7 +16,7 @@ from torch import Tensor
 from . import triton_launch as launch
 from .assembly import GPU_SCRATCH
 from .contraction import Contraction, Cost, Needs, Problem
-from .matmul import matmul
+from .matmul import float32_matmul, matmul
 from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_launch import Chunk
@@ -132,7 +132,7 @@ class TritonConv(Contraction):
                         launch.kernel_gradient(chunk, grad[samples], x[samples])
                         dw = chunk.blocks.to(cells.dtype)
                         if dalpha is not None:
-                            part = matmul(columns[:, span], dw.t())  # [n, b * m]
+                            part = float32_matmul(columns[:, span], dw.t())  # [n, b * m]
                             dalpha[samples] += part.t().view_as(dalpha[samples])
                         if dcolumns is not None:
                             _put(dcolumns[:, span], mixing, dw, add=samples.start > 0)
