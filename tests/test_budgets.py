@@ -6,7 +6,7 @@ time; what is counted is what happens around them. docs/benchmarks.md has the fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,8 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kw  # noqa: F401 -- registers the models
 from kw.models import PAPER_MODELS
 from kw.warehouse import KWConv2d, KWLayer, Warehouse
-from kw.warehouse.ops import CONTRACTIONS, Cost, selector
+from kw.warehouse.ops import (
+    CONTRACTIONS,
+    ConvSpec,
+    Cost,
+    Problem,
+    selector,
+    triton_depthwise_kernels,
+    triton_kernels,
+)
 from kw.warehouse.ops.contraction import Contraction
+from kw.warehouse.ops.gpus import GPUS
+from kw.warehouse.ops.timing import draw_operands
 
 MB = 1e6
 NOTHING = 5  # operators of the contraction that computes nothing: its output and gradients
@@ -239,3 +249,79 @@ def test_pooling_writes_no_gradient_of_the_inputs_size(
     assert x.grad.is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
+
+
+def layers_of(name: str) -> list[tuple[ConvSpec, int, tuple[int, ...]]]:
+    """Distinct layers of a network at 224 pixels whose images have 14x14 or 7x7 positions."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    found: list[tuple[ConvSpec, int, tuple[int, ...]]] = []
+
+    def note(layer: Any, inputs: Any, _: Any) -> None:
+        size = tuple(inputs[0].shape[2:])
+        if size in ((14, 14), (7, 7)):
+            found.append((layer.spec, len(layer.warehouse.cells), size))
+
+    for module in model.modules():
+        if isinstance(module, KWConv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    return list(dict.fromkeys(found))
+
+
+class LayoutChanges(TorchDispatchMode):
+    """Copies between channels first and channels last of tensors of some shapes."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name in ("aten::clone", "aten::_to_copy", "aten::copy_"):
+            source = args[1] if name == "aten::copy_" else args[0]
+            layouts = {layout_of(source), layout_of(result)}
+            if source.shape in self.shapes and layouts == {"first", "last"}:
+                self.found.append((name, tuple(source.shape)))
+        return result
+
+
+def layout_of(image: Tensor) -> str | None:
+    if image.is_contiguous():
+        return "first"
+    return "last" if image.is_contiguous(memory_format=torch.channels_last) else None
+
+
+class Unlaunched:
+    """A kernel that does nothing; its operands are as a GPU's would be."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100", "rtx4090"])
+@pytest.mark.parametrize("name", breadth([*MODELS, "kw_mobilenetv2_100_1x"], ["kw_resnet50_1x"]))
+def test_no_layout_changes_at_small_sizes(
+    name: str, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what would be chosen on a GPU for channels-last images, run on the CPU."""
+    monkeypatch.delitem(CONTRACTIONS, "nothing")
+    for module in (triton_kernels, triton_depthwise_kernels):
+        for kernel in module.__all__:
+            monkeypatch.setattr(module, kernel, Unlaunched())
+    profile = GPUS[gpu].profile()
+    chosen = set()
+    for spec, cells, size in layers_of(name):
+        for training in (False, True):
+            there = Problem(spec, cells, 128, size, torch.bfloat16, "cuda", training, True)
+            best = selector.predict(there, profile)[0].name
+            operands = draw_operands(replace(there, batch=2, device="cpu"))
+            with LayoutChanges({operands.x.shape, operands.grad.shape}) as changes:
+                image = operands.run(CONTRACTIONS[best])[0]
+            assert changes.found == [], best
+            assert image.is_contiguous(memory_format=torch.channels_last), best
+            chosen.add(best)
+    assert chosen & {"triton", "triton_depthwise"}

@@ -109,7 +109,10 @@ class Assembled(Contraction):
         if slow:
             backward = 2 * (slowdown(spec) if problem.device == "cpu" else 1)
             slow_macs += (1 + backward * problem.training) * problem.conv_macs
-        if problem.channels_last and (problem.device != "cpu" or spec.groups > 1):
+        copied = 0
+        if problem.channels_last and problem.device != "cpu":  # to channels first and back
+            copied = 2 * activations
+        elif problem.channels_last and spec.groups > 1:
             slow_macs += RELAYOUT_MACS * activations
         return Cost(
             dense_macs=products * problem.assembly_macs
@@ -117,7 +120,8 @@ class Assembled(Contraction):
             slow_macs=slow_macs,
             bytes=problem.itemsize
             * (kernels + activations + products * chunks * problem.cells_numel),
-            launches=chunks * (products + 2 * passes),
+            launches=chunks * (products + 2 * passes + (2 * passes if copied else 0)),
+            waiting_bytes=problem.itemsize * copied,
         )
 
 

@@ -19,6 +19,7 @@ from .reference import conv_reference
 from .selection import Selector
 from .spec import ConvSpec
 from .triton_conv import TritonConv
+from .triton_depthwise import TritonDepthwise
 from .triton_on_chip import TritonOnChip
 
 __all__ = ["BACKENDS", "CONTRACTIONS", "YARDSTICKS", "selector"]
@@ -30,7 +31,16 @@ YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
 """Plain autograd code: references for tests and benchmarks. They store all intermediate results,
 and the selector never chooses them."""
 
-for _own in (Native(), TritonConv(), TritonOnChip(), Depthwise(), Assembled(), Bmm(), MixInputs()):
+for _own in (
+    Native(),
+    TritonConv(),
+    TritonOnChip(),
+    TritonDepthwise(),
+    Depthwise(),
+    Assembled(),
+    Bmm(),
+    MixInputs(),
+):
     CONTRACTIONS[_own.name] = _own
 
 BACKENDS: Mapping[str, Any] = ChainMap(CONTRACTIONS, YARDSTICKS)

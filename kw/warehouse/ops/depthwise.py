@@ -91,8 +91,11 @@ class Depthwise(Contraction):
         products = 3 if backward else 1  # the kernels, d alpha, d cells
         activations = problem.input_numel + problem.output_numel
         slow: float = convolutions * problem.conv_macs
-        if by_sample != last:
+        copied = 0.0
+        if by_sample != last and problem.device == "cpu":
             slow += RELAYOUT_MACS * problem.batch * activations * convolutions
+        elif last:  # to channels first and back
+            copied = 2 * problem.batch * activations * convolutions
         if backward and is_cpu_2d and not by_sample:
             slow *= slowdown(spec)
         values = convolutions * activations + (products + 2 * convolutions) * problem.kernel_numel
@@ -103,7 +106,10 @@ class Depthwise(Contraction):
             slow_macs=slow,
             bytes=problem.itemsize
             * (problem.batch * values + products * chunks * problem.cells_numel),
-            launches=chunks * (products + 1) + (12 * problem.batch if by_sample else convolutions),
+            launches=chunks * (products + 1)
+            + (12 * problem.batch if by_sample else convolutions)
+            + (2 * convolutions if copied else 0),
+            waiting_bytes=problem.itemsize * copied,
         )
 
 

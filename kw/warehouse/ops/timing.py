@@ -104,13 +104,15 @@ def draw_operands(problem: Problem) -> Operands:
     def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator, dtype=dtype)
 
-    x = draw(problem.batch, problem.spec.in_channels, *problem.size)
-    if problem.channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    def lay_out(image: Tensor) -> Tensor:
+        return image.movedim(1, -1).contiguous().movedim(-1, 1) if problem.channels_last else image
+
+    x = lay_out(draw(problem.batch, problem.spec.in_channels, *problem.size))
     alpha = draw(problem.batch, part.mixtures, problem.cells, dtype=torch.float32)
     cell = problem.cells_numel // problem.cells
     cells = draw(problem.cells, cell, dtype=problem.cells_dtype or problem.dtype)
     grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
+    grad = lay_out(grad)  # as the layer that follows gives it
     alpha = (alpha / problem.cells**0.5).to(torch.promote_types(torch.float32, cells.dtype))
     return Operands(x, alpha, cells, grad, problem.spec, problem.training)
 

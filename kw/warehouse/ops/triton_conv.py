@@ -22,7 +22,7 @@ from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
 
-__all__ = ["TritonConv", "columns_of"]
+__all__ = ["TritonConv", "columns_of", "refusal_of_kernels"]
 
 LEAST_ROWS = 16
 """Fewest rows of a chunk (the narrowest tile of channels); below it, samples are divided."""
@@ -55,23 +55,9 @@ class TritonConv(Contraction):
         self.scratch = scratch
 
     def refusal(self, problem: Problem) -> str | None:
-        if problem.device != "cuda" and not launch.interpreted():
-            return f"runs on CUDA devices, not on {problem.device!r}"
         if problem.spec.groups > 1:
             return f"does ungrouped convolutions only, not {problem.spec.groups} groups"
-        if problem.dtype not in _DTYPES:
-            known = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES)
-            return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
-        if len(problem.size) > launch.AXES:
-            return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
-        if max(problem.input_numel, problem.output_numel, problem.kernel_numel) >= _OFFSETS:
-            return "does samples and kernels of fewer than 2^31 values"
-        if problem.device == "cuda" and torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            if major < 8:
-                return f"needs a device of compute capability 8.0, not {major}.{minor}"
-        found = launch.kernel_module()
-        return found if isinstance(found, str) else None
+        return refusal_of_kernels(problem)
 
     def needs_trial(self, problem: Problem) -> bool:
         return problem.device == "cuda"  # elsewhere they are interpreted
@@ -209,6 +195,26 @@ class TritonConv(Contraction):
         while rows > least and rows * row * samples > self.scratch:
             rows = -(-rows // 2)
         return _cut(batch, samples), _cut(part.cell_out, rows)
+
+
+def refusal_of_kernels(problem: Problem) -> str | None:
+    """Reason why Triton kernels do not support a problem, whatever its groups; ``None`` if they
+    do."""
+    if problem.device != "cuda" and not launch.interpreted():
+        return f"runs on CUDA devices, not on {problem.device!r}"
+    if problem.dtype not in _DTYPES:
+        known = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES)
+        return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
+    if len(problem.size) > launch.AXES:
+        return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+    if max(problem.input_numel, problem.output_numel, problem.kernel_numel) >= _OFFSETS:
+        return "does samples and kernels of fewer than 2^31 values"
+    if problem.device == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"needs a device of compute capability 8.0, not {major}.{minor}"
+    found = launch.kernel_module()
+    return found if isinstance(found, str) else None
 
 
 def _cut(total: int, size: int) -> list[slice]:

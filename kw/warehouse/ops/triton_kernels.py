@@ -61,8 +61,8 @@ def convolve(
     y_0,
     y_1,
     y_2,
-    # Strides of the kernels in units of W_UNIT: samples, taps per axis, blocks of written (n) and of
-    # read (k) channels; then the number of written blocks.
+    # Strides of the kernels in units of W_UNIT: samples, taps per axis, blocks of written (n) and
+    # of read (k) channels; then the number of written blocks.
     w_b,
     w_0,
     w_1,

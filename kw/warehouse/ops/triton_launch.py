@@ -38,6 +38,7 @@ __all__ = [
     "kernel_module",
     "pad",
     "pad_axes",
+    "positions_of",
     "reaches_all",
     "shift",
     "transposed_axes",
@@ -227,7 +228,7 @@ def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
         x, dy, chunk.blocks,
         *x_strides, *y_strides, *w_strides,
         part.grid[1], part.grid[2],
-        *_positions(axes),
+        *positions_of(axes),
         *(axis.taps for axis in axes),
         X_UNIT=x_unit, Y_UNIT=y_unit, W_UNIT=w_unit,
         O_BLOCK=chunk.rows, I_BLOCK=part.cell_in, Y_BLOCK=part.cell_out, **arithmetic(x),
@@ -275,7 +276,7 @@ def _launch_convolution(
     convolution[(programs,)](
         x, w, y,
         *x_strides, y_b, y_c, *y_space, *w_strides, n_blocks,
-        *_positions(axes),
+        *positions_of(axes),
         *(axis.taps for axis in axes),
         X_UNIT=x_unit, Y_UNIT=y_unit, W_UNIT=w_unit, W_N=w_n, W_K=w_k,
         N_BLOCK=n_block, K_BLOCK=k_block, Y_BLOCK=y_block, X_BLOCK=x_block,
@@ -325,7 +326,7 @@ def shift(t: Tensor, offset: int) -> Tensor:
     return t.as_strided((1,), (1,), t.storage_offset() + offset) if offset else t
 
 
-def _positions(axes: list[Axis]) -> list[int]:
+def positions_of(axes: list[Axis]) -> list[int]:
     """The kernels' arguments from ``count_0`` to ``hop_2``."""
     columns = ("count", "size", "step", "start", "hop")
     return [getattr(axis, name) for name in columns for axis in axes]
