@@ -26,7 +26,7 @@ __all__ = ["EPS", "annealed", "contrasting", "fused_coefficients", "is_fused", "
 
 EPS = 1e-3
 """Added to the denominator of the contrasting and the rectified function."""
-_TILE = 8192  # values of a program: 64 registers of each of its threads
+_TILE = 2048  # values of a program: 16 of each of its threads
 _MOST_CELLS = 8191
 trials = Trials()
 
@@ -193,7 +193,7 @@ def launch(
     with torch.cuda.device_of(logits):
         kernels.coefficients[(-(-rows // per_program),)](
             logits, one_hot, temperature, alpha, kept, rows, mixtures, cells,
-            EPS=EPS, ANNEALED=kept is not None, ROWS=per_program, CELLS=columns,
+            EPS=EPS, ANNEALED=kept is not None, ROWS=per_program, CELLS=columns, num_warps=4,
         )  # fmt: skip
     return alpha.permute(1, 2, 0), kept
 
@@ -210,7 +210,7 @@ def launch_gradient(grad: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor
     with torch.cuda.device_of(logits):
         kernels.coefficients_gradient[(-(-rows // per_program),)](
             grad, logits, kept, into, rows, width - 1, grad.stride(1), grad.stride(2),
-            EPS=EPS, ANNEALED=kept is not None, ROWS=per_program, CELLS=columns,
+            EPS=EPS, ANNEALED=kept is not None, ROWS=per_program, CELLS=columns, num_warps=4,
         )  # fmt: skip
     return into
 

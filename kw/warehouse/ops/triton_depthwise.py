@@ -156,9 +156,10 @@ def _gradient(x: Tensor, grad: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _tile(channels: int, itemsize: int) -> tuple[int, int]:
-    """Positions and channels of a program: runs of 128 bytes, 16 sums a thread."""
+    """Positions and channels of a program: runs of 128 bytes, 16 sums a thread; fewer where values
+    are loaded one by one, which takes a register for each address."""
     tile_c = min(max(bucket(channels), 16), 128 // itemsize)
-    return 2048 // tile_c, tile_c
+    return (512 if channels % 16 else 2048) // tile_c, tile_c
 
 
 def _channels_last(x: Tensor) -> Tensor:
