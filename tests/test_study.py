@@ -22,6 +22,9 @@ from kw.study import load_study
 from kw.study.summary import (
     binomial_error,
     describe_study,
+    join_earlier,
+    name_of,
+    read_earlier,
     render_page,
     study_table,
     summarise_run,
@@ -266,6 +269,53 @@ def test_a_study_is_run_once_and_summarised(
     assert f" {results['params']:,} |" in text
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
+
+
+def test_runs_of_another_machine_count_as_done(
+    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_study(study)
+    there = {
+        "command": "kw study run there", "machine": {"gpu": None, "cpu": "A", "cores": 2},
+        "versions": {"torch": "2"}, "code": {"commit": "aaa", "dirty": False},
+    }  # fmt: skip
+    here = there | {"machine": {"gpu": "B", "cpu": "C", "cores": 4}}
+    rest = {"options": list(loaded.options), "images": 19, "missing": []}
+    all_runs = [
+        run(row, seed, 30.0) | {"images": 19, "temperature": None}
+        for seed in (3, 5)
+        for row in ("static", "dynamic")
+    ]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({**there, **rest, "runs": all_runs}))
+    tool("kw study run", study, "--work-dir", tmp_path / "runs", "--earlier", earlier)
+    assert f"4 of 4 runs are in {earlier}" in capfd.readouterr().out
+    assert not list((tmp_path / "runs").glob("*_seed*"))
+
+    # Of two parts, one of which knows of a third.
+    earlier.write_text(json.dumps({**there, **rest, "runs": all_runs[:3]}))
+    first = read_earlier(earlier, loaded)
+    both = join_earlier({**here, **rest, "runs": [all_runs[3] | {"top1": 31.0}]}, first, loaded)
+    assert [name_of(each) for each in both["runs"]] == [each.name for each in loaded.runs]
+    assert (both["missing"], both["machine"]["gpu"]) == ([], "B")
+    assert [part["runs"] for part in both["earlier"]] == [[each.name for each in loaded.runs[:3]]]
+    again = {**here, **rest, "runs": [all_runs[0] | {"top1": 32.0}]}
+    third = join_earlier(again, both, loaded)
+    assert [each["top1"] for each in third["runs"]] == [32.0, 30.0, 30.0, 31.0]
+    assert [part["runs"] for part in third["earlier"]] == [
+        ["dynamic_seed3", "static_seed5"], ["dynamic_seed5"]
+    ]  # fmt: skip
+    page = render_page("<!-- study s: begin --><!-- study s: end -->", [("s", third)])
+    assert "Earlier, dynamic_seed3, static_seed5: Machine: A, 2 cores. torch 2. Commit aaa" in page
+
+    with pytest.raises(ReportError, match="other images"):
+        join_earlier(again | {"images": 20}, first, loaded)
+    earlier.write_text(json.dumps({**there, **rest, "runs": all_runs, "options": ["epochs=3"]}))
+    with pytest.raises(ReportError, match=r"other settings: .*epochs=3"):
+        read_earlier(earlier, loaded)
+    earlier.write_text(json.dumps({**there, **rest, "runs": [run("third", 3, 30.0)]}))
+    with pytest.raises(ReportError, match="no runs third_seed3"):
+        read_earlier(earlier, loaded)
 
 
 # --- figures ---------------------------------------------------------------------------------

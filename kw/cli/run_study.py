@@ -13,7 +13,7 @@ import torch
 
 from ..benchmark.machine import describe_code, describe_machine, describe_versions
 from ..study import load_study, run_all
-from ..study.summary import STARTED
+from ..study.summary import STARTED, name_of, read_earlier
 from .tool import ToolParser, add_options, number, output_folder, save_json
 
 __all__ = ["main"]
@@ -32,11 +32,23 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=number(int, 1, 1024), default=1, help="CPU threads of a run, default 1"
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="FILE",
+        help="a summary of runs of this study that lie elsewhere; they count as done",
+    )
     args = parser.parse_args()
     study = load_study(args.study, args.cfg_options, args.work_dir)
+    runs = study.runs
+    if args.earlier is not None:
+        earlier = read_earlier(args.earlier, load_study(args.study, home=args.work_dir))
+        done = {name_of(run) for run in earlier["runs"]}
+        runs = tuple(run for run in runs if run.name not in done)
+        print(f"{len(study.runs) - len(runs)} of {len(study.runs)} runs are in {args.earlier}")
     if not (study.home / STARTED).exists():
         _note(args, study.home / STARTED)
-    status = run_all(study.runs, jobs=args.jobs, threads=args.threads)
+    status = run_all(runs, jobs=args.jobs, threads=args.threads)
     if status:
         sys.exit(status)
 

@@ -8,7 +8,15 @@ from typing import Any
 
 from ..errors import UserError
 from ..study import find_state, load_study
-from ..study.summary import describe_study, plot_study, read_started, study_table, summarise_run
+from ..study.summary import (
+    describe_study,
+    join_earlier,
+    plot_study,
+    read_earlier,
+    read_started,
+    study_table,
+    summarise_run,
+)
 from .tool import ToolParser, output_file, save_json
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
@@ -32,6 +40,12 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=output_file, metavar="FILE", help="write the curves to FILE (SVG or PNG)"
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="FILE",
+        help="a summary of runs that lie elsewhere, such as on another machine: they are added",
+    )
     args = parser.parse_args()
     study = load_study(args.study, home=args.work_dir)
     ended = [run for run in study.runs if find_state(run).kind == "done"]
@@ -49,6 +63,9 @@ def main() -> None:
         "missing": missing,
         "runs": runs,
     }
+    if args.earlier is not None:
+        summary = join_earlier(summary, read_earlier(args.earlier, study), study)
+        missing = summary["missing"]
     into = RESULTS if RESULTS.is_dir() else study.home  # an installed package has no docs
     save_json(summary, args.json or into / f"{study.name}.json")
     print(f"{describe_study(summary)}\n\n{study_table(summary)}")

@@ -4,7 +4,8 @@ A summary is JSON with all that a page says of the study, so that no figure is t
 
     {"study": name, "command": ..., "machine": {...}, "versions": {...}, "code": {...},
      "options": [settings over the rows' own], "images": test images,
-     "missing": [runs without an end], "runs": [see summarise_run]}
+     "missing": [runs without an end], "runs": [see summarise_run],
+     "earlier": [of runs under other conditions: command, machine, versions, code, runs (names)]}
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import ReportError, read_run, render_table
+from .files import Study
 from .plots import Curve, plot_curves
 
 __all__ = [
     "STARTED",
     "binomial_error",
     "describe_study",
+    "join_earlier",
+    "name_of",
     "plot_study",
+    "read_earlier",
     "read_started",
     "read_summary",
     "render_page",
@@ -33,6 +38,7 @@ __all__ = [
 
 Summary = Mapping[str, Any]
 _DIGITS = 4
+_CONDITIONS = ("command", "machine", "versions", "code")
 STARTED = "study.json"
 """File in the folder of a study's runs: under what they were started."""
 
@@ -93,9 +99,57 @@ def read_started(folder: Path) -> dict[str, Any]:
     path = folder / STARTED
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: content[key] for key in ("command", "machine", "versions", "code")}
+        return {key: content[key] for key in _CONDITIONS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: expected what kw study run notes: {error!r}") from error
+
+
+def name_of(run: Summary) -> str:
+    """The name of a summarised run's work directory."""
+    return f"{run['row']}_seed{run['seed']}"
+
+
+def read_earlier(path: Path, study: Study) -> dict[str, Any]:
+    """Read the summary of runs of the same study that lie elsewhere, such as on another machine.
+
+    Raises:
+        ReportError: the file is no summary, or of a study with other settings or runs.
+    """
+    earlier = read_summary(path)
+    if list(study.options) != earlier["options"]:
+        differ = sorted(set(study.options) ^ set(earlier["options"]))
+        raise ReportError(f"{path}: its runs have other settings: {'; '.join(differ)}")
+    known = {run.name for run in study.runs}
+    if strange := [name for run in earlier["runs"] if (name := name_of(run)) not in known]:
+        raise ReportError(f"{path}: the study has no runs {', '.join(strange)}")
+    return earlier
+
+
+def join_earlier(summary: dict[str, Any], earlier: Summary, study: Study) -> dict[str, Any]:
+    """A summary with the runs of an earlier one that it does not have, in the study's order.
+
+    Raises:
+        ReportError: they were tested on other images.
+    """
+    if earlier["images"] != summary["images"]:
+        raise ReportError(
+            f"{earlier['images']:,} and {summary['images']:,} images were tested on: other images"
+        )
+    have = {name_of(run) for run in summary["runs"]}
+    added = {name_of(run): run for run in earlier["runs"] if name_of(run) not in have}
+    noted = {name for part in earlier.get("earlier", ()) for name in part["runs"]}
+    last = {key: earlier[key] for key in _CONDITIONS} | {"runs": list(added.keys() - noted)}
+    parts = [*earlier.get("earlier", ()), last]
+    parts = [{**part, "runs": [n for n in part["runs"] if n in added]} for part in parts]
+    order = [run.name for run in study.runs]
+    for part in parts:
+        part["runs"].sort(key=order.index)
+    runs = {name_of(run): run for run in summary["runs"]} | added
+    return summary | {
+        "runs": [runs[name] for name in order if name in runs],
+        "missing": [name for name in order if name not in runs],
+        "earlier": [part for part in parts if part["runs"]],
+    }
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -218,8 +272,6 @@ def _render(summary: Summary) -> str:
     runs = summary["runs"]
     if not runs:
         return "No run has ended yet."
-    machine, versions, code = (summary[key] for key in ("machine", "versions", "code"))
-    known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     said = [
         describe_study(summary),
         study_table(summary),
@@ -232,16 +284,25 @@ def _render(summary: Summary) -> str:
             f"Temperature at the last update: at most {max(annealed):g}, in "
             f"{_counted(len(annealed), 'run')}."
         )
-    said.append(
-        f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
-        f"{known}. "
-        f"Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
-    )
+    said.append(_conditions(summary))
+    said += [
+        f"Earlier, {', '.join(part['runs'])}: {_conditions(part)}"
+        for part in summary.get("earlier", ())
+    ]
     options = " ".join(summary["options"])
     # Earlier versions called it by its path.
     command = str(summary["command"]).replace("python tools/run_study.py", "kw study run")
     said.append(f"    {command}\n\nOver the rows' own settings: `{options}`.")
     return "\n\n".join(said)
+
+
+def _conditions(part: Summary) -> str:
+    machine, versions, code = (part[key] for key in ("machine", "versions", "code"))
+    known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    return (
+        f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
+        f"{known}. Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
+    )
 
 
 def _counted(number: int, what: str) -> str:
