@@ -121,7 +121,7 @@ def _run_backward(
                 dcells = None
     return (
         None if dx is None else _laid_out(dx, lies_channels_last(x)),
-        None if dalpha is None else dalpha.contiguous(),
+        dalpha,
         None if dcells is None else dcells.contiguous(),
     )
 
@@ -166,7 +166,7 @@ def _dynamic_conv_backward(
     wanted = (needs[0], needs[1], needs[2])
     results = _run_backward(grad, x, alpha, cells, ConvSpec.decode(spec), backend, wanted)
     dx, dalpha, dcells = (none.clone() if result is None else result for result in results)
-    return dx, dalpha, dcells
+    return dx, dalpha.contiguous(), dcells
 
 
 @_dynamic_conv_backward.register_fake
