@@ -228,6 +228,25 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "data.transforms",
         "data.memory",
     )
+    pillow = data.decoder == "pillow"
+    expect(
+        pillow or data.memory is None,
+        "pillow beside data.memory, which decodes every image once",
+        "data.decoder",
+        "data.memory",
+    )
+    expect(
+        pillow or not data.transforms,
+        "pillow beside data.transforms, which take Pillow images",
+        "data.decoder",
+        "data.transforms",
+    )
+    expect(
+        pillow or data.interpolation != "lanczos",
+        "bicubic, bilinear or nearest beside data.decoder simplejpeg",
+        "data.interpolation",
+        "data.decoder",
+    )
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 from kw.config.run_schema import BadImagesConfig
 from kw.config.schema import DataConfig
 from kw.data.faults import TolerantDataset
+from kw.data.jpeg import JpegError, open_jpeg
 from kw.data.reading import DataError, read_image
 from kw.data.seeding import seeded
 from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
@@ -113,13 +116,14 @@ class ImageFolder(TolerantDataset):
     Args:
         root: folder that holds the splits.
         split: folder under ``root``.
-        transform: RGB image -> uint8 tensor [3, S, S].
+        transform: RGB image, or a Jpeg with that decoder -> uint8 tensor [3, S, S].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
         bad_images: the policy for them; without it they raise.
         upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
+        decoder: ``"pillow"`` or ``"simplejpeg"`` (:mod:`.jpeg`).
 
     Attributes:
         classes: class names; a label is a place in this list.
@@ -133,16 +137,20 @@ class ImageFolder(TolerantDataset):
         self,
         root: str | os.PathLike[str],
         split: str,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Any], torch.Tensor],
         seed: int = 0,
         training: bool = False,
         bad_images: BadImagesConfig | None = None,
         upright: bool = True,
         listing: Listing | None = None,
+        decoder: str = "pillow",
     ) -> None:
         super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
+        if decoder != "pillow" and find_spec(decoder) is None:
+            raise DataError(f"data.decoder {decoder}: install it: pip install {decoder}")
         self.transform = transform
         self.upright = upright
+        self.decoder = decoder
         found = list_folders(Path(root), split) if listing is None else listing
         self.folder = Path(root).expanduser()
         inside = f"{self.folder / split}{os.sep}"
@@ -170,7 +178,12 @@ class ImageFolder(TolerantDataset):
         Raises:
             BadImageError: the file cannot be read as an image.
         """
-        image = read_image(self.path(index), self.bad_images.max_pixels, self.upright)
+        path, limit = self.path(index), self.bad_images.max_pixels
+        jpeg = None if self.decoder == "pillow" else open_jpeg(path, limit, self.upright)
+        if jpeg is not None:
+            with seeded("image", self.seed, *key), suppress(JpegError):  # Pillow judges the damage
+                return Sample(self.transform(jpeg), int(self.labels[index]), key)
+        image = read_image(path, limit, self.upright)
         with seeded("image", self.seed, *key):
             tensor = self.transform(image)
         return Sample(tensor, int(self.labels[index]), key)

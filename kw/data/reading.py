@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "Header",
     "Picture",
+    "orientation_of",
     "read_header",
     "read_image",
 ]
@@ -98,7 +99,7 @@ def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> H
         exif = file.info.get("exif")
         if exif is None and file.format == "PNG":
             exif = _png_exif(file.fp)
-        return Header(file.size, _orientation(exif or b""))
+        return Header(file.size, orientation_of(exif or b""))
 
 
 def _png_exif(stream: Any) -> bytes:
@@ -145,7 +146,7 @@ def read_image(
             _refuse(file, path, max_pixels)
             file.load()
             image = _to_rgb(file)
-            turn = _TURNS.get(_orientation(file.info.get("exif", b""))) if upright else None
+            turn = _TURNS.get(orientation_of(file.info.get("exif", b""))) if upright else None
             image = image if turn is None else image.transpose(turn)
             image.info = {}  # or it would be turned again when it is read again
             return image
@@ -215,7 +216,7 @@ def _white(image: Image.Image) -> int:
     return 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
 
 
-def _orientation(data: bytes) -> int:
+def orientation_of(data: bytes) -> int:
     """The EXIF orientation, as OpenCV reads it.
 
     XMP and text, which Pillow's ``getexif`` reads as well, are ignored. Pillow itself turns TIFF

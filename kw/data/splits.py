@@ -132,6 +132,7 @@ def _folder(
         bad_images=data.bad_images,
         upright=data.exif_orientation == "apply",
         listing=listing or list_split(data, split),
+        decoder=data.decoder,
     )
 
 

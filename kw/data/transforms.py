@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
-from torchvision.transforms import Compose, Resize
+from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 
 from kw.config.schema import DataConfig
+from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
 from kw.registry import TRANSFORMS
 
 __all__ = ["build_transform"]
@@ -25,7 +26,9 @@ __all__ = ["build_transform"]
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
-def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
+def build_transform(
+    config: DataConfig, training: bool
+) -> Callable[[Image.Image | Jpeg], torch.Tensor]:
     """The transform of one split; S is ``config.input_size``.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
@@ -38,7 +41,8 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
         training: whether to augment.
 
     Returns:
-        RGB image of any size -> uint8 tensor [3, S, S].
+        RGB image of any size -> uint8 tensor [3, S, S]; with ``data.decoder: simplejpeg`` also of a
+        :class:`~kw.data.jpeg.Jpeg`.
     """
     if not training:
         test = create_transform(
@@ -49,7 +53,11 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
             normalize=False,
         )
         resize, *rest = test.transforms
-        return Compose([_ResizeMiddle(resize, config.input_size, config.interpolation), *rest])
+        middle = _ResizeMiddle(resize, config.input_size, config.interpolation)
+        if config.decoder == "pillow":
+            return Compose([middle, *rest])
+        size = int(resize.size)
+        return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
     transform = create_transform(
         config.input_size,
         is_training=True,
@@ -68,6 +76,13 @@ def build_transform(config: DataConfig, training: bool) -> Callable[[Image.Image
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
+    if config.decoder != "pillow":
+        crop, *steps = transform.transforms
+        flips = [step for step in steps if isinstance(step, RandomHorizontalFlip)]
+        rest = [step for step in steps if step not in flips]
+        # Policies and jitter work on Pillow images.
+        policy = [to_pil_image, *rest] if len(rest) > 1 else rest
+        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
     return Compose([*first, *transform.transforms]) if first else transform
 

@@ -17,7 +17,12 @@ from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
 from .exported import conv_exported, fixed_groups
 from .function import contract, may_share
-from .precision import assembly_precision, compute_types, set_assembly_precision
+from .precision import (
+    assembly_precision,
+    coefficient_type,
+    compute_types,
+    set_assembly_precision,
+)
 from .spec import ConvSpec
 
 __all__ = [
@@ -68,7 +73,8 @@ def dynamic_conv(
             shape, type or device does not fit the layer or the other tensors.
     """
     if backend in YARDSTICKS:
-        alpha = alpha.to(cells.dtype)
+        if alpha.dtype == coefficient_type(x.device.type):  # autocast's, as a GPU's kernels give it
+            alpha = alpha.to(cells.dtype)
         check_operands(x, alpha, cells, spec)
         if len(x) > 0:
             return YARDSTICKS[backend](x, alpha, cells, spec)

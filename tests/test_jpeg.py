@@ -1,0 +1,200 @@
+"""data.decoder simplejpeg against Pillow: the same choices, pixels within a bound, bad files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kw.config import ConfigError, config_from_mapping
+from kw.config.schema import DataConfig
+from kw.data import build_transform
+from kw.data.dataset import ImageFolder
+from kw.data.jpeg import JpegError, open_jpeg
+from kw.data.reading import BadImageError, DataError
+
+MAX = 10**8
+SIZES = [(500, 375), (331, 500), (97, 64), (40, 33), (1200, 90)]
+
+
+def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth colours with some edges, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+    image = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).copy()
+    image[size[1] // 3 : size[1] // 2, size[0] // 4 :] //= 2
+    return Image.fromarray(image).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    for split in ("train", "val"):
+        for label, name in enumerate(("a", "b")):
+            (root / split / name).mkdir(parents=True)
+            for i, size in enumerate(SIZES):
+                image = picture(size, "L" if i == 3 else "RGB", 10 * label + i)
+                image.save(root / split / name / f"{i}.jpg", quality=92)
+    picture((60, 50)).save(root / "train/a/other.png")
+    return root
+
+
+def open_both(folder: Path, split: str, size: int = 200, **settings: Any) -> list[ImageFolder]:
+    training = split == "train"
+    found = []
+    for decoder in ("pillow", "simplejpeg"):
+        data = DataConfig(root=str(folder), input_size=size, decoder=decoder, **settings)
+        transform = build_transform(data, training)
+        found.append(ImageFolder(folder, split, transform, 3, training, decoder=decoder))
+    return found
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("size", "mean"), [(200, 0.5), (64, 6)], ids=["whole", "scaled"])
+def test_the_same_images_within_a_few_levels(
+    folder: Path, size: int, mean: float, split: str, interpolation: str
+) -> None:
+    exact, fast = open_both(folder, split, size, interpolation=interpolation)
+    for epoch in range(3 if split == "train" else 1):
+        for index in range(len(exact)):
+            one, other = (each[epoch, index] for each in (exact, fast))
+            assert (one.label, one.key) == (other.label, other.key)
+            assert (other.image.dtype, other.image.shape) == (torch.uint8, (3, size, size))
+            away = (one.image.int() - other.image.int()).abs()
+            assert away.float().mean() < mean
+            if size == 200 and interpolation != "nearest":  # else another pixel is the nearest
+                assert away.max() <= 6
+
+
+def test_mirroring_and_policies_are_drawn_alike(folder: Path) -> None:
+    for settings in (
+        {"horizontal_flip": 1.0},
+        {"auto_augment": "rand-m9-mstd0.5-inc1"},
+        {"color_jitter": 0.4},
+    ):
+        exact, fast = open_both(folder, "train", **settings)
+        for index in range(len(exact)):
+            one, other = (each[1, index].image.float() for each in (exact, fast))
+            # Equalising and posterising make steps of small differences.
+            assert (one - other).abs().mean() < 4
+
+
+def test_it_depends_on_the_key_alone(folder: Path) -> None:
+    _, fast = open_both(folder, "train")
+    again = fast[2, 4].image
+    assert torch.equal(fast[2, 4].image, again)
+    assert not torch.equal(fast[3, 4].image, again)
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def turned(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(image, exif=exif)
+
+
+WHOLE = jpeg(picture((48, 40)))
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "no JPEG": lambda: b"no image",
+    "CMYK": lambda: jpeg(picture((48, 40)).convert("CMYK")),
+    "turned": lambda: turned(picture((48, 40))),
+    "too large": lambda: jpeg(picture((480, 400))),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_pillow_has_to_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(OTHERS[kind]())
+    assert open_jpeg(path, 100_000, upright=True) is None
+    assert open_jpeg(tmp_path / "missing", MAX, upright=True) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_whole_pictures_are_exact(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(jpeg(picture((48, 41), mode), **options))
+    found = open_jpeg(path, MAX, upright=True)
+    assert found is not None
+    assert found.size == (48, 41)
+    exact = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).movedim(-1, 0)
+    assert torch.equal(found.part((0, 0, 41, 48), (41, 48)), exact)
+    assert torch.equal(found.part((3, 5, 30, 20), (30, 20)), exact[:, 3:33, 5:25])
+    path.write_bytes(turned(picture((48, 40))))
+    stored = open_jpeg(path, MAX, upright=False)
+    assert stored is not None
+    assert stored.size == (48, 40)
+
+
+def test_large_pictures_are_decoded_smaller(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(jpeg(picture((640, 480))))
+    found = open_jpeg(path, MAX, upright=True)
+    assert found is not None
+    exact = torch.from_numpy(np.asarray(Image.open(path)).copy()).movedim(-1, 0).float()
+    for factor in (1, 2, 4):
+        part = found.part((96, 64, 320, 480), (320 // factor, 480 // factor))
+        assert part.shape == (3, 320 // factor, 480 // factor)
+        mean = torch.nn.functional.avg_pool2d(exact[:, 96:416, 64:544], factor)
+        assert (part.float() - mean).abs().mean() < 0.7
+    assert found.part((0, 0, 480, 640), (300, 400)).shape == (3, 480, 640)
+
+
+@pytest.mark.parametrize("damaged", [WHOLE[: len(WHOLE) // 2], WHOLE[:-2]], ids=["cut", "no end"])
+def test_damage_is_not_overlooked(damaged: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(damaged)
+    found = open_jpeg(path, MAX, upright=True)
+    assert found is not None
+    with pytest.raises(JpegError):
+        found.part((0, 0, 40, 48), (40, 48))
+
+
+def test_damaged_files_are_found(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a/cut.jpg").write_bytes(WHOLE[: len(WHOLE) // 2])
+    _, fast = open_both(tmp_path, "val")
+    with pytest.raises(BadImageError, match="truncated"):
+        fast[0, 0]
+
+
+def test_without_the_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kw.data.dataset.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install simplejpeg"):
+        open_both(folder, "val")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": {"place": "host"}},
+        {"transforms": {"to_grey": {}}},
+        {"interpolation": "lanczos"},
+    ],
+    ids=lambda s: next(iter(s)),
+)
+def test_settings_that_do_not_go_with_it(settings: dict[str, Any]) -> None:
+    mapping = {
+        "model": {"name": "resnet18"},
+        "data": {"root": "unused", "decoder": "simplejpeg", **settings},
+        "optimizer": {"lr": 0.1},
+        "epochs": 1,
+        "total_batch_size": 2,
+        "batch_size": 2,
+    }
+    with pytest.raises(ConfigError, match=r"data\.decoder"):
+        config_from_mapping(mapping, check_model_name=False)
