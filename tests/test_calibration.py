@@ -26,10 +26,13 @@ from kw.training import load_checkpoint, train
 from kw.training.distributed import find_process
 from kw.training.hooks import RatesHook
 from kw.warehouse import KWConv2d, explain
-from kw.warehouse.ops import CONTRACTIONS, calibration, precision, selector
+from kw.warehouse.ops import CONTRACTIONS, calibration, pointwise, precision, selector
 from kw.warehouse.ops.calibration import calibration_file, device_profile, write_calibration
+from kw.warehouse.ops.contraction import Contraction, Cost, Problem
 from kw.warehouse.ops.device import DeviceProfile, estimated_profile
 from kw.warehouse.ops.gpus import GPUS, gpu_of
+from kw.warehouse.ops.mix_inputs import MixInputs
+from kw.warehouse.ops.triton_conv import TritonConv
 
 PLAIN = DeviceProfile({torch.float32: 1e11}, slow=1e9, bandwidth=1e10, launch=1e-6)
 
@@ -96,6 +99,78 @@ def test_unknown_gpus_get_rates_that_cost_little(name: str, layers: dict[str, li
     guessed = gpu_of(properties(name, "GeForce X" if "rtx" in name else "X", full=False)).profile()
     for network, problems in layers.items():
         assert regret(problems, guessed, GPUS[name].profile()) <= 1.3, network
+
+
+def backward_parts(op: Contraction, problem: Problem) -> dict[str, Cost]:
+    """What a back end's backward pass costs: the whole; the gradients of the input, of coefficients
+    and cells (kernels), and of coefficients or cells alone, if it were asked for them only."""
+    both, forward = op.cost(problem), op.cost(replace(problem, training=False))
+    whole = less(both, forward)
+
+    def share(cost: Cost, calls: float) -> Cost:  # of five products, as of their calls
+        return replace(cost, launches=calls / 5 * whole.launches)
+
+    if isinstance(op, TritonConv):
+        kernels = op.cost_of_kernel_gradients(problem)
+        product = Cost(problem.assembly_macs, bytes=problem.batch * problem.kernel_numel * 2)
+        parts = {"x": less(whole, kernels), "kernels": kernels, "alpha": less(kernels, product)}
+    elif isinstance(op, MixInputs):  # a dense product and a mixing one for each
+        parts = {"kernels": share(forward + forward, 3), "cells": share(forward, 1.5)}
+        parts["x"] = share(forward, 2)
+    else:
+        parts = {"x": share(forward, 2), "kernels": share(less(whole, forward), 3)}
+    return {"whole": whole, **parts}
+
+
+def less(a: Cost, b: Cost) -> Cost:
+    return Cost(**{key: max(value - vars(b)[key], 0) for key, value in vars(a).items()})
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gradients_are_not_worth_planning_apart(name: str, layers: dict[str, list[Any]]) -> None:
+    """Were the gradients of the input and of the kernels planned apart, or the cells' taken from
+    mixed inputs, a backward pass of 128 samples would gain at most 2%: they are planned as one."""
+    profile = GPUS[name].profile()
+    for network, problems in layers.items():
+        together = apart = 0.0
+        for p in problems:
+            if not p.training or p.batch == 1:
+                continue
+            best: dict[str, float] = {}
+            for each in selector.predict(p, profile):
+                if each.seconds is None or (name == "t4" and each.name == "triton"):
+                    continue
+                op = selector.contractions[each.name]
+                for part, cost in backward_parts(op, p).items():
+                    seconds = profile.seconds(cost, p.dtype, op.efficiency.get("cuda", 1.0))
+                    best[part] = min(best.get(part, seconds), seconds)
+            ways = [best["whole"], best["x"] + best["kernels"]]
+            if {"alpha", "cells"} <= set(best):
+                ways.append(best["x"] + best["alpha"] + best["cells"])
+            together += ways[0]
+            apart += min(ways)
+        print(f"{name} {network}: {1e3 * together:.1f} ms, apart {1e3 * apart:.1f}")
+        assert together <= 1.02 * apart, network
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_blocks_where_they_lie_gain(
+    name: str, layers: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicted times of the back end bmm, of all layers, and of the best back ends."""
+    if name == "t4":
+        monkeypatch.setattr(TritonConv, "refusal", lambda *_: "needs a newer device")
+    for network, problems in layers.items():
+        found = []
+        for copying in (("cpu", "cuda"), ("cpu",)):
+            monkeypatch.setattr(pointwise, "_ALWAYS_COPY", copying)
+            some = [selector.predict(p, GPUS[name].profile()) for p in problems]
+            found.append(sum(e.seconds or 0.0 for each in some for e in each if e.name == "bmm"))
+            found.append(sum(each[0].seconds or 0.0 for each in some))
+        bmm, best, new, new_best = found
+        print(f"{name} {network}: bmm {new / bmm - 1:.1%}, best {new_best / best - 1:.1%}")
+        assert new_best <= best, network
+        assert new <= bmm or "resnet50" not in network
 
 
 @pytest.mark.parametrize("full", [True, False])
