@@ -44,11 +44,12 @@ class Limits(NamedTuple):
     shared: int  # KB of shared memory (LDS) that a program may have
     threads: int
     programs: int
+    warp: int = 32  # threads
 
     def programs_of(self, kernel: dict[str, Any]) -> int:
         """Programs that it runs at a time."""
         threads, registers = kernel["threads"], -(-max(kernel["registers"], 1) // 8) * 8
-        if self.threads == 4 * 8 * 64:  # AMD: 512 registers for each lane of four units
+        if self.warp == 64:  # AMD: 512 registers for each lane of four units
             by_registers = 4 * min(512 // registers, 8) // (threads // 64)
             by_shared = (self.shared << 10) // max(kernel["shared"], 1)
         else:
@@ -66,8 +67,8 @@ TARGETS = {
     "sm_90": Limits(227, 2048, 32),
     "sm_100": Limits(227, 2048, 32),
     "sm_120": Limits(99, 1536, 24),
-    "gfx90a": Limits(64, 2048, 32),
-    "gfx942": Limits(64, 2048, 32),
+    "gfx90a": Limits(64, 2048, 32, 64),
+    "gfx942": Limits(64, 2048, 32, 64),
 }
 KERNELS = (
     (triton_kernels, "convolve"),

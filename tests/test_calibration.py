@@ -133,9 +133,7 @@ def test_gradients_are_not_worth_planning_apart(name: str, layers: dict[str, lis
     profile = GPUS[name].profile()
     for network, problems in layers.items():
         together = apart = 0.0
-        for p in problems:
-            if not p.training or p.batch == 1:
-                continue
+        for p in (p for p in problems if p.training and p.batch > 1):
             best: dict[str, float] = {}
             for each in selector.predict(p, profile):
                 if each.seconds is None or (name == "t4" and each.name == "triton"):
@@ -157,7 +155,7 @@ def test_gradients_are_not_worth_planning_apart(name: str, layers: dict[str, lis
 def test_blocks_where_they_lie_gain(
     name: str, layers: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Predicted times of the back end bmm, of all layers, and of the best back ends."""
+    """Predicted times of the back end bmm and of the best ones."""
     if name == "t4":
         monkeypatch.setattr(TritonConv, "refusal", lambda *_: "needs a newer device")
     for network, problems in layers.items():
