@@ -1,4 +1,4 @@
-"""Rates of devices: of unknown GPUs, measured ones, one set for a run; what kw doctor finds."""
+"""Rates of devices: measured ones, one set for a run; what kw doctor finds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 import torch
 from processes import in_processes
 from test_admission import Compiled, wrong_cells
@@ -25,11 +24,11 @@ from kw.config import config_from_mapping
 from kw.training import load_checkpoint, train
 from kw.training.distributed import find_process
 from kw.training.hooks import RatesHook
-from kw.warehouse import KWConv2d, explain
+from kw.warehouse import KWConv2d
 from kw.warehouse.ops import CONTRACTIONS, calibration, precision, selector
 from kw.warehouse.ops.calibration import calibration_file, device_profile, write_calibration
 from kw.warehouse.ops.device import DeviceProfile, estimated_profile
-from kw.warehouse.ops.gpus import GPUS, gpu_of
+from kw.warehouse.ops.gpus import GPUS
 
 PLAIN = DeviceProfile({torch.float32: 1e11}, slow=1e9, bandwidth=1e10, launch=1e-6)
 
@@ -38,85 +37,6 @@ PLAIN = DeviceProfile({torch.float32: 1e11}, slow=1e9, bandwidth=1e10, launch=1e
 def restored():
     yield
     selector.use_profile("cpu", None)
-
-
-# --- GPUs that are not here -----------------------------------------------------------------------
-
-AMD = {"mi250x": "gfx90a:sramecc+:xnack-", "mi300x": "gfx942:sramecc+:xnack-"}
-
-
-def properties(name: str, shown: str, full: bool) -> Any:
-    """What torch says of a GPU; up to 2.6 without clocks and the memory's width."""
-    gpu = GPUS[name]
-    major, minor = gpu.capability
-    found = SimpleNamespace(name=shown, major=major, minor=minor, multi_processor_count=gpu.units)
-    if name in AMD:
-        found.major, found.minor, found.gcnArchName = 9, 4 if name == "mi300x" else 0, AMD[name]
-    if full:
-        found.clock_rate, found.memory_clock_rate = gpu.clock / 1e3, 5e6
-        found.memory_bus_width = gpu.bandwidth * 8 / 2 / 5e9
-    return found
-
-
-@pytest.fixture(scope="module")
-def layers() -> dict[str, list[Any]]:
-    """Both passes of all layers of some networks at batches of 1 and 128."""
-    found = {}
-    for name in ("kw_resnet18_1d4x", "kw_resnet50_1x", "kw_resnet50_4x", "kw_mobilenetv2_100_1x"):
-        with torch.no_grad():
-            choices = explain(timm.create_model(name).eval(), torch.zeros(1, 3, 224, 224))
-        problems = dict.fromkeys(choice.problem for choice in choices)
-        for batch in (1, 128):
-            for dtype in (torch.float32, torch.bfloat16):
-                found[f"{name} {batch} {dtype}"] = [
-                    replace(p, batch=batch, dtype=dtype, device="cuda", training=training)
-                    for p in problems
-                    for training in (False, True)
-                ]
-    return found
-
-
-def regret(problems: list[Any], guessed: DeviceProfile, true: DeviceProfile) -> float:
-    """Time by the choices that guessed rates lead to, over the least, both by the true rates."""
-
-    def times(p: Any, profile: DeviceProfile) -> dict[str, float]:
-        return {each.name: each.seconds for each in selector.predict(p, profile) if each.seconds}
-
-    chosen = least = 0.0
-    for p in problems:
-        guess, own = times(p, guessed), times(p, true)
-        chosen += own[min(guess, key=lambda name: guess[name])]
-        least += min(own.values())
-    return chosen / least
-
-
-@pytest.mark.parametrize("name", GPUS)
-def test_unknown_gpus_get_rates_that_cost_little(name: str, layers: dict[str, list[Any]]) -> None:
-    """One that has no data sheet here, of which torch does not say clocks and memory."""
-    guessed = gpu_of(properties(name, "GeForce X" if "rtx" in name else "X", full=False)).profile()
-    for network, problems in layers.items():
-        assert regret(problems, guessed, GPUS[name].profile()) <= 1.3, network
-
-
-@pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("l4", "NVIDIA L4"),
-        ("rtx4090", "NVIDIA GeForce RTX 4090"),
-        ("a100", "NVIDIA A100-SXM4-80GB"),
-        ("mi300x", "AMD Instinct MI300X"),
-    ],
-)
-def test_known_gpus_have_their_data_sheets(name: str, shown: str, full: bool) -> None:
-    found, sheet = gpu_of(properties(name, shown, full)), GPUS[name]
-    assert found.profile().dense == pytest.approx(sheet.profile().dense)
-    assert found.bandwidth == pytest.approx(sheet.bandwidth)
-
-
-def test_an_l40_is_not_an_l4() -> None:
-    found = gpu_of(properties("l4", "NVIDIA L40S", full=False))
-    assert found.bandwidth != GPUS["l4"].bandwidth
 
 
 # --- measured rates ---------------------------------------------------------------------------

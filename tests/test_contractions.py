@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from convolutions import CASES, Case
+from convolutions import CASES, HALVES, Case
 from torch import Tensor
 
-from kw.warehouse.ops import ConvSpec, assembly, bmm, depthwise
+from kw.warehouse.ops import ConvSpec, assembly, bmm, depthwise, pointwise
 from kw.warehouse.ops.assembled import Assembled
 from kw.warehouse.ops.bmm import Bmm, conv_bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
 from kw.warehouse.ops.depthwise import Depthwise
-from kw.warehouse.ops.matmul import accumulate, batch_matmul, matmul
+from kw.warehouse.ops.matmul import accumulate, batch_matmul, float32_matmul, matmul
 from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
+from kw.warehouse.partition import Partition
 
 CONTRACTIONS: list[Contraction] = [Assembled(), Bmm(), MixInputs(), Depthwise()]
 ALL = (True, True, True)
@@ -175,6 +177,88 @@ def test_refusals():
     assert "6 output channels of a cell do not divide the 3 of each of the 2 groups" in str(
         refusal(by_name["mix_inputs"], CASES["2d grouped one sample"])
     )
+
+
+CUT = {
+    "1d": CASES["1d pointwise"],
+    "2d": Case((1, 1), (3, 2), channels=(8, 6), settings=HALVES),
+    "strided": replace(CASES["2d pointwise strided"], channels=(16, 12)),
+    "few cells": Case((1, 1), (2, 3), (12, 12), settings={"cell_num_ratio": 0.25, **HALVES}),
+}
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    monkeypatch.setattr(pointwise, "_ALWAYS_COPY", ())
+    monkeypatch.setattr(pointwise, "_CALL", 0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
+@pytest.mark.parametrize("scratch", [1, 300, 1 << 20])
+@pytest.mark.parametrize("case", CUT.values(), ids=CUT)
+def test_blocks_are_multiplied_where_they_lie(case, scratch, layout, as_on_gpus, monkeypatch):
+    """Cells that are cut along input channels, as on GPUs: no kernel is copied."""
+    monkeypatch.setattr(assembly, "CPU_SCRATCH", scratch)
+    monkeypatch.setattr(bmm, "LEAST_ROWS", 1)
+    for copies in ("_group_taps", "_ungroup_taps"):
+        monkeypatch.setattr(bmm, copies, None)
+    x, alpha, cells, spec = case.make()
+    assert spec.partition.grid[2] > 1
+    y, grad, gradients = expected(x, alpha, cells, spec)
+    x, grad = x.detach(), grad.detach()
+    if layout != "contiguous":
+        x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
+    with torch.no_grad():
+        torch.testing.assert_close(Bmm().forward(x, alpha, cells, spec), y, **EXACT)
+        ours = Bmm().backward(grad, x, alpha, cells, spec, ALL)
+    assert_gradients(ours, gradients, **EXACT)
+
+
+def test_kernels_are_copied_where_that_reads_less(as_on_gpus, monkeypatch):
+    """Activations would be read once a block: two blocks of 16 inputs, 64 outputs."""
+
+    def lies(side: int, cells: int = 2, batch: int = 8, blocks: tuple[int, int] = (2, 2)):
+        part = Partition((1, 1), (1, 1), 32, 16, (1, *blocks))
+        spec = ConvSpec(part, (1, 1), (0, 0), (1, 1))
+        return pointwise.lie(spec, batch, cells, (side, side), "cuda")
+
+    assert lies(7) == (True, True)  # 49 positions < 2 * 32 inputs
+    assert lies(8) == (True, False)
+    assert lies(12) == (False, False)  # 144 positions > 2 * 64 outputs
+    assert lies(7, cells=100) == (False, True)  # more to transpose than to copy
+    assert lies(7, blocks=(2, 1)) == (False, False)  # in place as they are
+    monkeypatch.setattr(pointwise, "_CALL", 1 << 20)  # too small for more calls
+    assert lies(7) == (False, False)
+
+
+def test_costs_know_what_is_not_copied(as_on_gpus, monkeypatch):
+    x, _, cells, spec = CUT["2d"].make()
+    for training in (False, True):
+        problem = problem_of(x, cells, spec, device="cuda", training=training)
+        lying = Bmm().cost(problem)
+        with monkeypatch.context() as patch:
+            patch.setattr(pointwise, "_ALWAYS_COPY", ("cuda",))
+            copied = Bmm().cost(problem)
+        assert lying.bytes < copied.bytes
+        assert lying.slow_macs < copied.slow_macs
+        assert lying.launches > copied.launches
+        assert lying.dense_macs == copied.dense_macs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_sums_have_float32_results(dtype):
+    """Against float64, on sums that do not cancel: what a result in 16 bit would lose."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(7, 10_000, generator=generator).to(dtype) for _ in range(2))
+    exact = a.double() @ b.double().t()
+
+    def error(found: Tensor) -> float:
+        return float((found.double() - exact).norm() / exact.norm())
+
+    found = float32_matmul(a, b.t())
+    assert found.dtype == torch.float32
+    assert error(found) < 1e-6
+    assert error(matmul(a, b.t())) > 100 * error(found)
 
 
 @every_possible

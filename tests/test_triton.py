@@ -25,11 +25,12 @@ from triton_checks import (
     runs_kernels,
 )
 
-from kw.warehouse.ops import triton_conv, triton_launch, triton_on_chip
+from kw.warehouse.ops import ConvSpec, triton_conv, triton_launch, triton_on_chip
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
 from kw.warehouse.ops.triton_tiles import Tiles
+from kw.warehouse.partition import Partition
 
 # The interpreter is slow: two samples at most, and not the case of forty-nine taps.
 UNGROUPED = {
@@ -90,6 +91,53 @@ def test_kernels_assembled_in_float32(scratch):
     """Cells of float32 under an input of 16 bit: their gradient is float32 too."""
     settings = {"dtype": torch.bfloat16, "cells_dtype": torch.float32, "tolerance": 1e-2}
     compare(UNGROUPED["2d few cells"], scratch, **settings)
+
+
+@runs_kernels
+def test_gradients_of_coefficients_are_summed_in_float32(monkeypatch):
+    """Sums that do not cancel, in 16 bit, against float64: the error before and after. In float16,
+    since the interpreter cuts float32 off where it rounds to bfloat16."""
+    *tensors, spec = Case((1, 1), (4, 4), (128, 128), batch=2).make()
+    x, alpha, cells = (t.detach().abs().div(8).to(DEVICE, torch.float16) for t in tensors)
+    grad = torch.rand_like(x)
+    dw = grad.double().flatten(2) @ x.double().flatten(2).mT  # [B, O, I]
+    exact = dw.flatten(1).unsqueeze(1) @ cells.double().t()
+
+    def error():
+        needs = (False, True, False)
+        found = TritonConv().backward(grad, x, alpha.float(), cells, spec, needs)[1]
+        return float((found.double() - exact).norm() / exact.norm())
+
+    after = error()
+    monkeypatch.setattr(triton_conv, "float32_matmul", triton_conv.matmul)
+    before = error()
+    assert after < 1e-4
+    assert before > 5 * after
+
+
+@runs_kernels
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("cell", [(24, 8), (8, 24), (3, 16), (16, 5)])
+def test_narrow_cells(cell, last):
+    """Cells whose rows are no multiple of 16 values, cut along both sides."""
+    part = Partition((1, 1), (1, 1), *cell, (1, 3, 2))
+    spec = ConvSpec(part, (1, 1), (0, 0), (1, 1))
+
+    class Narrow(Case):
+        def make(self):
+            torch.manual_seed(0)
+            shapes = (2, 2 * cell[1], 4, 4), (2, 6, 4), (4, cell[0] * cell[1])
+            return *(torch.randn(s, dtype=torch.float64) for s in shapes), spec
+
+    compare(Narrow((1, 1), (4, 4)), scratch=1 << 28, channels_last=last)
+
+
+@pytest.mark.parametrize("strides", [(24, 48, 0), (16, 32), (7, 14), (1,), (0, 0)])
+def test_strides_in_units(strides):
+    unit, counts = triton_launch.in_units(*strides)
+    assert [unit * count for count in counts] == list(strides)
+    assert unit in (1, 2, 4, 8, 16)
+    assert unit == 16 or any((s // unit) % 2 for s in strides)
 
 
 @runs_kernels

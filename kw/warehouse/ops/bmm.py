@@ -1,7 +1,10 @@
 """Every sample's kernel, assembled, and batched matrix products: one matrix a kernel position.
 
 The matrices are stored in the order of the blocks, so the assembled kernels are used without a copy
-(unless cells are cut along input channels, span space, or the layer is grouped).
+(unless cells are cut along input channels, span space, or the layer is grouped). Blocks of a
+pointwise layer that is cut along input channels are multiplied where they lie: forward the matrix
+of each output block, assembled from transposed cells; backward the matrix of each input block,
+assembled with input blocks outermost (:mod:`.pointwise`).
 
 - Stride 1: every matrix is multiplied with the whole input, in one product a sample; the products
   are then shifted and summed. No unfolding; the input is read once.
@@ -35,6 +38,16 @@ from .assembly import (
 from .contraction import Contraction, Cost, Needs, Problem
 from .library import RELAYOUT_MACS
 from .matmul import batch_matmul
+from .pointwise import (
+    gradient_of_slices,
+    is_direct,
+    lie,
+    pointwise,
+    pointwise_slices,
+    transposed,
+    with_stride,
+    without_stride,
+)
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
@@ -90,10 +103,20 @@ class Bmm(Contraction):
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         parts = []
+        x, spec = without_stride(x, spec)
+        lies, _ = lie(spec, len(x), len(cells), x.shape[2:], x.device.type)
+        across = transposed(cells, spec) if lies else cells
         for samples, rows in _chunks(x, cells, spec, training=False):
             some, values = _take_rows(spec, rows)
-            taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)  # [b, K, O, I]
-            part = _forward(x[samples], taps, some)
+            if lies:
+                # [b, (GO, GI), (c_in, c_out)]
+                blocks = mix(alpha[samples], across[:, :, rows].flatten(1), x.dtype)
+                matrices = blocks.view(len(blocks), spec.partition.grid[1], x.shape[1], -1)
+                part = pointwise_slices(x[samples], matrices, some)
+            else:
+                taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)
+                part = _forward(x[samples], taps, some)
+                del taps
             if rows == slice(0, spec.partition.cell_out):
                 parts.append(part)
                 continue
@@ -113,24 +136,43 @@ class Bmm(Contraction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         wide = torch.promote_types(x.dtype, torch.float32)
         parts: list[Tensor] = []
+        size, stride = x.shape[2:], spec.stride
+        x, spec = without_stride(x, spec)
+        _, lies = lie(spec, len(x), len(cells), x.shape[2:], x.device.type)
+        grid = spec.partition.grid
+        if lies:
+            alpha = alpha.unflatten(1, grid[1:]).transpose(1, 2).flatten(1, 2)  # [B, (GI, GO), n]
         gradients = BlockGradients(alpha, cells, needs)
         for samples, rows in _chunks(x, cells, spec, training=True):
             some, values = _take_rows(spec, rows)
             part = _output_rows(grad[samples], rows, spec).flatten(1, 2)
             if needs[0]:
-                taps = _group_taps(mix(alpha[samples], cells[:, values], x.dtype), some)
-                into = _backward_input(part, taps, some, x.shape[2:])
-                del taps
+                blocks = mix(alpha[samples], cells[:, values], x.dtype)
+                if lies:
+                    matrices = blocks.view(len(blocks), grid[2], part.shape[1], -1)
+                    into = pointwise_slices(part, matrices, some)  # [b, GI, O, c_in]
+                    del matrices
+                else:
+                    into = _backward_input(part, _group_taps(blocks, some), some, x.shape[2:])
+                del blocks
                 if rows.start == 0:
                     whole = rows.stop == spec.partition.cell_out
                     parts.append(into if whole else into.to(wide))
                 else:
                     parts[-1] += into
             if needs[1] or needs[2]:
-                taps = _backward_taps(part, x[samples], some)
-                gradients.add(_ungroup_taps(taps, some), samples, values)
+                if lies:
+                    found = gradient_of_slices(part, x[samples], some)
+                else:
+                    found = _ungroup_taps(_backward_taps(part, x[samples], some), some)
+                gradients.add(found, samples, values)
         into_x = join(parts).to(x.dtype) if needs[0] else None
-        return into_x, gradients.alpha, gradients.cells
+        if into_x is not None and spec.stride != stride:
+            into_x = with_stride(into_x, size, stride)
+        into_alpha = gradients.alpha
+        if into_alpha is not None and lies:
+            into_alpha = into_alpha.unflatten(1, (grid[2], -1)).transpose(1, 2).flatten(1, 2)
+        return into_x, into_alpha, gradients.cells
 
     def cost(self, problem: Problem) -> Cost:
         spec, each = problem.spec, problem.kernel_numel
@@ -146,22 +188,37 @@ class Bmm(Contraction):
             macs = macs * math.prod(problem.size) // problem.positions
         # A product writes or reads the blocks, and each of the convolution's reads or writes them;
         # the taps' inputs or outputs are written and read once a pass.
-        moved = 0 if _in_place(spec) else (3 if problem.training else 1) * each
+        moved, read, parts, across = self._kernels(problem)
         taps = (scratch - each * (1 if _in_place(spec) else 2)) // (2 if problem.training else 1)
-        values = (products + passes) * each + 2 * moved
+        values = (products + passes) * each + 2 * moved + read
         values += passes * (problem.input_numel + problem.output_numel)
         values += 2 * passes * taps
-        calls = passes * (1 if problem.device != "cpu" else problem.batch / chunks)
+        calls = parts if problem.device != "cpu" else passes * problem.batch / chunks
         if not folded and not spec.is_pointwise:
             calls *= math.prod(spec.partition.kernel) if problem.device == "cpu" else 1
         copies = 0 if spec.is_pointwise else passes * math.prod(spec.partition.kernel)
-        cells = products * chunks * problem.cells_numel
+        cells = (products * chunks + 2 * across) * problem.cells_numel
         return Cost(
             dense_macs=passes * macs + products * problem.assembly_macs,
             slow_macs=RELAYOUT_MACS * problem.batch * (moved + passes * taps),
             bytes=problem.itemsize * (problem.batch * values + cells),
-            launches=chunks * (products + calls + copies + 2),
+            launches=chunks * (products + calls + copies + 2) + across,
         )
+
+    def _kernels(self, problem: Problem) -> tuple[int, int, int, bool]:
+        """Of a sample: values of its kernel that are copied, values of activations that are read
+        again, products; whether cells are transposed."""
+        spec, each = problem.spec, problem.kernel_numel
+        _, out_blocks, in_blocks = spec.partition.grid
+        forward, backward = lie(spec, problem.batch, problem.cells, problem.size, problem.device)
+        moved = 0 if forward or _in_place(spec) else each
+        read = (out_blocks - 1) * spec.in_channels * problem.positions if forward else 0
+        products = out_blocks if forward else 1
+        if problem.training:
+            moved += 0 if backward or _in_place(spec) else 2 * each
+            read += 2 * (in_blocks - 1) * problem.output_numel if backward else 0
+            products += 2 * (in_blocks if backward else 1)
+        return moved, read, products, forward
 
 
 def _chunks(
@@ -212,11 +269,6 @@ def _is_folded(spec: ConvSpec) -> bool:
     return all(s == 1 for s in spec.stride)
 
 
-def _is_direct(spec: ConvSpec) -> bool:
-    """Whether inputs and outputs are used in channels-last order, without a copy."""
-    return spec.is_pointwise and _is_folded(spec) and not any(spec.padding)
-
-
 def _in_place(spec: ConvSpec) -> bool:
     part = spec.partition
     return part.grid[2] == 1 and spec.groups == 1 and math.prod(part.cell_kernel) == 1
@@ -226,8 +278,8 @@ def _scratch(spec: ConvSpec, size: Sequence[int], training: bool) -> int:
     """Scratch values of a sample: its kernel, and every tap's outputs (stride 1) or inputs."""
     out, in_, *kernel = spec.partition.kernel_shape
     kernel_numel = out * in_ * math.prod(kernel)
-    if _is_direct(spec):
-        taps = 0
+    if is_direct(spec):  # its inputs without those that a stride leaves out
+        taps = 0 if _is_folded(spec) else math.prod(spec.output_size(size)) * in_ * spec.groups
     elif _is_folded(spec):
         taps = math.prod(size) * math.prod(kernel) * out
     else:
@@ -268,8 +320,8 @@ def _from_rows(rows: Tensor, spec: ConvSpec) -> Tensor:
 
 def _forward(x: Tensor, taps: Tensor, spec: ConvSpec) -> Tensor:
     size = x.shape[2:]
-    if _is_direct(spec):
-        return _pointwise(x, taps[:, 0], spec)
+    if is_direct(spec):
+        return pointwise(x, taps[:, 0], spec)
     _, count, out, in_ = taps.shape
     rows = _rows(x, spec)
     if _is_folded(spec):
@@ -285,8 +337,8 @@ def _forward(x: Tensor, taps: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _backward_input(grad: Tensor, taps: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
-    if _is_direct(spec):
-        return _pointwise(grad, taps[:, 0].mT, spec)
+    if is_direct(spec):
+        return pointwise(grad, taps[:, 0].mT, spec)
     _, count, out, in_ = taps.shape
     rows = _rows(grad, spec)
     if _is_folded(spec):
@@ -304,7 +356,7 @@ def _backward_taps(grad: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
     size, count = x.shape[2:], math.prod(spec.partition.kernel)
     rows, into = _rows(x, spec), _rows(grad, spec)
     in_, out = rows.shape[-1], into.shape[-1]
-    if _is_direct(spec):
+    if is_direct(spec):
         rows, into = (t.movedim(-1, 1).flatten(2) for t in (rows, into))  # [b, C, P]
         return batch_matmul(into, rows.mT).unsqueeze(1)
     if _is_folded(spec):
@@ -314,14 +366,3 @@ def _backward_taps(grad: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
     windows = gather(rows, spec, size).view(len(rows) * count, -1, in_)  # [b K, P, I]
     into = into.reshape(len(into), 1, -1, out).expand(-1, count, -1, -1).flatten(0, 1)
     return batch_matmul(into.mT, windows).view(-1, count, out, in_)
-
-
-def _pointwise(x: Tensor, matrices: Tensor, spec: ConvSpec) -> Tensor:
-    """``matrices [b, O, I]`` times every position of ``x [samples, g I, *size]``."""
-    size = x.shape[2:]
-    if x.dim() > 2 and x.stride(1) == 1 and spec.groups == 1:  # channels last
-        rows = x.movedim(1, -1).reshape(len(x), -1, x.shape[1])
-        y = batch_matmul(rows, matrices.mT)  # [b, P, O]
-        return y.view(len(x), *size, -1).movedim(-1, 1)
-    columns = x.reshape(len(matrices), matrices.shape[2], -1)  # [b, I, P]
-    return batch_matmul(matrices, columns).view(len(x), -1, *size)

@@ -33,14 +33,21 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return fast(_dense(a), _dense(b))
 
 
-def batch_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a [B, M, K] @ b [B, K, N]``; either may be transposed in memory or expanded over B."""
+def batch_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a [B, M, K] @ b [B, K, N]``; either may be transposed in memory or expanded over B.
+
+    Args:
+        a: matrices.
+        b: matrices.
+        out: where the result is written, rows or columns of larger matrices perhaps.
+    """
     fast = _onednn() if _is_candidate(a, b) else None
     if fast is None or a.shape[1] * a.shape[2] * b.shape[2] < SMALL:
-        return torch.bmm(a, b)
-    if len(a) == 1:
+        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+    if len(a) == 1 and out is None:
         return fast(_dense(a[0]), _dense(b[0])).unsqueeze(0)
-    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    if out is None:
+        out = a.new_empty(len(a), a.shape[1], b.shape[2])
     for i in range(len(a)):
         out[i] = fast(_dense(a[i]), _dense(b[i]))
     return out
