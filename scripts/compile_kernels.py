@@ -30,9 +30,18 @@ from kw.cli.tool import save_json
 from kw.evaluation import render_table
 from kw.models import PAPER_MODELS
 from kw.warehouse import KernelShape, KWLayer, partition_kernels
-from kw.warehouse.ops import ConvSpec, triton_kernels, triton_launch, triton_on_chip_kernel
+from kw.warehouse.ops import (
+    ConvSpec,
+    coefficients,
+    triton_coefficients,
+    triton_depthwise_kernels,
+    triton_kernels,
+    triton_launch,
+    triton_on_chip_kernel,
+)
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.triton_conv import TritonConv
+from kw.warehouse.ops.triton_depthwise import TritonDepthwise
 from kw.warehouse.ops.triton_on_chip import _TRITON, TritonOnChip, _triton
 from kw.warehouse.ops.triton_tiles import tiles_on_chip
 from kw.warehouse.partition import Partition
@@ -76,6 +85,10 @@ KERNELS = (
     (triton_kernels, "kernel_gradient"),
     (triton_kernels, "kernel_gradient_flat"),
     (triton_on_chip_kernel, "convolve_on_chip"),
+    (triton_depthwise_kernels, "depthwise"),
+    (triton_depthwise_kernels, "depthwise_gradient"),
+    (triton_coefficients, "coefficients"),
+    (triton_coefficients, "coefficients_gradient"),
 )
 BATCH = 128
 
@@ -180,18 +193,23 @@ def resources(cubin: bytes) -> dict[str, int]:
 def compile_layer(
     backend: Contraction, spec: ConvSpec, cells: int, size: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Both passes of one layer for a few samples; tiles are those of :data:`BATCH`. Channels last,
-    to which other kernels than pointwise ones bring their input, and pointwise ones contiguous."""
+    """Both passes of one layer and of its coefficients for a few samples; tiles are those of
+    :data:`BATCH`. Channels last, to which other kernels than pointwise ones bring their input, and
+    pointwise ones contiguous."""
     part = spec.partition
     batch = 16 if isinstance(backend, TritonOnChip) else 1
     x = torch.empty(batch, *size, spec.in_channels, dtype=dtype).movedim(-1, 1)
     alpha = torch.empty(batch, part.mixtures, cells)
     cell = part.cell_out * part.cell_in * torch.Size(part.cell_kernel).numel()
     stored = torch.empty(cells, cell, dtype=dtype)
-    needs = (True, True, True) if isinstance(backend, TritonConv) else (True, False, False)
+    needs = (True, False, False) if isinstance(backend, TritonOnChip) else (True, True, True)
     for each in (x, x.contiguous()) if spec.is_pointwise else (x,):
         y = backend.forward(each, alpha, stored, spec)
         backend.backward(torch.empty_like(y), each, alpha, stored, spec, needs)
+    logits, one_hot = torch.empty(batch, part.mixtures, cells + 1), torch.empty(alpha.shape[1:])
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    made, kept = coefficients.launch(logits, one_hot, torch.empty(()), kind)
+    coefficients.launch_gradient(made, logits, kept)
 
 
 def square(channels: tuple[int, int], kernel: int) -> ConvSpec:
@@ -205,11 +223,14 @@ def square(channels: tuple[int, int], kernel: int) -> ConvSpec:
 
 
 def few() -> Iterator[tuple[Contraction, ConvSpec, int, tuple[int, ...], torch.dtype]]:
-    """Two layers at 28x28; one of MobileNetV2 with cells of 8 by 24 channels; the last stages of
-    ResNet18 1x and 4x and of ResNet50 1x on chip."""
+    """Two layers at 28x28, and a depthwise one; one of MobileNetV2 with cells of 8 by 24 channels;
+    the last stages of ResNet18 1x and 4x and of ResNet50 1x on chip."""
     for kernel in (3, 1):
         spec = square((128, 128), kernel)
         yield TritonConv(), spec, spec.partition.mixtures, (28, 28), torch.bfloat16
+    depthwise = partition_kernels([KernelShape(96, 96, (3, 3), 96)])
+    spec = ConvSpec(depthwise.layers[0], (1, 1), (1, 1), (1, 1), 96)
+    yield TritonDepthwise(), spec, depthwise.cells, (28, 28), torch.bfloat16
     narrow = Partition((1, 1), (1, 1), 8, 24, (1, 3, 6))
     yield TritonConv(), ConvSpec(narrow, (1, 1), (0, 0), (1, 1)), 18, (56, 56), torch.bfloat16
     if _triton() >= _TRITON:
@@ -224,7 +245,7 @@ def few() -> Iterator[tuple[Contraction, ConvSpec, int, tuple[int, ...], torch.d
 def shipped(
     pattern: str, dtypes: list[torch.dtype], on_chip: bool
 ) -> Iterator[tuple[Contraction, ConvSpec, int, tuple[int, ...], torch.dtype]]:
-    """Every ungrouped layer of the shipped models, at 224 pixels."""
+    """Every ungrouped and every depthwise layer of the shipped models, at 224 pixels."""
     import timm
 
     import kw
@@ -247,12 +268,13 @@ def shipped(
         with torch.no_grad():
             model(torch.empty(1, 3, size, size, device="meta"))
         for layer in dict.fromkeys(layers):
-            if layer in seen or layer[0].groups > 1:
+            if layer in seen or (layer[0].groups > 1 and not layer[0].is_depthwise):
                 continue
             seen.add(layer)
+            backend = TritonDepthwise() if layer[0].is_depthwise else TritonConv()
             for dtype in dtypes:
-                yield TritonConv(), *layer, dtype
-                if on_chip and layer[1] <= 128 and _triton() >= _TRITON:
+                yield backend, *layer, dtype
+                if on_chip and layer[0].groups == 1 and layer[1] <= 128 and _triton() >= _TRITON:
                     yield TritonOnChip(), *layer, dtype
 
 
@@ -315,6 +337,9 @@ def main() -> None:
                 place = "x".join(map(str, size))
                 kernel["layer"] = f"{spec.in_channels}->{spec.out_channels} {side} @{place} {dtype}"
                 kernel["odd"] = bool(spec.partition.cell_in % 2 or spec.partition.cell_out % 2)
+                if spec.is_depthwise:
+                    kernel["odd"] = spec.in_channels % 16 > 0
+                kernel["odd"] |= kernel["kernel"].startswith("coefficients")  # rows of n + 1
                 if "error" not in kernel:
                     kernel["programs"] = TARGETS[target].programs_of(kernel)
                 kernel["exceeds"] = exceeded(kernel, target)

@@ -73,7 +73,7 @@ def dynamic_conv(
             shape, type or device does not fit the layer or the other tensors.
     """
     if backend in YARDSTICKS:
-        if alpha.dtype == coefficient_type(x.device.type):  # autocast's, as a GPU's kernels give it
+        if alpha.dtype == torch.bfloat16 == coefficient_type(x.device.type):  # a GPU's kernels
             alpha = alpha.to(cells.dtype)
         check_operands(x, alpha, cells, spec)
         if len(x) > 0:
