@@ -152,9 +152,16 @@ struct Rows {
   Index sample;  // floats from one sample to the next
 };
 
+// Floats from one position to the next: an odd number of cache lines spreads positions over the sets
+// of the cache, where powers of two would have them displace one another.
+inline Index row_stride(Index width) {
+  const Index lines = (width + 15) / 16;
+  return (lines + 1 - lines % 2) * 16;
+}
+
 inline Rows as_rows(const float* from, bool channels_last, Index batch, Index positions,
                     Index blocks, Index channels, Index width, float* to, Index threads) {
-  const Index all = blocks * channels, stride = blocks * width;
+  const Index all = blocks * channels, stride = row_stride(blocks * width);
   if (channels_last && width == channels) return {from, all, positions * all};
   constexpr Index LINES = 64;
   const Index parts = (positions + LINES - 1) / LINES;
