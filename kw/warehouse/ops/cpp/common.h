@@ -152,12 +152,9 @@ struct Rows {
   Index sample;  // floats from one sample to the next
 };
 
-// Floats from one position to the next: an odd number of cache lines spreads positions over the sets
-// of the cache, where powers of two would have them displace one another.
-inline Index row_stride(Index width) {
-  const Index lines = (width + 15) / 16;
-  return (lines + 1 - lines % 2) * 16;
-}
+// Floats from one position to the next: an odd number of cache lines, where an even one, such as a
+// power of two, would have positions displace one another in the cache.
+inline Index row_stride(Index width) { return width % 32 ? width : width + 16; }
 
 inline Rows as_rows(const float* from, bool channels_last, Index batch, Index positions,
                     Index blocks, Index channels, Index width, float* to, Index threads) {

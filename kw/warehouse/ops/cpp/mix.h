@@ -143,6 +143,7 @@ inline void assemble(const Mix& m, const Task& t, Index k, Index depth, float* k
             for (Index r = 0; r < height; ++r) {
               left[r] = w.left[first + r] + j;
               c[r] = to + (first + r) * stride;
+              // The next line of the kernels, which lie in the L3 cache.
               for (Index v = 0; v < T; v += 16) __builtin_prefetch(c[r] + T + v, 1);
             }
             gather_of<false>(height)(left, &right, 1, count, c, j > 0);

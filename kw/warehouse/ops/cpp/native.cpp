@@ -18,8 +18,8 @@ namespace kw {
 // 4 KB nearly every run needs another entry of the address tables. And the first touch of each page
 // of a new gradient is a call into the kernel, 28,000 of them for 113 MB. Where the system leaves
 // huge pages to those who ask (its usual setting), this asks; `filled` for memory that has pages
-// already, which Linux 6.1 and later copies into huge ones. It is done once: `filled` memory is
-// remembered, and if other memory comes to lie there, that costs time only.
+// already, which Linux 6.1 and later copies into huge ones. That is done once: addresses are
+// remembered, and other memory that comes to lie there later is merely slower.
 inline void prefer_huge_pages(const void* memory, Index bytes, bool filled) {
 #ifdef __linux__
   constexpr uintptr_t page = uintptr_t(2) << 20;
@@ -31,6 +31,7 @@ inline void prefer_huge_pages(const void* memory, Index bytes, bool filled) {
     static std::mutex mutex;
     static std::set<std::pair<uintptr_t, uintptr_t>> known;
     const std::lock_guard<std::mutex> lock(mutex);
+    if (known.size() > 4096) known.clear();
     if (!known.emplace(start, stop).second) return;
   }
   madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
@@ -76,8 +77,9 @@ int64_t kw_mix(const int64_t* layer, const float* source, const float* alpha, co
     const Index results = backward ? l.in_channels() : l.out_channels();
     const Index from = backward ? l.outputs() : l.inputs();
     const Index to = backward ? l.inputs() : l.outputs();
-    const Index chunk = source_last ? l.batch : chunk_of(channels * from, l.batch);
-    float* buffer = source_last ? nullptr : lines.get(chunk * row_stride(channels) * from);
+    const Index padded = row_stride(channels) * from;
+    const Index chunk = source_last ? l.batch : chunk_of(padded, l.batch);
+    float* buffer = source_last ? nullptr : lines.get(chunk * padded);
     for (Index b = 0; b < l.batch; b += chunk) {
       const Index count = std::min(chunk, l.batch - b);
       const Rows rows = as_rows(source + b * channels * from, source_last, count, from, 1, channels,
@@ -101,11 +103,12 @@ int64_t kw_gradients(const int64_t* layer, const float* x, const float* grad, co
     static thread_local Scratch x_lines, grad_lines, partial;
     make_phases(l, false, phases);
     const Index width = (l.cell_out + T - 1) / T * T, channels = l.in_channels();
-    const Index in = channels * l.inputs(), in_lines = row_stride(channels) * l.inputs(), out = l.out_channels() * l.outputs();
-    const Index padded = row_stride(l.out_blocks * width) * l.outputs(), rows = l.mixtures() * l.cells;
+    const Index in = channels * l.inputs(), out = l.out_channels() * l.outputs();
+    const Index in_lines = row_stride(channels) * l.inputs(), rows = l.mixtures() * l.cells;
+    const Index padded = row_stride(l.out_blocks * width) * l.outputs();
     const Parts parts = parts_of(l);
     const bool copied = !grad_last || width != l.cell_out;
-    const Index chunk = chunk_of(std::max({in, padded, parts.count() * rows}), l.batch);
+    const Index chunk = chunk_of(std::max({in_lines, padded, parts.count() * rows}), l.batch);
     float* x_to = x_last ? nullptr : x_lines.get(chunk * in_lines);
     float* grad_to = copied ? grad_lines.get(chunk * padded) : nullptr;
     if (cells_grad && !add) {
