@@ -152,9 +152,13 @@ struct Rows {
   Index sample;  // floats from one sample to the next
 };
 
+// Floats from one position to the next: an odd number of cache lines, where an even one, such as a
+// power of two, would have positions displace one another in the cache.
+inline Index row_stride(Index width) { return width % 32 ? width : width + 16; }
+
 inline Rows as_rows(const float* from, bool channels_last, Index batch, Index positions,
                     Index blocks, Index channels, Index width, float* to, Index threads) {
-  const Index all = blocks * channels, stride = blocks * width;
+  const Index all = blocks * channels, stride = row_stride(blocks * width);
   if (channels_last && width == channels) return {from, all, positions * all};
   constexpr Index LINES = 64;
   const Index parts = (positions + LINES - 1) / LINES;

@@ -20,6 +20,8 @@ namespace kw {
 
 // Positions whose x and grad stay in the L1 cache while all taps and tiles use them.
 constexpr Index POSITIONS = 224;
+// Rows of kernel gradients that stay in the L2 cache while all cells are multiplied with them.
+constexpr int DOT_BLOCK = 24;
 
 // The work: tiles of output channels, and for each of them shares of the input channels.
 struct Parts {
@@ -109,7 +111,7 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
   const Index line = T * Index(sizeof(float)) * taps;
   const Index samples = std::min<Index>(batch, 8);
   Index depth = std::min(PACK_BYTES / (n * line), KERNEL_BYTES / (samples * m * line));
-  depth = std::clamp<Index>(depth / 16 * 16, 32, 64);
+  depth = std::clamp<Index>(depth / 16 * 16, 16, 64);
   const Index some = std::clamp<Index>(KERNEL_BYTES / (m * line * depth), 1, batch);
   const Index stride = taps * depth * T + T, hop = packed_hop(n);
   float* packed = w.packed.get(taps * depth * packed_hop(n));
@@ -134,10 +136,12 @@ inline void run_part(const Gradients& g, const Meetings& meet, const Parts& part
       for (Index i = 0; i < count; ++i)
         kernel_gradient(g, meet, b + i, tile, k, high, stride, kernels + i * m * stride);
       if (g.alpha_grad)
-        tiles<DOT_COLUMNS>(n, [&](Index j, Index columns) {
-          tiles<DOT_ROWS>(rows, [&](Index r, Index height) {
-            dot_of(height, columns)(kernels + r * stride, stride, packed + j * T, lines, hop,
-                                    partial + (b * m + r) * n + j, n);
+        tiles<DOT_BLOCK>(rows, [&](Index block, Index some_rows) {
+          tiles<DOT_COLUMNS>(n, [&](Index j, Index columns) {
+            tiles<DOT_ROWS>(some_rows, [&](Index r, Index height) {
+              dot_of(height, columns)(kernels + (block + r) * stride, stride, packed + j * T, lines,
+                                      hop, partial + (b * m + block + r) * n + j, n);
+            });
           });
         });
       if (g.cells_grad)

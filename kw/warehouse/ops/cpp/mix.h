@@ -19,7 +19,7 @@ namespace kw {
 // Bytes that a thread's kernels and packed cells may take. Packed cells are used many times and stay
 // in an L2 cache of 1 MB. Kernels are written and read once, and may spill into the L3: packing the
 // cells a second time, for samples whose kernels did not fit, costs far more.
-constexpr Index KERNEL_BYTES = 1280 << 10, PACK_BYTES = 256 << 10, RESULT_BYTES = 512 << 10;
+constexpr Index KERNEL_BYTES = 1280 << 10, PACK_BYTES = 512 << 10, RESULT_BYTES = 512 << 10;
 
 struct Mix {
   const Layer& l;
@@ -143,8 +143,10 @@ inline void assemble(const Mix& m, const Task& t, Index k, Index depth, float* k
             for (Index r = 0; r < height; ++r) {
               left[r] = w.left[first + r] + j;
               c[r] = to + (first + r) * stride;
+              // The next line of the kernels, which lie in the L3 cache.
+              for (Index v = 0; v < T; v += 16) __builtin_prefetch(c[r] + T + v, 1);
             }
-            gather_of(height)(left, &right, 1, count, c, j > 0);
+            gather_of<false>(height)(left, &right, 1, count, c, j > 0);
           });
         }
       }
@@ -181,7 +183,7 @@ inline void convolve(const Mix& m, Index b, Index block, Index k, Index depth,
       }
       for (Index r = 0; r < height; ++r)
         w.to[r] = sums.data + phase.rows[first + r] * sums.stride;
-      gather_of(height)(w.left.data(), w.right.data(), segments, depth, w.to.data(), add);
+      gather_of<true>(height)(w.left.data(), w.right.data(), segments, depth, w.to.data(), add);
     });
   }
 }

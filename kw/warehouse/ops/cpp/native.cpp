@@ -1,5 +1,9 @@
 // Dynamic convolution in float32 on a CPU; see mix.h and gradients.h. Called through ctypes, with
 // tensors that native.py has checked.
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "common.h"
 #include "gradients.h"
 #include "mix.h"
@@ -10,15 +14,30 @@
 
 namespace kw {
 
-// The gradient of a warehouse is new memory at every step, and the first touch of each of its 4 KB
-// pages is a call into the kernel: 28,000 of them for 113 MB. Where the system leaves huge pages to
-// those who ask (its usual setting), this asks.
-inline void prefer_huge_pages(void* memory, Index bytes) {
+// Cells and their gradients are read and written in short runs that lie far apart: with pages of
+// 4 KB nearly every run needs another entry of the address tables. And the first touch of each page
+// of a new gradient is a call into the kernel, 28,000 of them for 113 MB. Where the system leaves
+// huge pages to those who ask (its usual setting), this asks; `filled` for memory that has pages
+// already, which Linux 6.1 and later copies into huge ones. That is done once: addresses are
+// remembered, and other memory that comes to lie there later is merely slower.
+inline void prefer_huge_pages(const void* memory, Index bytes, bool filled) {
 #ifdef __linux__
   constexpr uintptr_t page = uintptr_t(2) << 20;
+  constexpr int collapse = 25;  // MADV_COLLAPSE, which older headers lack
   const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   const uintptr_t stop = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-  if (start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+  if (start >= stop) return;
+  if (filled) {
+    static std::mutex mutex;
+    static std::set<std::pair<uintptr_t, uintptr_t>> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (known.size() > 4096) known.clear();
+    if (!known.emplace(start, stop).second) return;
+  }
+  madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+  if (filled) madvise(reinterpret_cast<void*>(start), stop - start, collapse);
+#else
+  (void)memory, (void)bytes, (void)filled;
 #endif
 }
 
@@ -53,12 +72,14 @@ int64_t kw_mix(const int64_t* layer, const float* source, const float* alpha, co
     static thread_local std::vector<Phase> phases;
     static thread_local Scratch lines;
     make_phases(l, backward, phases);
+    prefer_huge_pages(cells, l.cells * l.cell() * Index(sizeof(float)), true);
     const Index channels = backward ? l.out_channels() : l.in_channels();
     const Index results = backward ? l.in_channels() : l.out_channels();
     const Index from = backward ? l.outputs() : l.inputs();
     const Index to = backward ? l.inputs() : l.outputs();
-    const Index chunk = source_last ? l.batch : chunk_of(channels * from, l.batch);
-    float* buffer = source_last ? nullptr : lines.get(chunk * channels * from);
+    const Index padded = row_stride(channels) * from;
+    const Index chunk = source_last ? l.batch : chunk_of(padded, l.batch);
+    float* buffer = source_last ? nullptr : lines.get(chunk * padded);
     for (Index b = 0; b < l.batch; b += chunk) {
       const Index count = std::min(chunk, l.batch - b);
       const Rows rows = as_rows(source + b * channels * from, source_last, count, from, 1, channels,
@@ -83,15 +104,16 @@ int64_t kw_gradients(const int64_t* layer, const float* x, const float* grad, co
     make_phases(l, false, phases);
     const Index width = (l.cell_out + T - 1) / T * T, channels = l.in_channels();
     const Index in = channels * l.inputs(), out = l.out_channels() * l.outputs();
-    const Index padded = l.out_blocks * width * l.outputs(), rows = l.mixtures() * l.cells;
+    const Index in_lines = row_stride(channels) * l.inputs(), rows = l.mixtures() * l.cells;
+    const Index padded = row_stride(l.out_blocks * width) * l.outputs();
     const Parts parts = parts_of(l);
     const bool copied = !grad_last || width != l.cell_out;
-    const Index chunk = chunk_of(std::max({in, padded, parts.count() * rows}), l.batch);
-    float* x_to = x_last ? nullptr : x_lines.get(chunk * in);
+    const Index chunk = chunk_of(std::max({in_lines, padded, parts.count() * rows}), l.batch);
+    float* x_to = x_last ? nullptr : x_lines.get(chunk * in_lines);
     float* grad_to = copied ? grad_lines.get(chunk * padded) : nullptr;
     if (cells_grad && !add) {
       const Index size = l.cells * l.cell();
-      prefer_huge_pages(cells_grad, size * Index(sizeof(float)));
+      prefer_huge_pages(cells_grad, size * Index(sizeof(float)), false);
     }
     float* sums = alpha_grad ? partial.get(parts.count() * chunk * rows) : nullptr;
     for (Index b = 0; b < l.batch; b += chunk) {

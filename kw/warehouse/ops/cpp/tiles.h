@@ -30,7 +30,7 @@ inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
 
 // c[r] (+)= sum over segments and k of a[segment][r][k] * b[segment][k][0 .. T).
 // Rows lie anywhere: unfolding an input is a matter of pointers.
-template <int M>
+template <int M, bool ahead>
 void gather_tile(const float* const* a, const float* const* b, Index segments, Index depth,
                  float* const* c, bool add) {
   vec sum[M][NR];
@@ -43,7 +43,7 @@ void gather_tile(const float* const* a, const float* const* b, Index segments, I
     const float* left[M];
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) left[r] = a[r];
-    for (Index k = 0; k < depth; ++k, right += T) {
+    auto step = [&](Index k) {
       vec w[NR];
 #pragma GCC unroll 4
       for (int i = 0; i < NR; ++i) w[i] = load(right + i * V);
@@ -51,7 +51,20 @@ void gather_tile(const float* const* a, const float* const* b, Index segments, I
       for (int r = 0; r < M; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < NR; ++i) sum[r][i] += left[r][k] * w[i];
+      right += T;
+    };
+    // No hardware prefetcher follows so many rows: each is asked for a cache line ahead.
+    Index k = 0;
+    for (; ahead && k + 16 <= depth; k += 16) {
+      const bool more = k + 16 < depth;
+      const float* const* soon = more || s + 1 == segments ? a : a + M;
+      const Index at = more ? k + 16 : 0;
+      for (int i = 0; i < 16; ++i) {
+        if (i < M) __builtin_prefetch(soon[i] + at);
+        step(k + i);
+      }
     }
+    for (; k < depth; ++k) step(k);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < M; ++r)
@@ -164,16 +177,17 @@ inline Dot dot_of(Index rows, Index columns) {
   return dot_of(rows, columns, std::make_integer_sequence<int, DOT_ROWS * DOT_COLUMNS>());
 }
 
-typedef decltype(&gather_tile<1>) Gather;
+typedef decltype(&gather_tile<1, true>) Gather;
 typedef decltype(&outer_tile<1>) Outer;
 
-template <int... M>
+template <bool ahead, int... M>
 Gather gather_of(Index rows, std::integer_sequence<int, M...>) {
-  static constexpr Gather table[] = {gather_tile<M + 1>...};
+  static constexpr Gather table[] = {gather_tile<M + 1, ahead>...};
   return table[rows - 1];
 }
+template <bool ahead>
 inline Gather gather_of(Index rows) {
-  return gather_of(rows, std::make_integer_sequence<int, MR>());
+  return gather_of<ahead>(rows, std::make_integer_sequence<int, MR>());
 }
 
 template <int... M>
