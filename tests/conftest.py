@@ -100,6 +100,10 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def settings(images: Path) -> dict[str, Any]:
+    return settings_of(images)
+
+
+def settings_of(images: Path) -> dict[str, Any]:
     """A run of seconds: a small ResNet without BatchNorm, converted, two epochs of four updates.
 
     Without BatchNorm an update does not depend on how its images are dealt out.
