@@ -370,7 +370,8 @@ def test_handover_across_several_stages():
 
 
 def test_conversion_needs_torch_alone():
-    """In an interpreter of its own: converting a plain network imports no other library of ours."""
+    """In an interpreter of its own: converting a plain network, by a plan or ``auto``, imports no
+    other library of ours."""
     code = (
         "import sys\n"
         "from kw import convert, set_temperature\n"
@@ -378,9 +379,11 @@ def test_conversion_needs_torch_alone():
         "rules = [{'match': '0', 'warehouse': 'w'}]\n"
         "model = convert(nn.Sequential(nn.Conv2d(4, 4, 3)), {'rules': rules})\n"
         "set_temperature(model, 0.5)\n"
+        "layers = [nn.Conv2d(3, 64, 3), *(nn.Conv2d(64, 64, 3) for _ in range(3))]\n"
+        "model = convert(nn.Sequential(*layers), 'auto')\n"
         "heavy = {'mmengine', 'timm', 'torchvision', 'yaml', 'mmdet', 'cv2', 'PIL', 'sklearn'}\n"
-        "print(sorted(heavy & set(sys.modules)), 'kw' in sys.modules)\n"
+        "print(len(model.warehouses), sorted(heavy & set(sys.modules)), 'kw' in sys.modules)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[] True"
+    assert run.stdout.strip() == "1 [] True"
