@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import runpy
 import sys
@@ -21,20 +22,35 @@ from kw.cli import main
 os.environ["KW_CALIBRATION"] = "0"
 # The networks of tests are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
-# A base of mmdetection is looked for in a hundred YAML files, half a second every time.
+# A base of mmdetection is looked for in a hundred YAML files, half a second every time. What is
+# kept is what they hold: the search itself ends in an exception for most bases.
 try:
     from mmengine.config import utils as mmengine_utils
 except ImportError:
     pass
 else:
-    mmengine_utils._get_cfg_metainfo = functools.cache(mmengine_utils._get_cfg_metainfo)
+    mmengine_utils.load = functools.cache(mmengine_utils.load)
 # Autograd starts its threads at the first backward pass: none here, but some where that one is
 # inside torch.compile, and then processes that tests fork cannot run one (tests/processes.py).
 torch.ones(1, requires_grad=True).sum().backward()
 
+# What is imported stays: nothing of it is garbage, and a full collection looks through all of it.
+gc.disable()
+
 CLASSES = ("bird", "cat", "dog", "fish")
 # ResNet18 with one block a stage: its plan finds a warehouse for every stage all the same.
 SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage in tests leave the million objects of the imports out."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """The process ends with nothing left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +100,10 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def settings(images: Path) -> dict[str, Any]:
+    return settings_of(images)
+
+
+def settings_of(images: Path) -> dict[str, Any]:
     """A run of seconds: a small ResNet without BatchNorm, converted, two epochs of four updates.
 
     Without BatchNorm an update does not depend on how its images are dealt out.

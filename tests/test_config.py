@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -217,14 +216,3 @@ def test_tool_prints_the_reference_without_a_config(
 ) -> None:
     run_tool(monkeypatch, "--reference")
     assert capsys.readouterr().out == reference()
-
-
-def test_configs_load_without_timm() -> None:
-    code = (
-        "import sys; sys.modules['timm'] = None\n"
-        "from kw.config import load_config\n"
-        f"print(load_config({str(RESNET18 / 'resnet18.yaml')!r}).epochs)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "300\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -27,6 +28,7 @@ from kw.warehouse import (
     set_backend,
 )
 
+RESNET18 = Path(__file__).parents[1] / "configs/imagenet/resnet18/resnet18.yaml"
 # Which layer shares with which: a stage hands its cells over to the next one's first layers.
 STAGES = {
     "layer1": ["1.0.conv1", "1.0.conv2", "1.1.conv1", "1.1.conv2", "2.0.conv1", "2.0.downsample.0"],
@@ -369,8 +371,10 @@ def test_handover_across_several_stages():
 # --- imports ------------------------------------------------------------------------------------
 
 
-def test_conversion_needs_torch_alone():
-    """In an interpreter of its own: converting a plain network imports no other library of ours."""
+def test_what_is_imported():
+    """In an interpreter of its own: converting a plain network, by a plan or ``auto``, imports no
+    other library of ours; configurations load where there is no timm; COCO's figures and
+    annotations need no mmdetection."""
     code = (
         "import sys\n"
         "from kw import convert, set_temperature\n"
@@ -378,9 +382,17 @@ def test_conversion_needs_torch_alone():
         "rules = [{'match': '0', 'warehouse': 'w'}]\n"
         "model = convert(nn.Sequential(nn.Conv2d(4, 4, 3)), {'rules': rules})\n"
         "set_temperature(model, 0.5)\n"
+        "layers = [nn.Conv2d(3, 64, 3), *(nn.Conv2d(64, 64, 3) for _ in range(3))]\n"
+        "model = convert(nn.Sequential(*layers), 'auto')\n"
         "heavy = {'mmengine', 'timm', 'torchvision', 'yaml', 'mmdet', 'cv2', 'PIL', 'sklearn'}\n"
-        "print(sorted(heavy & set(sys.modules)), 'kw' in sys.modules)\n"
+        "print(len(model.warehouses), sorted(heavy & set(sys.modules)), 'kw' in sys.modules)\n"
+        "sys.modules['timm'] = None\n"
+        "from kw.config import load_config\n"
+        f"print(load_config({str(RESNET18)!r}).epochs)\n"
+        "del sys.modules['timm']\n"
+        "import kw.detection.evaluation, kw.detection.annotations\n"
+        "print(sorted({'mmdet', 'mmcv', 'faster_coco_eval'} & set(sys.modules)))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[] True"
+    assert run.stdout.splitlines() == ["1 [] True", "300", "[]"]

@@ -273,6 +273,7 @@ def test_python(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch)
     # Random values take most of the seconds of large models.
     for name in ("kaiming_normal_", "normal_", "trunc_normal_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: nn.init.constant_(tensor, 0.01))
+    monkeypatch.setattr(timm, "create_model", narrow(timm.create_model))
     run_python(page, {"__name__": "page", **BEFORE.get(page.stem, dict)()})
 
 
@@ -298,10 +299,22 @@ def before_readme() -> dict[str, Any]:
 BEFORE: dict[str, Callable[[], dict[str, Any]]] = {"README": before_readme}
 
 
+def narrow(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Layers and names of a ResNet are the page's, its widths are not."""
+
+    def build(name: str, **settings: Any) -> nn.Module:
+        if "resnet" in name:
+            settings["channels"] = [16, 16, 32, 32]
+        return create(name, **settings)
+
+    return build
+
+
 def test_converting_md(tmp_path, process_group, monkeypatch):
     page = ROOT / "docs" / "converting.md"
     # What is traced is the same, and no compiler is needed.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(timm, "create_model", narrow(timm.create_model))
     batch = (torch.randn(4, 3, 64, 64), torch.randint(10, (4,)))
     names = {"loader": [batch] * 2, "epochs": 1, "path": tmp_path / "model.pth"}
     names["__name__"] = "converting"

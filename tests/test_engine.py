@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from breadth import breadth
+from conftest import settings_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,8 +59,17 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert not different
 
 
-def test_a_run_leaves_what_is_promised(settings: dict[str, Any], tmp_path: Path) -> None:
-    metrics = run(changed(settings, ema={"decay": 0.5}), tmp_path)
+@pytest.fixture(scope="module")
+def trained(
+    images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, float]]:
+    """The work directory of a run with an average, and its metrics; tests only read it."""
+    work_dir = tmp_path_factory.mktemp("trained")
+    return work_dir, run(changed(settings_of(images), ema={"decay": 0.5}), work_dir)
+
+
+def test_a_run_leaves_what_is_promised(trained: Any) -> None:
+    tmp_path, metrics = trained
     assert metrics["images"] == metrics["ema_images"] == 19
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.yaml", "log.jsonl", "tensorboard", "best.pth", "results.json"} <= names
@@ -84,12 +95,10 @@ def test_a_run_leaves_what_is_promised(settings: dict[str, Any], tmp_path: Path)
     assert checkpoint["meta"]["classes"] == ["bird", "cat", "dog", "fish"]
 
 
-def test_evaluating_the_checkpoint_repeats_the_run(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    metrics = run(changed(settings, ema={"decay": 0.5}), tmp_path)
+def test_evaluating_the_checkpoint_repeats_the_run(settings: dict[str, Any], trained: Any) -> None:
+    work_dir, metrics = trained
     config = config_from_mapping(changed(settings, eval_batch_size=7))
-    results = evaluate_checkpoint(config, tmp_path / "epoch_2.pth")
+    results = evaluate_checkpoint(config, work_dir / "epoch_2.pth")
     assert results["images"] == 19
     assert results["epoch"] == 2
     assert results["top1"] == metrics["ema_top1"]
@@ -101,27 +110,28 @@ def test_it_learns(settings: dict[str, Any], tmp_path: Path) -> None:
     # With BatchNorm: normalising each image by itself would remove the grey that tells the class.
     batch_norm = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
     settings = changed(settings, epochs=16, optimizer__lr=0.01, model__timm_args=batch_norm)
+    settings["eval_interval"] = 16
     metrics = run(settings, tmp_path)
     assert metrics["top1"] > 90
 
 
 @pytest.mark.parametrize("batch_size", breadth([8, 4], [4]))
 def test_accumulation_does_not_change_the_recipe(
-    settings: dict[str, Any], tmp_path: Path, batch_size: int
+    settings: dict[str, Any], tmp_path: Path, trained: Any, batch_size: int
 ) -> None:
     """The same images an update in smaller micro-batches: equal up to summation order."""
-    run(settings, tmp_path / "whole")
-    run(changed(settings, batch_size=batch_size), tmp_path / "parts")
+    folders = trained[0], tmp_path
+    run(changed(settings, batch_size=batch_size), tmp_path)
     for key in ("loss", "lr", "temperature"):
-        whole, parts = (log_of(tmp_path / name, "train", key) for name in ("whole", "parts"))
+        whole, parts = (log_of(folder, "train", key) for folder in folders)
         assert len(whole) == 8
         assert parts == pytest.approx(whole, rel=1e-3)
-    whole, parts = (log_of(tmp_path / name, "val", "loss") for name in ("whole", "parts"))
+    whole, parts = (log_of(folder, "val", "loss") for folder in folders)
     assert parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_resuming_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Drop path, mixing, erasing and an average: two epochs and two more are four."""
+    """Drop path, mixing, erasing and an average: from the second epoch on as without a stop."""
     settings = changed(
         settings,
         epochs=4,
@@ -134,7 +144,7 @@ def test_resuming_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
         checkpoint={"keep": 4},
     )
     run(settings, tmp_path / "whole")
-    run(settings, tmp_path / "parts")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     for epoch in (3, 4):
         (tmp_path / "parts" / f"epoch_{epoch}.pth").unlink()
     run(settings, tmp_path / "parts", resume=True)
@@ -145,23 +155,20 @@ def test_resuming_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
         assert log_of(tmp_path / "whole", "train", key) == log_of(tmp_path / "parts", "train", key)
 
 
-def test_resuming_without_a_checkpoint_starts(settings: dict[str, Any], tmp_path: Path) -> None:
-    assert run(changed(settings, epochs=1), tmp_path, resume=True)["images"] == 19
-
-
 def test_going_back_to_an_earlier_epoch_keeps_later_checkpoints(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = changed(settings, epochs=4, checkpoint={"keep": 2})
-    kept = ["epoch_3.pth", "epoch_4.pth"]
+    settings = changed(settings, epochs=3, total_batch_size=32, checkpoint={"keep": 2})
+    kept = ["epoch_2.pth", "epoch_3.pth"]
     run(settings, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("epoch_*")) == kept
-    run(settings, tmp_path, resume=tmp_path / "epoch_3.pth")
+    run(settings, tmp_path, resume=tmp_path / "epoch_2.pth")
     assert sorted(p.name for p in tmp_path.glob("epoch_*")) == kept
 
 
 def test_resuming_with_other_updates_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    run(changed(settings, epochs=1), tmp_path)
+    # Without a checkpoint a run that is to be resumed starts.
+    assert run(changed(settings, epochs=1), tmp_path, resume=True)["images"] == 19
     with pytest.raises(ConfigError, match=r"holds a run already \(epoch_1.pth\).*--resume"):
         run(settings, tmp_path)
     with pytest.raises(CheckpointError, match=r"4 updates in 1 epochs.*makes 8 an epoch"):
@@ -209,12 +216,12 @@ def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"channels_last": True},
-        {"compile": True, "ema": {"decay": 0.9}},
+        {"compile": True, "ema": {"decay": 0.9}, "epochs": 2},
         {"optimizer": {"name": "sgd", "lr": 0.01, "nesterov": True, "clip_grad": 1.0}},
         {"model__kernel_warehouse": None, "temperature_epochs": 0, "label_smoothing": 0.1},
         {"model__timm_args": {"channels": [8, 8, 16, 16]}, "ema": {"decay": 0.9}},
         {
-            "schedule": {"name": "step", "milestones": [1]},
+            "schedule": {"name": "step", "milestones": [0.5]},
             "data__random_erasing": {},
             "data__mixup": 0.8,
             "data__auto_augment": "rand-m9-mstd0.5-inc1",
@@ -231,7 +238,7 @@ def test_every_option_trains(
     # What the engine does around torch.compile is tested here, not minutes of code generation.
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend="eager"))
-    metrics = run(changed(settings, **changes), tmp_path)
+    metrics = run(changed(settings, **{"epochs": 1, **changes}), tmp_path)
     assert metrics["images"] == 19
     assert all(math.isfinite(loss) for loss in log_of(tmp_path, "train", "loss"))
     if "optimizer" in changes:
@@ -343,14 +350,14 @@ def test_mistakes_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_never_loads_partly(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path, trained: Any
 ) -> None:
-    run(changed(settings, epochs=1), tmp_path)
+    best = trained[0] / "best.pth"
     other = changed(settings, model__kernel_warehouse__cell_num_ratio=2)
     with pytest.raises(CheckpointError, match=r"fc2\.weight is \[7200, 16\]"):
-        evaluate_checkpoint(config_from_mapping(other), tmp_path / "best.pth")
+        evaluate_checkpoint(config_from_mapping(other), best)
     damaged = tmp_path / "damaged.pth"
-    damaged.write_bytes((tmp_path / "best.pth").read_bytes()[:1000])
+    damaged.write_bytes(best.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         evaluate_checkpoint(config_from_mapping(settings), damaged)
 

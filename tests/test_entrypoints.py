@@ -20,6 +20,7 @@ from kw.warehouse import find_warehouses
 from kw.warehouse.attention import KernelAttention
 
 SMALL = "kw_resnet18_1d4x"
+NARROW: dict[str, object] = {"channels": [8, 16, 24, 32]}  # of a ResNet18: its layers, not its size
 # One a family; the third converts its classifier.
 FAMILIES = [SMALL, "kw_resnet50_1x", "kw_mobilenetv2_050_1d2x", "kw_convnext_tiny_1x"]
 
@@ -79,7 +80,7 @@ def test_create(name: str) -> None:
 )
 def test_features_only(name: str) -> None:
     """The static network's features, by shape; all cells are registered, none is without use."""
-    size = {"img_size": 64} if "deit" in name else {}
+    size = {"img_size": 64} if "deit" in name else NARROW if name == SMALL else {}
     model = timm.create_model(name, features_only=True, **size)
     static = timm.create_model(PAPER_MODELS[name].backbone, features_only=True, **size)
     images = torch.randn(2, 3, 64, 64)
@@ -94,18 +95,18 @@ def test_features_only(name: str) -> None:
 
 
 def test_features_of_early_stages_drop_the_late_warehouses() -> None:
-    model = timm.create_model(SMALL, features_only=True, out_indices=(1, 2))
+    model = timm.create_model(SMALL, features_only=True, out_indices=(1, 2), **NARROW)
     assert list(model.model.warehouses) == ["layer1", "layer2"]
-    assert [f.shape[1] for f in model(torch.randn(1, 3, 64, 64))] == [64, 128]
+    assert [f.shape[1] for f in model(torch.randn(1, 3, 64, 64))] == [8, 16]
 
 
 @pytest.mark.parametrize("wrapper", ["list", "hook"])
 def test_feature_wrappers_that_take_layers_out_of_the_network(wrapper: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     torch.manual_seed(0)
-    expected = timm.create_model(SMALL, features_only=True).eval()(images)
+    expected = timm.create_model(SMALL, features_only=True, **NARROW).eval()(images)
     torch.manual_seed(0)
-    model = timm.create_model(SMALL, features_only=True, feature_cls=wrapper).eval()
+    model = timm.create_model(SMALL, features_only=True, feature_cls=wrapper, **NARROW).eval()
     torch.testing.assert_close(model(images), expected)
 
 
@@ -125,14 +126,14 @@ def disturbed(name: str, **settings: object) -> torch.nn.Module:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "checkpoint"])
 @pytest.mark.parametrize("way", ["overlay", "checkpoint_path"])
 def test_weights_from_a_file(way: str, wrapped: bool, tmp_path: Path) -> None:
-    trained, path = disturbed(SMALL), tmp_path / "best.pth"
+    trained, path = disturbed(SMALL, **NARROW), tmp_path / "best.pth"
     state = trained.state_dict()
     torch.save({"state_dict": state, "meta": {"epoch": 3}} if wrapped else state, path)
     if way == "overlay":
         overlay = {"file": str(path)}
-        model = timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, **NARROW)
     else:
-        model = timm.create_model(SMALL, checkpoint_path=path)
+        model = timm.create_model(SMALL, checkpoint_path=path, **NARROW)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(images), trained(images))
@@ -144,10 +145,11 @@ def test_weights_from_a_file(way: str, wrapped: bool, tmp_path: Path) -> None:
 def test_finetuning_keeps_all_but_the_classifier(
     name: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
-    state, path = disturbed(name).state_dict(), tmp_path / "best.pth"
+    narrow = NARROW if name == SMALL else {}
+    state, path = disturbed(name, **narrow).state_dict(), tmp_path / "best.pth"
     torch.save(state, path)
     model = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **settings
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **settings, **narrow
     )
     compared = 0
     for key, tensor in model.state_dict().items():
@@ -164,11 +166,11 @@ def test_weights_of_another_model_are_refused(
     other: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
     path = tmp_path / "other.pth"
-    torch.save(timm.create_model(other).state_dict(), path)
-    overlay = {"file": str(path)}
+    torch.save(timm.create_model(other, **NARROW).state_dict(), path)
+    settings = {**settings, **NARROW, "pretrained_cfg_overlay": {"file": str(path)}}
     # A file of the static network, or of a converted one.
     with pytest.raises(UserError, match=r"is of another model .*\n  "):
-        timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+        timm.create_model(SMALL, pretrained=True, **settings)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -204,10 +206,10 @@ def test_static_weights_are_kept(
     """From a file of the static network; the classifier of other classes is replaced and said."""
     caplog.set_level(logging.INFO, "kw")
     torch.manual_seed(0)
-    static = timm.create_model("resnet18").eval()
+    static = timm.create_model("resnet18", **NARROW).eval()
     torch.save(static.state_dict(), tmp_path / "static.pth")
     overlay = {"file": str(tmp_path / "static.pth")}
-    settings: dict[str, object] = {"num_classes": classes, "in_chans": channels}
+    settings: dict[str, object] = {"num_classes": classes, "in_chans": channels, **NARROW}
     model = timm.create_model(
         "kw_resnet18_1x", pretrained=True, pretrained_cfg_overlay=overlay, **settings
     ).eval()
@@ -234,11 +236,11 @@ def test_pretrained_takes_timms_weights(
         return create(name, pretrained=pretrained, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", hub)
-    model = timm.create_model("kw_resnet18_1x", pretrained=True, num_classes=7).eval()
+    model = timm.create_model("kw_resnet18_1x", pretrained=True, num_classes=7, **NARROW).eval()
     assert asked == ["resnet18"]
     assert "the classifier of 7 classes starts afresh" in caplog.text
     torch.manual_seed(5)
-    static = create("resnet18", num_classes=7).eval()
+    static = create("resnet18", num_classes=7, **NARROW).eval()
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(model(x), static(x), atol=1e-5)
 
@@ -256,6 +258,6 @@ def test_the_papers_start_by_name() -> None:
 
 
 def test_copies_keep_their_warehouses() -> None:
-    model = copy.deepcopy(timm.create_model(SMALL, features_only=True))
+    model = copy.deepcopy(timm.create_model(SMALL, features_only=True, **NARROW))
     used = {w.cells.data_ptr() for w in find_warehouses(model)}
     assert used == {w.cells.data_ptr() for w in model.model.warehouses.values()}

@@ -234,7 +234,8 @@ def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) 
     settings.update(
         optimizer={"name": "sgd", "lr": 0.01, "weight_decay": 1e-4, "clip_grad": 0.5},
         ema={"decay": 0.5},
-        batch_size=4,
+        total_batch_size=32,
+        batch_size=8,
         epochs=1,
     )
     states, logs = {}, {}
@@ -254,7 +255,7 @@ def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) 
     for strategy, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
         settings["distributed"] = {"strategy": other}
         further[other] = run(settings, tmp_path / strategy, 2)
-    assert further["ddp"]["meta"]["iter"] == 8
+    assert further["ddp"]["meta"]["iter"] == 4
     weights = [state["state_dict"] for state in further.values()]
     assert largest_difference(*weights) < 1e-4
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +22,36 @@ from kw.training.layout import settings_changed
 from kw.training.network_pictures import picture_classes
 from kw.training.saving import link
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-import torch
-from kw.training.distributed import Process
-from kw.training.folder import held
-with held(Path(sys.argv[1]), Process(0, 1, torch.device("cpu"))):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 # --- one run in a folder ----------------------------------------------------------------------
+
+
+def hold(folder: Path, pipe: Connection) -> None:
+    with held(folder, CPU):
+        pipe.send("held")
+        pipe.recv()
 
 
 @pytest.mark.parametrize("end", ["asked", "killed"])
 def test_a_folder_is_one_runs(settings: dict[str, Any], tmp_path: Path, end: str) -> None:
-    arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, **pipes) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            message = rf"in use by a run \(process {other.pid} on .+\); wait for it"
-            for resume in (False, True):
-                with pytest.raises(ConfigError, match=message):
-                    run(settings, tmp_path, resume=resume)
-            assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
-        finally:
-            if end == "killed":
-                other.kill()
-            else:
-                other.communicate("")
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    other = context.Process(target=hold, args=(tmp_path, there))
+    other.start()
+    try:
+        assert here.poll(60)
+        assert here.recv() == "held"
+        message = rf"in use by a run \(process {other.pid} on .+\); wait for it"
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=message):
+                run(settings, tmp_path, resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    finally:
+        if end == "killed":
+            other.kill()
+        else:
+            here.send("end")
+        other.join(60)
+    assert other.exitcode == (-signal.SIGKILL if end == "killed" else 0)
     with held(tmp_path, CPU):
         assert (tmp_path / "run.lock").exists()
     assert not list(tmp_path.iterdir())

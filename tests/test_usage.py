@@ -35,6 +35,14 @@ def coco(tmp_path: Path) -> Path:
     return write_coco_set(tmp_path / "set")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float | None]]:
+    """The checkpoint of an epoch on a set as ``coco`` is, and its figures; tests only read it."""
+    coco = write_coco_set(tmp_path_factory.mktemp("trained") / "set")
+    figures = train(config_of(coco, *EPOCH), coco.parent / "run")
+    return coco.parent / "run" / "best.pth", figures
+
+
 def config_of(coco: Path, *options: str, replace: tuple[str, str] = ("", "")) -> Any:
     path = coco.parent / "detector.py"
     path.write_text(detector_text(coco).replace(*replace))
@@ -127,25 +135,23 @@ def test_what_is_left_out_is_said(coco: Path, caplog: pytest.LogCaptureFixture) 
     assert f"{len(reds)} objects that training leaves out" in told  # the check's warnings
 
 
-def test_a_set_to_test_on_needs_objects(coco: Path) -> None:
-    train(config_of(coco, *EPOCH), coco.parent / "run")
+def test_a_set_to_test_on_needs_objects(coco: Path, trained: Any) -> None:
     change(coco, "val", iscrowd=1)
     for options in (EPOCH, [*EPOCH, "data.check=false"]):
         with pytest.raises(DataError, match="no object"):
             train(config_of(coco, *options), coco.parent / "other")
     with pytest.raises(DataError, match=r"no object to evaluate against \(of red, green, blue"):
-        evaluate_checkpoint(config_of(coco, "data.check=false"), coco.parent / "run" / "best.pth")
+        evaluate_checkpoint(config_of(coco, "data.check=false"), trained[0])
 
 
-def test_a_bom_and_a_category_listed_twice(coco: Path) -> None:
+def test_a_bom_and_a_category_listed_twice(coco: Path, trained: Any) -> None:
     """Training, check and evaluation read the same content."""
-    expected = train(config_of(coco, *EPOCH), coco.parent / "run")
     for split in ("train", "val"):
         file = coco / "annotations" / f"instances_{split}.json"
         content = json.loads(file.read_text())
         content["categories"].insert(0, {"id": 1, "name": "blue"})
         file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
-    assert train(config_of(coco, *EPOCH), coco.parent / "other") == expected
+    assert train(config_of(coco, *EPOCH), coco.parent / "run") == trained[1]
 
 
 def test_more_objects_than_detections(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,11 +293,10 @@ def test_pipelines(coco: Path, old: str, new: str, message: str) -> None:
     ),
 )
 def test_a_set_is_checked_before_it_is_tested_on(
-    coco: Path, values: dict[str, Any], message: str
+    coco: Path, trained: Any, values: dict[str, Any], message: str
 ) -> None:
-    train(config_of(coco, *EPOCH), coco.parent / "run")
     change(coco, "val", **values)
-    checkpoint = coco.parent / "run" / "best.pth"
+    checkpoint, _ = trained
     for use in (
         lambda: evaluate_checkpoint(config_of(coco), checkpoint),
         lambda: write_pictures(config_of(coco), checkpoint, coco.parent / "pictures"),
