@@ -42,6 +42,16 @@ def file(coco: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(coco: Path) -> Path:
+    """The last checkpoint of an epoch; tests only read it."""
+    file = coco.parent / "trained.py"
+    file.write_text(detector_text(coco))
+    options = ["epochs=1", "schedule.milestones=[0.5]"]
+    train(load_detector_config(file, options), coco.parent / "trained")
+    return coco.parent / "trained" / "last.pth"
+
+
 def log_of(work_dir: Path, mode: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["mode"] == mode]
@@ -177,11 +187,10 @@ def test_bad_data_are_refused_before_training(coco: Path, file: Path, tmp_path: 
         train(load_detector_config(file, ["data.classes=[red, purple]"]), tmp_path / "run")
 
 
-def test_a_checkpoint_of_another_detector(file: Path, tmp_path: Path) -> None:
-    train(load_detector_config(file, ["epochs=1", "schedule.milestones=[0.5]"]), tmp_path / "run")
+def test_a_checkpoint_of_another_detector(file: Path, trained: Path, tmp_path: Path) -> None:
     wider = ["model.roi_head.bbox_head.fc_out_channels=48"]
     with pytest.raises(CheckpointError, match="another model"):
-        evaluate_checkpoint(load_detector_config(file, wider), tmp_path / "run" / "last.pth")
+        evaluate_checkpoint(load_detector_config(file, wider), trained)
     done = call("tools/test.py", file, tmp_path / "none.pth", status=2)
     assert done.stderr.startswith("error: checkpoint")
     assert "Traceback" not in done.stderr
@@ -211,12 +220,10 @@ def test_a_part_of_a_set(coco: Path, tmp_path: Path) -> None:
         write_subset(source, target, 8)
 
 
-def test_pictures(file: Path, tmp_path: Path) -> None:
+def test_pictures(file: Path, trained: Path, tmp_path: Path) -> None:
     """Predictions beside the truth, one picture an image; the last has no object."""
-    train(load_detector_config(file, ["epochs=1", "schedule.milestones=[0.5]"]), tmp_path / "run")
     out = tmp_path / "pictures"
-    checkpoint = tmp_path / "run" / "last.pth"
-    written = write_pictures(load_detector_config(file), checkpoint, out, images=99, score=0.0)
+    written = write_pictures(load_detector_config(file), trained, out, images=99, score=0.0)
     assert [path.name for path in written] == [f"val_{i}.png" for i in range(5)] + ["sheet.png"]
     sizes = {path.name: Image.open(path).size for path in written}
     assert sizes["val_1.png"][0] > 2 * sizes["val_1.png"][1]  # two 96 x 64 images side by side

@@ -85,7 +85,7 @@ def test_the_whole_path(both: bool, tmp_path: Path, call: Callable[..., str]) ->
     pytest.importorskip("sklearn")
     options = ["imagenet_300ep", "--scale", "tiny", "--work-dir", tmp_path]
     options += ["--rows", "resnet18", "kw_resnet18_1x"]
-    settings = ["epochs=1", "total_batch_size=32", "batch_size=32", "checkpoint.updates=4"]
+    settings = ["epochs=1", "total_batch_size=16", "batch_size=16", "checkpoint.updates=2"]
     settings += ["data.workers=0", "data.input_size=16", "model.timm_args.channels=[8,8,16,16]"]
     settings += ["model.timm_args.layers=[1,1,1,1]"]
     run = [*options, "--run", "--cfg-options", *settings]
