@@ -27,11 +27,11 @@ from kw.config import Config, config_from_mapping
 from kw.data import open_training
 from kw.evaluation import render_table
 
-SIZE, BATCH = 224, 50
+SIZE = 224
 
 
-def own(folder: Path, policy: str | None, decoder: str) -> Iterator[Any]:
-    config = settings(folder, policy, decoder)
+def own(folder: Path, policy: str | None, batch: int, decoder: str) -> Iterator[Any]:
+    config = settings(folder, policy, batch, decoder)
     loader = open_training(config, torch.device("cpu"), 0, 1)
     sampler: Any = loader.batch_sampler
     for epoch in itertools.count():
@@ -39,7 +39,7 @@ def own(folder: Path, policy: str | None, decoder: str) -> Iterator[Any]:
         yield from loader
 
 
-def settings(folder: Path, policy: str | None, decoder: str) -> Config:
+def settings(folder: Path, policy: str | None, batch: int, decoder: str) -> Config:
     data = {"root": str(folder), "workers": 0, "decoder": decoder, "auto_augment": policy}
     return config_from_mapping(
         {
@@ -47,16 +47,16 @@ def settings(folder: Path, policy: str | None, decoder: str) -> Config:
             "data": data,
             "optimizer": {"lr": 0.1},
             "epochs": 1,
-            "total_batch_size": BATCH,
-            "batch_size": BATCH,
+            "total_batch_size": batch,
+            "batch_size": batch,
         }
     )
 
 
-def by_timm(folder: Path, policy: str | None) -> Iterator[Any]:
+def by_timm(folder: Path, policy: str | None, batch: int) -> Iterator[Any]:
     dataset = create_dataset("", str(folder / "train"))
     loader: Any = create_loader(
-        dataset, (3, SIZE, SIZE), BATCH, is_training=True, auto_augment=policy, color_jitter=0.0,
+        dataset, (3, SIZE, SIZE), batch, is_training=True, auto_augment=policy, color_jitter=0.0,
         interpolation="bicubic", num_workers=0, device=torch.device("cpu"), pin_memory=False,
         persistent_workers=False,
     )  # fmt: skip
@@ -64,14 +64,14 @@ def by_timm(folder: Path, policy: str | None) -> Iterator[Any]:
         yield from loader.loader  # before the part that runs on the device
 
 
-def by_torchvision(folder: Path, policy: str | None) -> Iterator[Any]:
+def by_torchvision(folder: Path, policy: str | None, batch: int) -> Iterator[Any]:
     steps: list[Any] = [
         tv.RandomResizedCrop(SIZE, interpolation=tv.InterpolationMode.BICUBIC),
         tv.RandomHorizontalFlip(),
     ]
     steps += [tv.RandAugment()] if policy else []
     dataset = TorchvisionFolder(str(folder / "train"), tv.Compose([*steps, tv.PILToTensor()]))
-    loader: DataLoader[Any] = DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
+    loader: DataLoader[Any] = DataLoader(dataset, batch, shuffle=True, drop_last=True)
     while True:
         yield from loader
 
@@ -81,14 +81,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="train/ in it has a folder for every class")
     parser.add_argument("--policy", help="a policy of timm; torchvision gets its RandAugment")
     parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
-    parser.add_argument("--images", type=number(int, BATCH, 10**6), default=100, help="of a round")
+    parser.add_argument("--images", type=number(int, 1, 10**6), default=100, help="of a round")
+    parser.add_argument("--batch-size", type=number(int, 1, 10**4), default=50)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    what = args.folder, args.policy, args.batch_size
     loaders = {
-        "timm": by_timm(args.folder, args.policy),
-        "torchvision": by_torchvision(args.folder, args.policy),
-        "kw, decoder pillow": own(args.folder, args.policy, "pillow"),
-        "kw, decoder simplejpeg": own(args.folder, args.policy, "simplejpeg"),
+        "timm": by_timm(*what),
+        "torchvision": by_torchvision(*what),
+        "kw, decoder pillow": own(*what, "pillow"),
+        "kw, decoder simplejpeg": own(*what, "simplejpeg"),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for round_ in range(args.rounds + 1):
@@ -96,7 +98,7 @@ def main() -> None:
             begin, count = time.process_time(), 0
             while count < args.images:
                 next(batches)
-                count += BATCH
+                count += args.batch_size
             if round_:  # the first warms up
                 rates[name].append(count / (time.process_time() - begin))
     base = statistics.median(rates["timm"])

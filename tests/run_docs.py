@@ -56,6 +56,7 @@ ELSEWHERE = {
     "sbatch": "tests/test_launchers.py, with stand-ins for slurm's commands",
     "scripts/prepare_imagenet.sh": "tests/test_prepare_imagenet.py, on small archives",
     "scripts/prepare_coco.sh": "tests/test_prepare_coco.py, on small archives",
+    "scripts/compare_loading.py": "tests/test_jpeg.py, on a few pictures",
     "tools/convert_checkpoint.py": "tests/test_authors_checkpoints.py, on files with their keys",
     "tests/kills.py": "tests/test_resume.py, with fewer kills",
     "tests/time_coco_evaluation.py": "a measurement",

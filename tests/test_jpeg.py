@@ -172,6 +172,17 @@ def test_damaged_files_are_found(folder: Path, tmp_path: Path) -> None:
         fast[0, 0]
 
 
+def test_loaders_are_compared(
+    folder: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--rounds", 1, "--images", 4, "--batch-size", 4)
+    tool("scripts/compare_loading.py", folder, "--policy", "rand-m5", *few)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "timm", "torchvision", "kw, decoder pillow", "kw, decoder simplejpeg"
+    ]  # fmt: skip
+
+
 def test_without_the_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kw.data.dataset.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install simplejpeg"):

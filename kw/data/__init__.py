@@ -11,6 +11,7 @@ from ..lazy import lazily
 if TYPE_CHECKING:
     from .dataset import UNREADABLE, ImageFolder, Listing, Sample, list_splits
     from .faults import BadImage, FaultLog, TolerantDataset
+    from .jpeg import Jpeg
     from .loader import (
         Loader,
         build_eval_loader,
@@ -35,6 +36,7 @@ __all__ = [
     "EvalBatchSampler",
     "FaultLog",
     "ImageFolder",
+    "Jpeg",
     "Listing",
     "Loader",
     "Sample",
@@ -62,6 +64,7 @@ __getattr__ = lazily(
     {
         "dataset": "UNREADABLE ImageFolder Listing Sample list_splits",
         "faults": "BadImage FaultLog TolerantDataset",
+        "jpeg": "Jpeg",
         "loader": "Loader build_eval_loader build_loader build_train_loader "
         "deaths_explained stop_workers",
         "preprocess": "BatchPreprocessor",
