@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--images", type=number(int, 1, 10**6), default=100, help="of a round")
     parser.add_argument("--batch-size", type=number(int, 1, 10**4), default=50)
     args = parser.parse_args()
+    if not (args.folder / "train").is_dir():
+        parser.error(f"{args.folder}: expected a folder with train/ in it")
     torch.set_num_threads(1)
     what = args.folder, args.policy, args.batch_size
     loaders = {
