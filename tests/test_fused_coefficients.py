@@ -1,4 +1,7 @@
-"""The Triton kernels of attention coefficients against plain operators in float64."""
+"""The Triton kernels of attention coefficients against plain operators in float64.
+
+tests/test_triton.py runs this file in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 
 import pytest
 import torch
-from triton_checks import DEVICE, INTERPRETED, can_start_interpreter, run_in_interpreter
+from triton_checks import DEVICE, INTERPRETED
 
 from kw.benchmark.doctor import examine_attention
 from kw.warehouse import KWConv2d, set_temperature
@@ -242,8 +245,3 @@ def test_the_trial_finds_no_fault():
 def test_the_doctor_examines_the_kernel(launch, words, monkeypatch):
     with_faults(monkeypatch, launch)
     assert re.match(words, examine_attention("cpu"))
-
-
-@can_start_interpreter
-def test_kernels_in_the_interpreter():
-    run_in_interpreter("not slow", __file__)

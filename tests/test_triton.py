@@ -292,6 +292,6 @@ def test_cost_counts_what_is_assembled(monkeypatch):
 @can_start_interpreter
 @either_mark
 def test_in_the_interpreter(marks):
-    """One process for both back ends: most of its time are imports."""
-    other = str(Path(__file__).with_name("test_on_chip.py"))
-    run_in_interpreter(marks, __file__, other)
+    """One process for all kernels: most of its time are imports."""
+    names = ("test_on_chip.py", "test_triton_depthwise.py", "test_fused_coefficients.py")
+    run_in_interpreter(marks, __file__, *(str(Path(__file__).with_name(name)) for name in names))

@@ -1,4 +1,7 @@
-"""The Triton back end of depthwise layers against the reference, and where it is chosen."""
+"""The Triton back end of depthwise layers against the reference, and where it is chosen.
+
+tests/test_triton.py runs this file in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from convolutions import CASES, HALVES, WHOLE, Case
 from test_selection import problem
 from triton_checks import (
     INTERPRETED,
-    can_start_interpreter,
     compare,
-    run_in_interpreter,
     runs_kernels,
 )
 
@@ -91,8 +92,3 @@ def test_is_chosen_for_channels_last_images(gpu, training):
     best = selector.predict(replace(like, channels_last=True), profile)[0]
     assert best.name == "triton_depthwise"
     assert math.isfinite(best.seconds)
-
-
-@can_start_interpreter
-def test_kernels_in_the_interpreter():
-    run_in_interpreter("not slow", __file__)
