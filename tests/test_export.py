@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,16 @@ def test_a_trace_takes_any_number_of_images(name: str, batch: int) -> None:
     traced = torch.jit.trace(network, torch.randn(batch, 3, 64, 64), check_trace=False)
     for images in (torch.randn(1, 3, 64, 64), torch.randn(3, 3, 64, 64)):
         torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [KWConv2d(4, 6, 3, padding=1), KWLinear(4, 6)], ids=str)
+def test_a_trace_with_gradients_on_can_be_saved(layer: nn.Module) -> None:
+    layer.eval()
+    x = torch.randn(2, 4, 5, 5) if isinstance(layer, KWConv2d) else torch.randn(2, 5, 4)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x, check_trace=False), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
 
 
 @each_kind

@@ -350,7 +350,7 @@ class KWLinear(KWLayer):
 
 def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Global average over positions, in float32 at least: ``[B, I]``."""
-    if torch.compiler.is_compiling() or in_function_transform():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_function_transform():
         return _mean(x, dims)
     result: Tensor = _Pool.apply(x, dims)
     return result
