@@ -24,6 +24,7 @@ __all__ = [
     "copy_all",
     "dispatch_modes",
     "in_function_transform",
+    "is_traced",
     "lerp_all",
     "onednn_linear",
     "overflow",
@@ -59,6 +60,12 @@ def runs_in_this_pass(node: Any) -> bool:
 def in_function_transform() -> bool:
     """Whether code runs under ``torch.func.vmap``, ``grad`` and their like."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_traced() -> bool:
+    """Whether code is compiled, traced or transformed, so that plain operators have to be seen."""
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return compiled or in_function_transform()
 
 
 def dispatch_modes() -> Sequence[Any]:

@@ -19,7 +19,7 @@ from triton_checks import (
     runs_kernels,
 )
 
-from kw.warehouse.ops import selector, triton_depthwise
+from kw.warehouse.ops import CONTRACTIONS, selector, triton_depthwise
 from kw.warehouse.ops.gpus import GPUS
 from kw.warehouse.ops.triton_depthwise import TritonDepthwise
 
@@ -92,3 +92,19 @@ def test_is_chosen_for_channels_last_images(gpu, training):
     best = selector.predict(replace(like, channels_last=True), profile)[0]
     assert best.name == "triton_depthwise"
     assert math.isfinite(best.seconds)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_changes_of_layout_count_where_they_happen(training):
+    """The library's kernels of a GPU take channels first; a CPU's take images as they lie."""
+    case = Case((3, 3), (56, 56), (96, 96), padding=1, groups=96)
+    like = replace(problem(8, training=training, batch=8), spec=case.make()[-1], size=(56, 56))
+    for name in ("depthwise", "assembled"):
+        cost = CONTRACTIONS[name].cost
+        last = replace(like, channels_last=True)
+        assert cost(like).waiting_bytes == cost(last).waiting_bytes == 0
+        there = replace(like, device="cuda")
+        assert cost(there).waiting_bytes == 0
+        copied = cost(replace(there, channels_last=True)).waiting_bytes
+        values = 8 * (like.input_numel + like.output_numel) * (3 if training else 1)
+        assert copied == 2 * 4 * values

@@ -1,13 +1,14 @@
 """JPEG files decoded by libjpeg-turbo and resized as bytes: ``data.decoder: simplejpeg``.
 
 The crop is drawn first, from the size in the header, as Pillow's path draws it under the same seed.
-A picture much larger than its result is decoded at 1/2, 1/4 or 1/8 of its size, which costs less
-than all pixels. What Pillow has to judge is left to it: other formats, CMYK, turned pictures,
-damaged files.
+A picture of which the crop is twice as large as its result or more is decoded at 4/8 to 1/8 of its
+size, which costs less than all pixels. What Pillow has to judge is left to it: other formats, CMYK,
+turned pictures, damaged files.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,9 @@ class Jpeg:
 
         Args:
             box: top, left, height and width, pixels of the whole.
-            least: height and width that the part must have, if it has them in the file: a picture
-                that is twice as large or more is decoded smaller.
+            least: height and width that are needed: where the part has twice as much or more, the
+                picture is decoded at the smallest size at which the part still has them, but for
+                rounding its edges.
 
         Raises:
             JpegError: the file is damaged.
@@ -61,8 +63,8 @@ class Jpeg:
         try:
             pixels = simplejpeg.decode_jpeg(
                 self._data,
-                min_height=int(height / factor) if factor >= 2 else 0,
-                min_width=int(width / factor) if factor >= 2 else 0,
+                min_height=math.ceil(height / factor) if factor >= 2 else 0,
+                min_width=math.ceil(width / factor) if factor >= 2 else 0,
             )
         except ValueError as error:
             raise JpegError(str(error)) from error

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..torch_private import in_function_transform
+from ..torch_private import is_traced
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
 from .start import keep_kernels
@@ -350,7 +350,7 @@ class KWLinear(KWLayer):
 
 def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Global average over positions, in float32 at least: ``[B, I]``."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_function_transform():
+    if is_traced():
         return _mean(x, dims)
     result: Tensor = _Pool.apply(x, dims)
     return result

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...torch_private import in_function_transform
+from ...torch_private import is_traced
 from .device import current_gpu
 from .trials import Trials, attempt, difference, fault, tolerance
 from .triton_launch import interpreted
@@ -89,9 +89,7 @@ def _is_supported(logits: Tensor) -> bool:
         and logits.is_contiguous()
         and logits.numel() > 0
         and logits.shape[-1] <= _MOST_CELLS + 1
-        and not torch.compiler.is_compiling()
-        and not in_function_transform()
-        and not torch.jit.is_tracing()
+        and not is_traced()
     )
 
 

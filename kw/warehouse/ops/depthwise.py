@@ -94,7 +94,7 @@ class Depthwise(Contraction):
         copied = 0.0
         if by_sample != last and problem.device == "cpu":
             slow += RELAYOUT_MACS * problem.batch * activations * convolutions
-        elif last:  # to channels first and back
+        elif last and problem.device != "cpu":  # to channels first and back
             copied = 2 * problem.batch * activations * convolutions
         if backward and is_cpu_2d and not by_sample:
             slow *= slowdown(spec)

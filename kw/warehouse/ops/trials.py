@@ -98,7 +98,8 @@ class Trials:
         if (name, reason) not in self._logged:
             self._logged.add((name, reason))
             log.warning(
-                "%s is not used for %s: %s. Another one takes its place; `kw doctor` tells more",
+                "%s is not used for %s: %s. Another implementation takes its place; "
+                "`kw doctor` tells more",
                 name, about(), reason,
             )  # fmt: skip
         return False
