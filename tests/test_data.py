@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data import (
     DataError,
     EvalBatchSampler,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kw.config.schema import DataConfig, RandomErasingConfig
+from kw.config.data_schema import DataConfig, RandomErasingConfig
 from kw.data import BatchPreprocessor
 
 SIZE = 16

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from kw.config import config_from_mapping
+from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
-from kw.config.schema import DataConfig
 from kw.data import (
     UNREADABLE,
     BadImage,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from kw.config import ConfigError, config_from_mapping
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data import build_transform
 from kw.data.dataset import ImageFolder
 from kw.data.jpeg import JpegError, open_jpeg

@@ -15,7 +15,7 @@ from deployment import CLASSES, SETTINGS, write_checkpoint
 from PIL import Image
 
 import kw
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data import BatchPreprocessor, ImageFolder, build_transform
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.classifier import Classifier

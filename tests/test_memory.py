@@ -19,7 +19,8 @@ from torchvision.transforms.v2 import functional as F
 
 import kw.data.memory as memory_module
 from kw.config import ConfigError, config_from_mapping
-from kw.config.schema import Config, DataConfig
+from kw.config.data_schema import DataConfig
+from kw.config.schema import Config
 from kw.data import DataError, Loader, derive_seed, open_training, open_validation, uniform_draws
 from kw.data.batch_augment import BatchAugment, Choices
 from kw.data.resample import axis_weights, resample

@@ -19,7 +19,7 @@ from processes import call
 
 from kw import registry
 from kw.config import ConfigError, config_from_mapping, load_config
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data import DataError
 from kw.data.dataset import Listing, list_split
 from kw.errors import UserError

@@ -16,7 +16,7 @@ from PIL import Image
 from test_engine import changed, run
 from torchvision.datasets.folder import make_dataset
 
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data import DataError, ImageFolder, list_splits
 from kw.data.walk import IMAGE_EXTENSIONS, describe, walk_images
 from kw.deploy.predict import find_images

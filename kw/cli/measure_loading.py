@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config import Config, load_config
-from ..config.schema import MemoryConfig
+from ..config.data_schema import MemoryConfig
 from ..data import BatchPreprocessor, Loader, open_training, stop_workers
 from ..evaluation import render_table
 from .tool import ToolParser, add_config_options, device, number

@@ -13,20 +13,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..registry import ATTENTION_FUNCTIONS, DATASETS, LOSSES, PEERS
+from ..registry import ATTENTION_FUNCTIONS, LOSSES, PEERS
+from .data_schema import DataConfig
 from .fields import setting, table
-from .run_schema import BadImagesConfig, RunConfig
+from .run_schema import RunConfig
 
 __all__ = [
     "Config",
-    "DataConfig",
     "KernelWarehouseConfig",
     "LossConfig",
-    "MemoryConfig",
     "ModelConfig",
     "PeerConfig",
     "PicturesConfig",
-    "RandomErasingConfig",
     "StemConfig",
     "WarehouseConfig",
 ]
@@ -183,131 +181,6 @@ class ModelConfig:
     peer: PeerConfig | None = setting(
         None, "conversion to another dynamic convolution instead, e.g. {method: dyconv, kernels: 4}"
     )
-
-
-@dataclass
-class RandomErasingConfig:
-    """Random erasing (Zhong et al., 2020), on the device, after normalisation."""
-
-    probability: float = setting(0.25, "probability per image", minimum=0, maximum=1)
-    mode: str = setting(
-        "pixel",
-        "what a rectangle is filled with: noise per pixel, one random colour, or zeros",
-        choices=("pixel", "rand", "const"),
-    )
-    count: int = setting(1, "largest number of rectangles per erased image", minimum=1, maximum=100)
-
-
-@dataclass
-class MemoryConfig:
-    """Images decoded once and held in memory, as bytes; they are augmented as batches, on the
-    device that trains (docs/data.md)."""
-
-    place: str = setting(
-        "device",
-        "memory of the training device, or of its host",
-        choices=("device", "host"),
-    )
-    size: int | None = setting(
-        None,
-        "side of the stored training images, pixels: the shorter side is resized to it, then the "
-        "centre is cropped; null = unchanged, all images of one size",
-        minimum=1,
-        maximum=8192,
-    )
-
-
-@dataclass
-class DataConfig:
-    """Images, augmentation and loading."""
-
-    root: str = setting(
-        doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
-    )
-    input_size: int = setting(
-        224, "side of the square network input, pixels", minimum=1, maximum=8192
-    )
-    workers: int = setting(
-        4, "loader processes per device; 0 = load in the training process", minimum=0, maximum=512
-    )
-    memory: MemoryConfig | None = setting(
-        None,
-        "keep decoded images in memory, e.g. {place: device}; null = read the files in every epoch",
-    )
-    bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
-    exif_orientation: str = setting(
-        "apply",
-        "apply: rotate images as their EXIF data say; ignore: use them as stored, as torchvision "
-        "and timm do",
-        choices=("apply", "ignore"),
-    )
-    decoder: str = setting(
-        "pillow",
-        "pillow: exact; simplejpeg: more images a second of JPEG files, pixels differ by a few "
-        "levels (docs/data.md)",
-        choices=("pillow", "simplejpeg"),
-    )
-    mean: list[float] = setting(
-        [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
-    )
-    std: list[float] = setting(
-        [0.229, 0.224, 0.225],
-        "channel standard deviations of inputs in [0, 1]",
-        minimum=1e-6,
-        maximum=1e6,
-        length=3,
-    )
-    interpolation: str = setting(
-        "bicubic",
-        "interpolation of resized images",
-        choices=("bilinear", "bicubic", "nearest", "lanczos"),
-    )
-    test_crop_ratio: float = setting(
-        0.875, "test images are resized to input_size / ratio, then cropped", minimum=0.1, maximum=1
-    )
-    crop_scale: list[float] = setting(
-        [0.08, 1.0],
-        "area range of the random resized crop, fractions",
-        above=0,
-        maximum=1,
-        length=2,
-    )
-    crop_ratio: list[float] = setting(
-        [0.75, 1.3333],
-        "aspect range of the random resized crop, width / height",
-        minimum=1e-3,
-        maximum=1e3,
-        length=2,
-    )
-    horizontal_flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    color_jitter: float | None = setting(
-        None, "strength of brightness, contrast and saturation jitter", minimum=0, maximum=10
-    )
-    auto_augment: str | None = setting(
-        None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
-    )
-    transforms: dict[str, dict[str, Any]] = setting(
-        {},
-        "further transforms of a training image before the crop: registered names, with their "
-        "arguments",
-    )
-    random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
-    mixup: float = setting(
-        0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0, maximum=1000
-    )
-    cutmix: float = setting(
-        0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0, maximum=1000
-    )
-    mix_probability: float = setting(
-        1.0, "probability that mixup or cutmix is applied to a batch", minimum=0, maximum=1
-    )
-    mix_switch_probability: float = setting(
-        0.5, "probability of cutmix instead of mixup if both are on", minimum=0, maximum=1
-    )
-    dataset: str = setting(
-        "folder", "how a split's files, labels and classes are found", choices=DATASETS
-    )
-    dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
 
 
 @dataclass

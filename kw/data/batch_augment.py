@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data.resample import axis_weights, resample
 from kw.data.seeding import uniform_draws
 

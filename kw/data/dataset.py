@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
-from kw.config.schema import DataConfig
 from kw.data.faults import TolerantDataset
 from kw.data.jpeg import JpegError, open_jpeg
 from kw.data.reading import DataError, read_image

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from kw.config.schema import MemoryConfig
+from kw.config.data_schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
 from kw.data.dataset import UNREADABLE, ImageFolder
 from kw.data.faults import BadImage, FaultLog, TolerantDataset

@@ -17,7 +17,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data.seeding import seeded
 
 __all__ = ["BatchPreprocessor"]

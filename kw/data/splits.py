@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from kw.config.schema import Config, DataConfig
+from kw.config.data_schema import DataConfig
+from kw.config.schema import Config
 from kw.data.batch_augment import BatchAugment
 from kw.data.dataset import ImageFolder, Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 
-from kw.config.schema import DataConfig
+from kw.config.data_schema import DataConfig
 from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
 from kw.registry import TRANSFORMS
 

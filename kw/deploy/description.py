@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Config, ConfigError, config_from_mapping, to_dict
-from ..config.schema import DataConfig
+from ..config.data_schema import DataConfig
 from ..errors import UserError
 
 __all__ = ["Description", "ExportError", "InputRange", "preprocessing"]
