@@ -92,7 +92,7 @@ def main() -> None:
         "timm": by_timm(*what),
         "torchvision": by_torchvision(*what),
         "kw, decoder pillow": own(*what, "pillow"),
-        "kw, decoder simplejpeg": own(*what, "simplejpeg"),
+        "kw, decoder fast": own(*what, "fast"),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for round_ in range(args.rounds + 1):
