@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from kw.config import ConfigError, config_from_mapping
 from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
 from kw.data.dataset import ImageFolder, Samples
-from kw.data.fast import DecodeError, open_fast
+from kw.data.fast import DecodeError, draw_box, open_fast
 from kw.data.loader import build_train_loader, collate
 from kw.data.reading import BadImageError, DataError
 from kw.data.transforms import build_fast_transform, build_transform
@@ -127,6 +128,18 @@ def test_bad_files_within_a_batch(folder: Path, tmp_path: Path) -> None:
     for image, index in zip(batch["images"], batch["indices"].tolist(), strict=True):
         alone = dataset[0, index]
         assert torch.equal(image, (alone if index else alone.sample).image)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (16, 700), (1, 1)])
+@pytest.mark.parametrize(("scale", "ratio"), [((0.08, 1), (0.75, 1.3333)), ((0.9, 1), (1, 1))])
+def test_boxes_are_timms(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    image = Image.new("L", size)
+    for seed in range(50):
+        random.seed(seed)
+        expected = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+        assert draw_box(size, scale, ratio, random.Random(seed)) == expected
 
 
 def test_the_crop_and_mirroring_leave_the_generators_alone(folder: Path) -> None:

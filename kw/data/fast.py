@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,15 @@ from kw.data.reading import orientation_of
 from kw.data.seeding import derive_seed, seeded
 from kw.torch_private import resize_bytes
 
-__all__ = ["DecodeError", "FastMiddle", "FastRandomCrop", "FastTransform", "Picture", "open_fast"]
+__all__ = [
+    "DecodeError",
+    "FastMiddle",
+    "FastRandomCrop",
+    "FastTransform",
+    "Picture",
+    "draw_box",
+    "open_fast",
+]
 
 _COLOURS = ("RGB", "YCbCr", "Gray")
 _SEGMENT = 1 << 16  # most bytes of a JPEG file's EXIF data, which comes first
@@ -162,26 +169,49 @@ class FastRandomCrop:
 
     def __call__(self, picture: Picture, key: tuple[int | str, ...], out: Tensor) -> bool:
         """See :class:`FastTransform`."""
-        with nullcontext() if self.policy is None else seeded(*key):
-            generator = torch.default_generator
-            if self.policy is None:  # two generators, where `seeded` saves and restores all
-                seed = derive_seed(*key)
-                generator = torch.Generator().manual_seed(seed)
-                state = random.getstate()
-                random.seed(seed)
-            try:
-                sized = torch.empty(1).expand(3, *picture.size[::-1])  # only its shape is read
-                box = self.crop.get_params(sized, self.crop.scale, self.crop.ratio)
-            finally:
-                if self.policy is None:
-                    random.setstate(state)
-            resize_bytes(_tensor(picture.part(box, self.size)), self.interpolation, out)
-            # As torchvision draws it.
-            if self.mirror > 0 and float(torch.rand(1, generator=generator)) < self.mirror:
-                out.copy_(out.flip(-1))
-            if self.policy is not None:
-                out.copy_(self.policy(to_pil_image(out)))
+        if self.policy is None:
+            seed = derive_seed(*key)
+            self._cut(picture, random.Random(seed), torch.Generator().manual_seed(seed), out)
+            return True
+        with seeded(*key):
+            self._cut(picture, random, torch.default_generator, out)
+            out.copy_(self.policy(to_pil_image(out)))
         return True
+
+    def _cut(self, picture: Picture, draw: Any, generator: torch.Generator, out: Tensor) -> None:
+        box = draw_box(picture.size, self.crop.scale, self.crop.ratio, draw)
+        resize_bytes(_tensor(picture.part(box, self.size)), self.interpolation, out)
+        # As torchvision draws it.
+        if self.mirror > 0 and float(torch.rand(1, generator=generator)) < self.mirror:
+            out.copy_(out.flip(-1))
+
+
+def draw_box(
+    size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draw: Any
+) -> Box:
+    """A random part of a picture, as timm's ``RandomResizedCropAndInterpolation`` draws it.
+
+    Args:
+        size: width and height.
+        scale: least and largest area, fractions.
+        ratio: least and largest width / height.
+        draw: a ``random.Random``, or the module, whose generator timm draws from.
+    """
+    width, height = size
+    least, most = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = draw.uniform(*scale) * (width * height)
+        aspect = math.exp(draw.uniform(least, most))
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if wide <= width and tall <= height:
+            return draw.randint(0, height - tall), draw.randint(0, width - wide), tall, wide
+    # None of them fits: the largest part of an allowed shape, in the middle.
+    wide, tall = width, height
+    if width / height < ratio[0]:
+        tall = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        wide = round(height * ratio[1])
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
 class FastMiddle:

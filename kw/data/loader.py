@@ -67,10 +67,10 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         images = samples.images
     else:  # torch's own collation stacks straight into memory that loader processes share
         images = default_collate([sample.image for sample in samples])
-    labels = [torch.as_tensor(sample.label) for sample in samples]
+    labels = [sample.label for sample in samples]
     return {
         "images": images,  # [B, 3, S, S]
-        "labels": torch.stack(labels),
+        "labels": torch.stack(labels) if torch.is_tensor(labels[0]) else torch.tensor(labels),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,
     }
