@@ -230,14 +230,18 @@ def test_damaged_files_are_found(folder: Path, tmp_path: Path) -> None:
 
 
 def test_loaders_are_compared(
-    folder: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    folder: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     few = ("--rounds", 1, "--images", 4, "--batch-size", 4)
-    tool("scripts/compare_loading.py", folder, "--policy", "rand-m5", *few)
+    tool("scripts/compare_loading.py", folder, *few)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "timm", "torchvision", "kw, decoder pillow", "kw, decoder fast"
-    ]  # fmt: skip
+    own = ["pillow", "fast", "fast, packed JPEG", "fast, packed pixels"]
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == ["timm", "torchvision", *(f"kw, {name}" for name in own)]
+    tool("scripts/compare_loading.py", folder, *few, "--workers", 1, "--plot", tmp_path / "a.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == own
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_without_the_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

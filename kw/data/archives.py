@@ -31,10 +31,23 @@ from kw.data.walk import describe, is_hidden, is_image
 from kw.errors import say
 from kw.registry import DATASETS
 
-__all__ = ["INDEX", "Member", "Members", "Names", "list_tar", "list_webdataset", "list_zip"]
+__all__ = [
+    "INDEX",
+    "SETTINGS",
+    "Member",
+    "Members",
+    "Names",
+    "list_tar",
+    "list_webdataset",
+    "list_zip",
+]
 
 INDEX = re.compile(rb"kw-pack 1 (\d+) (\d+) (\d+)")
 """A packed set's comment: where its index begins, its bytes, its CRC-32."""
+
+
+SETTINGS = "pack.json"
+"""A packed set's first member: how it was packed."""
 
 
 class Member(NamedTuple):
@@ -163,6 +176,9 @@ def list_zip(root: Path, split: str) -> Listing:
         index = INDEX.search(_end(root))
         if index is not None:
             return _packed(root, split, *map(int, index.groups()))
+        with open(root, "rb") as file:
+            if file.read(30 + len(SETTINGS)).endswith(SETTINGS.encode()):
+                raise DataError(f"{root} ends too early: a packed set that was cut; copy it again")
         with zipfile.ZipFile(root) as archive:
             return _of_folders(root, split, _zip_members(root, archive))
 

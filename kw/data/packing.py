@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kw.data.archives import INDEX, Names
+from kw.data.archives import INDEX, SETTINGS, Names
 from kw.data.listing import Listing, Stored
 from kw.data.reading import BadImageError, DataError, read_image
 from kw.errors import say
@@ -34,7 +34,7 @@ from kw.errors import say
 __all__ = ["FORMATS", "Packing", "check_packed", "pack"]
 
 FORMATS = ("jpeg", "raw", "keep")
-_SETTINGS, _INDEX_NAME = "pack.json", "index.npz"
+_INDEX_NAME = "index.npz"
 _HEADER = struct.Struct("<4s5H3L2H")  # of a ZIP file's member
 _DATE = (1980, 1, 1, 0, 0, 0)  # no clock: the same set gives the same file
 
@@ -94,7 +94,7 @@ def pack(
                 archive.infolist().append(info)  # its members are listed when it is closed
                 archive.NameToInfo[info.filename] = info
             if not whole:
-                archive.writestr(zipfile.ZipInfo(_SETTINGS, _DATE), settings)
+                archive.writestr(zipfile.ZipInfo(SETTINGS, _DATE), settings)
             bad = _write(archive, items, max(len(whole) - 1, 0), workers)
             _write_index(archive, file, items)
     part.rename(out)
@@ -272,7 +272,7 @@ def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
         info = zipfile.ZipInfo(name, _DATE)
         info.header_offset, info.CRC = at, crc
         info.file_size = info.compress_size = size
-        info.flag_bits = flags
+        info.flag_bits, info.external_attr = flags, 0o600 << 16  # as zipfile writes them
         found.append(info)
         at = begin + size
     if len(found) < 2:
