@@ -46,8 +46,8 @@ class Sample(NamedTuple):
     image: torch.Tensor
     """uint8, [3, S, S]"""
     label: int
-    key: tuple[int, int]
-    """epoch and index"""
+    key: tuple[int, ...]
+    """epoch and index, and where an epoch repeats images the place in it"""
 
 
 class Listing(NamedTuple):
@@ -172,7 +172,7 @@ class ImageFolder(TolerantDataset):
         start = self._ends[index - 1] if index else 0
         return self.folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
 
-    def read(self, index: int, key: tuple[int, int]) -> Sample:
+    def read(self, index: int, key: tuple[int, ...]) -> Sample:
         """Read and transform an image.
 
         Raises:
@@ -188,7 +188,7 @@ class ImageFolder(TolerantDataset):
             tensor = self.transform(image)
         return Sample(tensor, int(self.labels[index]), key)
 
-    def unreadable(self, key: tuple[int, int]) -> Sample:
+    def unreadable(self, key: tuple[int, ...]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
             tensor = self.transform(Image.new("RGB", (8, 8)))
