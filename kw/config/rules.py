@@ -156,7 +156,10 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
     _check_entries(report, config, "metrics", config.metrics, METRICS, 1)
     _check_entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
     loss, dataset = config.loss, config.data.dataset
-    _check_arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
+    _check_arguments(
+        report, config, "loss.args", loss.name, loss.args, LOSSES, 2, ["class_weights"]
+    )
+    _check_classes(config, expect)
     _check_arguments(
         report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2
     )
@@ -252,6 +255,23 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         expect(name not in model.timm_args, expected, "model.timm_args")
     expected = _model_name_expected(model.name, check_model_name)
     expect(not expected, expected, "model.name")
+
+
+def _check_classes(config: Config, expect: Callable[..., None]) -> None:
+    """Class weights and balanced sampling."""
+    loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
+    if loss.class_weights is None:
+        return
+    if loss.name in LOSSES:
+        expected = f"null, because {loss.name} takes no class_weights"
+        expect(takes(LOSSES[loss.name], "class_weights"), expected, key, "loss.name")
+    if isinstance(loss.class_weights, list):
+        right = len(loss.class_weights) == count and any(loss.class_weights)
+        expected = f"{count} numbers, not all 0, one for each class"
+        expect(right, expected, key, "model.num_classes")
+    else:
+        expected = "null or a list beside data.sampling: balanced, which makes up for the same"
+        expect(config.data.sampling != "balanced", expected, key, "data.sampling")
 
 
 def _model_name_expected(name: str, in_timm: bool) -> str:

@@ -193,6 +193,13 @@ class LossConfig:
         choices=LOSSES,
     )
     args: dict[str, Any] = setting({}, "keyword arguments of the loss")
+    class_weights: str | list[float] | None = setting(
+        None,
+        "factors on the loss of each class, in the order of the classes; balanced: images / "
+        "(classes x the class's images), of the training set",
+        choices=("balanced",),
+        minimum=0,
+    )
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..data import (
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
-from ..registry import HOOKS, LOSSES, METRICS
+from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
@@ -37,6 +36,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesH
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
+from .objective import build_loss
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -145,7 +145,7 @@ def build_trainer(
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
-    loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
+    loss = build_loss(config, listings["train"], process.device)
     model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
