@@ -255,6 +255,12 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         expect(name not in model.timm_args, expected, "model.timm_args")
     expected = _model_name_expected(model.name, check_model_name)
     expect(not expected, expected, "model.name")
+    teacher = config.distillation
+    if teacher is not None and teacher.weights is not None:
+        expected = _model_name_expected(teacher.teacher, check_model_name)
+        if teacher.teacher.startswith("kw_"):
+            expected = "a static network; of a converted one give a run, and weights: null"
+        expect(not expected, expected, "distillation.teacher", "distillation.weights")
 
 
 def _check_classes(config: Config, expect: Callable[..., None]) -> None:
@@ -325,5 +331,7 @@ def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.mix_switch_probability", "data.mixup and data.cutmix are not both on"
     if data.auto_augment is not None and "3a" not in data.auto_augment:
         yield "data.color_jitter", "data.auto_augment replaces it"
+    if config.distillation is not None and config.distillation.kind == "hard":
+        yield "distillation.temperature", "distillation.kind is 'hard'"
     if config.model.drop_path_rate == 0:
         yield "model.drop_path_decay", "model.drop_path_rate is 0"

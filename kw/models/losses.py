@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..registry import LOSSES
 
-__all__ = ["balanced_weights", "bce", "cross_entropy"]
+__all__ = ["balanced_weights", "bce", "cross_entropy", "hard_distillation", "soft_distillation"]
 
 
 def balanced_weights(labels: Sequence[int] | Tensor, num_classes: int) -> Tensor:
@@ -72,3 +72,26 @@ def bce(
     targets = targets.to(logits) if threshold is None else targets.gt(threshold).to(logits)
     losses = F.binary_cross_entropy_with_logits(logits, targets, class_weights, reduction="none")
     return losses.sum(1).mean() if sum_classes else losses.mean()
+
+
+def soft_distillation(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(taught / T) || softmax(logits / T)), the mean over the samples, in nats.
+
+    Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; T^2 keeps the gradient's size.
+
+    Args:
+        logits: the student's, ``[B, C]`` float32.
+        taught: the teacher's, alike.
+        temperature: T.
+    """
+    wanted, found = (F.log_softmax(each / temperature, dim=1) for each in (taught, logits))
+    divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+def hard_distillation(logits: Tensor, taught: Tensor) -> Tensor:
+    """The cross-entropy with the teacher's most likely class as the label.
+
+    Touvron et al., DeiT, arXiv 2012.12877, section 4, without the token. Arguments as above.
+    """
+    return F.cross_entropy(logits, taught.argmax(1))

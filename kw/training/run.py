@@ -36,7 +36,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesH
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
-from .objective import build_loss
+from .objective import build_loss, build_teacher
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -138,6 +138,8 @@ def build_trainer(
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 
+    as_images = uses_channels_last(config, process.device)
+    teacher = build_teacher(config, listings["train"], process.device, as_images)
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
@@ -146,7 +148,7 @@ def build_trainer(
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
     loss = build_loss(config, listings["train"], process.device)
-    model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
+    model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
