@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,27 @@ from .checkpoint import CheckpointError, refuse_other_classes
 from .logs import logger
 from .trained import load_trained
 
-__all__ = ["Teacher", "build_loss", "build_teacher"]
+__all__ = ["Teacher", "build_loss", "build_teacher", "check_labels"]
+
+
+def check_labels(config: Config, listing: Listing) -> None:
+    """Refuse labels of another kind than the run's metrics, which decide what is right.
+
+    Raises:
+        ConfigError: images have several classes each without the metric ``multilabel``, or one
+            class each with it.
+    """
+    several = np.ndim(listing.labels[0]) > 0
+    if several and "multilabel" not in config.metrics:
+        raise ConfigError(
+            f"data.dataset {config.data.dataset!r} has images of several classes each: set "
+            "metrics: {multilabel: {}} and loss.name: bce"
+        )
+    if not several and "multilabel" in config.metrics:
+        raise ConfigError(
+            f"metrics.multilabel: data.dataset {config.data.dataset!r} has images of one class "
+            "each; leave the metric out"
+        )
 
 
 def build_loss(

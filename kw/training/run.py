@@ -36,7 +36,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesH
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
-from .objective import build_loss, build_teacher
+from .objective import build_loss, build_teacher, check_labels
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -135,6 +135,7 @@ def build_trainer(
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
+    check_labels(config, listings["train"])
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 
@@ -154,7 +155,7 @@ def build_trainer(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
-        "top1",
+        "mAP" if "multilabel" in config.metrics else "top1",
         list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
@@ -233,7 +234,8 @@ def evaluate(
         metrics: further entries of :data:`kw.registry.METRICS`, with their arguments.
 
     Returns:
-        See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
+        See :meth:`kw.evaluation.Accuracy.compute`, in whose place the metric ``multilabel`` comes;
+        and the figures of the other metrics.
 
     Raises:
         ConfigError: two metrics give a figure of one name.
@@ -242,7 +244,8 @@ def evaluate(
     network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
-    counts.append(Accuracy(device))
+    if "multilabel" not in (metrics or {}):
+        counts.append(Accuracy(device))
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):
@@ -286,6 +289,7 @@ def evaluate_checkpoint(
         check_devices(config, process)
         listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
         refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
+        check_labels(config, listing)
         where = (process.device, process.rank, process.world_size)
         loader = open_validation(config, *where, listing)
         network = build_network(config.model)
