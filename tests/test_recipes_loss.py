@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, settings_of
 from processes import in_processes
+from test_engine import NoReadback
 from timm.loss import BinaryCrossEntropy
 
 from kw.config import ConfigError, config_from_mapping
@@ -269,6 +270,21 @@ def test_two_processes_learn_as_one(settings: Settings, teacher: Path, tmp_path:
         assert len(one) == 4
         assert two[0] == pytest.approx(one[0], rel=1e-5)
         assert two == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_never_waits_for_the_device(
+    settings: Settings, teacher: Path, tmp_path: Path, kind: str
+) -> None:
+    student = taught(settings, teacher, kind=kind)
+    student |= {"precision": "bf16", "loss": {"class_weights": "balanced"}}
+    trainer = build_trainer(config_from_mapping(student), tmp_path, Process(0, 1, CPU))
+    batch = next(iter(trainer.train_loader))
+    trainer.model.train()
+    with NoReadback(), trainer.updater.forward(trainer.model):
+        losses = trainer.model(batch)
+        trainer.updater.backward(losses["loss"])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
 
 
 def test_a_timm_network_teaches(settings: Settings, tmp_path: Path) -> None:
