@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, settings_of
+from PIL import Image
 from processes import in_processes
 from torch import nn
 
@@ -18,6 +21,7 @@ from kw.data.dataset import Listing
 from kw.evaluation.multilabel import MultiLabel, average_precision
 from kw.models import ImageClassifier
 from kw.models.losses import bce
+from kw.training import evaluate_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.objective import check_labels
 from kw.training.run import evaluate
@@ -212,6 +216,52 @@ def test_it_learns_and_is_evaluated() -> None:
     assert set(figures) == {"mAP", "f1", "loss", "images"}  # no top-1
     assert figures["mAP"] == pytest.approx(100)
     assert figures["f1"] == pytest.approx(100)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """64 + 22 images in which a colour is bright where its class is present."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 64), ("val", 22)):
+        lines = ["file,label"]
+        for number in range(count):
+            present = rng.random(3) < 0.4
+            pixels = 60 + 100 * present + rng.integers(0, 40, (20, 20, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{split}{number}.png")
+            names = np.array(["blue", "green", "red"])[present[::-1]]
+            lines.append(f"{split}{number}.png,{';'.join(names)}")
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("memory", [None, {"place": "host"}])
+def test_a_run(table: Path, memory: Any, tmp_path: Path) -> None:
+    """From a table to results: the best epoch by its mean average precision, a bad image told."""
+    (table / "val3.png").write_bytes(b"no image")
+    settings = settings_of(table)
+    settings["model"] |= {"num_classes": 3, "timm_args": SMALL}
+    settings["data"] |= {
+        "dataset": "csv", "dataset_args": {"separator": ";"}, "mixup": 0.2, "memory": memory,
+        "bad_images": {"max_fraction": 0.1},
+    }  # fmt: skip
+    settings |= {"loss": {"name": "bce"}, "metrics": {"multilabel": {}}, "epochs": 8}
+    settings |= {"temperature_epochs": 0, "checkpoint": {"keep": 8}}
+    settings["optimizer"]["lr"] = 0.01
+    config = config_from_mapping(settings)
+    metrics = train(config, tmp_path / "run")
+    assert metrics["images"] == 22
+    assert metrics["unreadable_images"] == 1
+    assert "top1" not in metrics
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    best = max(line["mAP"] for line in lines if line["mode"] == "val")
+    assert best > 90
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["mAP"] == best
+    with pytest.warns(UserWarning, match=r"cannot read .*val3\.png"):
+        again = evaluate_checkpoint(config, tmp_path / "run/best.pth")
+    assert again["mAP"] == best
+    with pytest.raises(ConfigError, match=r"set metrics: \{multilabel"):
+        train(config_from_mapping({**settings, "metrics": {}}), tmp_path / "other")
 
 
 # --- what is refused -------------------------------------------------------------------------

@@ -226,6 +226,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "kw_resnet18_1x_class_weights": {"loss.class_weights": "balanced", "data.sampling": "shuffle"},
     "kw_resnet18_1x_balanced": {"data.sampling": "balanced", "loss.class_weights": None},
+    "kw_resnet18_1x_multilabel": {
+        "loss.name": "bce",
+        "metrics": {"multilabel": {}},
+        "data.dataset": "csv",
+        "data.dataset_args": {"separator": ";"},
+    },
 }
 
 

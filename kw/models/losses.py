@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..registry import LOSSES
 __all__ = ["balanced_weights", "bce", "cross_entropy", "hard_distillation", "soft_distillation"]
 
 
-def balanced_weights(labels: Sequence[int] | Tensor, num_classes: int) -> Tensor:
+def balanced_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> Tensor:
     """Class weights N / (C n_c) of a set of N images, n_c of them of class c, as scikit-learn's
     ``compute_class_weight("balanced")``; their mean over the images is 1.
 
