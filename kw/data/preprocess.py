@@ -1,4 +1,4 @@
-"""Preprocessing of a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
+"""Preprocessing of a batch on the device: policies, normalisation, erasing, mixing, targets.
 
 Legend: B batch, S input size, C classes.
 
@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from kw.config.data_schema import DataConfig
-from kw.data.seeding import seeded
+from kw.data.policies import BatchPolicy
+from kw.data.seeding import derive_seed, seeded
 
 __all__ = ["BatchPreprocessor"]
 
@@ -33,7 +34,7 @@ class BatchPreprocessor(nn.Module):
         config: the data settings, checked (:mod:`kw.config.rules`).
         num_classes: C, classes of the classifier.
         label_smoothing: probability mass spread evenly over all classes, in training.
-        seed: seed of erasing and mixing.
+        seed: seed of policies, erasing and mixing.
         channels_last: return images in NHWC memory layout.
     """
 
@@ -58,6 +59,7 @@ class BatchPreprocessor(nn.Module):
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erasing = config.random_erasing
+        self.policy = BatchPolicy(config) if config.augments_on_device else None
         self.mixup: Mixup | None = None
         if config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0):
             self.mixup = Mixup(
@@ -72,13 +74,14 @@ class BatchPreprocessor(nn.Module):
     def forward(
         self, batch: dict[str, Any], training: bool, key: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Move, normalise and, in training, erase and mix.
+        """Move, normalise and, in training, augment, erase and mix.
 
         Args:
             batch: from a loader; ``images`` is uint8 [B, 3, S, S] and is not changed.
-            training: whether to erase, mix and smooth.
+            training: whether to augment, erase, mix and smooth.
             key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
-                first index, which is unique in the run.
+                first index, which is unique in the run. A policy's are seeded for each image, by
+                the key's first number, the epoch, and the image's index.
 
         Returns:
             Images, float32 [B, 3, S, S], and targets: int64 labels [B], or float32 probabilities
@@ -88,9 +91,14 @@ class BatchPreprocessor(nn.Module):
             ValueError: mixing was asked for and B is odd.
         """
         device = self.mean.device
+        images = batch["images"].to(device, non_blocking=True)
+        if training and self.policy is not None:
+            epoch = (key or batch["key"])[0]
+            indices = batch["indices"].tolist()  # on the host
+            seeds = [derive_seed("policy", self.seed, epoch, index) for index in indices]
+            images = self.policy(images, seeds)
         # Change the layout of the bytes first; the subtraction then writes the only float copy in
         # that layout.
-        images = batch["images"].to(device, non_blocking=True)
         images = images.contiguous(memory_format=self.memory_format)
         images = torch.sub(images, self.mean).div_(self.std)
         labels = batch["labels"].to(device, non_blocking=True)

@@ -7,21 +7,21 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import posterize
-from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
+from timm.data.auto_augment import AugmentOp, posterize
+from torchvision.transforms import Compose, Resize
 
 from kw.config.data_schema import DataConfig
 from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_transform"]
+__all__ = ["build_transform", "policy_operations", "training_steps"]
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
@@ -33,8 +33,9 @@ def build_transform(
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
     policy or else colour jitter
-    (with the policies named ``3a``, timm's three-augment, both). Test: the shorter side is resized
-    to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
+    (with the policies named ``3a``, timm's three-augment, both), unless
+    :class:`~kw.data.preprocess.BatchPreprocessor` applies these to whole batches. Test: the shorter
+    side is resized to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
 
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
@@ -58,7 +59,24 @@ def build_transform(
             return Compose([middle, *rest])
         size = int(resize.size)
         return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
-    transform = create_transform(
+    cut, policy, to_tensor = training_steps(config)
+    if config.augments_on_device:
+        policy = []
+    for op in policy_operations(policy):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    if config.decoder != "pillow":
+        crop, *flips = cut
+        if policy:  # policies and jitter work on Pillow images
+            policy = [to_pil_image, *policy]
+        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy, *to_tensor])
+    first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
+    return Compose([*first, *cut, *policy, *to_tensor])
+
+
+def training_steps(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's transforms in training: crop and mirroring, policy and colour jitter, to a tensor."""
+    parts = create_transform(
         config.input_size,
         is_training=True,
         scale=(config.crop_scale[0], config.crop_scale[1]),
@@ -70,21 +88,18 @@ def build_transform(
         # Filler of rotated and shifted images; nothing is normalised here.
         mean=tuple(config.mean),
         normalize=False,
+        separate=True,
     )
-    for step in transform.transforms:
-        # RandAugment and AugMix keep their operations flat, AutoAugment in sub-policies.
-        for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
-            if op.aug_fn is posterize:
-                op.aug_fn = _posterize
-    if config.decoder != "pillow":
-        crop, *steps = transform.transforms
-        flips = [step for step in steps if isinstance(step, RandomHorizontalFlip)]
-        rest = [step for step in steps if step not in flips]
-        # Policies and jitter work on Pillow images.
-        policy = [to_pil_image, *rest] if len(rest) > 1 else rest
-        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
-    first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms]) if first else transform
+    cut, policy, to_tensor = (part.transforms for part in parts)
+    return cut, policy, to_tensor
+
+
+def policy_operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
+    """The operations of the policies among transforms."""
+    for step in steps:
+        # RandAugment and AugMix keep them flat, AutoAugment in sub-policies.
+        yield from getattr(step, "ops", ())
+        yield from chain(*getattr(step, "policy", ()))
 
 
 class _ResizeMiddle:
