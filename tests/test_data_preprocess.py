@@ -97,7 +97,13 @@ def test_erasing_changes_a_rectangle(mode: str) -> None:
 
 
 def all_augmentations() -> DataConfig:
-    return make_config(random_erasing=RandomErasingConfig(), mixup=0.8, cutmix=1.0)
+    return make_config(
+        auto_augment="rand-m9-mstd0.5-inc1",
+        augment_on="device",
+        random_erasing=RandomErasingConfig(),
+        mixup=0.8,
+        cutmix=1.0,
+    )
 
 
 def test_random_choices_depend_on_seed_and_key_alone() -> None:

@@ -59,7 +59,9 @@ class BatchPreprocessor(nn.Module):
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erasing = config.random_erasing
-        self.policy = BatchPolicy(config) if config.augments_on_device else None
+        self.policy: BatchPolicy | None = None
+        if config.augments_on_device and (config.auto_augment or config.color_jitter):
+            self.policy = BatchPolicy(config)
         self.mixup: Mixup | None = None
         if config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0):
             self.mixup = Mixup(
