@@ -21,7 +21,7 @@ from kw.config.data_schema import DataConfig
 from kw.config.schema import Config
 from kw.data import BatchPreprocessor, derive_seed, open_training, seeded
 from kw.data.policies import BatchPolicy, Step
-from kw.data.transforms import policy_operations, training_steps
+from kw.data.transforms import build_fast_transform, policy_operations, training_steps
 from kw.training import load_checkpoint, train
 
 CPU = torch.device("cpu")
@@ -263,6 +263,7 @@ def test_only_the_policy_moves_to_the_device(run: Settings) -> None:
         batches.append(next(iter(loader)))
     batch, plain = batches
     assert torch.equal(batch["images"], plain["images"])
+    assert build_fast_transform(with_policy.data, True).policy is None  # type: ignore[attr-defined]
     preprocess = BatchPreprocessor(with_policy.data, 4, seed=with_policy.seed)
     images, _ = preprocess(batch, training=True)
     seeds = [
