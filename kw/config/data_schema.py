@@ -127,6 +127,12 @@ class DataConfig:
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
+    augment_on: str = setting(
+        "cpu",
+        "where auto_augment and color_jitter work: cpu: on Pillow images, in the loaders; device: "
+        "on whole batches, on the device that trains (docs/data.md)",
+        choices=("cpu", "device"),
+    )
     transforms: dict[str, dict[str, Any]] = setting(
         {},
         "further transforms of a training image before the crop: registered names, with their "
@@ -149,3 +155,8 @@ class DataConfig:
         "folder", "how a split's files, labels and classes are found", choices=DATASETS
     )
     dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether policy and colour jitter work on batches, on the device that trains."""
+        return self.augment_on == "device" or self.memory is not None
