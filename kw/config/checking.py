@@ -63,7 +63,11 @@ def check(root: Entry, check_model_name: bool = True) -> Config:
     def rules(config: Config, report: Report) -> None:
         check_rules(config, report, check_model_name)
 
-    return check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    config = check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    if config.data.channels != 3:
+        # timm's name for it; networks are built from the settings of the model alone.
+        config.model.timm_args["in_chans"] = config.data.channels
+    return config
 
 
 def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
@@ -160,8 +164,7 @@ class _Checker:
                 return None
             options = tuple(option for option in options if option is not type(None))
             # No union in the schema has two members for one kind of YAML node.
-            is_mapping = isinstance(entry.value, dict)
-            hint = next((o for o in options if _is_mapping(o) == is_mapping), options[0])
+            hint = next((o for o in options if _node(o) is type(entry.value)), options[0])
         if _is_mapping(hint):
             if not isinstance(entry.value, dict):
                 return self.expect(entry, key, expected)
@@ -222,6 +225,11 @@ class _Checker:
         if entry.origin.source == OPTIONS:
             entry = self.root
         self.problem(entry, key, f" is missing: {expected}")
+
+
+def _node(hint: Any) -> type | None:
+    """The kind of YAML node that a type is written as; ``None`` for a scalar."""
+    return dict if _is_mapping(hint) else typing.get_origin(hint)
 
 
 def _is_mapping(hint: Any) -> bool:

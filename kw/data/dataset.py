@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
+from kw.data.channels import Reader
 from kw.data.faults import TolerantDataset
 from kw.data.jpeg import JpegError, open_jpeg
-from kw.data.reading import DataError, read_image
+from kw.data.reading import DataError
 from kw.data.seeding import seeded
 from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
 from kw.errors import say
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
     """One image, as the batch preprocessing expects it."""
 
     image: torch.Tensor
-    """uint8, [3, S, S]"""
+    """[C, H, W]; uint8, or float32 in units of bytes (:mod:`kw.data.channels`)"""
     label: int
     key: tuple[int, int]
     """epoch and index"""
@@ -124,6 +124,7 @@ class ImageFolder(TolerantDataset):
         upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
         decoder: ``"pillow"`` or ``"simplejpeg"`` (:mod:`.jpeg`).
+        reader: reads files; left out, RGB as ``bad_images`` and ``upright`` say.
 
     Attributes:
         classes: class names; a label is a place in this list.
@@ -144,6 +145,7 @@ class ImageFolder(TolerantDataset):
         upright: bool = True,
         listing: Listing | None = None,
         decoder: str = "pillow",
+        reader: Reader | None = None,
     ) -> None:
         super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
         if decoder != "pillow" and find_spec(decoder) is None:
@@ -151,6 +153,7 @@ class ImageFolder(TolerantDataset):
         self.transform = transform
         self.upright = upright
         self.decoder = decoder
+        self.reader = reader or Reader(max_pixels=self.bad_images.max_pixels, upright=upright)
         found = list_folders(Path(root), split) if listing is None else listing
         self.folder = Path(root).expanduser()
         inside = f"{self.folder / split}{os.sep}"
@@ -183,7 +186,7 @@ class ImageFolder(TolerantDataset):
         if jpeg is not None:
             with seeded("image", self.seed, *key), suppress(JpegError):  # Pillow judges the damage
                 return Sample(self.transform(jpeg), int(self.labels[index]), key)
-        image = read_image(path, limit, self.upright)
+        image = self.reader(path)
         with seeded("image", self.seed, *key):
             tensor = self.transform(image)
         return Sample(tensor, int(self.labels[index]), key)
@@ -191,7 +194,7 @@ class ImageFolder(TolerantDataset):
     def unreadable(self, key: tuple[int, int]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
-            tensor = self.transform(Image.new("RGB", (8, 8)))
+            tensor = self.transform(self.reader.black())
         return Sample(tensor, UNREADABLE, key)
 
 

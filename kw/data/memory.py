@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+from torchvision.transforms.functional import pil_to_tensor
 
 from kw.config.data_schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
@@ -219,9 +219,9 @@ def memory_loader(images: MemoryImages, sampler: TrainBatchSampler | EvalBatchSa
     return loader
 
 
-def as_stored(image: Image.Image) -> Tensor:
-    """An RGB image as it is -> uint8 [3, H, W]; the transform of training images held unresized."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_stored(image: Image.Image | Tensor) -> Tensor:
+    """An image as it is -> uint8 [C, H, W]; the transform of training images held unresized."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
 def _stacked(samples: list[_Pixels]) -> dict[str, Tensor]:

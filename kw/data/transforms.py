@@ -1,4 +1,6 @@
-"""The transforms of one image on the CPU: from a PIL image to a uint8 tensor [3, S, S].
+"""The transforms of one image on the CPU: from a PIL image to a uint8 tensor [C, H, W].
+
+Images that are tensors (:mod:`kw.data.channels`) stay in their type.
 
 Normalisation, random erasing and mixing work on the batch, on the device: see
 :mod:`kw.data.preprocess`. Copies to the device then have a quarter of the bytes of float images.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,6 +19,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms import functional as F
 
 from kw.config.data_schema import DataConfig
 from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
@@ -28,38 +32,46 @@ _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 def build_transform(
     config: DataConfig, training: bool
-) -> Callable[[Image.Image | Jpeg], torch.Tensor]:
-    """The transform of one split; S is ``config.input_size``.
+) -> Callable[[Image.Image | Jpeg | torch.Tensor], torch.Tensor]:
+    """The transform of one split; H x W is ``config.shape``, S their value where they are equal.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
     policy or else colour jitter
     (with the policies named ``3a``, timm's three-augment, both). Test: the shorter side is resized
-    to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
+    to floor(S / ``test_crop_ratio``), then the central square of S is cut out. Where H and W
+    differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x
+    floor(W / ``test_crop_ratio``), as timm does.
 
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
         training: whether to augment.
 
     Returns:
-        RGB image of any size -> uint8 tensor [3, S, S]; with ``data.decoder: simplejpeg`` also of a
-        :class:`~kw.data.jpeg.Jpeg`.
+        Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``; with
+        ``data.decoder: simplejpeg`` also of a :class:`~kw.data.jpeg.Jpeg`.
     """
+    height, width = config.shape
+    target = height if height == width else (height, width)
+    # Filters may leave the range of their input; torch clips bytes, and not floats.
+    clip = [] if config.pixels == "uint8" else [partial(torch.clamp, min=0, max=255)]
     if not training:
         test = create_transform(
-            config.input_size,
+            target,
             is_training=False,
             interpolation=config.interpolation,
             crop_pct=config.test_crop_ratio,
             normalize=False,
         )
+        if height != width or not config.are_pictures:
+            return Compose([_CutLong(height / width), *test.transforms, *clip])
         resize, *rest = test.transforms
-        middle = _ResizeMiddle(resize, config.input_size, config.interpolation)
+        middle = _ResizeMiddle(resize, height, config.interpolation)
         if config.decoder == "pillow":
             return Compose([middle, *rest])
         size = int(resize.size)
         return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
     transform = create_transform(
-        config.input_size,
+        target,
         is_training=True,
         scale=(config.crop_scale[0], config.crop_scale[1]),
         ratio=(config.crop_ratio[0], config.crop_ratio[1]),
@@ -84,7 +96,24 @@ def build_transform(
         policy = [to_pil_image, *rest] if len(rest) > 1 else rest
         return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms]) if first else transform
+    return Compose([*first, *transform.transforms, *clip]) if first or clip else transform
+
+
+class _CutLong:
+    """Of very long images only the middle goes on to be resized: it is cropped next.
+
+    Args:
+        shape: height / width of the crop.
+    """
+
+    def __init__(self, shape: float) -> None:
+        self.shape = shape
+
+    def __call__(self, image: Any) -> Any:
+        _, height, width = F.get_dimensions(image)
+        tall = min(height, math.ceil(_LONG * width * self.shape))
+        wide = min(width, math.ceil(_LONG * height / self.shape))
+        return image if (tall, wide) == (height, width) else F.center_crop(image, [tall, wide])
 
 
 class _ResizeMiddle:
