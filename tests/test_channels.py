@@ -28,6 +28,7 @@ from kw.data.seeding import seeded
 from kw.data.transforms import build_transform
 from kw.models import build_model
 from kw.models.build import start_network
+from kw.pictures.style import to_pixels
 
 SMALL = {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}
 
@@ -356,6 +357,17 @@ def test_batches_of_grey_and_of_bands() -> None:
     copies = BatchAugment(data_of(3, color_jitter=0.4))(grey.expand(-1, 3, -1, -1), seeds)
     assert (jittered.int() - copies[:, :1].int()).abs().max() <= 1
     assert not torch.equal(jittered, BatchAugment(data_of(1))(grey, seeds))
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_pictures_show_three_channels(channels: int, shown: list[int]) -> None:
+    array = noise(7, 9, channels)
+    data = data_of(channels)
+    preprocess = BatchPreprocessor(data, 2)
+    images = torch.from_numpy(array).permute(2, 0, 1)[None]
+    images, _ = preprocess({"images": images, "labels": torch.zeros(1)}, False)
+    found = to_pixels(images, preprocess.mean, preprocess.std)
+    assert np.array_equal(found[0], array[..., shown])
 
 
 # Settings

@@ -181,11 +181,10 @@ def test_a_test_is_the_runs_evaluation(run: tuple[Any, Path], kind: str) -> None
     ("kind", "ending"),
     [
         ("rgba", "onnx"),
-        ("grey", "onnx"),
-        ("bands of 16 bits", "onnx"),
-        ("rgba", "pt2"),
-        ("rgb", "safetensors"),
-        ("grey", "safetensors"),
+        ("bands of 16 bits", "safetensors"),
+        pytest.param("bands of 16 bits", "onnx", marks=pytest.mark.slow),
+        pytest.param("grey", "onnx", marks=pytest.mark.slow),
+        pytest.param("grey", "pt2", marks=pytest.mark.slow),
     ],
 )
 def test_exported_files_agree(
@@ -228,7 +227,7 @@ def test_exported_files_agree(
         assert f"float32 [batch, {channels}, height, width]" in card
 
 
-@pytest.mark.parametrize("kind", ["grey", "rgba"])
+@pytest.mark.parametrize("kind", ["rgba", pytest.param("grey", marks=pytest.mark.slow)])
 def test_tools(run: tuple[Any, Path], kind: str, tool: Any, tmp_path: Path, capsys: Any) -> None:
     """Those that build inputs of their own, or draw images."""
     pytest.importorskip("matplotlib")

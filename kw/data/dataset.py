@@ -116,7 +116,7 @@ class ImageFolder(TolerantDataset):
     Args:
         root: folder that holds the splits.
         split: folder under ``root``.
-        transform: RGB image, or a Jpeg with that decoder -> uint8 tensor [3, S, S].
+        transform: image as ``reader`` gives it, or a Jpeg with that decoder -> tensor [C, H, W].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.

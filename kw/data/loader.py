@@ -1,6 +1,6 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
-A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int64 [B],
+A batch is ``{"images": uint8 [B, C, H, W], "labels": int64 [B], "indices": int64 [B],
 "key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is available).
 """
 
@@ -64,7 +64,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples of one epoch -> a batch."""
     return {
         # torch's own collation stacks straight into memory that loader processes share.
-        "images": default_collate([sample.image for sample in samples]),  # [B, 3, S, S]
+        "images": default_collate([sample.image for sample in samples]),  # [B, C, H, W]
         "labels": torch.tensor([sample.label for sample in samples]),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,

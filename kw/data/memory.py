@@ -41,7 +41,7 @@ class _Pixels(NamedTuple):
     place: int
     """in the data set"""
     image: Tensor
-    """uint8, [3, H, W]"""
+    """uint8, [C, H, W]"""
 
 
 class _Decoder(TolerantDataset):
@@ -94,7 +94,7 @@ class MemoryImages(TolerantDataset):
 
     Args:
         folder: the split.
-        images: uint8 [held, 3, H, W].
+        images: uint8 [held, C, H, W].
         rows: int64 [images of the split], the row of ``images`` that holds each.
         device: device of the batches.
         augment: for training; left out, images are given as they are held.
@@ -143,7 +143,7 @@ class MemoryImages(TolerantDataset):
         """
         chosen = torch.tensor([self._readable(key) for key in keys])
         images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
-        images = images.to(self.device, non_blocking=True)  # [B, 3, H, W]
+        images = images.to(self.device, non_blocking=True)  # [B, C, H, W]
         if self.augment is not None:
             images = self.augment(images, [derive_seed("image", self.seed, *key) for key in keys])
         return {
@@ -227,7 +227,7 @@ def as_stored(image: Image.Image | Tensor) -> Tensor:
 def _stacked(samples: list[_Pixels]) -> dict[str, Tensor]:
     # torch's own collation stacks straight into memory that loader processes share.
     return {
-        "images": default_collate([sample.image for sample in samples]),  # [B, 3, H, W]
+        "images": default_collate([sample.image for sample in samples]),  # [B, C, H, W]
         "places": torch.tensor([sample.place for sample in samples]),
     }
 

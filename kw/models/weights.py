@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line, say
@@ -181,6 +180,8 @@ def _for_channels(network: nn.Module, own: State, state: State, source: str) -> 
     now, before = (weights[key].shape[1:2] for weights in (own, state))
     if now == before or before != (3,) or state[key].ndim != 4:
         return state
+    from timm.models import adapt_input_conv  # only here: importing timm imports this module
+
     say_adapted(f"{source}: {key}", 3, now[0])
     return {**state, key: adapt_input_conv(now[0], state[key])}
 
