@@ -101,6 +101,21 @@ def test_tiff_is_turned_as_pillow_turns(orientation: int, tmp_path: Path) -> Non
     assert torch.equal(stored, exact(array))
 
 
+def test_files_in_memory(tmp_path: Path) -> None:
+    """As members of archives are read; messages have their names."""
+    tifffile = pytest.importorskip("tifffile")
+    array, path = noise(5, 8, 4), tmp_path / "image.tif"
+    tifffile.imwrite(path, array, planarconfig="contig")
+    expected = torch.from_numpy(array).permute(2, 0, 1)
+    assert torch.equal(Reader(4)(path.read_bytes()), expected)
+    assert torch.equal(Reader(4)(memoryview(path.read_bytes())), expected)
+    Image.fromarray(array).save(tmp_path / "image.png")
+    assert torch.equal(Reader(4)((tmp_path / "image.png").read_bytes()), expected)
+    for content in (b"", b"no image", path.read_bytes()[:40]):
+        with pytest.raises(BadImageError, match=r"a\.zip: b\.tif"):
+            Reader(4)(content, "a.zip: b.tif")
+
+
 def test_white_is_zero_where_the_file_says_so(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     array, path = noise(5, 8, 1, dtype=np.uint16), tmp_path / "image.tif"
@@ -393,9 +408,9 @@ def settings_of(channels: int, model: dict[str, Any] | None = None, **data: Any)
         (4, {"auto_augment": "rand-m9"}, r"data\.auto_augment = .*null: it works on grey and RGB"),
         (4, {"color_jitter": 0.4}, r"data\.color_jitter = .*null: it works on grey and RGB images"),
         (3, {"pixels": "uint16", "color_jitter": 0.4}, r"null: .*data\.pixels = 'uint16'"),
-        (4, {"decoder": "simplejpeg"}, r"pillow: simplejpeg gives RGB in bytes"),
-        (1, {"decoder": "simplejpeg"}, r"pillow: simplejpeg gives RGB in bytes"),
-        (3, {"decoder": "simplejpeg", "input_size": [32, 48]}, "beside a data.input_size that is"),
+        (4, {"decoder": "fast"}, r"pillow: the fast decoder gives RGB in bytes"),
+        (1, {"decoder": "fast"}, r"pillow: the fast decoder gives RGB in bytes"),
+        (3, {"decoder": "fast", "input_size": [32, 48]}, "beside a data.input_size that is"),
         (4, {"interpolation": "lanczos"}, "bilinear or bicubic: these images are resized as tens"),
         (4, {"pixels": "uint16", "memory": {}}, "null beside data.pixels uint16: images are held"),
         (0, {}, r"data\.channels = 0: expected an integer >= 1"),

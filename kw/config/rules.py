@@ -243,7 +243,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
     )
     expect(
         pillow or data.interpolation != "lanczos",
-        "bicubic, bilinear or nearest beside data.decoder simplejpeg",
+        "bicubic, bilinear or nearest beside data.decoder fast",
         "data.interpolation",
         "data.decoder",
     )
@@ -273,7 +273,7 @@ def _check_channels(config: Config, expect: Callable[..., None]) -> None:
     )
     expect(
         data.decoder == "pillow" or (data.channels == 3 and data.pixels == "uint8"),
-        "pillow: simplejpeg gives RGB in bytes",
+        "pillow: the fast decoder gives RGB in bytes",
         "data.decoder",
         key,
         "data.pixels",

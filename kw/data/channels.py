@@ -10,6 +10,7 @@ Legend: C channels, H x W size.
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any, NamedTuple
 
@@ -60,12 +61,15 @@ class Reader(NamedTuple):
         upright = data.exif_orientation == "apply"
         return cls(data.channels, data.pixels, data.bad_images.max_pixels, upright)
 
-    def __call__(self, source: Picture) -> Image.Image | Tensor:
+    def __call__(
+        self, source: Picture | bytes | memoryview, name: str | os.PathLike[str] | None = None
+    ) -> Image.Image | Tensor:
         """Read an image.
 
         Args:
             source: as for :func:`~kw.data.reading.read_image`; an array for a tensor is uint8 or
                 uint16, ``[H, W, C]``, or ``[H, W]`` for one channel.
+            name: of a file in messages, where ``source`` is none.
 
         Returns:
             Pillow's image in mode L or RGB, or a tensor ``[C, H, W]``.
@@ -77,17 +81,12 @@ class Reader(NamedTuple):
             ValueError: an array of another kind.
         """
         if self.pixels == "uint8" and self.channels in (1, 3):
-            image = read_image(source, self.max_pixels, self.upright)
+            image = read_image(source, self.max_pixels, self.upright, name)
             return image.convert("L") if self.channels == 1 else image
         if isinstance(source, np.ndarray):
             values = self._of_array(source)
-        elif isinstance(source, Image.Image) or not _is_tiff(source):
-            if self.pixels == "uint16" and not isinstance(source, Image.Image):
-                _refuse_cut(source)
-            image = read_image(source, self.max_pixels, self.upright, self._stored)
-            values = np.asarray(image)
         else:
-            values = self._of_tiff(source)
+            values = self._of_file(source, name)
         values = values.reshape(*values.shape[:2], self.channels)
         if self.pixels == "uint16":
             values = values.astype(np.float32, copy=False)
@@ -96,6 +95,19 @@ class Reader(NamedTuple):
     def black(self) -> Image.Image | Tensor:
         """A small black image."""
         return self(np.zeros((8, 8, self.channels)[: 2 if self.channels == 1 else 3], np.uint8))
+
+    def _of_file(self, source: Any, name: str | os.PathLike[str] | None) -> np.ndarray:
+        if not isinstance(source, Image.Image):
+            is_content = isinstance(source, bytes | memoryview)
+            name = name or ("in memory" if is_content else source)
+            with readable(name), io.BytesIO(source) if is_content else open(source, "rb") as file:
+                is_tiff = file.read(4) in _TIFF
+                if self.pixels == "uint16" and not is_tiff:
+                    _refuse_cut(file)
+            if is_tiff:
+                return self._of_tiff(io.BytesIO(source) if is_content else source, name)
+        image = read_image(source, self.max_pixels, self.upright, name, self._stored)
+        return np.asarray(image)
 
     def _of_array(self, array: np.ndarray) -> np.ndarray:
         channels = array.shape[2] if array.ndim == 3 else 1
@@ -134,7 +146,7 @@ class Reader(NamedTuple):
             kind = f" ({mode})" if mode else ""
             raise ValueError(f"{found} channels{kind}; data.channels is {self.channels}")
 
-    def _of_tiff(self, path: Any) -> np.ndarray:
+    def _of_tiff(self, source: Any, path: str | os.PathLike[str]) -> np.ndarray:
         try:
             import tifffile
         except ImportError as error:
@@ -143,7 +155,7 @@ class Reader(NamedTuple):
                 f"{self.pixels} need the package tifffile: pip install -e '.[tiff]'"
             ) from error
         try:
-            with readable(path), tifffile.TiffFile(path) as file:
+            with readable(path), tifffile.TiffFile(source) as file:
                 series = file.series[0]
                 page = series.keyframe
                 shape, axes = series.get_shape(False), series.get_axes(False)
@@ -179,14 +191,9 @@ class Reader(NamedTuple):
         return order + others
 
 
-def _is_tiff(path: str | os.PathLike[str]) -> bool:
-    with readable(path), open(path, "rb") as file:
-        return file.read(4) in _TIFF
-
-
-def _refuse_cut(path: str | os.PathLike[str]) -> None:
+def _refuse_cut(stream: Any) -> None:
     """Refuse colours that may have more bits than the 8 that Pillow keeps of them."""
-    with readable(path), Image.open(path) as file:
+    with Image.open(stream) as file:
         cut = file.format not in _OF_8_BITS or ";16" in str(file.tile)
         if cut and file.mode not in ("1", "L") and not is_16_bit(file):
             raise ValueError("colours of 16 bits, of which Pillow keeps 8: store them as TIFF")

@@ -9,7 +9,6 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,17 +21,15 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms import functional as F
 
 from kw.config.data_schema import DataConfig
-from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
+from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_transform"]
+__all__ = ["build_fast_transform", "build_transform"]
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
-def build_transform(
-    config: DataConfig, training: bool
-) -> Callable[[Image.Image | Jpeg | torch.Tensor], torch.Tensor]:
+def build_transform(config: DataConfig, training: bool) -> Compose:
     """The transform of one split; H x W is ``config.shape``, S their value where they are equal.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
@@ -47,8 +44,7 @@ def build_transform(
         training: whether to augment.
 
     Returns:
-        Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``; with
-        ``data.decoder: simplejpeg`` also of a :class:`~kw.data.jpeg.Jpeg`.
+        Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``.
     """
     height, width = config.shape
     target = height if height == width else (height, width)
@@ -65,11 +61,7 @@ def build_transform(
         if height != width or not config.are_pictures:
             return Compose([_CutLong(height / width), *test.transforms, *clip])
         resize, *rest = test.transforms
-        middle = _ResizeMiddle(resize, height, config.interpolation)
-        if config.decoder == "pillow":
-            return Compose([middle, *rest])
-        size = int(resize.size)
-        return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
+        return Compose([_ResizeMiddle(resize, height, config.interpolation), *rest])
     transform = create_transform(
         target,
         is_training=True,
@@ -88,15 +80,8 @@ def build_transform(
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
-    if config.decoder != "pillow":
-        crop, *steps = transform.transforms
-        flips = [step for step in steps if isinstance(step, RandomHorizontalFlip)]
-        rest = [step for step in steps if step not in flips]
-        # Policies and jitter work on Pillow images.
-        policy = [to_pil_image, *rest] if len(rest) > 1 else rest
-        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms, *clip]) if first or clip else transform
+    return Compose([*first, *transform.transforms, *clip])
 
 
 class _CutLong:
@@ -114,6 +99,23 @@ class _CutLong:
         tall = min(height, math.ceil(_LONG * width * self.shape))
         wide = min(width, math.ceil(_LONG * height / self.shape))
         return image if (tall, wide) == (height, width) else F.center_crop(image, [tall, wide])
+
+
+def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
+    """The transform of one split for images that are not decoded yet (:mod:`kw.data.fast`)."""
+    steps = build_transform(config, training).transforms
+    if not training:
+        resize = steps[0].resize
+        return FastMiddle(int(resize.size), config.shape, config.interpolation, _LONG)
+    crop, *rest = steps
+    policy = [step for step in rest if not isinstance(step, RandomHorizontalFlip)]
+    # The last step makes a tensor; policies and jitter before it work on Pillow images.
+    return FastRandomCrop(
+        crop,
+        config.interpolation,
+        config.horizontal_flip,
+        Compose(policy) if len(policy) > 1 else None,
+    )
 
 
 class _ResizeMiddle:
