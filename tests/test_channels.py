@@ -245,6 +245,8 @@ def test_arrays_of_another_kind() -> None:
     for array in (noise(4, 4, 3), noise(4, 4), noise(4, 4, 5).astype(np.int16)):
         with pytest.raises(ValueError, match=r"expected uint8 or uint16 \[H, W, 5\]"):
             Reader(5)(array)
+        with pytest.raises(BadImageError, match=r"a\.zip: 3: an array of .* \[H, W, 5\]"):
+            Reader(5)(array, "a.zip: 3")
 
 
 def test_a_file_of_other_channels_is_a_bad_image(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,8 @@ class Reader(NamedTuple):
             image = read_image(source, self.max_pixels, self.upright, name)
             return image.convert("L") if self.channels == 1 else image
         if isinstance(source, np.ndarray):
-            values = self._of_array(source)
+            with nullcontext() if name is None else readable(name):  # one of a data set is bad
+                values = self._of_array(source)
         else:
             values = self._of_file(source, name)
         values = values.reshape(*values.shape[:2], self.channels)
