@@ -164,7 +164,8 @@ class _Checker:
                 return None
             options = tuple(option for option in options if option is not type(None))
             # No union in the schema has two members for one kind of YAML node.
-            hint = next((o for o in options if _node(o) is type(entry.value)), options[0])
+            kind = next((k for k in (dict, list) if isinstance(entry.value, k)), None)
+            hint = next((o for o in options if _kind(o) == kind), options[0])
         if _is_mapping(hint):
             if not isinstance(entry.value, dict):
                 return self.expect(entry, key, expected)
@@ -227,13 +228,13 @@ class _Checker:
         self.problem(entry, key, f" is missing: {expected}")
 
 
-def _node(hint: Any) -> type | None:
-    """The kind of YAML node that a type is written as; ``None`` for a scalar."""
-    return dict if _is_mapping(hint) else typing.get_origin(hint)
-
-
 def _is_mapping(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+
+
+def _kind(hint: Any) -> type | None:
+    """The YAML node of a type hint: a mapping, a list, or None for a scalar."""
+    return dict if _is_mapping(hint) else list if typing.get_origin(hint) is list else None
 
 
 def _scalar(hint: Any, value: Any) -> Any:

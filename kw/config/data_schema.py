@@ -79,6 +79,19 @@ class DataConfig:
         None,
         "keep decoded images in memory, e.g. {place: device}; null = read the files in every epoch",
     )
+    repeats: int = setting(
+        1,
+        "repeated augmentation: times that an image is trained on in a row, augmented anew each "
+        "time; an epoch keeps its updates and has 1 / repeats of the images",
+        minimum=1,
+        maximum=1024,
+    )
+    sampling: str = setting(
+        "shuffle",
+        "shuffle: every training image once an epoch; balanced: drawn with replacement, every "
+        "class equally likely",
+        choices=("shuffle", "balanced"),
+    )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(
         "apply",

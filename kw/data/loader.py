@@ -1,7 +1,7 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
 A batch is ``{"images": uint8 [B, C, H, W], "labels": int64 [B] or int8 [B, classes], "indices":
-int64 [B], "key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is
+int64 [B], "key": the first image's (:mod:`.samplers`)}``, in host memory (pinned where CUDA is
 available).
 """
 
@@ -84,6 +84,8 @@ def build_train_loader(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
+    repeats: int = 1,
+    balanced: bool = False,
 ) -> Loader:
     """The loader of one training process.
 
@@ -96,12 +98,21 @@ def build_train_loader(
         workers: loader processes; 0 loads in this process.
         rank: this process, from 0.
         world_size: number of processes.
+        repeats: times that an image is trained on in a row.
+        balanced: whether every class is equally likely.
 
     Raises:
         ConfigError: from :class:`~kw.data.samplers.TrainBatchSampler`.
     """
     sampler = TrainBatchSampler(
-        len(dataset), batch_size, total_batch_size, rank, world_size, dataset.seed
+        len(dataset),
+        batch_size,
+        total_batch_size,
+        rank,
+        world_size,
+        dataset.seed,
+        repeats=repeats,
+        labels=dataset.labels if balanced else None,
     )
     return build_loader(dataset, sampler, workers)
 

@@ -32,7 +32,8 @@ class BatchPreprocessor(nn.Module):
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
         num_classes: C, classes of the classifier.
-        label_smoothing: probability mass spread evenly over all classes, in training.
+        label_smoothing: probability mass spread evenly over all classes, in training; for images of
+            several classes over "yes" and "no" of each class.
         seed: seed of erasing and mixing.
         channels_last: return images in NHWC memory layout.
     """
@@ -83,7 +84,8 @@ class BatchPreprocessor(nn.Module):
 
         Returns:
             Images, float32 [B, N, H, W], and targets: int64 labels [B], or float32 probabilities
-            [B, C] where training mixes or smooths.
+            [B, C] where training mixes or smooths. Labels [B, C] of images of several classes stay
+            what they are in evaluation, and are float32 in training.
 
         Raises:
             ValueError: mixing was asked for and B is odd.
@@ -119,9 +121,14 @@ class BatchPreprocessor(nn.Module):
                 f"mixup and cutmix pair the images of a batch: batch_size is {len(images)}, "
                 "expected an even number (or data.mixup and data.cutmix 0)"
             )
-        return self.mixup(images, labels)
+        if labels.ndim == 1:
+            return self.mixup(images, labels)
+        targets, share = self._targets(labels), self.mixup._mix_batch(images)
+        return images, share * targets + (1 - share) * targets.flip(0)
 
     def _targets(self, labels: Tensor) -> Tensor:
+        if labels.ndim == 2:
+            return labels.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
         if not self.label_smoothing:
             return labels
         return mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)  # [B, C]

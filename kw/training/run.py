@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..data import (
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
-from ..registry import HOOKS, LOSSES, METRICS
+from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
@@ -37,6 +36,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesH
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
+from .objective import build_loss, build_teacher, check_labels
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -135,9 +135,12 @@ def build_trainer(
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
+    check_labels(config, listings["train"])
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 
+    as_images = uses_channels_last(config, process.device)
+    teacher = build_teacher(config, listings["train"], process.device, as_images)
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
@@ -145,14 +148,14 @@ def build_trainer(
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
-    loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
-    model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
+    loss = build_loss(config, listings["train"], process.device)
+    model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
-        "top1",
+        "mAP" if "multilabel" in config.metrics else "top1",
         list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
@@ -231,7 +234,8 @@ def evaluate(
         metrics: further entries of :data:`kw.registry.METRICS`, with their arguments.
 
     Returns:
-        See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
+        See :meth:`kw.evaluation.Accuracy.compute`, in whose place the metric ``multilabel`` comes;
+        and the figures of the other metrics.
 
     Raises:
         ConfigError: two metrics give a figure of one name.
@@ -240,7 +244,8 @@ def evaluate(
     network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
-    counts.append(Accuracy(device))
+    if "multilabel" not in (metrics or {}):
+        counts.append(Accuracy(device))
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):
@@ -284,6 +289,7 @@ def evaluate_checkpoint(
         check_devices(config, process)
         listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
         refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
+        check_labels(config, listing)
         where = (process.device, process.rank, process.world_size)
         loader = open_validation(config, *where, listing)
         network = build_network(config.model)
