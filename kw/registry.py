@@ -154,7 +154,8 @@ DATASETS: Registry[Callable[..., Listing]] = Registry(
 """``(root, split, **args) -> Listing``: the images of a split, their labels and classes."""
 
 TRANSFORMS: Registry[Callable[..., Callable[[Image], Image]]] = Registry("transform")
-"""``(**args) -> (RGB image -> RGB image)``, applied to a training image before its crop."""
+"""``(**args) -> (image -> image)``, RGB, or grey with ``data.channels: 1``; applied to a training
+image before its crop."""
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss", "kw.models.losses")
 """``(logits [B, C] float32, targets, **args) -> scalar``; targets are labels ``[B]`` or

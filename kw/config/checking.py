@@ -63,7 +63,11 @@ def check(root: Entry, check_model_name: bool = True) -> Config:
     def rules(config: Config, report: Report) -> None:
         check_rules(config, report, check_model_name)
 
-    return check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    config = check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    if config.data.channels != 3:
+        # timm's name for it; networks are built from the settings of the model alone.
+        config.model.timm_args["in_chans"] = config.data.channels
+    return config
 
 
 def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:

@@ -52,8 +52,25 @@ class DataConfig:
     root: str = setting(
         doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
     )
-    input_size: int = setting(
-        224, "side of the square network input, pixels", minimum=1, maximum=8192
+    input_size: int | list[int] = setting(
+        224,
+        "side of the square network input, or [height, width], pixels",
+        minimum=1,
+        maximum=8192,
+        length=2,
+    )
+    channels: int = setting(
+        3,
+        "channels of the images and of the network's input: 1 = grey, 3 = RGB; others as stored, "
+        "e.g. 4 of RGBA files or the bands of a TIFF file (docs/data.md)",
+        minimum=1,
+        maximum=1024,
+    )
+    pixels: str = setting(
+        "uint8",
+        "uint8: bytes, to which 16-bit files are scaled; uint16: 16 bits are kept, in a float32 "
+        "tensor",
+        choices=("uint8", "uint16"),
     )
     workers: int = setting(
         4, "loader processes per device; 0 = load in the training process", minimum=0, maximum=512
@@ -89,14 +106,16 @@ class DataConfig:
         choices=("pillow", "fast"),
     )
     mean: list[float] = setting(
-        [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
+        [0.485, 0.456, 0.406],
+        "means of inputs in [0, 1], one a channel",
+        minimum=0,
+        maximum=1,
     )
     std: list[float] = setting(
         [0.229, 0.224, 0.225],
-        "channel standard deviations of inputs in [0, 1]",
+        "standard deviations of inputs in [0, 1], one a channel",
         minimum=1e-6,
         maximum=1e6,
-        length=3,
     )
     interpolation: str = setting(
         "bicubic",
@@ -160,3 +179,14 @@ class DataConfig:
     def augments_on_device(self) -> bool:
         """Whether policy and colour jitter work on batches, on the device that trains."""
         return self.augment_on == "device" or self.memory is not None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the network's input, pixels."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether images are Pillow's, grey or RGB in bytes; other images are tensors."""
+        return self.channels in (1, 3) and self.pixels == "uint8"

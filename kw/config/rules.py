@@ -258,6 +258,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "data.interpolation",
         "data.decoder",
     )
+    _check_channels(config, expect)
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")
@@ -292,6 +293,48 @@ def _check_classes(config: Config, expect: Callable[..., None]) -> None:
     else:
         expected = "null or a list beside data.sampling: balanced, which makes up for the same"
         expect(config.data.sampling != "balanced", expected, key, "data.sampling")
+
+
+def _check_channels(config: Config, expect: Callable[..., None]) -> None:
+    """Rules on the number of channels, 16-bit pixels and the shape of images."""
+    data, key = config.data, "data.channels"
+    given = config.model.timm_args.get("in_chans", data.channels)
+    expected = f"{data.channels}, which data.channels says: set the number of channels there alone"
+    expect(given == data.channels, expected, "model.timm_args", key)
+    for name in ("mean", "std"):
+        count = len(getattr(data, name))
+        expected = f"a list of {data.channels} numbers, one a channel (docs/data.md measures them)"
+        expect(count == data.channels, expected, f"data.{name}", key)
+    expect(
+        data.decoder == "pillow" or data.shape[0] == data.shape[1],
+        "pillow beside a data.input_size that is not square",
+        "data.decoder",
+        "data.input_size",
+    )
+    expect(
+        data.decoder == "pillow" or (data.channels == 3 and data.pixels == "uint8"),
+        "pillow: the fast decoder gives RGB in bytes",
+        "data.decoder",
+        key,
+        "data.pixels",
+    )
+    if data.are_pictures:
+        return
+    keys, why = (key, "data.pixels"), "it works on grey and RGB images in bytes"
+    for name, none in (("auto_augment", "null"), ("color_jitter", "null"), ("transforms", "{}")):
+        expect(not getattr(data, name), f"{none}: {why}", f"data.{name}", *keys)
+    expect(
+        data.interpolation in ("bilinear", "bicubic"),
+        "bilinear or bicubic: these images are resized as tensors",
+        "data.interpolation",
+        *keys,
+    )
+    expect(
+        data.memory is None or data.pixels == "uint8",
+        "null beside data.pixels uint16: images are held as bytes",
+        "data.memory",
+        "data.pixels",
+    )
 
 
 def _model_name_expected(name: str, in_timm: bool) -> str:

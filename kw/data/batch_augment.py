@@ -4,7 +4,7 @@ The same distributions as :func:`kw.data.transforms.build_transform`, which work
 image at a time, but other draws. The result for an image depends on its own seed only, not on the
 batch. Draws are made on the host: no synchronisation with the device.
 
-Legend: B images, H x W their size, S ``input_size``.
+Legend: B images, C channels, H x W their size, S x T that of the network's input.
 """
 
 from __future__ import annotations
@@ -90,24 +90,24 @@ class BatchAugment:
         """Augment.
 
         Args:
-            images: uint8 [B, 3, H, W], on any device.
+            images: uint8 [B, C, H, W], on any device.
             seeds: one 64-bit seed per image.
 
         Returns:
-            uint8 [B, 3, S, S].
+            uint8 [B, C, S, T].
         """
         return self.apply(images, self.choose(seeds, *images.shape[-2:]))
 
     def apply(self, images: Tensor, choices: Choices) -> Tensor:
         """Apply drawn augmentations; arguments as for calling."""
         height, width = images.shape[-2:]
-        side, how = self.config.input_size, self.config.interpolation
+        (tall, wide), how = self.config.shape, self.config.interpolation
         # One copy to the device for all four.
         place = torch.from_numpy(
             np.stack([choices.top, choices.height, choices.left, choices.width])
         ).to(images.device, non_blocking=True)
-        rows = axis_weights(place[0], place[1], height, side, how)
-        columns = axis_weights(place[2], place[3], width, side, how)
+        rows = axis_weights(place[0], place[1], height, tall, how)
+        columns = axis_weights(place[2], place[3], width, wide, how)
         mirror = torch.from_numpy(choices.mirror).to(images.device, non_blocking=True)
         columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
         cut = resample(images, rows, columns).round_().clamp_(0, 255)

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from kw.config.run_schema import BadImagesConfig
+from kw.data.channels import Reader
 from kw.data.fast import DecodeError, FastTransform, open_fast
 from kw.data.faults import TolerantDataset
 from kw.data.listing import Listing, Stored, list_folders
-from kw.data.reading import DataError, read_image
+from kw.data.reading import DataError
 from kw.data.seeding import seeded
 from kw.torch_private import shared_bytes
 
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """One image, as the batch preprocessing expects it."""
 
     image: Tensor
-    """uint8, [3, S, S]"""
+    """[C, H, W]; uint8, or float32 in units of bytes (:mod:`kw.data.channels`)"""
     label: Any
     """class, int; where images have several, int8 ``[classes]`` of 0 and 1"""
     key: tuple[int, ...]
@@ -62,16 +62,17 @@ class ImageFolder(TolerantDataset):
     Args:
         root: folder that holds the splits.
         split: folder under ``root``.
-        transform: RGB image -> uint8 tensor [3, S, S].
+        transform: image as ``reader`` gives it -> tensor [C, H, W].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
         bad_images: the policy for them; without it they raise.
         upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
+        reader: reads files; left out, RGB as ``bad_images`` and ``upright`` say.
         fast: for images that it takes, instead of ``transform``.
-        batch_shape: shape of all results; batches are then written where they are assembled. That
-            of ``fast`` is known.
+        batch_shape: shape of all results, which are uint8; batches are then written where they are
+            assembled. That of ``fast`` is known.
 
     Attributes:
         classes: class names; a label is a place in this list.
@@ -93,6 +94,7 @@ class ImageFolder(TolerantDataset):
         bad_images: BadImagesConfig | None = None,
         upright: bool = True,
         listing: Listing | None = None,
+        reader: Reader | None = None,
         fast: FastTransform | None = None,
         batch_shape: Sequence[int] | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class ImageFolder(TolerantDataset):
         self.transform, self.fast = transform, fast
         self.batch_shape = (3, *fast.size) if batch_shape is None and fast else batch_shape
         self.upright = upright
+        self.reader = reader or Reader(max_pixels=self.bad_images.max_pixels, upright=upright)
         found = list_folders(Path(root), split) if listing is None else listing
         self.folder = Path(root).expanduser()
         inside = f"{self.folder / split}{os.sep}"
@@ -153,7 +156,7 @@ class ImageFolder(TolerantDataset):
             with suppress(DecodeError):  # Pillow judges the damage
                 if picture and self.fast(picture, ("image", self.seed, *key), room):
                     return self._sample(room, index, key)
-        image = read_image(stored, limit, self.upright, self.path(index))
+        image = self.reader(stored, self.path(index))
         with seeded("image", self.seed, *key):
             tensor = self.transform(image)
         return self._sample(tensor if out is None else out.copy_(tensor), index, key)
@@ -165,7 +168,7 @@ class ImageFolder(TolerantDataset):
     def unreadable(self, key: tuple[int, ...]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
-            tensor = self.transform(Image.new("RGB", (8, 8)))
+            tensor = self.transform(self.reader.black())
         unknown = np.full_like(self.labels[key[1]], UNREADABLE)  # of each class, if of several
         return Sample(tensor, torch.from_numpy(unknown) if unknown.ndim else UNREADABLE, key)
 

@@ -1,6 +1,6 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
-A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B] or int8 [B, classes], "indices":
+A batch is ``{"images": uint8 [B, C, H, W], "labels": int64 [B] or int8 [B, classes], "indices":
 int64 [B], "keys": the images' keys (:mod:`.samplers`), "key": the first}``, in host memory (pinned
 where CUDA is available).
 """
@@ -69,7 +69,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         images = default_collate([sample.image for sample in samples])
     labels = [sample.label for sample in samples]
     return {
-        "images": images,  # [B, 3, S, S]
+        "images": images,  # [B, C, H, W]
         "labels": torch.stack(labels) if torch.is_tensor(labels[0]) else torch.tensor(labels),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,

@@ -1,6 +1,6 @@
 """Preprocessing of a batch on the device: policies, normalisation, erasing, mixing, targets.
 
-Legend: B batch, S input size, C classes.
+Legend: B batch, N channels, H x W input size, C classes.
 
 Random erasing: Zhong et al., AAAI 2020. Mixup: Zhang et al., ICLR 2018. CutMix: Yun et al., ICCV
 2019. All three are timm's. Images are erased before they are mixed, as in the training codes of
@@ -53,7 +53,7 @@ class BatchPreprocessor(nn.Module):
         super().__init__()
         # In units of bytes, so that images need no division by 255 first.
         for key, values in (("mean", config.mean), ("std", config.std)):
-            buffer = torch.tensor(values).mul_(255).view(1, 3, 1, 1)
+            buffer = torch.tensor(values).mul_(255).view(1, -1, 1, 1)
             self.register_buffer(key, buffer, persistent=False)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
@@ -80,14 +80,15 @@ class BatchPreprocessor(nn.Module):
         """Move, normalise and, in training, augment, erase and mix.
 
         Args:
-            batch: from a loader; ``images`` is uint8 [B, 3, S, S] and is not changed.
+            batch: from a loader; ``images`` is uint8 [B, N, H, W], or float32 in units of
+                bytes, and is not changed.
             training: whether to augment, erase, mix and smooth.
             key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
                 first index, which is unique in the run. A policy's choices are seeded for each
                 image by its own key.
 
         Returns:
-            Images, float32 [B, 3, S, S], and targets: int64 labels [B], or float32 probabilities
+            Images, float32 [B, N, H, W], and targets: int64 labels [B], or float32 probabilities
             [B, C] where training mixes or smooths. Labels [B, C] of images of several classes stay
             what they are in evaluation, and are float32 in training.
 

@@ -12,11 +12,11 @@ from PIL import Image
 from kw.config.data_schema import DataConfig
 from kw.config.schema import Config
 from kw.data.batch_augment import BatchAugment
+from kw.data.channels import Reader
 from kw.data.dataset import ImageFolder
 from kw.data.listing import Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
-from kw.data.reading import read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.transforms import build_fast_transform, build_transform
 
@@ -122,8 +122,8 @@ def read_files(
     Raises:
         BadImageError: one cannot be read.
     """
-    transform, upright = build_transform(data, False), data.exif_orientation == "apply"
-    images = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
+    transform, reader = build_transform(data, False), Reader.of(data)
+    images = [transform(reader(file)) for file in files]
     return {"images": torch.stack(images), "labels": torch.zeros(len(images), dtype=torch.int64)}
 
 
@@ -144,8 +144,9 @@ def _folder(
         bad_images=data.bad_images,
         upright=data.exif_orientation == "apply",
         listing=listing or list_split(data, split),
+        reader=Reader.of(data),
         fast=None if data.decoder == "pillow" else build_fast_transform(data, split == "train"),
-        batch_shape=None if is_held else (3, data.input_size, data.input_size),
+        batch_shape=None if is_held or data.pixels != "uint8" else (data.channels, *data.shape),
     )
 
 

@@ -16,7 +16,7 @@ from ..config import ConfigError
 from ..config.schema import Config, DistillationConfig, ModelConfig
 from ..data import Listing
 from ..errors import UserError
-from ..models.build import build_network, check_network, read_start
+from ..models.build import build_network, check_network, in_channels, read_start
 from ..models.losses import balanced_weights, hard_distillation, soft_distillation
 from ..models.weights import load_start
 from ..registry import LOSSES
@@ -142,7 +142,12 @@ def build_teacher(
                 f"it learned from images of data.mean {list(mean)}, data.std {list(std)}, and is "
                 f"to see those of this run, {data.mean} and {data.std}: set these to the teacher's"
             )
-        check_network(network, model, data.input_size)
+        if in_channels(model) != data.channels:
+            raise ConfigError(
+                f"it takes images of {in_channels(model)} channels, data.channels is "
+                f"{data.channels}: a teacher sees the student's images"
+            )
+        check_network(network, model, data.shape)
     except UserError as error:
         raise type(error)(f"distillation.teacher {wanted.teacher}: {error}") from error
     network.to(device)

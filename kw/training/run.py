@@ -176,7 +176,7 @@ def build_trainer(
 
 
 def _prepare(network: nn.Module, config: Config, process: Process) -> None:
-    check_network(network, config.model, config.data.input_size)
+    check_network(network, config.model, config.data.shape)
     set_contraction(config.contraction, network)
     if uses_channels_last(config, process.device):
         network.to(memory_format=torch.channels_last)
