@@ -36,6 +36,7 @@ __all__ = ["main"]
 
 SETS = ("real", "v2", "a", "r", "sketch", "c")
 TTA = ("flip", "five", "ten")
+_DETAILS = ("model_", "ce_", "error_")
 
 
 def main() -> None:
@@ -107,7 +108,9 @@ def evaluate(args: argparse.Namespace, runs: list[tuple[Any, Path]]) -> list[dic
     if not detectors:
         from ..training import Testing, evaluate_checkpoints
 
-        if args.name == "c" and any(o.startswith("data.test_crop_ratio=") for o in args.cfg_options):
+        if args.name == "c" and any(
+            o.startswith("data.test_crop_ratio=") for o in args.cfg_options
+        ):
             raise ConfigError("--set c: give --crop-ratio in the place of data.test_crop_ratio")
         testing = Testing(
             args.name or "val", args.set_root, args.sizes or (), args.crop_ratio, args.tta,
@@ -131,9 +134,11 @@ def show(results: list[dict[str, Any]]) -> None:
         return
     from ..evaluation import render_table
 
-    # Without the corruptions of --set c, which --csv has.
-    heads = [k for k in dict.fromkeys(k for row in results for k in row) if "_" not in k]
-    heads += [k for k in ("input_size", "test_crop_ratio") if k in results[0]]
+    # Without single corruptions and the weights that an average was made of; --csv has them.
+    first = ("checkpoint", "input_size", "test_crop_ratio")
+    found = dict.fromkeys(key for row in results for key in row)
+    heads = [key for key in first if key in found]
+    heads += [key for key in found if key not in first and not key.startswith(_DETAILS)]
     print(render_table(heads, [[_text(row.get(key, "")) for key in heads] for row in results]))
 
 

@@ -40,7 +40,15 @@ from ..data import DataError, Listing
 from ..data.walk import is_hidden, walk_images
 from ..errors import say
 
-__all__ = ["ALEXNET_ERRORS", "SETS", "TestSet", "corruption_errors", "open_set", "readable", "wnids"]
+__all__ = [
+    "ALEXNET_ERRORS",
+    "SETS",
+    "TestSet",
+    "corruption_errors",
+    "open_set",
+    "readable",
+    "wnids",
+]
 
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
@@ -287,7 +295,7 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
         inside = _folders(folder)
         # noise/, blur/, weather/, digital/ and extra/ are how the authors' archives group them.
         grouped = not set(inside) & set(SEVERITIES)
-        for each, where in (inside.items() if grouped else [(name, folder)]):
+        for each, where in inside.items() if grouped else [(name, folder)]:
             levels = _folders(where)
             if set(levels) != set(SEVERITIES) or each in found:
                 raise DataError(f"{where}: found {_some(list(levels))}; each corruption once")

@@ -60,10 +60,13 @@ def draw_confusion(matrix: Any, names: Sequence[str], title: str) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(share, cmap=AMOUNT, vmin=0, vmax=1)
     labels = [shorten(names[c], 1.5) for c in chosen]
-    axes.set_xticks(range(len(chosen)), labels, rotation=60, ha="right", rotation_mode="anchor")
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    short = max(map(len, labels)) <= 4
+    axes.set_xticks(range(len(chosen)), labels, **({} if short else turned))
     axes.set_yticks(range(len(chosen)), labels)
     axes.tick_params(labelsize=8, length=0)
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_xlabel("predicted", fontsize=9)
+    axes.set_ylabel("true", fontsize=9)
     for (row, column), count in np.ndenumerate(block):
         if count:
             ink = INK if share[row, column] > 0.6 else "white"
@@ -94,11 +97,14 @@ def draw_reliability(
     upper.bar(middle, accuracy, 0.92 / bins, color=OWN, label="accuracy")
     upper.plot(confidence, confidence, "o", color=FOREIGN, markersize=5, label="mean confidence")
     upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
-    upper.set(ylim=(0, 1), ylabel="share of images that are right")
+    upper.set_ylim(0, 1)
+    upper.set_ylabel("share of images that are right", fontsize=9)
     error = "none" if ece is None else f"{ece:.2f}%"
     upper.legend(fontsize=8, title=f"expected calibration error {error}", title_fontsize=8)
     lower.bar(middle, counts, 0.92 / bins, color=INK)
-    lower.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
+    lower.set_xlim(0, 1)
+    lower.set_xlabel("confidence", fontsize=9)
+    lower.set_ylabel("images", fontsize=9)
     for axes in (upper, lower):
         axes.tick_params(labelsize=8)
     return figure

@@ -86,7 +86,7 @@ def write_figures(
     if len(wrong):
         pixels = read_files([test_set.listing.files[i] for i in wrong[:SHOWN]], data)["images"]
         below = [
-            f"{truth(i)}\nnot {names[predicted[i]]} {outcomes.confidence[i]:.2f}"
+            f"is {truth(i)}\nsaid {names[predicted[i]]} {outcomes.confidence[i]:.2f}"
             for i in wrong[:SHOWN]
         ]
         written.append(folder / "mistakes.png")
@@ -95,13 +95,15 @@ def write_figures(
     read = predicted >= 0
     written.append(folder / "reliability.png")
     bins = calibration(outcomes.confidence[read], right[read])
-    save(draw_reliability(bins.counts, bins.confidence, bins.accuracy, bins.ece, title), written[-1])
+    save(
+        draw_reliability(bins.counts, bins.confidence, bins.accuracy, bins.ece, title), written[-1]
+    )
     return written
 
 
 def _percent(counts: Any) -> tuple[float | str, float | str]:
     images, first, five = counts.tolist()
-    return (100 * first / images, 100 * five / images) if images else ("", "")
+    return (round(100 * first / images, 4), round(100 * five / images, 4)) if images else ("", "")
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
