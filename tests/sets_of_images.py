@@ -64,8 +64,12 @@ def write_run(folder: Path, classes: list[str] | None = CLASSES, **data: Any) ->
     config = {
         "model": {"name": "reads_grey", "num_classes": 12},
         "data": {
-            **{"root": str(folder / "data"), "input_size": 8, "workers": 0, "test_crop_ratio": 1.0},
-            **{"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+            "root": str(folder / "data"),
+            "input_size": 8,
+            "workers": 0,
+            "test_crop_ratio": 1.0,
+            "mean": [0.0, 0.0, 0.0],
+            "std": [1.0, 1.0, 1.0],
             **data,
         },
         "epochs": 1,

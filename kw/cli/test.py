@@ -130,12 +130,12 @@ def show(results: list[dict[str, Any]]) -> None:
     """One checkpoint's figures in lines, several in a table."""
     if len(results) == 1:
         for key, value in results[0].items():
-            print(f"{key:15s} {_text(value)}")
+            print(f"{key:12s} {_text(value)}")
         return
     from ..evaluation import render_table
 
     # Without single corruptions and the weights that an average was made of; --csv has them.
-    first = ("checkpoint", "input_size", "test_crop_ratio")
+    first = ("checkpoint", "input_size", "crop_ratio")
     found = dict.fromkeys(key for row in results for key in row)
     heads = [key for key in first if key in found]
     heads += [key for key in found if key not in first and not key.startswith(_DETAILS)]

@@ -131,7 +131,7 @@ def class_hits(hits: Any, labels: Any, classes: int) -> Any:
 
 
 def confusion(predicted: Any, labels: Any, classes: int) -> Any:
-    """``[C, C]`` images by their class, in rows, and the predicted one; unreadable ones left out."""
+    """``[C, C]`` images by class, in rows, and predicted class; unreadable ones left out."""
     labels = np.asarray(labels)
     read = predicted >= 0
     pairs = labels[read] * classes + predicted[read]

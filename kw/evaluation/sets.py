@@ -39,6 +39,7 @@ import numpy as np
 from ..data import DataError, Listing
 from ..data.walk import is_hidden, walk_images
 from ..errors import say
+from .corruptions import ALEXNET_ERRORS, corruption_errors
 
 __all__ = [
     "ALEXNET_ERRORS",
@@ -50,28 +51,7 @@ __all__ = [
     "wnids",
 ]
 
-ALEXNET_ERRORS = {
-    "gaussian_noise": 88.6428,
-    "shot_noise": 89.4468,
-    "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880,
-    "glass_blur": 82.6268,
-    "motion_blur": 78.5948,
-    "zoom_blur": 79.8360,
-    "snow": 86.6816,
-    "frost": 82.6572,
-    "fog": 81.9324,
-    "brightness": 56.4592,
-    "contrast": 85.3204,
-    "elastic_transform": 64.6056,
-    "pixelate": 71.7840,
-    "jpeg_compression": 60.6500,
-}
-"""AlexNet's top-1 error of each corruption, in percent, the mean of five severities. The paper's
-table has them rounded to whole numbers; these are the digits of the authors' later code (AugMix,
-google-research/augmix, imagenet.py: "taken from github.com/hendrycks/robustness")."""
-
-SEVERITIES = ("1", "2", "3", "4", "5")
+_SEVERITIES = ("1", "2", "3", "4", "5")
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 _REMEDY = (
     "these sets are for networks whose classes are named as ImageNet's folders are (n01440764, "
@@ -138,29 +118,6 @@ class TestSet:
         counts = np.bincount(self.group, minlength=len(self.groups))
         errors = 100 * np.bincount(self.group, wrong, len(self.groups)) / counts
         return dict(zip(self.groups, errors.tolist(), strict=True))
-
-
-def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, Any]:
-    """The corruption errors of Hendrycks and Dietterich (2019), section 4.
-
-    ``CE_c``, the network's error summed over severities over AlexNet's, and ``mCE``, their mean.
-
-    Args:
-        errors: top-1 error in percent, by corruption and severity 1 to 5.
-
-    Returns:
-        ``ce_NAME``, percent, for each of the 15 corruptions that is there, ``error_NAME`` for
-        another, and ``mce``, ``None`` unless all 15 are there.
-    """
-    names = dict.fromkeys(name for name, _ in errors)
-    means = {n: sum(errors[n, int(s)] for s in SEVERITIES) / len(SEVERITIES) for n in names}
-    each = {n: 100 * means[n] / ALEXNET_ERRORS[n] for n in ALEXNET_ERRORS if n in means}
-    whole = len(each) == len(ALEXNET_ERRORS)
-    return {
-        "mce": sum(each.values()) / len(each) if whole else None,
-        **{f"ce_{name}": value for name, value in each.items()},
-        **{f"error_{name}": means[name] for name in names if name not in each},
-    }
 
 
 @cache
@@ -294,15 +251,15 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
     for name, folder in _folders(root).items():
         inside = _folders(folder)
         # noise/, blur/, weather/, digital/ and extra/ are how the authors' archives group them.
-        grouped = not set(inside) & set(SEVERITIES)
+        grouped = not set(inside) & set(_SEVERITIES)
         for each, where in inside.items() if grouped else [(name, folder)]:
             levels = _folders(where)
-            if set(levels) != set(SEVERITIES) or each in found:
+            if set(levels) != set(_SEVERITIES) or each in found:
                 raise DataError(f"{where}: found {_some(list(levels))}; each corruption once")
             found[each] = levels
     files: list[Path] = []
     labels: list[int] = []
-    groups = [(name, int(level)) for name in found for level in SEVERITIES]
+    groups = [(name, int(level)) for name in found for level in _SEVERITIES]
     counts = []
     for name, level in groups:
         folders = _folders(found[name][str(level)])

@@ -60,7 +60,7 @@ def draw_confusion(matrix: Any, names: Sequence[str], title: str) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(share, cmap=AMOUNT, vmin=0, vmax=1)
     labels = [shorten(names[c], 1.5) for c in chosen]
-    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     short = max(map(len, labels)) <= 4
     axes.set_xticks(range(len(chosen)), labels, **({} if short else turned))
     axes.set_yticks(range(len(chosen)), labels)

@@ -27,11 +27,11 @@ from ..data import (
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
-from ..models import ImageClassifier, build_network, check_network, start_network
+from ..models import ImageClassifier, check_network, start_network
 from ..registry import HOOKS, LOSSES, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
-from .checkpoint import load_checkpoint, load_network, refuse_other_classes
+from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook

@@ -1,4 +1,4 @@
-"""Checkpoints of classifiers on a test set: plain validation, ImageNet's other sets, other views."""
+"""Checkpoints of classifiers on validation images and ImageNet's other sets, at sizes and views."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def evaluate_checkpoint(
     Returns:
         The headline figures (see :func:`kw.training.task.headline`), ``ece`` in percent among them
         (:func:`kw.evaluation.outcomes.calibration`); ``set``, ``input_size`` and
-        ``test_crop_ratio``, which they are of; ``epoch`` and ``checkpoint``.
+        ``crop_ratio``, which they are of; ``epoch`` and ``checkpoint``.
 
     Raises:
         ConfigError: a setting does not fit the devices or the network.
@@ -179,7 +179,7 @@ def _evaluate(
         conditions["complete"] = test_set.complete
     if test_set.subset is not None:
         conditions["classes"] = len(test_set.subset)
-    conditions.update(input_size=size, test_crop_ratio=ratio)
+    conditions.update(input_size=size, crop_ratio=ratio)
     if testing.tta is not None:
         conditions["tta"] = testing.tta
     epoch_and_file = {key: found.pop(key) for key in ("epoch", "checkpoint")}
