@@ -56,7 +56,7 @@ def draw_confusion(matrix: Any, names: Sequence[str], title: str) -> Figure:
     block = matrix[np.ix_(chosen, chosen)]
     share = block / np.maximum(matrix.sum(1)[chosen, None], 1)
     side = 0.42 * len(chosen)
-    figure = new_figure(max(side + 3.2, 6.5), max(side + 2.4, 4.5), title)
+    figure = new_figure(max(side + 4.2, 6.5), max(side + 2.4, 4.5), title)
     axes = figure.subplots()
     image = axes.imshow(share, cmap=AMOUNT, vmin=0, vmax=1)
     labels = [shorten(names[c], 1.5) for c in chosen]
