@@ -71,9 +71,9 @@ class DataConfig:
     )
     decoder: str = setting(
         "pillow",
-        "pillow: exact; simplejpeg: more images a second of JPEG files, pixels differ by a few "
-        "levels (docs/data.md)",
-        choices=("pillow", "simplejpeg"),
+        "pillow: exact; fast: more images a second, pixels differ by a few levels "
+        "(docs/loading.md)",
+        choices=("pillow", "fast"),
     )
     mean: list[float] = setting(
         [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3

@@ -243,7 +243,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
     )
     expect(
         pillow or data.interpolation != "lanczos",
-        "bicubic, bilinear or nearest beside data.decoder simplejpeg",
+        "bicubic, bilinear or nearest beside data.decoder fast",
         "data.interpolation",
         "data.decoder",
     )

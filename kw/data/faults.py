@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -92,14 +93,18 @@ class TolerantDataset(Dataset[Any]):
             DataError: it cannot be read, nor can any of the substitutes.
             OutOfMemory: memory does not suffice for it.
         """
-        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
-            return self._get(key)
+        return self.get(key, self.read)
 
-    def _get(self, key: tuple[int, int]) -> Any:
+    def get(self, key: tuple[int, int], read: Callable[[int, tuple[int, int]], Any]) -> Any:
+        """As indexing does, by another function than :meth:`read`."""
+        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
+            return self._tolerantly(key, read)
+
+    def _tolerantly(self, key: tuple[int, int], read: Callable[..., Any]) -> Any:
         faults: list[BadImage] = []
         for index in self._candidates(key):
             try:
-                sample = self.read(index, key)
+                sample = read(index, key)
             except BadImageError as error:
                 if self.bad_images.policy == "raise":
                     raise
@@ -211,7 +216,8 @@ class FaultLog:
 
     def _is_bad(self, path: str) -> bool:
         if not os.path.exists(path):
-            return False  # removed; if it is still in the data set, it will be met
+            # Removed; if it is still in the data set, it will be met. Archives do not change.
+            return any(parent.is_file() for parent in Path(path).parents)
         try:
             read_image(path, self.max_pixels)
         except BadImageError:

@@ -1,7 +1,8 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
-A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int64 [B],
-"key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is available).
+A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B] or int8 [B, classes], "indices":
+int64 [B], "key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is
+available).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from kw.data.dataset import ImageFolder, Sample
+from kw.data.dataset import ImageFolder, Sample, Samples
 from kw.data.faults import FaultLog, TolerantDataset, collate_faults
 from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -62,10 +63,14 @@ class Loader(DataLoader[Any]):
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples of one epoch -> a batch."""
+    if isinstance(samples, Samples):
+        images = samples.images
+    else:  # torch's own collation stacks straight into memory that loader processes share
+        images = default_collate([sample.image for sample in samples])
+    labels = [sample.label for sample in samples]
     return {
-        # torch's own collation stacks straight into memory that loader processes share.
-        "images": default_collate([sample.image for sample in samples]),  # [B, 3, S, S]
-        "labels": torch.tensor([sample.label for sample in samples]),
+        "images": images,  # [B, 3, S, S]
+        "labels": torch.stack(labels) if torch.is_tensor(labels[0]) else torch.tensor(labels),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,
     }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +57,7 @@ class _Decoder(TolerantDataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> os.PathLike[str] | str:
         """The file of an image."""
         return self.folder.path(index)
 
@@ -131,7 +130,7 @@ class MemoryImages(TolerantDataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> os.PathLike[str] | str:
         """The file of an image."""
         return self.folder.path(index)
 

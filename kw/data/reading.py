@@ -8,6 +8,7 @@ differences: 16-bit grey is scaled (they clip it to white), and EXIF orientation
 from __future__ import annotations
 
 import errno
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit: 512 MiB of RGB."""
 
 _ORIENTATION = 0x0112
+_EMPTY = "the file is empty"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,17 +116,19 @@ def _png_exif(stream: Any) -> bytes:
 
 
 def read_image(
-    source: Picture,
+    source: Picture | bytes | memoryview,
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
+    name: str | os.PathLike[str] | None = None,
 ) -> Image.Image:
     """Read an image by its content, whatever its name ends with.
 
     Args:
-        source: the file, what ``PIL.Image.open`` has made of it, or an array of its pixels: uint8
-            ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
+        source: the file or its content, what ``PIL.Image.open`` has made of it, or an array of its
+            pixels: uint8 ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
         max_pixels: larger images are refused by their header, before memory is allocated.
         upright: turn the image as its EXIF orientation says.
+        name: of a file in messages, where ``source`` is none.
 
     Returns:
         RGB, in memory, without metadata.
@@ -138,9 +142,18 @@ def read_image(
     """
     if isinstance(source, np.ndarray):
         source = _from_array(source)
-    path = f"of mode {source.mode}" if isinstance(source, Image.Image) else source
+    path = name or ("of mode " + source.mode if isinstance(source, Image.Image) else source)
+    if isinstance(path, bytes | memoryview):
+        path = "in memory"
     with _readable(path):
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        if isinstance(source, Image.Image):
+            opened: Image.Image = source
+        elif isinstance(source, bytes | memoryview):
+            if not len(source):
+                raise BadImageError.of(path, _EMPTY)
+            opened = Image.open(io.BytesIO(source))
+        else:
+            opened = Image.open(source)
         # One that was given stays open.
         with nullcontext(opened) if opened is source else opened as file:
             _refuse(file, path, max_pixels)
@@ -237,5 +250,5 @@ def _reason(path: str | os.PathLike[str], error: OSError) -> str:
             empty = os.path.getsize(path) == 0
         except OSError:
             empty = False
-        return "the file is empty" if empty else "no image of a known format"
+        return _EMPTY if empty else "no image of a known format"
     return error.strerror or str(error) or type(error).__name__

@@ -12,12 +12,13 @@ from PIL import Image
 from kw.config.data_schema import DataConfig
 from kw.config.schema import Config
 from kw.data.batch_augment import BatchAugment
-from kw.data.dataset import ImageFolder, Listing, list_split
+from kw.data.dataset import ImageFolder
+from kw.data.listing import Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
 from kw.data.reading import read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
-from kw.data.transforms import build_transform
+from kw.data.transforms import build_fast_transform, build_transform
 
 __all__ = ["open_training", "open_validation", "read_files", "test_images"]
 
@@ -56,7 +57,7 @@ def open_training(
             rank=rank,
             world_size=world_size,
         )
-    folder = _folder(config, "train", _as_held(data, memory.size), listing)
+    folder = _folder(config, "train", _as_held(data, memory.size), listing, is_held=True)
     sampler = TrainBatchSampler(
         len(folder), config.batch_size, config.total_batch_size, rank, world_size, config.seed
     )
@@ -122,6 +123,7 @@ def _folder(
     split: str,
     transform: Callable[[Image.Image], torch.Tensor],
     listing: Listing | None,
+    is_held: bool = False,
 ) -> ImageFolder:
     data = config.data
     return ImageFolder(
@@ -133,7 +135,8 @@ def _folder(
         bad_images=data.bad_images,
         upright=data.exif_orientation == "apply",
         listing=listing or list_split(data, split),
-        decoder=data.decoder,
+        fast=None if data.decoder == "pillow" else build_fast_transform(data, split == "train"),
+        batch_shape=None if is_held else (3, data.input_size, data.input_size),
     )
 
 

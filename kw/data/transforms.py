@@ -7,28 +7,24 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 
 from kw.config.data_schema import DataConfig
-from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
+from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_transform"]
+__all__ = ["build_fast_transform", "build_transform"]
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
-def build_transform(
-    config: DataConfig, training: bool
-) -> Callable[[Image.Image | Jpeg], torch.Tensor]:
+def build_transform(config: DataConfig, training: bool) -> Compose:
     """The transform of one split; S is ``config.input_size``.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
@@ -41,8 +37,7 @@ def build_transform(
         training: whether to augment.
 
     Returns:
-        RGB image of any size -> uint8 tensor [3, S, S]; with ``data.decoder: simplejpeg`` also of a
-        :class:`~kw.data.jpeg.Jpeg`.
+        RGB image of any size -> uint8 tensor [3, S, S].
     """
     if not training:
         test = create_transform(
@@ -53,11 +48,7 @@ def build_transform(
             normalize=False,
         )
         resize, *rest = test.transforms
-        middle = _ResizeMiddle(resize, config.input_size, config.interpolation)
-        if config.decoder == "pillow":
-            return Compose([middle, *rest])
-        size = int(resize.size)
-        return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
+        return Compose([_ResizeMiddle(resize, config.input_size, config.interpolation), *rest])
     transform = create_transform(
         config.input_size,
         is_training=True,
@@ -76,15 +67,26 @@ def build_transform(
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
-    if config.decoder != "pillow":
-        crop, *steps = transform.transforms
-        flips = [step for step in steps if isinstance(step, RandomHorizontalFlip)]
-        rest = [step for step in steps if step not in flips]
-        # Policies and jitter work on Pillow images.
-        policy = [to_pil_image, *rest] if len(rest) > 1 else rest
-        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms]) if first else transform
+    return Compose([*first, *transform.transforms])
+
+
+def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
+    """The transform of one split for images that are not decoded yet (:mod:`kw.data.fast`)."""
+    steps = build_transform(config, training).transforms
+    if not training:
+        resize = steps[0].resize
+        size = (config.input_size, config.input_size)
+        return FastMiddle(int(resize.size), size, config.interpolation, _LONG)
+    crop, *rest = steps
+    policy = [step for step in rest if not isinstance(step, RandomHorizontalFlip)]
+    # The last step makes a tensor; policies and jitter before it work on Pillow images.
+    return FastRandomCrop(
+        crop,
+        config.interpolation,
+        config.horizontal_flip,
+        Compose(policy) if len(policy) > 1 else None,
+    )
 
 
 class _ResizeMiddle:
