@@ -25,8 +25,8 @@ from torch import nn
 
 from kw.cli.test import SETS as NAMES
 from kw.cli.test import TTA as VIEWS
-from kw.data import DataError
-from kw.data.dataset import list_folders
+from kw.data import DataError, Listing
+from kw.data.listing import list_folders
 from kw.evaluation.corruptions import ALEXNET_ERRORS, corruption_errors
 from kw.evaluation.sets import SETS, open_set, readable, wnids
 from kw.evaluation.views import TTA, Views
@@ -130,15 +130,11 @@ def test_real_labels(test: Any, val: Path, tmp_path: Path) -> None:
 def test_labels_of_timm() -> None:
     """All 50,000, of which 46,837 have a label."""
     names = [Path(f"ILSVRC2012_val_{i:08d}.JPEG") for i in range(50_000, 0, -1)]
-    found = open_set("real", None, wnids(), lambda: _Listing(names))
+    listing = Listing(names, [0] * len(names), wnids())
+    found = open_set("real", None, wnids(), lambda: listing)
     assert (len(found.listing.files), found.complete) == (46_837, True)
     # The first image has none; the second is of an alp or of a ski.
     assert (found.listing.files[0], set(found.accepted[0])) == (names[-2], {970, 795})
-
-
-class _Listing:
-    def __init__(self, files: list[Path]) -> None:
-        self.files, self.labels, self.classes = files, [0] * len(files), wnids()
 
 
 def test_mean_corruption_error(test: Any, tmp_path: Path, capfd: Any) -> None:

@@ -182,7 +182,8 @@ def _read_real(root: Path | None, classes: Sequence[str], val: Callable[[], List
     labels, where = _real_labels(root)
     listing = val()
     places: dict[int, int] = {}  # of an image's number, from 1, in the listing
-    for place, file in enumerate(listing.files):
+    named = listing.names or [str(f) if isinstance(f, Path) else "?" for f in listing.files]
+    for place, file in enumerate(named):
         found = _VAL_NAME.search(Path(file).name)
         number = int(found[1]) if found else 0
         if not 1 <= number <= len(labels) or number in places:
@@ -203,11 +204,25 @@ def _read_real(root: Path | None, classes: Sequence[str], val: Callable[[], List
     accepted = [[of[k] for k in labels[n - 1]] for n in kept]
     accepted = [right + right[:1] * (most - len(right)) for right in accepted]
     chosen = [places[number] for number in kept]
-    files = [listing.files[place] for place in chosen]
+    names = None if listing.names is None else [listing.names[place] for place in chosen]
+    own = [int(listing.labels[place]) for place in chosen]
     return {
-        "listing": Listing(files, [int(listing.labels[place]) for place in chosen], list(classes)),
+        "listing": Listing(_Chosen(listing.files, chosen), own, list(classes), names),
         "accepted": np.array(accepted),
     }
+
+
+class _Chosen(Sequence[Any]):
+    """Some of a set's files, which are read when they are asked for."""
+
+    def __init__(self, files: Sequence[Any], places: Sequence[int]) -> None:
+        self.files, self.places = files, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.files[self.places[index]]
 
 
 def _real_labels(root: Path | None) -> tuple[list[list[int]], str]:
@@ -257,7 +272,7 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
             if set(levels) != set(_SEVERITIES) or each in found:
                 raise DataError(f"{where}: found {_some(list(levels))}; each corruption once")
             found[each] = levels
-    files: list[Path] = []
+    files: list[Any] = []
     labels: list[int] = []
     groups = [(name, int(level)) for name in found for level in _SEVERITIES]
     counts = []

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config.data_schema import DataConfig
-from ..data import read_files
+from ..data import ImageFolder
 from ..errors import UserError
 from ..evaluation.outcomes import Outcomes, calibration, class_hits, confusion, worst
 from ..evaluation.sets import TestSet, readable
-from ..pictures import draw_batch, draw_confusion, draw_reliability, save
+from ..pictures import draw_batch, draw_confusion, draw_reliability, read_images, save
 
 __all__ = ["SHOWN", "write_csv", "write_figures"]
 
@@ -24,7 +23,7 @@ _LISTED = 1000  # mistakes in the table
 
 
 def write_figures(
-    folder: Path, test_set: TestSet, outcomes: Outcomes, data: DataConfig, title: str
+    folder: Path, test_set: TestSet, outcomes: Outcomes, images: ImageFolder, title: str
 ) -> list[Path]:
     """Write ``per_class.csv``, ``confusion.csv`` and ``.png``, ``mistakes.csv`` and ``.png``,
     ``reliability.png``, and for corruptions ``corruptions.csv``.
@@ -37,7 +36,7 @@ def write_figures(
         folder: made if need be.
         test_set: what was evaluated.
         outcomes: gathered.
-        data: how the images were read, for the contact sheet.
+        images: the set's, for the contact sheet.
         title: of which network and set, above pictures.
 
     Returns:
@@ -79,12 +78,12 @@ def write_figures(
     wrong = worst(outcomes.confidence, right, predicted, _LISTED)
     written.append(folder / "mistakes.csv")
     rows = (
-        [test_set.listing.files[i], truth(i), names[predicted[i]], f"{outcomes.confidence[i]:.4f}"]
+        [images.path(i), truth(i), names[predicted[i]], f"{outcomes.confidence[i]:.4f}"]
         for i in wrong
     )
     write_csv(written[-1], ("file", "true", "predicted", "confidence"), rows)
     if len(wrong):
-        pixels = read_files([test_set.listing.files[i] for i in wrong[:SHOWN]], data)["images"]
+        pixels = read_images(images, wrong[:SHOWN].tolist())["images"]
         below = [
             f"is {truth(i)}\nsaid {names[predicted[i]]} {outcomes.confidence[i]:.2f}"
             for i in wrong[:SHOWN]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import ConfigError
 from ..config.schema import Config
-from ..data import Listing, list_splits, open_validation
+from ..data import Listing, list_splits, open_validation, test_images
 from ..evaluation.outcomes import Outcomes, calibration
 from ..evaluation.sets import SETS, TestSet, open_set, wnids
 from ..evaluation.views import TTA, Views
@@ -109,6 +111,11 @@ def _open(config: Config, state: Any, checkpoint: str | Path, testing: Testing) 
     def val() -> Listing:
         listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
         refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
+        if np.ndim(listing.labels) == 2 and (testing.figures is not None or testing.name != "val"):
+            raise ConfigError(
+                f"{config.data.root}: its images have several labels; no --set and "
+                "no --figures of such data"
+            )
         return listing
 
     if testing.name == "val":
@@ -160,8 +167,11 @@ def _evaluate(
 
     def measure() -> dict[str, Any]:
         nonlocal last
+        how = (preprocess, loader, config.precision, config.metrics)
+        if np.ndim(test_set.listing.labels) == 2:  # no class is the right one
+            return evaluate(view, *how)
         last = Outcomes(len(loader.dataset), process.device)
-        found = evaluate(view, preprocess, loader, config.precision, config.metrics, last)
+        found = evaluate(view, *how, last)
         read = last.best[:, 0] >= 0
         right = test_set.hits(last.best)[:, 0]
         found["ece"] = calibration(last.confidence[read], right[read]).ece
@@ -173,7 +183,7 @@ def _evaluate(
 
         assert last is not None
         of = f"{Path(checkpoint).parent.name}/{Path(checkpoint).name}, {test_set.title}"
-        write_figures(testing.figures, test_set, last, data, of)
+        write_figures(testing.figures, test_set, last, test_images(shown, test_set.listing), of)
     conditions: dict[str, Any] = {"set": test_set.name}
     if test_set.complete is not None:
         conditions["complete"] = test_set.complete
