@@ -48,6 +48,11 @@ def logits_of(grey: float) -> np.ndarray:
     return -(((grey - (20 + 20 * np.arange(len(CLASSES)))) / 20) ** 2)
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
 def write_grey(file: Path, label: float, left: float | None = None) -> Path:
     """A picture of the grey of a class, or between two; another class's in its left half."""
     file.parent.mkdir(parents=True, exist_ok=True)
