@@ -30,14 +30,16 @@ class Testing:
 
     Attributes:
         name: ``"val"`` for ``data.root``'s validation images, or a key of
-            :data:`kw.evaluation.sets.SETS`.
-        root: folder of such a set, see :func:`kw.evaluation.sets.open_set`.
+            ``kw.evaluation.sets.SETS``.
+        root: folder of such a set, see ``kw.evaluation.sets.open_set``.
         sizes: of the network's input, one evaluation for each; empty for ``data.input_size``.
         crop_ratio: in place of ``data.test_crop_ratio``; without it the set's own, where it has
             one (1 for ``"c"``).
-        tta: a key of :data:`kw.evaluation.views.TTA`.
-        figures: folder for :func:`kw.training.figures.write_figures`.
+        tta: a key of ``kw.evaluation.views.TTA``.
+        figures: folder for ``kw.training.figures.write_figures``.
     """
+
+    __test__ = False  # no class of tests
 
     name: str = "val"
     root: Path | None = None
@@ -63,7 +65,7 @@ def evaluate_checkpoint(
 
     Returns:
         The headline figures (see :func:`kw.training.task.headline`), ``ece`` in percent among them
-        (:func:`kw.evaluation.outcomes.calibration`); ``set``, ``input_size`` and
+        (``kw.evaluation.outcomes.calibration``); ``set``, ``input_size`` and
         ``crop_ratio``, which they are of; ``epoch`` and ``checkpoint``.
 
     Raises:
