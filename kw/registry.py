@@ -158,9 +158,11 @@ TRANSFORMS: Registry[Callable[..., Callable[[Image], Image]]] = Registry("transf
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss", "kw.models.losses")
 """``(logits [B, C] float32, targets, **args) -> scalar``; targets are labels ``[B]`` or
-probabilities ``[B, C]``."""
+probabilities ``[B, C]``. ``loss.class_weights`` needs an argument of that name, ``[C]``."""
 
-METRICS: Registry[Callable[..., Metric]] = Registry("metric", "kw.evaluation.accuracy")
+METRICS: Registry[Callable[..., Metric]] = Registry(
+    "metric", "kw.evaluation.accuracy", "kw.evaluation.multilabel"
+)
 """``(device, **args) -> Metric``, for every evaluation anew."""
 
 OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry(

@@ -61,7 +61,7 @@ def open_both(folder: Path, split: str, size: int = 200, **settings: Any) -> lis
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(("size", "mean"), [(200, 0.5), (64, 6)], ids=["whole", "scaled"])
+@pytest.mark.parametrize(("size", "mean"), [(200, 0.5), (24, 3)], ids=["whole", "scaled"])
 def test_the_same_images_within_a_few_levels(
     folder: Path, size: int, mean: float, split: str, interpolation: str
 ) -> None:
@@ -72,7 +72,7 @@ def test_the_same_images_within_a_few_levels(
             assert (one.label, one.key) == (other.label, other.key)
             assert (other.image.dtype, other.image.shape) == (torch.uint8, (3, size, size))
             away = (one.image.int() - other.image.int()).abs()
-            assert away.float().mean() < mean
+            assert away.float().mean() < mean * (1 if interpolation != "nearest" else 2)
             if size == 200 and interpolation != "nearest":  # else another pixel is the nearest
                 assert away.max() <= 6
 
@@ -202,12 +202,12 @@ def test_large_pictures_are_decoded_smaller(tmp_path: Path) -> None:
     found = open_fast(path, MAX, upright=True)
     assert found is not None
     exact = torch.from_numpy(np.asarray(Image.open(path)).copy()).movedim(-1, 0).float()
-    for factor in (1, 2, 4):
-        part = found.part((96, 64, 320, 480), (320 // factor, 480 // factor))
+    for factor in (1, 2, 4):  # four times as much as is needed
+        part = found.part((96, 64, 320, 480), (80 // factor, 120 // factor))
         assert part.shape == (320 // factor, 480 // factor, 3)
         mean = torch.nn.functional.avg_pool2d(exact[:, 96:416, 64:544], factor)
         assert (torch.from_numpy(part.copy()).movedim(-1, 0) - mean).abs().mean() < 0.7
-    assert found.part((0, 0, 480, 640), (300, 400)).shape == (480, 640, 3)
+    assert found.part((0, 0, 480, 640), (75, 100)).shape == (480, 640, 3)
 
 
 @pytest.mark.parametrize("damaged", [WHOLE[: len(WHOLE) // 2], WHOLE[:-2]], ids=["cut", "no end"])

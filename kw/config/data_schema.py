@@ -62,6 +62,19 @@ class DataConfig:
         None,
         "keep decoded images in memory, e.g. {place: device}; null = read the files in every epoch",
     )
+    repeats: int = setting(
+        1,
+        "repeated augmentation: times that an image is trained on in a row, augmented anew each "
+        "time; an epoch keeps its updates and has 1 / repeats of the images",
+        minimum=1,
+        maximum=1024,
+    )
+    sampling: str = setting(
+        "shuffle",
+        "shuffle: every training image once an epoch; balanced: drawn with replacement, every "
+        "class equally likely",
+        choices=("shuffle", "balanced"),
+    )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(
         "apply",
@@ -114,6 +127,12 @@ class DataConfig:
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
+    augment_on: str = setting(
+        "cpu",
+        "where auto_augment and color_jitter work: cpu: on Pillow images, in the loaders; device: "
+        "on whole batches, on the device that trains (docs/data.md)",
+        choices=("cpu", "device"),
+    )
     transforms: dict[str, dict[str, Any]] = setting(
         {},
         "further transforms of a training image before the crop: registered names, with their "
@@ -136,3 +155,8 @@ class DataConfig:
         "folder", "how a split's files, labels and classes are found", choices=DATASETS
     )
     dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether policy and colour jitter work on batches, on the device that trains."""
+        return self.augment_on == "device" or self.memory is not None

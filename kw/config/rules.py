@@ -156,7 +156,10 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
     _check_entries(report, config, "metrics", config.metrics, METRICS, 1)
     _check_entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
     loss, dataset = config.loss, config.data.dataset
-    _check_arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
+    _check_arguments(
+        report, config, "loss.args", loss.name, loss.args, LOSSES, 2, ["class_weights"]
+    )
+    _check_classes(config, expect)
     _check_arguments(
         report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2
     )
@@ -215,13 +218,21 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
         "data.auto_augment",
     )
-    expect(
-        data.memory is None or data.auto_augment is None,
-        "null beside data.memory: policies work on one image at a time, not on batches of tensors "
-        "(data.color_jitter, data.random_erasing, data.mixup and data.cutmix do)",
-        "data.auto_augment",
-        "data.memory",
-    )
+    if data.auto_augment is not None and data.augments_on_device:
+        where = "data.augment_on" if data.memory is None else "data.memory"
+        expect(
+            not data.auto_augment.startswith("augmix"),
+            f"another policy or null beside {where}: AugMix works on one image at a time, not on "
+            "batches of tensors",
+            "data.auto_augment",
+            where,
+        )
+        expect(
+            data.interpolation in ("bilinear", "bicubic"),
+            f"bilinear or bicubic beside data.auto_augment and {where}",
+            "data.interpolation",
+            where,
+        )
     expect(
         data.memory is None or not data.transforms,
         "empty beside data.memory: they work on one image at a time, not on batches of tensors",
@@ -252,6 +263,35 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         expect(name not in model.timm_args, expected, "model.timm_args")
     expected = _model_name_expected(model.name, check_model_name)
     expect(not expected, expected, "model.name")
+    teacher = config.distillation
+    if teacher is not None and teacher.weights is not None:
+        expected = _model_name_expected(teacher.teacher, check_model_name)
+        if teacher.teacher.startswith("kw_"):
+            expected = "a static network; of a converted one give a run, and weights: null"
+        expect(not expected, expected, "distillation.teacher", "distillation.weights")
+
+
+def _check_classes(config: Config, expect: Callable[..., None]) -> None:
+    """What the losses and the sampling of one class or of several an image need."""
+    loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
+    if "multilabel" in config.metrics:
+        one = "beside metrics.multilabel: an image has any number of classes"
+        expect(loss.name != "cross_entropy", f"bce {one}", "loss.name")
+        expect(loss.class_weights != "balanced", f"null or a list {one}", key)
+        expect(config.data.sampling != "balanced", f"shuffle {one}", "data.sampling")
+        expect(config.distillation is None, f"null {one}", "distillation")
+    if loss.class_weights is None:
+        return
+    if loss.name in LOSSES:
+        expected = f"null, because {loss.name} takes no class_weights"
+        expect(takes(LOSSES[loss.name], "class_weights"), expected, key, "loss.name")
+    if isinstance(loss.class_weights, list):
+        right = len(loss.class_weights) == count and any(loss.class_weights)
+        expected = f"{count} numbers, not all 0, one for each class"
+        expect(right, expected, key, "model.num_classes")
+    else:
+        expected = "null or a list beside data.sampling: balanced, which makes up for the same"
+        expect(config.data.sampling != "balanced", expected, key, "data.sampling")
 
 
 def _model_name_expected(name: str, in_timm: bool) -> str:
@@ -305,5 +345,11 @@ def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.mix_switch_probability", "data.mixup and data.cutmix are not both on"
     if data.auto_augment is not None and "3a" not in data.auto_augment:
         yield "data.color_jitter", "data.auto_augment replaces it"
+    if config.distillation is not None and config.distillation.kind == "hard":
+        yield "distillation.temperature", "distillation.kind is 'hard'"
+    if data.memory is not None:
+        yield "data.augment_on", "data.memory augments on the device"
+    elif data.auto_augment is None and not data.color_jitter:
+        yield "data.augment_on", "data.auto_augment and data.color_jitter are both off"
     if config.model.drop_path_rate == 0:
         yield "model.drop_path_decay", "model.drop_path_rate is 0"

@@ -37,8 +37,8 @@ class Sample(NamedTuple):
     """uint8, [3, S, S]"""
     label: Any
     """class, int; where images have several, int8 ``[classes]`` of 0 and 1"""
-    key: tuple[int, int]
-    """epoch and index"""
+    key: tuple[int, ...]
+    """epoch and index, and where an epoch repeats images the place in it"""
 
 
 class Samples(list[Any]):
@@ -126,7 +126,7 @@ class ImageFolder(TolerantDataset):
         found = self.files[index]
         return found if isinstance(found, Path) else f"{self.folder}, image {index}"
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[Any]:
         """The samples of a batch; torch's loader calls this method. Their images lie in one memory
         where their shape is known, so that collation copies nothing."""
         if self.batch_shape is None:
@@ -135,7 +135,7 @@ class ImageFolder(TolerantDataset):
         reads = [partial(self.read, out=image) for image in images]
         return Samples(images, map(self.get, keys, reads))
 
-    def read(self, index: int, key: tuple[int, int], out: Tensor | None = None) -> Sample:
+    def read(self, index: int, key: tuple[int, ...], out: Tensor | None = None) -> Sample:
         """Read and transform an image.
 
         Args:
@@ -158,11 +158,11 @@ class ImageFolder(TolerantDataset):
             tensor = self.transform(image)
         return self._sample(tensor if out is None else out.copy_(tensor), index, key)
 
-    def _sample(self, image: Tensor, index: int, key: tuple[int, int]) -> Sample:
+    def _sample(self, image: Tensor, index: int, key: tuple[int, ...]) -> Sample:
         label = self.labels[index]
         return Sample(image, torch.from_numpy(label) if label.ndim else int(label), key)
 
-    def unreadable(self, key: tuple[int, int]) -> Sample:
+    def unreadable(self, key: tuple[int, ...]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
             tensor = self.transform(Image.new("RGB", (8, 8)))

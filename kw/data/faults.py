@@ -47,10 +47,10 @@ class Delivered(NamedTuple):
 
 
 class TolerantDataset(Dataset[Any]):
-    """A data set by keys ``(epoch, index)`` whose files may be bad.
+    """A data set by keys ``(epoch, index)``, see :mod:`.samplers`, whose files may be bad.
 
     With the policy ``raise`` a bad file raises its error. With ``skip``, training gets another
-    image in its place, drawn from (seed, epoch, index), so that neither the number of loader
+    image in its place, drawn from the seed and the key, so that neither the number of loader
     processes nor that of ranks matters; it is transformed by the random choices of the image that
     it stands for. Evaluation gets what :meth:`unreadable` gives.
 
@@ -73,7 +73,7 @@ class TolerantDataset(Dataset[Any]):
         """The file of an image."""
         raise NotImplementedError
 
-    def read(self, index: int, key: tuple[int, int]) -> Any:
+    def read(self, index: int, key: tuple[int, ...]) -> Any:
         """The sample of image ``index``, with the random choices of ``key``.
 
         Raises:
@@ -81,11 +81,11 @@ class TolerantDataset(Dataset[Any]):
         """
         raise NotImplementedError
 
-    def unreadable(self, key: tuple[int, int]) -> Any:
+    def unreadable(self, key: tuple[int, ...]) -> Any:
         """What evaluation gets of an image that cannot be read; ``None`` leaves it out."""
         return None
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
         """A sample, :class:`Delivered` where a file could not be read.
 
         Raises:
@@ -95,12 +95,12 @@ class TolerantDataset(Dataset[Any]):
         """
         return self.get(key, self.read)
 
-    def get(self, key: tuple[int, int], read: Callable[[int, tuple[int, int]], Any]) -> Any:
+    def get(self, key: tuple[int, ...], read: Callable[[int, tuple[int, ...]], Any]) -> Any:
         """As indexing does, by another function than :meth:`read`."""
         with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
             return self._tolerantly(key, read)
 
-    def _tolerantly(self, key: tuple[int, int], read: Callable[..., Any]) -> Any:
+    def _tolerantly(self, key: tuple[int, ...], read: Callable[..., Any]) -> Any:
         faults: list[BadImage] = []
         for index in self._candidates(key):
             try:
@@ -117,7 +117,7 @@ class TolerantDataset(Dataset[Any]):
             f"none of {len(faults)} images drawn one after another is readable{_listed(faults)}"
         )
 
-    def _candidates(self, key: tuple[int, int]) -> Iterator[int]:
+    def _candidates(self, key: tuple[int, ...]) -> Iterator[int]:
         yield key[1]
         for attempt in range(1, _TRIES):
             yield derive_seed("substitute", self.seed, *key, attempt) % len(self)

@@ -148,8 +148,9 @@ class MemoryImages(TolerantDataset):
         return {
             "images": images,
             "labels": self.labels[chosen],
-            "indices": torch.tensor([index for _, index in keys]),
+            "indices": torch.tensor([key[1] for key in keys]),
             "key": keys[0],
+            "keys": list(keys),
         }
 
     def _readable(self, key: Key) -> int:

@@ -56,10 +56,19 @@ def open_training(
             workers=data.workers,
             rank=rank,
             world_size=world_size,
+            repeats=data.repeats,
+            balanced=data.sampling == "balanced",
         )
     folder = _folder(config, "train", _as_held(data, memory.size), listing, is_held=True)
     sampler = TrainBatchSampler(
-        len(folder), config.batch_size, config.total_batch_size, rank, world_size, config.seed
+        len(folder),
+        config.batch_size,
+        config.total_batch_size,
+        rank,
+        world_size,
+        config.seed,
+        repeats=data.repeats,
+        labels=folder.labels if data.sampling == "balanced" else None,
     )
     return hold_in_memory(
         folder, sampler, memory, device, augment=BatchAugment(data), workers=data.workers

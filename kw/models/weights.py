@@ -126,7 +126,9 @@ def classifier_names(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
-def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
+def load_start(
+    network: nn.Module, state: State, source: str, keep_head: bool = True, new_head: bool = True
+) -> None:
     """Load weights to start from: all of them, except a classifier of another width.
 
     Args:
@@ -136,6 +138,7 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
             (torchvision's, those of original releases).
         source: name of these weights in messages.
         keep_head: whether to load the classifier's weights.
+        new_head: whether a classifier that differs may start anew.
 
     Raises:
         CheckpointError: anything else is missing, unexpected or of another shape; nothing is
@@ -156,6 +159,8 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
                 + (f"{list(state[key].shape)} in the weights)" if key in state else "missing)")
                 for key in other
             ]
+            if not new_head:
+                raise CheckpointError(f"{source}: has another classifier: {', '.join(found)}")
             say(
                 f"{source}: the classifier ({', '.join(head)}) starts from small random weights: "
                 f"{', '.join(found)}"

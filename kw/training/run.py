@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
 from ..models import ImageClassifier, check_network, start_network
-from ..registry import HOOKS, LOSSES, METRICS
+from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_network
@@ -38,6 +37,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesH
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
+from .objective import build_loss, build_teacher, check_labels
 from .optim import build_optimizer
 from .parallel import distribute
 from .precision import autocast
@@ -137,9 +137,12 @@ def build_trainer(
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
+    check_labels(config, listings["train"])
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 
+    as_images = uses_channels_last(config, process.device)
+    teacher = build_teacher(config, listings["train"], process.device, as_images)
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
@@ -147,14 +150,14 @@ def build_trainer(
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
-    loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
-    model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
+    loss = build_loss(config, listings["train"], process.device)
+    model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
-        "top1",
+        "mAP" if "multilabel" in config.metrics else "top1",
         list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
@@ -236,7 +239,8 @@ def evaluate(
         outcomes: gets what is said of every image.
 
     Returns:
-        See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
+        See :meth:`kw.evaluation.Accuracy.compute`, in whose place the metric ``multilabel`` comes;
+        and the figures of the other metrics.
 
     Raises:
         ConfigError: two metrics give a figure of one name.
@@ -245,7 +249,8 @@ def evaluate(
     network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
-    counts.append(Accuracy(device))
+    if "multilabel" not in (metrics or {}):
+        counts.append(Accuracy(device))
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import ConfigError
 from ..config.schema import Config
 from ..data import Listing, list_splits, open_validation, test_images
@@ -19,6 +17,7 @@ from ..evaluation.views import TTA, Views
 from ..models import build_network
 from .checkpoint import CheckpointError, load_checkpoint, named_classes, refuse_other_classes
 from .distributed import Process, process_group
+from .objective import check_labels
 from .run import build_preprocessor, check_devices, evaluate, evaluate_weights, prepare
 
 __all__ = ["Testing", "evaluate_checkpoint", "evaluate_checkpoints"]
@@ -109,15 +108,18 @@ def evaluate_checkpoints(
 
 def _open(config: Config, state: Any, checkpoint: str | Path, testing: Testing) -> TestSet:
     """The images, and what counts as right."""
+    if "multilabel" in config.metrics and (
+        testing.name != "val" or testing.tta is not None or testing.figures is not None
+    ):
+        raise ConfigError(
+            f"checkpoint {checkpoint}: is of images with several classes each (metrics.multilabel):"
+            " no --set, --tta or --figures"
+        )
 
     def val() -> Listing:
         listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
         refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
-        if np.ndim(listing.labels) == 2 and (testing.figures is not None or testing.name != "val"):
-            raise ConfigError(
-                f"{config.data.root}: its images have several labels; no --set and "
-                "no --figures of such data"
-            )
+        check_labels(config, listing)
         return listing
 
     if testing.name == "val":
@@ -170,7 +172,7 @@ def _evaluate(
     def measure() -> dict[str, Any]:
         nonlocal last
         how = (preprocess, loader, config.precision, config.metrics)
-        if np.ndim(test_set.listing.labels) == 2:  # no class is the right one
+        if "multilabel" in config.metrics:  # no class is the right one
             return evaluate(view, *how)
         last = Outcomes(len(loader.dataset), process.device)
         found = evaluate(view, *how, last)
