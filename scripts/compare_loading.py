@@ -2,7 +2,7 @@
 """Compare the images a second of one core: this project's loader, timm's and torchvision's.
 
 python scripts/compare_loading.py FOLDER            # FOLDER/train/CLASS/*.jpg
-python scripts/compare_loading.py FOLDER --policy rand-m9-mstd0.5-inc1
+python scripts/compare_loading.py FOLDER --policy rand-m5
 python scripts/compare_loading.py FOLDER --workers 1 2 --plot loading.png
 
 Training batches of uint8, 224 pixels: random resized crop and mirroring. timm and torchvision apply

@@ -105,13 +105,17 @@ def open_validation(
     return hold_in_memory(folder, sampler, data.memory, device, workers=data.workers)
 
 
-def test_images(config: Config) -> ImageFolder:
+def test_images(config: Config, listing: Listing | None = None) -> ImageFolder:  # noqa: PT028
     """The test images of a run, always read from files, also with ``data.memory``.
+
+    Args:
+        config: the run.
+        listing: their files; left out, they are listed here.
 
     Raises:
         DataError: the data folder is not as expected.
     """
-    return _folder(config, "val", build_transform(config.data, False), None)
+    return _folder(config, "val", build_transform(config.data, False), listing)
 
 
 def read_files(

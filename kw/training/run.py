@@ -25,11 +25,12 @@ from ..data import (
 )
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
-from ..models import ImageClassifier, build_network, check_network, start_network
+from ..evaluation.outcomes import Outcomes
+from ..models import ImageClassifier, check_network, start_network
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
-from .checkpoint import load_checkpoint, load_network, refuse_other_classes
+from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook
@@ -50,8 +51,9 @@ __all__ = [
     "build_trainer",
     "check_devices",
     "evaluate",
-    "evaluate_checkpoint",
+    "evaluate_weights",
     "find_checkpoint",
+    "prepare",
     "set_contraction",
     "start",
     "train",
@@ -144,7 +146,7 @@ def build_trainer(
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
-    _prepare(network, config, process)
+    prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     average = distribute(network, config, process)
@@ -175,7 +177,8 @@ def build_trainer(
     )
 
 
-def _prepare(network: nn.Module, config: Config, process: Process) -> None:
+def prepare(network: nn.Module, config: Config, process: Process) -> None:
+    """Check a network, choose how it computes, and move it to this process's device."""
     check_network(network, config.model, config.data.shape)
     set_contraction(config.contraction, network)
     if uses_channels_last(config, process.device):
@@ -222,6 +225,7 @@ def evaluate(
     loader: DataLoader[Any],
     precision: str,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    outcomes: Outcomes | None = None,
 ) -> dict[str, float | None]:
     """Evaluate a classifier on this process's share of a data set: exact on any number of them.
 
@@ -232,6 +236,7 @@ def evaluate(
         loader: disjoint shares over the processes, without padding.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         metrics: further entries of :data:`kw.registry.METRICS`, with their arguments.
+        outcomes: gets what is said of every image.
 
     Returns:
         See :meth:`kw.evaluation.Accuracy.compute`, in whose place the metric ``multilabel`` comes;
@@ -252,8 +257,12 @@ def evaluate(
             logits = network(images)
         for metric in counts:
             metric.update(logits, labels)
+        if outcomes is not None:
+            outcomes.update(logits, labels, batch["indices"])
     network.train(training)
     host_barrier("at the end of an evaluation")
+    if outcomes is not None:
+        outcomes.gather()
     figures: dict[str, float | None] = {}
     for each in counts:
         found = each.compute()
@@ -262,46 +271,6 @@ def evaluate(
             raise ConfigError(f"metrics: another name than {twice[0]!r}, which is taken")
         figures.update(found)
     return figures
-
-
-def evaluate_checkpoint(
-    config: Config, checkpoint: str | Path, *, launcher: str = "none"
-) -> dict[str, Any]:
-    """Evaluate a checkpoint on ``data.root``/val, exactly, on any number of processes.
-
-    Args:
-        config: model and data.
-        checkpoint: a file that :func:`train` wrote.
-        launcher: as for :func:`train`.
-
-    Returns:
-        The headline figures (see :func:`kw.training.task.headline`), ``epoch`` and ``checkpoint``.
-
-    Raises:
-        ConfigError: a setting does not fit the devices.
-        DataError: the data folder is not as expected.
-        CheckpointError: the checkpoint cannot be read, is of another model, or was trained on other
-            classes than those of the data.
-        MissingProcess: another process died, hangs or never came.
-    """
-    state = load_checkpoint(checkpoint)
-    with process_group(launcher, config.distributed.timeout_minutes) as process:
-        check_devices(config, process)
-        listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
-        refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
-        check_labels(config, listing)
-        where = (process.device, process.rank, process.world_size)
-        loader = open_validation(config, *where, listing)
-        network = build_network(config.model)
-        _prepare(network, config, process)
-        preprocess = build_preprocessor(config, process.device).to(process.device)
-        return evaluate_weights(
-            network,
-            state,
-            checkpoint,
-            loader,
-            lambda: evaluate(network, preprocess, loader, config.precision, config.metrics),
-        )
 
 
 def evaluate_weights(
