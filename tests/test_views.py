@@ -135,3 +135,11 @@ def test_crops_that_are_all_the_same(run: Path, test: Any, capfd: Any) -> None:
     with pytest.raises(SystemExit):
         test("--tta", "five")
     assert "all crops are the same; give a smaller --crop-ratio" in capfd.readouterr().err
+
+
+def test_images_of_several_classes_have_no_views(test: Any, capfd: Any) -> None:
+    settings = ("--set", "metrics={multilabel: {}}", "loss.name=bce")
+    for option in (("--tta", "flip"), ("--set", "v2"), ("--figures", "figures")):
+        with pytest.raises(SystemExit):
+            test(*settings, *option)
+        assert "no --set, --tta or --figures" in capfd.readouterr().err

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from ..data import DataError, Listing
+from ..data.archives import Names
 from ..data.walk import is_hidden, walk_images
 from ..errors import say
 from .corruptions import ALEXNET_ERRORS, corruption_errors
@@ -272,14 +273,14 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
             if set(levels) != set(_SEVERITIES) or each in found:
                 raise DataError(f"{where}: found {_some(list(levels))}; each corruption once")
             found[each] = levels
-    files: list[Any] = []
+    files: list[str] = []
     labels: list[int] = []
     groups = [(name, int(level)) for name in found for level in _SEVERITIES]
     counts = []
     for name, level in groups:
         folders = _folders(found[name][str(level)])
         part = _listing(folders.values(), _places(list(folders), classes), classes)
-        files += part.files
+        files += map(str, part.files)
         labels += part.labels
         counts.append(len(part.files))
         if counts[-1] != counts[0]:
@@ -290,10 +291,23 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
     if missing := [name for name in ALEXNET_ERRORS if name not in found]:
         say(f"{root}: no mean corruption error without {_some(missing)}")
     return {
-        "listing": Listing(files, labels, list(classes)),
+        "listing": Listing(_Files(Names.of(files)), np.array(labels), list(classes)),
         "groups": groups,
         "group": np.repeat(np.arange(len(groups)), counts),
     }
+
+
+class _Files(Sequence[Any]):
+    """Paths whose names lie in two arrays: ImageNet-C has millions."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Path(self.names[index])
 
 
 def _folders(root: Path | None) -> dict[str, Path]:
