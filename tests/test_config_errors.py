@@ -375,6 +375,8 @@ def test_wrong_option(option: str, expected: str, tmp_path: Path) -> None:
         ("data.mix_probability=0.5", "data.mixup and data.cutmix are both 0"),
         ("data={mixup: 1, mix_switch_probability: 0}", "data.mixup and data.cutmix are not both"),
         ("data={color_jitter: 0.4, auto_augment: rand-m9}", "data.auto_augment replaces it"),
+        ("data.augment_on=device", "data.auto_augment and data.color_jitter are both off"),
+        ("data={memory: {}, augment_on: device}", "data.memory augments on the device"),
         ("model.drop_path_decay=constant", "model.drop_path_rate is 0"),
     ],
 )

@@ -146,6 +146,12 @@ class DataConfig:
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
+    augment_on: str = setting(
+        "cpu",
+        "where auto_augment and color_jitter work: cpu: on Pillow images, in the loaders; device: "
+        "on whole batches, on the device that trains (docs/data.md)",
+        choices=("cpu", "device"),
+    )
     transforms: dict[str, dict[str, Any]] = setting(
         {},
         "further transforms of a training image before the crop: registered names, with their "
@@ -179,3 +185,8 @@ class DataConfig:
     def are_pictures(self) -> bool:
         """Whether images are Pillow's, grey or RGB in bytes; other images are tensors."""
         return self.channels in (1, 3) and self.pixels == "uint8"
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether policy and colour jitter work on batches, on the device that trains."""
+        return self.augment_on == "device" or self.memory is not None

@@ -218,13 +218,21 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
         "data.auto_augment",
     )
-    expect(
-        data.memory is None or data.auto_augment is None,
-        "null beside data.memory: policies work on one image at a time, not on batches of tensors "
-        "(data.color_jitter, data.random_erasing, data.mixup and data.cutmix do)",
-        "data.auto_augment",
-        "data.memory",
-    )
+    if data.auto_augment is not None and data.augments_on_device:
+        where = "data.augment_on" if data.memory is None else "data.memory"
+        expect(
+            not data.auto_augment.startswith("augmix"),
+            f"another policy or null beside {where}: AugMix works on one image at a time, not on "
+            "batches of tensors",
+            "data.auto_augment",
+            where,
+        )
+        expect(
+            data.interpolation in ("bilinear", "bicubic"),
+            f"bilinear or bicubic beside data.auto_augment and {where}",
+            "data.interpolation",
+            where,
+        )
     expect(
         data.memory is None or not data.transforms,
         "empty beside data.memory: they work on one image at a time, not on batches of tensors",
@@ -382,5 +390,9 @@ def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.color_jitter", "data.auto_augment replaces it"
     if config.distillation is not None and config.distillation.kind == "hard":
         yield "distillation.temperature", "distillation.kind is 'hard'"
+    if data.memory is not None:
+        yield "data.augment_on", "data.memory augments on the device"
+    elif data.auto_augment is None and not data.color_jitter:
+        yield "data.augment_on", "data.auto_augment and data.color_jitter are both off"
     if config.model.drop_path_rate == 0:
         yield "model.drop_path_decay", "model.drop_path_rate is 0"

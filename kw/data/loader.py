@@ -1,8 +1,8 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
 A batch is ``{"images": uint8 [B, C, H, W], "labels": int64 [B] or int8 [B, classes], "indices":
-int64 [B], "key": the first image's (:mod:`.samplers`)}``, in host memory (pinned where CUDA is
-available).
+int64 [B], "keys": the images' keys (:mod:`.samplers`), "key": the first}``, in host memory (pinned
+where CUDA is available).
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "labels": torch.stack(labels) if torch.is_tensor(labels[0]) else torch.tensor(labels),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,
+        "keys": [sample.key for sample in samples],
     }
 
 

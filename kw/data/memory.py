@@ -150,6 +150,7 @@ class MemoryImages(TolerantDataset):
             "labels": self.labels[chosen],
             "indices": torch.tensor([key[1] for key in keys]),
             "key": keys[0],
+            "keys": list(keys),
         }
 
     def _readable(self, key: Key) -> int:

@@ -1,4 +1,4 @@
-"""Preprocessing of a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
+"""Preprocessing of a batch on the device: policies, normalisation, erasing, mixing, targets.
 
 Legend: B batch, N channels, H x W input size, C classes.
 
@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from kw.config.data_schema import DataConfig
-from kw.data.seeding import seeded
+from kw.data.policies import BatchPolicy
+from kw.data.seeding import derive_seed, seeded
 
 __all__ = ["BatchPreprocessor"]
 
@@ -34,7 +35,7 @@ class BatchPreprocessor(nn.Module):
         num_classes: C, classes of the classifier.
         label_smoothing: probability mass spread evenly over all classes, in training; for images of
             several classes over "yes" and "no" of each class.
-        seed: seed of erasing and mixing.
+        seed: seed of policies, erasing and mixing.
         channels_last: return images in NHWC memory layout.
     """
 
@@ -59,6 +60,9 @@ class BatchPreprocessor(nn.Module):
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erasing = config.random_erasing
+        self.policy: BatchPolicy | None = None
+        if config.augments_on_device and (config.auto_augment or config.color_jitter):
+            self.policy = BatchPolicy(config)
         self.mixup: Mixup | None = None
         if config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0):
             self.mixup = Mixup(
@@ -73,14 +77,15 @@ class BatchPreprocessor(nn.Module):
     def forward(
         self, batch: dict[str, Any], training: bool, key: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Move, normalise and, in training, erase and mix.
+        """Move, normalise and, in training, augment, erase and mix.
 
         Args:
             batch: from a loader; ``images`` is uint8 [B, N, H, W], or float32 in units of
                 bytes, and is not changed.
-            training: whether to erase, mix and smooth.
+            training: whether to augment, erase, mix and smooth.
             key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
-                first index, which is unique in the run.
+                first index, which is unique in the run. A policy's choices are seeded for each
+                image by its own key.
 
         Returns:
             Images, float32 [B, N, H, W], and targets: int64 labels [B], or float32 probabilities
@@ -91,9 +96,12 @@ class BatchPreprocessor(nn.Module):
             ValueError: mixing was asked for and B is odd.
         """
         device = self.mean.device
+        images = batch["images"].to(device, non_blocking=True)
+        if training and self.policy is not None:
+            seeds = [derive_seed("policy", self.seed, *each) for each in batch["keys"]]
+            images = self.policy(images, seeds)
         # Change the layout of the bytes first; the subtraction then writes the only float copy in
         # that layout.
-        images = batch["images"].to(device, non_blocking=True)
         images = images.contiguous(memory_format=self.memory_format)
         images = torch.sub(images, self.mean).div_(self.std)
         labels = batch["labels"].to(device, non_blocking=True)

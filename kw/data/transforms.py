@@ -9,6 +9,7 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import posterize
+from timm.data.auto_augment import AugmentOp, posterize
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms import functional as F
 
@@ -24,7 +25,7 @@ from kw.config.data_schema import DataConfig
 from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_fast_transform", "build_transform"]
+__all__ = ["build_fast_transform", "build_transform", "policy_operations", "training_steps"]
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
@@ -34,9 +35,10 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
     policy or else colour jitter
-    (with the policies named ``3a``, timm's three-augment, both). Test: the shorter side is resized
-    to floor(S / ``test_crop_ratio``), then the central square of S is cut out. Where H and W
-    differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x
+    (with the policies named ``3a``, timm's three-augment, both), unless
+    :class:`~kw.data.preprocess.BatchPreprocessor` applies these to whole batches. Test: the shorter
+    side is resized to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
+    Where H and W differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x
     floor(W / ``test_crop_ratio``), as timm does.
 
     Args:
@@ -62,26 +64,14 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
             return Compose([_CutLong(height / width), *test.transforms, *clip])
         resize, *rest = test.transforms
         return Compose([_ResizeMiddle(resize, height, config.interpolation), *rest])
-    transform = create_transform(
-        target,
-        is_training=True,
-        scale=(config.crop_scale[0], config.crop_scale[1]),
-        ratio=(config.crop_ratio[0], config.crop_ratio[1]),
-        hflip=config.horizontal_flip,
-        color_jitter=config.color_jitter,  # type: ignore[arg-type]  # timm takes None: no jitter
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        # Filler of rotated and shifted images; nothing is normalised here.
-        mean=tuple(config.mean),
-        normalize=False,
-    )
-    for step in transform.transforms:
-        # RandAugment and AugMix keep their operations flat, AutoAugment in sub-policies.
-        for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
-            if op.aug_fn is posterize:
-                op.aug_fn = _posterize
+    cut, policy, to_tensor = training_steps(config)
+    if config.augments_on_device:
+        policy = []
+    for op in policy_operations(policy):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms, *clip])
+    return Compose([*first, *cut, *policy, *to_tensor, *clip])
 
 
 class _CutLong:
@@ -116,6 +106,34 @@ def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
         config.horizontal_flip,
         Compose(policy) if len(policy) > 1 else None,
     )
+
+
+def training_steps(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's transforms in training: crop and mirroring, policy and colour jitter, to a tensor."""
+    parts = create_transform(
+        config.shape,
+        is_training=True,
+        scale=(config.crop_scale[0], config.crop_scale[1]),
+        ratio=(config.crop_ratio[0], config.crop_ratio[1]),
+        hflip=config.horizontal_flip,
+        color_jitter=config.color_jitter,  # type: ignore[arg-type]  # timm takes None: no jitter
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation,
+        # Filler of rotated and shifted images; nothing is normalised here.
+        mean=tuple(config.mean),
+        normalize=False,
+        separate=True,
+    )
+    cut, policy, to_tensor = (part.transforms for part in parts)
+    return cut, policy, to_tensor
+
+
+def policy_operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
+    """The operations of the policies among transforms."""
+    for step in steps:
+        # RandAugment and AugMix keep them flat, AutoAugment in sub-policies.
+        yield from getattr(step, "ops", ())
+        yield from chain(*getattr(step, "policy", ()))
 
 
 class _ResizeMiddle:
