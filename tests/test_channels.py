@@ -22,7 +22,6 @@ from kw.config.run_schema import BadImagesConfig
 from kw.data.batch_augment import BatchAugment
 from kw.data.channels import Reader
 from kw.data.dataset import UNREADABLE, ImageFolder
-from kw.data.policies import BatchPolicy
 from kw.data.preprocess import BatchPreprocessor
 from kw.data.reading import BadImageError, read_image
 from kw.data.seeding import seeded
@@ -370,18 +369,6 @@ def test_batches_of_grey_and_of_bands() -> None:
     for channel in range(5):
         alone = BatchAugment(data_of(1))(images[:, channel : channel + 1], seeds)
         assert torch.equal(found[:, channel : channel + 1], alone)
-
-
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "3a", None])
-def test_policies_of_grey_batches(policy: str | None) -> None:
-    """On the device: a grey image as its RGB copy, with the same fill."""
-    images, seeds = torch.from_numpy(noise(24, 1, 40, 30)), list(range(24))
-    settings = {"auto_augment": policy, "color_jitter": 0.4, "augment_on": "device"}
-    one, three = (BatchPolicy(data_of(c, **settings)) for c in (1, 3))
-    found, copies = one(images, seeds), three(images.expand(-1, 3, -1, -1), seeds)
-    assert torch.equal(found, copies[:, :1])
-    assert torch.equal(copies[:, 0], copies[:, 2])
-    assert not torch.equal(found, images)
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])

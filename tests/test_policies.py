@@ -278,6 +278,18 @@ def test_only_the_policy_moves_to_the_device(run: Settings) -> None:
     assert not torch.equal(images, preprocess({**batch, "keys": keys}, training=True)[0])
 
 
+def test_grey_images_are_augmented_as_rgb(run: Settings) -> None:
+    """Saturation and desaturation leave them alone; all else is alike in every channel."""
+    grey = checked(run, channels=1, mean=[0.5], std=[0.2])
+    rgb = checked(run, mean=[0.5] * 3)
+    images = torch.randint(256, (32, 1, 20, 24), dtype=torch.uint8)
+    seeds = list(range(32))
+    found = BatchPolicy(grey.data)(images, seeds)
+    expected = BatchPolicy(rgb.data)(images.expand(-1, 3, -1, -1), seeds)
+    assert torch.equal(found.expand(-1, 3, -1, -1), expected)
+    assert not torch.equal(found, images)
+
+
 def test_copies_of_an_image_have_their_own_choices(run: Settings) -> None:
     config = checked(run, repeats=16)
     batch = next(iter(open_training(config, CPU, 0, 1)))

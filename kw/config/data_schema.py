@@ -176,6 +176,11 @@ class DataConfig:
     dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
 
     @property
+    def augments_on_device(self) -> bool:
+        """Whether policy and colour jitter work on batches, on the device that trains."""
+        return self.augment_on == "device" or self.memory is not None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the network's input, pixels."""
         size = self.input_size
@@ -185,8 +190,3 @@ class DataConfig:
     def are_pictures(self) -> bool:
         """Whether images are Pillow's, grey or RGB in bytes; other images are tensors."""
         return self.channels in (1, 3) and self.pixels == "uint8"
-
-    @property
-    def augments_on_device(self) -> bool:
-        """Whether policy and colour jitter work on batches, on the device that trains."""
-        return self.augment_on == "device" or self.memory is not None

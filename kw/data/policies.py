@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class BatchPolicy:
     """
 
     def __init__(self, config: DataConfig) -> None:
+        if config.channels == 1:  # as RGB, see __call__
+            config = replace(config, channels=3, mean=config.mean * 3)
         self.steps = training_steps(config)[1]
         self.cubic = config.interpolation == "bicubic"
         self.fill: tuple[int, ...] = ()
@@ -101,7 +104,7 @@ class BatchPolicy:
                     "batches; set data.augment_on: cpu, and data.memory: null"
                 )
             op.aug_fn = _noting(name)
-            self.fill = op.kwargs["fillcolor"] * (3 // config.channels)
+            self.fill = op.kwargs["fillcolor"]
 
     def choose(self, seeds: Sequence[int]) -> list[list[Step]]:
         """Draw the operations on each image, in their order.
@@ -132,15 +135,15 @@ class BatchPolicy:
         """Augment.
 
         Args:
-            images: uint8 [B, C, H, W], C 3 or 1, on any device; they are not changed.
+            images: uint8 [B, 3, H, W], or grey [B, 1, H, W], on any device; they are not changed.
             seeds: one 64-bit seed per image.
         """
+        if images.shape[1] == 1:
+            return self(images.expand(-1, 3, -1, -1), seeds)[:, :1]
         return self.apply(images, self.choose(seeds))
 
     def apply(self, images: Tensor, chosen: Sequence[Sequence[Step]]) -> Tensor:
         """Apply drawn operations, a list for each image; else as for calling."""
-        if images.shape[1] == 1:  # as RGB of three equal channels, which they stay
-            return self.apply(images.expand(-1, 3, -1, -1), chosen)[:, :1].contiguous()
         height, width = images.shape[2:]
         images = images.clone(memory_format=torch.contiguous_format)
         for turn in zip_longest(*chosen):

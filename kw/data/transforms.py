@@ -49,12 +49,11 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
         Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``.
     """
     height, width = config.shape
-    target = height if height == width else (height, width)
     # Filters may leave the range of their input; torch clips bytes, and not floats.
     clip = [] if config.pixels == "uint8" else [partial(torch.clamp, min=0, max=255)]
     if not training:
         test = create_transform(
-            target,
+            _size(config),
             is_training=False,
             interpolation=config.interpolation,
             crop_pct=config.test_crop_ratio,
@@ -108,10 +107,16 @@ def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
     )
 
 
+def _size(config: DataConfig) -> int | tuple[int, int]:
+    """The input's size as timm takes it: its transforms of squares take one number."""
+    height, width = config.shape
+    return height if height == width else (height, width)
+
+
 def training_steps(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
     """timm's transforms in training: crop and mirroring, policy and colour jitter, to a tensor."""
     parts = create_transform(
-        config.shape,
+        _size(config),
         is_training=True,
         scale=(config.crop_scale[0], config.crop_scale[1]),
         ratio=(config.crop_ratio[0], config.crop_ratio[1]),
