@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """One image, as the batch preprocessing expects it."""
 
     image: Tensor
-    """[C, H, W]; uint8, or float32 in units of bytes (:mod:`kw.data.channels`)"""
+    """[C, H, W]; uint8, or float32 in units of bytes (``data.pixels: uint16``)"""
     label: Any
     """class, int; where images have several, int8 ``[classes]`` of 0 and 1"""
     key: tuple[int, ...]
