@@ -88,6 +88,11 @@ class EmaConfig:
     """Exponential moving average of the weights, evaluated beside the model."""
 
     decay: float = setting(0.9999, "share of the old average kept per update", above=0, below=1)
+    warmup: bool = setting(
+        False,
+        "keep min(decay, (1 + t) / (10 + t)) after t updates, so that the average follows the "
+        "weights early on; false: decay from the third update on",
+    )
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 from ..registry import ATTENTION_FUNCTIONS, LOSSES, PEERS
 from .data_schema import DataConfig
 from .fields import setting, table
-from .run_schema import RunConfig
+from .run_schema import OptimizerConfig, RunConfig
 
 __all__ = [
     "Config",
@@ -216,6 +216,19 @@ class CompileConfig:
     )
 
 
+@dataclass(kw_only=True)
+class ClassifierOptimizerConfig(OptimizerConfig):
+    """The optimizer of a classifier."""
+
+    layer_decay: float = setting(
+        1.0,
+        "factor on the learning rate from layer to layer, from the classifier to the stem; cells "
+        "have the rate of the deepest layer that uses them. 1 = the same rate for all",
+        above=0,
+        maximum=1,
+    )
+
+
 @dataclass
 class _Classification:
     # A base class of its own so that model and data come first.
@@ -227,6 +240,7 @@ class _Classification:
 class Config(RunConfig, _Classification):
     """One training run of a classifier."""
 
+    optimizer: ClassifierOptimizerConfig = field(metadata={"doc": "the optimizer"})
     loss: LossConfig = table(LossConfig, "what training minimises")
     metrics: dict[str, dict[str, Any]] = setting(
         {}, "metrics besides the accuracy: registered names, with their arguments"

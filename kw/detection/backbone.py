@@ -35,6 +35,7 @@ from ..config.tree import Origin, entry_from_plain
 from ..errors import say
 from ..models import build_network, start_network
 from ..models.build import with_start
+from ..models.depth import frozen_parameters
 from ..models.freezing import freeze as freeze_by_name
 from ..models.freezing import frozen_modules
 from ..models.weights import CheckpointError, classifier_names, is_converted
@@ -46,7 +47,6 @@ from ..warehouse import (
     set_temperature,
 )
 from ..warehouse.warehouse import with_names_now
-from .layout import frozen_parameters
 from .weights import StartWeights, read_backbone
 
 __all__ = ["Backbone", "read_network"]

@@ -27,6 +27,7 @@ from ..data import (
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
+from ..models.depth import layer_rates
 from ..registry import HOOKS, LOSSES, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
@@ -157,7 +158,8 @@ def build_trainer(
         "config.yaml",
         to_yaml(config),
     )
-    optimizer = build_optimizer(network, config.optimizer, process.device)
+    scales = _layer_rates(network, config.optimizer.layer_decay)
+    optimizer = build_optimizer(network, config.optimizer, process.device, scales)
     return Trainer(
         task,
         config,
@@ -181,6 +183,15 @@ def _prepare(network: nn.Module, config: Config, process: Process) -> None:
     if config.compile:
         mode = None if config.compile is True else config.compile.mode
         network.compile(mode=mode)
+
+
+def _layer_rates(network: nn.Module, decay: float) -> Mapping[str, float]:
+    if decay == 1:
+        return {}
+    try:
+        return layer_rates(network, decay)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
 
 
 def uses_channels_last(config: Config, device: torch.device) -> bool:

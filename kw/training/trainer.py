@@ -209,7 +209,7 @@ class Trainer:
         )
         self.average: MovingAverage | None = None
         if average is not None and config.ema is not None:
-            self.average = MovingAverage(average, config.ema.decay)
+            self.average = MovingAverage(average, config.ema.decay, config.ema.warmup)
         self.checkpoints = Checkpoints(work_dir, config.checkpoint.keep)
         self.signals = Signals()
         self.epoch = 0

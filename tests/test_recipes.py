@@ -1,0 +1,256 @@
+"""Recipes of training: what each setting does to an update."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from networks import narrow_resnet
+from test_engine import CPU, assert_same_state, changed, run
+from timm.optim import param_groups_layer_decay
+from timm.optim.muon import Muon as TimmMuon
+from torch import nn
+
+import kw
+from kw.config import ConfigError, config_from_mapping
+from kw.config.schema import ClassifierOptimizerConfig
+from kw.models.depth import layer_rates
+from kw.registry import OPTIMIZERS
+from kw.training import build_trainer, load_checkpoint
+from kw.training.average import MovingAverage
+from kw.training.optim import build_optimizer
+from kw.warehouse import KWLayer
+
+STATIC = {  # networks and their plans
+    "resnet18": "resnet18",
+    "mobilenetv2_100": "mobilenetv2_1x",
+    "convnext_tiny": "convnext_tiny",
+    "deit_tiny_patch16_224": "deit",
+}
+
+
+def layers_by_cells(network: nn.Module) -> dict[str, list[str]]:
+    """The layers that use each warehouse's cells, by the cells' name."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    found: dict[str, list[str]] = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, KWLayer):
+            found.setdefault(names[id(layer.warehouse.cells)], []).append(name)
+    return found
+
+
+def same_end(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A run that stops after an epoch and goes on ends where one that does not stop ends; its last
+    checkpoint."""
+    settings = {**settings, "schedule": {"name": "step", "milestones": [0.5]}}
+    settings["temperature_epochs"] = 0
+    run({**settings, "epochs": 2}, tmp_path / "whole")
+    run({**settings, "epochs": 1}, tmp_path / "parts")
+    run({**settings, "epochs": 2}, tmp_path / "parts", resume=True)
+    whole, parts = (load_checkpoint(tmp_path / p / "last.pth") for p in ("whole", "parts"))
+    for key in ("state_dict", "ema_state_dict"):
+        assert (key in whole) == (key in parts)
+        assert_same_state(whole.get(key, {}), parts.get(key, {}))
+    return whole
+
+
+# --- layer-wise decay -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_networks_have_timms_rates(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=3)
+    groups = param_groups_layer_decay(network, layer_decay=0.7)
+    expected = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    rates = layer_rates(network, 0.7)
+    assert {id(p): rates[n] for n, p in network.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_cells_have_the_rate_of_their_deepest_user(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=3)
+        static = layer_rates(network, 0.7)
+        kw.convert(network, STATIC[name], start="paper")
+    rates = layer_rates(network, 0.7)
+    users = layers_by_cells(network)
+    assert any(len({static[f"{u}.weight"] for u in layers}) > 1 for layers in users.values())
+    for cells, layers in users.items():
+        own = [static[f"{layer}.weight"] for layer in layers]
+        assert rates.pop(cells) == max(own)
+        for layer, rate in zip(layers, own, strict=True):
+            branch = {n: r for n, r in rates.items() if n.startswith(f"{layer}.attention.")}
+            assert branch
+            assert set(branch.values()) == {rate}
+    assert {n: r for n, r in rates.items() if ".attention." not in n}.items() <= static.items()
+
+
+def test_a_run_has_the_rates(settings: dict[str, Any], tmp_path: Path) -> None:
+    """They multiply the other factors, and the schedule multiplies by them."""
+    settings = changed(settings, optimizer__layer_decay=0.5, optimizer__attention_lr=3.0)
+    trainer = build_trainer(config_from_mapping(settings), tmp_path, CPU)
+    trainer._set_rates()
+    names = {id(p): name for name, p in trainer.task.network.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    now = trainer.schedule.lr(0)
+    assert rates["fc.weight"] == now
+    assert rates["layer4.0.bn2.weight"] == now / 2
+    assert rates["layer3.0.conv2.attention.fc1.weight"] == now * 3 / 4
+    assert rates["conv1.weight"] == now / 2**5
+
+
+def test_networks_of_unknown_depth_are_refused(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm.models.resnet.ResNet, "group_matcher", None)
+    config = config_from_mapping(changed(settings, optimizer__layer_decay=0.5))
+    with pytest.raises(ConfigError, match=r"layer_decay = 0.5: ResNet has no group_matcher.*set 1"):
+        build_trainer(config, tmp_path, CPU)
+
+
+# --- the moving average's warm-up -------------------------------------------------------------
+
+
+def test_the_average_warms_up() -> None:
+    """Against the recurrence in float64, to the end of the warm-up and past it."""
+    network, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    expected = average.weight.detach().clone()
+    averaging = MovingAverage(average, 0.6, warmup=True)
+    kept = []
+    for t in range(20):
+        nn.init.normal_(network.weight)
+        averaging.update(network, updates_before=t)
+        kept.append(min(0.6, (1 + t) / (10 + t)))
+        expected = kept[-1] * expected + (1 - kept[-1]) * network.weight.detach()
+        torch.testing.assert_close(average.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert kept[:2] == [0.1, 2 / 11]
+    assert kept[12] < 0.6 == kept[13]
+
+
+def test_a_resumed_warm_up_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    warm = same_end(changed(settings, ema={"decay": 0.99, "warmup": True}), tmp_path / "warm")
+    cold = same_end(changed(settings, ema={"decay": 0.99}), tmp_path / "cold")
+    assert_same_state(warm["state_dict"], cold["state_dict"])
+    distance = [
+        sum(float((e["ema_state_dict"][k] - v).norm()) for k, v in e["state_dict"].items())
+        for e in (warm, cold)
+    ]
+    assert distance[0] < distance[1]  # the average is nearer to the weights
+
+
+# --- Muon -------------------------------------------------------------------------------------
+
+
+def muon(network: nn.Module, **settings: Any) -> Any:
+    config = ClassifierOptimizerConfig(name="muon", lr=0.5, **settings)
+    return build_optimizer(network, config, torch.device("cpu"))
+
+
+def random_gradients(network: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def uses_muon(optimizer: Any, network: nn.Module) -> dict[str, bool]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = optimizer.param_groups
+    return {names[id(p)]: group["use_muon"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_matrices_are_muons(dynamic: bool) -> None:
+    """MobileNetV2 has every kind: depthwise and pointwise, and cells of both."""
+    with torch.device("meta"):
+        network = timm.create_model("mobilenetv2_100", num_classes=3)
+        if dynamic:
+            kw.convert(network, "mobilenetv2_1x", start="paper")
+    found = uses_muon(muon(network), network)
+    assert set(found) == {name for name, _ in network.named_parameters()}
+    depthwise = {f"{name}." for name, m in network.named_modules() if getattr(m, "groups", 1) > 1}
+    depthwise |= {
+        cells for cells, layers in layers_by_cells(network).items() if "conv_dw" in layers[0]
+    }
+    assert depthwise
+    for name, parameter in network.named_parameters():
+        apart = name.startswith(("classifier.", *depthwise)) or ".attention." in name
+        assert found[name] == (parameter.ndim > 1 and not apart), name
+    assert any(found[cells] for cells in layers_by_cells(network)) == dynamic
+
+
+def test_a_muon_update_is_timms_of_each_matrix() -> None:
+    """Each cell's update is orthogonal and that of timm for the cell alone; the rest is AdamW."""
+    network = kw.convert(narrow_resnet(), "resnet18", start="paper")
+    optimizer = muon(network, weight_decay=0.1, exempt_from_decay="none")
+    found = uses_muon(optimizer, network)
+    shapes = {
+        id(layer.warehouse.cells): layer.warehouse.partition.cell_shape
+        for layer in network.modules()
+        if isinstance(layer, KWLayer)
+    }
+    apart: dict[str, list[nn.Parameter]] = {}
+    for name, p in network.named_parameters():
+        if not found[name]:
+            apart[name] = [nn.Parameter(p.detach().clone())]
+        elif id(p) in shapes:
+            rows = p.detach().clone().view(-1, shapes[id(p)][0], p[0].numel() // shapes[id(p)][0])
+            apart[name] = [nn.Parameter(row) for row in rows]
+        else:
+            apart[name] = [nn.Parameter(p.detach().clone().flatten(1))]
+    alone = [p for name in apart if found[name] for p in apart[name]]
+    rest = [p for name in apart if not found[name] for p in apart[name]]
+    references = [
+        TimmMuon([{"params": alone, "use_muon": True}], lr=0.5, weight_decay=0.1),
+        torch.optim.AdamW(rest, lr=0.5, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-7),
+    ]
+    assert sum(len(apart[name]) > 1 for name in apart) == len(set(shapes)) > 2
+    for seed in range(2):
+        random_gradients(network, seed)
+        for name, p in network.named_parameters():
+            for own, grad in zip(apart[name], p.grad.view(len(apart[name]), -1), strict=True):
+                own.grad = grad.view(own.shape).clone()
+        gradients = {p: p.grad for p in network.parameters()}
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        optimizer.step()
+        for reference in references:
+            reference.step()
+        for name, p in network.named_parameters():
+            assert p.grad is gradients[p]
+            expected = torch.stack([own.detach() for own in apart[name]]).view(p.shape)
+            if not found[name]:
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)
+                continue
+            # timm computes in bf16, and a product of matrices sums in another order in a stack.
+            step = 0.5 * 0.2 * max(apart[name][0].shape) ** 0.5
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=step * 2**-8)
+            update = before[name] * (1 - 0.5 * 0.1) - p.detach()
+            for own in update.view(-1, *apart[name][0].shape).double():
+                values = torch.linalg.svdvals(own) / step
+                assert 0.7 < values.min() <= values.max() < 1.2, name
+
+
+@pytest.mark.parametrize("name", ["muon", "nadamuon"])
+def test_a_run_with_muon_goes_on(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+    optimizer = {"name": name, "lr": 0.005, "weight_decay": 0.01}
+    end = same_end({**settings, "optimizer": optimizer, "precision": "bf16"}, tmp_path)
+    groups = end["optimizer"]["optimizer"]["param_groups"]
+    assert {group.get("cell_shape") is None for group in groups} == {True, False}
+
+
+def test_an_older_timm_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
+    monkeypatch.setattr(OPTIMIZERS, "entries", {})
+    for module in ("muon", "more_optimizers"):
+        monkeypatch.delitem(sys.modules, f"kw.training.{module}", raising=False)
+        monkeypatch.delattr(kw.training, module, raising=False)
+    monkeypatch.setattr(OPTIMIZERS, "_modules", ["kw.training.more_optimizers"])
+    with pytest.raises(ConfigError, match=r"optimizer.name 'muon': .*pip install 'timm>=1.0.22'"):
+        muon(nn.Linear(2, 2))
