@@ -207,6 +207,11 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
             "model.peer.method",
         )
 
+    if data.progressive is not None:
+        growth, key = data.progressive, "data.progressive"
+        expect(growth.start <= data.input_size, "at most data.input_size", f"{key}.start")
+        expected = "less than epochs, so that some have data.input_size"
+        expect(growth.epochs < config.epochs, expected, f"{key}.epochs", "epochs")
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(data, name)
         expect(low <= high, "[low, high] with low <= high", f"data.{name}")

@@ -172,6 +172,11 @@ class ModelConfig:
     freeze: list[str] = setting(
         [], "regular expressions: parameters and modules with matching names are not trained"
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep the inputs of blocks alone and compute their insides again in the backward pass: "
+        "less memory, about a third more time",
+    )
     stem: StemConfig | None = setting(
         None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
     )

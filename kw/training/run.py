@@ -24,6 +24,7 @@ from ..data import (
     open_validation,
     stop_workers,
 )
+from ..data.preprocess import training_size
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
@@ -125,6 +126,11 @@ def build_trainer(
             "compile: true with distributed.strategy: fsdp: parameters change their kind whenever "
             "they are gathered, and torch.compile compiles anew; choose one of the two"
         )
+    if config.compile and config.model.gradient_checkpointing:
+        raise ConfigError(
+            "compile: true with model.gradient_checkpointing: in a compiled pass BatchNorm would "
+            "count blocks twice that are computed twice; choose one of the two"
+        )
     if config.pictures is not None and config.distributed.strategy == "fsdp":
         raise ConfigError(
             "pictures with distributed.strategy: fsdp: one process draws, and has a part of the "
@@ -145,6 +151,7 @@ def build_trainer(
     _prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    _check_sizes(network, config)
     average = distribute(network, config, process)
     loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
     model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
@@ -183,6 +190,18 @@ def _prepare(network: nn.Module, config: Config, process: Process) -> None:
     if config.compile:
         mode = None if config.compile is True else config.compile.mode
         network.compile(mode=mode)
+
+
+def _check_sizes(network: nn.Module, config: Config) -> None:
+    sizes = {training_size(config.data, epoch) for epoch in range(config.epochs)}
+    for size in sizes - {config.data.input_size}:
+        try:
+            check_network(network, config.model, size)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.progressive: a network of one size: {error}; set null, or for a transformer "
+                "model.timm_args: {dynamic_img_size: true}"
+            ) from error
 
 
 def _layer_rates(network: nn.Module, decay: float) -> Mapping[str, float]:
