@@ -13,8 +13,8 @@ from torch import nn
 import kw
 from kw.config import ConfigError
 from kw.detection.backbone import Backbone
-from kw.models.depth import decayed_rates, frozen_parameters, parameter_places
 from kw.models import build_network
+from kw.models.depth import decayed_rates, frozen_parameters, parameter_places
 from kw.training import CheckpointError
 from kw.warehouse import KWLayer
 

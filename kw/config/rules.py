@@ -11,6 +11,7 @@ from ..errors import UserError, did_you_mean
 from ..registry import (
     DATASETS,
     HOOKS,
+    LOGGERS,
     LOSSES,
     METRICS,
     OPTIMIZERS,
@@ -54,6 +55,7 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
     key = "schedule.warmup_epochs"
     expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
     _check_entries(report, config, "hooks", config.hooks, HOOKS)
+    _check_entries(report, config, "loggers", config.loggers, LOGGERS)
     names = {"adamw": ["lr", "weight_decay", "betas", "eps"]}
     names["sgd"] = ["lr", "weight_decay", "momentum", "nesterov"]
     own = names.get(optimizer.name, ["lr", "weight_decay"])

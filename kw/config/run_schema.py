@@ -243,6 +243,11 @@ class RunConfig:
     eval_batch_size: int | None = setting(
         None, "images per device in evaluation; null = batch_size", minimum=1, maximum=2**16
     )
+    loggers: dict[str, dict[str, Any]] = setting(
+        {"tensorboard": {}},
+        "where figures and pictures go besides log.jsonl: tensorboard, wandb, mlflow, trackio or "
+        "your own, with their arguments, e.g. {tensorboard: {}, wandb: {project: mine}}",
+    )
     log_interval: int = setting(50, "updates between log lines", minimum=1, maximum=10**9)
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")
     hooks: dict[str, dict[str, Any]] = setting(

@@ -35,7 +35,7 @@ from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_checkpoint, load_network, refuse_other_classes
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook
+from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
@@ -234,6 +234,7 @@ def build_hooks(config: RunConfig) -> list[Hook]:
     """The hooks that every run has, in their order, and those of the configuration."""
     return [
         ProgressHook(),
+        LoggerHook(config.loggers),
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),
