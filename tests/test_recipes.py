@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import yaml
 from networks import narrow_resnet
 from PIL import Image
 from processes import in_processes
 from test_engine import CPU, assert_same_state, changed, run
 from test_parallel import build, loss_of
+from test_parallel import run as run_in_processes
 from timm.optim import param_groups_layer_decay
 from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
 import kw
-from kw.config import ConfigError, config_from_mapping
+from kw.config import ConfigError, config_from_mapping, load_config, to_dict
 from kw.config.data_schema import DataConfig, ProgressiveConfig
 from kw.config.schema import ClassifierOptimizerConfig, KernelWarehouseConfig, ModelConfig
 from kw.data.preprocess import training_size
@@ -432,3 +435,52 @@ def test_networks_of_one_size_do_not_grow(settings: dict[str, Any], tmp_path: Pa
     data["progressive"] = {"start": 64, "epochs": 2}
     with pytest.raises(ConfigError, match=r"(?s)start = 64.*at most.*epochs = 2.*less than epochs"):
         config_from_mapping(config)
+
+
+# --- the end of a run, and configurations that are shipped ------------------------------------
+
+
+def test_patience_is_the_same_after_a_resume(settings: dict[str, Any], tmp_path: Path) -> None:
+    """In two processes, which end together: nothing is learnt at a rate of almost zero."""
+    config = {
+        **settings, "epochs": 9, "temperature_epochs": 0, "batch_size": 8,
+        "optimizer": {"name": "sgd", "lr": 1e-12}, "schedule": {"final_lr": 1e-13},
+        "hooks": {"early_stopping": {"patience": 3, "min_delta": 90.0}},
+        "checkpoint": {"keep": 9},
+    }  # fmt: skip
+    whole = run_in_processes(config, tmp_path / "whole", 2)
+    assert whole["meta"]["epoch"] == 4
+    for rank in whole["ranks"]:
+        assert rank["hooks"]["EarlyStopping"]["without"] == 3
+    (tmp_path / "parts").mkdir()
+    shutil.copy(tmp_path / "whole/epoch_2.pth", tmp_path / "parts")
+    parts = run_in_processes(config, tmp_path / "parts", 2)
+    assert parts["meta"]["epoch"] == 4
+    assert_same_state(whole["state_dict"], parts["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("finetune_by_layers", ["optimizer.layer_decay", "ema.warmup", "hooks.early_stopping"]),
+        ("finetune_frozen", ["model.freeze"]),
+        ("muon", ["optimizer.name"]),
+        ("growing_images", ["data.progressive", "model.gradient_checkpointing", "loggers.wandb"]),
+    ],
+)
+def test_shipped_recipes(name: str, used: list[str], recwarn: pytest.WarningsRecorder) -> None:
+    """They load without a warning, and set what they are there for."""
+    path = Path(__file__).parents[1] / f"configs/recipes/{name}.yaml"
+    config, text = load_config(path, check_model_name=False), path.read_text()
+    assert not recwarn.list
+    assert f"tools/train.py configs/recipes/{name}.yaml" in text.split("\n\n")[0]
+    own, inherited = yaml.safe_load(text), load_config(path.parent / yaml.safe_load(text)["_base_"])
+    for key in used:
+        value: Any = own
+        before: Any = to_dict(inherited)
+        resolved: Any = to_dict(config)
+        for part in key.split("."):
+            value, resolved = value[part], resolved[part]
+            before = (before or {}).get(part)
+        assert resolved != before
+        assert value == resolved or isinstance(value, dict)
