@@ -175,7 +175,7 @@ class ModelConfig:
     gradient_checkpointing: bool = setting(
         False,
         "keep the inputs of blocks alone and compute their insides again in the backward pass: "
-        "less memory, about a third more time",
+        "less memory, for another forward pass",
     )
     stem: StemConfig | None = setting(
         None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
