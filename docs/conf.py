@@ -79,7 +79,7 @@ for package in (kw, kw.data, kw.models, kw.training):
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!kw\.).*"),
-    (r"py:class", r"kw\.config\.(run_)?schema\.\w+|kw\.warehouse\.partition\.\w+"),
+    (r"py:class", r"kw\.config\.(run_|data_)?schema\.\w+|kw\.warehouse\.partition\.\w+"),
     (r"py:.*", r"kw\.registry\.[TE]"),
 ]
 

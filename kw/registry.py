@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.accuracy import Metric
     from .peers.convert import Method
     from .training.hooks import Hook
+    from .training.loggers import Logger
     from .warehouse.ops.contraction import Contraction
     from .warehouse.plan import Plan
 
@@ -43,6 +44,7 @@ __all__ = [
     "DATASETS",
     "EXPORTERS",
     "HOOKS",
+    "LOGGERS",
     "LOSSES",
     "METRICS",
     "OPTIMIZERS",
@@ -176,6 +178,9 @@ SCHEDULES: Registry[Callable[..., float]] = Registry("schedule", "kw.training.sc
 
 HOOKS: Registry[Callable[..., Hook]] = Registry("hook", "kw.training.hooks.stopping")
 """``(**args) -> Hook``."""
+
+LOGGERS: Registry[Callable[..., Logger]] = Registry("logger", "kw.training.loggers")
+"""``(**args) -> Logger``."""
 
 EXPORTERS: Registry[Exporter] = Registry("format", "kw.deploy.export")
 """Formats of exported files, by the end of their names."""

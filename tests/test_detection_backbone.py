@@ -13,8 +13,8 @@ from torch import nn
 import kw
 from kw.config import ConfigError
 from kw.detection.backbone import Backbone
-from kw.detection.layout import decayed_rates, frozen_parameters, parameter_places
 from kw.models import build_network
+from kw.models.depth import decayed_rates, frozen_parameters, parameter_places
 from kw.training import CheckpointError
 from kw.warehouse import KWLayer
 
@@ -87,10 +87,11 @@ def test_every_parameter_gets_a_gradient(settings: dict[str, Any]) -> None:
     assert not any(norm.training for norm in norms)
 
 
-def test_checkpointing_changes_nothing(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_checkpointing_changes_nothing(settings: dict[str, Any], norm_eval: bool) -> None:
     torch.manual_seed(0)
-    plain = Backbone(settings, norm_eval=True)
-    frugal = Backbone(settings, norm_eval=True, grad_checkpointing=True)
+    plain = Backbone(settings, norm_eval=norm_eval)
+    frugal = Backbone(settings, norm_eval=norm_eval, grad_checkpointing=True)
     frugal.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 64, 64)
     for backbone in (plain, frugal):
@@ -98,6 +99,9 @@ def test_checkpointing_changes_nothing(settings: dict[str, Any]) -> None:
     gradients = dict(frugal.named_parameters())
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    buffers = dict(frugal.named_buffers())
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-6)
 
 
 def test_the_map_of_mobilenets_last_convolution() -> None:

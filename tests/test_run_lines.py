@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_engine import CPU, changed, log_of, run
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from kw.config import config_from_mapping
 from kw.data import listing
 from kw.registry import DATASETS
 from kw.training import build_trainer, trainer
-from kw.training.hooks import Hook, log, progress
+from kw.training.hooks import Hook, progress
 from kw.training.trainer import Updater
 
 
@@ -59,7 +60,7 @@ def test_an_error_closes_the_bar_and_the_board(
     monkeypatch.setattr(progress, "tqdm", lambda **options: bar)
     broken = build_trainer(config_from_mapping(settings), tmp_path, CPU)
     broken.hooks.append(Broken())
-    monkeypatch.setattr(log.SummaryWriter, "close", lambda _: calls.update(["board"]))
+    monkeypatch.setattr(SummaryWriter, "close", lambda _: calls.update(["board"]))
     with pytest.raises(RuntimeError, match="broken"):
         broken.run()
     assert calls == {"bar": 1, "board": 1}

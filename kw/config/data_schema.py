@@ -10,7 +10,7 @@ from ..registry import DATASETS
 from .fields import setting, table
 from .run_schema import BadImagesConfig
 
-__all__ = ["DataConfig", "MemoryConfig", "RandomErasingConfig"]
+__all__ = ["DataConfig", "MemoryConfig", "ProgressiveConfig", "RandomErasingConfig"]
 
 
 @dataclass
@@ -46,6 +46,25 @@ class MemoryConfig:
 
 
 @dataclass
+class ProgressiveConfig:
+    """Training images that grow with the epochs, resized on the device; test images do not
+    (EfficientNetV2, Tan and Le, ICML 2021)."""
+
+    start: int = setting(
+        doc="side in the first epoch, pixels", minimum=1, maximum=8192, example=128
+    )
+    epochs: int = setting(
+        doc="epochs over which the side grows linearly to input_size, which the rest have",
+        minimum=1,
+        maximum=10**6,
+        example=60,
+    )
+    multiple: int = setting(
+        32, "sides in between are rounded down to a multiple of this", minimum=1, maximum=8192
+    )
+
+
+@dataclass
 class DataConfig:
     """Images, augmentation and loading."""
 
@@ -71,6 +90,11 @@ class DataConfig:
         "uint8: bytes, to which 16-bit files are scaled; uint16: 16 bits are kept, in a float32 "
         "tensor",
         choices=("uint8", "uint16"),
+    )
+    progressive: ProgressiveConfig | None = setting(
+        None,
+        "begin with smaller training images, e.g. {start: 128, epochs: 60}; null = input_size in "
+        "every epoch",
     )
     workers: int = setting(
         4, "loader processes per device; 0 = load in the training process", minimum=0, maximum=512

@@ -88,6 +88,11 @@ class EmaConfig:
     """Exponential moving average of the weights, evaluated beside the model."""
 
     decay: float = setting(0.9999, "share of the old average kept per update", above=0, below=1)
+    warmup: bool = setting(
+        False,
+        "keep min(decay, (1 + t) / (10 + t)) after t updates, so that the average follows the "
+        "weights early on; false: decay from the third update on",
+    )
 
 
 @dataclass
@@ -237,6 +242,11 @@ class RunConfig:
     eval_interval: int = setting(1, "epochs between evaluations", minimum=1, maximum=10**6)
     eval_batch_size: int | None = setting(
         None, "images per device in evaluation; null = batch_size", minimum=1, maximum=2**16
+    )
+    loggers: dict[str, dict[str, Any]] = setting(
+        {"tensorboard": {}},
+        "where figures and pictures go besides log.jsonl: tensorboard, wandb, mlflow, trackio or "
+        "your own, with their arguments, e.g. {tensorboard: {}, wandb: {project: mine}}",
     )
     log_interval: int = setting(50, "updates between log lines", minimum=1, maximum=10**9)
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")

@@ -16,7 +16,7 @@ from typing import Any
 from ..registry import ATTENTION_FUNCTIONS, LOSSES, PEERS
 from .data_schema import DataConfig
 from .fields import setting, table
-from .run_schema import RunConfig
+from .run_schema import OptimizerConfig, RunConfig
 
 __all__ = [
     "Config",
@@ -173,6 +173,11 @@ class ModelConfig:
     freeze: list[str] = setting(
         [], "regular expressions: parameters and modules with matching names are not trained"
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep the inputs of blocks alone and compute their insides again in the backward pass: "
+        "less memory, for another forward pass",
+    )
     stem: StemConfig | None = setting(
         None, "ResNets: a stem for small images, e.g. {stride: 2}; null = the network's own"
     )
@@ -251,6 +256,19 @@ class CompileConfig:
     )
 
 
+@dataclass(kw_only=True)
+class ClassifierOptimizerConfig(OptimizerConfig):
+    """The optimizer of a classifier."""
+
+    layer_decay: float = setting(
+        1.0,
+        "factor on the learning rate from layer to layer, from the classifier to the stem; cells "
+        "have the rate of the deepest layer that uses them. 1 = the same rate for all",
+        above=0,
+        maximum=1,
+    )
+
+
 @dataclass
 class _Classification:
     # A base class of its own so that model and data come first.
@@ -262,6 +280,7 @@ class _Classification:
 class Config(RunConfig, _Classification):
     """One training run of a classifier."""
 
+    optimizer: ClassifierOptimizerConfig = field(metadata={"doc": "the optimizer"})
     loss: LossConfig = table(LossConfig, "what training minimises")
     distillation: DistillationConfig | None = setting(
         None, "learning from a teacher, e.g. {teacher: resnet50, weights: timm}; null = none"

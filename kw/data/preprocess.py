@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -21,7 +22,16 @@ from kw.config.data_schema import DataConfig
 from kw.data.policies import BatchPolicy
 from kw.data.seeding import derive_seed, seeded
 
-__all__ = ["BatchPreprocessor"]
+__all__ = ["BatchPreprocessor", "training_size"]
+
+
+def training_size(config: DataConfig, epoch: int) -> int:
+    """Side of the training images of an epoch (from 0), pixels."""
+    growth, (full, _) = config.progressive, config.shape  # a square, where they grow
+    if growth is None or epoch >= growth.epochs:
+        return full
+    wanted = growth.start + (full - growth.start) * epoch / growth.epochs
+    return max(growth.start, int(wanted // growth.multiple) * growth.multiple)
 
 
 class BatchPreprocessor(nn.Module):
@@ -55,6 +65,7 @@ class BatchPreprocessor(nn.Module):
         for key, values in (("mean", config.mean), ("std", config.std)):
             buffer = torch.tensor(values).mul_(255).view(1, -1, 1, 1)
             self.register_buffer(key, buffer, persistent=False)
+        self.config = config
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.seed = seed
@@ -88,9 +99,10 @@ class BatchPreprocessor(nn.Module):
                 image by its own key.
 
         Returns:
-            Images, float32 [B, N, H, W], and targets: int64 labels [B], or float32 probabilities
-            [B, C] where training mixes or smooths. Labels [B, C] of images of several classes stay
-            what they are in evaluation, and are float32 in training.
+            Images, float32 [B, N, H, W], in training those of ``data.progressive`` smaller, and
+            targets: int64 labels [B], or float32 probabilities [B, C] where training mixes or
+            smooths. Labels [B, C] of images of several classes stay what they are in evaluation,
+            and are float32 in training.
 
         Raises:
             ValueError: mixing was asked for and B is odd.
@@ -107,11 +119,19 @@ class BatchPreprocessor(nn.Module):
         labels = batch["labels"].to(device, non_blocking=True)
         if not training:
             return images, labels
+        if self.config.progressive is not None:
+            images = self._resized(images, training_size(self.config, batch["key"][0]))
         if self.erasing is not None or self.mixup is not None:
             key = key or batch["key"]
             with seeded("batch", self.seed, *key, device=device):
                 return self._augment(images, labels)
         return images, self._targets(labels)
+
+    def _resized(self, images: Tensor, side: int) -> Tensor:
+        if images.shape[-1] == side:
+            return images
+        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        return images.contiguous(memory_format=self.memory_format)
 
     def _augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.erasing is not None:

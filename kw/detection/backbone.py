@@ -35,8 +35,10 @@ from ..config.tree import Origin, entry_from_plain
 from ..errors import say
 from ..models import build_network, start_network
 from ..models.build import with_start
+from ..models.depth import frozen_parameters
 from ..models.freezing import freeze as freeze_by_name
 from ..models.freezing import frozen_modules
+from ..models.recompute import recompute_blocks
 from ..models.weights import CheckpointError, classifier_names, is_converted
 from ..torch_private import BatchNorm
 from ..warehouse import (
@@ -46,7 +48,6 @@ from ..warehouse import (
     set_temperature,
 )
 from ..warehouse.warehouse import with_names_now
-from .layout import frozen_parameters
 from .weights import StartWeights, read_backbone
 
 __all__ = ["Backbone", "read_network"]
@@ -78,8 +79,8 @@ class Backbone(nn.Module):
             (:func:`kw.models.freezing.freeze`).
         norm_eval: BatchNorm, also in attention, uses its running statistics and keeps them.
         output_norm: LayerNorm over the channels of every map, as in ConvNeXt's detectors.
-        grad_checkpointing: keep only the blocks' inputs for the backward pass. Without norm_eval,
-            BatchNorm's statistics are then updated twice an iteration.
+        grad_checkpointing: keep only the blocks' inputs for the backward pass
+            (:mod:`kw.models.recompute`); also where the network's settings say so.
         drop_path_rate: replaces the classifier's; stochastic depth grows from 0 to this rate.
         resumes: a checkpoint will bring all weights: none are read, and the conversion need not
             keep any.
@@ -107,7 +108,9 @@ class Backbone(nn.Module):
         resumes: bool = False,
     ) -> None:
         super().__init__()
-        config = replace(read_network(network), weights=None, freeze=[])
+        config = read_network(network)
+        grad_checkpointing |= config.gradient_checkpointing
+        config = replace(config, weights=None, freeze=[], gradient_checkpointing=False)
         if drop_path_rate is not None:
             config.drop_path_rate = drop_path_rate
         if resumes:
@@ -136,7 +139,10 @@ class Backbone(nn.Module):
         if output_norm:
             self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in self.out_channels)
         if grad_checkpointing:
-            built.set_grad_checkpointing(True)
+            try:
+                recompute_blocks(built)
+            except ValueError as error:
+                raise ConfigError(f"model.backbone.grad_checkpointing: {error}") from error
         self.train()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..errors import UserError, one_line, say
+from ..models.depth import decayed_rates
 from ..training.hooks import Hook
 from ..training.trainer import Trainer
 from .backbone import Backbone
-from .layout import decayed_rates
 from .mmdet import MODELS, register_all_modules
 from .schema import LayerDecayConfig
 

@@ -19,6 +19,7 @@ from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
 from ..errors import one_line
 from ..warehouse import convert
 from .freezing import freeze
+from .recompute import recompute_blocks
 from .stem import set_small_stem
 from .weights import is_converted, load_start, read_weights, say_adapted
 
@@ -61,7 +62,8 @@ def start_network(
     keep_head: bool = True,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Build a classifier for the start of training: load ``weights``, apply ``freeze``.
+    """Build a classifier for the start of training: load ``weights``, apply ``freeze`` and
+    ``gradient_checkpointing``.
 
     Args:
         config: the network's settings.
@@ -79,9 +81,7 @@ def start_network(
         CheckpointError: the weights cannot be read or do not fit the network.
     """
     if resumes:
-        network = build_network(config)
-        freeze(network, config.freeze)
-        return network
+        return _for_training(build_network(config), config)
     if state is None and config.weights is not None:
         source = f"model.weights {config.weights}"
         state = read_start(config)
@@ -100,7 +100,16 @@ def start_network(
         # A classifier of other classes begins as the configuration says.
         network = _convert(network, config, announce=False)
         load_start(network, state, source, keep_head)
+    return _for_training(network, config)
+
+
+def _for_training(network: nn.Module, config: ModelConfig) -> nn.Module:
     freeze(network, config.freeze)
+    if config.gradient_checkpointing:
+        try:
+            recompute_blocks(network)
+        except ValueError as error:
+            raise ConfigError(f"model.gradient_checkpointing: {error}; set false") from error
     return network
 
 
@@ -116,8 +125,8 @@ def build_network(config: ModelConfig) -> nn.Module:
     """Build the classifier that a configuration's ``model`` describes, for a checkpoint's weights.
 
     Args:
-        config: the network's settings; ``weights`` and ``freeze`` are for training
-            (:func:`start_network`).
+        config: the network's settings; ``weights``, ``freeze`` and ``gradient_checkpointing`` are
+            for training (:func:`start_network`).
 
     Returns:
         A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``, initialised at

@@ -18,18 +18,26 @@ class MovingAverage:
         network: a copy of the trained network, sharded as it is; it holds the average.
         decay: share of the old average that is kept; none in the first two updates, which lead far
             from the initial weights.
+        warmup: keep less of it early on, as ``tf.train.ExponentialMovingAverage`` does: an average
+            over about the last ninth of the updates, until ``decay`` is reached.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, warmup: bool = False) -> None:
         self.network = network
         self.decay = decay
+        self.warmup = warmup
 
     @torch.no_grad()
     def update(self, trained: nn.Module, updates_before: int) -> None:
         """Take an update's weights in; ``updates_before``: updates of the run before it."""
         averages = [local(parameter) for parameter in self.network.parameters()]
         current = [local(parameter) for parameter in trained.parameters()]
-        kept = self.decay if updates_before > 1 else 0.0
-        lerp_all(averages, current, 1 - kept)
+        lerp_all(averages, current, 1 - self.kept(updates_before))
         for average, buffer in zip(self.network.buffers(), trained.buffers(), strict=True):
             average.copy_(buffer)
+
+    def kept(self, updates_before: int) -> float:
+        """The share of the old average that the next update keeps."""
+        if self.warmup:
+            return min(self.decay, (1 + updates_before) / (10 + updates_before))
+        return self.decay if updates_before > 1 else 0.0

@@ -19,7 +19,7 @@ from ..config import ConfigError
 from ..config.loading import parse_config
 from ..warehouse.warehouse import earlier_order, names_now
 
-__all__ = ["layout_fault", "number_as_now", "resume_fault", "settings_changed"]
+__all__ = ["flat_settings", "layout_fault", "number_as_now", "resume_fault", "settings_changed"]
 
 
 def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
@@ -79,7 +79,7 @@ def settings_changed(before: Any, now: str) -> list[str]:
     if not isinstance(before, str):
         return []
     try:
-        old, new = (_flat(parse_config(text, "").plain()) for text in (before, now))
+        old, new = (flat_settings(parse_config(text, "").plain()) for text in (before, now))
     except ConfigError:  # a detector's, which is Python
         lines = difflib.ndiff(before.splitlines(), now.splitlines())
         return [line for line in lines if line[:2] in ("- ", "+ ")]
@@ -90,10 +90,11 @@ def settings_changed(before: Any, now: str) -> list[str]:
     ]
 
 
-def _flat(settings: Any, key: str = "") -> dict[str, Any]:
+def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
     if not isinstance(settings, dict) or not settings:
         return {key: settings}
-    parts = (_flat(value, f"{key}.{name}".lstrip(".")) for name, value in settings.items())
+    parts = (flat_settings(value, f"{key}.{name}".lstrip(".")) for name, value in settings.items())
     return {name: value for part in parts for name, value in part.items()}
 
 

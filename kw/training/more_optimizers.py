@@ -23,6 +23,10 @@ def _missing(error: Exception) -> Callable[..., Any]:
     return refuse
 
 
+try:
+    from . import muon as muon  # its forms, before torch's Muon, which takes matrices alone
+except ImportError as error:
+    OPTIMIZERS["muon"] = _missing(ImportError(f"{error}: pip install 'timm>=1.0.22'"))
 for _name, _class in vars(torch.optim).items():
     is_optimizer = isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer)
     if is_optimizer and _name not in _OTHER:

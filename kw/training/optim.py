@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.run_schema import OptimizerConfig
-from ..errors import one_line
+from ..errors import UserError, one_line
 from ..models.weights import classifier_names
 from ..registry import OPTIMIZERS
 from ..torch_private import BatchOrInstanceNorm
@@ -34,6 +34,9 @@ def build_optimizer(
     lr_scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """An optimizer with a group for what decays and one for what does not, for each rate.
+
+    An optimizer whose class has ``group_settings(network, prefixes of classifier and attention) ->
+    {parameter: settings}`` has a group for each of these as well (:mod:`kw.training.muon`).
 
     Args:
         network: the network whose parameters are trained; frozen ones are left out.
@@ -65,7 +68,10 @@ def build_optimizer(
         if isinstance(module, NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
-    grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    entry = _entry(config.name)
+    settings_of = getattr(getattr(entry, "func", entry), "group_settings", None)
+    settings = settings_of(network, branches + heads) if settings_of else {}
+    grouped: dict[tuple[float, bool, tuple[Any, ...]], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -76,16 +82,18 @@ def build_optimizer(
             scale *= config.attention_lr
         if name.startswith(heads):
             scale *= config.head_lr
-        grouped.setdefault((scale, exempt[config.exempt_from_decay]), []).append(parameter)
+        key = scale, exempt[config.exempt_from_decay], tuple(settings.get(name, {}).items())
+        grouped.setdefault(key, []).append(parameter)
     groups: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": 0.0 if exempt else config.weight_decay,
             "lr_scale": scale,
+            **dict(more),
         }
         # The schedule's own rate comes first, where there is one: it is the one that is logged.
-        for (scale, exempt), parameters in sorted(
-            grouped.items(), key=lambda item: (item[0][0] != 1, -item[0][0], item[0][1])
+        for (scale, exempt, more), parameters in sorted(
+            grouped.items(), key=lambda item: (item[0][0] != 1, -item[0][0], *item[0][1:])
         )
     ]
     fused = True if device.type in ("cpu", "cuda") else None
@@ -97,6 +105,13 @@ def build_optimizer(
     elif config.name == "sgd":
         own = {"momentum": config.momentum, "nesterov": config.nesterov, "fused": fused}
     try:
-        return OPTIMIZERS.find(config.name)(groups, lr=config.lr, **{**own, **config.args})
+        return entry(groups, lr=config.lr, **{**own, **config.args})
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"optimizer.name {config.name!r}: {one_line(error)}") from error
+
+
+def _entry(name: str) -> Callable[..., Optimizer]:
+    try:
+        return OPTIMIZERS.find(name)
+    except UserError as error:
+        raise ConfigError(f"optimizer.name {name!r}: {error}") from error

@@ -23,17 +23,19 @@ from ..data import (
     open_validation,
     stop_workers,
 )
+from ..data.preprocess import training_size
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
 from ..models import ImageClassifier, check_network, start_network
+from ..models.depth import layer_rates
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
 from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
-from .hooks import BadImageHook, FiniteHook, Hook, LogHook, ProgressHook, RatesHook
+from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
@@ -126,6 +128,11 @@ def build_trainer(
             "compile: true with distributed.strategy: fsdp: parameters change their kind whenever "
             "they are gathered, and torch.compile compiles anew; choose one of the two"
         )
+    if config.compile and config.model.gradient_checkpointing:
+        raise ConfigError(
+            "compile: true with model.gradient_checkpointing: in a compiled pass BatchNorm would "
+            "count blocks twice that are computed twice; choose one of the two"
+        )
     if config.pictures is not None and config.distributed.strategy == "fsdp":
         raise ConfigError(
             "pictures with distributed.strategy: fsdp: one process draws, and has a part of the "
@@ -149,6 +156,7 @@ def build_trainer(
     prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    _check_sizes(network, config)
     average = distribute(network, config, process)
     loss = build_loss(config, listings["train"], process.device)
     model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
@@ -162,7 +170,8 @@ def build_trainer(
         "config.yaml",
         to_yaml(config),
     )
-    optimizer = build_optimizer(network, config.optimizer, process.device)
+    scales = _layer_rates(network, config.optimizer.layer_decay)
+    optimizer = build_optimizer(network, config.optimizer, process.device, scales)
     return Trainer(
         task,
         config,
@@ -189,6 +198,27 @@ def prepare(network: nn.Module, config: Config, process: Process) -> None:
         network.compile(mode=mode)
 
 
+def _check_sizes(network: nn.Module, config: Config) -> None:
+    sizes = {training_size(config.data, epoch) for epoch in range(config.epochs)}
+    for size in sizes - {config.data.shape[0]}:
+        try:
+            check_network(network, config.model, size)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.progressive: a network of one size: {error}; set null, or for a transformer "
+                "model.timm_args: {dynamic_img_size: true}"
+            ) from error
+
+
+def _layer_rates(network: nn.Module, decay: float) -> Mapping[str, float]:
+    if decay == 1:
+        return {}
+    try:
+        return layer_rates(network, decay)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
+
+
 def uses_channels_last(config: Config, device: torch.device) -> bool:
     """Whether images and 4-D weights lie channels last; by default they do on GPUs, where the
     kernels of dynamic layers and those of 16 bit read them that way."""
@@ -210,6 +240,7 @@ def build_hooks(config: RunConfig) -> list[Hook]:
     """The hooks that every run has, in their order, and those of the configuration."""
     return [
         ProgressHook(),
+        LoggerHook(config.loggers),
         BadImageHook(config.log_interval),
         LogHook(config.log_interval),
         FiniteHook(config.non_finite, config.log_interval),

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 
 from ..config import ConfigError
 from ..config.run_schema import RunConfig
@@ -31,6 +30,7 @@ from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
 from .hooks import Hook
 from .interruption import Agreement, Signals
+from .loggers import Board
 from .logs import close_log
 from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
@@ -168,7 +168,7 @@ class Trainer:
         batches: the micro-batches of the last update.
         data_seconds: seconds of waiting for batches since the last log line.
         last_metrics: of the last evaluation.
-        board: TensorBoard's writer, in the main process while training.
+        board: the run's loggers, in the main process while training.
         resumed: ``meta`` of the checkpoint that the run goes on from.
     """
 
@@ -209,7 +209,7 @@ class Trainer:
         )
         self.average: MovingAverage | None = None
         if average is not None and config.ema is not None:
-            self.average = MovingAverage(average, config.ema.decay)
+            self.average = MovingAverage(average, config.ema.decay, config.ema.warmup)
         self.checkpoints = Checkpoints(work_dir, config.checkpoint.keep)
         self.signals = Signals()
         self.epoch = 0
@@ -219,7 +219,7 @@ class Trainer:
         self.batches: list[Any] = []
         self.data_seconds = 0.0
         self.last_metrics: dict[str, float | None] = {}
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
         self.resumed: dict[str, Any] | None = None
         self._anneals = has_temperature(task.network)
         self._temperature: float | None = None

@@ -1,4 +1,4 @@
-"""What a run says: a progress line, ``log.jsonl`` and TensorBoard scalars."""
+"""What a run says: a progress line, ``log.jsonl`` and what its loggers are given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ...warehouse import has_temperature
 from ..distributed import host_barrier
@@ -62,10 +61,6 @@ class LogHook(Hook):
             _forget_after(trainer.work_dir / "log.jsonl", trainer.update, trainer.epoch)
             for line in _describe(trainer):
                 logger.info(line)
-            trainer.board = SummaryWriter(
-                str(trainer.work_dir / "tensorboard"),
-                purge_step=trainer.update + 1 if trainer.update else None,
-            )
 
     def before_epoch(self, trainer: Trainer) -> None:
         self._start_clock(trainer)
@@ -95,16 +90,14 @@ class LogHook(Hook):
         best = "no best epoch"
         if trainer.best >= 0:
             best = f"best {trainer.task.score} {trainer.best:.3f}"
-        written = "best.pth, last.pth, results.json, log.jsonl, tensorboard/"
+        written = "best.pth, last.pth, results.json, log.jsonl"
+        if "tensorboard" in trainer.config.loggers:
+            written += ", tensorboard/"
         logger.info(f"done, {best}; in {trainer.work_dir}: {written}")
         if temperature := _temperature_of_best(trainer.work_dir):
             logger.warning(
                 f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
             )
-
-    def close(self, trainer: Trainer) -> None:
-        if trainer.board is not None:
-            trainer.board.close()
 
     def _start_clock(self, trainer: Trainer) -> None:
         self._started, self._updates = time.perf_counter(), 0
@@ -149,8 +142,8 @@ class LogHook(Hook):
         # NaN is not JSON.
         line = {**dict.fromkeys(values), **finite}
         write_line(trainer.work_dir, mode, epoch, trainer.update, line)
-        for key, value in finite.items():
-            trainer.board.add_scalar(f"{mode}/{key}", value, trainer.update)
+        named = {f"{mode}/{key}": value for key, value in finite.items()}
+        trainer.board.scalars(named, trainer.update)
 
 
 def _temperature_of_best(work_dir: Path) -> float:

@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: how layers use cells, and what a training batch looks like."""
+"""Pictures for the loggers: how layers use cells, and what a training batch looks like."""
 
 from __future__ import annotations
 
@@ -94,12 +94,14 @@ class PictureHook(Hook):
         self._add(trainer, "attention", draw_attention(layers, use, title))
         self._add(trainer, "cells", draw_cells(layers, use, title))
         assert trainer.board is not None
-        for name, value in _mean_shares(layers, use).items():
-            trainer.board.add_scalar(f"cells/{name}", value, trainer.update)
+        shares = _mean_shares(layers, use)
+        named = {f"cells/{name}": value for name, value in shares.items()}
+        trainer.board.scalars(named, trainer.update)
 
     def _add(self, trainer: Trainer, name: str, figure: Any) -> None:
         assert trainer.board is not None
-        trainer.board.add_image(f"pictures/{name}", to_tensor(figure), trainer.update)
+        pixels = to_tensor(figure).permute(1, 2, 0).numpy()
+        trainer.board.image(f"pictures/{name}", pixels, trainer.update)
 
 
 def _preprocess(trainer: Trainer) -> Any:

@@ -1,22 +1,25 @@
-"""The place of a backbone's parameters: the stem, a block of a stage, or after the last stage.
+"""How deep a network's parameters lie: rates by depth, and the parameters of the first stages.
 
-timm's networks give the places (``group_matcher``). A warehouse has the place of the deepest layer
-that uses it: it has the learning rate of that layer, and is frozen only with it.
+timm's networks give the places (``group_matcher``): the stem, a block of a stage, or after the last
+stage. A warehouse has the place of the deepest layer that uses it: it has the learning rate of that
+layer, and is frozen only with it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+from timm.models import group_parameters
 from torch import nn
 
 from ..warehouse import KWLayer
 
-__all__ = ["Place", "decayed_rates", "frozen_parameters", "parameter_places"]
+__all__ = ["Place", "decayed_rates", "frozen_parameters", "layer_rates", "parameter_places"]
 
 _LAST = 1 << 30
+_Depth = TypeVar("_Depth", int, "Place")
 
 
 class Place(NamedTuple):
@@ -39,15 +42,38 @@ def parameter_places(network: nn.Module) -> dict[str, Place]:
     Raises:
         ValueError: the network does not give its stages.
     """
-    matcher = getattr(network, "group_matcher", None)
-    if matcher is None:
-        raise ValueError(f"{type(network).__name__} has no group_matcher: its stages are not known")
-    groups: Mapping[str, Any] = matcher(coarse=False)
+    groups: Mapping[str, Any] = _matcher(network)(coarse=False)
     found = {name: _match(name, groups) for name, _ in network.named_parameters()}
     _place_warehouses(network, found)
     stages = sorted({place.stage for place in found.values()} - {-1})
     rank = {-1: 0} | {stage: 1 + i for i, stage in enumerate(stages)}
     return {name: Place(rank[place.stage], place.block) for name, place in found.items()}
+
+
+def layer_rates(network: nn.Module, rate: float) -> dict[str, float]:
+    """Factors on the learning rate of a classifier: ``rate ** (layers above)``.
+
+    The classifier has the factor 1, the last block ``rate``, and so on to the stem, as in BEiT
+    (arXiv:2106.08254): groups and values are timm's (``timm.optim.param_groups_layer_decay``).
+    What follows the last block and is not the classifier belongs to that block.
+
+    Args:
+        network: a timm network, converted or not.
+        rate: factor from layer to layer.
+
+    Returns:
+        The factors by name of the parameter. Attention branches have that of their layer, cells
+        that of the deepest layer that uses them.
+
+    Raises:
+        ValueError: the network's layers are not known.
+    """
+    depths: dict[str, int] = group_parameters(
+        network, _matcher(network)(coarse=False), reverse=True
+    )
+    _place_warehouses(network, depths)
+    top = max(depths.values())
+    return {name: rate ** (top - depth) for name, depth in depths.items()}
 
 
 def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
@@ -99,6 +125,13 @@ def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, flo
     return {name: rate ** (len(depth) - depth[group]) for name, group in groups.items()}
 
 
+def _matcher(network: nn.Module) -> Callable[..., Any]:
+    matcher: Callable[..., Any] | None = getattr(network, "group_matcher", None)
+    if matcher is None:
+        raise ValueError(f"{type(network).__name__} has no group_matcher: its stages are not known")
+    return matcher
+
+
 def _match(name: str, groups: Mapping[str, Any]) -> Place:
     """The place by timm's patterns; -1 is the stem, other names belong to the head."""
     if re.match(groups["stem"], name):
@@ -112,10 +145,10 @@ def _match(name: str, groups: Mapping[str, Any]) -> Place:
     return Place(_LAST, 0)
 
 
-def _place_warehouses(network: nn.Module, found: dict[str, Place]) -> None:
+def _place_warehouses(network: nn.Module, found: dict[str, _Depth]) -> None:
     """Give cells the place of the deepest layer that uses them."""
     names = {parameter: name for name, parameter in network.named_parameters()}
-    deepest: dict[str, Place] = {}
+    deepest: dict[str, _Depth] = {}
     for layer_name, layer in network.named_modules():
         if not isinstance(layer, KWLayer):
             continue
