@@ -244,6 +244,15 @@ def test_loaders_are_compared(
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_decoders_are_compared(
+    folder: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool("scripts/compare_decoders.py", folder, "--rounds", 1, "--images", 2)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    away = {row[1].strip(): row[6].strip() for row in rows[2:]}
+    assert away["Pillow"] == away["simplejpeg, torch"] == away["torchvision, torch"] == "0"
+
+
 def test_without_the_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kw.data.dataset.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install simplejpeg"):
