@@ -17,10 +17,17 @@ from torch import nn
 from kw.config import ConfigError, config_from_mapping
 from kw.config.data_schema import DataConfig
 from kw.data import BatchPreprocessor
-from kw.data.dataset import Listing
+from kw.data.listing import Listing
+from kw.data.reading import DataError
+from kw.deploy import load
+from kw.deploy.card import write_card
+from kw.deploy.description import InputRange
+from kw.deploy.source import read_source
+from kw.deploy.verify import Difference
 from kw.evaluation.multilabel import MultiLabel, average_precision
 from kw.models import ImageClassifier
 from kw.models.losses import bce
+from kw.pictures import few_of_each
 from kw.training import evaluate_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.objective import check_labels
@@ -260,6 +267,18 @@ def test_a_run(table: Path, memory: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot read .*val3\.png"):
         again = evaluate_checkpoint(config, tmp_path / "run/best.pth")
     assert again["mAP"] == best
+    classifier = load(tmp_path / "run")
+    (found,) = classifier.predict(table / "val0.png", k=3)
+    logits = classifier.logits(classifier.read(table / "val0.png")[None])[0]
+    for each in found:  # of each class by itself: they need not sum to 1
+        assert each.probability == pytest.approx(float(logits[each.label].sigmoid()), rel=1e-6)
+    card = write_card(
+        tmp_path / "x.onnx", read_source(tmp_path / "run"), InputRange(32), Difference(), None
+    ).read_text()
+    assert "mAP, %, in the run's evaluation" in card
+    assert "sigmoid for the probability of each class" in card
+    with pytest.raises(DataError, match="several classes each"):
+        few_of_each(np.zeros((4, 3)), 3, 2)
     with pytest.raises(ConfigError, match=r"set metrics: \{multilabel"):
         train(config_from_mapping({**settings, "metrics": {}}), tmp_path / "other")
 

@@ -305,3 +305,8 @@ class Config(RunConfig, _Classification):
     pictures: PicturesConfig | None = setting(
         None, "heat maps of coefficients and a training batch for TensorBoard; null = none"
     )
+
+    @property
+    def several_classes(self) -> bool:
+        """Whether an image has any number of classes, each decided by itself."""
+        return "multilabel" in self.metrics

@@ -146,7 +146,8 @@ def _training(description: Description, notes: list[str]) -> dict[str, object]:
         "epochs trained": "unknown" if description.epoch is None else description.epoch,
         "weights": "moving average" if description.weights == "ema" else "the model's own",
     }
-    for name, unit in (("top1", "top-1, %"), ("top5", "top-5, %"), ("loss", "loss")):
+    units = {"top1": "top-1, %", "top5": "top-5, %", "mAP": "mAP, %", "f1": "F1, %", "loss": "loss"}
+    for name, unit in units.items():
         if name in description.metrics:
             rows[f"{unit}, in the run's evaluation"] = f"{description.metrics[name]:.4g}"
     if not description.metrics:
@@ -157,13 +158,16 @@ def _training(description: Description, notes: list[str]) -> dict[str, object]:
 def _inputs(description: Description, inputs: InputRange) -> dict[str, object]:
     classes = description.classes
     more = len(classes) - _LISTED
+    shares = "softmax for shares"
+    if description.config.several_classes:
+        shares = "sigmoid for the probability of each class"
     return {
         **{key.replace("_", " "): v for key, v in preprocessing(description.config.data).items()},
         "batch": "any" if inputs.batch is None else f"{inputs.batch} only",
         "image height, width": f"{inputs.words} only"
         if inputs.least is None
         else f"any from {inputs.least} x {inputs.least} on; evaluated at {inputs.words}",
-        "output": f"`logits`, float32 [batch, {len(classes)}]; softmax for shares",
+        "output": f"`logits`, float32 [batch, {len(classes)}]; {shares}",
         "classes": ", ".join(classes[:_LISTED]) + (f", {more} more (in the file)" * (more > 0)),
         "precision": inputs.precision,
         "temperature": "0, folded",

@@ -37,6 +37,7 @@ class Prediction(NamedTuple):
     """place in :attr:`Classifier.classes`"""
     name: str
     probability: float
+    """of this class against the others; where images have several classes, of its presence"""
 
 
 class Classifier(nn.Module):
@@ -157,7 +158,9 @@ class Classifier(nn.Module):
 
     def best(self, logits: Tensor, k: int) -> list[list[Prediction]]:
         """The ``k`` likeliest classes of every row of logits ``[B, C]``."""
-        top = logits.softmax(1).topk(min(k, len(self.classes)))
+        several = self.description.config.several_classes
+        probabilities = logits.sigmoid() if several else logits.softmax(1)
+        top = probabilities.topk(min(k, len(self.classes)))
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [
             [Prediction(label, self.classes[label], p) for label, p in zip(*row, strict=True)]

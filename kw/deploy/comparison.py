@@ -53,6 +53,11 @@ def compare_files(
                 f"{path}: its {len(classifier.classes)} classes are not the "
                 f"{len(dataset.classes)} of {root}/{split}"
             )
+        if classifier.description.config.several_classes:
+            raise ExportError(
+                f"{path}: its images have several classes each, and a folder's have one; kw test "
+                "evaluates the run"
+            )
         parts = []
         for batch in torch.arange(len(dataset)).split(batch_size):
             images = torch.stack([dataset[(0, index)].image for index in batch.tolist()])

@@ -83,5 +83,5 @@ def _metrics(meta: Mapping[str, Any], weights: str) -> dict[str, float]:
     if not isinstance(found, Mapping):
         return {}
     prefix = "ema_" if weights == "ema" else ""
-    named = {name: found.get(prefix + name) for name in ("top1", "top5", "loss")}
+    named = {name: found.get(prefix + name) for name in ("top1", "top5", "mAP", "f1", "loss")}
     return {name: float(v) for name, v in named.items() if isinstance(v, int | float)}

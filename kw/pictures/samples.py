@@ -27,7 +27,12 @@ def few_of_each(labels: Any, classes: int, count: int) -> list[int]:
         labels: integers, one an image.
         classes: how many classes, from label 0.
         count: images in all; at least two a class, where it has as many.
+
+    Raises:
+        DataError: images have several classes each.
     """
+    if np.ndim(labels) == 2:
+        raise DataError("images have several classes each: nothing is an effect of one of them")
     each = max(count // classes, 2)
     found = []
     for label in range(classes):

@@ -35,12 +35,12 @@ def check_labels(config: Config, listing: Listing) -> None:
             class each with it.
     """
     several = np.ndim(listing.labels[0]) > 0
-    if several and "multilabel" not in config.metrics:
+    if several and not config.several_classes:
         raise ConfigError(
             f"data.dataset {config.data.dataset!r} has images of several classes each: set "
             "metrics: {multilabel: {}} and loss.name: bce"
         )
-    if not several and "multilabel" in config.metrics:
+    if not several and config.several_classes:
         raise ConfigError(
             f"metrics.multilabel: data.dataset {config.data.dataset!r} has images of one class "
             "each; leave the metric out"

@@ -165,7 +165,7 @@ def build_trainer(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
-        "mAP" if "multilabel" in config.metrics else "top1",
+        "mAP" if config.several_classes else "top1",
         list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),

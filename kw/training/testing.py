@@ -109,7 +109,7 @@ def evaluate_checkpoints(
 
 def _open(config: Config, state: Any, checkpoint: str | Path, testing: Testing) -> TestSet:
     """The images, and what counts as right."""
-    if "multilabel" in config.metrics and (
+    if config.several_classes and (
         testing.name != "val" or testing.tta is not None or testing.figures is not None
     ):
         raise ConfigError(
@@ -178,7 +178,7 @@ def _evaluate(
     def measure() -> dict[str, Any]:
         nonlocal last
         how = (preprocess, loader, config.precision, config.metrics)
-        if "multilabel" in config.metrics:  # no class is the right one
+        if config.several_classes:  # no class is the right one
             return evaluate(view, *how)
         last = Outcomes(len(loader.dataset), process.device)
         found = evaluate(view, *how, last)
