@@ -77,6 +77,22 @@ def test_the_same_images_within_a_few_levels(
                 assert away.max() <= 6
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("shape", [[96, 160], [160, 96]])
+def test_inputs_that_are_not_square(folder: Path, shape: list[int], split: str) -> None:
+    data = DataConfig(root=str(folder), input_size=shape)
+    training = split == "train"
+    exact = ImageFolder(folder, split, build_transform(data, training), 3, training)
+    fast = build_fast_transform(data, training)
+    for index in range(len(exact)):
+        out = torch.empty(3, *shape, dtype=torch.uint8)
+        image = open_fast(exact.files[index], MAX, upright=True)
+        if image is not None and fast(image, ("image", 3, 0, index), out):
+            away = (exact[0, index].image.int() - out.int()).abs()
+            assert away.max() <= 6
+            assert away.float().mean() < 0.5
+
+
 def test_mirroring_and_policies_are_drawn_alike(folder: Path) -> None:
     for settings in (
         {"horizontal_flip": 1.0},

@@ -90,12 +90,6 @@ def _check_channels(config: Config, expect: Callable[..., None]) -> None:
         expected = f"a list of {data.channels} numbers, one a channel (docs/data.md measures them)"
         expect(count == data.channels, expected, f"data.{name}", key)
     expect(
-        data.decoder == "pillow" or data.shape[0] == data.shape[1],
-        "pillow beside a data.input_size that is not square",
-        "data.decoder",
-        "data.input_size",
-    )
-    expect(
         data.decoder == "pillow" or (data.channels == 3 and data.pixels == "uint8"),
         "pillow: the fast decoder gives RGB in bytes",
         "data.decoder",

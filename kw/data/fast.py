@@ -218,27 +218,32 @@ def draw_box(
 
 
 class FastMiddle:
-    """The middle of a picture whose shorter side was resized, as torchvision's transforms cut it.
+    """The middle of a picture that was resized to cover a size, as timm's transforms cut it.
 
     Args:
-        shorter: size of the shorter side, pixels.
+        cover: height and width that the resized picture just covers.
         size: height and width of the middle.
         interpolation: name of the filter.
-        long: times the shorter side; longer pictures are for Pillow's path.
+        long: pictures that are more than so many times as long as that are for Pillow's path.
     """
 
-    def __init__(self, shorter: int, size: tuple[int, int], interpolation: str, long: int) -> None:
-        self.shorter, self.size = shorter, size
+    def __init__(
+        self, cover: tuple[int, int], size: tuple[int, int], interpolation: str, long: int
+    ) -> None:
+        self.cover, self.size = cover, size
         self.interpolation, self.long = interpolation, long
 
     def __call__(self, picture: Picture, key: tuple[int | str, ...], out: Tensor) -> bool:
         """See :class:`FastTransform`."""
         width, height = picture.size
-        short, long = sorted(picture.size)
-        scaled = int(self.shorter * long / short)
-        if scaled > self.long * self.shorter:
+        if self.cover[0] == self.cover[1]:  # as torchvision rounds
+            short = self.cover[0]
+            shape = (short * height // min(width, height), short * width // min(width, height))
+        else:
+            ratio = min(height / self.cover[0], width / self.cover[1])
+            shape = (round(height / ratio), round(width / ratio))
+        if any(n > self.long * least for n, least in zip(shape, self.cover, strict=True)):
             return False
-        shape = (self.shorter, scaled) if width == long else (scaled, self.shorter)
         whole = torch.empty(1, 3, *shape, dtype=torch.uint8, memory_format=torch.channels_last)[0]
         part = picture.part((0, 0, height, width), shape)
         resize_bytes(_tensor(part), self.interpolation, whole)

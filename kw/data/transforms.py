@@ -94,8 +94,8 @@ def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
     """The transform of one split for images that are not decoded yet (:mod:`kw.data.fast`)."""
     steps = build_transform(config, training).transforms
     if not training:
-        resize = steps[0].resize
-        return FastMiddle(int(resize.size), config.shape, config.interpolation, _LONG)
+        height, width = (math.floor(side / config.test_crop_ratio) for side in config.shape)
+        return FastMiddle((height, width), config.shape, config.interpolation, _LONG)
     crop, *rest = steps
     policy = [step for step in rest if not isinstance(step, RandomHorizontalFlip)]
     # The last step makes a tensor; policies and jitter before it work on Pillow images.
