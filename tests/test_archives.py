@@ -272,6 +272,13 @@ def test_hugging_face(hub: None, folder: Path) -> None:
         list_split(wrong, "val")
 
 
+def test_hugging_face_runs_no_code(hub: None) -> None:
+    code = {"args": {"trust_remote_code": True}}
+    for root, args in (("x/y", code), ("pandas", {"args": {"data_files": "x.pkl"}})):
+        with pytest.raises(DataError, match="a configuration runs no code"):
+            list_split(data(Path(root), dataset="huggingface", dataset_args=args), "val")
+
+
 def test_hugging_face_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):

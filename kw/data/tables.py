@@ -120,6 +120,11 @@ def list_hub(
     Raises:
         DataError: ``datasets`` is not installed, cannot load the set, or has no such column.
     """
+    if "trust_remote_code" in (args or {}) or str(root) == "pandas":  # pickled files
+        raise DataError(
+            "data.dataset huggingface: a configuration runs no code: trust_remote_code and pandas "
+            "are refused; store the set as parquet files"
+        )
     try:
         import datasets
     except ImportError as error:
