@@ -28,7 +28,6 @@ from ..data.preprocess import training_size
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..models import ImageClassifier, build_network, check_network, start_network
-from ..models.depth import layer_rates
 from ..registry import HOOKS, LOSSES, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
@@ -39,7 +38,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, Progress
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
-from .optim import build_optimizer
+from .optim import build_optimizer, decayed_by_layer
 from .parallel import distribute
 from .precision import autocast
 from .presence import set_place
@@ -165,7 +164,7 @@ def build_trainer(
         "config.yaml",
         to_yaml(config),
     )
-    scales = _layer_rates(network, config.optimizer.layer_decay)
+    scales = decayed_by_layer(network, config.optimizer.layer_decay)
     optimizer = build_optimizer(network, config.optimizer, process.device, scales)
     return Trainer(
         task,
@@ -202,15 +201,6 @@ def _check_sizes(network: nn.Module, config: Config) -> None:
                 f"data.progressive: a network of one size: {error}; set null, or for a transformer "
                 "model.timm_args: {dynamic_img_size: true}"
             ) from error
-
-
-def _layer_rates(network: nn.Module, decay: float) -> Mapping[str, float]:
-    if decay == 1:
-        return {}
-    try:
-        return layer_rates(network, decay)
-    except ValueError as error:
-        raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
 
 
 def uses_channels_last(config: Config, device: torch.device) -> bool:
