@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from .data.dataset import Listing
+    from .data.listing import Listing
     from .deploy.export import Exporter
     from .evaluation.accuracy import Metric
     from .peers.convert import Method
@@ -150,17 +150,22 @@ PLANS: Registry[Plan] = Registry("plan", "kw.warehouse.plans")
 PEERS: Registry[Method] = Registry("peer", "kw.peers.convert")
 """Other dynamic convolutions."""
 
-DATASETS: Registry[Callable[..., Listing]] = Registry("data set", "kw.data.dataset")
-"""``(root, split, **args) -> Listing``: the files of a split, their labels and classes."""
+DATASETS: Registry[Callable[..., Listing]] = Registry(
+    "data set", "kw.data.listing", "kw.data.archives", "kw.data.tables"
+)
+"""``(root, split, **args) -> Listing``: the images of a split, their labels and classes."""
 
 TRANSFORMS: Registry[Callable[..., Callable[[Image], Image]]] = Registry("transform")
-"""``(**args) -> (RGB image -> RGB image)``, applied to a training image before its crop."""
+"""``(**args) -> (image -> image)``, RGB, or grey with ``data.channels: 1``; applied to a training
+image before its crop."""
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss", "kw.models.losses")
 """``(logits [B, C] float32, targets, **args) -> scalar``; targets are labels ``[B]`` or
-probabilities ``[B, C]``."""
+probabilities ``[B, C]``. ``loss.class_weights`` needs an argument of that name, ``[C]``."""
 
-METRICS: Registry[Callable[..., Metric]] = Registry("metric", "kw.evaluation.accuracy")
+METRICS: Registry[Callable[..., Metric]] = Registry(
+    "metric", "kw.evaluation.accuracy", "kw.evaluation.multilabel"
+)
 """``(device, **args) -> Metric``, for every evaluation anew."""
 
 OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from .config.names import config_file
 from .config.tree import ConfigError
 
-__all__ = ["load_run", "run_of", "train"]
+__all__ = ["load_run", "run_of", "runs_of", "train"]
 
 
 def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, ModuleType]:
@@ -60,6 +60,21 @@ def run_of(config: str | Path, checkpoint: str | Path | None = None) -> tuple[st
         if (beside := file.parent / name).is_file() and file.suffix == ".pth":
             return beside, file
     raise ConfigError(f"{config}: required: CHECKPOINT, or a work directory in the place of CONFIG")
+
+
+def runs_of(first: str, others: Sequence[str]) -> list[tuple[str | Path, Path]]:
+    """Configurations and checkpoints: of several runs, or of one configuration's checkpoints.
+
+    Args:
+        first: a configuration, then ``others`` are its checkpoints; or a run, as the others are.
+        others: as for :func:`run_of`.
+
+    Raises:
+        ConfigError, CheckpointError: as for :func:`run_of`.
+    """
+    if Path(first).is_dir() or first.endswith(".pth"):
+        return [run_of(run) for run in (first, *others)]
+    return [run_of(first, checkpoint) for checkpoint in others] or [run_of(first)]
 
 
 def train(

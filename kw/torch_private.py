@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
@@ -29,8 +30,10 @@ __all__ = [
     "onednn_linear",
     "overflow",
     "prepare_reduction",
+    "resize_bytes",
     "runs_in_this_pass",
     "scan",
+    "shared_bytes",
     "step_unless",
     "torchvision_backward",
     "trace_errors",
@@ -169,3 +172,31 @@ def torchvision_backward(name: str) -> Callable[..., Any]:
     """The backward operator of ``roi_align`` or ``deform_conv2d``."""
     operator: Callable[..., Any] = getattr(torch.ops.torchvision, f"_{name}_backward")
     return operator
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+def resize_bytes(image: Tensor, interpolation: str, out: Tensor) -> None:
+    """``F.interpolate(image, out's size, mode=interpolation, antialias=True)`` into given memory.
+
+    Args:
+        image: uint8 ``[3, h, w]``.
+        interpolation: ``"bilinear"``, ``"bicubic"`` or ``"nearest"``, which has no filter.
+        out: uint8 ``[3, H, W]``, in any layout.
+    """
+    if interpolation == "nearest":
+        out.copy_(F.interpolate(image[None], out.shape[1:], mode="nearest-exact")[0])
+        return
+    operators = torch.ops.aten
+    operator = {
+        "bilinear": operators._upsample_bilinear2d_aa.out,
+        "bicubic": operators._upsample_bicubic2d_aa.out,
+    }[interpolation]
+    operator(image[None], out.shape[1:], False, None, None, out=out[None])
+
+
+def shared_bytes(count: int) -> Tensor:
+    """uint8 ``[count]`` in memory that processes share, as a loader's collation allocates it."""
+    storage = torch.UntypedStorage._new_shared(count, device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

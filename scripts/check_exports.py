@@ -79,10 +79,10 @@ def try_export(source: Source, suffix: str) -> dict[str, Any]:
 def random_source(config: Config, name: str) -> Source:
     """A configuration's network with weights of :func:`randomise`."""
     torch.manual_seed(0)
-    size = config.data.input_size
-    network = randomise(build_network(config.model), torch.randn(8, 3, size, size))
+    images = torch.randn(8, config.data.channels, *config.data.shape)
+    network = randomise(build_network(config.model), images)
     classes = [str(label) for label in range(config.model.num_classes)]
-    description = Description(name, classes, config, "model", 0, {}, InputRange(size))
+    description = Description(name, classes, config, "model", 0, {}, InputRange.of(config.data))
     return Source(ready(network), description, [])
 
 

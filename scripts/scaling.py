@@ -82,8 +82,7 @@ def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tup
     """Seconds of forward pass, backward pass and update; gradients for :func:`exposed`."""
     network = build_network(config.model).to(device).train()
     optimizer = build_optimizer(network, config.optimizer, torch.device(device))
-    size = config.data.input_size
-    images = torch.randn(batch, 3, size, size, device=device)
+    images = torch.randn(batch, config.data.channels, *config.data.shape, device=device)
     labels = torch.randint(config.model.num_classes, (batch,), device=device)
     parameters = [p for p in network.parameters() if p.requires_grad]
     done: dict[nn.Parameter, Any] = {}

@@ -183,7 +183,7 @@ class Toy:
 
         return Network()
 
-    def example(self, batch_size: int, input_size: int) -> tuple[Tensor, Tensor]:
+    def example(self, batch_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return torch.ones(batch_size, 1000), torch.empty(0)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ def test_layers() -> None:
     assert isinstance(dynamic, KWLayer)
     assert dynamic.warehouse.cells.shape == (4 * 2 * 9, 16 * 32)
     assert {name for name, _ in dynamic.named_parameters()} >= {"warehouse.weight"}
-    inputs, _ = layer.example(2, 7)
+    inputs, _ = layer.example(2, (7, 7))
     assert dynamic(inputs).shape == layer.build("static")(inputs).shape == (2, 32, 4, 4)
     assert parse_layer("in=8,out=8,size=7,kernel=1").padding == 0
 

@@ -100,7 +100,7 @@ def test_null_replaces_a_mapping_and_a_mapping_null(tmp_path: Path) -> None:
         ("ema.decay=0.5", "ema.decay", 0.5),
         ("data.root=/a=b", "data.root", "/a=b"),
         ("data.root='3'", "data.root", "3"),
-        ("model.timm_args={in_chans: 1}", "model.timm_args", {"in_chans": 1}),
+        ("model.timm_args={in_chans: 3}", "model.timm_args", {"in_chans": 3}),
     ],
 )
 def test_options(option: str, key: str, expected: object, tmp_path: Path) -> None:

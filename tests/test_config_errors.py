@@ -78,14 +78,14 @@ def file_problems(folder: Path, text: str, *options: str) -> list[str]:
         ("schedule", None, "schedule = null: expected a mapping of settings (name, "),
         ("model.timm_args", [1], "model.timm_args = [1]: expected a mapping"),
         ("model.timm_args", {"a": {1}}, "model.timm_args.a = {1}: expected plain values: text"),
-        ("data.mean", 0.5, "data.mean = 0.5: expected a list of 3 numbers, each >= 0 and <= 1"),
+        ("data.mean", 0.5, "data.mean = 0.5: expected a list of numbers, each >= 0 and <= 1"),
         ("data.mean", [0.5], "data.mean = [0.5]: expected a list of 3 numbers"),
         (
             "data.std",
             [1, 1, 0],
-            "data.std = [1, 1, 0]: expected a list of 3 numbers, each >= 1e-06",
+            "data.std = [1, 1, 0]: expected a list of numbers, each >= 1e-06",
         ),
-        ("data.mean", [0, 0, "a"], "data.mean = [0, 0, 'a']: expected a list of 3 numbers"),
+        ("data.mean", [0, 0, "a"], "data.mean = [0, 0, 'a']: expected a list of numbers"),
         ("optimizer.betas", [0.9, 1], "expected a list of 2 numbers, each >= 0 and < 1"),
         ("data.crop_scale", [0.1, 2], "expected a list of 2 numbers, each > 0 and <= 1"),
         (
@@ -375,6 +375,8 @@ def test_wrong_option(option: str, expected: str, tmp_path: Path) -> None:
         ("data.mix_probability=0.5", "data.mixup and data.cutmix are both 0"),
         ("data={mixup: 1, mix_switch_probability: 0}", "data.mixup and data.cutmix are not both"),
         ("data={color_jitter: 0.4, auto_augment: rand-m9}", "data.auto_augment replaces it"),
+        ("data.augment_on=device", "data.auto_augment and data.color_jitter are both off"),
+        ("data={memory: {}, augment_on: device}", "data.memory augments on the device"),
         ("model.drop_path_decay=constant", "model.drop_path_rate is 0"),
     ],
 )

@@ -25,6 +25,7 @@ def make_batch(size: int = 4, seed: int = 0) -> dict[str, Any]:
         "labels": torch.randint(10, (size,), generator=generator),
         "indices": torch.arange(size),
         "key": (0, 0),
+        "keys": [(0, index) for index in range(size)],
     }
 
 
@@ -97,7 +98,13 @@ def test_erasing_changes_a_rectangle(mode: str) -> None:
 
 
 def all_augmentations() -> DataConfig:
-    return make_config(random_erasing=RandomErasingConfig(), mixup=0.8, cutmix=1.0)
+    return make_config(
+        auto_augment="rand-m9-mstd0.5-inc1",
+        augment_on="device",
+        random_erasing=RandomErasingConfig(),
+        mixup=0.8,
+        cutmix=1.0,
+    )
 
 
 def test_random_choices_depend_on_seed_and_key_alone() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 pytest.importorskip("markdown_it", reason="the docs extra is not installed")
 
@@ -296,7 +297,16 @@ def before_readme() -> dict[str, Any]:
     return {"loader": [batch] * 2, "warm_up_steps": 2, "my_network": _Staged()}
 
 
-BEFORE: dict[str, Callable[[], dict[str, Any]]] = {"README": before_readme}
+def before_data() -> dict[str, Any]:
+    """A set of grey images."""
+    for name in ("a", "b"):
+        folder = Path("data/grey/train", name)
+        folder.mkdir(parents=True)
+        Image.new("L", (30, 40), 77).save(folder / "0.png")
+    return {}
+
+
+BEFORE: dict[str, Callable[[], dict[str, Any]]] = {"README": before_readme, "data": before_data}
 
 
 def narrow(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -302,7 +302,7 @@ def test_the_policy_raise(broken: Path, workers: int) -> None:
 
 def test_a_disk_that_is_gone_stops_at_once(images: Path) -> None:
     dataset = folder(images)
-    dataset.folder = Path("/nowhere")
+    dataset.files.folder = Path("/nowhere")
     with pytest.raises(DataError, match="none of 16 images drawn one after another is readable"):
         dataset[0, 0]
 
@@ -456,10 +456,10 @@ def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: 
     dataset: Any = trainer.train_loader.dataset
     read = dataset.read
 
-    def deadly(index: int, key: tuple[int, int]) -> Any:
+    def deadly(index: int, key: tuple[int, int], **where: Any) -> Any:
         if index == 20 and key[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(index, key)
+        return read(index, key, **where)
 
     dataset.read = deadly
     with pytest.raises(DataError, match=r"killed by SIGKILL.*read image 20, \S*train/cat/12.png"):

@@ -310,6 +310,12 @@ def test_pt2_stays_on_the_cpu(run: Path, tmp_path: Path) -> None:
             r"the file takes \[B, 3, H, W\], H and W from 9 on$",
         ),
         (InputRange(8, batch=4), [(4, 3, 8, 8)], [(3, 3, 8, 8)], r"takes \[4, 3, 8, 8\]$"),
+        (
+            InputRange((8, 12), channels=4),
+            [(2, 4, 8, 12)],
+            [(2, 4, 12, 8), (2, 4, 12, 12), (2, 4, 8, 8), (2, 3, 8, 12)],
+            r"takes \[B, 4, 8, 12\]$",
+        ),
     ],
 )
 def test_images_that_a_file_does_not_take(

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import kw.data.memory as memory_module
-from kw.config import ConfigError, config_from_mapping
+from kw.config import config_from_mapping
 from kw.config.data_schema import DataConfig
 from kw.config.schema import Config
 from kw.data import DataError, Loader, derive_seed, open_training, open_validation, uniform_draws
@@ -113,7 +113,7 @@ def test_augmented_images_are_pillows(name: str) -> None:
     overshoot, for which these images have room."""
     images = noise(4, 24, 40) // 2 + 64
     mirror = np.array([True, False, True, False])
-    choices = Choices(*map(np.array, (TOP, LEFT, HEIGHT, WIDTH)), mirror, np.ones((4, 3)), ORDER)
+    choices = Choices(*map(np.array, (TOP, LEFT, HEIGHT, WIDTH)), mirror)
     found = augment(input_size=12, interpolation=name).apply(images, choices)
     assert found.dtype == torch.uint8
     for i, image in enumerate(images):
@@ -127,44 +127,9 @@ def test_augmented_images_are_pillows(name: str) -> None:
         assert difference.abs().float().mean() < 0.3
 
 
-ORDER = np.array([(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
-
-
-def test_colour_jitter_is_torchvisions() -> None:
-    """Each image with factors and an order of its own."""
-    images = noise(4, 12, 12)
-    factors = np.array([(1.4, 0.6, 1.3), (0.7, 1.2, 0.0), (1.0, 0.3, 1.9), (0.2, 1.8, 1.1)])
-    whole = np.zeros(4, dtype=np.int64), np.full(4, 12)
-    choices = Choices(
-        whole[0], whole[0], whole[1], whole[1], np.zeros(4, dtype=bool), factors, ORDER
-    )
-    found = augment(input_size=12, interpolation="bilinear", color_jitter=0.4).apply(
-        images, choices
-    )
-    steps: list[Callable[..., torch.Tensor]] = [
-        F.adjust_brightness,
-        F.adjust_contrast,
-        F.adjust_saturation,
-    ]
-    for each, image, own, order in zip(found, images, factors, ORDER, strict=True):
-        expected = image / 255
-        for step in order:
-            expected = steps[step](expected, own[step])
-        assert (each.float() - expected * 255).abs().max() <= 0.51
-
-
-def test_jitter_is_drawn_from_its_range() -> None:
-    chosen = augment(color_jitter=0.4).choose([derive_seed(i) for i in range(600)], 8, 8)
-    assert chosen.factors.min() >= 0.6
-    assert chosen.factors.max() <= 1.4
-    assert np.ptp(chosen.factors, axis=0).min() > 0.75
-    assert len(np.unique(chosen.order, axis=0)) == 6
-    assert (np.sort(chosen.order) == [0, 1, 2]).all()
-
-
 def test_an_image_does_not_depend_on_its_batch() -> None:
     images, seeds = noise(5, 20, 20), [derive_seed(i) for i in range(5)]
-    step = augment(color_jitter=0.4)
+    step = augment()
     whole = step(images, seeds)
     alone = [step(image[None], [seed]) for image, seed in zip(images, seeds, strict=True)]
     assert (whole.int() - torch.cat(alone).int()).abs().max() <= 1  # a matrix product's rounding
@@ -321,11 +286,6 @@ def test_free_memory_is_between_nothing_and_all(monkeypatch: pytest.MonkeyPatch)
     assert 2**20 < alone < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_module._free_bytes(CPU) == pytest.approx(alone / 4, rel=0.2)
-
-
-def test_policies_of_single_images_are_refused(held: Settings) -> None:
-    with pytest.raises(ConfigError, match=r"data\.auto_augment = 'rand-m9': expected null beside"):
-        configured(held, auto_augment="rand-m9")
 
 
 def test_a_bad_file_is_an_error_where_the_policy_says_so(held: Settings, damaged: Path) -> None:

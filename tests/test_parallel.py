@@ -94,7 +94,7 @@ def check_layout(process: Process) -> None:
     network = build()
     model = ImageClassifier(network, Unchanged())
     expected = [sum(p.nbytes for p in b) for b in buckets(backward_order(model), 1)]
-    ddp = wrap_ddp(model, process, 1)
+    ddp = wrap_ddp(model, 1)
     assert all(parameter.grad is None for parameter in model.parameters())
     found = []
     for update in range(3):
@@ -116,7 +116,7 @@ def check_micro_steps(process: Process) -> None:
     model = ImageClassifier(build(), Unchanged())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     updater = Updater(optimizer, accumulation=3)
-    ddp = wrap_ddp(model, process, 1)
+    ddp = wrap_ddp(model, 1)
     reduced: list[int] = []
 
     def note(micro_steps, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations

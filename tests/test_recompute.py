@@ -98,7 +98,7 @@ def check_processes(process: Process, strategy: str) -> None:
         if seed == 0:
             if strategy == "fsdp":
                 shard(again, process)
-            model = again if strategy == "fsdp" else wrap_ddp(again, process, 1)
+            model = again if strategy == "fsdp" else wrap_ddp(again, 1)
         model.zero_grad()
         loss_of(model, 2 * seed + process.rank).backward()
         for expected, parameter in zip(plain.parameters(), again.parameters(), strict=True):

@@ -21,7 +21,7 @@ from kw import registry
 from kw.config import ConfigError, config_from_mapping, load_config
 from kw.config.data_schema import DataConfig
 from kw.data import DataError
-from kw.data.dataset import Listing, list_split
+from kw.data.listing import Listing, list_split
 from kw.errors import UserError
 from kw.models.losses import bce
 from kw.registry import DATASETS, HOOKS, METRICS, Registry, argument_fault

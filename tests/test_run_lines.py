@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from kw.config import config_from_mapping
-from kw.data import dataset
+from kw.data import listing
 from kw.registry import DATASETS
 from kw.training import build_trainer, trainer
 from kw.training.hooks import Hook, progress
@@ -90,9 +90,9 @@ def test_each_split_is_listed_once(
 ) -> None:
     listed = []
 
-    def counting(root: Path, split: str) -> dataset.Listing:
+    def counting(root: Path, split: str) -> listing.Listing:
         listed.append(split)
-        return dataset.list_folders(root, split)
+        return listing.list_folders(root, split)
 
     monkeypatch.setitem(DATASETS.entries, kind, counting)
     built = build_trainer(config_from_mapping(changed(settings, data__dataset=kind)), tmp_path, CPU)

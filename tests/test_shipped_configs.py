@@ -195,3 +195,55 @@ def test_a_constant_rate_is_that_of_every_branch(
     network = build_network(ModelConfig(name, **settings, timm_args=args))
     rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
     assert rates == [0.2] * branches
+
+
+# What the recipes of configs/recipes/ are for, by dotted key.
+RECIPES: dict[str, dict[str, Any]] = {
+    "kw_resnet50_1x_a2": {
+        "data.repeats": 3,
+        "loss.name": "bce",
+        "loss.args": {"threshold": 0.2},
+        "optimizer.name": "lamb",
+        "optimizer.lr": 5e-3,
+        "optimizer.weight_decay": 0.02,
+        "total_batch_size": 2048,
+        "epochs": 300,
+        "schedule.warmup_epochs": 5,
+        "data.auto_augment": "rand-m7-mstd0.5-inc1",
+        "data.mixup": 0.1,
+        "data.cutmix": 1.0,
+        "data.random_erasing": None,
+        "data.test_crop_ratio": 0.95,
+        "label_smoothing": 0,
+        "model.drop_path_rate": 0.05,
+    },
+    "kw_resnet18_1x_from_resnet50": {
+        "distillation.teacher": "resnet50",
+        "distillation.weights": "timm:tv_in1k",
+        "distillation.kind": "soft",
+        "model.name": "resnet18",
+        "epochs": 300,
+    },
+    "kw_resnet18_1x_class_weights": {"loss.class_weights": "balanced", "data.sampling": "shuffle"},
+    "kw_resnet18_1x_balanced": {"data.sampling": "balanced", "loss.class_weights": None},
+    "kw_resnet18_1x_multilabel": {
+        "loss.name": "bce",
+        "metrics": {"multilabel": {}},
+        "data.dataset": "csv",
+        "data.dataset_args": {"separator": ";"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    path = ROOT / f"configs/recipes/{name}.yaml"
+    config = load_config(path)
+    assert not recwarn.list  # of settings without effect
+    assert path.relative_to(ROOT).as_posix() in path.read_text().split("\n\n")[0]
+    assert config.model.kernel_warehouse is not None
+    for key, expected in RECIPES[name].items():
+        found: Any = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == expected, key

@@ -12,8 +12,8 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from kw.data.dataset import DataError
 from kw.data.digits import choose_val, load_scans
+from kw.data.reading import DataError
 from kw.data.two_inks import choose_scans, main, see, write_two_inks
 
 SIZES = {"train": 160, "val": 80}

@@ -63,9 +63,10 @@ class NetworkSource:
         return self.config.optimizer
 
     @property
-    def size(self) -> int:
-        """Side of the images that it is made for, pixels."""
-        return self.config.data.input_size
+    def size(self) -> int | tuple[int, int]:
+        """Side of the images that it is made for, or their height and width, pixels."""
+        height, width = self.config.data.shape
+        return height if height == width else (height, width)
 
     def twin(self) -> tuple[Any, ...]:
         """All that the static measurement depends on; sources with equal twins share one."""
@@ -85,9 +86,9 @@ class NetworkSource:
         set_backend(network, backend)
         return network
 
-    def example(self, batch_size: int, input_size: int) -> tuple[Tensor, Tensor]:
-        """A random batch of inputs, and the targets of :meth:`loss`."""
-        images = torch.randn(batch_size, 3, input_size, input_size)
+    def example(self, batch_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """A random batch of inputs of a height and width, and the targets of :meth:`loss`."""
+        images = torch.randn(batch_size, self.config.data.channels, *shape)
         return images, torch.randint(self.config.model.num_classes, (batch_size,))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -156,8 +157,8 @@ class LayerSource:
         set_backend(layer, backend)
         return layer
 
-    def example(self, batch_size: int, input_size: int) -> tuple[Tensor, Tensor]:
-        inputs = torch.randn(batch_size, self.in_channels, input_size, input_size)
+    def example(self, batch_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(batch_size, self.in_channels, *shape)
         return inputs, torch.empty(0)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -188,11 +189,11 @@ class Case:
 
     Attributes:
         sources: the dynamic networks.
-        input_size: side of the input that they are made for, pixels.
+        input_size: side of the input that they are made for, or height and width, pixels.
     """
 
     sources: tuple[Source, ...]
-    input_size: int
+    input_size: int | tuple[int, int]
 
     @property
     def family(self) -> str:

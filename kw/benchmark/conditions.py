@@ -31,7 +31,7 @@ class Conditions:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: a key of :data:`DTYPES`: float32, or autocast to a 16-bit type as in training.
         batch_size: images per forward pass.
-        input_size: side of the square input, pixels.
+        input_size: side of the square input, or height and width, pixels.
         threads: of PyTorch's operators on CPU.
         channels_last: NHWC memory layout of images and 4-D weights.
         compile: ``torch.compile`` of the network, static ones included.
@@ -42,7 +42,7 @@ class Conditions:
     device: str
     dtype: str
     batch_size: int
-    input_size: int
+    input_size: int | tuple[int, int]
     threads: int
     channels_last: bool = False
     compile: bool = False
@@ -54,14 +54,16 @@ class Conditions:
                 raise BenchmarkError(
                     f"{key} is {getattr(self, key)!r}; expected one of {', '.join(valid)}"
                 )
-        for key in ("batch_size", "input_size", "threads", "rounds"):
+        if min(self.shape) < 1:
+            raise BenchmarkError(f"input_size is {self.input_size}; expected at least 1")
+        for key in ("batch_size", "threads", "rounds"):
             if getattr(self, key) < 1:
                 raise BenchmarkError(f"{key} is {getattr(self, key)}; expected at least 1")
 
     def words(self) -> list[str]:
         """All but the mode, for people."""
         threads = [f"{self.threads} threads"] if self.device == "cpu" else []
-        size = f"{self.input_size}x{self.input_size}"
+        size = "x".join(map(str, self.shape))
         words = [f"batch {self.batch_size}", self.dtype, size, *threads]
         return [*words, self.layout, self.execution]
 
@@ -73,6 +75,12 @@ class Conditions:
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("device is 'cuda', but PyTorch sees no GPU here; use 'cpu'")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def layout(self) -> str:
@@ -97,7 +105,7 @@ class Conditions:
         if not re.fullmatch(r"[\w.+-]+", subject):
             raise BenchmarkError(f"name {subject!r}: expected letters, digits and any of _ . + -")
         words = ["benchmark", MODES[self.mode], subject, machine_device, self.dtype]
-        words += [f"b{self.batch_size}", str(self.input_size)]
+        words += [f"b{self.batch_size}", "x".join(map(str, dict.fromkeys(self.shape)))]
         if self.device == "cpu":
             words.append(f"t{self.threads}")
         return "-".join([*words, self.layout, self.execution])

@@ -146,7 +146,10 @@ class Result:
     def from_dict(cls, content: dict[str, Any]) -> Result:
         """From :meth:`to_dict`; its rows are computed anew, not read."""
         fields = {key: value for key, value in content.items() if key != "rows"}
-        fields["conditions"] = Conditions(**fields["conditions"])
+        conditions = dict(fields["conditions"])
+        if isinstance(conditions["input_size"], list):
+            conditions["input_size"] = tuple(conditions["input_size"])
+        fields["conditions"] = Conditions(**conditions)
         fields["networks"] = [Measured(**network) for network in fields["networks"]]
         return cls(**fields)
 

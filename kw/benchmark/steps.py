@@ -106,7 +106,7 @@ def build_step(source: Source, backend: str, conditions: Conditions) -> Step:
     torch.manual_seed(0)
     device = torch.device(conditions.device)
     network = source.build(backend)
-    inputs, targets = source.example(conditions.batch_size, conditions.input_size)
+    inputs, targets = source.example(conditions.batch_size, conditions.shape)
     if conditions.channels_last:  # as a run does it
         network = network.to(memory_format=torch.channels_last)
         inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -29,6 +29,7 @@ __all__ = [
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {"": ("train", "train and evaluate a classifier or a detector")},
     "test": {"": ("test", "evaluate a run, or a checkpoint with a configuration")},
+    "pack": {"": ("pack", "put a data set into one file that is read fast")},
     "predict": {"": ("predict", "classify images, or find objects in them")},
     "export": {"": ("export", "write ONNX, torch.export or safetensors, verified")},
     "convert": {

@@ -60,7 +60,7 @@ def main() -> None:
     if is_converted(state):
         raise ConfigError(f"{model.weights} holds a converted network already")
     static = start_network(plain, state, str(model.weights)).eval()
-    check_network(static, model, config.data.input_size)
+    check_network(static, model, config.data.shape)
     images = _images(config, args.images, args.count)
     source, fit = f"{model.weights}", images[::2].split(32)
     network = start_network(
@@ -89,10 +89,10 @@ def main() -> None:
 
 
 def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
-    """Normalised images ``[B, 3, S, S]``, spread over a folder's files, or noise."""
-    size, data = config.data.input_size, config.data
+    """Normalised images ``[B, C, H, W]``, spread over a folder's files, or noise."""
+    data = config.data
     if folder is None:
-        return torch.randn(count, 3, size, size)
+        return torch.randn(count, data.channels, *data.shape)
     files = find_images([folder])
     count = min(count, len(files))
     chosen = [files[place * len(files) // count] for place in range(count)]

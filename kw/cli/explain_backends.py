@@ -74,11 +74,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     network = build_network(config.model)
-    check_network(network, config.model, config.data.input_size)
+    check_network(network, config.model, config.data.shape)
     network.to(args.device).eval()
     set_contraction(config.contraction, network)
     batch = args.batch_size or config.batch_size
-    size = (1 if args.gpu else batch, 3, config.data.input_size, config.data.input_size)
+    size = (1 if args.gpu else batch, config.data.channels, *config.data.shape)
     images = torch.zeros(size, device=args.device)
     if uses_channels_last(config, torch.device("cuda" if args.gpu else args.device)):
         images = images.to(memory_format=torch.channels_last)

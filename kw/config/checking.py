@@ -63,7 +63,11 @@ def check(root: Entry, check_model_name: bool = True) -> Config:
     def rules(config: Config, report: Report) -> None:
         check_rules(config, report, check_model_name)
 
-    return check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    config = check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
+    if config.data.channels != 3:
+        # timm's name for it; networks are built from the settings of the model alone.
+        config.model.timm_args["in_chans"] = config.data.channels
+    return config
 
 
 def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
@@ -160,8 +164,8 @@ class _Checker:
                 return None
             options = tuple(option for option in options if option is not type(None))
             # No union in the schema has two members for one kind of YAML node.
-            is_mapping = isinstance(entry.value, dict)
-            hint = next((o for o in options if _is_mapping(o) == is_mapping), options[0])
+            kind = next((k for k in (dict, list) if isinstance(entry.value, k)), None)
+            hint = next((o for o in options if _kind(o) == kind), options[0])
         if _is_mapping(hint):
             if not isinstance(entry.value, dict):
                 return self.expect(entry, key, expected)
@@ -226,6 +230,11 @@ class _Checker:
 
 def _is_mapping(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+
+
+def _kind(hint: Any) -> type | None:
+    """The YAML node of a type hint: a mapping, a list, or None for a scalar."""
+    return dict if _is_mapping(hint) else list if typing.get_origin(hint) is list else None
 
 
 def _scalar(hint: Any, value: Any) -> Any:

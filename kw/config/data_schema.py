@@ -71,8 +71,25 @@ class DataConfig:
     root: str = setting(
         doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
     )
-    input_size: int = setting(
-        224, "side of the square network input, pixels", minimum=1, maximum=8192
+    input_size: int | list[int] = setting(
+        224,
+        "side of the square network input, or [height, width], pixels",
+        minimum=1,
+        maximum=8192,
+        length=2,
+    )
+    channels: int = setting(
+        3,
+        "channels of the images and of the network's input: 1 = grey, 3 = RGB; others as stored, "
+        "e.g. 4 of RGBA files or the bands of a TIFF file (docs/data.md)",
+        minimum=1,
+        maximum=1024,
+    )
+    pixels: str = setting(
+        "uint8",
+        "uint8: bytes, to which 16-bit files are scaled; uint16: 16 bits are kept, in a float32 "
+        "tensor",
+        choices=("uint8", "uint16"),
     )
     progressive: ProgressiveConfig | None = setting(
         None,
@@ -86,6 +103,19 @@ class DataConfig:
         None,
         "keep decoded images in memory, e.g. {place: device}; null = read the files in every epoch",
     )
+    repeats: int = setting(
+        1,
+        "repeated augmentation: times that an image is trained on in a row, augmented anew each "
+        "time; an epoch keeps its updates and has 1 / repeats of the images",
+        minimum=1,
+        maximum=1024,
+    )
+    sampling: str = setting(
+        "shuffle",
+        "shuffle: every training image once an epoch; balanced: drawn with replacement, every "
+        "class equally likely",
+        choices=("shuffle", "balanced"),
+    )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     exif_orientation: str = setting(
         "apply",
@@ -95,19 +125,21 @@ class DataConfig:
     )
     decoder: str = setting(
         "pillow",
-        "pillow: exact; simplejpeg: more images a second of JPEG files, pixels differ by a few "
-        "levels (docs/data.md)",
-        choices=("pillow", "simplejpeg"),
+        "pillow: exact; fast: more images a second, pixels differ by a few levels "
+        "(docs/loading.md)",
+        choices=("pillow", "fast"),
     )
     mean: list[float] = setting(
-        [0.485, 0.456, 0.406], "channel means of inputs in [0, 1]", minimum=0, maximum=1, length=3
+        [0.485, 0.456, 0.406],
+        "means of inputs in [0, 1], one a channel",
+        minimum=0,
+        maximum=1,
     )
     std: list[float] = setting(
         [0.229, 0.224, 0.225],
-        "channel standard deviations of inputs in [0, 1]",
+        "standard deviations of inputs in [0, 1], one a channel",
         minimum=1e-6,
         maximum=1e6,
-        length=3,
     )
     interpolation: str = setting(
         "bicubic",
@@ -138,6 +170,12 @@ class DataConfig:
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
     )
+    augment_on: str = setting(
+        "cpu",
+        "where auto_augment and color_jitter work: cpu: on Pillow images, in the loaders; device: "
+        "on whole batches, on the device that trains (docs/data.md)",
+        choices=("cpu", "device"),
+    )
     transforms: dict[str, dict[str, Any]] = setting(
         {},
         "further transforms of a training image before the crop: registered names, with their "
@@ -160,3 +198,19 @@ class DataConfig:
         "folder", "how a split's files, labels and classes are found", choices=DATASETS
     )
     dataset_args: dict[str, Any] = setting({}, "keyword arguments of the data set")
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether policy and colour jitter work on batches, on the device that trains."""
+        return self.augment_on == "device" or self.memory is not None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the network's input, pixels."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether images are Pillow's, grey or RGB in bytes; other images are tensors."""
+        return self.channels in (1, 3) and self.pixels == "uint8"

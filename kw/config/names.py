@@ -13,7 +13,13 @@ from .tree import ConfigError
 __all__ = ["config_file", "config_names", "configs"]
 
 # Folders of configurations, and prefixes of their names: several have a kw_resnet18_1x.
-_RUNS = {"imagenet": "", "coco": "", "demo": "demo_", "finetune": "finetune_"}
+_RUNS = {
+    "imagenet": "",
+    "coco": "",
+    "demo": "demo_",
+    "finetune": "finetune_",
+    "recipes": "recipes_",
+}
 
 _STUDY = re.compile(r"^(rows|seeds):", re.M)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ from ..registry import (
     argument_fault,
     takes,
 )
+from .data_rules import check_data_rules
 from .run_schema import RunConfig
 from .schema import Config
 
@@ -28,13 +28,6 @@ __all__ = ["check_rules", "check_run_rules", "ignored_run_settings", "ignored_se
 
 Report = Callable[[Any, tuple[str, ...], str], None]
 
-_NUMBER = r"\d+(\.\d+)?"
-# timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
-_POLICIES = re.compile(
-    rf"rand(-(m|n|mmax)\d+|-(p|mstd){_NUMBER}|-inc[01]|-t(weights|3aw|3a))*"
-    rf"|augmix(-(m|w|d)\d+|-(a|mstd){_NUMBER}|-b[01])*"
-    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
-)
 _OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
 
 
@@ -158,7 +151,10 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
     _check_entries(report, config, "metrics", config.metrics, METRICS, 1)
     _check_entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
     loss, dataset = config.loss, config.data.dataset
-    _check_arguments(report, config, "loss.args", loss.name, loss.args, LOSSES, 2)
+    _check_arguments(
+        report, config, "loss.args", loss.name, loss.args, LOSSES, 2, ["class_weights"]
+    )
+    _check_classes(config, expect)
     _check_arguments(
         report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2
     )
@@ -209,56 +205,41 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
             "model.peer.method",
         )
 
-    if data.progressive is not None:
-        growth, key = data.progressive, "data.progressive"
-        expect(growth.start <= data.input_size, "at most data.input_size", f"{key}.start")
-        expected = "less than epochs, so that some have data.input_size"
-        expect(growth.epochs < config.epochs, expected, f"{key}.epochs", "epochs")
-    for name in ("crop_scale", "crop_ratio"):
-        low, high = getattr(data, name)
-        expect(low <= high, "[low, high] with low <= high", f"data.{name}")
-    expect(
-        data.auto_augment is None or _POLICIES.fullmatch(data.auto_augment) is not None,
-        "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
-        "data.auto_augment",
-    )
-    expect(
-        data.memory is None or data.auto_augment is None,
-        "null beside data.memory: policies work on one image at a time, not on batches of tensors "
-        "(data.color_jitter, data.random_erasing, data.mixup and data.cutmix do)",
-        "data.auto_augment",
-        "data.memory",
-    )
-    expect(
-        data.memory is None or not data.transforms,
-        "empty beside data.memory: they work on one image at a time, not on batches of tensors",
-        "data.transforms",
-        "data.memory",
-    )
-    pillow = data.decoder == "pillow"
-    expect(
-        pillow or data.memory is None,
-        "pillow beside data.memory, which decodes every image once",
-        "data.decoder",
-        "data.memory",
-    )
-    expect(
-        pillow or not data.transforms,
-        "pillow beside data.transforms, which take Pillow images",
-        "data.decoder",
-        "data.transforms",
-    )
-    expect(
-        pillow or data.interpolation != "lanczos",
-        "bicubic, bilinear or nearest beside data.decoder simplejpeg",
-        "data.interpolation",
-        "data.decoder",
-    )
+    check_data_rules(config, expect)
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
         expect(name not in model.timm_args, expected, "model.timm_args")
     expected = _model_name_expected(model.name, check_model_name)
     expect(not expected, expected, "model.name")
+    teacher = config.distillation
+    if teacher is not None and teacher.weights is not None:
+        expected = _model_name_expected(teacher.teacher, check_model_name)
+        if teacher.teacher.startswith("kw_"):
+            expected = "a static network; of a converted one give a run, and weights: null"
+        expect(not expected, expected, "distillation.teacher", "distillation.weights")
+
+
+def _check_classes(config: Config, expect: Callable[..., None]) -> None:
+    """What the losses and the sampling of one class or of several an image need."""
+    loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
+    if "multilabel" in config.metrics:
+        one = "beside metrics.multilabel: an image has any number of classes"
+        expect(loss.name != "cross_entropy", f"bce {one}", "loss.name")
+        expect(loss.class_weights != "balanced", f"null or a list {one}", key)
+        expect(config.data.sampling != "balanced", f"shuffle {one}", "data.sampling")
+        expect(config.distillation is None, f"null {one}", "distillation")
+    if loss.class_weights is None:
+        return
+    if loss.name in LOSSES:
+        expected = f"null, because {loss.name} takes no class_weights"
+        expect(takes(LOSSES[loss.name], "class_weights"), expected, key, "loss.name")
+    if isinstance(loss.class_weights, list):
+        right = len(loss.class_weights) == count and any(loss.class_weights)
+        expected = f"{count} numbers, not all 0, one for each class"
+        expect(right, expected, key, "model.num_classes")
+    else:
+        expected = "null or a list beside data.sampling: balanced, which makes up for the same"
+        expect(config.data.sampling != "balanced", expected, key, "data.sampling")
 
 
 def _model_name_expected(name: str, in_timm: bool) -> str:
@@ -312,5 +293,11 @@ def ignored_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.mix_switch_probability", "data.mixup and data.cutmix are not both on"
     if data.auto_augment is not None and "3a" not in data.auto_augment:
         yield "data.color_jitter", "data.auto_augment replaces it"
+    if config.distillation is not None and config.distillation.kind == "hard":
+        yield "distillation.temperature", "distillation.kind is 'hard'"
+    if data.memory is not None:
+        yield "data.augment_on", "data.memory augments on the device"
+    elif data.auto_augment is None and not data.color_jitter:
+        yield "data.augment_on", "data.auto_augment and data.color_jitter are both off"
     if config.model.drop_path_rate == 0:
         yield "model.drop_path_decay", "model.drop_path_rate is 0"

@@ -20,6 +20,7 @@ from .run_schema import OptimizerConfig, RunConfig
 
 __all__ = [
     "Config",
+    "DistillationConfig",
     "KernelWarehouseConfig",
     "LossConfig",
     "ModelConfig",
@@ -198,6 +199,40 @@ class LossConfig:
         choices=LOSSES,
     )
     args: dict[str, Any] = setting({}, "keyword arguments of the loss")
+    class_weights: str | list[float] | None = setting(
+        None,
+        "factors on the loss of each class, in the order of the classes; balanced: images / "
+        "(classes x the class's images), of the training set",
+        choices=("balanced",),
+        minimum=0,
+    )
+
+
+@dataclass
+class DistillationConfig:
+    """A teacher, whose logits for the same images are learned beside the labels
+    (docs/recipes.md)."""
+
+    teacher: str = setting(
+        doc="a run of this project (work directory or checkpoint); with weights, the timm name of "
+        "a static network",
+        example="resnet50",
+    )
+    weights: str | None = setting(
+        None, "of a timm network: a file, or timm or timm:TAG, as model.weights; null = a run"
+    )
+    kind: str = setting(
+        "soft",
+        "soft: the teacher's probabilities (Hinton et al., 2015); hard: its most likely class "
+        "(DeiT)",
+        choices=("soft", "hard"),
+    )
+    temperature: float = setting(
+        1.0, "soft: T, by which both networks' logits are divided", above=0, maximum=1000
+    )
+    alpha: float = setting(
+        0.5, "the teacher's share: (1 - alpha) loss + alpha distillation", above=0, maximum=1
+    )
 
 
 @dataclass
@@ -247,6 +282,9 @@ class Config(RunConfig, _Classification):
 
     optimizer: ClassifierOptimizerConfig = field(metadata={"doc": "the optimizer"})
     loss: LossConfig = table(LossConfig, "what training minimises")
+    distillation: DistillationConfig | None = setting(
+        None, "learning from a teacher, e.g. {teacher: resnet50, weights: timm}; null = none"
+    )
     metrics: dict[str, dict[str, Any]] = setting(
         {}, "metrics besides the accuracy: registered names, with their arguments"
     )

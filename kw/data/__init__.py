@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ..lazy import lazily
 
 if TYPE_CHECKING:
-    from .dataset import UNREADABLE, ImageFolder, Listing, Sample, list_splits
+    from .dataset import UNREADABLE, ImageFolder, Sample
     from .faults import BadImage, FaultLog, TolerantDataset
-    from .jpeg import Jpeg
+    from .listing import Listing, list_splits
     from .loader import (
         Loader,
         build_eval_loader,
@@ -36,7 +36,6 @@ __all__ = [
     "EvalBatchSampler",
     "FaultLog",
     "ImageFolder",
-    "Jpeg",
     "Listing",
     "Loader",
     "Sample",
@@ -62,9 +61,9 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "dataset": "UNREADABLE ImageFolder Listing Sample list_splits",
+        "dataset": "UNREADABLE ImageFolder Sample",
         "faults": "BadImage FaultLog TolerantDataset",
-        "jpeg": "Jpeg",
+        "listing": "Listing list_splits",
         "loader": "Loader build_eval_loader build_loader build_train_loader "
         "deaths_explained stop_workers",
         "preprocess": "BatchPreprocessor",

@@ -1,10 +1,10 @@
-"""Augmentation of a batch of tensors: random resized crop, mirroring, colour jitter.
+"""Random resized crop and mirroring of a batch of tensors.
 
 The same distributions as :func:`kw.data.transforms.build_transform`, which works on one Pillow
 image at a time, but other draws. The result for an image depends on its own seed only, not on the
 batch. Draws are made on the host: no synchronisation with the device.
 
-Legend: B images, H x W their size, S ``input_size``.
+Legend: B images, C channels, H x W their size, S x T that of the network's input.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from kw.data.seeding import uniform_draws
 __all__ = ["BatchAugment", "Choices"]
 
 _ATTEMPTS = 10  # at a rectangle that fits, as in torchvision and timm
-_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
 class Choices(NamedTuple):
-    """The augmentation of each image of a batch; NumPy arrays, a value or a row per image."""
+    """The augmentation of each image of a batch; NumPy arrays, a value per image."""
 
     top: np.ndarray
     left: np.ndarray
@@ -35,10 +34,6 @@ class Choices(NamedTuple):
     width: np.ndarray
     mirror: np.ndarray
     """bool"""
-    factors: np.ndarray
-    """brightness, contrast and saturation, [B, 3]"""
-    order: np.ndarray
-    """the order in which these three are applied, [B, 3]"""
 
 
 class BatchAugment:
@@ -59,21 +54,16 @@ class BatchAugment:
             height: H.
             width: W.
         """
-        draws = uniform_draws(seeds, 2 * _ATTEMPTS + 7)
+        draws = uniform_draws(seeds, 2 * _ATTEMPTS + 3)
         areas, ratios = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS : 2 * _ATTEMPTS]
-        y, x, mirror, order, *factors = draws[:, 2 * _ATTEMPTS :].T
+        y, x, mirror = draws[:, 2 * _ATTEMPTS :].T
         tall, wide, centred = self._extents(areas, ratios, height, width)
-        config = self.config
-        strength = config.color_jitter or 0.0
-        least = max(0.0, 1 - strength)
         return Choices(
             top=_place(y, height, tall, centred),
             left=_place(x, width, wide, centred),
             height=tall,
             width=wide,
-            mirror=mirror < config.horizontal_flip,
-            factors=least + (1 + strength - least) * np.stack(factors, -1),
-            order=np.array(_ORDERS)[(order * len(_ORDERS)).astype(np.int64)],
+            mirror=mirror < self.config.horizontal_flip,
         )
 
     def _extents(
@@ -100,29 +90,27 @@ class BatchAugment:
         """Augment.
 
         Args:
-            images: uint8 [B, 3, H, W], on any device.
+            images: uint8 [B, C, H, W], on any device.
             seeds: one 64-bit seed per image.
 
         Returns:
-            uint8 [B, 3, S, S].
+            uint8 [B, C, S, T].
         """
         return self.apply(images, self.choose(seeds, *images.shape[-2:]))
 
     def apply(self, images: Tensor, choices: Choices) -> Tensor:
         """Apply drawn augmentations; arguments as for calling."""
         height, width = images.shape[-2:]
-        side, how = self.config.input_size, self.config.interpolation
+        (tall, wide), how = self.config.shape, self.config.interpolation
         # One copy to the device for all four.
         place = torch.from_numpy(
             np.stack([choices.top, choices.height, choices.left, choices.width])
         ).to(images.device, non_blocking=True)
-        rows = axis_weights(place[0], place[1], height, side, how)
-        columns = axis_weights(place[2], place[3], width, side, how)
+        rows = axis_weights(place[0], place[1], height, tall, how)
+        columns = axis_weights(place[2], place[3], width, wide, how)
         mirror = torch.from_numpy(choices.mirror).to(images.device, non_blocking=True)
         columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
         cut = resample(images, rows, columns).round_().clamp_(0, 255)
-        if self.config.color_jitter:
-            cut = _jitter(cut, choices).round_()
         return cut.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
@@ -130,19 +118,3 @@ def _place(draws: np.ndarray, room: int, extent: np.ndarray, centred: np.ndarray
     """First position of a rectangle: one of ``room - extent + 1``, or the middle one."""
     free = room - extent
     return np.where(centred, free // 2, (draws * (free + 1)).astype(np.int64))
-
-
-def _jitter(images: Tensor, choices: Choices) -> Tensor:
-    """Brightness, contrast and saturation, each image in an order of its own; [B, 3, S, S]."""
-    factors = torch.from_numpy(choices.factors).float().to(images.device, non_blocking=True)
-    order = torch.from_numpy(choices.order).to(images.device, non_blocking=True)
-    for turn in range(3):
-        now = order[:, turn].view(-1, 1, 1, 1)
-        factor = factors.gather(1, order[:, turn : turn + 1]).view(-1, 1, 1, 1)
-        red, green, blue = images.split(1, dim=1)
-        levels = 0.2989 * red + 0.587 * green + 0.114 * blue  # [B, 1, S, S]
-        mean = levels.mean((2, 3), keepdim=True)
-        # Each blends the image with another one: black, its mean grey, its own greys.
-        other = torch.where(now == 0, 0, torch.where(now == 1, mean, levels))
-        images = (other + factor * (images - other)).clamp(0, 255)
-    return images

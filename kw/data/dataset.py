@@ -1,40 +1,30 @@
-"""The images of a split, in folders ``root/SPLIT/CLASS/*`` or by another listing; checks."""
+"""The images of a split as training and testing read them: by key, transformed, in batches."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
+from kw.data.channels import Reader
+from kw.data.fast import DecodeError, FastTransform, open_fast
 from kw.data.faults import TolerantDataset
-from kw.data.jpeg import JpegError, open_jpeg
-from kw.data.reading import DataError, read_image
+from kw.data.listing import Listing, Stored, list_folders
+from kw.data.reading import DataError
 from kw.data.seeding import seeded
-from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
-from kw.errors import say
-from kw.registry import DATASETS
+from kw.torch_private import shared_bytes
 
-__all__ = [
-    "UNREADABLE",
-    "DataError",
-    "ImageFolder",
-    "Listing",
-    "Sample",
-    "list_split",
-    "list_splits",
-]
-
-_LAYOUT = "expected train/ and val/, each with one folder of images per class"
+__all__ = ["UNREADABLE", "ImageFolder", "Sample", "Samples"]
 
 UNREADABLE = -1
 """Label of a test image that cannot be read: no prediction is right."""
@@ -43,72 +33,28 @@ UNREADABLE = -1
 class Sample(NamedTuple):
     """One image, as the batch preprocessing expects it."""
 
-    image: torch.Tensor
-    """uint8, [3, S, S]"""
-    label: int
-    key: tuple[int, int]
-    """epoch and index"""
+    image: Tensor
+    """[C, H, W]; uint8, or float32 in units of bytes (``data.pixels: uint16``)"""
+    label: Any
+    """class, int; where images have several, int8 ``[classes]`` of 0 and 1"""
+    key: tuple[int, ...]
+    """epoch and index, and where an epoch repeats images the place in it"""
 
 
-class Listing(NamedTuple):
-    """The files, labels and classes of a split, from an entry of :data:`kw.registry.DATASETS`."""
+class Samples(list[Any]):
+    """The samples of a batch whose images lie in one memory.
 
-    files: Sequence[Path]
-    labels: Sequence[int]
-    """of each file, a place in ``classes``"""
-    classes: Sequence[str]
-
-
-@DATASETS.register("folder")
-def list_folders(root: Path, split: str) -> Listing:
-    """``root/split/CLASS/**``: a folder for every class, in the order of their names.
-
-    Hidden files and files that are no images (:mod:`.walk`) are left out, with a message.
-
-    Raises:
-        DataError: the folder is missing or not laid out as expected.
+    Attributes:
+        images: uint8 ``[B, 3, S, S]``.
     """
-    folder = root.expanduser() / split
-    classes = _find_classes(folder)
-    left_out = Counter(_beside(folder))
-    samples = [
-        (path, label)
-        for label, name in enumerate(classes)
-        # By folder and name, which is not by path: "a/b.png" comes after "a.png".
-        for path in sorted(
-            walk_images(folder / name, left_out), key=lambda p: (str(p.parent), p.name)
-        )
-    ]
-    if left_out:
-        say(f"{folder}: left out: {describe(left_out)}")
-    labels = [label for _, label in samples]
-    _check_not_empty(folder, classes, set(labels))
-    return Listing([path for path, _ in samples], labels, classes)
 
-
-def list_split(data: DataConfig, split: str) -> Listing:
-    """A split as the configuration says, checked.
-
-    Raises:
-        DataError: the data set's function fails, or its listing is inconsistent.
-    """
-    found = DATASETS.find(data.dataset)(Path(data.root), split, **data.dataset_args)
-    where = f"data.dataset {data.dataset!r}, {split}"
-    if not found.files or len(found.files) != len(found.labels):
-        raise DataError(f"{where}: {len(found.files)} files and {len(found.labels)} labels")
-    places = range(len(found.classes))
-    wrong = [label for label in found.labels if label not in places]  # a fraction is in none
-    if wrong:
-        raise DataError(
-            f"{where}: label {wrong[0]!r}: expected a place among {len(places)} classes"
-        )
-    if len(set(found.classes)) != len(places):
-        raise DataError(f"{where}: a class has its name twice")
-    return found
+    def __init__(self, images: Tensor, samples: Iterable[Any]) -> None:
+        super().__init__(samples)
+        self.images = images
 
 
 class ImageFolder(TolerantDataset):
-    """The images of one split.
+    """The images of one split, from a folder or any other listing.
 
     An item's key is ``(epoch, index)``: the transform draws under a seed made of the dataset's seed
     and that key, whichever worker or process runs it.
@@ -116,177 +62,147 @@ class ImageFolder(TolerantDataset):
     Args:
         root: folder that holds the splits.
         split: folder under ``root``.
-        transform: RGB image, or a Jpeg with that decoder -> uint8 tensor [3, S, S].
+        transform: image as ``reader`` gives it -> tensor [C, H, W].
         seed: seed of the transform's random choices.
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
         bad_images: the policy for them; without it they raise.
         upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
-        decoder: ``"pillow"`` or ``"simplejpeg"`` (:mod:`.jpeg`).
+        reader: reads files; left out, RGB as ``bad_images`` and ``upright`` say.
+        fast: for images that it takes, instead of ``transform``.
+        batch_shape: shape of all results, which are uint8; batches are then written where they are
+            assembled. That of ``fast`` is known.
 
     Attributes:
         classes: class names; a label is a place in this list.
-        labels: int64 array, the label of every image.
+        labels: int64 array, the label of every image; int8 ``[images, classes]`` of 0 and 1 where
+            images have several.
 
     Raises:
-        DataError: the folder is missing or not laid out as expected.
+        DataError: the folder is missing or not laid out as expected; or ``fast`` needs a package
+            that is not installed.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
         split: str,
-        transform: Callable[[Any], torch.Tensor],
+        transform: Callable[[Any], Tensor],
         seed: int = 0,
         training: bool = False,
         bad_images: BadImagesConfig | None = None,
         upright: bool = True,
         listing: Listing | None = None,
-        decoder: str = "pillow",
+        reader: Reader | None = None,
+        fast: FastTransform | None = None,
+        batch_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(seed, training, bad_images or BadImagesConfig(policy="raise"))
-        if decoder != "pillow" and find_spec(decoder) is None:
-            raise DataError(f"data.decoder {decoder}: install it: pip install {decoder}")
-        self.transform = transform
+        if fast is not None and find_spec("simplejpeg") is None:
+            raise DataError("data.decoder fast: install simplejpeg: pip install simplejpeg")
+        self.transform, self.fast = transform, fast
+        self.batch_shape = (3, *fast.size) if batch_shape is None and fast else batch_shape
         self.upright = upright
-        self.decoder = decoder
+        self.reader = reader or Reader(max_pixels=self.bad_images.max_pixels, upright=upright)
         found = list_folders(Path(root), split) if listing is None else listing
         self.folder = Path(root).expanduser()
         inside = f"{self.folder / split}{os.sep}"
-        if all(str(path).startswith(inside) for path in found.files):
-            self.folder /= split
+        files = found.files
+        if isinstance(files, list):
+            if all(str(path).startswith(inside) for path in files):
+                self.folder /= split
+            files = _Paths(self.folder, files)
+        self.files: Sequence[Stored] = files
+        self.names = found.names
         self.classes = list(found.classes)
-        self.labels = np.array(found.labels, dtype=np.int64)
-        # Not a list of strings: reading one writes its reference count, so that every forked worker
-        # would copy all pages. Two arrays stay shared.
-        names = [os.fsencode(os.path.relpath(path, self.folder)) for path in found.files]
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._ends = np.cumsum([len(name) for name in names])
+        labels = np.asarray(found.labels)
+        self.labels = labels.astype(np.int8 if labels.ndim == 2 else np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, index: int) -> Path:
-        """The file of an image."""
-        start = self._ends[index - 1] if index else 0
-        return self.folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
+    def path(self, index: int) -> os.PathLike[str] | str:
+        """The file of an image, or what names it."""
+        if self.names is not None:
+            return self.names[index]
+        found = self.files[index]
+        return found if isinstance(found, Path) else f"{self.folder}, image {index}"
 
-    def read(self, index: int, key: tuple[int, int]) -> Sample:
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[Any]:
+        """The samples of a batch; torch's loader calls this method. Their images lie in one memory
+        where their shape is known, so that collation copies nothing."""
+        if self.batch_shape is None:
+            return [self[key] for key in keys]
+        images = _batch_memory(len(keys), self.batch_shape)
+        reads = [partial(self.read, out=image) for image in images]
+        return Samples(images, map(self.get, keys, reads))
+
+    def read(self, index: int, key: tuple[int, ...], out: Tensor | None = None) -> Sample:
         """Read and transform an image.
+
+        Args:
+            index: of the image.
+            key: of the random choices.
+            out: where the result is written; left out, it is allocated.
 
         Raises:
             BadImageError: the file cannot be read as an image.
         """
-        path, limit = self.path(index), self.bad_images.max_pixels
-        jpeg = None if self.decoder == "pillow" else open_jpeg(path, limit, self.upright)
-        if jpeg is not None:
-            with seeded("image", self.seed, *key), suppress(JpegError):  # Pillow judges the damage
-                return Sample(self.transform(jpeg), int(self.labels[index]), key)
-        image = read_image(path, limit, self.upright)
+        stored, limit = self.files[index], self.bad_images.max_pixels
+        if self.fast is not None:
+            room = _batch_memory(1, (3, *self.fast.size))[0] if out is None else out
+            picture = open_fast(stored, limit, self.upright)
+            with suppress(DecodeError):  # Pillow judges the damage
+                if picture and self.fast(picture, ("image", self.seed, *key), room):
+                    return self._sample(room, index, key)
+        image = self.reader(stored, self.path(index))
         with seeded("image", self.seed, *key):
             tensor = self.transform(image)
-        return Sample(tensor, int(self.labels[index]), key)
+        return self._sample(tensor if out is None else out.copy_(tensor), index, key)
 
-    def unreadable(self, key: tuple[int, int]) -> Sample:
+    def _sample(self, image: Tensor, index: int, key: tuple[int, ...]) -> Sample:
+        label = self.labels[index]
+        return Sample(image, torch.from_numpy(label) if label.ndim else int(label), key)
+
+    def unreadable(self, key: tuple[int, ...]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
-            tensor = self.transform(Image.new("RGB", (8, 8)))
-        return Sample(tensor, UNREADABLE, key)
+            tensor = self.transform(self.reader.black())
+        unknown = np.full_like(self.labels[key[1]], UNREADABLE)  # of each class, if of several
+        return Sample(tensor, torch.from_numpy(unknown) if unknown.ndim else UNREADABLE, key)
 
 
-def list_splits(
-    data: DataConfig, num_classes: int, splits: Sequence[str] = ("train", "val")
-) -> dict[str, Listing]:
-    """The files of a run's splits, listed once and checked before the run; no image is opened.
+class _Paths(Sequence[Path]):
+    """Paths in two arrays.
 
-    Args:
-        data: the data set.
-        num_classes: classes of the model's classifier.
-        splits: splits that the run needs; all must have the classes of the first.
-
-    Raises:
-        DataError: with what was expected and what was found; or there is only one class.
+    Reading a list of strings writes their reference counts, so that every forked worker would copy
+    all pages. Arrays stay shared.
     """
-    listings = {split: list_split(data, split) for split in splits}
-    first, *others = splits
-    classes = list(listings[first].classes)
-    where = {split: f"data.dataset {data.dataset!r}, {split}" for split in splits}
-    if data.dataset == "folder":
-        where = {split: str(Path(data.root) / split) for split in splits}
-    if len(classes) == 1 and "train" in splits:
-        raise DataError(
-            f"{where[first]} has one class ({classes[0]}): there is nothing to tell apart, "
-            "every network is right; add a folder of other images"
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self.folder = folder
+        names = [os.fsencode(os.path.relpath(path, folder)) for path in files]
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._ends = np.cumsum([len(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = self._ends[index - 1] if index else 0
+        return self.folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
+
+
+def _batch_memory(count: int, shape: Sequence[int]) -> Tensor:
+    """uint8 ``[count, 3, S, S]``, channels last; shared by a loader process, else pinned."""
+    channels, height, width = shape
+    if get_worker_info() is not None:
+        flat = shared_bytes(count * channels * height * width)
+    else:
+        flat = torch.empty(
+            count * channels * height * width,
+            dtype=torch.uint8,
+            pin_memory=torch.cuda.is_available(),
         )
-    for split in others:
-        found = list(listings[split].classes)
-        if found != classes:
-            missing = sorted(set(classes) - set(found))
-            unknown = sorted(set(found) - set(classes))
-            differences = [
-                f"{what} {_some(names)}"
-                for what, names in (("lacks", missing), ("has besides", unknown))
-                if names
-            ] or ["has them in another order"]
-            raise DataError(
-                f"{where[split]} must have the classes of {where[first]}, but "
-                + " and ".join(differences)
-            )
-    if len(classes) != num_classes:
-        raise DataError(
-            f"{where[first]} has {len(classes)} classes ({_some(classes)}), but "
-            f"model.num_classes is {num_classes}: set model.num_classes to {len(classes)}, "
-            "or data.root to the folder that was meant"
-        )
-    return listings
-
-
-def _find_classes(folder: Path) -> list[str]:
-    """Names of the class folders of a split, sorted."""
-    root = folder.parent
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"data.root {root} {what}; {_LAYOUT}")
-    if not folder.is_dir():
-        raise DataError(f"data.root {root} has no {folder.name}/; {_LAYOUT}; {_found(root)}")
-    with os.scandir(folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
-    if not classes:
-        raise DataError(f"{folder} has no class folders; {_LAYOUT}; {_found(folder)}")
-    return classes
-
-
-def _check_not_empty(folder: Path, classes: list[str], filled: set[int]) -> None:
-    empty = [name for label, name in enumerate(classes) if label not in filled]
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(classes)} class folders in {folder} have no image: "
-            f"{_some(empty)}; expected files named {', '.join('*' + e for e in IMAGE_EXTENSIONS)}; "
-            f"{_found(folder / empty[0])}"
-        )
-
-
-def _beside(folder: Path) -> Iterator[str]:
-    """Other contents beside the class folders, by kind."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and is_hidden(entry.name):
-                yield "hidden folders"
-            elif not entry.is_dir() and not is_hidden(entry.name):
-                yield "files beside the class folders"
-
-
-def _found(folder: Path) -> str:
-    """The contents of a folder, for an error message."""
-    with os.scandir(folder) as entries:
-        names = sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
-    images = sum(map(is_image, names))
-    flat = f", {images} of them images" if images else ""
-    return f"{folder} holds {_some(names)}{flat}" if names else f"{folder} is empty"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return flat.view(count, height, width, channels).permute(0, 3, 1, 2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 from kw.data.whole_folder import (
     command_parser,
     is_written,

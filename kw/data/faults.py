@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +47,10 @@ class Delivered(NamedTuple):
 
 
 class TolerantDataset(Dataset[Any]):
-    """A data set by keys ``(epoch, index)`` whose files may be bad.
+    """A data set by keys ``(epoch, index)``, see :mod:`.samplers`, whose files may be bad.
 
     With the policy ``raise`` a bad file raises its error. With ``skip``, training gets another
-    image in its place, drawn from (seed, epoch, index), so that neither the number of loader
+    image in its place, drawn from the seed and the key, so that neither the number of loader
     processes nor that of ranks matters; it is transformed by the random choices of the image that
     it stands for. Evaluation gets what :meth:`unreadable` gives.
 
@@ -72,7 +73,7 @@ class TolerantDataset(Dataset[Any]):
         """The file of an image."""
         raise NotImplementedError
 
-    def read(self, index: int, key: tuple[int, int]) -> Any:
+    def read(self, index: int, key: tuple[int, ...]) -> Any:
         """The sample of image ``index``, with the random choices of ``key``.
 
         Raises:
@@ -80,11 +81,11 @@ class TolerantDataset(Dataset[Any]):
         """
         raise NotImplementedError
 
-    def unreadable(self, key: tuple[int, int]) -> Any:
+    def unreadable(self, key: tuple[int, ...]) -> Any:
         """What evaluation gets of an image that cannot be read; ``None`` leaves it out."""
         return None
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
         """A sample, :class:`Delivered` where a file could not be read.
 
         Raises:
@@ -92,14 +93,18 @@ class TolerantDataset(Dataset[Any]):
             DataError: it cannot be read, nor can any of the substitutes.
             OutOfMemory: memory does not suffice for it.
         """
-        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
-            return self._get(key)
+        return self.get(key, self.read)
 
-    def _get(self, key: tuple[int, int]) -> Any:
+    def get(self, key: tuple[int, ...], read: Callable[[int, tuple[int, ...]], Any]) -> Any:
+        """As indexing does, by another function than :meth:`read`."""
+        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
+            return self._tolerantly(key, read)
+
+    def _tolerantly(self, key: tuple[int, ...], read: Callable[..., Any]) -> Any:
         faults: list[BadImage] = []
         for index in self._candidates(key):
             try:
-                sample = self.read(index, key)
+                sample = read(index, key)
             except BadImageError as error:
                 if self.bad_images.policy == "raise":
                     raise
@@ -112,7 +117,7 @@ class TolerantDataset(Dataset[Any]):
             f"none of {len(faults)} images drawn one after another is readable{_listed(faults)}"
         )
 
-    def _candidates(self, key: tuple[int, int]) -> Iterator[int]:
+    def _candidates(self, key: tuple[int, ...]) -> Iterator[int]:
         yield key[1]
         for attempt in range(1, _TRIES):
             yield derive_seed("substitute", self.seed, *key, attempt) % len(self)
@@ -211,7 +216,8 @@ class FaultLog:
 
     def _is_bad(self, path: str) -> bool:
         if not os.path.exists(path):
-            return False  # removed; if it is still in the data set, it will be met
+            # Removed; if it is still in the data set, it will be met. Archives do not change.
+            return any(parent.is_file() for parent in Path(path).parents)
         try:
             read_image(path, self.max_pixels)
         except BadImageError:

@@ -1,7 +1,8 @@
 """Loaders: torch's, over :class:`~kw.data.dataset.ImageFolder`; they collect faults of the data.
 
-A batch is ``{"images": uint8 [B, 3, S, S], "labels": int64 [B], "indices": int64 [B],
-"key": (epoch, index of the first image)}``, in host memory (pinned where CUDA is available).
+A batch is ``{"images": uint8 [B, C, H, W], "labels": int64 [B] or int8 [B, classes], "indices":
+int64 [B], "keys": the images' keys (:mod:`.samplers`), "key": the first}``, in host memory (pinned
+where CUDA is available).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from kw.data.dataset import ImageFolder, Sample
+from kw.data.dataset import ImageFolder, Sample, Samples
 from kw.data.faults import FaultLog, TolerantDataset, collate_faults
 from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -62,12 +63,17 @@ class Loader(DataLoader[Any]):
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples of one epoch -> a batch."""
+    if isinstance(samples, Samples):
+        images = samples.images
+    else:  # torch's own collation stacks straight into memory that loader processes share
+        images = default_collate([sample.image for sample in samples])
+    labels = [sample.label for sample in samples]
     return {
-        # torch's own collation stacks straight into memory that loader processes share.
-        "images": default_collate([sample.image for sample in samples]),  # [B, 3, S, S]
-        "labels": torch.tensor([sample.label for sample in samples]),
+        "images": images,  # [B, C, H, W]
+        "labels": torch.stack(labels) if torch.is_tensor(labels[0]) else torch.tensor(labels),
         "indices": torch.tensor([sample.key[1] for sample in samples]),
         "key": samples[0].key,
+        "keys": [sample.key for sample in samples],
     }
 
 
@@ -79,6 +85,8 @@ def build_train_loader(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
+    repeats: int = 1,
+    balanced: bool = False,
 ) -> Loader:
     """The loader of one training process.
 
@@ -91,12 +99,21 @@ def build_train_loader(
         workers: loader processes; 0 loads in this process.
         rank: this process, from 0.
         world_size: number of processes.
+        repeats: times that an image is trained on in a row.
+        balanced: whether every class is equally likely.
 
     Raises:
         ConfigError: from :class:`~kw.data.samplers.TrainBatchSampler`.
     """
     sampler = TrainBatchSampler(
-        len(dataset), batch_size, total_batch_size, rank, world_size, dataset.seed
+        len(dataset),
+        batch_size,
+        total_batch_size,
+        rank,
+        world_size,
+        dataset.seed,
+        repeats=repeats,
+        labels=dataset.labels if balanced else None,
     )
     return build_loader(dataset, sampler, workers)
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+from torchvision.transforms.functional import pil_to_tensor
 
 from kw.config.data_schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
@@ -41,7 +40,7 @@ class _Pixels(NamedTuple):
     place: int
     """in the data set"""
     image: Tensor
-    """uint8, [3, H, W]"""
+    """uint8, [C, H, W]"""
 
 
 class _Decoder(TolerantDataset):
@@ -58,7 +57,7 @@ class _Decoder(TolerantDataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> os.PathLike[str] | str:
         """The file of an image."""
         return self.folder.path(index)
 
@@ -94,7 +93,7 @@ class MemoryImages(TolerantDataset):
 
     Args:
         folder: the split.
-        images: uint8 [held, 3, H, W].
+        images: uint8 [held, C, H, W].
         rows: int64 [images of the split], the row of ``images`` that holds each.
         device: device of the batches.
         augment: for training; left out, images are given as they are held.
@@ -131,7 +130,7 @@ class MemoryImages(TolerantDataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> os.PathLike[str] | str:
         """The file of an image."""
         return self.folder.path(index)
 
@@ -143,14 +142,15 @@ class MemoryImages(TolerantDataset):
         """
         chosen = torch.tensor([self._readable(key) for key in keys])
         images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
-        images = images.to(self.device, non_blocking=True)  # [B, 3, H, W]
+        images = images.to(self.device, non_blocking=True)  # [B, C, H, W]
         if self.augment is not None:
             images = self.augment(images, [derive_seed("image", self.seed, *key) for key in keys])
         return {
             "images": images,
             "labels": self.labels[chosen],
-            "indices": torch.tensor([index for _, index in keys]),
+            "indices": torch.tensor([key[1] for key in keys]),
             "key": keys[0],
+            "keys": list(keys),
         }
 
     def _readable(self, key: Key) -> int:
@@ -219,15 +219,15 @@ def memory_loader(images: MemoryImages, sampler: TrainBatchSampler | EvalBatchSa
     return loader
 
 
-def as_stored(image: Image.Image) -> Tensor:
-    """An RGB image as it is -> uint8 [3, H, W]; the transform of training images held unresized."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_stored(image: Image.Image | Tensor) -> Tensor:
+    """An image as it is -> uint8 [C, H, W]; the transform of training images held unresized."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
 def _stacked(samples: list[_Pixels]) -> dict[str, Tensor]:
     # torch's own collation stacks straight into memory that loader processes share.
     return {
-        "images": default_collate([sample.image for sample in samples]),  # [B, 3, H, W]
+        "images": default_collate([sample.image for sample in samples]),  # [B, C, H, W]
         "places": torch.tensor([sample.place for sample in samples]),
     }
 

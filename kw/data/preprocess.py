@@ -1,6 +1,6 @@
-"""Preprocessing of a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
+"""Preprocessing of a batch on the device: policies, normalisation, erasing, mixing, targets.
 
-Legend: B batch, S input size, C classes.
+Legend: B batch, N channels, H x W input size, C classes.
 
 Random erasing: Zhong et al., AAAI 2020. Mixup: Zhang et al., ICLR 2018. CutMix: Yun et al., ICCV
 2019. All three are timm's. Images are erased before they are mixed, as in the training codes of
@@ -19,14 +19,15 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from kw.config.data_schema import DataConfig
-from kw.data.seeding import seeded
+from kw.data.policies import BatchPolicy
+from kw.data.seeding import derive_seed, seeded
 
 __all__ = ["BatchPreprocessor", "training_size"]
 
 
 def training_size(config: DataConfig, epoch: int) -> int:
     """Side of the training images of an epoch (from 0), pixels."""
-    growth, full = config.progressive, config.input_size
+    growth, (full, _) = config.progressive, config.shape  # a square, where they grow
     if growth is None or epoch >= growth.epochs:
         return full
     wanted = growth.start + (full - growth.start) * epoch / growth.epochs
@@ -42,8 +43,9 @@ class BatchPreprocessor(nn.Module):
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
         num_classes: C, classes of the classifier.
-        label_smoothing: probability mass spread evenly over all classes, in training.
-        seed: seed of erasing and mixing.
+        label_smoothing: probability mass spread evenly over all classes, in training; for images of
+            several classes over "yes" and "no" of each class.
+        seed: seed of policies, erasing and mixing.
         channels_last: return images in NHWC memory layout.
     """
 
@@ -61,7 +63,7 @@ class BatchPreprocessor(nn.Module):
         super().__init__()
         # In units of bytes, so that images need no division by 255 first.
         for key, values in (("mean", config.mean), ("std", config.std)):
-            buffer = torch.tensor(values).mul_(255).view(1, 3, 1, 1)
+            buffer = torch.tensor(values).mul_(255).view(1, -1, 1, 1)
             self.register_buffer(key, buffer, persistent=False)
         self.config = config
         self.num_classes = num_classes
@@ -69,6 +71,9 @@ class BatchPreprocessor(nn.Module):
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erasing = config.random_erasing
+        self.policy: BatchPolicy | None = None
+        if config.augments_on_device and (config.auto_augment or config.color_jitter):
+            self.policy = BatchPolicy(config)
         self.mixup: Mixup | None = None
         if config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0):
             self.mixup = Mixup(
@@ -83,32 +88,39 @@ class BatchPreprocessor(nn.Module):
     def forward(
         self, batch: dict[str, Any], training: bool, key: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Move, normalise and, in training, erase and mix.
+        """Move, normalise and, in training, augment, erase and mix.
 
         Args:
-            batch: from a loader; ``images`` is uint8 [B, 3, S, S] and is not changed.
-            training: whether to erase, mix and smooth.
+            batch: from a loader; ``images`` is uint8 [B, N, H, W], or float32 in units of
+                bytes, and is not changed.
+            training: whether to augment, erase, mix and smooth.
             key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
-                first index, which is unique in the run.
+                first index, which is unique in the run. A policy's choices are seeded for each
+                image by its own key.
 
         Returns:
-            Images, float32 [B, 3, S, S], in training those of ``data.progressive`` smaller, and
+            Images, float32 [B, N, H, W], in training those of ``data.progressive`` smaller, and
             targets: int64 labels [B], or float32 probabilities [B, C] where training mixes or
-            smooths.
+            smooths. Labels [B, C] of images of several classes stay what they are in evaluation,
+            and are float32 in training.
 
         Raises:
             ValueError: mixing was asked for and B is odd.
         """
         device = self.mean.device
+        images = batch["images"].to(device, non_blocking=True)
+        if training and self.policy is not None:
+            seeds = [derive_seed("policy", self.seed, *each) for each in batch["keys"]]
+            images = self.policy(images, seeds)
         # Change the layout of the bytes first; the subtraction then writes the only float copy in
         # that layout.
-        images = batch["images"].to(device, non_blocking=True)
         images = images.contiguous(memory_format=self.memory_format)
         images = torch.sub(images, self.mean).div_(self.std)
         labels = batch["labels"].to(device, non_blocking=True)
         if not training:
             return images, labels
-        images = self._resized(images, training_size(self.config, batch["key"][0]))
+        if self.config.progressive is not None:
+            images = self._resized(images, training_size(self.config, batch["key"][0]))
         if self.erasing is not None or self.mixup is not None:
             key = key or batch["key"]
             with seeded("batch", self.seed, *key, device=device):
@@ -137,9 +149,14 @@ class BatchPreprocessor(nn.Module):
                 f"mixup and cutmix pair the images of a batch: batch_size is {len(images)}, "
                 "expected an even number (or data.mixup and data.cutmix 0)"
             )
-        return self.mixup(images, labels)
+        if labels.ndim == 1:
+            return self.mixup(images, labels)
+        targets, share = self._targets(labels), self.mixup._mix_batch(images)
+        return images, share * targets + (1 - share) * targets.flip(0)
 
     def _targets(self, labels: Tensor) -> Tensor:
+        if labels.ndim == 2:
+            return labels.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
         if not self.label_smoothing:
             return labels
         return mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)  # [B, C]

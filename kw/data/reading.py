@@ -8,9 +8,10 @@ differences: 16-bit grey is scaled (they clip it to white), and EXIF orientation
 from __future__ import annotations
 
 import errno
+import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +37,7 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit: 512 MiB of RGB."""
 
 _ORIENTATION = 0x0112
+_EMPTY = "the file is empty"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -94,7 +96,7 @@ def read_header(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> H
     Raises:
         BadImageError, OSError: as :func:`read_image`, which also finds files that end too early.
     """
-    with _readable(path), Image.open(path) as file:
+    with readable(path), Image.open(path) as file:
         _refuse(file, path, max_pixels)
         exif = file.info.get("exif")
         if exif is None and file.format == "PNG":
@@ -114,20 +116,24 @@ def _png_exif(stream: Any) -> bytes:
 
 
 def read_image(
-    source: Picture,
+    source: Picture | bytes | memoryview,
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
+    name: str | os.PathLike[str] | None = None,
+    convert: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Image.Image:
     """Read an image by its content, whatever its name ends with.
 
     Args:
-        source: the file, what ``PIL.Image.open`` has made of it, or an array of its pixels: uint8
-            ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
+        source: the file or its content, what ``PIL.Image.open`` has made of it, or an array of its
+            pixels: uint8 ``[H, W, 3]``, or grey ``[H, W]`` in uint8 or uint16.
         max_pixels: larger images are refused by their header, before memory is allocated.
         upright: turn the image as its EXIF orientation says.
+        name: of a file in messages, where ``source`` is none.
+        convert: what becomes of the decoded image; left out, RGB.
 
     Returns:
-        RGB, in memory, without metadata.
+        RGB, or as ``convert`` gives it; in memory, without metadata.
 
     Raises:
         BadImageError: the file is missing, may not be read, is empty, ends too early, is no image,
@@ -138,14 +144,23 @@ def read_image(
     """
     if isinstance(source, np.ndarray):
         source = _from_array(source)
-    path = f"of mode {source.mode}" if isinstance(source, Image.Image) else source
-    with _readable(path):
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
+    path = name or ("of mode " + source.mode if isinstance(source, Image.Image) else source)
+    if isinstance(path, bytes | memoryview):
+        path = "in memory"
+    with readable(path):
+        if isinstance(source, Image.Image):
+            opened: Image.Image = source
+        elif isinstance(source, bytes | memoryview):
+            if not len(source):
+                raise BadImageError.of(path, _EMPTY)
+            opened = Image.open(io.BytesIO(source))
+        else:
+            opened = Image.open(source)
         # One that was given stays open.
         with nullcontext(opened) if opened is source else opened as file:
             _refuse(file, path, max_pixels)
             file.load()
-            image = _to_rgb(file)
+            image = (convert or to_rgb)(file)
             turn = _TURNS.get(orientation_of(file.info.get("exif", b""))) if upright else None
             image = image if turn is None else image.transpose(turn)
             image.info = {}  # or it would be turned again when it is read again
@@ -163,7 +178,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 @contextmanager
-def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn all errors of Pillow about a file into :class:`BadImageError`."""
     # Pillow warns of damaged metadata and of large images, once per process and image: silence it.
     with warnings.catch_warnings():
@@ -189,27 +204,29 @@ def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -
     if width * height > max_pixels:
         reason = f"{width} x {height} pixels, more than {max_pixels} (a decompression bomb?)"
         raise BadImageError.of(path, reason)
-    if image.mode in ("I", "F") and not _is_16_bit(image):
+    if image.mode in ("I", "F") and not is_16_bit(image):
         reason = f"32-bit pixels (mode {image.mode}), of which nothing says what is white"
         raise BadImageError.of(path, reason)
 
 
-def _is_16_bit(image: Image.Image) -> bool:
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether these are 16-bit pixels, which are grey."""
     in_32 = image.mode == "I" and image.format in ("PPM", "PNG")
     return in_32 or image.mode.startswith("I;16")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if _is_16_bit(image):
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB."""
+    if is_16_bit(image):
         # Pillow clips at 255. White is 65535 in PNG; its PPM reader scales to the same.
-        grey = np.asarray(image, dtype=np.float64) * (255 / _white(image))
+        grey = np.asarray(image, dtype=np.float64) * (255 / white_of(image))
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "RGBa":
         image = image.convert("RGBA")  # undoes the multiplication by alpha
     return image.convert("RGB")
 
 
-def _white(image: Image.Image) -> int:
+def white_of(image: Image.Image) -> int:
     """The largest value of 16-bit grey: TIFF stores 12 bits as well."""
     tags: Any = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))
@@ -237,5 +254,5 @@ def _reason(path: str | os.PathLike[str], error: OSError) -> str:
             empty = os.path.getsize(path) == 0
         except OSError:
             empty = False
-        return "the file is empty" if empty else "no image of a known format"
+        return _EMPTY if empty else "no image of a known format"
     return error.strerror or str(error) or type(error).__name__

@@ -6,15 +6,19 @@ depend on the seed, the epoch and the update's number only, so that one process 
 and two with 8 train on the same images, and a run can resume at any update.
 
 Both samplers yield lists of keys ``(epoch, index)``: the dataset needs the epoch to seed an image's
-augmentation. They belong to ``DataLoader(batch_sampler=...)``, which reads them in the main
-process, so that persistent workers see every ``set_epoch``.
+augmentation. Where an epoch may have an image more than once, a key has a third part, the place in
+the epoch's order, so that each time is augmented anew. The samplers belong to
+``DataLoader(batch_sampler=...)``, which reads them in the main process, so that persistent workers
+see every ``set_epoch``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from kw.config import ConfigError
@@ -22,14 +26,25 @@ from kw.data.seeding import derive_seed
 
 __all__ = ["EvalBatchSampler", "TrainBatchSampler"]
 
-Key = tuple[int, int]
+Key = tuple[int, ...]
+"""``(epoch, index)``, or ``(epoch, index, place in the epoch's order)``."""
 
 
 class TrainBatchSampler(Sampler[list[Key]]):
     """Shuffled micro-batches of one process; the epoch's last, incomplete update is left out.
 
     Update ``u`` is the block ``[u * total_batch_size, (u + 1) * total_batch_size)`` of the epoch's
-    permutation. Its rows are dealt out by micro-batch, then by process.
+    order, a permutation of the images. Its rows are dealt out by micro-batch, then by process.
+
+    Repeated augmentation (Hoffer et al., CVPR 2020; Berman et al., arXiv 1902.05509) has every
+    image of the order ``repeats`` times in a row. As in DeiT's code an epoch keeps its number of
+    updates: it has 1 / ``repeats`` of the images, and a recipe's epochs cost what they did. Where
+    ``repeats`` does not divide ``total_batch_size``, an image's copies go on in the next update.
+    The places of an update are dealt out in turn to its rows: copies share a micro-batch only
+    where an update has fewer of these than ``repeats``.
+
+    Balanced sampling draws images with replacement: a class, all equally likely, then one of its
+    images.
 
     Args:
         size: images in the dataset.
@@ -47,8 +62,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
         accumulation: micro-batches per update.
 
     Raises:
-        ConfigError: ``total_batch_size`` is no multiple of ``batch_size * world_size``, or there
-            are fewer images than one update takes.
+        ConfigError: ``total_batch_size`` is no multiple of ``batch_size * world_size``, there are
+            fewer images than one update takes, or images to balance have several classes each.
     """
 
     def __init__(
@@ -60,6 +75,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
         world_size: int = 1,
         seed: int = 0,
         groups: Sequence[int] | None = None,
+        repeats: int = 1,
+        labels: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         _check_rank(rank, world_size)
         step = batch_size * world_size
@@ -90,6 +107,13 @@ class TrainBatchSampler(Sampler[list[Key]]):
         self.world_size = world_size
         self.seed = seed
         self.groups = None if groups is None else torch.as_tensor(groups)
+        self.repeats = repeats
+        self.labels = None if labels is None else torch.as_tensor(labels)
+        if self.labels is not None and self.labels.ndim > 1:
+            raise ConfigError(
+                "data.sampling: balanced needs images of one class each, these have several; set "
+                "data.sampling to shuffle"
+            )
         self.updates_per_epoch = size // total_batch_size
         self.accumulation = total_batch_size // step
         self._epoch = 0
@@ -118,20 +142,35 @@ class TrainBatchSampler(Sampler[list[Key]]):
         return self.updates_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self._epoch
-        generator = torch.Generator()
-        generator.manual_seed(derive_seed("permutation", self.seed, epoch))
-        permutation = torch.randperm(self.size, generator=generator)
+        epoch, total, rows = self._epoch, self.total_batch_size, self.accumulation * self.world_size
+        order = self._order()
+        may_repeat = self.repeats > 1 or self.labels is not None
         for update in range(self._start_update, self.updates_per_epoch):
-            first = update * self.total_batch_size
-            images = permutation[first : first + self.total_batch_size]
+            places = torch.arange(update * total, (update + 1) * total)
             if self.groups is not None:
-                images = images[self.groups[images].argsort(stable=True)]
+                places = places[self.groups[order[places // self.repeats]].argsort(stable=True)]
+            elif self.repeats > 1:
+                places = places.view(-1, rows).T.flatten()
+            indices = order[places // self.repeats]
+            parts = (indices, places) if may_repeat else (indices,)
             for micro_batch in range(self.accumulation):
                 row = micro_batch * self.world_size + self.rank
-                start = row * self.batch_size
-                indices = images[start : start + self.batch_size].tolist()
-                yield [(epoch, index) for index in indices]
+                own = slice(row * self.batch_size, (row + 1) * self.batch_size)
+                columns = (part[own].tolist() for part in parts)
+                yield [(epoch, *each) for each in zip(*columns, strict=True)]
+
+    def _order(self) -> Tensor:
+        """The epoch's images, each still once where it is to be repeated."""
+        generator = torch.Generator()
+        generator.manual_seed(derive_seed("permutation", self.seed, self._epoch))
+        if self.labels is None:
+            return torch.randperm(self.size, generator=generator)
+        by_class = self.labels.argsort(stable=True)
+        counts = self.labels.unique(return_counts=True)[1]  # of the classes that have images
+        first = counts.cumsum(0) - counts
+        drawn = torch.randint(len(counts), (self.size,), generator=generator)
+        shares = torch.rand(self.size, dtype=torch.float64, generator=generator)
+        return by_class[first[drawn] + (shares * counts[drawn]).long()]
 
 
 class EvalBatchSampler(Sampler[list[Key]]):

@@ -12,12 +12,13 @@ from PIL import Image
 from kw.config.data_schema import DataConfig
 from kw.config.schema import Config
 from kw.data.batch_augment import BatchAugment
-from kw.data.dataset import ImageFolder, Listing, list_split
+from kw.data.channels import Reader
+from kw.data.dataset import ImageFolder
+from kw.data.listing import Listing, list_split
 from kw.data.loader import Loader, build_eval_loader, build_train_loader
 from kw.data.memory import as_stored, hold_in_memory
-from kw.data.reading import read_image
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
-from kw.data.transforms import build_transform
+from kw.data.transforms import build_fast_transform, build_transform
 
 __all__ = ["open_training", "open_validation", "read_files", "test_images"]
 
@@ -55,10 +56,19 @@ def open_training(
             workers=data.workers,
             rank=rank,
             world_size=world_size,
+            repeats=data.repeats,
+            balanced=data.sampling == "balanced",
         )
-    folder = _folder(config, "train", _as_held(data, memory.size), listing)
+    folder = _folder(config, "train", _as_held(data, memory.size), listing, is_held=True)
     sampler = TrainBatchSampler(
-        len(folder), config.batch_size, config.total_batch_size, rank, world_size, config.seed
+        len(folder),
+        config.batch_size,
+        config.total_batch_size,
+        rank,
+        world_size,
+        config.seed,
+        repeats=data.repeats,
+        labels=folder.labels if data.sampling == "balanced" else None,
     )
     return hold_in_memory(
         folder, sampler, memory, device, augment=BatchAugment(data), workers=data.workers
@@ -95,13 +105,17 @@ def open_validation(
     return hold_in_memory(folder, sampler, data.memory, device, workers=data.workers)
 
 
-def test_images(config: Config) -> ImageFolder:
+def test_images(config: Config, listing: Listing | None = None) -> ImageFolder:  # noqa: PT028
     """The test images of a run, always read from files, also with ``data.memory``.
+
+    Args:
+        config: the run.
+        listing: their files; left out, they are listed here.
 
     Raises:
         DataError: the data folder is not as expected.
     """
-    return _folder(config, "val", build_transform(config.data, False), None)
+    return _folder(config, "val", build_transform(config.data, False), listing)
 
 
 def read_files(
@@ -112,8 +126,8 @@ def read_files(
     Raises:
         BadImageError: one cannot be read.
     """
-    transform, upright = build_transform(data, False), data.exif_orientation == "apply"
-    images = [transform(read_image(f, data.bad_images.max_pixels, upright)) for f in files]
+    transform, reader = build_transform(data, False), Reader.of(data)
+    images = [transform(reader(file)) for file in files]
     return {"images": torch.stack(images), "labels": torch.zeros(len(images), dtype=torch.int64)}
 
 
@@ -122,6 +136,7 @@ def _folder(
     split: str,
     transform: Callable[[Image.Image], torch.Tensor],
     listing: Listing | None,
+    is_held: bool = False,
 ) -> ImageFolder:
     data = config.data
     return ImageFolder(
@@ -133,7 +148,9 @@ def _folder(
         bad_images=data.bad_images,
         upright=data.exif_orientation == "apply",
         listing=listing or list_split(data, split),
-        decoder=data.decoder,
+        reader=Reader.of(data),
+        fast=None if data.decoder == "pillow" else build_fast_transform(data, split == "train"),
+        batch_shape=None if is_held or data.pixels != "uint8" else (data.channels, *data.shape),
     )
 
 

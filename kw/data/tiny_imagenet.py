@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 from kw.data.whole_folder import is_written, whole_folder
 from kw.errors import answer
 

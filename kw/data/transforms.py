@@ -1,4 +1,6 @@
-"""The transforms of one image on the CPU: from a PIL image to a uint8 tensor [3, S, S].
+"""The transforms of one image on the CPU: from a PIL image to a uint8 tensor [C, H, W].
+
+Images that are tensors (:mod:`kw.data.channels`) stay in their type.
 
 Normalisation, random erasing and mixing work on the batch, on the device: see
 :mod:`kw.data.preprocess`. Copies to the device then have a quarter of the bytes of float images.
@@ -7,59 +9,114 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import posterize
+from timm.data.auto_augment import AugmentOp, posterize
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms import functional as F
 
 from kw.config.data_schema import DataConfig
-from kw.data.jpeg import Jpeg, RandomCrop, ShorterSide, to_pil_image
+from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_transform"]
+__all__ = ["build_fast_transform", "build_transform", "policy_operations", "training_steps"]
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
-def build_transform(
-    config: DataConfig, training: bool
-) -> Callable[[Image.Image | Jpeg], torch.Tensor]:
-    """The transform of one split; S is ``config.input_size``.
+def build_transform(config: DataConfig, training: bool) -> Compose:
+    """The transform of one split; H x W is ``config.shape``, S their value where they are equal.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
     policy or else colour jitter
-    (with the policies named ``3a``, timm's three-augment, both). Test: the shorter side is resized
-    to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
+    (with the policies named ``3a``, timm's three-augment, both), unless
+    :class:`~kw.data.preprocess.BatchPreprocessor` applies these to whole batches. Test: the shorter
+    side is resized to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
+    Where H and W differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x
+    floor(W / ``test_crop_ratio``), as timm does.
 
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
         training: whether to augment.
 
     Returns:
-        RGB image of any size -> uint8 tensor [3, S, S]; with ``data.decoder: simplejpeg`` also of a
-        :class:`~kw.data.jpeg.Jpeg`.
+        Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``.
     """
+    height, width = config.shape
+    # Filters may leave the range of their input; torch clips bytes, and not floats.
+    clip = [] if config.pixels == "uint8" else [partial(torch.clamp, min=0, max=255)]
     if not training:
         test = create_transform(
-            config.input_size,
+            _size(config),
             is_training=False,
             interpolation=config.interpolation,
             crop_pct=config.test_crop_ratio,
             normalize=False,
         )
+        if height != width or not config.are_pictures:
+            return Compose([_CutLong(height / width), *test.transforms, *clip])
         resize, *rest = test.transforms
-        middle = _ResizeMiddle(resize, config.input_size, config.interpolation)
-        if config.decoder == "pillow":
-            return Compose([middle, *rest])
-        size = int(resize.size)
-        return Compose([ShorterSide(size, config.interpolation, _LONG, middle), *rest])
-    transform = create_transform(
-        config.input_size,
+        return Compose([_ResizeMiddle(resize, height, config.interpolation), *rest])
+    cut, policy, to_tensor = training_steps(config)
+    if config.augments_on_device:
+        policy = []
+    for op in policy_operations(policy):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
+    return Compose([*first, *cut, *policy, *to_tensor, *clip])
+
+
+class _CutLong:
+    """Of very long images only the middle goes on to be resized: it is cropped next.
+
+    Args:
+        shape: height / width of the crop.
+    """
+
+    def __init__(self, shape: float) -> None:
+        self.shape = shape
+
+    def __call__(self, image: Any) -> Any:
+        _, height, width = F.get_dimensions(image)
+        tall = min(height, math.ceil(_LONG * width * self.shape))
+        wide = min(width, math.ceil(_LONG * height / self.shape))
+        return image if (tall, wide) == (height, width) else F.center_crop(image, [tall, wide])
+
+
+def build_fast_transform(config: DataConfig, training: bool) -> FastTransform:
+    """The transform of one split for images that are not decoded yet (:mod:`kw.data.fast`)."""
+    steps = build_transform(config, training).transforms
+    if not training:
+        resize = steps[0].resize
+        return FastMiddle(int(resize.size), config.shape, config.interpolation, _LONG)
+    crop, *rest = steps
+    policy = [step for step in rest if not isinstance(step, RandomHorizontalFlip)]
+    # The last step makes a tensor; policies and jitter before it work on Pillow images.
+    return FastRandomCrop(
+        crop,
+        config.interpolation,
+        config.horizontal_flip,
+        Compose(policy) if len(policy) > 1 else None,
+    )
+
+
+def _size(config: DataConfig) -> int | tuple[int, int]:
+    """The input's size as timm takes it: its transforms of squares take one number."""
+    height, width = config.shape
+    return height if height == width else (height, width)
+
+
+def training_steps(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's transforms in training: crop and mirroring, policy and colour jitter, to a tensor."""
+    parts = create_transform(
+        _size(config),
         is_training=True,
         scale=(config.crop_scale[0], config.crop_scale[1]),
         ratio=(config.crop_ratio[0], config.crop_ratio[1]),
@@ -70,21 +127,18 @@ def build_transform(
         # Filler of rotated and shifted images; nothing is normalised here.
         mean=tuple(config.mean),
         normalize=False,
+        separate=True,
     )
-    for step in transform.transforms:
-        # RandAugment and AugMix keep their operations flat, AutoAugment in sub-policies.
-        for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
-            if op.aug_fn is posterize:
-                op.aug_fn = _posterize
-    if config.decoder != "pillow":
-        crop, *steps = transform.transforms
-        flips = [step for step in steps if isinstance(step, RandomHorizontalFlip)]
-        rest = [step for step in steps if step not in flips]
-        # Policies and jitter work on Pillow images.
-        policy = [to_pil_image, *rest] if len(rest) > 1 else rest
-        return Compose([RandomCrop(crop, config.interpolation), *flips, *policy])
-    first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
-    return Compose([*first, *transform.transforms]) if first else transform
+    cut, policy, to_tensor = (part.transforms for part in parts)
+    return cut, policy, to_tensor
+
+
+def policy_operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
+    """The operations of the policies among transforms."""
+    for step in steps:
+        # RandAugment and AugMix keep them flat, AutoAugment in sub-policies.
+        yield from getattr(step, "ops", ())
+        yield from chain(*getattr(step, "policy", ()))
 
 
 class _ResizeMiddle:

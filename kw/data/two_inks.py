@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kw.data.dataset import DataError
 from kw.data.digits import choose_val, load_scans
+from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
 from kw.data.whole_folder import (
     command_parser,

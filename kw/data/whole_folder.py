@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 from kw.errors import answer
 
 __all__ = ["command_parser", "is_written", "whole_folder", "write_by_command"]

@@ -160,9 +160,9 @@ def _inputs(description: Description, inputs: InputRange) -> dict[str, object]:
     return {
         **{key.replace("_", " "): v for key, v in preprocessing(description.config.data).items()},
         "batch": "any" if inputs.batch is None else f"{inputs.batch} only",
-        "image height, width": f"{inputs.size} x {inputs.size} only"
+        "image height, width": f"{inputs.words} only"
         if inputs.least is None
-        else f"any from {inputs.least} x {inputs.least} on; evaluated at {inputs.size}",
+        else f"any from {inputs.least} x {inputs.least} on; evaluated at {inputs.words}",
         "output": f"`logits`, float32 [batch, {len(classes)}]; softmax for shares",
         "classes": ", ".join(classes[:_LISTED]) + (f", {more} more (in the file)" * (more > 0)),
         "precision": inputs.precision,

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..data.channels import Reader
 from ..data.preprocess import BatchPreprocessor
-from ..data.reading import Picture, read_image
+from ..data.reading import Picture
 from ..data.transforms import build_transform
 from ..models.build import build_network
 from ..training.checkpoint import load_network
@@ -42,13 +43,14 @@ class Classifier(nn.Module):
     """A network with its preprocessing and the names of its classes, in evaluation mode.
 
     Args:
-        network: normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``.
+        network: normalised images ``[B, N, H, W]`` -> logits ``[B, C]``, N ``data.channels``.
         description: of it.
         exported: the network is a traced one, which takes what ``description.input`` says.
 
     Attributes:
         classes: class names, in the order of the logits.
-        transform: RGB image of any size -> uint8 tensor ``[3, S, S]``, as in evaluation.
+        transform: image of any size -> tensor ``[N, H, W]`` of ``data.input_size``, as in
+            evaluation; uint8, or float32 with ``data.pixels: uint16``.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Classifier(nn.Module):
         self.preprocess = BatchPreprocessor(config.data, config.model.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, H, W]`` -> logits ``[B, C]``; see :meth:`normalise`.
+        """Normalised images ``[B, N, H, W]`` -> logits ``[B, C]``; see :meth:`normalise`.
 
         Raises:
             ValueError: an exported file does not take images of this shape.
@@ -74,40 +76,41 @@ class Classifier(nn.Module):
         return self.network(images)
 
     def read(self, image: Picture) -> Tensor:
-        """An image as uint8 ``[3, S, S]``, resized and cropped as in evaluation.
+        """An image as a tensor ``[N, H, W]``, resized and cropped as in evaluation.
 
         Args:
             image: a file, an image of Pillow's, or an array of one: uint8 ``[H, W, 3]``, or grey
-                ``[H, W]`` in uint8 or uint16.
+                ``[H, W]`` in uint8 or uint16; for other ``data.channels`` or 16 bits ``[H, W, N]``.
 
         Raises:
             BadImageError: it cannot be read as an image.
             ValueError: an array of another kind.
         """
-        data = self.description.config.data
-        upright = data.exif_orientation == "apply"
-        return self.transform(read_image(image, data.bad_images.max_pixels, upright))
+        return self.transform(Reader.of(self.description.config.data)(image))
 
     def _read(self, item: Picture | Tensor) -> Tensor:
         """As :meth:`read`; a tensor that it returned is not changed."""
         if not isinstance(item, Tensor):
             return self.read(item)
-        size = self.description.config.data.input_size
-        if item.dtype != torch.uint8 or item.shape != (3, size, size):
+        data = self.description.config.data
+        dtype = torch.uint8 if data.pixels == "uint8" else torch.float32
+        shape = (data.channels, *data.shape)
+        if item.dtype != dtype or item.shape != shape:
+            name = str(dtype).removeprefix("torch.")
             raise ValueError(
-                f"a tensor of {list(item.shape)}, {item.dtype}: expected uint8 [3, {size}, "
-                f"{size}], as read() gives it; give other images as files, arrays or Pillow's"
+                f"a tensor of {list(item.shape)}, {item.dtype}: expected {name} {list(shape)}, "
+                "as read() gives it; give other images as files, arrays or Pillow's"
             )
         return item
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, S, S]`` -> what the network takes, on its device."""
+        """``[B, N, H, W]`` of :meth:`read` -> what the network takes, on its device."""
         batch = {"images": images, "labels": torch.zeros(len(images), dtype=torch.long)}
         return self.preprocess(batch, training=False)[0]
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, S, S]`` -> float32 ``[B, C]``; in parts where the file fixes the batch."""
+        """``[B, N, H, W]`` of :meth:`read` -> float32 ``[B, C]``; in parts of a fixed batch."""
         fixed = self.description.input.batch
         if fixed is None:
             return self(self.normalise(images)).float()
@@ -127,8 +130,8 @@ class Classifier(nn.Module):
         """The likeliest classes of images.
 
         Args:
-            images: files, PIL images and arrays as for :meth:`read`, or tensors uint8
-                ``[3, S, S]`` that it gave, also as one ``[B, 3, S, S]``; a single one counts as a
+            images: files, PIL images and arrays as for :meth:`read`, or tensors
+                ``[N, H, W]`` that it gave, also as one ``[B, N, H, W]``; a single one counts as a
                 list of one.
             k: classes an image, at most all.
             batch_size: images that the network sees at a time.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.channels import Reader
 from ..data.dataset import ImageFolder
 from ..data.transforms import build_transform
 from ..evaluation import Accuracy
@@ -46,8 +47,7 @@ def compare_files(
     for path in map(Path, paths):
         classifier = load(path)
         data = classifier.description.config.data
-        upright = data.exif_orientation == "apply"
-        dataset = ImageFolder(root, split, build_transform(data, False), upright=upright)
+        dataset = ImageFolder(root, split, build_transform(data, False), reader=Reader.of(data))
         if dataset.classes != classifier.classes:
             raise ExportError(
                 f"{path}: its {len(classifier.classes)} classes are not the "
@@ -81,7 +81,7 @@ def compare_files(
 def _time(classifier: Classifier, batch: int) -> float:
     """Milliseconds an image of the quickest of five runs: the network alone, without reading."""
     inputs = classifier.description.input
-    images = torch.randn(inputs.batch or batch, 3, inputs.size, inputs.size)
+    images = torch.randn(inputs.batch or batch, inputs.channels, *inputs.sides)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -30,19 +30,37 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class InputRange:
-    """What images a file takes: float32 ``[B, 3, H, W]``, normalised.
+    """What images a file takes: float32 ``[B, channels, H, W]``, normalised.
 
     Attributes:
-        size: side of the images that the network was made for, pixels.
+        size: side of the images that the network was made for, or their height and width, pixels.
         least: least height and width; ``None`` where only ``size`` is taken.
         batch: the number of images; ``None`` for any.
         precision: of weights and arithmetic; inputs and logits are float32.
+        channels: of the images.
     """
 
-    size: int
+    size: int | tuple[int, int]
     least: int | None = None
     batch: int | None = None
     precision: str = "fp32"
+    channels: int = 3
+
+    @staticmethod
+    def of(data: DataConfig) -> InputRange:
+        """The images of a configuration, of its size only."""
+        height, width = data.shape
+        return InputRange(height if height == width else data.shape, channels=data.channels)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of ``size``."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def words(self) -> str:
+        """``size`` for people: ``"224 x 224"``, height first."""
+        return " x ".join(map(str, self.sides))
 
     def check(self, images: Tensor) -> None:
         """Refuse images that such a file does not take.
@@ -50,15 +68,18 @@ class InputRange:
         Raises:
             ValueError: the shape is another.
         """
-        least = self.size if self.least is None else self.least
-        fits = images.dim() == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= least
-        fits = fits and (self.least is not None or max(images.shape[2:]) <= self.size)
+        fits = images.dim() == 4 and images.shape[1] == self.channels
+        if self.least is None:
+            fits = fits and tuple(images.shape[2:]) == self.sides
+        else:
+            fits = fits and min(images.shape[2:]) >= self.least
         if not fits or self.batch not in (None, len(images)):
-            side = f"{self.size}, {self.size}" if self.least is None else "H, W"
-            open_sides = "" if self.least is None else f", H and W from {least} on"
+            side = "H, W" if self.least is not None else f"{self.sides[0]}, {self.sides[1]}"
+            open_sides = "" if self.least is None else f", H and W from {self.least} on"
+            batch = "B" if self.batch is None else self.batch
             raise ValueError(
                 f"images {list(images.shape)}: the file takes "
-                f"[{'B' if self.batch is None else self.batch}, 3, {side}]{open_sides}"
+                f"[{batch}, {self.channels}, {side}]{open_sides}"
             )
 
 
@@ -114,8 +135,10 @@ class Description:
             )
         try:
             weights = json.loads(texts["weights"])
+            given = {"channels": 3, **json.loads(texts["input"])}  # older files name none
+            if isinstance(given["size"], list):
+                given["size"] = tuple(given["size"])
             known = {part.name for part in fields(InputRange)}
-            given = json.loads(texts["input"])
             description = Description(
                 model=_of(str, json.loads(texts["model"])),
                 classes=[_of(str, name) for name in _of(list, json.loads(texts["classes"]))],
@@ -143,16 +166,19 @@ class Description:
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
     """The steps from an image to the network's input, as in evaluation, for other programs."""
+    sides = [math.floor(side / data.test_crop_ratio) for side in data.shape]
+    square = sides[0] == sides[1]
+    colours = {1: "grey", 3: "RGB"} if data.are_pictures else {}
     return {
-        "colour": "RGB",
+        "colour": colours.get(data.channels, f"{data.channels} channels as stored"),
         "exif_orientation": data.exif_orientation,
-        "resize_shorter_side": math.floor(data.input_size / data.test_crop_ratio),
+        **({"resize_shorter_side": sides[0]} if square else {"resize_to_cover": sides}),
         "interpolation": data.interpolation,
-        "centre_crop": data.input_size,
-        "scale": "1/255",
+        "centre_crop": data.shape[0] if square else list(data.shape),
+        "scale": "1/255" if data.pixels == "uint8" else "1/65535 of 16 bits, 1/255 of bytes",
         "mean": data.mean,
         "std": data.std,
-        "layout": "float32 [batch, 3, height, width]",
+        "layout": f"float32 [batch, {data.channels}, height, width]",
     }
 
 

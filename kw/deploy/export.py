@@ -65,7 +65,7 @@ class Job:
         inputs: the images that the file takes.
         description: stored in the file.
         path: the file.
-        images: real ones, uint8 ``[3, S, S]``; may be empty.
+        images: real ones, as :meth:`Classifier.read` gives them; may be empty.
         optimize: whether the format's own optimizer may change the graph.
     """
 
@@ -157,7 +157,8 @@ def export(
         source: the network.
         target: its name ends as the format says (:data:`kw.registry.EXPORTERS`).
         options: how.
-        images: real ones, uint8 ``[3, S, S]``, to verify with; int8 is calibrated on them.
+        images: real ones, as :meth:`Classifier.read` gives them, to verify with; int8 is
+            calibrated on them.
 
     Raises:
         ExportError: it cannot be written, or the file differs from the network.
@@ -174,11 +175,10 @@ def export(
         )
     begin = time.perf_counter()
     config = source.description.config
-    size = config.data.input_size
-    inputs, reason = input_range(source.network, config.model, size)
+    inputs, reason = input_range(source.network, config.model, config.data.shape)
     notes: tuple[str, ...] = ()
     if reason and not options.fixed_size:
-        notes = (f"the file takes images of {size} x {size} only: {reason}",)
+        notes = (f"the file takes images of {inputs.words} only: {reason}",)
     least = None if options.fixed_size else inputs.least
     inputs = replace(inputs, least=least, batch=options.batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def _normalised(source: Source, images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def read_some(source: Source, files: Iterator[Path], count: int) -> list[Tensor]:
-    """The first images that can be read, uint8 ``[3, S, S]``, preprocessed as in evaluation."""
+    """The first images that can be read, ``[C, H, W]``, preprocessed as in evaluation."""
     classifier = Classifier(nn.Identity(), source.description)
     found: list[Tensor] = []
     for file in files:

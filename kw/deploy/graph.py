@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from ..config import ConfigError
 from ..config.schema import ModelConfig
 from ..errors import one_line
-from ..models.build import check_network
+from ..models.build import check_network, in_channels
 from ..torch_private import trace_errors
 from ..warehouse import KWLayer, fold_temperature, ops
 from .description import Description, ExportError, InputRange
@@ -56,24 +57,28 @@ class Graph(nn.Module):
         return self.network(images.to(self.dtype)).float()
 
 
-def input_range(network: nn.Module, config: ModelConfig, size: int) -> tuple[InputRange, str]:
+def input_range(
+    network: nn.Module, config: ModelConfig, size: int | tuple[int, int]
+) -> tuple[InputRange, str]:
     """The images that a network takes, and why it takes one size only (empty if it takes others).
 
     A network with position embeddings for one size refuses others. The least size is the one at
     which the deepest feature map has two positions along each axis: a size of one would be traced
     as a constant.
     """
-    reduction = _reduction(network)
+    reduction, channels = _reduction(network), in_channels(config)
+    height, width = InputRange(size).sides
+    inputs = InputRange(height if height == width else (height, width), channels=channels)
     try:
-        check_network(network, config, size + 2 * reduction)
+        check_network(network, config, (height + 2 * reduction, width + 2 * reduction))
     except ConfigError:
-        return InputRange(size), "its position embeddings belong to that size"
-    least = _least(network, reduction)
-    if size < least:
-        return InputRange(size), (
+        return inputs, "its position embeddings belong to that size"
+    least = _least(network, reduction, channels)
+    if min(height, width) < least:
+        return inputs, (
             f"its deepest feature map has one position there, and sizes can be open from {least} on"
         )
-    return InputRange(size, least), ""
+    return replace(inputs, least=least), ""
 
 
 def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> ExportedProgram:
@@ -88,13 +93,13 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
         ExportError: PyTorch cannot trace it.
     """
     shapes: dict[int, Any] = {}
-    size = inputs.size
+    sides = inputs.sides
     if inputs.batch is None:
         shapes[0] = Dim("batch", min=1)
     if inputs.least is not None:
-        size = max(size, 4 * inputs.least)
+        sides = (max(sides[0], 4 * inputs.least), max(sides[1], 4 * inputs.least))
         shapes |= {2: Dim("height", min=inputs.least), 3: Dim("width", min=inputs.least)}
-    example = torch.zeros(inputs.batch or _EXAMPLES, 3, size, size)
+    example = torch.zeros(inputs.batch or _EXAMPLES, inputs.channels, *sides)
     groups = ops.fixed_groups() if fixed_groups else nullcontext()
     try:
         with quiet(), groups:
@@ -161,13 +166,13 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _least(network: nn.Module, reduction: int) -> int:
+def _least(network: nn.Module, reduction: int, channels: int) -> int:
     """The least size at which the deepest feature map has two positions: one more than the total
     stride where convolutions pad, twice the stride where they do not (ConvNeXt)."""
     features = getattr(copy.deepcopy(network).to("meta"), "forward_features", None)
     if features is None:
         return 2 * reduction
-    deepest = features(torch.empty(1, 3, reduction + 1, reduction + 1, device="meta"))
+    deepest = features(torch.empty(1, channels, reduction + 1, reduction + 1, device="meta"))
     return reduction + 1 if min(deepest.shape[2:]) >= 2 else 2 * reduction
 
 

@@ -35,7 +35,7 @@ def quantize(path: Path, description: Description, images: Sequence[Tensor]) -> 
     Args:
         path: a float32 file.
         description: stored in the new one.
-        images: normalised, ``[3, S, S]`` each; the ranges of activations are measured on them.
+        images: normalised, ``[C, H, W]`` each; the ranges of activations are measured on them.
 
     Raises:
         ExportError: onnxruntime cannot quantize it.

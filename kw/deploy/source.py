@@ -57,7 +57,7 @@ def read_source(
         weights=found.weights,
         epoch=found.meta.get("epoch"),
         metrics=_metrics(found.meta, found.weights),
-        input=InputRange(settings.data.input_size),
+        input=InputRange.of(settings.data),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
     )
     return Source(ready(network), description, notes)

@@ -87,19 +87,20 @@ def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
     size and an oblong one."""
     generator = torch.Generator().manual_seed(seed)
     batches = BATCHES if inputs.batch is None else (inputs.batch,)
-    shapes = [(batch, 3, inputs.size, inputs.size) for batch in batches]
+    channels, (height, width) = inputs.channels, inputs.sides
+    shapes = [(batch, channels, height, width) for batch in batches]
     if inputs.least is not None:
         some = batches[min(1, len(batches) - 1)]
         shapes += [
-            (some, 3, inputs.least, inputs.least),
-            (some, 3, inputs.size + 9, inputs.least + 2),
+            (some, channels, inputs.least, inputs.least),
+            (some, channels, height + 9, inputs.least + 2),
         ]
     for shape in shapes:
         yield torch.randn(shape, generator=generator)
 
 
 def real_batches(images: Sequence[Tensor], inputs: InputRange) -> Iterator[Tensor]:
-    """Images ``[3, S, S]`` in batches of every size in turn; an incomplete last one is left out."""
+    """Images ``[C, H, W]`` in batches of every size in turn; an incomplete last one is left out."""
     start = 0
     for size in cycle(BATCHES if inputs.batch is None else (inputs.batch,)):
         if start + size > len(images):

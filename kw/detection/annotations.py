@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 from kw.detection.findings import Findings, Report, some
 from kw.detection.image_checks import check_images, check_leak
 from kw.detection.object_checks import check_boxes, check_masks, is_box

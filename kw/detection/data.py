@@ -82,7 +82,7 @@ class Samples(TolerantDataset):
         """The file of an image."""
         return self.dataset.get_data_info(index)["img_path"]
 
-    def read(self, index: int, key: tuple[int, int]) -> Any:
+    def read(self, index: int, key: tuple[int, ...]) -> Any:
         """A transformed sample.
 
         Raises:

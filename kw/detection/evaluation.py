@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
 from kw.detection.findings import some
 from kw.detection.run_lengths import encode_masks, import_evaluator, mask_areas

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kw.data.dataset import DataError
+from kw.data.reading import DataError
 
 __all__ = ["KINDS", "Finding", "Findings", "Report", "some"]
 

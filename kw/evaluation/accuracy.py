@@ -22,7 +22,8 @@ class Metric(Protocol):
     """Figures of a set that processes share out among them."""
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: ``[B, C]``, and class indices ``[B]``, -1 for an unreadable image."""
+        """Count a batch: ``[B, C]``, and class indices ``[B]``, -1 for an unreadable image; with
+        several classes an image 0 and 1 ``[B, C]``, a row of -1 for an unreadable one."""
 
     def compute(self) -> Mapping[str, float | None]:
         """Reduce over all processes and read: a collective call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from ..warehouse import convert
 from .freezing import freeze
 from .recompute import recompute_blocks
 from .stem import set_small_stem
-from .weights import is_converted, load_start, read_weights
+from .weights import is_converted, load_start, read_weights, say_adapted
 
 __all__ = [
     "build_model",
     "build_network",
     "check_network",
+    "in_channels",
     "read_start",
     "start_network",
     "with_start",
@@ -153,6 +154,8 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
     if name != "timm":
         return read_weights(config.weights)
     wanted = f"{config.name}.{tag}" if tag else config.name
+    if in_channels(config) != 3:
+        say_adapted(f"{key} {config.weights}", 3, in_channels(config))
     try:
         return timm.create_model(wanted, pretrained=True, **config.timm_args).state_dict()
     except Exception as error:  # the hub, the network, or timm's own checks
@@ -225,8 +228,13 @@ def _convert(
     return network
 
 
+def in_channels(config: ModelConfig) -> int:
+    """Channels of the images that a network takes: those of ``data.channels``."""
+    return int(config.timm_args.get("in_chans", 3))
+
+
 @torch.no_grad()
-def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> None:
+def check_network(network: nn.Module, config: ModelConfig, input_size: int | Sequence[int]) -> None:
     """Refuse a network that does not turn images of this size into logits.
 
     One image passes without its data, on the meta device: a tenth of a second, before anything is
@@ -235,15 +243,17 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
     Args:
         network: :func:`build_network`'s, on any device; it is left as it is.
         config: its settings.
-        input_size: side of the images, pixels.
+        input_size: side of the images, or their height and width, pixels.
 
     Raises:
         ConfigError: the forward pass fails, or its output is not ``[1, num_classes]``.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
     state = {name: tensor.to("meta") for name, tensor in tensors}
-    images = torch.empty(1, 3, input_size, input_size, device="meta")
-    where = f"data.input_size {input_size}, model.name {config.name!r}"
+    height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
+    images = torch.empty(1, in_channels(config), height, width, device="meta")
+    size = height if height == width else [height, width]
+    where = f"data.input_size {size}, model.name {config.name!r}"
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -253,8 +263,7 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int) -> N
             return
         given = f", model.timm_args {config.timm_args}" if config.timm_args else ""
         raise ConfigError(
-            f"{where}{given}: the network refuses images [1, 3, {input_size}, {input_size}]: "
-            f"{one_line(error)}"
+            f"{where}{given}: the network refuses images {list(images.shape)}: {one_line(error)}"
         ) from error
     finally:
         for module, mode in training.items():

@@ -21,6 +21,8 @@ class ImageClassifier(nn.Module):
         preprocess: ``(batch, training) -> (images, targets)``; targets are int64 labels ``[B]`` or
             class probabilities ``[B, C]``.
         loss: ``(logits [B, C] float32, targets) -> scalar``.
+        teacher: ``(images, logits [B, C] float32, loss) -> losses by name`` takes the loss further.
+            It is no module, so that its network is not trained, stored or distributed with this.
     """
 
     def __init__(
@@ -28,11 +30,14 @@ class ImageClassifier(nn.Module):
         network: nn.Module,
         preprocess: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        teacher: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.preprocess = preprocess
         self.loss = loss
+        assert not isinstance(teacher, nn.Module)
+        self.teacher = teacher
 
     def train(self, mode: bool = True) -> ImageClassifier:
         """Training mode; frozen modules stay in evaluation mode."""
@@ -42,6 +47,8 @@ class ImageClassifier(nn.Module):
         return self
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """A training batch -> ``{"loss": ...}``."""
+        """A training batch -> ``{"loss": ...}``; beside a teacher also the parts of it."""
         images, targets = self.preprocess(batch, True)
-        return {"loss": self.loss(self.network(images).float(), targets)}
+        logits = self.network(images).float()
+        loss = self.loss(logits, targets)
+        return {"loss": loss} if self.teacher is None else self.teacher(images, logits, loss)

@@ -87,13 +87,14 @@ def analyze(config: Config) -> Complexity:
     """
     network = _build(config.model)
     static = _build(replace(config.model, kernel_warehouse=None, peer=None))
-    size = config.data.input_size
-    check_network(static, config.model, size)
+    check_network(static, config.model, config.data.shape)
+    data = config.data
+    images = torch.empty(1, data.channels, *data.shape, device="meta")
     try:
-        macs_static = count_macs(static, torch.empty(1, 3, size, size, device="meta"))
+        macs_static = count_macs(static, images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"data.input_size {size}: {config.model.name} refuses such images: {error}"
+            f"data.input_size {data.input_size}: {config.model.name} refuses such images: {error}"
         ) from error
     layers = [module for module in network.modules() if isinstance(module, KWLayer)]
     kernels = [torch.Size(layer.partition.kernel_shape).numel() for layer in layers]

@@ -22,13 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.models import (
-    adapt_input_conv,
-    build_model_with_cfg,
-    get_pretrained_cfg,
-    register_model,
-)
-from torch import Tensor, nn
+from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
+from torch import nn
 
 from ..errors import say
 from ..warehouse import convert, drop_unused_warehouses
@@ -68,12 +63,11 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
                 say(f"{name}: the classifier of {network.num_classes} classes starts afresh")
             if state is None:
                 return convert(network, released.plan, **settings)
-            weights = _for_channels(state, network, arguments)
             if has_all:
                 convert(network, released.plan, announce=False, **settings)
-                load_start(network, weights, str(file))
+                load_start(network, state, str(file))
                 return network
-            load_start(network, weights, str(file))
+            load_start(network, state, str(file))
             return convert(network, released.plan, **settings)
 
         feature_cfg: dict[str, Any] = {"feature_cls": kwargs.pop("feature_cls", "getter")}
@@ -103,18 +97,6 @@ def _file(arguments: dict[str, Any]) -> str | None:
     config: Any = arguments.get("pretrained_cfg")
     named = config.get("file") if isinstance(config, dict) else getattr(config, "file", None)
     return overlay.get("file") or named
-
-
-def _for_channels(
-    state: dict[str, Tensor], network: nn.Module, arguments: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Weights for images of other than three channels, as timm adapts them."""
-    config: Any = network.pretrained_cfg
-    first = f"{config['first_conv']}.weight"
-    channels = arguments.get("in_chans", 3)
-    if channels == 3 or first not in state:
-        return state
-    return {**state, first: adapt_input_conv(channels, state[first])}
 
 
 # timm looks a model's configuration up in its module, under this name.

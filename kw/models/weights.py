@@ -5,8 +5,8 @@ this project, with the tensors at the top or under ``state_dict``, ``model`` and
 moving average where a file has one.
 
 Adapted, with a message: prefixes of wrappers, the names of the original releases where timm knows
-them (``checkpoint_filter_fn``), torchvision's names, and a classifier of another width, which
-starts from small random weights.
+them (``checkpoint_filter_fn``), torchvision's names, a first layer for RGB where the network takes
+other channels, and a classifier of another width, which starts from small random weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
     "load_start",
     "read_weights",
     "refuse_other",
+    "say_adapted",
     "why_unread",
 ]
 
@@ -126,8 +127,11 @@ def classifier_names(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
-def load_start(network: nn.Module, state: State, source: str, keep_head: bool = True) -> None:
-    """Load weights to start from: all of them, except a classifier of another width.
+def load_start(
+    network: nn.Module, state: State, source: str, keep_head: bool = True, new_head: bool = True
+) -> None:
+    """Load weights to start from: all of them, except a classifier of another width. A first layer
+    for RGB is adapted to the network's channels as timm does it.
 
     Args:
         network: of the same structure as the weights; a classifier that differs, or that is missing
@@ -136,6 +140,7 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
             (torchvision's, those of original releases).
         source: name of these weights in messages.
         keep_head: whether to load the classifier's weights.
+        new_head: whether a classifier that differs may start anew.
 
     Raises:
         CheckpointError: anything else is missing, unexpected or of another shape; nothing is
@@ -143,6 +148,7 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
     """
     own = network.state_dict()
     state = _renamed(network, own, with_names_now(network, state))
+    state = _for_channels(network, own, state, source)
     head = classifier_names(network)
     heads = [key for key in own if head and key.startswith(head)]
     if head and not heads and any(key.startswith(head) for key in state):
@@ -156,6 +162,8 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
                 + (f"{list(state[key].shape)} in the weights)" if key in state else "missing)")
                 for key in other
             ]
+            if not new_head:
+                raise CheckpointError(f"{source}: has another classifier: {', '.join(found)}")
             say(
                 f"{source}: the classifier ({', '.join(head)}) starts from small random weights: "
                 f"{', '.join(found)}"
@@ -166,6 +174,31 @@ def load_start(network: nn.Module, state: State, source: str, keep_head: bool = 
     network.load_state_dict({key: state[key] for key in own})
     if other and keep_head:
         _soften(network, head)
+
+
+def _for_channels(network: nn.Module, own: State, state: State, source: str) -> State:
+    """Weights of a stem for RGB as weights for the network's own number of channels."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    key = f"{config.get('first_conv')}.weight"
+    if key not in own or key not in state:
+        return state
+    now, before = (weights[key].shape[1:2] for weights in (own, state))
+    if now == before or before != (3,) or state[key].ndim != 4:
+        return state
+    from timm.models import adapt_input_conv  # only here: importing timm imports this module
+
+    say_adapted(f"{source}: {key}", 3, now[0])
+    return {**state, key: adapt_input_conv(now[0], state[key])}
+
+
+def say_adapted(what: str, before: int, now: int) -> None:
+    """Tell of weights that :func:`timm.models.adapt_input_conv` changed."""
+    how = (
+        "summed over the colours"
+        if now == 1
+        else f"repeated over the channels, times {before} / {now}"
+    )
+    say(f"{what}: the first layer's weights, for {before} channels, are taken for {now}: {how}")
 
 
 @torch.no_grad()

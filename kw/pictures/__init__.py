@@ -24,6 +24,7 @@ from .heatmaps import draw_attention, draw_classes
 from .history import Snapshot, draw_history
 from .kernels import assembled_kernels, draw_kernels
 from .method import draw_mixing, draw_partition
+from .outcomes import draw_confusion, draw_reliability, most_confused
 from .samples import few_of_each, read_images, spaced
 from .schedules import Curves, draw_schedules
 from .style import check_matplotlib, check_output, save, to_pixels, to_tensor
@@ -50,15 +51,18 @@ __all__ = [
     "draw_cam",
     "draw_cells",
     "draw_classes",
+    "draw_confusion",
     "draw_history",
     "draw_kernels",
     "draw_mixing",
     "draw_partition",
+    "draw_reliability",
     "draw_schedules",
     "dynamic_layers",
     "few_of_each",
     "label_mixture",
     "measure_layer",
+    "most_confused",
     "read_images",
     "save",
     "spaced",

@@ -184,7 +184,8 @@ def signed_limit(*values: Tensor, quantile: float = 1.0) -> float:
 
 
 def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Any:
-    """Normalised images ``[B, 3, S, S]`` as uint8 arrays ``[B, S, S, 3]``.
+    """Normalised images ``[B, C, H, W]`` as uint8 arrays ``[B, H, W, 3]``: the first three
+    channels as RGB; the first one as grey where there are fewer.
 
     Args:
         images: as the network takes them.
@@ -192,4 +193,5 @@ def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Any:
         std: likewise.
     """
     bytes_ = (images.float() * std + mean).round().clamp(0, 255)
+    bytes_ = bytes_[:, :3] if bytes_.shape[1] >= 3 else bytes_[:, :1].expand(-1, 3, -1, -1)
     return bytes_.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

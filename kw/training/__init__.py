@@ -7,15 +7,18 @@ from ..lazy import lazily
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, load_checkpoint, load_network
     from .finite import NonFiniteError
-    from .run import build_trainer, evaluate_checkpoint, set_contraction, train
+    from .run import build_trainer, set_contraction, train
+    from .testing import Testing, evaluate_checkpoint, evaluate_checkpoints
     from .trained import Trained, load_trained
 
 __all__ = [
     "CheckpointError",
     "NonFiniteError",
+    "Testing",
     "Trained",
     "build_trainer",
     "evaluate_checkpoint",
+    "evaluate_checkpoints",
     "load_checkpoint",
     "load_network",
     "load_trained",
@@ -28,7 +31,8 @@ __getattr__ = lazily(
     {
         "checkpoint": "CheckpointError load_checkpoint load_network",
         "finite": "NonFiniteError",
-        "run": "build_trainer evaluate_checkpoint set_contraction train",
+        "run": "build_trainer set_contraction train",
+        "testing": "Testing evaluate_checkpoint evaluate_checkpoints",
         "trained": "Trained load_trained",
     },
 )

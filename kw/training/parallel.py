@@ -54,24 +54,22 @@ def across_processes(model: nn.Module, config: DistributedConfig, process: Proce
     model = model.to(process.device)
     if process.world_size == 1 or config.strategy == "fsdp":
         return model  # the latter was sharded in place before its optimizer was made
-    return wrap_ddp(model, process, config.bucket_mb)
+    return wrap_ddp(model, config.bucket_mb)
 
 
-def wrap_ddp(model: nn.Module, process: Process, bucket_mb: float) -> DistributedDataParallel:
+def wrap_ddp(model: nn.Module, bucket_mb: float) -> DistributedDataParallel:
     """A model in DDP, its buckets laid out for good; a collective call.
 
     Args:
         model: on the process's device.
-        process: this process.
         bucket_mb: a bucket is closed when it holds so many MiB; a parameter is never split.
     """
-    device = process.device
     with warnings.catch_warnings():
         # torch 2.15 has a newer name for it, which earlier versions do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         ddp = DistributedDataParallel(
+            # No device_ids: preprocessing moves a batch, and reads its indices on the host.
             module=model,
-            device_ids=None if device.type == "cpu" else [device.index],
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             bucket_cap_mb=bucket_mb,

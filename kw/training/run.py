@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,19 @@ from ..data import (
 from ..data.preprocess import training_size
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
-from ..models import ImageClassifier, build_network, check_network, start_network
-from ..registry import HOOKS, LOSSES, METRICS
+from ..evaluation.outcomes import Outcomes
+from ..models import ImageClassifier, check_network, start_network
+from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
-from .checkpoint import load_checkpoint, load_network, refuse_other_classes
+from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
+from .objective import build_loss, build_teacher, check_labels
 from .optim import build_optimizer, decayed_by_layer
 from .parallel import distribute
 from .precision import autocast
@@ -51,8 +52,9 @@ __all__ = [
     "build_trainer",
     "check_devices",
     "evaluate",
-    "evaluate_checkpoint",
+    "evaluate_weights",
     "find_checkpoint",
+    "prepare",
     "set_contraction",
     "start",
     "train",
@@ -141,25 +143,28 @@ def build_trainer(
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
+    check_labels(config, listings["train"])
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 
+    as_images = uses_channels_last(config, process.device)
+    teacher = build_teacher(config, listings["train"], process.device, as_images)
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
-    _prepare(network, config, process)
+    prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     _check_sizes(network, config)
     average = distribute(network, config, process)
-    loss = partial(LOSSES.find(config.loss.name), **config.loss.args)
-    model = ImageClassifier(network, build_preprocessor(config, process.device), loss)
+    loss = build_loss(config, listings["train"], process.device)
+    model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
     val_loader = open_validation(config, *where, listings["val"])
     task = Task(
         model,
         network,
         lambda n: evaluate(n, model.preprocess, val_loader, config.precision, config.metrics),
-        "top1",
+        "mAP" if "multilabel" in config.metrics else "top1",
         list(listings["train"].classes),
         "config.yaml",
         to_yaml(config),
@@ -180,8 +185,9 @@ def build_trainer(
     )
 
 
-def _prepare(network: nn.Module, config: Config, process: Process) -> None:
-    check_network(network, config.model, config.data.input_size)
+def prepare(network: nn.Module, config: Config, process: Process) -> None:
+    """Check a network, choose how it computes, and move it to this process's device."""
+    check_network(network, config.model, config.data.shape)
     set_contraction(config.contraction, network)
     if uses_channels_last(config, process.device):
         network.to(memory_format=torch.channels_last)
@@ -193,7 +199,7 @@ def _prepare(network: nn.Module, config: Config, process: Process) -> None:
 
 def _check_sizes(network: nn.Module, config: Config) -> None:
     sizes = {training_size(config.data, epoch) for epoch in range(config.epochs)}
-    for size in sizes - {config.data.input_size}:
+    for size in sizes - {config.data.shape[0]}:
         try:
             check_network(network, config.model, size)
         except ConfigError as error:
@@ -240,6 +246,7 @@ def evaluate(
     loader: DataLoader[Any],
     precision: str,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    outcomes: Outcomes | None = None,
 ) -> dict[str, float | None]:
     """Evaluate a classifier on this process's share of a data set: exact on any number of them.
 
@@ -250,9 +257,11 @@ def evaluate(
         loader: disjoint shares over the processes, without padding.
         precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         metrics: further entries of :data:`kw.registry.METRICS`, with their arguments.
+        outcomes: gets what is said of every image.
 
     Returns:
-        See :meth:`kw.evaluation.Accuracy.compute`; and the figures of the other metrics.
+        See :meth:`kw.evaluation.Accuracy.compute`, in whose place the metric ``multilabel`` comes;
+        and the figures of the other metrics.
 
     Raises:
         ConfigError: two metrics give a figure of one name.
@@ -261,15 +270,20 @@ def evaluate(
     network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
-    counts.append(Accuracy(device))
+    if "multilabel" not in (metrics or {}):
+        counts.append(Accuracy(device))
     for batch in loader:
         images, labels = preprocess(batch, False)
         with autocast(precision, device.type):
             logits = network(images)
         for metric in counts:
             metric.update(logits, labels)
+        if outcomes is not None:
+            outcomes.update(logits, labels, batch["indices"])
     network.train(training)
     host_barrier("at the end of an evaluation")
+    if outcomes is not None:
+        outcomes.gather()
     figures: dict[str, float | None] = {}
     for each in counts:
         found = each.compute()
@@ -278,45 +292,6 @@ def evaluate(
             raise ConfigError(f"metrics: another name than {twice[0]!r}, which is taken")
         figures.update(found)
     return figures
-
-
-def evaluate_checkpoint(
-    config: Config, checkpoint: str | Path, *, launcher: str = "none"
-) -> dict[str, Any]:
-    """Evaluate a checkpoint on ``data.root``/val, exactly, on any number of processes.
-
-    Args:
-        config: model and data.
-        checkpoint: a file that :func:`train` wrote.
-        launcher: as for :func:`train`.
-
-    Returns:
-        The headline figures (see :func:`kw.training.task.headline`), ``epoch`` and ``checkpoint``.
-
-    Raises:
-        ConfigError: a setting does not fit the devices.
-        DataError: the data folder is not as expected.
-        CheckpointError: the checkpoint cannot be read, is of another model, or was trained on other
-            classes than those of the data.
-        MissingProcess: another process died, hangs or never came.
-    """
-    state = load_checkpoint(checkpoint)
-    with process_group(launcher, config.distributed.timeout_minutes) as process:
-        check_devices(config, process)
-        listing = list_splits(config.data, config.model.num_classes, ["val"])["val"]
-        refuse_other_classes(state, listing.classes, f"checkpoint {checkpoint}", config.data.root)
-        where = (process.device, process.rank, process.world_size)
-        loader = open_validation(config, *where, listing)
-        network = build_network(config.model)
-        _prepare(network, config, process)
-        preprocess = build_preprocessor(config, process.device).to(process.device)
-        return evaluate_weights(
-            network,
-            state,
-            checkpoint,
-            loader,
-            lambda: evaluate(network, preprocess, loader, config.precision, config.metrics),
-        )
 
 
 def evaluate_weights(

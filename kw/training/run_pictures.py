@@ -46,7 +46,7 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
         update: of the epoch, from 1.
 
     Returns:
-        Images, normalised ``[B, 3, S, S]``; targets, labels ``[B]`` or probabilities ``[B, C]``;
+        Images, normalised ``[B, N, H, W]``; targets, labels ``[B]`` or probabilities ``[B, C]``;
         names of the classes.
 
     Raises:

@@ -78,7 +78,7 @@ def load_trained(
         config = load_config(config, options)
     chosen, state = choose_weights(saved, file, weights)
     network = build_network(config.model)
-    check_network(network, config.model, config.data.input_size)
+    check_network(network, config.model, config.data.shape)
     load_network(network, state, str(file))
     classes = named_classes(saved, config.model.num_classes, str(file))
     return Trained(network.to(device).eval(), config, file, chosen, classes, meta)

@@ -44,12 +44,17 @@ class Use:
 
 
 def default_example(model: nn.Module) -> Tensor:
-    """Images of the size that a timm model names in its ``pretrained_cfg``, else 3 x 224 x 224."""
+    """Images of the size that a timm model names in its ``pretrained_cfg``, else 3 x 224 x 224;
+    their channels are those that its first convolution takes."""
     size: Sequence[int] = (3, 224, 224)
     for attribute in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, attribute, None)
         found = config.get("input_size") if isinstance(config, Mapping) else None
         size = found or size
+        first = config.get("first_conv") if isinstance(config, Mapping) else None
+        module = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+        if isinstance(module, nn.Conv2d):
+            size = (module.in_channels, *size[1:])
     parameter = next(model.parameters(), torch.empty(0))
     return torch.zeros(_BATCH, *size, dtype=parameter.dtype, device=parameter.device)
 

@@ -1,0 +1,121 @@
+"""Rules on the settings of a classifier's images that concern several of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from .schema import Config
+
+__all__ = ["check_data_rules"]
+
+_NUMBER = r"\d+(\.\d+)?"
+# timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
+_POLICIES = re.compile(
+    rf"rand(-(m|n|mmax)\d+|-(p|mstd){_NUMBER}|-inc[01]|-t(weights|3aw|3a))*"
+    rf"|augmix(-(m|w|d)\d+|-(a|mstd){_NUMBER}|-b[01])*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
+
+
+def check_data_rules(config: Config, expect: Callable[..., None]) -> None:
+    """Call ``expect(is right, what was expected, *keys)`` for every rule."""
+    data = config.data
+    if data.progressive is not None:
+        growth, key = data.progressive, "data.progressive"
+        height, width = data.shape
+        expect(height == width, "null beside a data.input_size that is not square", key)
+        expect(growth.start <= height, "at most data.input_size", f"{key}.start")
+        expected = "less than epochs, so that some have data.input_size"
+        expect(growth.epochs < config.epochs, expected, f"{key}.epochs", "epochs")
+    for name in ("crop_scale", "crop_ratio"):
+        low, high = getattr(data, name)
+        expect(low <= high, "[low, high] with low <= high", f"data.{name}")
+    expect(
+        data.auto_augment is None or _POLICIES.fullmatch(data.auto_augment) is not None,
+        "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
+        "data.auto_augment",
+    )
+    if data.auto_augment is not None and data.augments_on_device:
+        where = "data.augment_on" if data.memory is None else "data.memory"
+        expect(
+            not data.auto_augment.startswith("augmix"),
+            f"another policy or null beside {where}: AugMix works on one image at a time, not on "
+            "batches of tensors",
+            "data.auto_augment",
+            where,
+        )
+        expect(
+            data.interpolation in ("bilinear", "bicubic"),
+            f"bilinear or bicubic beside data.auto_augment and {where}",
+            "data.interpolation",
+            where,
+        )
+    expect(
+        data.memory is None or not data.transforms,
+        "empty beside data.memory: they work on one image at a time, not on batches of tensors",
+        "data.transforms",
+        "data.memory",
+    )
+    pillow = data.decoder == "pillow"
+    expect(
+        pillow or data.memory is None,
+        "pillow beside data.memory, which decodes every image once",
+        "data.decoder",
+        "data.memory",
+    )
+    expect(
+        pillow or not data.transforms,
+        "pillow beside data.transforms, which take Pillow images",
+        "data.decoder",
+        "data.transforms",
+    )
+    expect(
+        pillow or data.interpolation != "lanczos",
+        "bicubic, bilinear or nearest beside data.decoder fast",
+        "data.interpolation",
+        "data.decoder",
+    )
+    _check_channels(config, expect)
+
+
+def _check_channels(config: Config, expect: Callable[..., None]) -> None:
+    """Rules on the number of channels, 16-bit pixels and the shape of images."""
+    data, key = config.data, "data.channels"
+    given = config.model.timm_args.get("in_chans", data.channels)
+    expected = f"{data.channels}, which data.channels says: set the number of channels there alone"
+    expect(given == data.channels, expected, "model.timm_args", key)
+    for name in ("mean", "std"):
+        count = len(getattr(data, name))
+        expected = f"a list of {data.channels} numbers, one a channel (docs/data.md measures them)"
+        expect(count == data.channels, expected, f"data.{name}", key)
+    expect(
+        data.decoder == "pillow" or data.shape[0] == data.shape[1],
+        "pillow beside a data.input_size that is not square",
+        "data.decoder",
+        "data.input_size",
+    )
+    expect(
+        data.decoder == "pillow" or (data.channels == 3 and data.pixels == "uint8"),
+        "pillow: the fast decoder gives RGB in bytes",
+        "data.decoder",
+        key,
+        "data.pixels",
+    )
+    if data.are_pictures:
+        return
+    keys, why = (key, "data.pixels"), "it works on grey and RGB images in bytes"
+    for name, none in (("auto_augment", "null"), ("color_jitter", "null"), ("transforms", "{}")):
+        expect(not getattr(data, name), f"{none}: {why}", f"data.{name}", *keys)
+    expect(
+        data.interpolation in ("bilinear", "bicubic"),
+        "bilinear or bicubic: these images are resized as tensors",
+        "data.interpolation",
+        *keys,
+    )
+    expect(
+        data.memory is None or data.pixels == "uint8",
+        "null beside data.pixels uint16: images are held as bytes",
+        "data.memory",
+        "data.pixels",
+    )

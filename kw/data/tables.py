@@ -1,0 +1,187 @@
+"""Images named by tables: CSV files, and data sets of Hugging Face's ``datasets``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kw.data.listing import Listing
+from kw.data.reading import DataError
+from kw.registry import DATASETS
+
+__all__ = ["list_csv", "list_hub"]
+
+
+@DATASETS.register("csv")
+def list_csv(
+    root: Path,
+    split: str,
+    table: str = "{split}.csv",
+    file: str = "file",
+    label: str = "label",
+    separator: str | None = None,
+) -> Listing:
+    """``root/split.csv`` with a line for every image: its file, below ``root``, and its label.
+
+    The classes are the labels of the table of ``train``, sorted by name; or the lines of
+    ``root/classes.txt``, in their order.
+
+    Args:
+        root: the folder of the tables.
+        split: ``"train"`` or ``"val"``.
+        table: name of the table, with ``{split}`` in it.
+        file: heading of the column of files.
+        label: heading of the column of labels.
+        separator: between labels; with it, an image may have any number of classes, and none.
+
+    Raises:
+        DataError: a table or a column is missing, or a label is none of the classes.
+    """
+    root = root.expanduser()
+    where = root / table.format(split=split)
+    rows = _read(where, file, label)
+    listed = root / "classes.txt"
+    if listed.is_file():
+        lines = listed.read_text(encoding="utf-8").split("\n")
+        classes = [line.strip() for line in lines if line.strip()]
+    else:
+        first = root / table.format(split="train")
+        known = rows if first == where or not first.is_file() else _read(first, file, label)
+        classes = sorted({name for _, text in known for name in _names(text, separator)})
+    places = {name: place for place, name in enumerate(classes)}
+    labels = []
+    for line, (_, text) in enumerate(rows, 2):
+        names = _names(text, separator)
+        unknown = [name for name in names if name not in places]
+        if unknown or (separator is None and not names):
+            raise DataError(
+                f"{where}:{line}: label {text!r}: expected one of {len(classes)} classes; "
+                "the table of train, or classes.txt, lists them"
+            )
+        labels.append([places[name] for name in names])
+    files = [root / name for name, _ in rows]
+    if separator is None:
+        return Listing(files, [places_[0] for places_ in labels], classes)
+    several = np.zeros((len(files), len(classes)), dtype=bool)
+    for row, chosen in zip(several, labels, strict=True):
+        row[chosen] = True
+    return Listing(files, several, classes)
+
+
+def _names(text: str, separator: str | None) -> list[str]:
+    parts = [text] if separator is None else text.split(separator)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _read(path: Path, file: str, label: str) -> list[tuple[str, str]]:
+    """File and label of every line."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            missing = [name for name in (file, label) if name not in (table.fieldnames or ())]
+            if missing:
+                raise DataError(
+                    f"{path} has no column {missing[0]!r}: its first line is "
+                    f"{','.join(table.fieldnames or ())!r}; data.dataset_args {{file: ..., "
+                    "label: ...}} name the columns"
+                )
+            return [(row[file] or "", row[label] or "") for row in table]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no CSV file in UTF-8: {error}") from error
+
+
+@DATASETS.register("huggingface")
+def list_hub(
+    root: Path,
+    split: str,
+    image: str = "image",
+    label: str = "label",
+    splits: dict[str, str] | None = None,
+    args: dict[str, Any] | None = None,
+) -> Listing:
+    """A data set that ``datasets.load_dataset`` loads: parquet or Arrow files in a folder, or a
+    name on Hugging Face's hub. Images stay encoded, as their files were.
+
+    Args:
+        root: the folder, or the name.
+        split: ``"train"`` or ``"val"``.
+        image: name of the column of images.
+        label: name of the column of labels, classes or (a sequence) several of them.
+        splits: the data set's names of ``train`` and ``val``; left out, ``val`` is its
+            ``validation``, or else its ``test``.
+        args: further arguments of ``load_dataset``.
+
+    Raises:
+        DataError: ``datasets`` is not installed, cannot load the set, or has no such column.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("data.dataset huggingface: pip install datasets") from error
+    name = str(root.expanduser()) if root.expanduser().exists() else str(root)
+    try:
+        loaded = datasets.load_dataset(name, **(args or {}))
+    except Exception as error:  # of many kinds, of files and of the network
+        raise DataError(f"data.root {name}: datasets cannot load it: {error}") from error
+    wanted = (splits or {}).get(split)
+    names = [wanted] if wanted else {"val": ["val", "validation", "test"]}.get(split, [split])
+    found = next((loaded[each] for each in names if each in loaded), None)
+    if found is None:
+        raise DataError(
+            f"data.root {name} has no split {' or '.join(names)}; it has {', '.join(loaded)}; "
+            "data.dataset_args {splits: {val: ...}} names it"
+        )
+    for column in (image, label):
+        if column not in found.features:
+            raise DataError(
+                f"data.root {name} has no column {column!r}; it has {', '.join(found.features)}"
+            )
+    kind = found.features[label]
+    several = hasattr(kind, "feature")
+    kind = kind.feature if several else kind
+    if not hasattr(kind, "names"):
+        raise DataError(
+            f"data.root {name}: column {label!r} has no names of classes (datasets.ClassLabel)"
+        )
+    labels: Any = found[label]
+    if several:
+        rows = labels
+        labels = np.zeros((len(found), len(kind.names)), dtype=bool)
+        for row, chosen in zip(labels, rows, strict=True):
+            row[list(chosen)] = True
+    else:
+        labels = [int(each) for each in labels]
+    encoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    files = _Column(encoded, image)
+    return Listing(files, labels, list(kind.names), _RowNames(f"{name}, {split}", len(encoded)))
+
+
+class _Column(Sequence[Any]):
+    """Encoded images of a data set."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.rows[index][self.column]
+        return Path(found["path"]) if found["bytes"] is None else found["bytes"]
+
+
+class _RowNames(Sequence[str]):
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.rows = name, count
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self.name}, row {index}"

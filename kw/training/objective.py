@@ -1,0 +1,185 @@
+"""What a classifier's training minimises: its loss, with weights of the classes, and what a teacher
+adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..config.schema import Config, DistillationConfig, ModelConfig
+from ..data import Listing
+from ..errors import UserError
+from ..models.build import build_network, check_network, in_channels, read_start
+from ..models.losses import balanced_weights, hard_distillation, soft_distillation
+from ..models.weights import load_start
+from ..registry import LOSSES
+from .checkpoint import CheckpointError, refuse_other_classes
+from .logs import logger
+from .trained import load_trained
+
+__all__ = ["Teacher", "build_loss", "build_teacher", "check_labels"]
+
+
+def check_labels(config: Config, listing: Listing) -> None:
+    """Refuse labels of another kind than the run's metrics, which decide what is right.
+
+    Raises:
+        ConfigError: images have several classes each without the metric ``multilabel``, or one
+            class each with it.
+    """
+    several = np.ndim(listing.labels[0]) > 0
+    if several and "multilabel" not in config.metrics:
+        raise ConfigError(
+            f"data.dataset {config.data.dataset!r} has images of several classes each: set "
+            "metrics: {multilabel: {}} and loss.name: bce"
+        )
+    if not several and "multilabel" in config.metrics:
+        raise ConfigError(
+            f"metrics.multilabel: data.dataset {config.data.dataset!r} has images of one class "
+            "each; leave the metric out"
+        )
+
+
+def build_loss(
+    config: Config, listing: Listing, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a run: ``(logits [B, C] float32, targets) -> scalar``.
+
+    Args:
+        config: the run.
+        listing: the training images.
+        device: where the logits are.
+
+    Raises:
+        ConfigError: classes are to be balanced, and one has no image.
+    """
+    loss, settings = config.loss, dict(config.loss.args)
+    if loss.class_weights == "balanced":
+        try:
+            weights = balanced_weights(listing.labels, config.model.num_classes)
+        except ValueError as error:
+            raise ConfigError(
+                f"loss.class_weights: balanced: {error}; give a list of numbers"
+            ) from error
+        settings["class_weights"] = weights.to(device)
+    elif loss.class_weights is not None:
+        settings["class_weights"] = torch.tensor(loss.class_weights, device=device)
+    return partial(LOSSES.find(loss.name), **settings)
+
+
+class Teacher:
+    """A trained network whose logits a student learns; it is never changed.
+
+    No module: it has no part in the student's parameters, checkpoints, averages and reductions.
+
+    Args:
+        network: images -> logits, on the student's device.
+        config: how they are learned.
+    """
+
+    def __init__(self, network: nn.Module, config: DistillationConfig) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.config = config
+
+    def __call__(self, images: Tensor, logits: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The losses of a student: ``loss`` = (1 - alpha) ``loss_labels`` + alpha ``loss_teacher``.
+
+        Args:
+            images: the batch, as the student saw it.
+            logits: the student's, ``[B, C]`` float32.
+            loss: of these with the labels.
+        """
+        with torch.no_grad():
+            taught = self.network(images).float()
+        if self.config.kind == "hard":
+            learned = hard_distillation(logits, taught)
+        else:
+            learned = soft_distillation(logits, taught, self.config.temperature)
+        alpha = self.config.alpha
+        total = (1 - alpha) * loss + alpha * learned
+        return {"loss": total, "loss_labels": loss, "loss_teacher": learned}
+
+
+def build_teacher(
+    config: Config, listing: Listing, device: torch.device, channels_last: bool = False
+) -> Teacher | None:
+    """The teacher that a run has, if any.
+
+    Args:
+        config: the run.
+        listing: the training images.
+        device: where it goes.
+        channels_last: memory layout of its weights.
+
+    Raises:
+        UserError: it cannot be read, has other classes, or expects images of other means and
+            deviations or another size.
+    """
+    wanted, data = config.distillation, config.data
+    if wanted is None:
+        return None
+    try:
+        if wanted.weights is None:
+            network, model, mean, std = _run(wanted, listing, data.root)
+        else:
+            network, model, mean, std = _timm_network(
+                ModelConfig(wanted.teacher, config.model.num_classes, weights=wanted.weights)
+            )
+        if model.num_classes != config.model.num_classes:
+            raise ConfigError(
+                f"it has {model.num_classes} classes, model.num_classes is "
+                f"{config.model.num_classes}: a teacher has the student's classes"
+            )
+        if mean is not None and (list(mean), list(std)) != (data.mean, data.std):
+            raise ConfigError(
+                f"it learned from images of data.mean {list(mean)}, data.std {list(std)}, and is "
+                f"to see those of this run, {data.mean} and {data.std}: set these to the teacher's"
+            )
+        if in_channels(model) != data.channels:
+            raise ConfigError(
+                f"it takes images of {in_channels(model)} channels, data.channels is "
+                f"{data.channels}: a teacher sees the student's images"
+            )
+        check_network(network, model, data.shape)
+    except UserError as error:
+        raise type(error)(f"distillation.teacher {wanted.teacher}: {error}") from error
+    network.to(device)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    logger.info(f"teacher {wanted.teacher}: {count / 1e6:.2f}M parameters, not trained")
+    return Teacher(network, wanted)
+
+
+_Found = tuple[nn.Module, ModelConfig, Sequence[float] | None, Sequence[float]]
+
+
+def _run(wanted: DistillationConfig, listing: Listing, root: str) -> _Found:
+    """A finished run's network, its settings, and means and deviations of its images."""
+    try:
+        trained = load_trained(wanted.teacher)
+    except CheckpointError as error:
+        remedy = "" if Path(wanted.teacher).exists() else "; a timm network needs its weights"
+        raise CheckpointError(f"{error}{remedy}") from error
+    refuse_other_classes({"meta": trained.meta}, listing.classes, str(trained.file), root)
+    data = trained.config.data
+    return trained.network, trained.config.model, data.mean, data.std
+
+
+def _timm_network(model: ModelConfig) -> _Found:
+    """The same of a timm network; a file does not say how its images were."""
+    key = "distillation.weights"
+    network = build_network(model)
+    load_start(network, read_start(model, key), f"{key} {model.weights}", new_head=False)
+    name, _, tag = str(model.weights).partition(":")
+    known = timm.get_pretrained_cfg(f"{model.name}.{tag}" if tag else model.name)
+    if name != "timm" or known is None:
+        return network, model, None, ()
+    return network, model, known.mean, known.std
