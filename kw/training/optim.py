@@ -18,7 +18,7 @@ from ..registry import OPTIMIZERS
 from ..torch_private import BatchOrInstanceNorm
 from ..warehouse import KWLayer
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "decayed_by_layer"]
 
 OPTIMIZERS["adamw"] = torch.optim.AdamW
 OPTIMIZERS["sgd"] = torch.optim.SGD
@@ -108,6 +108,22 @@ def build_optimizer(
         return entry(groups, lr=config.lr, **{**own, **config.args})
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"optimizer.name {config.name!r}: {one_line(error)}") from error
+
+
+def decayed_by_layer(network: nn.Module, decay: float) -> dict[str, float]:
+    """Factors on a classifier's learning rates (:func:`kw.models.depth.layer_rates`); none at 1.
+
+    Raises:
+        ConfigError: the network's layers are not known.
+    """
+    if decay == 1:
+        return {}
+    from ..models.depth import layer_rates  # it imports timm, which a check of settings need not
+
+    try:
+        return layer_rates(network, decay)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
 
 
 def _entry(name: str) -> Callable[..., Optimizer]:

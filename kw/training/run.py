@@ -28,7 +28,6 @@ from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
 from ..models import ImageClassifier, check_network, start_network
-from ..models.depth import layer_rates
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
@@ -40,7 +39,7 @@ from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
 from .objective import build_loss, build_teacher, check_labels
-from .optim import build_optimizer
+from .optim import build_optimizer, decayed_by_layer
 from .parallel import distribute
 from .precision import autocast
 from .presence import set_place
@@ -170,7 +169,7 @@ def build_trainer(
         "config.yaml",
         to_yaml(config),
     )
-    scales = _layer_rates(network, config.optimizer.layer_decay)
+    scales = decayed_by_layer(network, config.optimizer.layer_decay)
     optimizer = build_optimizer(network, config.optimizer, process.device, scales)
     return Trainer(
         task,
@@ -208,15 +207,6 @@ def _check_sizes(network: nn.Module, config: Config) -> None:
                 f"data.progressive: a network of one size: {error}; set null, or for a transformer "
                 "model.timm_args: {dynamic_img_size: true}"
             ) from error
-
-
-def _layer_rates(network: nn.Module, decay: float) -> Mapping[str, float]:
-    if decay == 1:
-        return {}
-    try:
-        return layer_rates(network, decay)
-    except ValueError as error:
-        raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
 
 
 def uses_channels_last(config: Config, device: torch.device) -> bool:
