@@ -20,7 +20,7 @@ from kw.config.run_schema import BadImagesConfig
 from kw.data.dataset import ImageFolder, Samples
 from kw.data.fast import DecodeError, draw_box, open_fast
 from kw.data.loader import build_train_loader, collate
-from kw.data.reading import BadImageError, DataError
+from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.transforms import build_fast_transform, build_transform
 
 MAX = 10**8
@@ -295,3 +295,27 @@ def test_settings_that_do_not_go_with_it(settings: dict[str, Any]) -> None:
     }
     with pytest.raises(ConfigError, match=r"data\.decoder"):
         config_from_mapping(mapping, check_model_name=False)
+
+
+@pytest.mark.parametrize("before", ["long", "thumbnail"])
+def test_turned_behind_other_segments(before: str) -> None:
+    """EXIF data of the file itself count, wherever they stand."""
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    body = b"Photoshop 3.0\0" + (exif.tobytes() if before == "thumbnail" else bytes(60_000))
+    segment = b"\xff\xed" + (len(body) + 2).to_bytes(2, "big") + body
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(stream, "JPEG", exif=exif)
+    content = stream.getvalue()
+    place = content.index(b"\xff\xe1")
+    content = content[:place] + segment * 3 + content[place:]
+    assert read_image(content).size == (8, 16)
+    assert open_fast(content, 10**6, True) is None
+    assert open_fast(content, 10**6, False) is not None
+
+
+def test_pixels_are_limited() -> None:
+    pixels = np.zeros((10, 10, 3), dtype=np.uint8)
+    assert open_fast(pixels, 100, True) is not None
+    assert open_fast(pixels, 99, True) is None  # Pillow's path refuses them

@@ -1,4 +1,4 @@
-"""Images inside one file: a packed set (``kw pack``), a ZIP or TAR file, WebDataset's shards.
+"""Images inside one file: a packed set (``kw pack``), a ZIP or TAR file.
 
 Members are stored as they are, not compressed, so that each is a range of bytes of a file that is
 mapped into memory: read in any order, by any number of processes. A packed set is a ZIP file with
@@ -37,9 +37,11 @@ __all__ = [
     "Member",
     "Members",
     "Names",
+    "list_archived",
     "list_tar",
-    "list_webdataset",
     "list_zip",
+    "opened_tar",
+    "tar_files",
 ]
 
 INDEX = re.compile(rb"kw-pack 1 (\d+) (\d+) (\d+)")
@@ -48,6 +50,8 @@ INDEX = re.compile(rb"kw-pack 1 (\d+) (\d+) (\d+)")
 
 SETTINGS = "pack.json"
 """A packed set's first member: how it was packed."""
+
+_MAPPED = 128  # files at once: each takes a file handle, of which a process often has 1,024
 
 
 class Member(NamedTuple):
@@ -140,6 +144,7 @@ class Members(Sequence[Any]):
 
         Raises:
             BadImageError: the bytes are not those that were stored.
+            DataError: the archive cannot be opened.
         """
         start, size = int(self.starts[index]), int(self.sizes[index])
         data = memoryview(self._map(index))[start : start + size]
@@ -157,7 +162,10 @@ class Members(Sequence[Any]):
     def _map(self, index: int) -> mmap.mmap:
         place = 0 if self.archive is None else int(self.archive[index])
         if place not in self._maps:
-            with open(self.archives[place], "rb") as file:
+            if len(self._maps) >= _MAPPED:
+                del self._maps[next(iter(self._maps))]
+            path = self.archives[place]
+            with _explained(path), open(path, "rb") as file:
                 # To copy: torch asks for memory that may be written to; nothing is written.
                 self._maps[place] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[place]
@@ -193,80 +201,52 @@ def list_tar(root: Path, split: str) -> Listing:
     """
     root = root.expanduser()
     file, inside = (root / f"{split}.tar", False) if root.is_dir() else (root, True)
-    with _explained(file), tarfile.open(file, "r:") as archive:
+    with opened_tar(file) as archive:
         found = [
-            Member(_plain(each.name), 0, each.offset_data, each.size)
-            for each in archive
-            if each.isfile()
+            Member(_plain(each.name), 0, each.offset_data, each.size) for each in tar_files(archive)
         ]
     return _of_folders(file, split if inside else "", found)
 
 
-@DATASETS.register("webdataset")
-def list_webdataset(root: Path, split: str, label: str = "cls", shards: str = "") -> Listing:
-    """WebDataset's shards ``root/split*.tar``: samples are members whose names differ in their
-    endings alone, an image and its label.
-
-    Args:
-        root: their folder.
-        split: the shards' names begin with it.
-        label: ending of the label's member: a class's number, or its name.
-        shards: another pattern of the shards' names, with ``{split}`` in it.
+@contextmanager
+def opened_tar(file: Path) -> Iterator[tarfile.TarFile]:
+    """A TAR file, not compressed.
 
     Raises:
-        DataError: there are no shards, or a sample has no image or no label.
+        DataError: it is none.
     """
-    root = root.expanduser()
-    pattern = (shards or "{split}*.tar").format(split=split)
-    files = sorted(root.glob(pattern))
-    if not files:
-        raise DataError(f"{root} has no {pattern}")
-    members, labels, incomplete = [], [], 0
-    for place, file in enumerate(files):
-        with _explained(file), tarfile.open(file, "r:") as archive:
-            for found in _samples(archive):
-                image = next((m for end, m in found.items() if is_image(f"x.{end}")), None)
-                text = archive.extractfile(found[label]) if label in found else None
-                if image is None or text is None:
-                    incomplete += 1
-                    continue
-                members.append(Member(image.name, place, image.offset_data, image.size))
-                labels.append(text.read().decode().strip())
-    if incomplete:
-        raise DataError(
-            f"{root}/{pattern}: {incomplete} samples without an image or without .{label}; "
-            "data.dataset_args {label: ...} names the ending of the labels"
-        )
-    numbers = all(each.isdigit() for each in labels)
-    if numbers:
-        classes = [str(i) for i in range(max(map(int, labels), default=-1) + 1)]
-        file = root / "classes.txt"
-        if file.is_file():
-            classes = file.read_text(encoding="utf-8").split("\n")
-            classes = [name for name in map(str.strip, classes) if name]
-        places = [int(each) for each in labels]
-    else:
-        classes = sorted(set(labels))
-        places = [classes.index(each) for each in labels]
-    return _listing(files, members, places, classes)
+    with _explained(file), tarfile.open(file, "r:") as archive:
+        yield archive
 
 
-def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """A sample's members by ending; all of a sample stand one after another."""
-    key: tuple[str, str] | None = None
-    found: dict[str, tarfile.TarInfo] = {}
+def tar_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files of a TAR file, hard links among them.
+
+    Raises:
+        DataError: it is cut or damaged, or a file's zeros are left out.
+    """
+    files: dict[str, tarfile.TarInfo] = {}
+    links = 0
     for member in archive:
-        if not member.isfile():
+        if member.issparse():
+            raise DataError(
+                f"{archive.name}: {member.name} has holes; write the archive without --sparse"
+            )
+        if member.islnk() and member.linkname in files:
+            target = files[member.linkname]
+            member.offset_data, member.size = target.offset_data, target.size
+        elif not member.isfile():
+            links += member.issym() or member.islnk()
             continue
-        folder, name = os.path.split(member.name)
-        stem, _, ending = name.partition(".")
-        if (folder, stem) != key and found:
-            yield found
-            found = {}
-        key = (folder, stem)
-        found[ending.lower()] = member
-    if found:
-        yield found
+        files[member.name] = member
+        yield member
+    # tarfile takes a damaged header, and the end of the file, for the end of the archive.
+    stream: Any = archive.fileobj
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"{archive.name}: cut or damaged after {len(files)} files; copy it again")
+    if links:
+        say(f"{archive.name}: left out: {links} links")
 
 
 def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing:
@@ -274,9 +254,12 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
     before = f"{split}/" if split else ""
     left_out: Counter[str] = Counter()
     kept: list[tuple[str, Member]] = []
+    found: dict[str, Member] = {}
     for member in members:
-        if not member.name.startswith(before):
-            continue
+        if member.name.startswith(before):
+            left_out["files whose name comes again"] += member.name in found
+            found[member.name] = member  # the last, as when archives are unpacked
+    for member in found.values():
         inside = member.name[len(before) :]
         name, _, rest = inside.partition("/")
         if not rest:
@@ -287,6 +270,7 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
             left_out[f"*{os.path.splitext(inside)[1].lower()}"] += 1
         else:
             kept.append((name, member))
+    left_out = +left_out
     if left_out:
         say(f"{archive}: left out: {describe(left_out)}")
     if not kept:
@@ -295,12 +279,13 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
     places = {name: place for place, name in enumerate(classes)}
     kept.sort(key=lambda each: (each[0], *os.path.split(each[1].name)))
     labels = [places[name] for name, _ in kept]
-    return _listing([archive], [member for _, member in kept], labels, classes)
+    return list_archived([archive], [member for _, member in kept], labels, classes)
 
 
-def _listing(
+def list_archived(
     archives: Sequence[Path], members: Sequence[Member], labels: Sequence[int], classes: list[str]
 ) -> Listing:
+    """A listing of members of archives."""
     several = len(archives) > 1
     prefix = "" if several else f"{archives[0]}/"
     names = Names.of(

@@ -182,7 +182,13 @@ class _Paths(Sequence[Path]):
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.folder = folder
-        names = [os.fsencode(os.path.relpath(path, folder)) for path in files]
+        inside = f"{folder}{os.sep}"
+        # No "..": behind a link it leads to another folder.
+        names = [
+            os.fsencode(text.removeprefix(inside) if text.startswith(inside) else path.absolute())
+            for path in files
+            for text in (str(path),)
+        ]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._ends = np.cumsum([len(name) for name in names])
 

@@ -38,7 +38,6 @@ __all__ = [
 
 _COLOURS = ("RGB", "YCbCr", "Gray")
 _GAP = 4  # times the size needed: less costs accuracy (docs/loading.md)
-_SEGMENT = 1 << 16  # most bytes of a JPEG file's EXIF data, which comes first
 
 Box = tuple[int, int, int, int]
 """top, left, height and width, pixels"""
@@ -110,7 +109,8 @@ class Pixels:
 def open_fast(stored: Stored, max_pixels: int, upright: bool) -> Picture | None:
     """Open pixels or a JPEG file in RGB or grey; ``None`` for what Pillow has to read or refuse."""
     if isinstance(stored, np.ndarray):
-        return Pixels(stored) if stored.ndim == 3 and stored.shape[2] == 3 else None
+        is_taken = stored.shape[2:] == (3,) and stored.shape[0] * stored.shape[1] <= max_pixels
+        return Pixels(stored) if is_taken else None
     import simplejpeg
 
     try:
@@ -120,12 +120,21 @@ def open_fast(stored: Stored, max_pixels: int, upright: bool) -> Picture | None:
         return None
     if colours not in _COLOURS or width * height > max_pixels:
         return None
-    if upright:
-        head = bytes(data[: 2 * _SEGMENT])
-        exif = head.find(b"Exif\0\0")
-        if exif >= 0 and orientation_of(head[exif : exif + _SEGMENT]) != 1:
-            return None
+    if upright and _may_be_turned(data):
+        return None
     return Jpeg(data, (width, height))
+
+
+def _may_be_turned(data: bytes | memoryview) -> bool:
+    """Whether a JPEG file's EXIF data turn it, or its segments are not as they should be."""
+    at = 2
+    while len(head := bytes(data[at : at + 10])) > 3 and head[0] == 0xFF and head[1] > 0xBF:
+        if head[1] == 0xDA:  # the pixels
+            return False
+        content, at = at + 4, at + 2 + int.from_bytes(head[2:4], "big")
+        if head[1] == 0xE1 and head[4:] == b"Exif\0\0":
+            return orientation_of(bytes(data[content:at])) != 1
+    return True
 
 
 class FastTransform(Protocol):

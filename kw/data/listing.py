@@ -107,6 +107,8 @@ def list_split(data: DataConfig, split: str) -> Listing:
     kind, root = data.dataset, Path(data.root)
     if kind == "folder" and root.suffix.lower() in _ARCHIVES and root.expanduser().is_file():
         kind = _ARCHIVES[root.suffix.lower()]
+        if data.dataset_args:
+            raise DataError(f"data.root {root}: expected no data.dataset_args beside an archive")
     found = DATASETS.find(kind)(root, split, **data.dataset_args)
     where = f"data.dataset {kind!r}, {split}"
     if not len(found.files) or len(found.files) != len(found.labels):

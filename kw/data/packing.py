@@ -35,6 +35,7 @@ __all__ = ["FORMATS", "Packing", "check_packed", "pack"]
 
 FORMATS = ("jpeg", "raw", "keep")
 _INDEX_NAME = "index.npz"
+_LONGEST = 65500  # pixels, of libjpeg
 _HEADER = struct.Struct("<4s5H3L2H")  # of a ZIP file's member
 _DATE = (1980, 1, 1, 0, 0, 0)  # no clock: the same set gives the same file
 
@@ -58,8 +59,8 @@ def pack(
 ) -> int:
     """Write a packed set.
 
-    An image that cannot be read is stored as it is, and named in a message: training and testing
-    meet it as in the set itself.
+    An image that cannot be read, or is too long for a JPEG file, is stored as it is, and named in
+    a message: training and testing meet it as in the set itself.
 
     Args:
         listings: of each split.
@@ -69,11 +70,11 @@ def pack(
         workers: processes that read and encode.
 
     Returns:
-        How many images could not be read.
+        How many images of those that were written now were stored as they are.
 
     Raises:
-        DataError: ``out`` exists; ``out.part`` is of another set or settings; two images would
-            have one name.
+        DataError: ``out`` exists; ``out.part`` is no packed set, or of another set or settings; two
+            images would have one name; an array is none of RGB in bytes.
     """
     if out.exists():
         raise DataError(f"{out} exists: name another file, or delete it")
@@ -85,6 +86,10 @@ def pack(
         pass  # it exists
     with open(part, "r+b") as file:
         whole, end = _whole_members(file)
+        file.seek(0)
+        head = file.read(_HEADER.size + len(SETTINGS))
+        if len(head) == _HEADER.size + len(SETTINGS) and not head.endswith(SETTINGS.encode()):
+            raise DataError(f"{part} is no packed set: name another file, or delete it")
         if whole and _content_of(file, whole[0]) != settings:
             raise DataError(f"{part} was begun with another set or other settings: delete it")
         file.truncate(end)
@@ -115,7 +120,7 @@ def _write(archive: zipfile.ZipFile, items: _Items, done: int, workers: int) -> 
         for batch in loader:
             for name, content, fault in batch:
                 if name in archive.NameToInfo:
-                    raise DataError(f"two images would have the name {name}")
+                    raise DataError(f"two images would have the name {name}: leave one out")
                 if fault:
                     bad += 1
                     say(f"stored as it is: {fault}")
@@ -153,13 +158,15 @@ class _Items(Dataset[Any]):
         name = self.source(number)
         for folder in (self.root / split, self.root):
             if name.startswith(f"{folder}{os.sep}"):
-                name = os.path.relpath(name, folder).removeprefix(f"{split}{os.sep}")
+                name = os.path.relpath(name, folder)
                 break
         else:  # a row of a table
             name = f"{index:08d}"
             if np.ndim(listing.labels[index]) == 0:
                 name = f"{listing.classes[int(listing.labels[index])]}/{name}"
-        return f"{split}/{Path(name).as_posix()}"
+        # ZIP files have names in UTF-8.
+        name = os.fsencode(Path(name).as_posix()).decode("utf-8", "backslashreplace")
+        return f"{split}/{name}"
 
     def digest(self) -> str:
         """Of all names, labels and classes."""
@@ -168,15 +175,19 @@ class _Items(Dataset[Any]):
             found.update(repr((split, list(listing.classes))).encode())
             found.update(np.asarray(listing.labels).astype(np.int64).tobytes())
         for number in range(len(self)):
-            found.update(self.name(number).encode("utf-8", "surrogateescape") + b"\0")
+            found.update(self.name(number).encode() + b"\0")
         return found.hexdigest()
 
     def __getitem__(self, number: int) -> tuple[str, bytes, str]:
         split, index = self.place(number)
-        stored = self.listings[split].files[index]
         name, kind = self.name(number), self.packing.format
+        try:
+            stored = self.listings[split].files[index]
+        except BadImageError as error:  # of an archive that is damaged
+            return name, b"", str(error)
         if kind == "keep":
-            return name, *_content(stored, self.source(number))
+            is_named = not isinstance(stored, np.ndarray) or name.endswith(".npy")
+            return name if is_named else f"{name}.npy", *_content(stored, self.source(number))
         try:
             image = read_image(stored, upright=self.packing.upright, name=self.source(number))
         except BadImageError as error:
@@ -190,6 +201,9 @@ class _Items(Dataset[Any]):
         if kind == "raw":
             np.save(stream, np.asarray(image), allow_pickle=False)
             return f"{name}.npy", stream.getvalue(), ""
+        if max(image.size) > _LONGEST:
+            fault = f"{self.source(number)}: JPEG files have {_LONGEST} pixels a side at most"
+            return name, _content(stored, "")[0], fault
         image.save(stream, "JPEG", quality=self.packing.quality)
         is_jpeg = name.lower().endswith((".jpg", ".jpeg"))
         return name if is_jpeg else f"{name}.jpg", stream.getvalue(), ""
@@ -198,6 +212,10 @@ class _Items(Dataset[Any]):
 def _content(stored: Stored, name: str) -> tuple[bytes, str]:
     """An image's bytes as they are stored, and what is wrong with them."""
     if isinstance(stored, np.ndarray):
+        if stored.dtype != np.uint8 or stored.shape[2:] != (3,):
+            raise DataError(
+                f"{name}: {stored.dtype} {list(stored.shape)}: expected an array, uint8 [H, W, 3]"
+            )
         stream = io.BytesIO()
         np.save(stream, stored, allow_pickle=False)
         return stream.getvalue(), ""

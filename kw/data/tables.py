@@ -1,19 +1,104 @@
-"""Images named by tables: CSV files, and data sets of Hugging Face's ``datasets``."""
+"""Images with their labels beside them: WebDataset's shards, CSV files, Hugging Face's sets."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kw.data.archives import Member, list_archived, opened_tar, tar_files
 from kw.data.listing import Listing
-from kw.data.reading import DataError
+from kw.data.reading import BadImageError, DataError
+from kw.data.walk import is_hidden, is_image
 from kw.registry import DATASETS
 
-__all__ = ["list_csv", "list_hub"]
+__all__ = ["list_csv", "list_hub", "list_webdataset"]
+
+
+@DATASETS.register("webdataset")
+def list_webdataset(
+    root: Path, split: str, label: str = "cls", shards: str = "{split}*.tar", image: str = ""
+) -> Listing:
+    """WebDataset's shards ``root/split*.tar``: samples are members whose names differ in their
+    endings alone, an image and its label.
+
+    Args:
+        root: their folder.
+        split: the shards' names begin with it.
+        label: ending of the label's member: a class's number, or its name.
+        shards: pattern of the shards' names, with ``{split}`` in it.
+        image: ending of the image's member, where samples have several images.
+
+    Raises:
+        DataError: there are no shards; a sample has no image, several, or no label; a member comes
+            twice.
+    """
+    root, label, image = root.expanduser(), label.lower(), image.lower()
+    _check_pattern("shards", shards)
+    pattern = shards.replace("{split}", split)
+    files = sorted(root.glob(pattern))
+    if not files:
+        raise DataError(f"{root} has no {pattern}")
+    members, labels, incomplete = [], [], 0
+    for place, file in enumerate(files):
+        with opened_tar(file) as archive:
+            for found in _samples(archive):
+                images = [e for e in found if (e == image if image else is_image(f"x.{e}"))]
+                text = archive.extractfile(found[label]) if label in found else None
+                if not images or text is None:
+                    incomplete += 1
+                    continue
+                kept = found[images[0]]
+                if len(images) > 1:
+                    raise DataError(
+                        f"{file}: {kept.name}: a sample of several images ({', '.join(images)}); "
+                        "data.dataset_args {image: ...} names the ending of one"
+                    )
+                members.append(Member(kept.name, place, kept.offset_data, kept.size))
+                labels.append(text.read().decode("utf-8", "surrogateescape").strip())
+    if incomplete:
+        raise DataError(
+            f"{root}/{pattern}: {incomplete} samples without an image or without .{label}; "
+            "data.dataset_args {label: ...} names the ending of the labels"
+        )
+    numbers = all(each.isdigit() for each in labels)
+    if numbers:
+        classes = [str(i) for i in range(max(map(int, labels), default=-1) + 1)]
+        file = root / "classes.txt"
+        if file.is_file():
+            classes = file.read_text(encoding="utf-8").split("\n")
+            classes = [name for name in map(str.strip, classes) if name]
+        places = [int(each) for each in labels]
+    else:
+        classes = sorted(set(labels))
+        numbers_of = {name: place for place, name in enumerate(classes)}
+        places = [numbers_of[each] for each in labels]
+    return list_archived(files, members, places, classes)
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
+    """A sample's members by ending; all of a sample stand one after another."""
+    key: tuple[str, str] | None = None
+    found: dict[str, tarfile.TarInfo] = {}
+    for member in tar_files(archive):
+        folder, name = os.path.split(member.name)
+        if is_hidden(name):
+            continue
+        stem, _, ending = name.partition(".")
+        if (folder, stem) != key and found:
+            yield found
+            found = {}
+        key = (folder, stem)
+        if ending.lower() in found:
+            raise DataError(f"{archive.name}: {member.name} comes twice; write the shard anew")
+        found[ending.lower()] = member
+    if found:
+        yield found
 
 
 @DATASETS.register("csv")
@@ -42,14 +127,15 @@ def list_csv(
         DataError: a table or a column is missing, or a label is none of the classes.
     """
     root = root.expanduser()
-    where = root / table.format(split=split)
+    _check_pattern("table", table)
+    where = root / table.replace("{split}", split)
     rows = _read(where, file, label)
     listed = root / "classes.txt"
     if listed.is_file():
         lines = listed.read_text(encoding="utf-8").split("\n")
         classes = [line.strip() for line in lines if line.strip()]
     else:
-        first = root / table.format(split="train")
+        first = root / table.replace("{split}", "train")
         known = rows if first == where or not first.is_file() else _read(first, file, label)
         classes = sorted({name for _, text in known for name in _names(text, separator)})
     places = {name: place for place, name in enumerate(classes)}
@@ -70,6 +156,11 @@ def list_csv(
     for row, chosen in zip(several, labels, strict=True):
         row[chosen] = True
     return Listing(files, several, classes)
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    if "{split}" not in pattern:  # the splits would have the same images
+        raise DataError(f"data.dataset_args {key} {pattern!r}: expected {{split}} in it")
 
 
 def _names(text: str, separator: str | None) -> list[str]:
@@ -163,21 +254,23 @@ def list_hub(
     else:
         labels = [int(each) for each in labels]
     encoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    files = _Column(encoded, image)
-    return Listing(files, labels, list(kind.names), _RowNames(f"{name}, {split}", len(encoded)))
+    rows = _RowNames(f"{name}, {split}", len(encoded))
+    return Listing(_Column(encoded, image, rows), labels, list(kind.names), rows)
 
 
 class _Column(Sequence[Any]):
     """Encoded images of a data set."""
 
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows, self.column = rows, column
+    def __init__(self, rows: Any, column: str, names: Sequence[str]) -> None:
+        self.rows, self.column, self.names = rows, column, names
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
         found = self.rows[index][self.column]
+        if found is None:
+            raise BadImageError.of(self.names[index], "the row has no image")
         return Path(found["path"]) if found["bytes"] is None else found["bytes"]
 
 
