@@ -21,7 +21,7 @@ from kw.data.dataset import ImageFolder
 from kw.data.listing import Listing, list_split
 from kw.data.packing import Packing, check_packed, pack
 from kw.data.reading import BadImageError, DataError, read_image
-from kw.data.tables import _Column
+from kw.data.tables import _Column, _RowNames
 
 
 def jpeg(grey: int) -> bytes:
@@ -127,8 +127,23 @@ def test_splits_have_files_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no train-\{0\.\.9\}\.tar"):
         listed(tmp_path, dataset="webdataset", dataset_args={"shards": "{split}-{0..9}.tar"})
     to_zip(tmp_path / "set.zip", [("train/a/1.jpg", jpeg(1))])
-    with pytest.raises(DataError, match=r"no data\.dataset_args beside an archive"):
-        listed(tmp_path / "set.zip", dataset_args={"validation": 0.1})
+
+
+def test_arguments_that_a_data_set_does_not_have(tmp_path: Path) -> None:
+    to_zip(tmp_path / "set.zip", [("train/a/1.jpg", jpeg(1))])
+    for args, problem in (({"validation": 0.1}, "unexpected keyword"), ("x=1", "a mapping")):
+        with pytest.raises(DataError, match=rf"data\.dataset_args .* of .* zip: .*{problem}"):
+            listed(tmp_path / "set.zip", dataset_args=args)
+
+
+def test_a_table_without_a_file(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("file,label\nx.jpg,a\n,b\n")
+    with pytest.raises(DataError, match=r"train\.csv:3: expected the name of a file"):
+        listed(tmp_path, dataset="csv")
+
+
+def test_names_of_rows_end() -> None:
+    assert list(_RowNames("set", 2)) == ["set, row 0", "set, row 1"]
 
 
 def test_more_shards_than_file_handles(tmp_path: Path) -> None:

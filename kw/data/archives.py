@@ -226,12 +226,10 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         DataError: it is cut or damaged, or a file's zeros are left out.
     """
     files: dict[str, tarfile.TarInfo] = {}
-    links = 0
+    links, name = 0, os.fsdecode(archive.name or "")
     for member in archive:
         if member.issparse():
-            raise DataError(
-                f"{archive.name}: {member.name} has holes; write the archive without --sparse"
-            )
+            raise DataError(f"{name}: {member.name} has holes; write the archive without --sparse")
         if member.islnk() and member.linkname in files:
             target = files[member.linkname]
             member.offset_data, member.size = target.offset_data, target.size
@@ -244,9 +242,9 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     stream: Any = archive.fileobj
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DataError(f"{archive.name}: cut or damaged after {len(files)} files; copy it again")
+        raise DataError(f"{name}: cut or damaged after {len(files)} files; copy it again")
     if links:
-        say(f"{archive.name}: left out: {links} links")
+        say(f"{name}: left out: {links} links")
 
 
 def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing:

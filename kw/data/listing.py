@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -102,14 +103,18 @@ def list_split(data: DataConfig, split: str) -> Listing:
     taken for one.
 
     Raises:
-        DataError: the data set's function fails, or its listing is inconsistent.
+        DataError: the data set's function fails or has no such arguments, or its listing is
+            inconsistent.
     """
     kind, root = data.dataset, Path(data.root)
     if kind == "folder" and root.suffix.lower() in _ARCHIVES and root.expanduser().is_file():
         kind = _ARCHIVES[root.suffix.lower()]
-        if data.dataset_args:
-            raise DataError(f"data.root {root}: expected no data.dataset_args beside an archive")
-    found = DATASETS.find(kind)(root, split, **data.dataset_args)
+    function, args = DATASETS.find(kind), data.dataset_args
+    try:
+        inspect.signature(function).bind(root, split, **args)
+    except TypeError as error:
+        raise DataError(f"data.dataset_args {args} of data.dataset {kind}: {error}") from error
+    found = function(root, split, **args)
     where = f"data.dataset {kind!r}, {split}"
     if not len(found.files) or len(found.files) != len(found.labels):
         raise DataError(f"{where}: {len(found.files)} files and {len(found.labels)} labels")

@@ -95,7 +95,8 @@ def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
             found = {}
         key = (folder, stem)
         if ending.lower() in found:
-            raise DataError(f"{archive.name}: {member.name} comes twice; write the shard anew")
+            shard = os.fsdecode(archive.name or "")
+            raise DataError(f"{shard}: {member.name} comes twice; write the shard anew")
         found[ending.lower()] = member
     if found:
         yield found
@@ -124,7 +125,7 @@ def list_csv(
         separator: between labels; with it, an image may have any number of classes, and none.
 
     Raises:
-        DataError: a table or a column is missing, or a label is none of the classes.
+        DataError: a table, a column or a file's name is missing, or a label is none of the classes.
     """
     root = root.expanduser()
     _check_pattern("table", table)
@@ -140,7 +141,9 @@ def list_csv(
         classes = sorted({name for _, text in known for name in _names(text, separator)})
     places = {name: place for place, name in enumerate(classes)}
     labels = []
-    for line, (_, text) in enumerate(rows, 2):
+    for line, (name, text) in enumerate(rows, 2):
+        if not name:
+            raise DataError(f"{where}:{line}: expected the name of a file, found none")
         names = _names(text, separator)
         unknown = [name for name in names if name not in places]
         if unknown or (separator is None and not names):
@@ -282,4 +285,4 @@ class _RowNames(Sequence[str]):
         return self.rows
 
     def __getitem__(self, index: Any) -> Any:
-        return f"{self.name}, row {index}"
+        return f"{self.name}, row {range(self.rows)[index]}"  # beyond the last: IndexError
