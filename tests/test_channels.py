@@ -407,7 +407,6 @@ def settings_of(channels: int, model: dict[str, Any] | None = None, **data: Any)
         (3, {"pixels": "uint16", "color_jitter": 0.4}, r"null: .*data\.pixels = 'uint16'"),
         (4, {"decoder": "fast"}, r"pillow: the fast decoder gives RGB in bytes"),
         (1, {"decoder": "fast"}, r"pillow: the fast decoder gives RGB in bytes"),
-        (3, {"decoder": "fast", "input_size": [32, 48]}, "beside a data.input_size that is"),
         (4, {"interpolation": "lanczos"}, "bilinear or bicubic: these images are resized as tens"),
         (4, {"pixels": "uint16", "memory": {}}, "null beside data.pixels uint16: images are held"),
         (0, {}, r"data\.channels = 0: expected an integer >= 1"),

@@ -10,6 +10,7 @@ import configparser
 import functools
 import importlib
 import importlib.util
+import os
 import re
 import runpy
 import sys
@@ -176,12 +177,16 @@ def test_every_block_is_of_a_known_kind(page: Path) -> None:
 
 
 @pytest.fixture
-def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page's --import registers is gone after its test."""
+def own_registries(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a page registers is gone after its test; its modules are imported anew by another."""
     for entries in vars(registry).values():
         if isinstance(entries, registry.Registry):
             list(entries)  # the project's own are loaded before
             monkeypatch.setattr(entries, "entries", dict(entries.entries))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(f"{recorder.folder}{os.sep}"):
+            del sys.modules[name]
 
 
 @each_page
@@ -265,6 +270,7 @@ def run_python(page: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "converting"], ids=lambda p: p.stem)
+@pytest.mark.usefixtures("own_registries")
 def test_python(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in read_blocks(page):
         if block.mark == "file":

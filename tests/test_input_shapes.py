@@ -180,7 +180,7 @@ def test_a_test_is_the_runs_evaluation(run: tuple[Any, Path], kind: str) -> None
 @pytest.mark.parametrize(
     ("kind", "ending"),
     [
-        ("rgba", "onnx"),
+        pytest.param("rgba", "onnx", marks=pytest.mark.slow),
         ("bands of 16 bits", "safetensors"),
         pytest.param("bands of 16 bits", "onnx", marks=pytest.mark.slow),
         pytest.param("grey", "onnx", marks=pytest.mark.slow),
