@@ -3,7 +3,8 @@
 Grey and RGB in bytes are Pillow's images, as :func:`~kw.data.reading.read_image` gives them. All
 others are tensors ``[C, H, W]``: uint8, or with ``data.pixels: uint16`` float32 in units of bytes
 (white is 255, a step of 16 bits 1/257), which hold 16 bits exactly. Their files have exactly C
-channels: none is dropped, added or mixed. TIFF files are read by tifffile, others by Pillow.
+channels: none is dropped, added or mixed, but that grey with alpha becomes RGBA where C is 4. TIFF
+files are read by tifffile, others by Pillow.
 
 Legend: C channels, H x W size.
 """
