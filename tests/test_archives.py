@@ -461,6 +461,18 @@ def test_archives_that_are_refused(folder: Path, tmp_path: Path) -> None:
         list_split(data(tmp_path / "missing.zip", dataset="zip"), "train")
 
 
+@pytest.mark.parametrize("write", [to_tar, to_zip], ids=["tar", "zip"])
+def test_classes_without_images(write: Callable[[Path, Path], Path], tmp_path: Path) -> None:
+    """Refused as in a folder: the labels of the classes behind would be other ones."""
+    for name in ("a", "b", "c"):
+        (tmp_path / "set/train" / name).mkdir(parents=True)
+        if name != "b":
+            Image.new("RGB", (9, 9)).save(tmp_path / f"set/train/{name}/0.png")
+    out = write(tmp_path / "set", tmp_path / ("set.tar" if write is to_tar else "set.zip"))
+    with pytest.raises(DataError, match="1 of 3 class folders in train/ have no image: b"):
+        list_split(data(out), "train")
+
+
 def test_two_images_of_one_name(tmp_path: Path) -> None:
     for name in ("a.png", "a.png.jpg"):
         (tmp_path / "train/x").mkdir(parents=True, exist_ok=True)

@@ -205,6 +205,8 @@ def list_tar(root: Path, split: str) -> Listing:
         found = [
             Member(_plain(each.name), 0, each.offset_data, each.size) for each in tar_files(archive)
         ]
+        folders = [each for each in archive.getmembers() if each.isdir()]
+        found += [Member(f"{_plain(each.name)}/", 0, 0, 0) for each in folders]
     return _of_folders(file, split if inside else "", found)
 
 
@@ -253,8 +255,15 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
     left_out: Counter[str] = Counter()
     kept: list[tuple[str, Member]] = []
     found: dict[str, Member] = {}
+    folders: set[str] = set()  # of classes
     for member in members:
-        if member.name.startswith(before):
+        name, _, rest = member.name[len(before) :].partition("/")
+        is_folder = member.name.endswith("/")
+        if not member.name.startswith(before) or not name:
+            continue
+        if (rest or is_folder) and not is_hidden(name):
+            folders.add(name)
+        if not is_folder:
             left_out["files whose name comes again"] += member.name in found
             found[member.name] = member  # the last, as when archives are unpacked
     for member in found.values():
@@ -274,6 +283,12 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
     if not kept:
         raise DataError(f"{archive}: expected images as {before}CLASS/NAME, found none")
     classes = sorted({name for name, _ in kept})
+    empty = sorted(folders - set(classes))
+    if empty:
+        raise DataError(
+            f"{archive}: {len(empty)} of {len(folders)} class folders in {before or 'it'} have no "
+            f"image: {', '.join(empty[:5])}"
+        )
     places = {name: place for place, name in enumerate(classes)}
     kept.sort(key=lambda each: (each[0], *os.path.split(each[1].name)))
     labels = [places[name] for name, _ in kept]
@@ -305,6 +320,7 @@ def _zip_members(root: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     with open(root, "rb") as file:
         for info in archive.infolist():
             if info.is_dir():
+                yield Member(_plain(info.filename), 0, 0, 0)
                 continue
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 raise DataError(

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -216,8 +215,9 @@ class FaultLog:
 
     def _is_bad(self, path: str) -> bool:
         if not os.path.exists(path):
-            # Removed; if it is still in the data set, it will be met. Archives do not change.
-            return any(parent.is_file() for parent in Path(path).parents)
+            return (
+                False  # removed, or in an archive; if it is still in the data set, it will be met
+            )
         try:
             read_image(path, self.max_pixels)
         except BadImageError:
