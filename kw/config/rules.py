@@ -222,6 +222,8 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
 def _check_classes(config: Config, expect: Callable[..., None]) -> None:
     """What the losses and the sampling of one class or of several an image need."""
     loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
+    expected = "no accuracy among them: one class an image has it by itself, several have none"
+    expect("accuracy" not in config.metrics, expected, "metrics")
     if config.several_classes:
         one = "beside metrics.multilabel: an image has any number of classes"
         expect(loss.name != "cross_entropy", f"bce {one}", "loss.name")
