@@ -186,7 +186,11 @@ def build_trainer(
 
 
 def prepare(network: nn.Module, config: Config, process: Process) -> None:
-    """Check a network, choose how it computes, and move it to this process's device."""
+    """Check a network, choose how it computes, and move it to this process's device.
+
+    Raises:
+        ConfigError: it does not take images of ``data.input_size``, or has no such back end.
+    """
     check_network(network, config.model, config.data.shape)
     set_contraction(config.contraction, network)
     if uses_channels_last(config, process.device):
@@ -343,7 +347,11 @@ def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
 
 
 def check_devices(config: RunConfig, process: Process) -> None:
-    """Refuse settings that these devices cannot follow, before anything is built."""
+    """Refuse settings that these devices cannot follow, before anything is built.
+
+    Raises:
+        ConfigError: a setting needs other devices or another strategy.
+    """
     if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
     if config.distributed.strategy == "fsdp" and config.optimizer.name not in ("adamw", "sgd"):
