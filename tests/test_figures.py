@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from processes import in_processes
 from sets_of_images import CLASSES, logits_of, write_grey, write_run
@@ -204,6 +205,24 @@ def test_pictures(written: tuple[Path, dict[str, Any]]) -> None:
     counts = Counter(map(tuple, pixels.tolist()))
     for grey in (round(20 + 20 * 4.9), round(20 + 20 * 3.3)):
         assert counts[grey, grey, grey] > 5000
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_mistakes_of_other_channels(tool: Any, tmp_path: Path, mode: str) -> None:
+    """Two channels are shown as the grey of the first, four as the colours of the first three."""
+    count = len(mode)
+    channels = {"channels": count, "mean": [0.0] * count, "std": [1.0] * count}
+    run = write_run(tmp_path / "run", **channels)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["timm_args"] = {"in_chans": count}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in CLASSES:
+        file = write_grey(run / "data/val" / name / "0.png", 3.3)
+        grey = Image.open(file).convert("L")
+        Image.merge(mode, [grey] * count).save(file)
+    tool("kw test", run, "--figures", tmp_path / "figures")
+    pixels = np.asarray(Image.open(tmp_path / "figures/mistakes.png").convert("RGB"))
+    assert (pixels == round(20 + 20 * 3.3)).all(2).sum() > 5000
 
 
 def test_without_matplotlib(tool: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:

@@ -114,6 +114,14 @@ def test_absent_classes_and_bad_images_are_told() -> None:
     assert bad == {**found, "images": 43, "unreadable_images": 3}
 
 
+def test_there_is_no_precision_of_nan() -> None:
+    """It is None: NaN would stay the best score, since nothing is larger."""
+    logits, labels = made(40)
+    logits[3, 2] = torch.nan
+    assert labels[:, 2].any()
+    assert figures(logits, labels)["mAP"] is None
+
+
 def test_nothing_to_evaluate_is_an_error() -> None:
     logits, labels = made(4)
     with pytest.raises(ValueError, match="no image on any process"):
@@ -291,6 +299,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"loss": {"name": "bce", "class_weights": "balanced"}}, "class_weights = .*null or a list"),
     ({"sampling": "balanced"}, r"data.sampling = 'balanced': expected shuffle"),
     ({"distillation": {"teacher": "work_dirs/x"}}, "expected null beside metrics.multilabel"),
+    (
+        {"metrics": {"multilabel": {}, "accuracy": {}}, "loss": {"name": "bce"}},
+        "metrics = .*expected no accuracy among them",
+    ),
 ]
 
 

@@ -19,11 +19,12 @@ from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
 import kw
+import kw.peers
 from kw.config import ConfigError, config_from_mapping, load_config, to_dict
 from kw.config.schema import ClassifierOptimizerConfig
 from kw.models.depth import layer_rates
 from kw.registry import OPTIMIZERS
-from kw.training import build_trainer, load_checkpoint
+from kw.training import CheckpointError, build_trainer, load_checkpoint
 from kw.training.average import MovingAverage
 from kw.training.optim import build_optimizer
 from kw.warehouse import KWLayer
@@ -240,6 +241,49 @@ def test_a_muon_update_is_timms_of_each_matrix() -> None:
             for own in update.view(-1, *apart[name][0].shape).double():
                 values = torch.linalg.svdvals(own) / step
                 assert 0.7 < values.min() <= values.max() < 1.2, name
+
+
+def test_a_converted_classifier_is_adamws() -> None:
+    network = kw.peers.convert(narrow_resnet(), "condconv", start="paper")
+    assert any(isinstance(m, KWLayer) for n, m in network.named_modules() if n == "fc")
+    found = uses_muon(muon(network), network)
+    names = {id(p): name for name, p in network.named_parameters()}
+    assert not found[names[id(network.fc.warehouse.cells)]]
+    assert found[names[id(network.layer4[1].conv2.warehouse.cells)]]
+
+
+def test_arguments_of_muon_hold() -> None:
+    """Static kernels by position, as timm has them; cells stay matrices of their own."""
+    network = kw.convert(narrow_resnet(), "resnet18", start="paper")
+    optimizer = muon(network, args={"conv_mode": "batched"})
+    (kernel,) = [nn.Parameter(network.conv1.weight.detach().clone())]
+    reference = TimmMuon(
+        [{"params": [kernel], "use_muon": True}], lr=0.5, weight_decay=0.0, conv_mode="batched"
+    )
+    random_gradients(network)
+    assert network.conv1.weight.grad is not None
+    kernel.grad = network.conv1.weight.grad.clone()
+    optimizer.step()
+    reference.step()
+    assert torch.equal(network.conv1.weight, kernel)
+
+
+def test_another_form_of_muon(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A resumed run has the form that its configuration names, or is refused."""
+    settings = {**settings, "schedule": {"name": "step", "milestones": [0.5]}, "epochs": 1}
+    settings["temperature_epochs"] = 0
+    run({**settings, "optimizer": {"name": "muon", "lr": 0.005}}, tmp_path)
+
+    def resumed(name: str) -> Any:
+        config = {**settings, "optimizer": {"name": name, "lr": 0.005}, "epochs": 2}
+        trainer = build_trainer(config_from_mapping(config), tmp_path, CPU, resume=True)
+        trainer.load()
+        return {group["nesterov"] for group in trainer.optimizer.param_groups}
+
+    assert resumed("muon") == {False}
+    assert resumed("nmuon") == {True}
+    with pytest.raises(CheckpointError, match=r"optimizer is another one \(optimizer.name\)"):
+        resumed("adamuon")
 
 
 @pytest.mark.parametrize("name", ["muon", "nadamuon"])

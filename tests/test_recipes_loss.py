@@ -137,13 +137,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"class_weights": "balance"}, "one of 'balanced' or a list .* did you mean 'balanced'"),
     ({"class_weights": {"cat": 1}}, "one of 'balanced' or a list of numbers"),
     ({"args": {"class_weights": [1, 1, 1, 1]}}, "no class_weights among them"),
+    # Every class would be present, or none.
+    ({"name": "bce", "args": {"threshold": 0.0}}, r"a threshold between 0\.05 and 0\.85"),
+    ({"name": "bce", "args": {"threshold": 0.85}}, r"a threshold between 0\.05 and 0\.85"),
 ]
 
 
 @pytest.mark.parametrize(("loss", "expected"), WRONG)
 def test_wrong_weights_are_refused(settings: Settings, loss: Any, expected: str) -> None:
+    settings["label_smoothing"] = 0.2
     with pytest.raises(ConfigError, match=expected):
         config_from_mapping({**settings, "loss": loss})
+
+
+def test_thresholds_between_the_targets(settings: Settings) -> None:
+    for smoothing, threshold in ((0.0, 0.0), (0.0, 0.2), (0.2, 0.2)):
+        loss = {"name": "bce", "args": {"threshold": threshold}}
+        config_from_mapping({**settings, "label_smoothing": smoothing, "loss": loss})
 
 
 def test_two_remedies_for_one_imbalance_are_refused(settings: Settings) -> None:

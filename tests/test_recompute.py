@@ -22,7 +22,7 @@ from kw.config.data_schema import DataConfig, ProgressiveConfig
 from kw.config.schema import KernelWarehouseConfig, ModelConfig
 from kw.data.preprocess import training_size
 from kw.models import start_network
-from kw.models.recompute import recompute_blocks
+from kw.models.recompute import recompute_blocks, synchronised
 from kw.torch_private import BatchNorm
 from kw.training import build_trainer, load_checkpoint
 from kw.training.distributed import Process
@@ -123,6 +123,27 @@ def test_what_cannot_be_computed_again(settings: dict[str, Any], tmp_path: Path)
             start_network(network)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+def test_synchronised_networks_are_the_same(name: str) -> None:
+    """Activations stay, and blocks that are computed again are counted once. Without a process
+    group SyncBatchNorm is BatchNorm."""
+    networks = []
+    for change in (lambda network: network, synchronised):
+        torch.manual_seed(0)
+        config = ModelConfig(name, 3, timm_args=NARROW[name], gradient_checkpointing=True)
+        config.kernel_warehouse = KernelWarehouseConfig(plan=STATIC[name], start="paper")
+        networks.append(change(start_network(config)).train())
+    plain, changed = networks
+    kinds = {type(m) for m in changed.modules() if isinstance(m, BatchNorm)}
+    assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+    images = torch.randn(4, 3, 64, 64)
+    for network in networks:
+        network(images).square().mean().backward()
+    assert_same_state(plain.state_dict(), changed.state_dict())
+    gradients = [{n: p.grad for n, p in network.named_parameters()} for network in networks]
+    assert_same_state(*gradients)
+
+
 # --- progressive resolution -------------------------------------------------------------------
 
 
@@ -188,3 +209,28 @@ def test_networks_of_one_size_do_not_grow(settings: dict[str, Any], tmp_path: Pa
     data["progressive"] = {"start": 64, "epochs": 2}
     with pytest.raises(ConfigError, match=r"(?s)start = 64.*at most.*epochs = 2.*less than epochs"):
         config_from_mapping(config)
+    data["progressive"] = {"start": 16, "epochs": 1}
+    run({**config, "data": settings["data"], "epochs": 1}, tmp_path / "teacher")
+    taught = {**settings, "data": data, "distillation": {"teacher": str(tmp_path / "teacher")}}
+    build_trainer(config_from_mapping(taught), tmp_path, CPU)
+    del args["dynamic_img_size"]
+    run({**config, "data": settings["data"], "epochs": 1}, tmp_path / "fixed")
+    taught["distillation"] = {"teacher": str(tmp_path / "fixed")}
+    with pytest.raises(ConfigError, match=r"distillation.teacher .*fixed: data.progressive: "):
+        build_trainer(config_from_mapping(taught), tmp_path, CPU)
+
+
+def test_sizes_are_checked_without_compiling(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def compile_(network: nn.Module, **_: Any) -> None:
+        network._compiled_call_impl = lambda *args: calls.append(args)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    data = {**settings["data"], "progressive": {"start": 16, "epochs": 1, "multiple": 16}}
+    config = config_from_mapping({**settings, "data": data, "compile": True})
+    trainer = build_trainer(config, tmp_path, CPU)
+    assert trainer.task.network._compiled_call_impl is not None
+    assert not calls

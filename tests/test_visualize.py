@@ -269,6 +269,12 @@ def test_label_mixture(target: torch.Tensor, smoothing: float, expected: str) ->
     assert label_mixture(target, ["cat", "dog", "fox"], smoothing) == expected
 
 
+def test_labels_of_several_classes() -> None:
+    target = torch.tensor([0.95, 0.05, 0.95])
+    found = label_mixture(target, ["cat", "dog", "fox"], 0.1, several=True)
+    assert found == "cat 0.95 + fox 0.95"
+
+
 def test_which_images() -> None:
     assert spaced(10, 5) == [1, 3, 5, 7, 9]
     assert spaced(3, 8) == [0, 1, 2]

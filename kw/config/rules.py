@@ -222,12 +222,25 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
 def _check_classes(config: Config, expect: Callable[..., None]) -> None:
     """What the losses and the sampling of one class or of several an image need."""
     loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
+    expected = "no accuracy among them: one class an image has it by itself, several have none"
+    expect("accuracy" not in config.metrics, expected, "metrics")
     if config.several_classes:
         one = "beside metrics.multilabel: an image has any number of classes"
         expect(loss.name != "cross_entropy", f"bce {one}", "loss.name")
         expect(loss.class_weights != "balanced", f"null or a list {one}", key)
         expect(config.data.sampling != "balanced", f"shuffle {one}", "data.sampling")
         expect(config.distillation is None, f"null {one}", "distillation")
+    threshold = loss.args.get("threshold")
+    if loss.name == "bce" and isinstance(threshold, (int, float)):
+        absent = config.label_smoothing / (2 if config.several_classes else count)
+        present = 1 - config.label_smoothing + absent
+        margin = 1e-6  # targets are float32
+        right = absent + margin < threshold < present - margin or threshold == absent == 0
+        expected = (
+            f"a threshold between {absent:g} and {present:g}, the targets of absent and present "
+            "classes after label smoothing"
+        )
+        expect(right, expected, "loss.args", "label_smoothing")
     if loss.class_weights is None:
         return
     if loss.name in LOSSES:

@@ -191,7 +191,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """The training loss; evaluations always report the cross-entropy."""
+    """The training loss; evaluations report the cross-entropy, of several classes an image bce."""
 
     name: str = setting(
         "cross_entropy",

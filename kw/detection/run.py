@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import DataError, Loader
 from ..errors import memory_for, say
+from ..models.recompute import synchronised
 from ..training import load_checkpoint, set_contraction
 from ..training.distributed import Process, host_barrier, process_group
 from ..training.folder import find_checkpoint
@@ -88,7 +89,7 @@ def build_trainer(
         _check_data(lambda: check_sets(run.data, masks, contents=contents), process)
     set_contraction(run.contraction, detector)
     if run.sync_bn and process.world_size > 1:
-        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        detector = synchronised(detector)
     detector.to(process.device)
     average = distribute(detector, run, process)
     place = process.rank, process.world_size

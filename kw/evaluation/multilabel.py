@@ -5,6 +5,8 @@ Legend: N samples of the set, B of a batch, C classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -78,12 +80,12 @@ class MultiLabel:
         """Reduce over all processes and read: a collective call.
 
         Returns:
-            ``mAP``, the mean of the classes' average precisions, in percent. A class that no image
-            has is left out of it: there is nothing to rank; ``absent_classes`` is their number,
-            where there are any. ``f1`` at probability 0.5, in percent, of all decisions together
-            (micro); None where nothing is present and nothing predicted. ``loss``, the binary
-            cross-entropy in nats, a mean over images and classes; ``images``, and where there are
-            any ``unreadable_images``.
+            ``mAP``, the mean of the classes' average precisions, in percent; None where a score is
+            NaN. A class that no image has is left out of it: there is nothing to rank;
+            ``absent_classes`` is their number, where there are any. ``f1`` at probability 0.5, in
+            percent, of all decisions together (micro); None where nothing is present and nothing
+            predicted. ``loss``, the binary cross-entropy in nats, a mean over images and classes;
+            ``images``, and where there are any ``unreadable_images``.
 
         Raises:
             ValueError: no image could be read on any process, or none has a class.
@@ -109,8 +111,9 @@ class MultiLabel:
         losses = F.binary_cross_entropy_with_logits(
             logits.double(), labels.double(), reduction="none"
         )
+        precision = 100 * float(average_precision(logits, labels)[present].mean())
         found: dict[str, float | None] = {
-            "mAP": 100 * float(average_precision(logits, labels)[present].mean()),
+            "mAP": None if math.isnan(precision) else precision,
             "f1": 200 * right / counted if counted else None,
             "loss": float(losses.mean()),
             "images": images,

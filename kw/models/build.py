@@ -17,6 +17,7 @@ from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
 from ..errors import one_line
+from ..torch_private import uncompiled
 from ..warehouse import convert
 from .freezing import freeze
 from .recompute import recompute_blocks
@@ -257,7 +258,8 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int | Seq
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        logits = functional_call(network, state, (images,))
+        with uncompiled(network):
+            logits = functional_call(network, state, (images,))
     except Exception as error:
         if "meta" in str(error).lower():  # its forward pass reads values
             return

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ..torch_private import BatchNorm, backward_pass
 
-__all__ = ["recompute_blocks"]
+__all__ = ["recompute_blocks", "synchronised"]
 
 
 def recompute_blocks(network: nn.Module) -> None:
@@ -36,9 +37,34 @@ def recompute_blocks(network: nn.Module) -> None:
         raise ValueError(f"{name} cannot compute its blocks again: {error}") from error
     for module in network.modules():
         if isinstance(module, BatchNorm) and module.track_running_stats:
-            module.register_forward_pre_hook(_leave_statistics)
-            # Also where the pass is cut short, once all that was asked for is there.
-            module.register_forward_hook(_take_statistics, always_call=True)
+            _count_once(module)
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network with SyncBatchNorm in the place of BatchNorm.
+
+    timm's layers keep their activation, which torch's conversion drops. Blocks that are computed
+    again are still counted once.
+
+    Args:
+        network: changed in place; parameters and statistics stay the same tensors.
+    """
+    hooked = {
+        name
+        for name, module in network.named_modules()
+        if _take_statistics in module._forward_hooks.values()
+    }
+    network = convert_sync_batchnorm(network)
+    for name, module in network.named_modules():
+        if name in hooked:
+            _count_once(module)
+    return network
+
+
+def _count_once(module: nn.Module) -> None:
+    module.register_forward_pre_hook(_leave_statistics)
+    # Also where the pass is cut short, once all that was asked for is there.
+    module.register_forward_hook(_take_statistics, always_call=True)
 
 
 def _leave_statistics(module: Any, _: Any) -> None:

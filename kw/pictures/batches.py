@@ -19,17 +19,20 @@ MOST = 32
 """Images of a batch that are drawn."""
 
 
-def label_mixture(target: Tensor, classes: Sequence[str], smoothing: float = 0.0) -> str:
+def label_mixture(
+    target: Tensor, classes: Sequence[str], smoothing: float = 0.0, several: bool = False
+) -> str:
     """A target in words: ``"cat"``, or ``"cat 0.62 + dog 0.38"``, the larger part first.
 
     Args:
         target: a label, int64 ``[]``, or probabilities ``[C]``.
         classes: their names.
         smoothing: label smoothing; what it gives to all classes alike is left out.
+        several: each class has a probability of its own.
     """
     if target.ndim == 0:
         return classes[int(target)]
-    floor = smoothing / len(classes)
+    floor = smoothing / (2 if several else len(classes))
     parts = [(float(p), classes[i]) for i, p in enumerate(target) if float(p) > floor + 1e-6]
     parts.sort(key=lambda part: -part[0])
     if len(parts) == 1 and not smoothing:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data import ImageFolder
 from ..errors import UserError
 from ..evaluation.outcomes import Outcomes, calibration, class_hits, confusion, worst
 from ..evaluation.sets import TestSet, readable
 from ..pictures import draw_batch, draw_confusion, draw_reliability, read_images, save
+from ..pictures.style import to_pixels
 
 __all__ = ["SHOWN", "write_csv", "write_figures"]
 
@@ -90,7 +92,8 @@ def write_figures(
         ]
         written.append(folder / "mistakes.png")
         head = f"{title}: the most confident of {int((~right).sum()):,} mistakes"
-        save(draw_batch(pixels.permute(0, 2, 3, 1).numpy(), below, head), written[-1])
+        shown = to_pixels(pixels, torch.zeros(1), torch.ones(1))
+        save(draw_batch(shown, below, head), written[-1])
     read = predicted >= 0
     written.append(folder / "reliability.png")
     bins = calibration(outcomes.confidence[read], right[read])

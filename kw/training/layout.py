@@ -139,6 +139,8 @@ def _optimizer_fault(state: Mapping[Any, Any], optimizer: Optimizer) -> str | No
     for theirs, ours in zip(groups, own, strict=True):
         if {"betas", "momentum"} & set(theirs) != {"betas", "momentum"} & set(ours):
             return "its optimizer is another one (optimizer.name)"
+        if theirs.get("algo") != ours.get("algo"):  # Muon and AdaMuon
+            return "its optimizer is another one (optimizer.name)"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Other optimizers keep rows and columns, or a few values alone.
     like_parameters = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD))

@@ -47,6 +47,8 @@ class Muon(_Muon):
         """
         matrices: dict[int, dict[str, Any]] = {}
         for name, module in network.named_modules():
+            if f"{name}.".startswith(apart):
+                continue
             if isinstance(module, KWLayer):
                 c_out, *rest = module.warehouse.partition.cell_shape
                 shape = (c_out, torch.Size(rest).numel())
@@ -57,11 +59,11 @@ class Muon(_Muon):
                         "normalize_spatial": False,
                     }
                     matrices[id(module.warehouse.cells)] = cells
-            elif isinstance(module, _MAPS) and not f"{name}.".startswith(apart):
+            elif isinstance(module, _MAPS):
                 weight = module.weight
                 shape = (weight.shape[0], weight[0].numel())
                 if getattr(module, "groups", 1) == 1 and min(shape) > 1:
-                    matrices[id(weight)] = {"conv_mode": "flatten"}
+                    matrices[id(weight)] = {}
         return {
             name: {"use_muon": id(parameter) in matrices, **matrices.get(id(parameter), {})}
             for name, parameter in network.named_parameters()

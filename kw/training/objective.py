@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..config.schema import Config, DistillationConfig, ModelConfig
 from ..data import Listing
+from ..data.preprocess import training_size
 from ..errors import UserError
 from ..models.build import build_network, check_network, in_channels, read_start
 from ..models.losses import balanced_weights, hard_distillation, soft_distillation
@@ -24,7 +25,7 @@ from .checkpoint import CheckpointError, refuse_other_classes
 from .logs import logger
 from .trained import load_trained
 
-__all__ = ["Teacher", "build_loss", "build_teacher", "check_labels"]
+__all__ = ["Teacher", "build_loss", "build_teacher", "check_labels", "check_sizes"]
 
 
 def check_labels(config: Config, listing: Listing) -> None:
@@ -45,6 +46,28 @@ def check_labels(config: Config, listing: Listing) -> None:
             f"metrics.multilabel: data.dataset {config.data.dataset!r} has images of one class "
             "each; leave the metric out"
         )
+
+
+def check_sizes(network: nn.Module, model: ModelConfig, config: Config) -> None:
+    """Refuse a network that does not take the images of every epoch of ``data.progressive``.
+
+    Args:
+        network: the student or the teacher.
+        model: its settings.
+        config: the run.
+
+    Raises:
+        ConfigError: it takes one size.
+    """
+    sizes = {training_size(config.data, epoch) for epoch in range(config.epochs)}
+    for size in sizes - {config.data.shape[0]}:
+        try:
+            check_network(network, model, size)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.progressive: a network of one size: {error}; set null, or for a transformer "
+                "model.timm_args: {dynamic_img_size: true}"
+            ) from error
 
 
 def build_loss(
@@ -148,6 +171,7 @@ def build_teacher(
                 f"{data.channels}: a teacher sees the student's images"
             )
         check_network(network, model, data.shape)
+        check_sizes(network, model, config)
     except UserError as error:
         raise type(error)(f"distillation.teacher {wanted.teacher}: {error}") from error
     network.to(device)

@@ -23,11 +23,11 @@ from ..data import (
     open_validation,
     stop_workers,
 )
-from ..data.preprocess import training_size
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
 from ..models import ImageClassifier, check_network, start_network
+from ..models.recompute import synchronised
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
@@ -38,7 +38,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, Progress
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
-from .objective import build_loss, build_teacher, check_labels
+from .objective import build_loss, build_teacher, check_labels, check_sizes
 from .optim import build_optimizer, decayed_by_layer
 from .parallel import distribute
 from .precision import autocast
@@ -154,8 +154,8 @@ def build_trainer(
     network = start_network(config.model, resumes=resume_from is not None)
     prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    _check_sizes(network, config)
+        network = synchronised(network)
+    check_sizes(network, config.model, config)
     average = distribute(network, config, process)
     loss = build_loss(config, listings["train"], process.device)
     model = ImageClassifier(network, build_preprocessor(config, process.device), loss, teacher)
@@ -186,7 +186,11 @@ def build_trainer(
 
 
 def prepare(network: nn.Module, config: Config, process: Process) -> None:
-    """Check a network, choose how it computes, and move it to this process's device."""
+    """Check a network, choose how it computes, and move it to this process's device.
+
+    Raises:
+        ConfigError: it does not take images of ``data.input_size``, or has no such back end.
+    """
     check_network(network, config.model, config.data.shape)
     set_contraction(config.contraction, network)
     if uses_channels_last(config, process.device):
@@ -195,18 +199,6 @@ def prepare(network: nn.Module, config: Config, process: Process) -> None:
     if config.compile:
         mode = None if config.compile is True else config.compile.mode
         network.compile(mode=mode)
-
-
-def _check_sizes(network: nn.Module, config: Config) -> None:
-    sizes = {training_size(config.data, epoch) for epoch in range(config.epochs)}
-    for size in sizes - {config.data.shape[0]}:
-        try:
-            check_network(network, config.model, size)
-        except ConfigError as error:
-            raise ConfigError(
-                f"data.progressive: a network of one size: {error}; set null, or for a transformer "
-                "model.timm_args: {dynamic_img_size: true}"
-            ) from error
 
 
 def uses_channels_last(config: Config, device: torch.device) -> bool:
@@ -355,7 +347,11 @@ def set_contraction(config: ContractionConfig, network: nn.Module) -> None:
 
 
 def check_devices(config: RunConfig, process: Process) -> None:
-    """Refuse settings that these devices cannot follow, before anything is built."""
+    """Refuse settings that these devices cannot follow, before anything is built.
+
+    Raises:
+        ConfigError: a setting needs other devices or another strategy.
+    """
     if config.sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise ConfigError("sync_bn: torch synchronises BatchNorm on GPUs only; set sync_bn: false")
     if config.distributed.strategy == "fsdp" and config.optimizer.name not in ("adamw", "sgd"):

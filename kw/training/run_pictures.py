@@ -77,7 +77,8 @@ def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None
     """What the network sees in one update; arguments and errors as for :func:`training_batch`."""
     check_matplotlib()
     images, targets, classes = training_batch(config, epoch, update)
-    labels = [label_mixture(t, classes, config.label_smoothing) for t in targets.cpu()]
+    how = classes, config.label_smoothing, config.several_classes
+    labels = [label_mixture(target, *how) for target in targets.cpu()]
     preprocess = build_preprocessor(config, images.device).to(images.device)
     pictures = to_pixels(images, preprocess.mean, preprocess.std)
     title = f"training batch: {network_name(config)}, epoch {epoch}, update {update}"

@@ -212,7 +212,8 @@ def placed_state(
     groups = [{**own, "params": other["params"]} for own, other in pairs]
     if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)):
         # Others keep their state, a count of steps for instance, among a group's settings.
-        own_keys = {"lr", "lr_scale", "weight_decay", "params", *settings}
+        # Nesterov's form may follow from optimizer.name alone.
+        own_keys = {"lr", "lr_scale", "weight_decay", "params", "nesterov", *settings}
         kept = [{k: v for k, v in other.items() if k not in own_keys} for _, other in pairs]
         groups = [{**group, **theirs} for group, theirs in zip(groups, kept, strict=True)]
     placed = {

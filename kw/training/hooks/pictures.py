@@ -76,9 +76,10 @@ class PictureHook(Hook):
         preprocess = _preprocess(trainer)
         with torch.no_grad():
             images, targets = preprocess(self._batch, True)
+        several = self._batch["labels"].ndim == 2
         self._batch = None
-        smoothing = preprocess.label_smoothing
-        labels = [label_mixture(t, trainer.task.classes, smoothing) for t in targets.cpu()]
+        how = trainer.task.classes, preprocess.label_smoothing, several
+        labels = [label_mixture(target, *how) for target in targets.cpu()]
         pixels = to_pixels(images, preprocess.mean, preprocess.std)
         self._add(trainer, "batch", draw_batch(pixels, labels, _title(trainer)))
 
