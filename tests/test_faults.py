@@ -7,10 +7,12 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -464,3 +466,18 @@ def test_a_death_during_a_run(settings: dict[str, Any], images: Path, tmp_path: 
     dataset.read = deadly
     with pytest.raises(DataError, match=r"killed by SIGKILL.*read image 20, \S*train/cat/12.png"):
         trainer.run()
+
+
+def test_a_set_of_which_nothing_can_be_read(
+    settings: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    """An evaluation names the files, as one that met some of them does."""
+    run = with_data(settings, images, workers=0)
+    train(replace(run, epochs=1, temperature_epochs=0), tmp_path / "run")
+    root = tmp_path / "set"
+    shutil.copytree(images, root)
+    for path in (root / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    broken = replace(run, data=replace(run.data, root=str(root)))
+    with pytest.raises(DataError, match=r"19 of 19 images cannot be read, more than the 1"):
+        evaluate_checkpoint(broken, tmp_path / "run/last.pth")

@@ -16,6 +16,7 @@ from ..config.run_schema import ContractionConfig, RunConfig
 from ..config.schema import Config
 from ..data import (
     BatchPreprocessor,
+    DataError,
     Loader,
     deaths_explained,
     list_splits,
@@ -316,7 +317,12 @@ def evaluate_weights(
                 load_network(network, state[key], str(checkpoint))
                 set_place("in the evaluation")
                 with deaths_explained(loader):
-                    found = measure()
+                    try:
+                        found = measure()
+                    except ValueError as error:  # not one image can be read
+                        loader.faults.learn(loader.faults.take())
+                        loader.faults.check()
+                        raise DataError(str(error)) from error
                 metrics.update({prefix + name: value for name, value in found.items()})
         for _, path, reason in loader.faults.learn(loader.faults.take()):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)

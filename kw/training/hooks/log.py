@@ -79,7 +79,8 @@ class LogHook(Hook):
     def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
         found = {key: value for key, value in metrics.items() if value is not None}
         parts = [
-            f"{key} {value:.{0 if key.endswith('images') else 3}f}" for key, value in found.items()
+            f"{key} {value:.{0 if key.endswith(('images', 'classes')) else 3}f}"
+            for key, value in found.items()
         ]
         logger.info(f"epoch {trainer.epoch}/{trainer.config.epochs} evaluated: {', '.join(parts)}")
         self._record(trainer, "val", trainer.epoch, found)
