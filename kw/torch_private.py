@@ -177,6 +177,12 @@ def torchvision_backward(name: str) -> Callable[..., Any]:
 # --- images -----------------------------------------------------------------------------------
 
 
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
 def resize_bytes(image: Tensor, interpolation: str, out: Tensor) -> None:
     """``F.interpolate(image, out's size, mode=interpolation, antialias=True)`` into given memory.
 
@@ -188,12 +194,7 @@ def resize_bytes(image: Tensor, interpolation: str, out: Tensor) -> None:
     if interpolation == "nearest":
         out.copy_(F.interpolate(image[None], out.shape[1:], mode="nearest-exact")[0])
         return
-    operators = torch.ops.aten
-    operator = {
-        "bilinear": operators._upsample_bilinear2d_aa.out,
-        "bicubic": operators._upsample_bicubic2d_aa.out,
-    }[interpolation]
-    operator(image[None], out.shape[1:], False, None, None, out=out[None])
+    _RESIZE[interpolation](image[None], out.shape[1:], False, None, None, out=out[None])
 
 
 def shared_bytes(count: int) -> Tensor:

@@ -127,12 +127,12 @@ def open_fast(stored: Stored, max_pixels: int, upright: bool) -> Picture | None:
 
 def _may_be_turned(data: bytes | memoryview) -> bool:
     """Whether a JPEG file's EXIF data turn it, or its segments are not as they should be."""
-    at = 2
-    while len(head := bytes(data[at : at + 10])) > 3 and head[0] == 0xFF and head[1] > 0xBF:
-        if head[1] == 0xDA:  # the pixels
+    at, end = 2, len(data) - 4
+    while at <= end and data[at] == 0xFF and (marker := data[at + 1]) > 0xBF:
+        if marker == 0xDA:  # the pixels
             return False
-        content, at = at + 4, at + 2 + int.from_bytes(head[2:4], "big")
-        if head[1] == 0xE1 and head[4:] == b"Exif\0\0":
+        content, at = at + 4, at + 2 + (data[at + 2] << 8) + data[at + 3]
+        if marker == 0xE1 and bytes(data[content : content + 6]) == b"Exif\0\0":
             return orientation_of(bytes(data[content:at])) != 1
     return True
 
