@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import runpy
 import sys
@@ -96,6 +97,18 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             runpy.run_path(str(root / words[0]), run_name="__main__")
 
     return run
+
+
+@pytest.fixture
+def tested(tool: Callable[..., None], tmp_path: Path) -> Callable[..., Any]:
+    """``kw test ARGUMENTS...``, and its results."""
+
+    def results(*arguments: object) -> Any:
+        file = tmp_path / "results.json"
+        tool("kw test", *arguments, "--json", file)
+        return json.loads(file.read_text())
+
+    return results
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,8 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def test(tool: Callable[..., None], run: Path, tmp_path: Path) -> Callable[..., Any]:
-    """``kw test RUN ...``, and its results."""
-
-    def results(*arguments: object) -> Any:
-        file = tmp_path / "results.json"
-        tool("kw test", run, *arguments, "--json", file)
-        return json.loads(file.read_text())
-
-    return results
+def test(tested: Callable[..., Any], run: Path) -> Callable[..., Any]:
+    return partial(tested, run)
 
 
 def test_views_are_averaged() -> None:

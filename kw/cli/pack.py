@@ -61,5 +61,5 @@ def main() -> None:
     bad = pack(listings, Path(args.root), args.out, packing, args.workers)
     counts = ", ".join(f"{len(each.files)} {split}" for split, each in listings.items())
     size = args.out.stat().st_size / 2**20
-    unread = f", {bad} of them stored as they are" if bad else ""
+    unread = f", {bad} of those written now stored as they are" if bad else ""
     print(f"{args.out}: {counts} images{unread}, {size:,.1f} MiB")
