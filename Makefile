@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-.PHONY: help install demo demo-detection pictures test test-slow coverage lint docs format bench clean
+.PHONY: help install demo demo-detection pictures test test-slow test-integrations coverage lint docs format bench clean
 
 help:
 	@echo "make install  create $(VENV) with the package, its development tools and the demo's"
@@ -14,6 +14,7 @@ help:
 	@echo "make pictures train the demo's network and draw the documentation's pictures anew"
 	@echo "make test     run the tests"
 	@echo "make test-slow  run further cases of them; before a release"
+	@echo "make test-integrations  run the tests with other people's packages, in a venv of their own"
 	@echo "make coverage run the tests and report the lines of kw/ that none of them reaches"
 	@echo "make lint     check style, types, generated tables and the documentation"
 	@echo "make docs     build the documentation's site; every warning is an error"
@@ -62,6 +63,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m slow
+
+# Other people's packages, in the versions of the file: about 7 GB with PyTorch.
+test-integrations:
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --editable ".[dev,export]" \
+		--requirement scripts/integrations.txt
+	.venv-integrations/bin/python -m pytest -q tests/test_integrations_core.py tests/test_with_*.py
 
 coverage: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-report=xml

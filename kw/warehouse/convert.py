@@ -137,6 +137,7 @@ def convert(
         warehouses = present
     guard_saving(model)
     after = count_parameters(model)
+    warehouses.plans = (*warehouses.plans, resolved.to_mapping())
     warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
     if announce:
         say(str(warehouses.conversion))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .warehouse import WarehouseSettings
@@ -114,6 +114,13 @@ class Rule:
         WarehouseSettings().with_overrides(rest, f"plan rule {match!r}")
         return cls(match, warehouse, handover, rest, optional)
 
+    def to_mapping(self) -> dict[str, Any]:
+        """The mapping that :meth:`from_mapping` reads."""
+        place = {"static": True} if self.warehouse is None else {"warehouse": self.warehouse}
+        handover = {} if self.handover is None else {"handover": self.handover}
+        optional = {"optional": True} if self.optional else {}
+        return {"match": self.match, **place, **handover, **optional, **self.settings}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -146,6 +153,12 @@ class Plan:
         _check_single(warehouses)
         settings = WarehouseSettings().with_overrides(rest, "plan")
         return cls(tuple(Rule.from_mapping(rule) for rule in rules), settings, warehouses)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The mapping that :meth:`from_mapping` reads: plain types, which JSON and YAML take."""
+        single = {name: dict(own) for name, own in self.warehouses.items()}
+        rules = [rule.to_mapping() for rule in self.rules]
+        return {**asdict(self.settings), "rules": rules, "warehouses": single}
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Plan:
         """The plan with settings replaced; ``warehouses`` adds to or replaces single warehouses'.

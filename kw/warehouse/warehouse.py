@@ -278,9 +278,11 @@ class WarehouseDict(dict[str, Warehouse]):
 
     Attributes:
         conversion: what the last :func:`kw.convert` of the model did.
+        plans: the plan of every :func:`kw.convert` of the model, as mappings that repeat it.
     """
 
     conversion: Conversion | None = None
+    plans: tuple[dict[str, Any], ...] = ()
 
 
 def names_now(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,89 @@
+"""What the adapters share: when a network is converted, and which temperature it has when.
+
+The host builds the network and loads static weights into it. :meth:`Recipe.convert` follows, before
+optimizer, averages and process group are made of its parameters. :meth:`Recipe.set_temperature`
+follows before every update, and after every update of an average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import say
+from ..warehouse import convert, set_temperature
+from ..warehouse.temperature import annealed_temperature, has_temperature
+from ..warehouse.warehouse import WarehouseDict
+
+__all__ = ["Recipe", "plans_of", "repeat"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a host's network becomes dynamic.
+
+    Attributes:
+        plan: as for :func:`kw.convert`.
+        settings: its overrides, for instance ``{"cell_num_ratio": 4}``.
+        anneal: epochs over which the temperature falls from 1 to 0, the paper's training from
+            nothing: cells and attention then start at random (``start="paper"``). 0: the network
+            starts as the static one and stays at temperature 0.
+    """
+
+    plan: str | Mapping[str, Any] = "auto"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    anneal: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anneal < float("inf"):
+            raise ValueError(f"anneal is {self.anneal}; expected epochs, 0 or more")
+        if self.anneal and self.settings.get("start", "paper") != "paper":
+            raise ValueError(
+                f"anneal is {self.anneal} epochs with start 'keep', whose network is the static "
+                "one at temperature 0 only; drop one of the two"
+            )
+
+    def convert(self, model: nn.Module, example_input: Any = None) -> nn.Module:
+        """Convert a network in place; one that has KernelWarehouse layers stays as it is.
+
+        Raises:
+            ValueError: as :func:`kw.convert`.
+        """
+        if has_temperature(model):
+            say(f"{type(model).__name__} is converted already; it goes on as it is")
+            return model
+        settings = {"start": "paper" if self.anneal else "keep", **self.settings}
+        example = example_input if self.plan == "auto" else None
+        return convert(model, self.plan, example, **settings)
+
+    def set_temperature(self, epoch: float, *models: nn.Module | None) -> float:
+        """Set the temperature of networks and their averages at ``epoch`` epochs, a fraction within
+        one, and return it. Models that are ``None`` are passed over."""
+        tau = annealed_temperature(epoch, self.anneal)  # type: ignore[arg-type]  # a fraction
+        for model in models:
+            if model is not None:
+                set_temperature(model, tau)
+        return tau
+
+
+def plans_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The plans by which a network was converted, for the host's checkpoint: JSON's types alone."""
+    index = getattr(model, "warehouses", None)
+    return list(index.plans) if isinstance(index, WarehouseDict) else []
+
+
+def repeat(model: nn.Module, plans: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Convert a static network, in place, as :func:`plans_of` says, to take a checkpoint's weights.
+
+    Raises:
+        ValueError: as :func:`kw.convert`.
+    """
+    plans = [dict(plan) for plan in plans]
+    for plan in plans:
+        convert(model, plan, start="paper", announce=False)  # no start to compute: weights follow
+    if plans:
+        model.warehouses.plans = tuple(plans)  # type: ignore[union-attr]
+    return model

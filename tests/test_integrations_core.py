@@ -1,0 +1,66 @@
+"""The adapters' shared part: conversion once, the temperature at every step, plans that repeat."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+
+import kw
+from kw.integrations.core import Recipe, plans_of, repeat
+
+
+def network():
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=5)
+
+
+@pytest.mark.parametrize("plan", ["auto", "resnet18"])
+def test_a_recipe_converts_once_and_keeps_the_function(plan, capsys):
+    model, images = network().eval(), torch.rand(2, 3, 64, 64)
+    before = model(images)
+    recipe = Recipe(plan, {"cell_num_ratio": 2})
+    assert recipe.convert(model, images) is model
+    torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-5)
+    state = copy.deepcopy(model.state_dict())
+    capsys.readouterr()
+    recipe.convert(model, images)
+    assert "converted already" in capsys.readouterr().err
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", ["auto", "resnet18"])
+def test_plans_in_json_repeat_a_conversion(plan):
+    first = Recipe(plan, {"cell_num_ratio": 2}).convert(network(), torch.rand(2, 3, 64, 64))
+    plans = json.loads(json.dumps(plans_of(first)))
+    second = repeat(network(), plans)
+    second.load_state_dict(first.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(first.eval()(images), second.eval()(images))
+    assert plans_of(second) == plans
+    assert plans_of(network()) == []
+
+
+def test_an_annealed_recipe_sets_network_and_average():
+    recipe = Recipe("resnet18", anneal=4)
+    model = recipe.convert(network())
+    average = copy.deepcopy(model)
+    assert recipe.set_temperature(1, model, average, None) == 0.75
+    assert kw.get_temperature(model) == kw.get_temperature(average) == 0.75
+    assert recipe.set_temperature(5.5, model) == 0
+    kept = Recipe("resnet18").convert(network())
+    assert Recipe("resnet18").set_temperature(0, kept) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"anneal": -1}, "anneal is -1"),
+        ({"anneal": float("nan")}, "anneal is nan"),
+        ({"anneal": 2, "settings": {"start": "keep"}}, "drop one"),
+    ],
+)
+def test_bad_recipes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**arguments)
