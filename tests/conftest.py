@@ -43,6 +43,11 @@ CLASSES = ("bird", "cat", "dog", "fish")
 SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: several processes then end together."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish() -> None:
     """Collections of garbage in tests leave the million objects of the imports out."""
     gc.freeze()

@@ -79,6 +79,7 @@ def full(tmp_path: Path) -> Callable[..., Reproduction]:
     return lambda table, **settings: Reproduction(TABLES[table], FULL, tmp_path, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("both", breadth([False, True], [False]))
 def test_the_whole_path(both: bool, tmp_path: Path, call: Callable[..., str]) -> None:
     """One row fails and does not stop the next, which is interrupted; they are finished later."""

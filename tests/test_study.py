@@ -226,6 +226,7 @@ def test_a_row_whose_start_failed_is_left_out(
     assert "2 of 2 runs failed: static_seed3, converted_seed3" in said
 
 
+@pytest.mark.long
 def test_a_study_is_run_once_and_summarised(
     study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,6 +289,7 @@ def test_cost_counts_what_is_assembled(monkeypatch):
     assert TritonConv().cost(problem(layer)).slow_macs == 64 * kernels  # float32, no tensor cores
 
 
+@pytest.mark.long
 @can_start_interpreter
 @either_mark
 def test_in_the_interpreter(marks):

@@ -79,6 +79,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert not any(name.startswith(("tests/", "tools/")) for name in names)
 
 
+@pytest.mark.long
 def test_train_test_predict(run: Any, images: Path) -> None:
     listed = run("config", "--list", "*demo*resnet18*")
     assert str(run.folder / "venv") in listed  # not the checkout's
