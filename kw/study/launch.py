@@ -1,4 +1,4 @@
-"""Starting runs: so many at a time, through torchrun, or as an array of slurm jobs."""
+"""Start runs: several at a time, through torchrun, or as an array of slurm jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAUNCHERS = ("none", "torchrun", "slurm")
 
 
 def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = None) -> list[str]:
-    """The command that trains a run, or with ``slurm`` the one that submits all of them: its words.
+    """The words of the command that trains a run, or with ``slurm`` submits all runs.
 
     Args:
         runs: of one folder; a single one unless the launcher is slurm.
@@ -35,7 +35,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         gpus: processes of torchrun, or GPUs of a job's machine; None leaves it to the scripts.
 
     Raises:
-        RunError: slurm's script cannot take a path.
+        RunError: slurm's script cannot use one of the paths.
     """
     python = f"PYTHON={sys.executable}"
     if launcher == "slurm":
@@ -62,7 +62,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
 
 
 def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
-    """The runs that are not done, with what became of them so far."""
+    """The runs that are not done, with their states."""
     jobs: dict[Path, Jobs] = {}
     for run in runs:
         state = find_state(run, jobs.setdefault(run.home, Jobs(run.home)))
@@ -71,7 +71,7 @@ def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
 
 
 class _Stop:
-    """Passes a request to end on to the trainings under way, and remembers it."""
+    """Forwards a signal to end to the running trainings, and records it."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -122,10 +122,10 @@ def run_all(
     jobs: int = 1,
     threads: int | None = None,
 ) -> int:
-    """Train what is not done, in order; a failure does not stop the others.
+    """Train the runs that are not done, in order; a failure does not stop the others.
 
     Args:
-        runs: what to train; one that needs another's end comes after it.
+        runs: what to train; a run that needs another comes after it.
         launcher: ``"none"`` or ``"torchrun"``.
         gpus: processes of torchrun.
         jobs: how many run at a time.
@@ -166,7 +166,7 @@ def run_all(
 
 
 def _say(text: str, status: int = 0) -> None:
-    # In one piece: two runs may start together.
+    # One write: two runs may start at the same time.
     print(f"{text}\n", end="", flush=True, file=sys.stderr if status == 1 else sys.stdout)
 
 
@@ -246,9 +246,9 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
 
 
 def _conflict(run: Run) -> str | None:
-    """What keeps a run from going on with its settings: it was begun with others."""
+    """Why a run cannot be continued: it was begun with other settings."""
     begun = run.work_dir / f"config{run.config.suffix}"
-    # One that ended before its first checkpoint begins anew, with any settings.
+    # A run that ended before its first checkpoint starts again, with any settings.
     if not begun.is_file() or not any(run.work_dir.glob("epoch_*.pth")):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a published table's runs found, beside what was published."""
+"""The results of a published table's runs, beside the published figures."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class RowReport:
     """A row, published and measured.
 
     Attributes:
-        row: what was published.
-        states: what became of its runs; none where there is nothing to run.
+        row: the published figures.
+        states: of its runs; empty where there is nothing to run.
         costs: of the network, :data:`Costs`.
         runs: how many are done.
         figures: means over them by the figures' keys, in the table's units: of each run the best
             epoch's.
         spread: standard deviations over several, likewise.
         hours: of training, the mean.
-        deviations: what their recipe differs in from the shipped one.
+        deviations: differences of their recipe from the shipped one.
         curves: of all runs that have begun.
-        problem: what kept a run from being read.
+        problem: why a run cannot be read.
     """
 
     row: PaperRow
@@ -57,7 +57,7 @@ class RowReport:
 
     @property
     def state(self) -> str:
-        """What became of the row, in words."""
+        """The state of the row, in words."""
         if self.problem:
             return f"unreadable: {self.problem}"
         if not self.states:
@@ -68,13 +68,13 @@ class RowReport:
         return ", ".join(f"{count} x {text}" for text, count in counts.items())
 
     def difference(self, key: str) -> float | None:
-        """Measured less published, where there are both."""
+        """Measured minus published, where both exist."""
         both = key in self.figures and key in self.row.figures
         return self.figures[key] - self.row.figures[key] if both else None
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader of the figures should know."""
+        """Notes for a reader of the figures."""
         found = [self.row.note] if self.row.note else []
         if self.deviations:
             found.append(f"differs from the shipped configuration: {'; '.join(self.deviations)}")
@@ -84,7 +84,7 @@ class RowReport:
 
 
 def overview(task: Reproduction, rows: Sequence[PaperRow]) -> str:
-    """A table's rows: what is published, what trains them, and what became of that."""
+    """A table's rows: published figures, configurations, and states of the runs."""
     table = task.table
     lines = [f"{table.title}; {task.scale.title}; in {task.folder}", ""]
     longest = max(len(row.model) for row in rows) + 7
@@ -109,7 +109,7 @@ def overview(task: Reproduction, rows: Sequence[PaperRow]) -> str:
 
 
 def collect(task: Reproduction, rows: Sequence[PaperRow]) -> list[RowReport]:
-    """Read what the runs of some rows of a table left.
+    """Read the results of the runs of some rows of a table.
 
     A run that cannot be read is a problem of its row.
     """
@@ -161,7 +161,7 @@ def _measure(table: PaperTable, report: RowReport, runs: Sequence[Run]) -> None:
 def _data_deviations(
     table: PaperTable, log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> list[str]:
-    """Other data than the published figures are from, by the numbers of images in the log."""
+    """Differences from the data of the published figures, by the numbers of images in the log."""
     found = []
     train = [line for line in log if line["mode"] == "train"]
     evaluated = [line for line in log if line["mode"] == "val"]

@@ -1,4 +1,4 @@
-"""One training of a study or of a published table: its files, who has it, what became of it."""
+"""One training run of a study or of a published table: its files, its lock and its state."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..errors import EXIT_INTERRUPTED, UserError
 
 __all__ = ["Jobs", "Run", "RunError", "State", "find_state", "locked", "reason", "record"]
 
-# What a tool says of a mistake; an exception. torchrun adds one of its own after either.
+# A tool's message about a mistake, or an exception. torchrun adds one of its own after either.
 _ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
 _EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)
 
 
 class RunError(UserError):
-    """A run cannot be started as things are."""
+    """A run cannot be started."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
         name: of its work directory.
         config: the configuration.
         options: ``a.b=value`` settings over the configuration's.
-        needs: a file of another run's work directory that must be there first.
+        needs: a file of another run's work directory that must exist first.
     """
 
     row: str
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """What the training says."""
+        """The training's output."""
         return self.work_dir / "output.txt"
 
     @property
@@ -70,13 +70,13 @@ class Run:
         return self.home / "launch" / "configs" / f"{self.name}{self.config.suffix}"
 
     def file(self, suffix: str) -> Path:
-        """What launching leaves: ``lock``, ``json`` (how it ended)."""
+        """A file that the launcher writes: ``lock``, ``json`` (how the run ended)."""
         return self.home / "launch" / f"{self.name}.{suffix}"
 
 
 @dataclass(frozen=True)
 class State:
-    """What became of a run.
+    """The state of a run.
 
     Attributes:
         kind: ``not run``, ``waits``, ``queued``, ``running``, ``interrupted``, ``failed``,
@@ -99,13 +99,13 @@ class State:
 
 @contextmanager
 def locked(run: Run) -> Iterator[int]:
-    """Hold a run; gives the descriptor, which a process that is started should inherit.
+    """Lock a run; yields the file descriptor, which a started process should inherit.
 
     The lock is the open file's: it is held until the last process that has it open ends, so that a
     training whose launcher was killed keeps it.
 
     Raises:
-        RunError: somebody else has it.
+        RunError: another process holds the lock.
     """
     path = run.file("lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _is_held(run: Run) -> bool:
 
 
 def record(run: Run, status: int, why: str = "") -> None:
-    """Remember how an attempt ended.
+    """Write down how an attempt ended.
 
     Args:
         run: the run.
@@ -156,15 +156,15 @@ def _recorded(run: Run) -> tuple[int | None, str]:
 
 
 def reason(log: Path, start: int = 0) -> str:
-    """What ended a process, by its output.
+    """The reason why a process ended, read from its output.
 
     Args:
         log: the output.
         start: bytes of earlier attempts.
 
     Returns:
-        The last line of a tool's that names a mistake, else an exception's, else the last line that
-        says anything.
+        The last line in which a tool names a mistake; else an exception's; else the last line that
+        is not empty.
     """
     try:
         with open(log, "rb") as file:
@@ -202,12 +202,12 @@ class Jobs:
         self._file.write_text(json.dumps(self._jobs, indent=1) + "\n")
 
     def output(self, run: Run) -> Path | None:
-        """What a run's last job wrote."""
+        """The output of a run's last job."""
         job = self._jobs.get(run.name)
         return None if job is None else self._file.parent / f"slurm-{job}.out"
 
     def state(self, run: Run) -> str:
-        """Slurm's word for a run's job; empty where the queue has none."""
+        """Slurm's state of a run's job; empty if it is not in the queue."""
         job = self._jobs.get(run.name)
         if job is None:
             return ""
@@ -220,7 +220,7 @@ def _queue(arrays: set[str]) -> dict[str, str]:
     """State by job, of those that are queued or running; empty where there is no slurm."""
     if shutil.which("squeue") is None:
         return {}
-    # -r: a line for every job of an array. Jobs that slurm has forgotten are an error.
+    # -r: one line for each job of an array. squeue fails for jobs that slurm no longer knows.
     command = ["squeue", "-h", "-r", "-o", "%i %T", "-j"]
     found: dict[str, str] = {}
     for array in arrays:
@@ -231,12 +231,12 @@ def _queue(arrays: set[str]) -> dict[str, str]:
 
 
 def find_state(run: Run, jobs: Jobs | None = None, *, ours: bool = False) -> State:
-    """What became of a run, by its files, its lock and the queue.
+    """The state of a run, from its files, its lock and the queue.
 
     Args:
         run: the run.
         jobs: of its folder; left out, they are read.
-        ours: this process holds the run's lock.
+        ours: whether this process holds the run's lock.
     """
     jobs = Jobs(run.home) if jobs is None else jobs
     epoch, epochs = _progress(run.work_dir)
@@ -278,7 +278,7 @@ def _progress(work_dir: Path) -> tuple[int, int]:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """A line of the log; empty where it was cut off in the writing."""
+    """A line of the log; empty if it was cut off while it was written."""
     try:
         found = json.loads(line)
     except ValueError:

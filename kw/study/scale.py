@@ -1,4 +1,4 @@
-"""A scale: how the recipe of every row of a published table is made smaller, in one file.
+"""A scale: one file that says how the recipe of every row of a published table is made smaller.
 
 A file of ``configs/scales`` holds rules; its head describes them. The published recipes themselves
 are the scale ``full``, which has none.
@@ -18,7 +18,7 @@ from ..errors import valid_names
 __all__ = ["FULL", "Scale", "epochs_scaled", "read_scale"]
 
 _RULE_KEYS = {"when", "set", "data"}
-# What recipes count in epochs.
+# Settings that recipes count in epochs.
 _IN_EPOCHS = ("schedule.warmup_epochs", "schedule.milestones", "temperature_epochs")
 
 
@@ -28,7 +28,7 @@ class Scale:
 
     Attributes:
         name: of its file.
-        title: what it does, for a reader of results.
+        title: what it does, for readers of the results.
         rules: in the order in which they set keys; each has ``when``, ``set`` and ``data`` of the
             file.
     """
@@ -38,7 +38,7 @@ class Scale:
     rules: tuple[Mapping[str, Any], ...] = ()
 
     def settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """What the rules set, by dotted key.
+        """The settings of the rules, by dotted key.
 
         Args:
             own: the row's own configuration by dotted key, and ``task``: ``"classification"`` or
@@ -48,7 +48,7 @@ class Scale:
         return {key: value for rule in rules for key, value in rule.get("set", {}).items()}
 
     def data(self, task: str) -> str | None:
-        """The set that is generated for a task where none is named; None: it has to be there."""
+        """The set generated for a task where none is named; None if it must exist already."""
         rules = [rule for rule in self.rules if _holds(rule, {"task": task})]
         named = [rule["data"] for rule in rules if rule.get("data")]
         return named[-1] if named else None
@@ -96,14 +96,14 @@ def read_scale(name: str, folder: Path) -> Scale:
 
 
 def epochs_scaled(own: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """What a recipe counts in epochs, for another number of them.
+    """The settings that a recipe counts in epochs, for another number of epochs.
 
     Args:
         own: the recipe by dotted key.
         epochs: the new number.
 
     Returns:
-        Warm-up, annealing and milestones that keep their share of the run, by dotted key.
+        Warm-up, annealing and milestones at the same share of the run, by dotted key.
     """
     share = epochs / own["epochs"]
     scaled: dict[str, Any] = {}

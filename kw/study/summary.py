@@ -1,6 +1,6 @@
-"""What the runs of a study came to: a summary small enough to keep, and its table and curves.
+"""The results of a study's runs: a summary small enough to commit, its table and its curves.
 
-A summary is JSON with all that a page says of the study, so that no figure is typed by hand::
+A summary is JSON with everything that a page says about the study; no figure is typed by hand::
 
     {"study": name, "command": ..., "machine": {...}, "versions": {...}, "code": {...},
      "options": [settings over the rows' own], "images": test images,
@@ -44,7 +44,7 @@ STARTED = "study.json"
 
 
 def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
-    """What the work directory of a finished run says.
+    """The results in the work directory of a finished run.
 
     Returns:
         ``row``, ``seed``, ``params``, ``epochs``, ``top1``, ``top5`` and ``loss`` of the last
@@ -91,10 +91,10 @@ def _short(value: float | None) -> float | None:
 
 
 def read_started(folder: Path) -> dict[str, Any]:
-    """What was noted when the runs of a folder were started: command, machine, versions, code.
+    """The record of the start of a folder's runs: command, machine, versions, code.
 
     Raises:
-        ReportError: nothing was.
+        ReportError: there is no record.
     """
     path = folder / STARTED
     try:
@@ -235,7 +235,7 @@ def _mean(runs: Sequence[Summary], key: str) -> float:
 
 
 def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
-    """A page with every study's part made anew, between the lines that mark it.
+    """A page with every study's part written again, between the lines that mark it.
 
     Args:
         text: the page; ``<!-- study NAME: begin -->`` and ``<!-- study NAME: end -->`` mark a part.
@@ -254,7 +254,7 @@ def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
 
 
 def describe_study(summary: Summary) -> str:
-    """How many runs and images a study's table stands on, and how far chance goes in it."""
+    """The numbers of runs and images behind a study's table, and its statistical error."""
     runs, images = summary["runs"], summary["images"]
     rows = len({run["row"] for run in runs})
     error = binomial_error(_mean(runs, "top1"), images)

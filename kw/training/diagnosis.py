@@ -1,4 +1,4 @@
-"""Where values stop being finite: one forward and backward pass of given batches, watched."""
+"""Find the layer where values stop being finite, in one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_origin(
     found: list[str] = []
     try:
         for batch in batches:
-            # All of them, whatever is found: layers may communicate, and other processes with them.
+            # Every batch, also after a finding: layers may communicate with other processes.
             watch = _Watch(network)
             with uncompiled(network), watch.hooked():
                 found += _pass(model, network, batch, context, watch)
@@ -71,7 +71,7 @@ def _pass(
             named = [name for name in bad if name != "loss"] or bad
             watch.forward = f"{', '.join(named)}: every layer's output is finite"
     named_parameters = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-    # Not loss.backward(): gradients of parameters are none of this function's to write.
+    # Not loss.backward(), which would write the gradients of parameters.
     gradients = torch.autograd.grad(
         losses["loss"], [p for _, p in named_parameters], allow_unused=True
     )
@@ -86,7 +86,7 @@ def _pass(
 
 
 class _Watch:
-    """What was seen of one pass of a network."""
+    """Observations of one pass through a network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.forward: str | None = None
@@ -97,7 +97,7 @@ class _Watch:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Inside, every layer is watched."""
+        """Watch every layer inside the context."""
         handles = []
         for module in self._names:
             handles.append(module.register_forward_pre_hook(self._entered, with_kwargs=True))
@@ -136,7 +136,7 @@ class _Watch:
         self._follow("output", layer, tensors)
 
     def first_gradient(self) -> str:
-        """Where the backward pass went wrong."""
+        """The layer in which the backward pass first gives values that are not finite."""
         place, layer, tensor = self.gradients[0]
         # A tensor is one layer's output and others' input, through containers and layers that do
         # nothing: the last that took it is the one that sent its gradient back.

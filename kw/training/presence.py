@@ -64,7 +64,7 @@ class Beat:
         return self.state not in (_RUNNING, _WAITS)
 
     def fault(self, age: float, role: str = "") -> str:
-        """What is said of a process whose last heartbeat is ``age`` seconds old."""
+        """The message about a process whose last heartbeat is ``age`` seconds old."""
         how = f"is dead or stopped: last heard from {_seconds(age)} ago"
         if self.has_left:
             how = f"{self.state}, {_seconds(age)} ago"
@@ -149,7 +149,7 @@ class Presence:
         self.timeout = timeout.total_seconds()
         self.keeper = keeper
         self.interval = min(1.0, self.timeout / 10)
-        # As long as this, a heartbeat may fail to come under load.
+        # Under load a heartbeat may be late by as much.
         self.patience = max(1.0, 3 * self.interval)
         self.log: Path | None = None
         self._store = dist.PrefixStore("presence", store)
@@ -166,7 +166,7 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
     def at(self, place: str) -> None:
-        """Note where this process is."""
+        """Set the place of this process."""
         self._place = (self._place[0] + 1, place, time.monotonic())
 
     def join(self) -> None:
@@ -195,7 +195,7 @@ class Presence:
         self._thread.start()
 
     def explain(self, error: BaseException) -> str | None:
-        """Name the missing processes after a collective call failed; None if it is no one's fault.
+        """Name the missing processes after a collective call failed; None if no process is missing.
 
         All surviving processes give the same names: the first one that knows writes them.
         """
@@ -242,12 +242,12 @@ class Presence:
             self._keep_store(self.world_size)
         except (RuntimeError, OSError):  # the store is gone
             self._known.set()
-            # After a keeper's good end nothing keeps the others for long.
+            # After the keeper has ended normally the others do not wait for long.
             if self._missing is None and not self._out.wait(self.timeout):
                 self._end(self._without_store(self._place[1]))
 
     def _reach(self) -> dist.Store:
-        """The store. PyTorch writes a C++ traceback when it finds it gone: look before.
+        """The store. PyTorch prints a C++ traceback if it is gone, so this is checked before.
 
         Raises:
             ConnectionError: it is gone.
@@ -279,13 +279,13 @@ class Presence:
                 self._kept = beat, time.monotonic()
 
     def _learns(self) -> bool:
-        """Whether some process has found out who is missing."""
+        """Whether some process has found the missing ranks."""
         if self._reach().check(["missing"]):
             self._agree({})
         return self._missing is not None
 
     def _agree(self, found: Mapping[int, str]) -> dict[int, str]:
-        """What the first process that knew has found; this one's findings if it is the first."""
+        """The findings of the first process that has any; this process's if it is the first."""
         answer = json.loads(self._reach().compare_set("missing", "", json.dumps(found)))
         self._missing = {int(rank): said for rank, said in answer.items()}
         return self._missing
