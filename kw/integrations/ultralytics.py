@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import say
-from ..warehouse import KWLayer, Warehouse
+from ..warehouse import KWConv2d, KWLayer, Warehouse
 from ..warehouse.attention import KernelAttention
 from .core import Recipe, plans_of, repeat
 
@@ -47,12 +47,18 @@ __all__ = [
 ]
 
 _VARIABLE = "KW_ULTRALYTICS_RECIPE"
-_MARK = ", converted by kernelwarehouse: give train() the trainer of kw (its docs, ultralytics)"
+# Ends the first name in a converted network's yaml, so that a trainer that would build the static
+# network from it, and load what fits, stops at this message.
+_MARK = " of a converted network: use train(trainer=kw.integrations.ultralytics.trainer(), ...)"
 
 
 class DynamicConv(nn.Module):
     """A ``Conv`` whose convolution is dynamic. It is not a ``Conv``, because ``fuse()`` would merge
     the normalisation of one into its weight, and this kernel is another for every image."""
+
+    conv: nn.Module
+    bn: nn.Module
+    act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, H', W']``."""
@@ -60,17 +66,17 @@ class DynamicConv(nn.Module):
         return y
 
 
-def _count(layer: KWLayer, _inputs: Any, output: Tensor) -> None:
-    """Multiply-adds for Ultralytics' GFLOPs: assembling the kernels, and the convolution."""
+def _count(layer: KWConv2d, _inputs: Any, output: Tensor) -> None:
+    """Multiply-adds, for the GFLOPs that Ultralytics prints: of assembly and convolution."""
     kernel = torch.Size(layer.partition.kernel_shape).numel()
     each = layer.warehouse.partition.cells + output[0, 0].numel()
     layer.total_ops += len(output) * kernel * each
 
 
-register_hooks[KWLayer] = _count
+register_hooks[KWConv2d] = _count
 
 
-def _static(model: nn.Module, freeze: Any) -> str:
+def _static(model: Any, freeze: Any) -> str:
     """A pattern for the names of layers that stay static: of the head, which depends on the
     classes; of frozen modules; and of modules whose kernels ``fuse()`` adds."""
     last = len(model.model) - 1
@@ -150,7 +156,7 @@ class _Dynamic(BaseTrainer):
         model.yaml["backbone"][0][2] += _MARK
         return model
 
-    def _go_on(self, model: nn.Module, weights: nn.Module, plans: list[dict[str, Any]]) -> None:
+    def _go_on(self, model: Any, weights: nn.Module, plans: list[dict[str, Any]]) -> None:
         """Convert a static network as another one was, and give it that one's weights."""
         if self.resume:
             self.recipe = Recipe(**getattr(weights, "kw_recipe", {}))
@@ -244,5 +250,5 @@ def _of_task(
 ) -> BaseTrainer:
     task = (overrides or {}).get("task")
     if task not in _TRAINERS:
-        raise ValueError(f"task {task!r} has no dynamic trainer; those for {', '.join(_TRAINERS)} do")
+        raise ValueError(f"task {task!r} has no dynamic trainer; {', '.join(_TRAINERS)} have")
     return _TRAINERS[task](cfg, overrides, _callbacks, recipe)
