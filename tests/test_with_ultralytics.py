@@ -373,15 +373,22 @@ def test_bad_settings(host, trainer_of):
         trainer_of(recipe=host.trainer(plan)).get_model(YAMLS["detect"], verbose=False)
 
 
-def test_frozen_modules_and_merged_kernels_stay_static(trainer_of):
+def test_frozen_modules_stay_static(trainer_of):
     model = trainer_of(freeze=10).get_model(YAMLS["detect"], verbose=False)
     places = {int(name.split(".")[1]) for name in dynamic_names(model)}
     assert places == {10, 13, 16, 17, 19, 20, 22}  # the others have no layers
-    model = trainer_of().get_model("yolov9t.yaml", verbose=False)  # RepConv adds two kernels
-    assert "RepConv" in {type(module).__name__ for module in model.modules()}
-    images = torch.rand(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolov10n", "yolo26n"])
+def test_other_families_fuse(name, trainer_of):
+    """YOLOv9 and v10 have modules whose kernels are added up, which have to stay static."""
+    model = make_dynamic(trainer_of().get_model(f"{name}.yaml", verbose=False))
+    assert len(dynamic_names(model)) > 40
+    images = torch.rand(2, 3, 64, 64)
     expected = outputs(model, images)
-    torch.testing.assert_close(outputs(model.fuse(verbose=False), images), expected)
+    torch.testing.assert_close(
+        outputs(model.fuse(verbose=False), images), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_the_gflops_count_dynamic_layers(trainer_of):
@@ -492,14 +499,15 @@ def test_an_exported_classifier_predicts_alike(trained, place, data):
 def test_without_ultralytics_the_import_says_which_works(missing, monkeypatch):
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"needs Ultralytics 8\.4 .*ultralytics==8\.4\.190"):
+    with pytest.raises(ImportError, match=r"needs Ultralytics 8\.4.*'ultralytics>=8\.4\.190"):
         importlib.import_module(MODULE)
 
 
-def test_another_version_is_refused(host, monkeypatch):
+@pytest.mark.parametrize("version", ["8.3.250", "8.4.100", "8.5.0"])
+def test_another_version_is_refused(version, host, monkeypatch):
     import ultralytics
 
-    monkeypatch.setattr(ultralytics, "__version__", "8.3.40")
+    monkeypatch.setattr(ultralytics, "__version__", version)
     monkeypatch.delitem(sys.modules, MODULE)
-    with pytest.raises(ImportError, match=r"8\.4\.190.*this is 8\.3\.40"):
+    with pytest.raises(ImportError, match=rf"8\.4\.190.*this is {version}"):
         importlib.import_module(MODULE)

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import say
-from ..warehouse import KWConv2d, KWLayer, Warehouse
+from ..warehouse import KWConv2d, KWLayer, Plan, Warehouse
 from ..warehouse.attention import KernelAttention
 from .core import Recipe, plans_of, repeat
 
-_NEEDS = "kw.integrations.ultralytics needs Ultralytics 8.4 (8.4.190 was tested: pip install "
+_NEEDS = (
+    "kw.integrations.ultralytics needs Ultralytics 8.4, from 8.4.190 on: pip install "
+    "'ultralytics>=8.4.190,<8.5'"
+)
 try:
     from thop.profile import register_hooks
     from ultralytics import __version__
@@ -32,10 +35,11 @@ try:
     from ultralytics.nn.modules import Classify, Conv, DWConv, RepConv
     from ultralytics.nn.modules.block import RepVGGDW
     from ultralytics.utils import DEFAULT_CFG
+    from ultralytics.utils.torch_utils import unwrap_model
 except ImportError as error:
-    raise ImportError(f"{_NEEDS}ultralytics==8.4.190); {type(error).__name__}: {error}") from error
-if not __version__.startswith("8.4."):
-    raise ImportError(f"{_NEEDS}ultralytics==8.4.190); this is {__version__}")
+    raise ImportError(f"{_NEEDS}; {type(error).__name__}: {error}") from error
+if not (8, 4, 190) <= tuple(map(int, re.findall(r"\d+", __version__)[:3])) < (8, 5):
+    raise ImportError(f"{_NEEDS}; this is {__version__}")
 
 __all__ = [
     "ClassificationTrainer",
@@ -183,7 +187,9 @@ class _Dynamic(BaseTrainer):
             # Equal in both before an update: the average, which averages it too, then has it after.
             done = self.epoch + self._batch / len(self.train_loader)
             if self.recipe.anneal or not self._batch:
-                self.recipe.set_temperature(done, self.model, self.ema.ema if self.ema else None)
+                network = unwrap_model(self.model)
+                network = getattr(network, "student_model", network)  # a teacher keeps its own
+                self.recipe.set_temperature(done, network, self.ema.ema if self.ema else None)
             self._batch += 1
         super().run_callbacks(event)
 
@@ -242,6 +248,7 @@ def trainer(
     Raises:
         ValueError: settings that contradict each other; later, a task without a trainer.
     """
+    plan = plan.to_mapping() if isinstance(plan, Plan) else plan
     return functools.partial(_of_task, Recipe(plan, settings, anneal))
 
 
