@@ -310,6 +310,17 @@ def test_muon_and_fast_biases_leave_attention_alone(trainer_of, capsys):
         assert groups["model.0.bn.bias"]["param_group"] == "bias"
 
 
+def test_a_teacher_keeps_its_temperature(host, trainer_of):
+    trainer = trainer_of("classify", recipe=host.trainer(anneal=1))
+    networks = [trainer.get_model(YAMLS["classify"], verbose=False) for _ in range(2)]
+    trainer.model = nn.Module()  # as Ultralytics wraps them for distillation
+    trainer.model.student_model, trainer.model.teacher_model = networks
+    trainer.epoch, trainer.train_loader = 0, range(4)
+    for event in ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_start"):
+        trainer.run_callbacks(event)
+    assert list(map(kw.get_temperature, networks)) == [0.75, 0]
+
+
 def test_one_image_of_changing_size(host, options):
     from ultralytics import YOLO
 
