@@ -66,6 +66,14 @@ def test_stages_hand_over():
     assert report.converted == 6
 
 
+def test_layers_stay_static_on_request():
+    report = report_of(Net(nn.ConvTranspose2d(128, 128, 1)), static=r"stage1\.\d|tested")
+    assert report.warehouses == {**STAGES, "stage1_dense": ["stage2.0"]}
+    asked = {name for name, reason in report.left.items() if reason == "as asked"}
+    assert asked == {"tested", "stage1.0", "stage1.1", "stage1.2"}
+    assert report.refused == {}
+
+
 @pytest.mark.parametrize(
     ("layer", "warehouse"),
     [

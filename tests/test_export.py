@@ -356,10 +356,10 @@ each_kind = pytest.mark.parametrize(
 @each_kind
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_a_trace_takes_any_number_of_images(name: str, batch: int) -> None:
+def test_a_trace_takes_images_of_any_number_and_size(name: str, batch: int) -> None:
     network = dynamic_network(name)
     traced = torch.jit.trace(network, torch.randn(batch, 3, 64, 64), check_trace=False)
-    for images in (torch.randn(1, 3, 64, 64), torch.randn(3, 3, 64, 64)):
+    for images in (torch.randn(1, 3, 64, 64), torch.randn(3, 3, 96, 80)):
         torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-5)
 
 
@@ -386,14 +386,14 @@ def test_a_users_own_onnx_export_takes_any_number_of_images(
     network, path = dynamic_network(name), tmp_path / "network.onnx"
     images = torch.randn(batch, 3, 64, 64)
     if way == "traced":
-        axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+        axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch", 2: "h", 3: "w"}}}
         torch.onnx.export(network, (images,), path, dynamo=False, **axes)
     else:
         shapes = ({0: torch.export.Dim.DYNAMIC},)
         torch.onnx.export(network, (images,), path, dynamo=True, dynamic_shapes=shapes)
     session = runtime.InferenceSession(path)
     for count in (1, 2, 3):
-        images = torch.randn(count, 3, 64, 64)
+        images = torch.randn(count, 3, 64, 64 + 16 * count if way == "traced" else 64)
         (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), network(images), rtol=1e-4, atol=1e-5)
 

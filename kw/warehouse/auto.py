@@ -68,7 +68,7 @@ class AutoReport:
 
 
 def auto_plan(
-    model: nn.Module, example_input: Any = None, **settings: Any
+    model: nn.Module, example_input: Any = None, *, static: str = "", **settings: Any
 ) -> tuple[Plan, AutoReport]:
     """Derive which layers of a network share which warehouse.
 
@@ -77,6 +77,7 @@ def auto_plan(
         example_input: a batch of at least two samples of real size: a tensor, or a tuple or mapping
             of arguments of ``forward``. Default: images of the size in the model's
             ``pretrained_cfg`` (timm), else of 3 x 224 x 224.
+        static: a regular expression; layers whose whole names match it stay static.
         **settings: :class:`WarehouseSettings` of all warehouses. Unless ``norm`` is given, it is
             ``"batch"`` for networks with BatchNorm and ``"layer"`` for others.
 
@@ -92,6 +93,12 @@ def auto_plan(
     resolved = WarehouseSettings(norm=norm).with_overrides(settings, "auto")
     report = AutoReport()
     layers = _usable_layers(model, example_input, report)
+    asked = {*report.refused, *report.left, *(layer.shape.name for layer in layers)}
+    asked = {name for name in asked if re.fullmatch(static, name)}
+    for name in asked:
+        report.refused.pop(name, None)
+        report.left[name] = "as asked"
+    layers = [layer for layer in layers if layer.shape.name not in asked]
     warehouses, rest = share(layers, resolved)
     report.warehouses.update(warehouses)
     report.left.update(rest)

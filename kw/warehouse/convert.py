@@ -69,7 +69,8 @@ def convert(
             few hundred images do. Below a budget of 1 the errors of the kernels are then weighted
             by how large the layers' input channels are.
         announce: whether to log that line.
-        **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``.
+        **overrides: settings in place of the plan's, e.g. ``cell_num_ratio=4``; for ``"auto"`` also
+            ``static``.
 
     Returns:
         ``model``.

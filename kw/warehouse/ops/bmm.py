@@ -51,7 +51,7 @@ from .pointwise import (
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
-__all__ = ["Bmm", "conv_bmm", "unfold_taps"]
+__all__ = ["Bmm", "conv_bmm", "to_space", "unfold_taps"]
 
 LEAST_ROWS = 32
 
@@ -73,7 +73,13 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     grid = blocks.unflatten(2, (part.cell_out, -1)).unflatten(1, part.grid)
     kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, g O, I K]
     y = kernels.unflatten(1, (groups, -1)) @ columns  # [B, g, O, P]
-    return y.flatten(1, 2).unflatten(2, size)  # [B, g O, *output size]
+    return to_space(y.flatten(1, 2), spec, size)  # [B, g O, *output size]
+
+
+def to_space(y: Tensor, spec: ConvSpec, size: torch.Size) -> Tensor:
+    """``[B, O, P]`` -> ``[B, O, *size]``. ``torch.jit.trace`` fixes sizes that unflatten gets."""
+    tracing = torch.jit.is_tracing()
+    return y.reshape(-1, spec.out_channels, *size) if tracing else y.unflatten(2, size)
 
 
 def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...torch_private import scan
 from .assembly import assemble
-from .bmm import conv_bmm, unfold_taps
+from .bmm import conv_bmm, to_space, unfold_taps
 from .grouped import conv_grouped
 from .spec import ConvSpec
 
@@ -99,7 +99,7 @@ def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tens
         # With an example of one image, torch 2.15 fixes an open batch to 1 behind a product that
         # broadcasts.
         y = torch.bmm(shared.expand(columns.shape[0], -1, -1), columns)
-    return y.unflatten(0, (-1, out_blocks)).flatten(1, 2).unflatten(2, size)
+    return to_space(y.unflatten(0, (-1, out_blocks)).flatten(1, 2), spec, size)
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
