@@ -185,14 +185,25 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     description = replace(source.description, config=_without_places(source.description.config))
     title = split_name(plan.name)[0].rpartition("/")[2]
     source = Source(source.network, replace(description, model=title), notes)
-    written = export(source, folder / WEIGHTS, Options(plan.precision))
-    written.card.unlink()
+    written = export(source, folder / WEIGHTS, Options(plan.precision), with_card=False)
     os.replace(written.path, folder / WEIGHTS)
     (folder / SETTINGS).write_text(to_yaml(description.config), "utf-8")
 
     config, network = description.config, source.network
     data, settings = config.data, network.pretrained_cfg
-    name, arguments = _architecture(folder / WEIGHTS, description)
+    images = {
+        "input_size": [data.channels, *data.shape],
+        "fixed_input_size": bool(settings.get("fixed_input_size")),
+        "interpolation": data.interpolation,
+        "crop_pct": data.test_crop_ratio,
+        "crop_mode": "center",
+        "mean": data.mean,
+        "std": data.std,
+        "num_classes": config.model.num_classes,
+        "first_conv": settings.get("first_conv"),
+        "classifier": settings.get("classifier"),
+    }
+    name, arguments = _architecture(folder / WEIGHTS, description, images)
     needs_us = name == "kernelwarehouse" or name.startswith("kw_")
     content: dict[str, Any] = {
         "architecture": name,
@@ -200,18 +211,7 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
         "num_features": network.num_features,
         "label_names": description.classes,
         "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [data.channels, *data.shape],
-            "fixed_input_size": bool(settings.get("fixed_input_size")),
-            "interpolation": data.interpolation,
-            "crop_pct": data.test_crop_ratio,
-            "crop_mode": "center",
-            "mean": data.mean,
-            "std": data.std,
-            "num_classes": config.model.num_classes,
-            "first_conv": settings.get("first_conv"),
-            "classifier": settings.get("classifier"),
-        },
+        "pretrained_cfg": images,
         "kernelwarehouse": {
             "task": "classification",
             "several_classes": config.several_classes,
@@ -230,7 +230,9 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     return content, card(title, WEIGHTS, source, written.input, written.random, None, use), notes
 
 
-def _architecture(file: Path, description: Description) -> tuple[str, dict[str, Any]]:
+def _architecture(
+    file: Path, description: Description, settings: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The name and arguments with which timm makes this network, tried: the first that loads the
     file and computes the same."""
     model = description.config.model
@@ -240,7 +242,7 @@ def _architecture(file: Path, description: Description) -> tuple[str, dict[str, 
             made = timm.create_model(
                 name,
                 pretrained=True,
-                pretrained_cfg_overlay={"file": str(file)},
+                pretrained_cfg={**settings, "file": str(file)},
                 num_classes=model.num_classes,
                 **arguments,
             )
