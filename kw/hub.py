@@ -42,7 +42,6 @@ DATA = (CONFIG, WEIGHTS, CARD, SETTINGS, RESULTS)
 """The files of a repository that are read."""
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
-_LIBRARY = {"library_name": "kernelwarehouse", "library_version": __version__}
 
 
 class HubError(UserError):
@@ -137,7 +136,8 @@ def fetch(
                 revision=revision,
                 allow_patterns=list(files),
                 cache_dir=cache_dir,
-                **_LIBRARY,
+                library_name="kernelwarehouse",
+                library_version=__version__,
             )
         )
     ours: Any = {}

@@ -9,6 +9,7 @@ Files of the same names there are replaced, and nothing is deleted. Log in with 
 set HF_TOKEN (docs/hub.md).
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -47,7 +48,9 @@ def main() -> None:
     from ..deploy.publish import Plan, publish, write_folder
     from ..hub import split_name
 
-    name = args.name or f"user/{Path(args.run).absolute().name.removesuffix('.pth')}"
+    run = Path(args.run).absolute()
+    own = (run.parent if run.suffix == ".pth" else run).name
+    name = args.name or f"user/{re.sub(r'[^A-Za-z0-9_.-]', '-', own)}"
     repository, branch = split_name(name)
     name = repository if branch is None else f"{repository}@{branch}"
     plan = Plan(name, args.weights, args.precision, args.license)

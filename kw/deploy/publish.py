@@ -182,6 +182,8 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     source = read_source(run, weights=plan.weights)
     path = str(trained_file(run))
     notes = [note.replace(path, Path(path).name) for note in source.notes]
+    if modules := source.description.config.custom_imports:
+        notes.append(f"import {', '.join(modules)} first, which its configuration names")
     description = replace(source.description, config=_without_places(source.description.config))
     title = split_name(plan.name)[0].rpartition("/")[2]
     source = Source(source.network, replace(description, model=title), notes)
@@ -189,8 +191,9 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     os.replace(written.path, folder / WEIGHTS)
     (folder / SETTINGS).write_text(to_yaml(description.config), "utf-8")
 
-    config, network = description.config, source.network
-    data, settings = config.data, network.pretrained_cfg
+    config, data = description.config, description.config.data
+    network: Any = source.network
+    settings = network.pretrained_cfg
     images = {
         "input_size": [data.channels, *data.shape],
         "fixed_input_size": bool(settings.get("fixed_input_size")),
@@ -279,7 +282,7 @@ def _without_places(config: Config) -> Config:
     return replace(
         config,
         model=without_sources(config.model),
-        data=replace(config.data, root=Path(config.data.root).name or "data", dataset_args={}),
+        data=replace(config.data, root=Path(config.data.root).name or "data"),
         distillation=teacher,
         loggers={},
         custom_imports=[],

@@ -43,7 +43,9 @@ def write_detector(
     file = trained_file(run)
     chosen, state = choose_weights(load_checkpoint(file), file, plan.weights)
     trained = load(run)
-    tensors = {k: v.clone().contiguous() for k, v in cast(state, DTYPES[plan.precision]).items()}
+    tensors = {
+        k: v.clone().contiguous() for k, v in cast(dict(state), DTYPES[plan.precision]).items()
+    }
     header = {"classes": json.dumps(trained.classes, ensure_ascii=False)}
     save_file(tensors, folder / WEIGHTS, header)
     shutil.copyfile(program, folder / PROGRAM)
