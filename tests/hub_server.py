@@ -53,6 +53,12 @@ class Hub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def put(self, name: str, files: dict[str, bytes]) -> Repository:
+        """A repository with these files."""
+        self.repositories[name] = repository = Repository()
+        repository.commit("main", files, "put")
+        return repository
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: Hub

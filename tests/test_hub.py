@@ -6,7 +6,8 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,35 @@ import timm
 import torch
 from breadth import breadth
 from deployment import CLASSES, SETTINGS, write_checkpoint
-from hub_server import TOKEN, Hub, Repository, running_hub
-from huggingface_hub import ModelCard, constants
+from hub_server import Hub
+from huggingface_hub import ModelCard, constants, snapshot_download
 from PIL import Image
+from safetensors.torch import save
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import kw
 from kw.config import config_from_mapping
+from kw.deploy import read_source
 from kw.deploy.publish import Plan, publish, write_folder
+from kw.deploy.weights import write_weights
 from kw.errors import UserError
 from kw.hub import is_hub_name, split_name
 from kw.models.build import start_network
+from kw.models.paper_models import PAPER_MODELS
 from kw.training.checkpoint import load_checkpoint
 
 FILES = ["README.md", "config.json", "config.yaml", "model.safetensors", "results.json"]
 Tool = Callable[..., None]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, which huggingface_hub takes for the hub, and a cache of its own."""
-    with running_hub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
+Files = dict[str, bytes]
 
 
 def settings_with(**groups: Any) -> dict[str, Any]:
     settings = copy.deepcopy(SETTINGS)
     for name, values in groups.items():
-        settings[name] = {**settings.get(name, {}), **values}
+        is_group = isinstance(values, dict)
+        settings[name] = {**settings.get(name, {}), **values} if is_group else values
     return settings
 
 
@@ -68,17 +63,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The files of the run's repository."""
     folder = tmp_path_factory.mktemp("published")
     write_folder(run, folder, Plan("me/tiny"))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def put(hub: Hub, name: str, files: dict[str, bytes]) -> Repository:
-    hub.repositories[name] = Repository()
-    hub.repositories[name].commit("main", files, "put")
-    return hub.repositories[name]
 
 
 def noise(classifier: Any, batch: int = 2) -> Tensor:
@@ -121,9 +110,9 @@ def test_push_load_and_pull(
 
 
 def test_what_is_replaced_is_said_and_nothing_deleted(
-    hub: Hub, run: Path, published: dict[str, bytes], tmp_path: Path
+    hub: Hub, run: Path, published: Files, tmp_path: Path
 ) -> None:
-    repository = put(hub, "me/tiny", {"README.md": b"mine", "notes.txt": b"kept"})
+    repository = hub.put("me/tiny", {"README.md": b"mine", "notes.txt": b"kept"})
     before = repository.branches["main"]
     said = publish_files(published, tmp_path / "one", Plan("me/tiny"))
     assert f"replaced README.md; as they were: me/tiny@{before}" in said
@@ -153,26 +142,21 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
         publish(tmp_path / "one", Plan("me/tiny"), private=True)
 
 
-def publish_files(files: dict[str, bytes], folder: Path, plan: Plan) -> str:
+def publish_files(files: Files, folder: Path, plan: Plan) -> str:
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return publish(folder, plan)
 
 
+QUARTER = PAPER_MODELS["kw_resnet18_1d4x"]
 # Settings of the run, and the architecture that config.json has.
 NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
     "of the papers": (
         {
             "model": {
                 "timm_args": {"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]},
-                "kernel_warehouse": {
-                    "plan": "resnet18",
-                    "cell_num_ratio": 0.25,
-                    "cell_inplane_ratio": 0.5,
-                    "cell_outplane_ratio": 0.5,
-                    "start": "paper",
-                },
+                "kernel_warehouse": {"plan": "resnet18", "start": "paper", **QUARTER.settings},
             }
         },
         "kw_resnet18_1d4x",
@@ -196,7 +180,8 @@ NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
                 "kernel_warehouse": None,
                 "peer": {"method": "dyconv", "kernels": 2},
                 "stem": {"stride": 2},
-            }
+            },
+            "custom_imports": ["hub_server"],
         },
         "kernelwarehouse",
     ),
@@ -214,7 +199,10 @@ def test_timm_loads_every_classifier(hub: Hub, kind: str, tmp_path: Path) -> Non
     run = tmp_path / "run"
     run.mkdir()
     write_checkpoint(run / "best.pth", settings)
-    write_folder(run, tmp_path / "out", Plan("me/net"))
+    notes = write_folder(run, tmp_path / "out", Plan("me/net"))
+    needs = "import hub_server first, which its configuration names"
+    assert (needs in notes) == ("custom_imports" in changes)
+    assert (needs in (tmp_path / "out/README.md").read_text()) == (needs in notes)
     content = json.loads((tmp_path / "out/config.json").read_text())
     assert content["architecture"] == architecture
     assert content["label_names"] == CLASSES
@@ -244,9 +232,9 @@ def test_timm_loads_every_classifier(hub: Hub, kind: str, tmp_path: Path) -> Non
 
 
 def test_without_network(
-    hub: Hub, published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Hub, published: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    put(hub, "me/tiny", published)
+    hub.put("me/tiny", published)
     images = noise(online := kw.load("hf-hub:me/tiny"))
     asked = len(hub.asked)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -264,20 +252,14 @@ def test_without_network(
 
 
 def test_other_repositories_are_answered(
-    hub: Hub, published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Hub, published: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    put(hub, "me/tiny", published)
-    torch.save({"state_dict": {}}, tmp_path / "x.pth")
-    put(hub, "me/pickles", {"pytorch_model.bin": (tmp_path / "x.pth").read_bytes()})
-    static = timm.create_model("test_resnet").state_dict()
-    (tmp_path / "static").mkdir()
-    from safetensors.torch import save_file
-
-    save_file(static, tmp_path / "static/model.safetensors")
-    weights = (tmp_path / "static/model.safetensors").read_bytes()
-    put(hub, "me/timms", {"model.safetensors": weights, "config.json": b'{"architecture": "x"}'})
-    put(hub, "me/mixed", {**published, "model.safetensors": weights})
-    put(hub, "me/broken", {**published, "config.json": b"[1"})
+    hub.put("me/tiny", published)
+    hub.put("me/pickles", {"pytorch_model.bin": b"any"})
+    weights = save(timm.create_model("test_resnet").state_dict())
+    hub.put("me/timms", {"model.safetensors": weights, "config.json": b'{"architecture": "x"}'})
+    hub.put("me/mixed", {**published, "model.safetensors": weights})
+    hub.put("me/broken", {**published, "config.json": b"[1"})
     for name, words in {
         "me/none": "no such repository.*hf auth login",
         "me/tiny@none": "no such revision",
@@ -313,21 +295,14 @@ class Trap:
 
 
 def test_no_program_and_no_pickle_of_a_repository_runs(
-    hub: Hub,
-    published: dict[str, bytes],
-    images: Path,
-    tool: Tool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    hub: Hub, published: Files, images: Path, tool: Tool, tmp_path: Path, capsys: Any
 ) -> None:
     """Not even where another program has brought them into the cache."""
-    from huggingface_hub import snapshot_download
-
     sprung = tmp_path / "sprung"
     program = f"open({str(sprung)!r}, 'w')\n".encode()
     pickled = pickle.dumps(Trap(sprung))
     files = {"config.py": program, "best.pth": pickled, "pytorch_model.bin": pickled}
-    put(hub, "me/trap", {**published, **files})
+    hub.put("me/trap", {**published, **files})
     assert (Path(snapshot_download("me/trap")) / "config.py").is_file()
     picture = next((images / "val").rglob("*.png"))
     kw.load("hf-hub:me/trap")
@@ -341,7 +316,7 @@ def test_no_program_and_no_pickle_of_a_repository_runs(
     # A detector is nothing without its program.
     content = json.loads(published["config.json"])
     content["kernelwarehouse"]["task"] = "detection"
-    put(hub, "me/detector", {**published, **files, "config.json": json.dumps(content).encode()})
+    hub.put("me/detector", {**published, **files, "config.json": json.dumps(content).encode()})
     with pytest.raises(UserError, match=r"a detector.*kw pull me/detector FOLDER --allow-code"):
         kw.load("hf-hub:me/detector")
     tool("kw pull", "me/detector", tmp_path / "detector")
@@ -354,15 +329,10 @@ def test_no_program_and_no_pickle_of_a_repository_runs(
 
 
 def test_a_name_stands_for_a_run(
-    hub: Hub,
-    run: Path,
-    published: dict[str, bytes],
-    images: Path,
-    tool: Tool,
-    tmp_path: Path,
+    hub: Hub, run: Path, published: Files, images: Path, tool: Tool, tmp_path: Path
 ) -> None:
     """kw test, predict and export give what they give for the run; training starts from it."""
-    put(hub, "me/tiny", published)
+    hub.put("me/tiny", published)
     where = f"data.root={images}", "data.workers=0"
     tool("kw test", "hf-hub:me/tiny", "--cfg-options", *where, "--json", tmp_path / "hub.json")
     tool("kw predict", "hf-hub:me/tiny", images / "val", "--json", tmp_path / "found.json")
@@ -386,37 +356,22 @@ def test_a_name_stands_for_a_run(
     assert all(torch.equal(start[k], state[k]) for k in state if not k.startswith("fc."))
 
 
+def test_places_of_first_weights_are_not_looked_for(run: Path, tmp_path: Path) -> None:
+    source = read_source(run)
+    about, model = source.description, source.description.config.model
+    wrong = {"checkpoint_path": "/none", "pretrained": True}
+    model = replace(model, weights="/none.pth", timm_args={**model.timm_args, **wrong})
+    about = replace(about, config=replace(about.config, model=model))
+    file = write_weights(source.network.state_dict(), about, tmp_path / "x.safetensors")
+    images = noise(kw.load(run))
+    assert torch.equal(kw.load(file)(images), kw.load(run)(images))
+    content = {**SETTINGS["model"], "timm_args": {**SETTINGS["model"]["timm_args"], **wrong}}
+    network = timm.create_model("kernelwarehouse", model=content)
+    assert network.state_dict().keys() == source.network.state_dict().keys()
+
+
 def test_names() -> None:
     assert split_name("hf-hub:me/a.b-c_d@v1/x") == ("me/a.b-c_d", "v1/x")
     assert split_name("me/a") == ("me/a", None)
     assert is_hub_name("hf-hub:me/a")
     assert not is_hub_name("me/a")
-
-
-def test_a_detector(hub: Hub, tool: Tool, tmp_path: Path) -> None:
-    pytest.importorskip("mmdet", reason="needs mmdetection", exc_type=ImportError)
-    from coco_set import detector_text, write_coco_set
-
-    from kw import detection
-    from kw.detection.detector import build_detector
-    from kw.training.checkpoint import save_checkpoint
-
-    coco = write_coco_set(tmp_path / "set")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.py").write_text(detector_text(coco))
-    classes = ["red", "green", "blue"]
-    config = detection.load_detector_config(run / "config.py")
-    state = build_detector(config.model, classes).state_dict()
-    save_checkpoint({"state_dict": state, "meta": {"classes": classes}}, run / "best.pth")
-    tool("kw push", run, "me/detector")
-    files = hub.repositories["me/detector"].files("main")
-    assert sorted(files) == ["README.md", "config.json", "config.py", "model.safetensors"]
-    assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "object-detection"
-    assert b"kw pull me/detector FOLDER --allow-code" in files["README.md"]
-    tool("kw pull", "me/detector", tmp_path / "copy", "--allow-code")
-    shutil.rmtree(run)
-    loaded = detection.load(tmp_path / "copy")
-    assert loaded.classes == classes
-    for key, value in loaded.detector.state_dict().items():
-        assert torch.equal(value, state[key]), key
