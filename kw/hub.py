@@ -90,8 +90,10 @@ def hub_errors(name: str) -> Iterator[None]:
             f"{name}: the hub cannot be reached, and the cache does not have it ({reason}); check "
             "the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder of kw pull"
         ) from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{name}: {one_line(error)}") from error
+    except UserError:
+        raise
+    except ValueError as error:  # a name, or the card's head, is not as the hub has it
+        raise HubError(f"{name}: {' '.join(str(error).split())[:400]}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         remedy = "log in with a token that may write: hf auth login, or HF_TOKEN"

@@ -111,7 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
+            faults = [{"message": "no such license"}] if b"license: wrong" in body else []
+            return self.answer({"errors": faults, "warnings": []}, 400 if faults else 200)
         if not self.may_write():
             return self.refuse(401, "Unauthorized")
         repositories = self.server.repositories

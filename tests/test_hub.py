@@ -112,6 +112,9 @@ def test_push_load_and_pull(
 def test_what_is_replaced_is_said_and_nothing_deleted(
     hub: Hub, run: Path, published: Files, tmp_path: Path
 ) -> None:
+    card = published["README.md"].replace(b"---", b"---\nlicense: wrong", 1)
+    with pytest.raises(UserError, match=r"me/tiny: Invalid metadata in README.md. - no such lic"):
+        publish_files({**published, "README.md": card}, tmp_path / "wrong", Plan("me/tiny"))
     repository = hub.put("me/tiny", {"README.md": b"mine", "notes.txt": b"kept"})
     before = repository.branches["main"]
     said = publish_files(published, tmp_path / "one", Plan("me/tiny"))
@@ -121,8 +124,9 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
     assert repository.files("main")["README.md"] == published["README.md"]
     # A branch of its own, over an earlier folder: main stays.
     main, own = repository.branches["main"], Plan("me/tiny@own", "model", "fp16", "mit")
-    notes = write_folder(run, tmp_path / "one", own)
-    assert len(notes) == 1  # of the temperature
+    notes = write_folder(run / "last.pth", tmp_path / "one", own)
+    assert len(notes) == 2  # of the temperature, and of results.json, which is left out
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == FILES[:4]
     publish(tmp_path / "one", own)
     assert repository.branches["main"] == main
     half, full = kw.load("hf-hub:me/tiny@own"), kw.load(run, weights="model")

@@ -104,9 +104,13 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
         HubError: the folder has other files.
         UserError: the run cannot be read, or the written file computes something else.
     """
-    if folder.is_dir() and (other := {path.name for path in folder.iterdir()} - {*DATA, PROGRAM}):
-        raise HubError(f"{folder}: has other files ({min(other)}): expected a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in folder.iterdir()}
+    if there and (not {CONFIG, WEIGHTS} <= there or there - {*DATA, PROGRAM}):
+        other = min(there - {*DATA, PROGRAM} or there)
+        raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
+    for name in there:
+        (folder / name).unlink()
     program = detector_config(run)
     if program is None:
         content, text, notes = _classifier(run, folder, plan)
