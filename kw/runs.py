@@ -10,8 +10,9 @@ from typing import Any
 
 from .config.names import config_file
 from .config.tree import ConfigError
+from .hub import is_hub_name
 
-__all__ = ["load_run", "run_of", "runs_of", "train"]
+__all__ = ["is_run", "load_run", "run_of", "runs_of", "train"]
 
 
 def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, ModuleType]:
@@ -39,12 +40,18 @@ def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, Module
         raise ConfigError(f"{path}: a detector's configuration: {error}") from error
 
 
+def is_run(path: str) -> bool:
+    """Whether a word of a command line is a run, not a configuration: a work directory, a
+    checkpoint, a folder of ``kw pull``, or a model on the hub."""
+    return Path(path).is_dir() or path.endswith(".pth") or is_hub_name(path)
+
+
 def run_of(config: str | Path, checkpoint: str | Path | None = None) -> tuple[str | Path, Path]:
     """A configuration and a checkpoint, from both or from a run alone.
 
     Args:
-        config: a configuration's file or name; without ``checkpoint``, a work directory or a
-            checkpoint in one, whose ``config.yaml`` or ``config.py`` is taken.
+        config: a configuration's file or name; without ``checkpoint``, a run (:func:`is_run`),
+            whose ``config.yaml`` or ``config.py`` is taken.
         checkpoint: a file, or the work directory whose best one is taken.
 
     Raises:
@@ -56,8 +63,8 @@ def run_of(config: str | Path, checkpoint: str | Path | None = None) -> tuple[st
     if checkpoint is not None:
         return config, trained_file(checkpoint)
     file = trained_file(config)
-    for name in ("config.yaml", "config.py"):
-        if (beside := file.parent / name).is_file() and file.suffix == ".pth":
+    for name in ("config.yaml",) if is_hub_name(config) else ("config.yaml", "config.py"):
+        if (beside := file.parent / name).is_file() and file.suffix in (".pth", ".safetensors"):
             return beside, file
     raise ConfigError(f"{config}: required: CHECKPOINT, or a work directory in the place of CONFIG")
 
@@ -72,7 +79,7 @@ def runs_of(first: str, others: Sequence[str]) -> list[tuple[str | Path, Path]]:
     Raises:
         ConfigError, CheckpointError: as for :func:`run_of`.
     """
-    if Path(first).is_dir() or first.endswith(".pth"):
+    if is_run(first):
         return [run_of(run) for run in (first, *others)]
     return [run_of(first, checkpoint) for checkpoint in others] or [run_of(first)]
 

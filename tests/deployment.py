@@ -40,8 +40,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], **meta: Any) -> Path:
     states = {}
     for seed, key in enumerate(("state_dict", "ema_state_dict")):
         network = build_network(config.model)
-        size = config.data.input_size
-        randomise(network, torch.randn(32, 3, size, size), seed)
+        randomise(network, torch.randn(32, config.data.channels, *config.data.shape), seed)
         states[key] = network.state_dict()
         for name, value in states[key].items():
             if name.endswith("temperature"):

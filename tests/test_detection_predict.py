@@ -50,6 +50,27 @@ def call(tool: Callable[..., None], *arguments: Any, status: int = 0) -> None:
     assert stop.value.code == status
 
 
+def test_a_run_on_the_hub(run: Any, hub: Any, tool: Callable[..., None], tmp_path: Path) -> None:
+    """Its program goes there, and comes back where the user allows it."""
+    coco, work_dir = run
+    tool("kw push", work_dir, "me/detector")
+    files = hub.repositories["me/detector"].files("main")
+    own = {"README.md", "config.json", "config.py", "model.safetensors", "results.json"}
+    assert set(files) == own
+    assert b"pipeline_tag: object-detection" in files["README.md"]
+    assert b"kw pull me/detector FOLDER --allow-code" in files["README.md"]
+    tool("kw pull", "me/detector", tmp_path / "copy", "--allow-code")
+    picture = next((coco / "val").glob("*.png"))
+    (found, classes), (expected, _) = (
+        (each.predict(picture), each.classes)
+        for each in (detection.load(tmp_path / "copy"), detection.load(work_dir))
+    )
+    assert classes == ["red", "green", "blue"]
+    assert len(expected.scores) > 0
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_one_by_one_is_as_evaluated(run: Any) -> None:
     coco, work_dir = run
     predictor = detection.load(work_dir)

@@ -32,6 +32,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "pack": {"": ("pack", "put a data set into one file that is read fast")},
     "predict": {"": ("predict", "classify images, or find objects in them")},
     "export": {"": ("export", "write ONNX, torch.export or safetensors, verified")},
+    "push": {"": ("push", "publish a model on the Hugging Face Hub, with its card")},
+    "pull": {"": ("pull", "bring a model of the hub into a folder")},
     "convert": {
         "network": ("convert_network", "a trained static network's checkpoint to a dynamic one's"),
         "released": ("convert_checkpoint", "the authors' released checkpoint to this project's"),

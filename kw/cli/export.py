@@ -8,12 +8,11 @@ the temperature is folded to 0. A model card is written beside every file (docs/
 """
 
 import sys
-from pathlib import Path
 
 from ..deploy import export, find_images, read_source
 from ..deploy.export import Options, check_target, read_some
 from ..deploy.quantize import CALIBRATION
-from ..runs import run_of
+from ..runs import is_run, run_of
 from ..training.trained import WEIGHTS
 from .tool import ToolParser, add_config_options, number, output_file
 
@@ -50,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--fixed-size", action="store_true", help="fix the size to data.input_size")
     args = parser.parse_args()
-    if Path(args.config).is_dir() or args.config.endswith(".pth"):
+    if is_run(args.config):
         args.targets = [output_file(args.checkpoint), *args.targets]
         args.checkpoint = None
     if not args.targets:

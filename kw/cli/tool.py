@@ -121,7 +121,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="a checkpoint or a work directory; without it, CONFIG is one of these",
+        help="a checkpoint, work directory or hf-hub: name; without it, CONFIG is one of these",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..runs import load_run, run_of
+from ..runs import is_run, load_run, run_of
 from .tool import (
     ToolParser,
     add_checkpoint,
@@ -128,7 +128,7 @@ def main() -> None:
 def find_run(args: argparse.Namespace) -> None:
     """Put configuration and checkpoint in the place of a run, which is named alone."""
     checkpoint = getattr(args, "checkpoint", None)
-    alone = Path(args.config).is_dir() or args.config.endswith(".pth")
+    alone = is_run(args.config)
     if alone and checkpoint is not None and "image" in args:
         args.image.insert(0, checkpoint)
         checkpoint = None

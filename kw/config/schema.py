@@ -168,7 +168,7 @@ class ModelConfig:
     weights: str | None = setting(
         None,
         "pretrained weights: a file (.safetensors, .pth) of the static or of the converted "
-        "network; timm or timm:TAG downloads timm's",
+        "network; timm or timm:TAG downloads timm's, hf-hub:user/model[@revision] a model's",
     )
     freeze: list[str] = setting(
         [], "regular expressions: parameters and modules with matching names are not trained"

@@ -1,4 +1,4 @@
-"""The model card: a page beside an exported file about the network and how to use the file."""
+"""The model card: a page beside an exported file, or of a repository, on a network and its use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .description import Description, InputRange, preprocessing
 from .source import Source
 from .verify import Difference
 
-__all__ = ["write_card"]
+__all__ = ["CITATION", "card", "table", "write_card"]
 
-_CITATION = """\
+CITATION = """\
 @inproceedings{li2024kernelwarehouse,
   title={KernelWarehouse: Rethinking the Design of Dynamic Convolution},
   author={Li, Chao and Yao, Anbang},
@@ -71,23 +71,40 @@ def write_card(
         The card.
     """
     other = _OTHER.get(path.suffix)  # None: a registered format, which kw.load does not read
-    card = path.with_name(path.name + ".md")
-    text = f"""\
-# {source.description.model}
+    use = _USE.format(name=path.name, other=other) if other else ""
+    target = path.with_name(path.name + ".md")
+    text = card(source.description.model, path.name, source, inputs, random, real, use)
+    target.write_text(text, encoding="utf-8")
+    return target
 
-`{path.name}`, written by kernelwarehouse {__version__}.
+
+def card(
+    title: str,
+    file: str,
+    source: Source,
+    inputs: InputRange,
+    random: Difference,
+    real: Difference | None,
+    use: str,
+) -> str:
+    """The text of a card; ``use`` is its section on how to use the file, the others are as for
+    :func:`write_card`."""
+    return f"""\
+# {title}
+
+`{file}`, written by kernelwarehouse {__version__}.
 
 ## Network
 
-{_table(_network(source.description))}
+{table(_network(source.description))}
 
 ## Training and evaluation
 
-{_table(_training(source.description, source.notes))}
+{table(_training(source.description, source.notes))}
 
 ## Input and output
 
-{_table(_inputs(source.description, inputs))}
+{table(_inputs(source.description, inputs))}
 
 ## Verification
 
@@ -96,19 +113,17 @@ After writing, the file was run beside PyTorch in float32:
 {_agreement("random", random)}
 {_agreement("real", real)}
 
-{_USE.format(name=path.name, other=other) if other else ""}\
+{use}\
 ## Licence, citation, versions
 
 Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
 
 ```bibtex
-{_CITATION}
+{CITATION}
 ```
 
 Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.
 """
-    card.write_text(text, encoding="utf-8")
-    return card
 
 
 def _network(description: Description) -> dict[str, object]:
@@ -141,9 +156,10 @@ def _method(model: ModelConfig) -> str:
 
 
 def _training(description: Description, notes: list[str]) -> dict[str, object]:
+    known = "unknown" if description.epoch is None else description.epoch
     rows: dict[str, object] = {
         "data": f"{Path(description.config.data.root).name}, {len(description.classes)} classes",
-        "epochs trained": "unknown" if description.epoch is None else description.epoch,
+        "epochs trained": f"{known} of {description.config.epochs}",
         "weights": "moving average" if description.weights == "ema" else "the model's own",
     }
     units = {"top1": "top-1, %", "top5": "top-5, %", "mAP": "mAP, %", "f1": "F1, %", "loss": "loss"}
@@ -184,6 +200,7 @@ def _agreement(kind: str, found: Difference | None) -> str:
     )
 
 
-def _table(rows: dict[str, object]) -> str:
+def table(rows: dict[str, object]) -> str:
+    """A table of two columns without a head, in Markdown."""
     texts = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {t} |" for name, t in texts.items())])

@@ -16,7 +16,8 @@ from ..data.channels import Reader
 from ..data.preprocess import BatchPreprocessor
 from ..data.reading import Picture
 from ..data.transforms import build_transform
-from ..models.build import build_network
+from ..hub import WEIGHTS, is_hub_name, weights_file
+from ..models.build import build_network, without_sources
 from ..training.checkpoint import load_network
 from .description import Description, ExportError
 from .graph import load_graph
@@ -27,7 +28,7 @@ from .weights import cast, read_weights
 __all__ = ["Classifier", "Prediction", "load"]
 
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
-_EXPECTED = f"a work directory of tools/train.py, or a file {', '.join(FORMATS)}"
+_EXPECTED = f"a work directory of tools/train.py, a file {', '.join(FORMATS)}, or hf-hub:user/model"
 
 
 class Prediction(NamedTuple):
@@ -173,8 +174,9 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
 
     Args:
         path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
-            ``.onnx`` or ``.pt2`` file of tools/export.py. A ``.pt2`` file is a program: load none
-            from a stranger.
+            ``.onnx`` or ``.pt2`` file of tools/export.py; or a folder of ``kw pull``, or its name
+            on the Hugging Face Hub, ``"hf-hub:user/model[@revision]"``. A ``.pt2`` file is a
+            program: load none from a stranger.
         device: where it computes.
         weights: of a checkpoint: ``"model"``, ``"ema"``, or ``"auto"``: the average where there is
             one.
@@ -183,7 +185,9 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
         UserError: there is no such file, it cannot be read, or is nothing of these; the message
             says what was expected.
     """
-    file = Path(path)
+    file = weights_file(str(path)) if is_hub_name(path) else Path(path)
+    if file.is_dir() and not any(file.glob("*.pth")) and (file / WEIGHTS).is_file():
+        file = file / WEIGHTS
     if not file.exists():
         raise ExportError(f"{file}: no such file or folder; expected {_EXPECTED}")
     suffix = ".pth" if file.is_dir() else file.suffix
@@ -192,7 +196,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
         network, description = source.network, source.description
     elif suffix == ".safetensors":
         state, description = read_weights(file)
-        network = build_network(description.config.model)
+        network = build_network(without_sources(description.config.model))
         load_network(network, cast(state, torch.float32), str(file))
         network = ready(network)
     elif suffix == ".onnx":

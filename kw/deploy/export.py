@@ -104,7 +104,7 @@ class Written:
 
     Attributes:
         path: the file; safetensors have a hash in their name.
-        card: its model card.
+        card: its model card, if it was wanted.
         random: its difference from PyTorch in float32, on noise.
         real: the same on real images, where there were any.
         input: what images it takes.
@@ -113,7 +113,7 @@ class Written:
     """
 
     path: Path
-    card: Path
+    card: Path | None
     random: Difference
     real: Difference | None
     input: InputRange
@@ -149,7 +149,12 @@ def check_target(path: Path, options: Options) -> None:
 
 
 def export(
-    source: Source, target: Path, options: Options, images: Sequence[Tensor] = ()
+    source: Source,
+    target: Path,
+    options: Options,
+    images: Sequence[Tensor] = (),
+    *,
+    with_card: bool = True,
 ) -> Written:
     """Write a network in the format that the target's name ends with.
 
@@ -159,6 +164,7 @@ def export(
         options: how.
         images: real ones, as :meth:`Classifier.read` gives them, to verify with; int8 is
             calibrated on them.
+        with_card: write its model card beside it.
 
     Raises:
         ExportError: it cannot be written, or the file differs from the network.
@@ -210,7 +216,7 @@ def export(
         for kind, found in (("random", random), ("real", real))
         if found is not None and found.rounding is not None
     )
-    card = write_card(final, source, inputs, random, real)
+    card = write_card(final, source, inputs, random, real) if with_card else None
     return Written(final, card, random, real, inputs, seconds, notes)
 
 

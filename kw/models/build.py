@@ -17,6 +17,7 @@ from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
 from ..errors import one_line
+from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
 from ..warehouse import convert
 from .freezing import freeze
@@ -32,7 +33,10 @@ __all__ = [
     "read_start",
     "start_network",
     "with_start",
+    "without_sources",
 ]
+
+_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
 def build_model(config: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -122,6 +126,13 @@ def with_start(config: KernelWarehouseConfig, start: str) -> KernelWarehouseConf
     return replace(config, start=start, warehouses=own)
 
 
+def without_sources(config: ModelConfig) -> ModelConfig:
+    """The network without the places of its first weights: a file that was trained has them all,
+    and another machine need not have, or ask for, those."""
+    kept = {key: value for key, value in config.timm_args.items() if key not in _SOURCES}
+    return replace(config, weights=None, timm_args=kept)
+
+
 def build_network(config: ModelConfig) -> nn.Module:
     """Build the classifier that a configuration's ``model`` describes, for a checkpoint's weights.
 
@@ -149,8 +160,11 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
     Raises:
         ConfigError: timm cannot load them.
         CheckpointError: the file cannot be read.
+        kw.hub.HubError: the hub has no such model, or cannot be reached.
     """
     assert config.weights is not None
+    if is_hub_name(config.weights):
+        return read_weights(weights_file(config.weights))
     name, _, tag = config.weights.partition(":")
     if name != "timm":
         return read_weights(config.weights)

@@ -9,29 +9,42 @@ Importing this module registers them; :mod:`kw.models.timm_names` does so once t
     timm.create_model("kw_resnet50_4x", pretrained=True, num_classes=10)
     weights = {"file": "best.pth"}
     timm.create_model("kw_resnet50_4x", pretrained=True, pretrained_cfg_overlay=weights)
+    timm.create_model("hf-hub:user/model", pretrained=True)  # that kw push wrote
 
 ``pretrained=True`` takes the weights that timm has for the static network, and converts it with
 them: no weights of converted networks are hosted. A file may hold either, the static network's or
 the converted one's. A network is at temperature 0 until the weights or :func:`kw.set_temperature`
 set another. ``start="paper"`` initialises it at random for training with annealing.
+
+``kernelwarehouse`` is the architecture of the other networks that ``kw push`` publishes: their
+``config.json`` has the ``model`` of a configuration among its ``model_args``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
 from torch import nn
 
+from ..config.checking import Schema, check_tree
+from ..config.schema import ModelConfig
+from ..config.tree import Origin, entry_from_plain
 from ..errors import say
+from ..hub import PREFIX, WEIGHTS, weights_file
 from ..warehouse import convert, drop_unused_warehouses
 from .paper_models import PAPER_MODELS, PaperModel
 from .weights import is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
+
+
+_OWN = ("drop_rate", "drop_path_rate")
 
 
 def _default_cfg(released: PaperModel) -> dict[str, Any]:
@@ -90,13 +103,66 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
 
 def _file(arguments: dict[str, Any]) -> str | None:
     """The file of weights in the arguments of ``timm.create_model``, if there is one."""
-    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    overlay: Any = arguments.get("pretrained_cfg_overlay") or {}
     for key in ("state_dict", "url", "hf_hub_id", "custom_load"):
         if overlay.get(key):
             raise ValueError(f"pretrained_cfg_overlay has {key!r}; give weights as 'file'")
     config: Any = arguments.get("pretrained_cfg")
-    named = config.get("file") if isinstance(config, dict) else getattr(config, "file", None)
-    return overlay.get("file") or named
+    source = config if isinstance(config, dict) else vars(config) if config else {}
+    named = overlay.get("file") or source.get("file")
+    if named is None and source.get("hf_hub_id"):
+        return str(weights_file(PREFIX + source["hf_hub_id"], arguments.get("cache_dir")))
+    # timm's local-dir: names a folder.
+    return str(Path(named, WEIGHTS)) if named and Path(named).is_dir() else named
+
+
+def kernelwarehouse(
+    pretrained: bool = False, model: Mapping[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Any classifier of this project; ``model`` is its configuration's, from a config.json."""
+    if model is None:
+        raise ValueError(
+            "kernelwarehouse: expected hf-hub:user/model or local-dir:FOLDER, whose config.json "
+            "says which network it is (kw push writes it), or model={'name': ..., ...}"
+        )
+    from .build import build_network, without_sources  # it imports timm, which imports this module
+
+    file = _file(kwargs) if pretrained else None
+
+    def build(num_classes: int, **arguments: Any) -> nn.Module:
+        own = {key: arguments.pop(key) for key in _OWN if key in arguments}
+        if num_classes > 0:
+            own["num_classes"] = num_classes
+        config = _network_config({**model, **own}, arguments)
+        network: Any = build_network(without_sources(config))
+        if file is not None:
+            load_start(network, read_weights(file), file)
+        if num_classes == 0:
+            network.reset_classifier(0)
+        return network
+
+    built = build_model_with_cfg(
+        build, "kernelwarehouse", False, feature_cfg={"feature_cls": "getter"}, **kwargs
+    )
+    return drop_unused_warehouses(built)
+
+
+@dataclass
+class _Network:
+    model: ModelConfig = field(metadata={"doc": "the network"})
+
+
+def _network_config(model: Mapping[str, Any], timm_args: Mapping[str, Any]) -> ModelConfig:
+    """The checked settings of a network, with further arguments of timm's."""
+
+    def rules(found: _Network, report: Any) -> None:
+        if not timm.is_model(found.model.name):  # another repository's name, for one
+            report(found, ("model.name",), "a name of timm.list_models()")
+
+    tree = entry_from_plain({"model": dict(model)}, Origin("config.json"))
+    config = check_tree(tree, Schema(_Network, rules, lambda _: ())).model
+    config.timm_args.update(timm_args)
+    return config
 
 
 # timm looks a model's configuration up in its module, under this name.
@@ -104,3 +170,4 @@ default_cfgs = {name: _default_cfg(released) for name, released in PAPER_MODELS.
 
 for _name, _released in PAPER_MODELS.items():
     register_model(_entrypoint(_name, _released))
+register_model(kernelwarehouse)

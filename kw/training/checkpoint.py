@@ -16,6 +16,7 @@ A checkpoint is a mapping:
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import one_line
 from ..models.weights import CheckpointError, find_damage, refuse_other, why_unread
 from ..warehouse.warehouse import with_names_now
 from .layout import layout_fault
@@ -73,6 +75,9 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
+    Of a ``.safetensors`` file (``kw export``, ``kw push``) it has ``state_dict`` and the
+    description's part of ``meta``.
+
     Raises:
         CheckpointError: there is no such file, it is damaged, it holds more than tensors and plain
             types, or it has no ``state_dict``.
@@ -81,6 +86,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))) or "none"
         raise CheckpointError(f"checkpoint {path}: no such file; *.pth in {path.parent}: {found}")
+    if path.suffix == ".safetensors":
+        return _exported(path)
     if (fault := find_damage(path)) is not None:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {fault}")
     try:
@@ -93,6 +100,26 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if (fault := layout_fault(checkpoint)) is not None:
         raise CheckpointError(f"checkpoint {path}: {fault}, as tools/train.py writes it")
+    return checkpoint
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    """An exported file's weights, in float32, as a checkpoint."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta: dict[str, Any] = {"config": header["config"]} if "config" in header else {}
+        if "classes" in header:
+            meta["classes"] = json.loads(header["classes"])
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {one_line(error)}") from error
+    floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    checkpoint = {"state_dict": floats, "meta": meta}
+    if (fault := layout_fault(checkpoint)) is not None:
+        raise CheckpointError(f"checkpoint {path}: {fault}, as kw export writes it")
     return checkpoint
 
 

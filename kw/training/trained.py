@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, ConfigError, config_from_text, load_config
+from ..hub import WEIGHTS as EXPORTED
+from ..hub import is_hub_name, weights_file
 from ..models.build import build_network, check_network
 from .checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
 from .saving import checkpoints
@@ -59,7 +61,7 @@ def load_trained(
     """The classifier of a checkpoint.
 
     Args:
-        checkpoint: a file that tools/train.py wrote, or its work directory.
+        checkpoint: see :func:`trained_file`.
         config: the configuration or its file; left out, the checkpoint's own.
         options: ``key=value`` settings over the configuration file's.
         weights: see :func:`choose_weights`.
@@ -85,16 +87,21 @@ def load_trained(
 
 
 def trained_file(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: a file itself, the best or newest of a work directory.
+    """The checkpoint that a path stands for: a file itself, the best or newest of a work directory,
+    the weights of a folder of ``kw pull``, or those of a model on the hub (``hf-hub:user/model``).
 
     Raises:
         CheckpointError: the directory holds none.
+        kw.hub.HubError: the hub has no such classifier, or cannot be reached.
     """
+    if is_hub_name(path):
+        return weights_file(str(path))
     path = Path(path)
     if not path.is_dir():
         return path
     best = path / "best.pth"
     found = [best] if best.is_file() else checkpoints(path)[-1:]
+    found = found or [file for file in [path / EXPORTED] if file.is_file()]
     if not found:
         raise CheckpointError(
             f"{path}: expected a work directory of tools/train.py; no *.pth there"
@@ -105,6 +112,8 @@ def trained_file(path: str | Path) -> Path:
 def detector_config(model: str | Path) -> Path | None:
     """The configuration of a detector's run, by its work directory or a checkpoint in it; None for
     any other model."""
+    if is_hub_name(model):  # a program in a repository is not run
+        return None
     path = Path(model)
     config = (path if path.is_dir() else path.parent) / "config.py"
     return config if (path.is_dir() or path.suffix == ".pth") and config.is_file() else None

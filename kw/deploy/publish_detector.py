@@ -1,0 +1,89 @@
+"""A detector's run as a repository of the Hugging Face Hub.
+
+Its ``config.py`` is a program. It is published as it is, and brought back by
+``kw pull --allow-code`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ..detection.predictor import load
+from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
+from ..training.checkpoint import load_checkpoint
+from ..training.trained import choose_weights, trained_file
+from ..version import __version__
+from ..warehouse import find_warehouses
+from .card import CITATION, table
+from .graph import DTYPES
+from .weights import cast
+
+__all__ = ["write_detector"]
+
+
+def write_detector(
+    run: str | Path, program: Path, folder: Path, plan: Any
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Write a detector's weights and configuration, and read both back.
+
+    Args:
+        run: a work directory, or a checkpoint in it.
+        program: its ``config.py``.
+        folder: where to.
+        plan: a :class:`kw.deploy.publish.Plan`.
+
+    Returns:
+        Its config.json, its card, and notes.
+    """
+    file = trained_file(run)
+    chosen, state = choose_weights(load_checkpoint(file), file, plan.weights)
+    trained = load(run)
+    tensors = {
+        k: v.clone().contiguous() for k, v in cast(dict(state), DTYPES[plan.precision]).items()
+    }
+    header = {"classes": json.dumps(trained.classes, ensure_ascii=False)}
+    save_file(tensors, folder / WEIGHTS, header)
+    shutil.copyfile(program, folder / PROGRAM)
+    detector = load(folder).detector  # refuses weights that do not fit
+    warehouses = find_warehouses(detector)
+    cells = sum(warehouse.partition.cells for warehouse in warehouses)
+    results = file.parent / RESULTS
+    rows: dict[str, object] = {
+        "detector (mmdetection)": str(trained.config.model["type"]),
+        "parameters": f"{sum(p.numel() for p in detector.parameters()):,}",
+        "warehouses": f"{len(warehouses)}, {cells} cells",
+        "weights": "moving average" if chosen == "ema" else "the model's own",
+        "categories": ", ".join(trained.classes),
+        "results": f"`{RESULTS}`" if results.is_file() else "none; measure them: kw test",
+    }
+    repository, title = split_name(plan.name)[0], split_name(plan.name)[0].rpartition("/")[2]
+    text = f"""\
+# {title}
+
+`{WEIGHTS}`, written by kernelwarehouse {__version__}.
+
+{table(rows)}
+
+## Use
+
+`{PROGRAM}` is a program, which runs when the detector is loaded: read it first.
+
+    kw pull {repository} FOLDER --allow-code
+    kw predict FOLDER photos/
+
+## Licence, citation
+
+Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
+
+```bibtex
+{CITATION}
+```
+"""
+    own = {"task": "detection", "weights": chosen}
+    note = f"{PROGRAM} is published as it is: look through it for paths and names"
+    return {"label_names": trained.classes, "kernelwarehouse": own}, text, [note]
