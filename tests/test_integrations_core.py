@@ -71,6 +71,8 @@ def test_bad_recipes_are_refused(arguments, message):
 
 ADAPTERS = {
     "lightning": r"lightning 2\.6 or later.*; .*pytorch_lightning 2\.6",
+    "transformers": r"transformers 5\.24 or later",
+    "nnunet": r"nnunetv2 2\.8 or later",
 }
 
 

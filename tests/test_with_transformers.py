@@ -18,9 +18,8 @@ from kw.integrations.transformers import KernelWarehouse, convert  # noqa: E402
 
 IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 DATA = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(IMAGES)]
-PLAN = {
-    "rules": [{"match": r"vit\.(.*\.)?(q_proj|v_proj|fc\d|query|value|dense)", "warehouse": "w"}]
-}
+PLAN = {"rules": [{"match": r".*(q_proj|v_proj|fc\d)", "warehouse": "w"}]}
+OTHER = {"rules": [{"match": r".*k_proj", "warehouse": "w"}]}
 
 
 def vit(**settings):
@@ -192,7 +191,7 @@ def test_ways_of_training_change_nothing_else(tmp_path):
     assert losses["checkpointed"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["bf16"] != losses["plain"]
-    assert losses["bf16"] == pytest.approx(losses["plain"], abs=0.05)
+    assert losses["bf16"][0] == pytest.approx(losses["plain"][0], rel=2**-7)
 
 
 def test_what_cannot_work_is_refused(tmp_path):
@@ -222,9 +221,9 @@ def test_what_cannot_work_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="has no length"):
         endless.train()
-    other = convert(vit(), Recipe(PLAN, {"cell_num_ratio": 2}))
+    other = convert(vit(), Recipe(OTHER))
     other.save_pretrained(tmp_path / "checkpoint-1")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="of another conversion: they lack vit"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-1"))
 
 

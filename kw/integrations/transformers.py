@@ -1,16 +1,14 @@
-"""Hugging Face transformers: conversion that ``save_pretrained`` and ``from_pretrained`` know, and
-a callback of ``Trainer`` for the temperature.
+"""Hugging Face transformers: ``from_pretrained`` repeats a conversion; a callback of ``Trainer``.
 
-``config.json`` of a converted model has the plans, and the model type ``kernelwarehouse``, which
-transformers knows once this module is imported: without it, ``AutoModel`` refuses the folder. The
-plans are applied where transformers replaces the layers of quantized models: after the network is
-built, before its weights are loaded.
+``config.json`` of a converted model has the plans and a model type that transformers knows once
+this module is imported; without it ``AutoModel`` refuses the folder. The plans are applied where
+layers of quantized models are replaced: the network is built, its weights are not yet loaded.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,19 +52,14 @@ class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
         self.recipe = recipe
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """
-        Raises:
-            ValueError: a static model, an optimizer made before the conversion, parameters that are
-                split over processes, annealing with training data without a length.
-        """
         model, optimizer = given["model"], given["optimizer"]
         if args.fsdp or args.deepspeed:
             raise ValueError("layers share their cells, which FSDP and DeepSpeed split; use DDP")
         known = {id(p) for p in model.parameters()}
-        groups = optimizer.param_groups if optimizer is not None else ()
-        if not has_temperature(model) or any(
-            id(p) not in known for g in groups for p in g["params"]
-        ):
+        trained = {
+            id(p) for g in (optimizer.param_groups if optimizer else ()) for p in g["params"]
+        }
+        if not has_temperature(model) or not trained <= known:
             raise ValueError(
                 f"{type(model).__name__} was not converted before the optimizer was made: "
                 "kw.integrations.transformers.convert(model, recipe), then Trainer(model, ...); "
@@ -124,10 +117,9 @@ class _Config(hf.PreTrainedConfig):  # type: ignore[name-defined]
 hf.AutoConfig.register(_TYPE, _Config)
 
 
-@cache  # type: ignore[arg-type]
+@cache
 def _writes_plans(kind: Any) -> Any:
-    """A configuration that is written as :class:`_Config` reads it. transformers finds a model by
-    the name of its configuration's class, which stays."""
+    """A configuration that :class:`_Config` reads. Its name stays: models are found by it."""
 
     def to_dict(self: Any) -> dict[str, Any]:
         types = {"model_type": _TYPE, "static_model_type": kind.model_type}
@@ -137,11 +129,20 @@ def _writes_plans(kind: Any) -> Any:
 
 
 def _marked(model: Any, plans: dict[str, Any]) -> Any:
-    """Let ``save_pretrained`` write the plans; parts of the model keep their configuration."""
-    model.config = copy.deepcopy(model.config)
-    if type(model.config).__module__ != __name__:
-        model.config.__class__ = _writes_plans(type(model.config))
-    model.config.__dict__.pop("model_type", None)  # the file's; the class has its own
-    model.config.quantization_config = _Plans(plans)
-    model.__dict__.pop("save_pretrained", None)  # kw.convert's refusal
+    """Let ``save_pretrained`` write the plans, and the names that the model has: for some models
+    transformers writes older ones, which ``Trainer`` does not find when it resumes."""
+    model.config = config = copy.deepcopy(model.config)
+    if type(config).__module__ != __name__:
+        config.__class__ = _writes_plans(type(config))  # type: ignore[arg-type]
+    config.__dict__.pop("model_type", None)  # the file's; the class has its own
+    config.quantization_config = _Plans(plans)
+    save = partial(type(model).save_pretrained, model, save_original_format=False)
+    model.__dict__["save_pretrained"] = save  # in place of kw.convert's refusal
+    model.register_load_state_dict_post_hook(_refuse_parts)
     return model
+
+
+def _refuse_parts(model: Any, keys: Any) -> None:
+    """``Trainer`` loads what it finds."""
+    if lost := [name for name in keys.missing_keys if name.endswith("warehouse.weight")]:
+        raise ValueError(f"these weights are of another conversion: they lack {', '.join(lost)}")
