@@ -66,8 +66,8 @@ class Kept(KernelWarehouse, Small):
     recipe = Recipe()
 
 class Annealed(KernelWarehouse, Same):
-    plan = {"rules": [{"match": ".*all_modules.0", "warehouse": "w"}], "norm": "layer"}
-    recipe = Recipe(plan, anneal=2)
+    match = "(?!encoder.stages.0.0.convs.0).*all_modules.0"
+    recipe = Recipe({"rules": [{"match": match, "warehouse": "w"}], "norm": "layer"}, anneal=2)
 
 class Static(Same):
     pass
