@@ -1,6 +1,7 @@
 """nnU-Net's trainers, with the real package: ``make test-integrations``."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("nnunetv2", reason="needs nnunetv2")
 import SimpleITK
 from dynamic_network_architectures.architectures import unet
+from nnunetv2.experiment_planning import plan_and_preprocess_api as planning
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -106,17 +108,16 @@ def host(tmp_path_factory):
     shipped = Path(kw.__file__).parent / "integrations" / "nnunet_trainers"
     with pytest.MonkeyPatch.context() as patch:
         more = {"nnUNet_extTrainer": os.pathsep.join(map(str, (shipped, root / "trainers")))}
-        more |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+        more |= {"nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
         for name, value in (folders | more).items():
             patch.setenv(name, value)
-        code = (
-            "from nnunetv2.experiment_planning.plan_and_preprocess_api import *\n"
-            "extract_fingerprints([1], num_processes=1, check_dataset_integrity=True)\n"
-            "name = plan_experiments([1])\n"
-            "preprocess([1], name, ('2d', '3d_fullres'), num_processes=(1, 1))"
-        )
-        environment = os.environ | {"nnUNet_n_proc_DA": "1"}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        fork = multiprocessing.get_context("fork")  # nnU-Net's processes import everything anew
+        patch.setattr(multiprocessing, "get_context", lambda _: fork)
+        patch.setenv("nnUNet_n_proc_DA", "1")
+        planning.extract_fingerprints([1], num_processes=1)
+        name = planning.plan_experiments([1])
+        planning.preprocess([1], name, ("2d", "3d_fullres"), num_processes=(1, 1))
+        patch.setenv("nnUNet_n_proc_DA", "0")
         file = root / "preprocessed" / "Dataset001_Blocks" / "nnUNetPlans.json"
         plans = json.loads(file.read_text())
         for name in ("2d", "3d_fullres"):
@@ -139,7 +140,9 @@ def images(configuration):
 
 
 PREDICT = """
-import sys, torch
+import multiprocessing, sys, torch
+fork = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda _: fork
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 folder, images, out = sys.argv[1:]
 predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
@@ -156,9 +159,9 @@ def test_two_dimensions_from_training_to_prediction_in_a_new_process(host, tmp_p
     static, kept = trainer("Static", "2d"), trainer("Kept", "2d")
     x = images("2d")
     with torch.no_grad():
-        static.initialize()
-        torch.manual_seed(0)
-        kept.initialize()
+        for one in (static, kept):
+            torch.manual_seed(0)
+            one.initialize()
         for one, other in zip(static.network(x), kept.network(x), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     optimized = {id(p) for group in kept.optimizer.param_groups for p in group["params"]}
