@@ -21,6 +21,7 @@ from .core import Recipe, host, plans_of, repeat
 _KEY = "kernelwarehouse"
 host("nnunetv2", "2.8")
 
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights  # noqa: E402
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 
 __all__ = ["KernelWarehouse", "nnUNetTrainerKW", "nnUNetTrainerKWAnnealed"]
@@ -54,7 +55,8 @@ class KernelWarehouse:
         """The static network, converted: as ``plans.json`` says, or anew by the recipe.
 
         Raises:
-            ValueError: static weights that do not fit, or what :func:`kw.convert` refuses.
+            AssertionError: of nnU-Net, static weights that do not fit.
+            ValueError: static weights with an annealed start, or what :func:`kw.convert` refuses.
         """
         network = super().build_network_architecture(  # type: ignore[misc]
             plans_manager,
@@ -67,8 +69,12 @@ class KernelWarehouse:
             with _one_place_each(network):
                 return repeat(network, plans_manager.plans[_KEY])
         weights = cls.static_weights or os.environ.get("KW_STATIC_WEIGHTS")
+        if weights and cls.recipe.anneal:
+            raise ValueError(
+                f"an annealed start replaces the weights of {weights}; drop one of the two"
+            )
         if weights:
-            _load(network, weights, cls.recipe)
+            load_pretrained_weights(network, weights)
         heads = getattr(getattr(network, "decoder", None), "seg_layers", ())
         example = torch.zeros(2, num_input_channels, *configuration_manager.patch_size)
         with _one_place_each(network):
@@ -105,18 +111,6 @@ class nnUNetTrainerKWAnnealed(KernelWarehouse, nnUNetTrainer):
     """The paper's start: the temperature falls over a fifteenth of nnU-Net's 1,000 epochs."""
 
     recipe = Recipe(anneal=67)
-
-
-def _load(network: nn.Module, file: str, recipe: Recipe) -> None:
-    if recipe.anneal:
-        raise ValueError(f"{file}: an annealed start replaces static weights; take one of the two")
-    # As nnU-Net opens its files, which hold more than tensors.
-    state = torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
-    state = {name: value for name, value in state.items() if ".seg_layers." not in name}
-    found = network.load_state_dict(state, strict=False)
-    wrong = [*found.unexpected_keys, *(n for n in found.missing_keys if ".seg_layers." not in n)]
-    if wrong:
-        raise ValueError(f"{file} is not of the static network with these plans: {wrong[0]}")
 
 
 @contextmanager
