@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 
 import kw
-from kw.integrations.core import Recipe, plans_of, repeat
+from kw.integrations.core import Recipe, host, plans_of, repeat
 
 
 def network():
@@ -64,3 +67,37 @@ def test_an_annealed_recipe_sets_network_and_average():
 def test_bad_recipes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**arguments)
+
+
+ADAPTERS = {
+    "lightning": r"lightning 2\.6 or later.*; .*pytorch_lightning 2\.6",
+    "transformers": r"transformers 5\.24 or later",
+    "nnunet": r"nnunetv2 2\.8 or later",
+}
+
+
+def test_a_broken_host_breaks_its_adapter_alone(tmp_path):
+    """Installed in part: it raises when it is imported."""
+    for name in ("lightning", "pytorch_lightning", "transformers", "nnunetv2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('half of it')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib, kw, kw.integrations.core\n"
+        f"for name in {[*ADAPTERS]}:\n"
+        "    try: importlib.import_module(f'kw.integrations.{name}')\n"
+        "    except ImportError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for line, expected in zip(said.splitlines(), ADAPTERS.values(), strict=True):
+        assert re.search(expected, line)
+        assert "RuntimeError: half of it" in line
+
+
+def test_a_host_that_is_missing_or_too_old_is_said():
+    with pytest.raises(ImportError, match=r"no_such_host 1\.2 or later, which cannot be imported"):
+        host("no_such_host", "1.2")
+    with pytest.raises(ImportError, match=r"torch 99\.0 or later; found .*pip install 'torch>=99"):
+        host("torch", "99.0")
+    assert host("torch", "2.6") is torch

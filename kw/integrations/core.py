@@ -7,18 +7,49 @@ follows before every update, and after every update of an average.
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-from ..errors import say
+from ..errors import one_line, say
 from ..warehouse import convert, set_temperature
 from ..warehouse.temperature import annealed_temperature, has_temperature
 from ..warehouse.warehouse import WarehouseDict
 
-__all__ = ["Recipe", "plans_of", "repeat"]
+__all__ = ["Recipe", "host", "plans_of", "repeat"]
+
+
+def host(package: str, oldest: str, module: str | None = None) -> Any:
+    """Import an adapter's host.
+
+    Args:
+        package: the name by which it is installed.
+        oldest: the first version that works, as ``"2.6"``.
+        module: what to import, if its name is another.
+
+    Raises:
+        ImportError: it is missing, fails when it is imported, or is too old.
+    """
+    works = f"this adapter works with {package} {oldest} or later"
+    remedy = f"pip install '{package}>={oldest}'"
+    try:
+        found, installed = importlib.import_module(module or package), version(package)
+    except Exception as error:  # what is installed in part may raise anything
+        raise ImportError(
+            f"{works}, which cannot be imported ({one_line(error)}); {remedy}"
+        ) from error
+    if _numbers(installed) < _numbers(oldest):
+        raise ImportError(f"{works}; found {installed}; {remedy}")
+    return found
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 @dataclass(frozen=True)

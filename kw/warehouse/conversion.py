@@ -122,6 +122,7 @@ def guard_saving(model: nn.Module) -> None:
 def _refuse_saving(*_: Any, **__: Any) -> None:
     raise ValueError(
         "save_pretrained cannot save a converted network: from_pretrained would build the static "
-        "one, with random weights in place of the converted layers. Save its state_dict with "
-        "torch.save; to load it, build the static network, convert it alike, then load_state_dict"
+        "one, with random weights in place of the converted layers. Convert with "
+        "kw.integrations.transformers.convert, or save its state_dict with torch.save; to load it, "
+        "build the static network, convert it alike, then load_state_dict"
     )

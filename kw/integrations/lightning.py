@@ -1,0 +1,149 @@
+"""Lightning: a callback that converts a module's network and sets its temperature.
+
+For trainers of ``lightning`` and of ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..warehouse.temperature import has_temperature, set_temperature
+from .core import Recipe, host, plans_of, repeat
+
+__all__ = ["ConvertedModule", "KernelWarehouse"]
+
+_KEY = "kernelwarehouse"
+
+
+def _callbacks() -> list[type]:
+    """``Callback`` of each package that is installed: a trainer insists on its own."""
+    found, errors = [], []
+    for package, module in (("lightning", "lightning.pytorch"), ("pytorch_lightning", None)):
+        try:
+            found.append(host(package, "2.6", module).Callback)
+        except ImportError as error:
+            errors.append(str(error))
+    if not found:
+        raise ImportError("; ".join(errors))
+    return found
+
+
+class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
+    """Converts the network of a ``LightningModule`` before its optimizer is made, and sets the
+    temperature before every update, also of averages that other callbacks keep.
+
+    Args:
+        recipe: plan, settings and annealing; default: the derived plan, from the module's weights.
+        network: the attribute that is converted, ``""`` for the module itself. Default: its only
+            child with parameters. It must be there after ``__init__`` or ``configure_model``.
+        example: for the plan ``"auto"``, inputs of that network. Default: the module's
+            ``example_input_array``, else images of the network's size.
+    """
+
+    def __init__(
+        self, recipe: Recipe | None = None, network: str | None = None, example: Any = None
+    ) -> None:
+        self.recipe = Recipe() if recipe is None else recipe
+        self.network, self.example = network, example
+        self.temperature: float | None = None
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Convert, in every stage: tests and predictions load checkpoints of converted networks.
+
+        Raises:
+            ValueError: a strategy that splits parameters, an average that was made already, or what
+                :func:`kw.convert` refuses.
+        """
+        kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        if not {*kinds} & {"SingleDeviceStrategy", "DDPStrategy"}:
+            raise ValueError(f"{kinds[0]}: layers share their cells, which it splits; use 'ddp'")
+        module.configure_model()  # does nothing unless the user has written one
+        network = self._network(module)
+        if has_temperature(network):
+            return
+        if _averages(trainer, module):
+            raise ValueError("a callback has copied the static network; put KernelWarehouse first")
+        example = module.example_input_array if self.example is None else self.example
+        if isinstance(example, torch.Tensor) and len(example) == 1:
+            example = torch.cat([example, example])
+        self.recipe.convert(network, example)
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        if not has_temperature(module):
+            raise ValueError(
+                f"{type(module).__name__} has built its network anew since it was converted; "
+                "build it in __init__, or once: def configure_model(self): if self.model is None:"
+            )
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        if self.recipe.anneal and batches == float("inf"):
+            raise ValueError(
+                f"anneal is {self.recipe.anneal} epochs, but the training data has no length; say "
+                "how many batches are an epoch: Trainer(limit_train_batches=...)"
+            )
+        # Batches whose gradients are added up have one temperature.
+        epoch = trainer.current_epoch + index // every * every / batches
+        self.temperature = self.recipe.set_temperature(epoch, module)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """An average of buffers lags behind the temperature: set it before the average is used."""
+        for average in _averages(trainer, module) if self.temperature is not None else ():
+            set_temperature(average, self.temperature)  # type: ignore[arg-type]
+
+    on_train_end = on_validation_start
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        self.on_validation_start(trainer, module)
+        _add_plans(module, checkpoint)
+
+    def _network(self, module: Any) -> nn.Module:
+        children = [n for n, c in module.named_children() if any(True for _ in c.parameters())]
+        if self.network is None and len(children) != 1:
+            raise ValueError(
+                f"{type(module).__name__} has {len(children)} parts with parameters "
+                f"({', '.join(children) or 'none'}); say which is the network: "
+                "KernelWarehouse(network=...), '' for the module itself"
+            )
+        network = module.get_submodule(children[0] if self.network is None else self.network)
+        return getattr(network, "_orig_mod", network)  # torch.compile's wrapper has not yet run
+
+
+class ConvertedModule:
+    """First base of a ``LightningModule``: ``class Net(ConvertedModule, LightningModule)``.
+
+    Its checkpoints, also those of weights alone, have the plans, and ``Net.load_from_checkpoint``
+    builds the converted network from them, without trainer and callback.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        _add_plans(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        for name, plans in checkpoint.get(_KEY, {}).items():
+            network = self.get_submodule(name)  # type: ignore[attr-defined]
+            if not has_temperature(network):
+                repeat(network, plans)
+            elif plans_of(network) != plans:
+                raise ValueError(
+                    f"the checkpoint's {name or 'network'} was converted by another plan or with "
+                    "other settings; take the recipe that it was trained with"
+                )
+
+
+def _add_plans(module: Any, checkpoint: dict[str, Any]) -> None:
+    found = {name: plans_of(part) for name, part in module.named_modules()}
+    checkpoint[_KEY] = {name: plans for name, plans in found.items() if plans}
+
+
+def _averages(trainer: Any, module: Any) -> list[nn.Module]:
+    """The copies of the module that callbacks keep."""
+    values = [value for callback in trainer.callbacks for value in vars(callback).values()]
+    kinds = (AveragedModel, type(module))
+    return [value for value in values if isinstance(value, kinds) and value is not module]

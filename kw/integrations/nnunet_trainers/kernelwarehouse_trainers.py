@@ -1,0 +1,3 @@
+from kw.integrations.nnunet import nnUNetTrainerKW, nnUNetTrainerKWAnnealed
+
+__all__ = ["nnUNetTrainerKW", "nnUNetTrainerKWAnnealed"]
