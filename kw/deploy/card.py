@@ -15,9 +15,9 @@ from .description import Description, InputRange, preprocessing
 from .source import Source
 from .verify import Difference
 
-__all__ = ["write_card"]
+__all__ = ["CITATION", "table", "write_card"]
 
-_CITATION = """\
+CITATION = """\
 @inproceedings{li2024kernelwarehouse,
   title={KernelWarehouse: Rethinking the Design of Dynamic Convolution},
   author={Li, Chao and Yao, Anbang},
@@ -79,15 +79,15 @@ def write_card(
 
 ## Network
 
-{_table(_network(source.description))}
+{table(_network(source.description))}
 
 ## Training and evaluation
 
-{_table(_training(source.description, source.notes))}
+{table(_training(source.description, source.notes))}
 
 ## Input and output
 
-{_table(_inputs(source.description, inputs))}
+{table(_inputs(source.description, inputs))}
 
 ## Verification
 
@@ -102,7 +102,7 @@ After writing, the file was run beside PyTorch in float32:
 Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
 
 ```bibtex
-{_CITATION}
+{CITATION}
 ```
 
 Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.
@@ -184,6 +184,6 @@ def _agreement(kind: str, found: Difference | None) -> str:
     )
 
 
-def _table(rows: dict[str, object]) -> str:
+def table(rows: dict[str, object]) -> str:
     texts = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {t} |" for name, t in texts.items())])

@@ -1,0 +1,451 @@
+"""Write a trained detector as ONNX, verified, with a model card (:mod:`.graph` has its network).
+
+The file is written under a temporary name and run by onnxruntime, with the code that serves it, on
+pictures in which mmdetection's detector finds something; it gets its name if it finds the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmcv.ops import RoIAlign
+from torch.export import Dim
+
+from ..data.reading import BadImageError
+from ..deploy.description import ExportError
+from ..deploy.detector import DetectorDescription, ExportedDetector, resized
+from ..deploy.graph import quiet
+from ..deploy.onnx_file import OnnxNetwork, needs, write_program
+from ..errors import one_line
+from ..torch_private import trace_errors
+from ..version import __version__
+from ..warehouse import ops
+from .data import LoadImage
+from .found import Found
+from .graph import DetectorGraph
+from .predictor import Predictor
+from .run_lengths import import_evaluator
+
+__all__ = ["Agreement", "Written", "check_detector", "export_detector"]
+
+PICTURES = 8
+"""With detections, which a file is verified on."""
+TOLERANCE = 1e-4
+"""Of boxes, relative to the longer side of the picture; of scores."""
+MASKS = 0.01
+"""Of masks: pixels in one of two, relative to those in any."""
+ALONE = 0.01
+"""The share of detections without a partner that is taken: rounding moves a box across a threshold
+of overlap, or one proposal behind another."""
+
+
+class Different(ExportError):
+    """A written file finds something else than the detector."""
+
+
+@dataclass
+class Agreement:
+    """How a file's detections agree with mmdetection's.
+
+    Attributes:
+        pictures: that were compared.
+        objects: detections of both, twice those in common.
+        alone: those without a partner: one of the same label, with box and score within
+            :data:`TOLERANCE` and the mask within :data:`MASKS`.
+        box: the largest difference of partners, relative to the longer side of the picture.
+        score: the largest difference of partners.
+        mask: the largest share of pixels that differ, of partners.
+    """
+
+    pictures: int = 0
+    objects: int = 0
+    alone: int = 0
+    box: float = 0.0
+    score: float = 0.0
+    mask: float = 0.0
+
+    def add(self, expected: Found, found: Found) -> None:
+        """Compare the detections in a picture."""
+        self.pictures += 1
+        self.objects += len(expected.scores) + len(found.scores)
+        left = list(range(len(found.scores)))
+        side = max(expected.size)
+        for i in range(len(expected.scores)):
+            best: Any = None
+            for j in left:
+                score = abs(float(found.scores[j] - expected.scores[i]))
+                if found.labels[j] != expected.labels[i] or score > TOLERANCE:
+                    continue
+                box = float((found.boxes[j] - expected.boxes[i]).abs().max()) / side
+                if box <= TOLERANCE and (best is None or box < best[1]):
+                    best = j, box, score
+            mask = 0.0 if best is None else _apart(expected, found, i, best[0])
+            if best is None or mask > MASKS:
+                self.alone += 1
+                continue
+            left.remove(best[0])
+            self.box, self.score = max(self.box, best[1]), max(self.score, best[2])
+            self.mask = max(self.mask, mask)
+        self.alone += len(left)
+
+    def __str__(self) -> str:
+        masks = f", masks in {self.mask:.1e} of their pixels" if self.mask else ""
+        return (
+            f"{self.pictures} pictures, {self.objects - self.alone} of {self.objects} detections "
+            f"of both are the same; boxes differ by {self.box:.1e} of the longer side, scores by "
+            f"{self.score:.1e}{masks}"
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written and verified.
+
+    Attributes:
+        path: the file.
+        card: its model card.
+        agreement: with mmdetection's detector.
+        seconds: that writing and verifying took.
+        notes: what a user should know, a sentence each.
+    """
+
+    path: Path
+    card: Path
+    agreement: Agreement
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def export_detector(
+    predictor: Predictor,
+    name: str,
+    target: Path,
+    files: Iterable[Path],
+    nms: bool = True,
+    fixed_size: bool = False,
+) -> Written:
+    """Write a detector as ONNX.
+
+    Args:
+        predictor: the detector, on the CPU.
+        name: of the model.
+        target: ``NAME.onnx``.
+        files: pictures; the first :data:`PICTURES` with detections are compared.
+        nms: whether the file suppresses boxes. Without, it gives the candidates: the boxes, scores
+            and labels from which the last suppression chooses, and no masks.
+        fixed_size: take images of one size, a square into which every resized picture fits.
+
+    Raises:
+        ExportError: it cannot be exported, nothing is found in the pictures, or the file finds
+            something else.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        needs(package)
+    if target.suffix != ".onnx":
+        raise ExportError(f"{target}: detectors are exported as .onnx, found {target.suffix!r}")
+    begin = time.perf_counter()
+    graph, description = _describe(predictor, name, nms, fixed_size)
+    preprocessor = predictor.detector.data_preprocessor
+    before = preprocessor.pad_size_divisor
+    preprocessor.pad_size_divisor = description.preprocessing["pad_to_multiple_of"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.partial.onnx")
+    notes: tuple[str, ...] = ()
+    if not nms and predictor.has_masks:
+        notes = ("the file gives no masks: they are computed of what suppression leaves (--nms)",)
+    try:
+        expected = _expected(predictor, files)
+        program = _trace(graph, description, expected[0][1].size)
+        try:
+            write_program(program, description, partial, True, _names(graph, description))
+            agreement = _verify(partial, expected, target)
+        except Different:  # as kw.deploy.export: the optimizer has rules that change results
+            write_program(program, description, partial, False, _names(graph, description))
+            agreement = _verify(partial, expected, target)
+            notes += ("onnxscript's optimizer changes the result: written without it",)
+        os.replace(partial, target)
+    finally:
+        preprocessor.pad_size_divisor = before
+        partial.unlink(missing_ok=True)
+    if agreement.alone:
+        notes += (f"{agreement.alone} of {agreement.objects} detections have no partner",)
+    card = _write_card(target, description, agreement)
+    return Written(target, card, agreement, time.perf_counter() - begin, notes)
+
+
+def check_detector(predictor: Predictor) -> None:
+    """Refuse a detector whose parts compute something else than :class:`DetectorGraph`.
+
+    Raises:
+        ExportError: with the part, and what is exported.
+    """
+    from mmdet.models import SingleStageDetector, TwoStageDetector
+    from mmdet.models.data_preprocessors import DetDataPreprocessor
+    from mmdet.models.dense_heads import RPNHead
+    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.roi_heads import (
+        BBoxHead,
+        FCNMaskHead,
+        SingleRoIExtractor,
+        StandardRoIHead,
+    )
+    from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+
+    detector: Any = predictor.detector
+    dense = ("predict", "predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
+    made = dense[:-1] if hasattr(detector, "roi_head") else dense
+    coders: Any = DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+    # Parts, and the functions of mmdetection that they must have unchanged.
+    parts: list[tuple[str, Any, Any, Sequence[str]]]
+    parts = [("data_preprocessor", detector.data_preprocessor, DetDataPreprocessor, ("forward",))]
+    limits = [("test_cfg", detector.test_cfg)]
+    if not hasattr(detector, "roi_head"):
+        parts += [("", detector, SingleStageDetector, ("predict", "extract_feat"))]
+        parts += [("bbox_head", getattr(detector, "bbox_head", None), BaseDenseHead, dense)]
+    else:
+        roi = detector.roi_head
+        parts += [
+            ("", detector, TwoStageDetector, ("predict", "extract_feat")),
+            ("rpn_head", getattr(detector, "rpn_head", None), RPNHead, (*made, dense[-1])),
+            ("roi_head", roi, StandardRoIHead, ("predict", "predict_bbox", "predict_mask")),
+            ("roi_head.bbox_head", roi.bbox_head, BBoxHead, made[1:]),
+            ("roi_head.bbox_roi_extractor", getattr(roi, "bbox_roi_extractor", None),
+             SingleRoIExtractor, ("forward", "map_roi_levels")),
+        ]  # fmt: skip
+        if predictor.has_masks:
+            parts += [
+                ("roi_head.mask_head", roi.mask_head, FCNMaskHead, made[1:]),
+                ("roi_head.mask_roi_extractor", roi.mask_roi_extractor, SingleRoIExtractor,
+                 ("forward", "map_roi_levels")),
+            ]  # fmt: skip
+        limits = [
+            ("test_cfg.rpn", detector.test_cfg.rpn),
+            ("test_cfg.rcnn", detector.test_cfg.rcnn),
+        ]
+    for place, part, base, functions in parts:
+        same = isinstance(part, base) and all(
+            getattr(type(part), name) is getattr(base, name) for name in functions
+        )
+        coder = getattr(part, "bbox_coder", None)
+        if same and coder is not None:
+            same = type(coder) in coders and not getattr(coder, "add_ctr_clamp", False)
+        plain = not getattr(getattr(part, "loss_cls", None), "custom_cls_channels", False)
+        plain &= not getattr(part, "with_shared_head", False)
+        layers = getattr(part, "roi_layers", ())
+        plain &= all(type(one) is RoIAlign and one.pool_mode == "avg" for one in layers)
+        if not same or not plain:
+            raise _refusal(f"model.{place}".rstrip("."), type(part).__name__)
+    for place, config in limits:
+        nms = config.get("nms") or {}
+        known = {"type", "iou_threshold", "class_agnostic", "split_thr"}
+        if nms.get("type", "nms") != "nms" or not known >= set(nms) or "iou_threshold" not in nms:
+            raise _refusal(f"model.{place}.nms", str(dict(nms)))
+        for key in ("nms_pre", "max_per_img"):
+            if config.get(key, -1) < 1 and not (key == "nms_pre" and place.endswith("rcnn")):
+                raise _refusal(f"model.{place}.{key}", str(config.get(key)))
+        if place == "test_cfg" and config.get("min_bbox_size", -1) > 0:
+            raise _refusal(f"model.{place}.min_bbox_size", str(config.min_bbox_size))
+
+
+def _refusal(place: str, found: str) -> ExportError:
+    return ExportError(
+        f"{place} = {found} cannot be exported: detectors of one stage with mmdetection's common "
+        "choice of boxes (RetinaNet, FCOS, ATSS), and Faster and Mask R-CNN can, with nms of type "
+        "'nms' and limits (nms_pre, max_per_img); kw predict and kw.load run the work directory"
+    )
+
+
+def _describe(
+    predictor: Predictor, name: str, nms: bool, fixed_size: bool
+) -> tuple[DetectorGraph, DetectorDescription]:
+    check_detector(predictor)
+    preprocessing = _preprocessing(predictor)
+    multiple, side = preprocessing["pad_to_multiple_of"], None
+    if fixed_size:
+        scale = preprocessing["resize"]["scale"]
+        if scale is None:
+            raise ExportError("--fixed-size: test_pipeline's Resize has a scale_factor, not a size")
+        side = -(-max(scale) // multiple) * multiple
+        preprocessing["pad_to_multiple_of"] = side
+    graph = DetectorGraph(predictor.detector, nms)
+    config = graph.config
+    meta = predictor.meta
+    prefix = "ema_" if predictor.weights == "ema" else ""
+    figures = {key: (meta.get("metrics") or {}).get(prefix + key) for key in _FIGURES}
+    return graph, DetectorDescription(
+        model=name,
+        classes=predictor.classes,
+        preprocessing=preprocessing,
+        input={"image": [1, 3, side, side], "size": "height, width without padding, float32 [2]"},
+        output={
+            "nms": nms,
+            "masks": nms and predictor.has_masks,
+            "score_threshold": config.get("score_thr", 0),
+            "iou_threshold": config.nms.iou_threshold,
+            "class_agnostic": config.nms.get("class_agnostic", False),
+            "max_detections": config.max_per_img,
+            "mask_threshold": config.get("mask_thr_binary") if predictor.has_masks else None,
+        },
+        weights={
+            "of": predictor.weights,
+            "epoch": meta.get("epoch"),
+            "metrics": {key: value for key, value in figures.items() if value is not None},
+        },
+        config=predictor.config.to_python(),
+        versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
+    )
+
+
+_FIGURES = {"bbox_mAP": "box AP", "bbox_mAP_50": "box AP50", "segm_mAP": "mask AP"}
+
+
+def _preprocessing(predictor: Predictor) -> dict[str, Any]:
+    """What becomes of a picture, from ``test_pipeline`` and mmdetection's preprocessor."""
+    from mmdet.datasets.transforms import PackDetInputs, Resize
+
+    first, *others = predictor.steps
+    resize: dict[str, Any] = {"scale": None, "scale_factor": [1.0, 1.0], "keep_ratio": True}
+    if not isinstance(first, LoadImage) or first.settings.to_float32:
+        raise _step_refusal(first)
+    for place, step in enumerate(others):
+        if type(step) is Resize and place == 0 and step.interpolation == "bilinear":
+            factor = step.scale_factor
+            factor = [factor, factor] if isinstance(factor, (int, float)) else factor
+            resize = {
+                "scale": None if step.scale is None else list(step.scale),
+                "scale_factor": None if step.scale is not None else list(factor),
+                "keep_ratio": bool(step.keep_ratio),
+            }
+        elif type(step) is not PackDetInputs:
+            raise _step_refusal(step)
+    settings = predictor.detector.data_preprocessor
+    normal = settings._enable_normalize
+    return {
+        "colour": "RGB" if settings._channel_conversion else "BGR",
+        "exif_orientation": "apply" if predictor.upright else "ignore",
+        "max_pixels": predictor.max_pixels,
+        "resize": resize,
+        "mean": settings.mean.flatten().tolist() if normal else [0.0] * 3,
+        "std": settings.std.flatten().tolist() if normal else [1.0] * 3,
+        "pad_to_multiple_of": settings.pad_size_divisor,
+        "pad_value": settings.pad_value,
+    }
+
+
+def _step_refusal(step: Any) -> ExportError:
+    return ExportError(
+        f"test_pipeline: {type(step).__name__} cannot be exported: expected LoadImageFromFile, "
+        "Resize (bilinear) and PackDetInputs, without settings that change the pixels otherwise"
+    )
+
+
+def _expected(predictor: Predictor, files: Iterable[Path]) -> list[tuple[Path, Found]]:
+    """The first pictures with detections, and these."""
+    expected: list[tuple[Path, Found]] = []
+    count = 0
+    for file in files:
+        try:
+            found = predictor.find(file)
+        except BadImageError:
+            continue
+        count += 1
+        if len(found.scores):
+            expected.append((file, found))
+        if len(expected) == PICTURES:
+            break
+    if not expected:
+        raise ExportError(
+            f"the detector finds nothing in {count} picture(s), so that a file could not be "
+            "verified: name pictures of its categories with --images; a detector that finds none "
+            "has to be trained further, or has too high a score_thr in test_cfg"
+        )
+    return expected
+
+
+def _names(graph: DetectorGraph, description: DetectorDescription) -> dict[str, Any]:
+    outputs = ["boxes", "scores", "labels", *(["masks"] if description.output["masks"] else [])]
+    is_open = description.input["image"][2] is None
+    axes = ({2: "height", 3: "width"}, {}) if is_open else None
+    return {"input_names": ["image", "size"], "output_names": outputs, "dynamic_shapes": axes}
+
+
+def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tuple[int, int]) -> Any:
+    """The traced network; ``picture`` is the size of one, which the example has."""
+    multiple = description.preprocessing["pad_to_multiple_of"]
+    width, height = resized(picture, description.preprocessing["resize"])
+    # An open size of one multiple would be traced as a constant.
+    sides = [max(2, -(-side // multiple)) * multiple for side in (height, width)]
+    shapes: Any = None
+    if description.input["image"][2] is None:
+        names = ("height", "width")
+        shapes = {2 + i: multiple * Dim(name, min=1) for i, name in enumerate(names)}, {}
+    else:
+        sides = description.input["image"][2:]
+    example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
+    try:
+        with torch.no_grad(), quiet(), ops.fixed_groups():
+            try:
+                return torch.export.export(graph, example, dynamic_shapes=shapes)
+            except trace_errors():
+                return torch.export.export(
+                    graph,
+                    example,
+                    dynamic_shapes=shapes,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+    except MemoryError:
+        raise
+    except Exception as error:
+        name = type(graph.detector).__name__
+        raise ExportError(f"PyTorch cannot trace {name}: {one_line(error)}") from error
+
+
+def _verify(path: Path, expected: list[tuple[Path, Found]], target: Path) -> Agreement:
+    """The written file against the detector.
+
+    Raises:
+        Different: more than :data:`ALONE` of the detections have no partner.
+    """
+    written = ExportedDetector(OnnxNetwork(path), str(target))
+    agreement = Agreement()
+    for file, wanted in expected:
+        try:
+            found = written.find(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # a runtime raises its own kinds
+            raise ExportError(f"{target}: the file refuses {file}: {one_line(error)}") from error
+        if not written.has_masks:
+            wanted = wanted._replace(masks=None)
+        agreement.add(wanted, found)
+    if agreement.alone > ALONE * agreement.objects:
+        raise Different(
+            f"{target}: {agreement.alone} of {agreement.objects} detections of the file and of "
+            f"PyTorch have no partner in the other's; expected at most {ALONE:.0%}. Nothing was "
+            "written"
+        )
+    return agreement
+
+
+def _apart(expected: Found, found: Found, i: int, j: int) -> float:
+    """The share of the pixels of two masks that are in one of them only."""
+    if expected.masks is None or found.masks is None:
+        return 0.0
+    first, second = expected.masks[i], found.masks[j]
+    if first["counts"] == second["counts"]:
+        return 0.0
+    return 1 - float(import_evaluator().mask.iou([first], [second], [0])[0][0])
+
+
+def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> Path:
+    """Write ``<file>.md``."""
+    text = "TODO"
+    card = path.with_name(path.name + ".md")
+    card.write_text(text, encoding="utf-8")
+    return card
