@@ -40,7 +40,8 @@ class DetectorDescription:
             ``exif_orientation``, ``max_pixels``, ``resize`` (``scale``, longer and shorter side, or
             ``scale_factor``; ``keep_ratio``), ``mean``, ``std``, ``pad_to_multiple_of``,
             ``pad_value`` (after normalising).
-        input: of the network: ``image``, its shape, where None is open; ``size``.
+        input: of the network: ``image``, its shape, where None is open, and ``least``, its least
+            height and width; ``size``.
         output: of the network: ``nms``, whether it suppresses boxes; ``masks``; and the detector's
             settings ``score_threshold``, ``iou_threshold``, ``class_agnostic``,
             ``max_detections``, ``mask_threshold``.
@@ -126,10 +127,12 @@ class ExportedDetector(Detector):
                 what = f"{image.width} x {image.height} pixels, of which resizing leaves nothing"
                 raise BadImageError.of(name, what)
             pixels = self._resize(np.asarray(image), (width, height))  # bilinear
-            given = {
-                "image": self.prepare(pixels).numpy(),
-                "size": np.array([height, width], np.float32),
-            }
+            padded = self.prepare(pixels)
+            least = self.description.input["least"]
+            if min(padded.shape[2:]) < least:
+                what = f"resized to {width} x {height} pixels; the file takes sides from {least} on"
+                raise BadImageError.of(name, what)
+            given = {"image": padded.numpy(), "size": np.array([height, width], np.float32)}
             boxes, scores, labels, *masks = map(torch.from_numpy, self._session.run(None, given))
             chosen = scores >= max(score, 0.0)
             if not self.description.output["nms"]:

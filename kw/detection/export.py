@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmcv.ops import RoIAlign
 from torch.export import Dim
 
 from ..data.reading import BadImageError
+from ..deploy.card import CITATION, table
 from ..deploy.description import ExportError
 from ..deploy.detector import DetectorDescription, ExportedDetector, resized
 from ..deploy.graph import quiet
@@ -26,13 +26,13 @@ from ..errors import one_line
 from ..torch_private import trace_errors
 from ..version import __version__
 from ..warehouse import ops
-from .data import LoadImage
+from .exportable import check_detector, preprocessing
 from .found import Found
 from .graph import DetectorGraph
 from .predictor import Predictor
 from .run_lengths import import_evaluator
 
-__all__ = ["Agreement", "Written", "check_detector", "export_detector"]
+__all__ = ["Agreement", "Written", "export_detector"]
 
 PICTURES = 8
 """With detections, which a file is verified on."""
@@ -179,100 +179,18 @@ def export_detector(
     return Written(target, card, agreement, time.perf_counter() - begin, notes)
 
 
-def check_detector(predictor: Predictor) -> None:
-    """Refuse a detector whose parts compute something else than :class:`DetectorGraph`.
-
-    Raises:
-        ExportError: with the part, and what is exported.
-    """
-    from mmdet.models import SingleStageDetector, TwoStageDetector
-    from mmdet.models.data_preprocessors import DetDataPreprocessor
-    from mmdet.models.dense_heads import RPNHead
-    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-    from mmdet.models.roi_heads import (
-        BBoxHead,
-        FCNMaskHead,
-        SingleRoIExtractor,
-        StandardRoIHead,
-    )
-    from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-
-    detector: Any = predictor.detector
-    dense = ("predict", "predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
-    made = dense[:-1] if hasattr(detector, "roi_head") else dense
-    coders: Any = DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-    # Parts, and the functions of mmdetection that they must have unchanged.
-    parts: list[tuple[str, Any, Any, Sequence[str]]]
-    parts = [("data_preprocessor", detector.data_preprocessor, DetDataPreprocessor, ("forward",))]
-    limits = [("test_cfg", detector.test_cfg)]
-    if not hasattr(detector, "roi_head"):
-        parts += [("", detector, SingleStageDetector, ("predict", "extract_feat"))]
-        parts += [("bbox_head", getattr(detector, "bbox_head", None), BaseDenseHead, dense)]
-    else:
-        roi = detector.roi_head
-        parts += [
-            ("", detector, TwoStageDetector, ("predict", "extract_feat")),
-            ("rpn_head", getattr(detector, "rpn_head", None), RPNHead, (*made, dense[-1])),
-            ("roi_head", roi, StandardRoIHead, ("predict", "predict_bbox", "predict_mask")),
-            ("roi_head.bbox_head", roi.bbox_head, BBoxHead, made[1:]),
-            ("roi_head.bbox_roi_extractor", getattr(roi, "bbox_roi_extractor", None),
-             SingleRoIExtractor, ("forward", "map_roi_levels")),
-        ]  # fmt: skip
-        if predictor.has_masks:
-            parts += [
-                ("roi_head.mask_head", roi.mask_head, FCNMaskHead, made[1:]),
-                ("roi_head.mask_roi_extractor", roi.mask_roi_extractor, SingleRoIExtractor,
-                 ("forward", "map_roi_levels")),
-            ]  # fmt: skip
-        limits = [
-            ("test_cfg.rpn", detector.test_cfg.rpn),
-            ("test_cfg.rcnn", detector.test_cfg.rcnn),
-        ]
-    for place, part, base, functions in parts:
-        same = isinstance(part, base) and all(
-            getattr(type(part), name) is getattr(base, name) for name in functions
-        )
-        coder = getattr(part, "bbox_coder", None)
-        if same and coder is not None:
-            same = type(coder) in coders and not getattr(coder, "add_ctr_clamp", False)
-        plain = not getattr(getattr(part, "loss_cls", None), "custom_cls_channels", False)
-        plain &= not getattr(part, "with_shared_head", False)
-        layers = getattr(part, "roi_layers", ())
-        plain &= all(type(one) is RoIAlign and one.pool_mode == "avg" for one in layers)
-        if not same or not plain:
-            raise _refusal(f"model.{place}".rstrip("."), type(part).__name__)
-    for place, config in limits:
-        nms = config.get("nms") or {}
-        known = {"type", "iou_threshold", "class_agnostic", "split_thr"}
-        if nms.get("type", "nms") != "nms" or not known >= set(nms) or "iou_threshold" not in nms:
-            raise _refusal(f"model.{place}.nms", str(dict(nms)))
-        for key in ("nms_pre", "max_per_img"):
-            if config.get(key, -1) < 1 and not (key == "nms_pre" and place.endswith("rcnn")):
-                raise _refusal(f"model.{place}.{key}", str(config.get(key)))
-        if place == "test_cfg" and config.get("min_bbox_size", -1) > 0:
-            raise _refusal(f"model.{place}.min_bbox_size", str(config.min_bbox_size))
-
-
-def _refusal(place: str, found: str) -> ExportError:
-    return ExportError(
-        f"{place} = {found} cannot be exported: detectors of one stage with mmdetection's common "
-        "choice of boxes (RetinaNet, FCOS, ATSS), and Faster and Mask R-CNN can, with nms of type "
-        "'nms' and limits (nms_pre, max_per_img); kw predict and kw.load run the work directory"
-    )
-
-
 def _describe(
     predictor: Predictor, name: str, nms: bool, fixed_size: bool
 ) -> tuple[DetectorGraph, DetectorDescription]:
     check_detector(predictor)
-    preprocessing = _preprocessing(predictor)
-    multiple, side = preprocessing["pad_to_multiple_of"], None
+    steps = preprocessing(predictor)
+    multiple, side = steps["pad_to_multiple_of"], None
     if fixed_size:
-        scale = preprocessing["resize"]["scale"]
+        scale = steps["resize"]["scale"]
         if scale is None:
             raise ExportError("--fixed-size: test_pipeline's Resize has a scale_factor, not a size")
         side = -(-max(scale) // multiple) * multiple
-        preprocessing["pad_to_multiple_of"] = side
+        steps["pad_to_multiple_of"] = side
     graph = DetectorGraph(predictor.detector, nms)
     config = graph.config
     meta = predictor.meta
@@ -281,8 +199,12 @@ def _describe(
     return graph, DetectorDescription(
         model=name,
         classes=predictor.classes,
-        preprocessing=preprocessing,
-        input={"image": [1, 3, side, side], "size": "height, width without padding, float32 [2]"},
+        preprocessing=steps,
+        input={
+            "image": [1, 3, side, side],
+            "least": side or (graph.deepest // multiple + 1) * multiple,
+            "size": "height and width without padding, float32 [2]",
+        },
         output={
             "nms": nms,
             "masks": nms and predictor.has_masks,
@@ -303,46 +225,6 @@ def _describe(
 
 
 _FIGURES = {"bbox_mAP": "box AP", "bbox_mAP_50": "box AP50", "segm_mAP": "mask AP"}
-
-
-def _preprocessing(predictor: Predictor) -> dict[str, Any]:
-    """What becomes of a picture, from ``test_pipeline`` and mmdetection's preprocessor."""
-    from mmdet.datasets.transforms import PackDetInputs, Resize
-
-    first, *others = predictor.steps
-    resize: dict[str, Any] = {"scale": None, "scale_factor": [1.0, 1.0], "keep_ratio": True}
-    if not isinstance(first, LoadImage) or first.settings.to_float32:
-        raise _step_refusal(first)
-    for place, step in enumerate(others):
-        if type(step) is Resize and place == 0 and step.interpolation == "bilinear":
-            factor = step.scale_factor
-            factor = [factor, factor] if isinstance(factor, (int, float)) else factor
-            resize = {
-                "scale": None if step.scale is None else list(step.scale),
-                "scale_factor": None if step.scale is not None else list(factor),
-                "keep_ratio": bool(step.keep_ratio),
-            }
-        elif type(step) is not PackDetInputs:
-            raise _step_refusal(step)
-    settings = predictor.detector.data_preprocessor
-    normal = settings._enable_normalize
-    return {
-        "colour": "RGB" if settings._channel_conversion else "BGR",
-        "exif_orientation": "apply" if predictor.upright else "ignore",
-        "max_pixels": predictor.max_pixels,
-        "resize": resize,
-        "mean": settings.mean.flatten().tolist() if normal else [0.0] * 3,
-        "std": settings.std.flatten().tolist() if normal else [1.0] * 3,
-        "pad_to_multiple_of": settings.pad_size_divisor,
-        "pad_value": settings.pad_value,
-    }
-
-
-def _step_refusal(step: Any) -> ExportError:
-    return ExportError(
-        f"test_pipeline: {type(step).__name__} cannot be exported: expected LoadImageFromFile, "
-        "Resize (bilinear) and PackDetInputs, without settings that change the pixels otherwise"
-    )
 
 
 def _expected(predictor: Predictor, files: Iterable[Path]) -> list[tuple[Path, Found]]:
@@ -371,7 +253,7 @@ def _expected(predictor: Predictor, files: Iterable[Path]) -> list[tuple[Path, F
 def _names(graph: DetectorGraph, description: DetectorDescription) -> dict[str, Any]:
     outputs = ["boxes", "scores", "labels", *(["masks"] if description.output["masks"] else [])]
     is_open = description.input["image"][2] is None
-    axes = ({2: "height", 3: "width"}, {}) if is_open else None
+    axes: Any = ({2: "height", 3: "width"}, {}) if is_open else None
     return {"input_names": ["image", "size"], "output_names": outputs, "dynamic_shapes": axes}
 
 
@@ -379,14 +261,13 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
     """The traced network; ``picture`` is the size of one, which the example has."""
     multiple = description.preprocessing["pad_to_multiple_of"]
     width, height = resized(picture, description.preprocessing["resize"])
-    # An open size of one multiple would be traced as a constant.
-    sides = [max(2, -(-side // multiple)) * multiple for side in (height, width)]
     shapes: Any = None
-    if description.input["image"][2] is None:
-        names = ("height", "width")
-        shapes = {2 + i: multiple * Dim(name, min=1) for i, name in enumerate(names)}, {}
-    else:
-        sides = description.input["image"][2:]
+    sides = description.input["image"][2:]
+    if sides[0] is None:
+        least = description.input["least"]
+        sides = [-(-max(side, 4 * least) // multiple) * multiple for side in (height, width)]
+        axes = [multiple * Dim(name, min=least // multiple) for name in ("height", "width")]
+        shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
     try:
         with torch.no_grad(), quiet(), ops.fixed_groups():
@@ -445,7 +326,60 @@ def _apart(expected: Found, found: Found, i: int, j: int) -> float:
 
 def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> Path:
     """Write ``<file>.md``."""
-    text = "TODO"
+    output, weights = description.output, description.weights
+    rows: dict[str, object] = {
+        "classes": ", ".join(description.classes),
+        "epochs trained": weights["epoch"] or "unknown",
+        "weights": "moving average" if weights["of"] == "ema" else "the model's own",
+    }
+    for key, name in _FIGURES.items():
+        if key in weights["metrics"]:
+            rows[f"{name}, in the run's evaluation"] = f"{weights['metrics'][key]:.4g}"
+    given = {key.replace("_", " "): value for key, value in description.preprocessing.items()}
+    what = "the detections, suppressed" if output["nms"] else "candidates, to be suppressed by you"
+    masks = "; `masks` [N, h, w], probabilities over the boxes" if output["masks"] else ""
+    given |= {
+        "input `image`": f"float32 {description.input['image']}, None is open, from "
+        f"{description.input['least']} on",
+        "input `size`": description.input["size"],
+        "output": f"{what}: `boxes` [N, 4], left, top, right, bottom in pixels of the resized "
+        f"picture; `scores` [N], falling, -1 where there is none; `labels` [N]{masks}",
+        **{f"output: {key.replace('_', ' ')}": value for key, value in output.items()},
+    }
     card = path.with_name(path.name + ".md")
+    text = f"""\
+# {description.model}
+
+`{path.name}`, written by kernelwarehouse {__version__}.
+
+{table(rows)}
+
+## Input and output
+
+{table(given)}
+
+## Verification
+
+After writing, the file was run beside PyTorch: {agreement}.
+
+## Use
+
+```python
+import kw
+
+detector = kw.load("{path.name}")
+(found,) = detector.predict(["image.jpg"], score=0.3)
+```
+
+    kw predict {path.name} image.jpg folder/ --pictures found --json found.json
+
+onnxruntime alone runs it too; classes, preprocessing and thresholds are in its metadata.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
     card.write_text(text, encoding="utf-8")
     return card

@@ -31,6 +31,10 @@ class DetectorGraph(nn.Module):
     Args:
         detector: mmdetection's, of one or two stages; it is copied.
         nms: give detections; otherwise the candidates from which the last suppression chooses them.
+
+    Attributes:
+        deepest: pixels of the image per position of the deepest map. A map of one position would
+            be traced as a constant.
     """
 
     def __init__(self, detector: Any, nms: bool = True) -> None:
@@ -38,6 +42,8 @@ class DetectorGraph(nn.Module):
         self.detector: Any = fold_temperature(copy.deepcopy(detector)).eval()
         self.two_stages = hasattr(detector, "roi_head")
         self.nms = nms
+        head = detector.rpn_head if self.two_stages else detector.bbox_head
+        self.deepest = int(max(max(pair) for pair in head.prior_generator.strides))
         self.config: Any = detector.test_cfg.rcnn if self.two_stages else detector.test_cfg
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
@@ -54,9 +60,9 @@ class DetectorGraph(nn.Module):
             proposals = self._proposals(maps, size)
             boxes, scores, labels = self._refined(maps, *proposals, size)
         else:
-            head, config = self.detector.bbox_head, self.config
-            threshold = config.get("score_thr", 0)
-            boxes, scores, labels, _ = _candidates(head, maps, config.nms_pre, threshold, size)
+            threshold = self.config.get("score_thr", 0)
+            found = _candidates(self.detector.bbox_head, maps, self.config, threshold, size)
+            boxes, scores, labels, _ = found
         if not self.nms:
             return boxes, scores, labels
         boxes, scores, labels = _suppress(boxes, scores, labels, labels, self.config)
@@ -67,11 +73,8 @@ class DetectorGraph(nn.Module):
     def _proposals(self, maps: Any, size: Tensor) -> tuple[Tensor, Tensor]:
         """Regions ``[P, 4]`` and their scores."""
         config = self.detector.test_cfg.rpn
-        found = _candidates(self.detector.rpn_head, maps, config.nms_pre, _NONE / 2, size)
+        found = _candidates(self.detector.rpn_head, maps, config, _NONE / 2, size)
         boxes, scores, labels, levels = found
-        sides = boxes[:, 2:] - boxes[:, :2]
-        is_box = (sides > config.get("min_bbox_size", -1)).all(1)
-        scores = torch.where(is_box, scores, _NONE)
         boxes, scores, _ = _suppress(boxes, scores, labels, levels, config)
         return boxes, scores
 
@@ -98,7 +101,7 @@ class DetectorGraph(nn.Module):
         return logits[torch.arange(len(boxes)), own].sigmoid()
 
 
-def _candidates(head: Any, maps: Any, best: int, threshold: float, size: Tensor) -> Any:
+def _candidates(head: Any, maps: Any, config: Any, threshold: float, size: Tensor) -> Any:
     """The best of every level of a dense head, as mmdetection's ``BaseDenseHead`` chooses them:
     boxes ``[K, 4]``, scores, labels and levels ``[K]``."""
     outputs = head(maps)
@@ -109,10 +112,11 @@ def _candidates(head: Any, maps: Any, best: int, threshold: float, size: Tensor)
         scores = _rows(logits, head.cls_out_channels)
         scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[:, :-1]
         classes = scores.shape[1]
-        scores, at = _top(scores.flatten(), best)
+        scores, at = _top(scores.flatten(), config.nms_pre)
         place = at // classes
         boxes = _clip(head.bbox_coder, anchors[place], _rows(deltas, 4)[place], size)
-        valid = scores > threshold
+        sides = boxes[:, 2:] - boxes[:, :2]
+        valid = (scores > threshold) & (sides > config.get("min_bbox_size", -1)).all(1)
         if factor:
             scores = scores * _rows(factor[0], 1)[place, 0].sigmoid()
         scores = torch.where(valid, scores, _NONE)
