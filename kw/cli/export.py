@@ -66,7 +66,8 @@ def main() -> None:
         parser.error("the following arguments are required: TARGET")
     args.config, args.checkpoint = run_of(args.config, args.checkpoint)
     if Path(args.config).suffix == ".py":
-        return export_detectors(args)
+        export_detectors(args)
+        return
     if args.nms is not None:
         parser.error("--nms: is of detectors (a configuration that ends with .py)")
     options = Options(args.precision, args.batch, args.fixed_size)
@@ -98,15 +99,11 @@ def export_detectors(args: argparse.Namespace) -> None:
         from ..detection.predictor import Predictor
     except ImportError as error:
         raise ConfigError(f"{args.config}: a detector's configuration: {error}") from error
-    for name, given in (
-        ("precision", args.precision != "fp32"),
-        ("batch", args.batch not in (None, 1)),
-    ):
-        if given:
-            raise ExportError(
-                f"--{name} {getattr(args, name)}: detectors are exported in fp32 for one image at "
-                "a time, over whose padding alone their attention pools; leave the option out"
-            )
+    if args.precision != "fp32" or args.batch not in (None, 1):
+        raise ExportError(
+            "--precision, --batch: detectors are exported in fp32 for one picture at a time, over "
+            "whose padding alone their attention pools; leave the options out"
+        )
     config = load_detector_config(args.config, args.cfg_options)
     predictor = Predictor(config, args.checkpoint, weights=args.weights)
     data = config.run.data
