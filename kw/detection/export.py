@@ -32,7 +32,7 @@ from .graph import DetectorGraph
 from .predictor import Predictor
 from .run_lengths import import_evaluator
 
-__all__ = ["Agreement", "Written", "export_detector"]
+__all__ = ["Agreement", "Written", "describe", "export_detector"]
 
 PICTURES = 8
 """With detections, which a file is verified on."""
@@ -150,7 +150,7 @@ def export_detector(
     if target.suffix != ".onnx":
         raise ExportError(f"{target}: detectors are exported as .onnx, found {target.suffix!r}")
     begin = time.perf_counter()
-    graph, description = _describe(predictor, name, nms, fixed_size)
+    graph, description = describe(predictor, name, nms, fixed_size)
     preprocessor = predictor.detector.data_preprocessor
     before = preprocessor.pad_size_divisor
     preprocessor.pad_size_divisor = description.preprocessing["pad_to_multiple_of"]
@@ -179,7 +179,7 @@ def export_detector(
     return Written(target, card, agreement, time.perf_counter() - begin, notes)
 
 
-def _describe(
+def describe(
     predictor: Predictor, name: str, nms: bool, fixed_size: bool
 ) -> tuple[DetectorGraph, DetectorDescription]:
     check_detector(predictor)
