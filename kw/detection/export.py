@@ -266,6 +266,8 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
     if sides[0] is None:
         least = description.input["least"]
         sides = [-(-max(side, 4 * least) // multiple) * multiple for side in (height, width)]
+        # Equal sides would be taken for one open size when the graph is traced again for ONNX.
+        sides[1] += multiple * (sides[0] == sides[1])
         axes = [multiple * Dim(name, min=least // multiple) for name in ("height", "width")]
         shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
