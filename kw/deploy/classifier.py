@@ -181,7 +181,7 @@ def load(
     """A ready classifier or detector, in evaluation mode, at temperature 0.
 
     Both have ``predict(images)``: of a classifier a list of its :class:`Prediction` for every
-    image, of a detector a :class:`kw.detection.found.Found`.
+    image, of a detector a ``Found`` (:mod:`kw.detection`).
 
     Args:
         path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,

@@ -161,12 +161,11 @@ def export_detector(
         notes = ("the file gives no masks: they are computed of what suppression leaves (--nms)",)
     try:
         expected = _expected(predictor, files)
-        program = _trace(graph, description, expected[0][1].size)
         try:
-            write_program(program, description, partial, True, _names(graph, description))
+            _write(graph, description, expected[0][1].size, partial)
             agreement = _verify(partial, expected, target)
         except Different:  # as kw.deploy.export: the optimizer has rules that change results
-            write_program(program, description, partial, False, _names(graph, description))
+            _write(graph, description, expected[0][1].size, partial, optimize=False)
             agreement = _verify(partial, expected, target)
             notes += ("onnxscript's optimizer changes the result: written without it",)
         os.replace(partial, target)
@@ -250,15 +249,23 @@ def _expected(predictor: Predictor, files: Iterable[Path]) -> list[tuple[Path, F
     return expected
 
 
-def _names(graph: DetectorGraph, description: DetectorDescription) -> dict[str, Any]:
+def _write(
+    graph: DetectorGraph,
+    description: DetectorDescription,
+    picture: tuple[int, int],
+    path: Path,
+    optimize: bool = True,
+) -> None:
+    """Trace and write the network; ``picture`` is the size of one, which the example has."""
     outputs = ["boxes", "scores", "labels", *(["masks"] if description.output["masks"] else [])]
     is_open = description.input["image"][2] is None
     axes: Any = ({2: "height", 3: "width"}, {}) if is_open else None
-    return {"input_names": ["image", "size"], "output_names": outputs, "dynamic_shapes": axes}
+    names = {"input_names": ["image", "size"], "output_names": outputs, "dynamic_shapes": axes}
+    # Anew for every file: with torch 2.15 a program that contains nms is written only once.
+    write_program(_trace(graph, description, picture), description, path, optimize, names)
 
 
 def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tuple[int, int]) -> Any:
-    """The traced network; ``picture`` is the size of one, which the example has."""
     multiple = description.preprocessing["pad_to_multiple_of"]
     width, height = resized(picture, description.preprocessing["resize"])
     shapes: Any = None
@@ -266,8 +273,6 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
     if sides[0] is None:
         least = description.input["least"]
         sides = [-(-max(side, 4 * least) // multiple) * multiple for side in (height, width)]
-        # Equal sides would be taken for one open size when the graph is traced again for ONNX.
-        sides[1] += multiple * (sides[0] == sides[1])
         axes = [multiple * Dim(name, min=least // multiple) for name in ("height", "width")]
         shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
