@@ -12,6 +12,8 @@ A detector's --json is an annotation file in COCO's format whose annotations hav
 --annotations it is COCO's results format, with the ids of that file, which needs no annotations.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
