@@ -42,7 +42,7 @@ MASKS = 0.01
 """Of masks: pixels in one of two, relative to those in any."""
 ALONE = 0.01
 """The share of detections without a partner that is taken: rounding moves a box across a threshold
-of overlap, or one proposal behind another."""
+of overlap, and equal scores, which flat areas of a picture give, come in another order."""
 
 
 class Different(ExportError):
