@@ -25,8 +25,8 @@ from kw.data import DataError
 from kw.detection import load_detector_config, train
 from kw.detection.annotations import check_annotations
 from kw.detection.data import build_eval_loader
+from kw.detection.found import Found, coco_file, coco_results, result_ids
 from kw.detection.pictures import picture_names, write_pictures
-from kw.detection.predictor import Found, coco_file, coco_results, result_ids
 from kw.detection.run_lengths import encode_masks
 from kw.training import CheckpointError
 

@@ -1,5 +1,6 @@
-"""Export a trained classifier: ONNX, torch.export, safetensors; each verified after writing.
+"""Export a trained classifier or detector: ONNX, torch.export, safetensors; verified after writing.
 
+kw export work_dirs/mask_rcnn_kw_resnet50_1x mask_rcnn.onnx
 kw export configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth \
     kw_resnet18_1x.onnx kw_resnet18_1x.pt2 kw_resnet18_1x.safetensors --images data/imagenet/val
 
@@ -7,9 +8,13 @@ The name's end decides the format. Batch and image size are open where the netwo
 the temperature is folded to 0. A model card is written beside every file (docs/deployment.md).
 """
 
+import argparse
 import sys
+from itertools import islice
+from pathlib import Path
 
-from ..deploy import export, find_images, read_source
+from ..config import ConfigError
+from ..deploy import ExportError, export, find_images, read_source
 from ..deploy.export import Options, check_target, read_some
 from ..deploy.quantize import CALIBRATION
 from ..runs import is_run, run_of
@@ -48,6 +53,11 @@ def main() -> None:
         "--batch", type=number(int, 1, 4096), metavar="N", help="fix the number of images"
     )
     parser.add_argument("--fixed-size", action="store_true", help="fix the size to data.input_size")
+    parser.add_argument(
+        "--nms",
+        action=argparse.BooleanOptionalAction,
+        help="of a detector: suppress boxes (default), or give the candidates before suppression",
+    )
     args = parser.parse_args()
     if is_run(args.config):
         args.targets = [output_file(args.checkpoint), *args.targets]
@@ -55,6 +65,11 @@ def main() -> None:
     if not args.targets:
         parser.error("the following arguments are required: TARGET")
     args.config, args.checkpoint = run_of(args.config, args.checkpoint)
+    if Path(args.config).suffix == ".py":
+        export_detectors(args)
+        return
+    if args.nms is not None:
+        parser.error("--nms: is of detectors (a configuration that ends with .py)")
     options = Options(args.precision, args.batch, args.fixed_size)
     for target in args.targets:
         check_target(target, options)
@@ -75,3 +90,35 @@ def main() -> None:
                     f"  {found.images} {kind} images: largest difference {found.largest:.1e}, "
                     f"same class {found.same}"
                 )
+
+
+def export_detectors(args: argparse.Namespace) -> None:
+    try:
+        from ..detection.config import load_detector_config
+        from ..detection.export import export_detector
+        from ..detection.predictor import Predictor
+    except ImportError as error:
+        raise ConfigError(f"{args.config}: a detector's configuration: {error}") from error
+    if args.precision != "fp32" or args.batch not in (None, 1):
+        raise ExportError(
+            "--precision, --batch: detectors are exported in fp32 for one picture at a time, over "
+            "whose padding alone their attention pools; leave the options out"
+        )
+    config = load_detector_config(args.config, args.cfg_options)
+    predictor = Predictor(config, args.checkpoint, weights=args.weights)
+    data = config.run.data
+    shown = args.images or [str(Path(data.root, data.val_images))]
+    if not args.images and not Path(shown[0]).is_dir():
+        raise ExportError(f"{shown[0]}: no such folder; name pictures to verify with by --images")
+    name = Path(args.config).stem
+    name = Path(args.checkpoint).absolute().parent.name if name == "config" else name
+    for target in args.targets:
+        files = islice(find_images(shown), 100)  # some may show nothing
+        written = export_detector(
+            predictor, name, target, files, args.nms is not False, args.fixed_size
+        )
+        for note in written.notes:
+            print(f"note: {note}", file=sys.stderr)
+        megabytes = written.path.stat().st_size / 1e6
+        print(f"wrote {written.path} ({megabytes:.2f} MB, {written.seconds:.1f} s) and its card")
+        print(f"  {written.agreement}")

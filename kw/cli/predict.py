@@ -12,17 +12,19 @@ A detector's --json is an annotation file in COCO's format whose annotations hav
 --annotations it is COCO's results format, with the ids of that file, which needs no annotations.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.reading import BadImageError, DataError
-from ..deploy import find_images, load, predict_files
+from ..deploy import Classifier, find_images, load, predict_files
 from ..errors import OutOfMemory
 from ..evaluation import render_table
-from ..training.trained import WEIGHTS, detector_config
+from ..training.trained import WEIGHTS
 from .tool import (
     ToolParser,
     device,
@@ -31,6 +33,9 @@ from .tool import (
     output_folder,
     save_json,
 )
+
+if TYPE_CHECKING:
+    from ..detection.found import Detector
 
 __all__ = ["main"]
 
@@ -46,10 +51,10 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files and folders")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write results to FILE")
+    parser.add_argument("--weights", choices=WEIGHTS, help="of a checkpoint (auto)")
     of_classes = parser.add_argument_group("of a classifier")
     of_classes.add_argument("--top", type=number(int, 1), metavar="K", help="classes each (5)")
     of_classes.add_argument("--batch-size", type=number(int, 1, 65536), metavar="N", help="(32)")
-    of_classes.add_argument("--weights", choices=WEIGHTS, help="of a checkpoint (auto)")
     of_objects = parser.add_argument_group("of a detector")
     of_objects.add_argument(
         "--score", type=number(float, 0, 1), help="leave out detections below this score (0.3)"
@@ -68,20 +73,21 @@ def main() -> None:
         help="annotation file with the names of the images in the folder IMAGES",
     )
     args = parser.parse_args()
-    run = detector_config(args.model) is not None
-    foreign = ("top", "batch_size", "weights") if run else ("score", "pictures", "annotations")
+    model = load(args.model, args.device, args.weights or "auto")
+    is_classifier = isinstance(model, Classifier)
+    foreign = ("score", "pictures", "annotations") if is_classifier else ("top", "batch_size")
     for name in foreign:
         if getattr(args, name) is not None:
-            if not Path(args.model).exists():
-                raise DataError(f"{args.model}: no such file or folder")
-            kind = "a detector" if run else "not a detector's run (no config.py)"
+            kind = "not a detector" if is_classifier else "a detector"
             parser.error(f"--{name.replace('_', '-')}: {args.model} is {kind}")
-    (find_objects if run else classify)(args)
+    if isinstance(model, Classifier):
+        classify(args, model)
+    else:
+        find_objects(args, model)
 
 
-def classify(args: argparse.Namespace) -> None:
+def classify(args: argparse.Namespace, classifier: Classifier) -> None:
     files = find_images(args.images)
-    classifier = load(args.model, args.device, args.weights or "auto")
     results = list(predict_files(classifier, files, args.top or 5, args.batch_size or 32))
     rows = [
         (result.file if place == 0 else "", best.name, f"{100 * best.probability:.2f}")
@@ -102,19 +108,18 @@ def classify(args: argparse.Namespace) -> None:
     _tell_unreadable(unreadable, len(results))
 
 
-def find_objects(args: argparse.Namespace) -> None:
-    from ..detection import predictor as detection
+def find_objects(args: argparse.Namespace, detector: Detector) -> None:
     from ..detection.annotations import load_annotations
+    from ..detection.found import coco_file, coco_results, result_ids
     from ..detection.pictures import picture_names, refuse_overwriting, save_picture
 
-    detector = detection.load(args.model, args.device)
     score = 0.3 if args.score is None else args.score
     content, ids, categories = None, [], []
     if args.annotations is not None:
         content = load_annotations(args.annotations, ("images", "categories"))
         files = _listed(args, content)
         ids = [image["id"] for image in content["images"]]
-        categories = detection.result_ids(detector.classes, content, args.annotations)
+        categories = result_ids(detector.classes, content, args.annotations)
     else:
         files = _found(args.images)
     names = picture_names([name for _, name in files])
@@ -141,9 +146,9 @@ def find_objects(args: argparse.Namespace) -> None:
         print(render_table(("file", f"objects, score {score:g} and above"), rows))
     if args.json is not None:
         if content is None:
-            save_json(detection.coco_file(found, detector.classes), args.json)
+            save_json(coco_file(found, detector.classes), args.json)
         else:
-            save_json(detection.coco_results(found, categories), args.json)
+            save_json(coco_results(found, categories), args.json)
     _tell_unreadable(unreadable, len(files))
 
 

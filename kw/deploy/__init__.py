@@ -1,4 +1,4 @@
-"""Trained classifiers in use: exported files, a classifier from any of them, predictions.
+"""Trained networks in use: exported files, a classifier or detector from them, predictions.
 
 ::
 
@@ -9,7 +9,8 @@
 - :mod:`.description`: the metadata of every exported file: classes, preprocessing, configuration;
 - :mod:`.graph`, :mod:`.onnx_file`, :mod:`.weights`: the formats; :mod:`.quantize`: INT8;
 - :mod:`.verify`: a written file against PyTorch; :mod:`.card`: the model card;
-- :mod:`.classifier`: ``kw.load``; :mod:`.predict`: files and folders.
+- :mod:`.classifier`: ``kw.load``; :mod:`.predict`: files and folders;
+- :mod:`.detector`: detectors' files, without mmdetection; :mod:`kw.detection.export` writes them.
 """
 
 from .classifier import Classifier, Prediction, load

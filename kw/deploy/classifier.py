@@ -1,11 +1,14 @@
-"""``kw.load``: a trained classifier, ready for images, from a file of any supported format."""
+"""``kw.load``: a trained classifier, ready for images, from a file of any supported format.
+
+Detectors are loaded by the same function: by :mod:`kw.detection.predictor`, or :mod:`.detector`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +22,15 @@ from ..data.transforms import build_transform
 from ..hub import WEIGHTS, is_hub_name, weights_file
 from ..models.build import build_network, without_sources
 from ..training.checkpoint import load_network
-from .description import Description, ExportError
+from ..training.trained import detector_config
+from .description import DETECTION, Description, ExportError
 from .graph import load_graph
 from .onnx_file import OnnxNetwork
 from .source import read_source, ready
 from .weights import cast, read_weights
+
+if TYPE_CHECKING:
+    from ..detection.found import Detector
 
 __all__ = ["Classifier", "Prediction", "load"]
 
@@ -169,14 +176,19 @@ class Classifier(nn.Module):
         ]
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto") -> Classifier:
-    """A ready classifier, in evaluation mode, at temperature 0.
+def load(
+    path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto"
+) -> Classifier | Detector:
+    """A ready classifier or detector, in evaluation mode, at temperature 0.
+
+    Both have ``predict(images)``: of a classifier a list of its :class:`Prediction` for every
+    image, of a detector a ``Found`` (:mod:`kw.detection`).
 
     Args:
         path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
             ``.onnx`` or ``.pt2`` file of tools/export.py; or a folder of ``kw pull``, or its name
-            on the Hugging Face Hub, ``"hf-hub:user/model[@revision]"``. A ``.pt2`` file is a
-            program: load none from a stranger.
+            on the Hugging Face Hub, ``"hf-hub:user/model[@revision]"``. A ``.pt2`` file, and the
+            ``config.py`` of a detector's run, are programs: load none from a stranger.
         device: where it computes.
         weights: of a checkpoint: ``"model"``, ``"ema"``, or ``"auto"``: the average where there is
             one.
@@ -191,6 +203,10 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
     if not file.exists():
         raise ExportError(f"{file}: no such file or folder; expected {_EXPECTED}")
     suffix = ".pth" if file.is_dir() else file.suffix
+    if detector_config(file) is not None:
+        from ..detection.predictor import load as load_detector
+
+        return load_detector(file, device, weights)
     if suffix == ".pth":
         source = read_source(file, weights=weights)
         network, description = source.network, source.description
@@ -201,6 +217,10 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
         network = ready(network)
     elif suffix == ".onnx":
         network = OnnxNetwork(file, device)
+        if network.metadata.get("task") == DETECTION:
+            from .detector import ExportedDetector
+
+            return ExportedDetector(network, str(file))
         description = Description.from_strings(network.metadata, str(file))
     elif suffix == ".pt2":
         network, description = load_graph(file)

@@ -46,6 +46,8 @@ def compare_files(
     rows = []
     for path in map(Path, paths):
         classifier = load(path)
+        if not isinstance(classifier, Classifier):
+            raise ExportError(f"{path}: is a detector's; expected classifiers (kw test has AP)")
         data = classifier.description.config.data
         dataset = ImageFolder(root, split, build_transform(data, False), reader=Reader.of(data))
         if dataset.classes != classifier.classes:

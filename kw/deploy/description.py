@@ -22,6 +22,8 @@ __all__ = ["Description", "ExportError", "InputRange", "preprocessing"]
 MARK = "kernelwarehouse"
 """The part that marks files of this project; its value is the version of the layout."""
 VERSION = "1"
+DETECTION = '"detection"'
+"""The part ``task`` of a detector's file; a classifier's has none."""
 
 
 class ExportError(UserError):

@@ -252,7 +252,9 @@ EXPORTERS[".safetensors"] = Exporter(_write_weights, ("fp32", "fp16", "bf16"))
 def _read(job: Job, path: Path) -> Classifier:
     exporter = EXPORTERS[job.path.suffix]
     if exporter.load is None:
-        return load(path)
+        written = load(path)
+        assert isinstance(written, Classifier)
+        return written
     return Classifier(exporter.load(path), job.description, exported=True)
 
 

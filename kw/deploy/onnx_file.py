@@ -14,7 +14,7 @@ from ..version import __version__
 from .description import Description, ExportError
 from .graph import quiet
 
-__all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx"]
+__all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx", "write_program"]
 
 _INSTALL = "pip install -e '.[export]'"
 
@@ -47,12 +47,30 @@ def write_onnx(
     Raises:
         ExportError: the graph has no counterpart in ONNX.
     """
-    import onnx
-
     inputs = description.input
     open_axes = {0: "batch"} if inputs.batch is None else {}
     if inputs.least is not None:
         open_axes |= {2: "height", 3: "width"}
+    # The names of the open axes; the program has their ranges.
+    names: dict[str, Any] = {
+        "input_names": ["images"],
+        "output_names": ["logits"],
+        "dynamic_shapes": {"images": open_axes},
+    }
+    write_program(program, description, path, optimize, names)
+
+
+def write_program(
+    program: ExportedProgram, description: Any, path: Path, optimize: bool, names: dict[str, Any]
+) -> None:
+    """Write any traced program; arguments as for :func:`write_onnx`, and names of inputs, outputs
+    and open axes as for ``torch.onnx.export``.
+
+    Raises:
+        ExportError: the graph has no counterpart in ONNX.
+    """
+    import onnx
+
     try:
         with quiet():
             written = torch.onnx.export(
@@ -60,9 +78,7 @@ def write_onnx(
                 dynamo=True,
                 verbose=False,
                 optimize=optimize,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"images": open_axes},  # their names; the program has the ranges
+                **names,
             )
         assert written is not None
         model = written.model_proto
@@ -77,7 +93,7 @@ def write_onnx(
     path.write_bytes(model.SerializeToString())
 
 
-def add_description(model: Any, description: Description) -> None:
+def add_description(model: Any, description: Any) -> None:
     """Put the description into a model's metadata, in place of any other."""
     import onnx
 

@@ -38,7 +38,7 @@ from ..models.weights import CheckpointError
 from ..training.trained import detector_config, trained_file
 from ..version import __version__
 from .card import card
-from .classifier import load
+from .classifier import Classifier, load
 from .description import Description
 from .export import Options, export
 from .source import Source, read_source
@@ -243,7 +243,8 @@ def _architecture(
     """The name and arguments with which timm makes this network, tried: the first that loads the
     file and computes the same."""
     model = description.config.model
-    network, images = load(file).network, next(random_images(description.input))
+    classifier, images = load(file), next(random_images(description.input))
+    assert isinstance(classifier, Classifier)
     for name, arguments in _candidates(model):
         try:
             made = timm.create_model(
@@ -255,7 +256,7 @@ def _architecture(
             )
         except (CheckpointError, RuntimeError):  # other shapes
             continue
-        if compare(network, made.eval(), [images]).largest <= TOLERANCE:
+        if compare(classifier.network, made.eval(), [images]).largest <= TOLERANCE:
             return name, arguments
     return "kernelwarehouse", {"model": _settings(model)}
 

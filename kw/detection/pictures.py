@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -12,10 +13,11 @@ from ..config import ConfigError
 from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
 from .annotations import ids_of, load_annotations
-from .config import DetectorConfig
 from .drawing import contact_sheet, draw_annotations, side_by_side
-from .predictor import Predictor
 from .sets import check_test_annotations, trained_classes
+
+if TYPE_CHECKING:
+    from .config import DetectorConfig
 
 __all__ = ["picture_names", "refuse_overwriting", "save_picture", "write_pictures"]
 
@@ -47,6 +49,8 @@ def write_pictures(
     Raises:
         ConfigError, DataError, CheckpointError: as for :func:`kw.detection.evaluate_checkpoint`.
     """
+    from .predictor import Predictor  # brings in mmdetection, which the names need not
+
     if images < 1:
         raise ConfigError(f"--images {images}: expected at least 1")
     data = config.run.data
