@@ -197,7 +197,9 @@ class DNAConv2d(KWConv2d):
             found = self.attention(self.pooled(x), None)
             x = x * found.channel.to(x.dtype)[..., None, None]
             kernel, filters = kernel * self.attention.spatial.to(kernel.dtype), found.filter
-        y = F.conv2d(self.pad(x), kernel, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+        y = F.conv2d(
+            self.pad(x), kernel, None, spec.stride, spec.padding, spec.dilation, spec.groups
+        )
         if filters is not None:
             y = y * filters.to(y.dtype)[..., None, None]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]

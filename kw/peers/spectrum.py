@@ -10,7 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["BANDS", "frequency_groups", "hartley", "low_passes", "scaled_inverse"]
+__all__ = [
+    "BANDS",
+    "frequency_groups",
+    "hartley",
+    "low_passes",
+    "scaled_inverse",
+    "spectrum_parts",
+]
 
 BANDS = (16, 8, 4)
 """Bands of an image's spectrum in octaves, end at 1/16, 1/8, 1/4 cycles a pixel; then the rest."""
@@ -26,26 +33,28 @@ def hartley(matrix: Tensor) -> Tensor:
     return spectrum.real - spectrum.imag
 
 
-def scaled_inverse(coefficients: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """Inverse transform of Hartley coefficients ``[R, C]`` that are scaled for every sample.
+def spectrum_parts(coefficients: Tensor) -> Tensor:
+    """Hartley coefficients ``[R, C]`` as Fourier coefficients of half of the frequencies, which
+    those of a real matrix follow from: real and imaginary parts ``[R, C // 2 + 1, 2]``."""
+    opposite = coefficients.flip((0, 1)).roll((1, 1), (0, 1))  # at (-u, -v)
+    half = coefficients.shape[1] // 2 + 1
+    own, opposite = coefficients[:, :half], opposite[:, :half]
+    return torch.stack(((own + opposite) / 2, (opposite - own) / 2), -1)
 
-    By the Fourier coefficients of half of the frequencies, which are those of a real matrix.
+
+def scaled_inverse(parts: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """Inverse transform of Fourier coefficients that are scaled for every sample.
 
     Args:
-        coefficients: ``[R, C]``.
-        scale: ``[B, R (C // 2 + 1) 2]``, the same twice, for real and imaginary parts; equal at
-            (u, v) and (-u, -v).
+        parts: of :func:`spectrum_parts`.
+        scale: ``[B, R (C // 2 + 1) 2]``; equal at (u, v) and (-u, -v).
         columns: C.
 
     Returns:
         ``[B, R, C]``.
     """
-    opposite = coefficients.flip((0, 1)).roll((1, 1), (0, 1))  # at (-u, -v)
-    half = columns // 2 + 1
-    own, opposite = coefficients[:, :half], opposite[:, :half]
-    parts = torch.stack(((own + opposite) / 2, (opposite - own) / 2), -1)  # [R, half, 2]
-    spectrum = (parts.flatten() * scale).view(scale.shape[0], *parts.shape)
-    size = (len(coefficients), columns)
+    spectrum = (parts.flatten() * scale).view(-1, *parts.shape)
+    size = (parts.shape[0], columns)
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, norm="ortho")
 
 
@@ -57,7 +66,7 @@ def frequency_groups(rows: int, columns: int, groups: int) -> Tensor:
     frequency of a real matrix, belong to one group.
 
     Returns:
-        int64 ``[R, C // 2 + 1, 2]``: of the coefficients of :func:`scaled_inverse`.
+        int64 ``[R, C // 2 + 1, 2]``: of the coefficients of :func:`spectrum_parts`.
 
     Raises:
         ValueError: fewer frequencies than groups.
