@@ -14,7 +14,7 @@ dyconv    all convolutions but the first                                     Res
                                                                              ResNet50 4x 100.88M
 odconv    all convolutions but the first and the shortcuts'                  ResNet18 4x 44.90M,
                                                                              ResNet50 4x 90.67M
-fdconv    the same                                                           ResNet50 29.16M
+fdconv    the same                                                           ResNet50 29.18M
                                                                              (published: +3.6M)
 ========  =================================================================  =====================
 
@@ -89,10 +89,11 @@ def convert(
 
     The converted network begins as the static one: its outputs are the same at every temperature
     (:meth:`kw.peers.mixture.MixtureLayer.keep`). Only ``kerneldna`` cannot keep it: the children
-    keep what a least-squares fit to their parent's kernel holds, which is said layer by layer. New parameters take the device and dtype of the
-    old ones; biases are kept. The temperature, of methods that have one, is that of
-    :func:`kw.set_temperature`. One line says what was done (logger ``kw``, or stderr). A model is
-    converted as a whole or, when anything is refused, left as it was.
+    keep what a least-squares fit to their parent's kernel holds, which is said layer by layer.
+    New parameters take the device and dtype of the old ones; biases are kept. The temperature, of
+    methods that have one, is that of :func:`kw.set_temperature`. One line says what was done
+    (logger ``kw``, or stderr). A model is converted as a whole or, when anything is refused, left
+    as it was.
 
     Args:
         model: any network with the names of timm's; with others, give ``layers``.

@@ -30,7 +30,7 @@ the real form of Fourier's, so that parameters are as many as a static kernel's,
 kernel can be kept. Frequencies are measured in cycles a value along each axis. Every factor is
 ``2 sigmoid(z)``: 1 at z = 0, no competition between frequencies, no temperature. The 1-D
 convolution is as long as ECA-Net's (arXiv 1910.03151). By default all convolutions but the first
-and the shortcuts' are converted, which gives the published parameters: ResNet50 +3.60M (+3.6M).
+and the shortcuts' are converted, which gives the published parameters: ResNet50 +3.62M (+3.6M).
 
 The network begins as the static one where it is converted: all factors are 1.
 """
@@ -260,10 +260,10 @@ class FDConv2d(MixtureConv2d):
             alpha, pooled = 2 * found.alpha[:, 0].to(wide), pooled.to(wide)
             spatial = None if found.spatial is None else found.spatial.to(wide)
             weights = (local.weight.to(wide), local.bias.to(wide))
-            operands = (pooled, alpha, spatial, parts, *weights)
+            operands: Any = (pooled, alpha, spatial, parts, *weights)
             x = x.to(dtype)
             if is_traced():
-                kernels = assemble(*operands, self.group, self.spec).to(dtype)
+                kernels = assemble(*operands, group=self.group, spec=self.spec).to(dtype)
                 return convolve(x, kernels.contiguous(), self.spec)
             result: Tensor = _Convolution.apply(x, *operands, self.group, self.spec)
             return result
@@ -351,6 +351,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        operands: Any
         *operands, group, spec = rest
         ctx.save_for_backward(x, *operands, group)
         ctx.spec = spec
@@ -359,20 +360,21 @@ class _Convolution(torch.autograd.Function):
         apply = convolve_each if _by_sample(x, spec) else _convolve_grouped
         chunks = _chunks(x, spec)
         parts = [
-            apply(x[some], assemble(*_of(operands, some), group, spec).to(x.dtype), spec)
+            apply(x[some], assemble(*_of(operands, some), group=group, spec=spec).to(x.dtype), spec)
             for some in chunks
         ]
         return join(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        operands: Any
         x, *operands, group = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad
         if torch.is_grad_enabled() or len(x) == 0:  # for gradients of gradients
             everything = [x, *operands]
             wanted = [t for t, needed in zip(everything, needs, strict=False) if needed]
             with torch.enable_grad():
-                kernels = assemble(*operands, group, spec).to(x.dtype)
+                kernels = assemble(*operands, group=group, spec=spec).to(x.dtype)
                 y = _convolve_grouped(x, kernels, spec) if len(x) else x.sum() * kernels.sum()
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return *(next(found) if n else None for n in needs[:7]), None, None
@@ -380,12 +382,12 @@ class _Convolution(torch.autograd.Function):
         into_x = []
         shared: list[Any] = [None] * len(operands)
         for some in _chunks(x, spec):
-            leaves = [None if t is None else t.detach() for t in _of(operands, some)]
+            leaves: Any = [None if t is None else t.detach() for t in _of(operands, some)]
             wanted = [t for t, n in zip(leaves, needs[1:], strict=False) if n and t is not None]
             with torch.enable_grad():
                 for leaf in wanted:
                     leaf.requires_grad_()
-                kernels = assemble(*leaves, group, spec)
+                kernels = assemble(*leaves, group=group, spec=spec)
             mask = (needs[0], bool(wanted))
             rounded = kernels.detach().to(x.dtype)
             dx, dkernels = back(grad[some], x[some], _laid_out(rounded, x, spec), spec, mask)

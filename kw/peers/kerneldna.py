@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -174,7 +175,7 @@ class DNAConv2d(KWConv2d):
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
     """Settings of a conversion: parents of layers of one shape, and the adapters' reduction."""
 
-    warehouse: SharedKernel  # type: ignore[assignment]
+    warehouse: SharedKernel
 
     def __init__(self, *args: Any, warehouse: SharedKernel | None = None, **kwargs: Any) -> None:
         if not isinstance(warehouse, SharedKernel):
@@ -237,9 +238,10 @@ class DNAConv2d(KWConv2d):
             return 1.0
         parent = cells.to("cpu", torch.float64).view(wanted.shape)
         one_sided = self.attention.filter_fc is None
-        factors = _fit(wanted, parent, self.shape.groups, one_sided)
-        self.attention.hold_factors(*factors)
-        error = (wanted - parent * _spread(*factors, self.shape.groups)).square().sum()
+        channel, filters, spatial = _fit(wanted, parent, self.shape.groups, one_sided)
+        self.attention.hold_factors(channel, filters, spatial)
+        fitted = parent * _spread(channel, filters, spatial, self.shape.groups)
+        error = (wanted - fitted).square().sum()
         total = wanted.square().sum()
         return float(1 - error / total) if total else 1.0
 
@@ -250,7 +252,9 @@ def _spread(channel: Tensor, filters: Tensor, spatial: Tensor, groups: int) -> T
     return (filters[:, None] * own)[..., None, None] * spatial
 
 
-def _fit(wanted: Tensor, parent: Tensor, groups: int, one_sided: bool) -> tuple[Tensor, ...]:
+def _fit(
+    wanted: Tensor, parent: Tensor, groups: int, one_sided: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factors of channels ``[I]``, filters ``[O]`` and positions ``[k, k]`` of a child.
 
     Each is in turn the least-squares solution for the two others. Their scale, which is free, goes
@@ -303,5 +307,5 @@ def share_kernels(shapes: Sequence[KernelShape], kernels: int) -> list[list[Kern
     for members in alike.values():
         count = min(kernels, len(members))
         cuts = [i * len(members) // count for i in range(count + 1)]
-        runs += [members[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        runs += [members[a:b] for a, b in pairwise(cuts)]
     return runs

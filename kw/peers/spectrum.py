@@ -89,7 +89,7 @@ def frequency_groups(rows: int, columns: int, groups: int) -> Tensor:
 
 
 def low_passes(x: Tensor) -> list[Tensor]:
-    """Images ``[B, I, H, W]`` without frequencies of a limit or more, one for each of :data:`BANDS`.
+    """Images ``[B, I, H, W]`` without the frequencies of a limit or more, for :data:`BANDS`.
 
     The limits are on the larger of ``|u| / H`` and ``|v| / W``, so that rows and columns are
     filtered one after the other, by products with Fourier bases of the few frequencies that are
