@@ -13,7 +13,7 @@ from test_peers import SHAPES, convolved, inputs, linear, squashed
 from torch import nn
 
 import kw
-from kw.peers import FDConv2d, fdconv, kerneldna
+from kw.peers import FDConv2d, assembled, kerneldna
 from kw.peers.spectrum import BANDS, frequency_groups, hartley, low_passes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -121,7 +121,7 @@ def build(shape, kernels=5, **factory):
 @pytest.mark.parametrize("scratch", [1, 1 << 20], ids=["a sample at a time", "all samples"])
 @every_shape
 def test_values_and_gradients_are_fdconvs(shape, scratch, monkeypatch):
-    monkeypatch.setitem(fdconv._SCRATCH, "cpu", scratch)
+    monkeypatch.setitem(assembled._SCRATCH, "cpu", scratch)
     layer = build(shape, dtype=torch.float64)
     x = inputs(dtype=torch.float64).requires_grad_()
     leaves = [x, *layer.parameters()]

@@ -38,34 +38,16 @@ The network begins as the static one where it is converted: all factors are 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..torch_private import is_traced
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear, full_precision, normalise
-from ..warehouse.ops import ConvSpec
-from ..warehouse.ops.assembly import even_chunks, join
-from ..warehouse.ops.function import lies_channels_last
-from ..warehouse.ops.library import (
-    convolve,
-    convolve_backward,
-    convolve_each,
-    convolve_each_backward,
-)
+from .assembled import Operands, convolve_assembled
 from .mixture import MixtureAttention, MixtureConv2d, modulation, silence
-from .spectrum import (
-    BANDS,
-    frequency_groups,
-    hartley,
-    low_passes,
-    scaled_inverse,
-    spectrum_parts,
-)
+from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
 
 __all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
 
@@ -148,7 +130,7 @@ class KernelModulation(MixtureAttention):
         return [head for head in heads if head is not None]
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Modulations:
-        """``[B, I]`` -> the global branch's factors; :func:`assemble` takes the local branch's."""
+        """``[B, I]`` -> the global branch's factors; kernels are assembled with the local one's."""
         hidden = normalise(self.norm, self.fc(pooled)).relu()
         filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
         spatial = None if self.spatial_fc is None else modulation(self.spatial_fc(hidden))
@@ -256,17 +238,11 @@ class FDConv2d(MixtureConv2d):
             cells, local = self.warehouse.cells, self.attention.local
             wide = torch.promote_types(cells.dtype, torch.float32)
             parts = spectrum_parts(cells.to(wide).view(self._matrix))
-            # Half of the dense factors is 2: doubling alpha, which has fewer values, costs less.
             alpha, pooled = 2 * found.alpha[:, 0].to(wide), pooled.to(wide)
             spatial = None if found.spatial is None else found.spatial.to(wide)
             weights = (local.weight.to(wide), local.bias.to(wide))
-            operands: Any = (pooled, alpha, spatial, parts, *weights)
-            x = x.to(dtype)
-            if is_traced():
-                kernels = assemble(*operands, group=self.group, spec=self.spec).to(dtype)
-                return convolve(x, kernels.contiguous(), self.spec)
-            result: Tensor = _Convolution.apply(x, *operands, self.group, self.spec)
-            return result
+            operands = Operands(pooled, alpha, spatial, parts, *weights)
+            return convolve_assembled(x.to(dtype), operands, self.group, self.spec)
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
@@ -292,149 +268,6 @@ class FDConv2d(MixtureConv2d):
         matrix = matrix.transpose(1, 2).reshape(self._matrix)  # [(O, k), (I / g, k)]
         self.warehouse.cells.copy_(hartley(matrix).view(1, -1))
         return 1.0
-
-
-def assemble(
-    pooled: Tensor,
-    alpha: Tensor,
-    spatial: Tensor | None,
-    parts: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    group: Tensor,
-    spec: ConvSpec,
-) -> Tensor:
-    """Samples' kernels, without the factors of channels and filters.
-
-    Args:
-        pooled: ``[B, I]``.
-        alpha: twice the factors of the groups of frequencies, ``[B, n]``.
-        spatial: factors of positions, ``[B, k k]``.
-        parts: of :func:`.spectrum.spectrum_parts`.
-        weight: of the 1-D convolution, ``[O k k, 1, length]``.
-        bias: of the same.
-        group: the groups of the parts.
-        spec: the layer.
-
-    Returns:
-        ``[B, O, I / g, k, k]``, in memory ``[B, O, k, k, I / g]``.
-    """
-    out, in_, height, width = spec.partition.kernel_shape
-    lines = pooled.unflatten(1, (spec.groups, -1))  # a group's channels by themselves
-    lines = F.conv1d(lines, weight, bias, padding=weight.shape[-1] // 2, groups=spec.groups)
-    dense = lines.sigmoid().unflatten(1, (out, -1))  # [B, O, k k, I / g]
-    if spatial is not None:
-        dense = dense * spatial[:, None, :, None]
-    scale = alpha.gather(1, group.flatten().expand(alpha.shape[0], -1))
-    matrix = scaled_inverse(parts, scale, in_ * width)  # [B, k O, k I / g]
-    filters = matrix.view(-1, out, height, in_, width).transpose(3, 4)
-    # In this order the product is laid out as the first factor.
-    kernels = dense.unflatten(2, (height, width)) * filters
-    return kernels.permute(0, 1, 4, 2, 3)
-
-
-_LEAST_ONEDNN = 20480
-"""Values from which on torch gives a single image to oneDNN."""
-
-_SCRATCH = {"cpu": 2 << 20}
-"""Bytes of kernels that are assembled at a time: on CPUs what a core's cache holds, since every
-value is read and written several times; elsewhere 256 MiB."""
-
-
-class _Convolution(torch.autograd.Function):
-    """Assemble the samples' kernels and convolve, some samples at a time; only the operands are
-    stored, and kernels are assembled again in the backward pass.
-
-    The convolution has as many groups as samples; on CPUs, channels-last images are convolved one
-    by one, in whose layout the kernels lie, unless torch would not give such an image to oneDNN.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        operands: Any
-        *operands, group, spec = rest
-        ctx.save_for_backward(x, *operands, group)
-        ctx.spec = spec
-        if len(x) == 0:  # as static layers do; a detector's head may get no regions
-            return x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
-        apply = convolve_each if _by_sample(x, spec) else _convolve_grouped
-        chunks = _chunks(x, spec)
-        parts = [
-            apply(x[some], assemble(*_of(operands, some), group=group, spec=spec).to(x.dtype), spec)
-            for some in chunks
-        ]
-        return join(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        operands: Any
-        x, *operands, group = ctx.saved_tensors
-        spec, needs = ctx.spec, ctx.needs_input_grad
-        if torch.is_grad_enabled() or len(x) == 0:  # for gradients of gradients
-            everything = [x, *operands]
-            wanted = [t for t, needed in zip(everything, needs, strict=False) if needed]
-            with torch.enable_grad():
-                kernels = assemble(*operands, group=group, spec=spec).to(x.dtype)
-                y = _convolve_grouped(x, kernels, spec) if len(x) else x.sum() * kernels.sum()
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if n else None for n in needs[:7]), None, None
-        back = convolve_each_backward if _by_sample(x, spec) else convolve_backward
-        into_x = []
-        shared: list[Any] = [None] * len(operands)
-        for some in _chunks(x, spec):
-            leaves: Any = [None if t is None else t.detach() for t in _of(operands, some)]
-            wanted = [t for t, n in zip(leaves, needs[1:], strict=False) if n and t is not None]
-            with torch.enable_grad():
-                for leaf in wanted:
-                    leaf.requires_grad_()
-                kernels = assemble(*leaves, group=group, spec=spec)
-            mask = (needs[0], bool(wanted))
-            rounded = kernels.detach().to(x.dtype)
-            dx, dkernels = back(grad[some], x[some], _laid_out(rounded, x, spec), spec, mask)
-            if dx is not None:
-                into_x.append(dx)
-            if dkernels is None:
-                continue
-            # Laid out as the factors that it is multiplied with next.
-            dkernels = dkernels.to(kernels.dtype).movedim(2, -1).contiguous().movedim(-1, 2)
-            found = iter(torch.autograd.grad(kernels, wanted, dkernels))
-            for place, leaf in enumerate(leaves):
-                if leaf is None or not leaf.requires_grad:
-                    continue
-                each = next(found)
-                if place < _PER_SAMPLE:
-                    shared[place] = [*(shared[place] or []), each]
-                else:
-                    shared[place] = each if shared[place] is None else shared[place].add_(each)
-        results = [torch.cat(s) if isinstance(s, list) else s for s in shared]
-        return join(into_x) if into_x else None, *results, None, None
-
-
-_PER_SAMPLE = 3
-"""Operands of :func:`assemble` that belong to samples: the first ones."""
-
-
-def _of(operands: Sequence[Any], some: slice) -> list[Any]:
-    """The operands for some samples."""
-    return [t[some] if i < _PER_SAMPLE and t is not None else t for i, t in enumerate(operands)]
-
-
-def _chunks(x: Tensor, spec: ConvSpec) -> list[slice]:
-    each = math.prod(spec.partition.kernel_shape) * 4
-    return even_chunks(len(x), max(_SCRATCH.get(x.device.type, 256 << 20) // each, 1))
-
-
-def _by_sample(x: Tensor, spec: ConvSpec) -> bool:
-    on_cpu = x.device.type == "cpu" and spec.groups == 1
-    return on_cpu and lies_channels_last(x) and x[0].numel() > _LEAST_ONEDNN
-
-
-def _laid_out(kernels: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
-    return kernels if _by_sample(x, spec) else kernels.contiguous()
-
-
-def _convolve_grouped(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
-    return convolve(x, kernels.contiguous(), spec)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
