@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear, full_precision, normalise
+from ..warehouse.ops.precision import compute_types
 from .assembled import Operands, convolve_assembled
 from .mixture import MixtureAttention, MixtureConv2d, modulation, silence
 from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
@@ -233,7 +234,7 @@ class FDConv2d(MixtureConv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _convolve(self, x: Tensor, pooled: Tensor, found: Modulations) -> Tensor:
-        dtype = _dtype_of(x)
+        x, _ = compute_types(x, self.warehouse.cells)
         with full_precision(pooled):
             cells, local = self.warehouse.cells, self.attention.local
             wide = torch.promote_types(cells.dtype, torch.float32)
@@ -242,7 +243,7 @@ class FDConv2d(MixtureConv2d):
             spatial = None if found.spatial is None else found.spatial.to(wide)
             weights = (local.weight.to(wide), local.bias.to(wide))
             operands = Operands(pooled, alpha, spatial, parts, *weights)
-            return convolve_assembled(x.to(dtype), operands, self.group, self.spec)
+            return convolve_assembled(x, operands, self.group, self.spec)
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
@@ -268,11 +269,6 @@ class FDConv2d(MixtureConv2d):
         matrix = matrix.transpose(1, 2).reshape(self._matrix)  # [(O, k), (I / g, k)]
         self.warehouse.cells.copy_(hartley(matrix).view(1, -1))
         return 1.0
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _restore_groups(layer: FDConv2d, _incompatible_keys: object = None) -> None:
