@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_private import is_traced
-from ..warehouse.ops import ConvSpec
+from ..warehouse.ops import ConvSpec, is_exporting
 from ..warehouse.ops.assembly import even_chunks, join
+from ..warehouse.ops.bmm import unfold_taps
 from ..warehouse.ops.function import lies_channels_last
 from ..warehouse.ops.library import (
     convolve,
@@ -92,8 +93,9 @@ def convolve_assembled(x: Tensor, operands: Operands, group: Tensor, spec: ConvS
     Returns:
         ``[B, O, H', W']``, of x's type.
     """
-    if is_traced():
-        return _convolve_grouped(x, assemble(operands, group, spec).to(x.dtype), spec)
+    if is_exporting() or is_traced():
+        kernels = assemble(operands, group, spec).to(x.dtype)
+        return (_convolve_exported if is_exporting() else _convolve_grouped)(x, kernels, spec)
     result: Tensor = _Convolution.apply(x, *operands, group, spec)
     return result
 
@@ -203,3 +205,11 @@ def _laid_out(kernels: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
 
 def _convolve_grouped(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
     return convolve(x, kernels.contiguous(), spec)
+
+
+def _convolve_exported(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
+    """By one batched product: exporters fix a convolution's groups, and with them the batch."""
+    taps, size = unfold_taps(x, spec)  # [B, C, K, P]
+    columns = taps.unflatten(1, (spec.groups, -1)).flatten(2, 3)  # [B, g, I / g K, P]
+    y = kernels.flatten(2).unflatten(1, (spec.groups, -1)) @ columns  # [B, g, O / g, P]
+    return y.flatten(1, 2).unflatten(2, size)

@@ -189,6 +189,7 @@ class FDConv2d(MixtureConv2d):
         ValueError: settings that cannot be; more groups than the kernel has frequencies.
     """
 
+    takes_backends = False
     branch = KernelModulation
     defaults: ClassVar[dict[str, Any]] = {"kernels": 64, "reduction": 0.0625}
 
@@ -232,6 +233,14 @@ class FDConv2d(MixtureConv2d):
         if found.filter is not None:
             y = y * found.filter.to(y.dtype)[..., None, None]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    @property
+    def assembly_macs(self) -> int:
+        """Multiply-adds a sample of its kernel: the 1-D convolution, a product with each factor,
+        and a real transform of N values as ``5/4 N log2 N``."""
+        numel = math.prod(self.partition.kernel_shape)
+        each = self.attention.local.kernel_size[0] + 3
+        return numel * each + int(1.25 * numel * math.log2(max(numel, 2)))
 
     def _convolve(self, x: Tensor, pooled: Tensor, found: Modulations) -> Tensor:
         x, _ = compute_types(x, self.warehouse.cells)

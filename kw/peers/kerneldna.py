@@ -24,6 +24,7 @@ adapter by least squares and says how much is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -172,6 +173,7 @@ class DNAConv2d(KWConv2d):
         ValueError: no warehouse, or one for other kernels.
     """
 
+    takes_backends = False
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
     """Settings of a conversion: parents of layers of one shape, and the adapters' reduction."""
 
@@ -204,6 +206,12 @@ class DNAConv2d(KWConv2d):
         if filters is not None:
             y = y * filters.to(y.dtype)[..., None, None]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    @property
+    def assembly_macs(self) -> int:
+        """Multiply-adds of a child's kernel, for all samples together."""
+        is_child = isinstance(self.attention, Adapter)
+        return math.prod(self.partition.kernel_shape) if is_child else 0
 
     def take_bias(self, bias: nn.Parameter) -> None:
         """Take over the bias of the static layer that this one replaces."""

@@ -5,10 +5,14 @@ Legend: R, C rows and columns of a matrix, H, W height and width of an image, B 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ..torch_private import is_traced
+from ..warehouse.ops import is_exporting
 
 __all__ = [
     "BANDS",
@@ -97,6 +101,8 @@ def low_passes(x: Tensor) -> list[Tensor]:
     size, and exports.
     """
     height, width = x.shape[-2:]
+    if type(height) is not int or type(width) is not int:  # exported with its size open
+        return [_filter(height, limit, x) @ (x @ _filter(width, limit, x)) for limit in BANDS]
     into_rows, into_columns = _basis(height, x), _basis(width, x)
     # [B, I, h, w]: coefficients below the last and largest limit; those of the others are corners.
     inner = into_rows.mT @ (x @ into_columns)
@@ -108,6 +114,15 @@ def low_passes(x: Tensor) -> list[Tensor]:
     return results
 
 
+def _filter(size: int, limit: int, like: Tensor) -> Tensor:
+    """``[size, size]``: what is left of a line below a limit."""
+    place = torch.arange(size, device=like.device)
+    near = torch.minimum(place, size - place) * limit < size  # by frequency
+    angle = (place.unsqueeze(1) * place % size).to(torch.float32) * (2 * math.pi / size)
+    both = [wave * near @ wave for wave in (angle.cos(), angle.sin())]
+    return ((both[0] + both[1]) / size).to(like.dtype)
+
+
 def _kept(size: int, limit: int) -> int:
     """Real coefficients of frequencies u with ``u / size < 1 / limit``: u = 0 and pairs."""
     return 2 * ((size + limit - 1) // limit) - 1
@@ -115,14 +130,21 @@ def _kept(size: int, limit: int) -> int:
 
 def _basis(size: int, like: Tensor) -> Tensor:
     """Orthonormal Fourier vectors ``[size, r]`` below the largest limit, by frequency."""
-    return _real_basis(size).to(like)
+    if is_exporting() or is_traced():  # what tracing makes must not be kept
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return _waves(size, like.device, wide).to(like.dtype)
+    return _fixed_basis(size).to(like)
 
 
 @lru_cache(maxsize=256)
-def _real_basis(size: int) -> Tensor:
-    number = _kept(size, BANDS[-1])
-    place = torch.arange(size, dtype=torch.float64, device="cpu").unsqueeze(1)
-    index = torch.arange(number, device="cpu")
-    angle = 2 * torch.pi * place * ((index + 1) // 2) / size
+def _fixed_basis(size: int) -> Tensor:
+    return _waves(size, torch.device("cpu"), torch.float64)
+
+
+def _waves(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    place = torch.arange(size, device=device).unsqueeze(1)
+    index = torch.arange(_kept(size, BANDS[-1]), device=device)
+    turns = place * ((index + 1) // 2) % size  # whole turns left out
+    angle = turns.to(dtype) * (2 * math.pi / size)
     wave = torch.where(index % 2 == 1, angle.sin(), angle.cos())
     return wave / wave.square().sum(0).sqrt()

@@ -1,19 +1,30 @@
-"""FDConv and KernelDNA: against their papers' equations, and what they keep."""
+"""FDConv: against its paper's equations, and what it keeps."""
 
 from __future__ import annotations
 
-import itertools
+import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from networks import disturb
-from test_peers import SHAPES, convolved, inputs, linear, squashed
+from networks import assert_trains, disturb, narrow_resnet
+from test_peers import (
+    SHAPES,
+    STATIC,
+    assert_same,
+    convolved,
+    inputs,
+    linear,
+    randomise_norms,
+    squashed,
+)
 from torch import nn
 
 import kw
-from kw.peers import FDConv2d, assembled, kerneldna
+from kw.peers import FDConv2d, assembled
 from kw.peers.spectrum import BANDS, frequency_groups, hartley, low_passes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -38,9 +49,6 @@ def of_groups(factors, layer):
     """Factors of input channels ``[B, I]`` as every filter reads them, ``[B, O, I / g]``."""
     own = factors.view(len(factors), layer.groups, -1)
     return own.repeat_interleave(layer.out_channels // layer.groups, 1)
-
-
-# --- FDConv -----------------------------------------------------------------------------------
 
 
 def disjoint_weights(layer):
@@ -75,7 +83,7 @@ def by_bands(x, maps):
     size = torch.maximum(frequencies(height).abs()[:, None], frequencies(width).abs())
     limits = [0, *(1 / band for band in BANDS), 1]
     spectrum, total = torch.fft.fft2(x), 0
-    for band, (low, high) in enumerate(itertools.pairwise(limits)):
+    for band, (low, high) in enumerate(pairwise(limits)):
         part = torch.fft.ifft2(spectrum * ((size >= low) & (size < high))).real
         total = total + maps[:, band, None] * part
     return total
@@ -149,7 +157,7 @@ def test_groups_are_disjoint_equal_and_ordered(rows, columns, number):
         (float(norm[group[..., 0] == i].min()), float(norm[group[..., 0] == i].max()))
         for i in range(number)
     ]
-    for (_, before), (after, _) in itertools.pairwise(tops):
+    for (_, before), (after, _) in pairwise(tops):
         assert before <= after + 1e-12
     if columns > 2:  # the two frequencies of a real matrix are in one group
         for u in range(rows):
@@ -180,55 +188,94 @@ def test_the_transform_is_its_own_inverse_and_keeps_lengths():
     torch.testing.assert_close(hartley(x).square().sum(), x.square().sum())
 
 
-# --- KernelDNA --------------------------------------------------------------------------------
+# --- what it keeps ----------------------------------------------------------------------------
 
 
-def family(shape, count=3, **factory):
-    """Layers of one shape that share a kernel, all their parameters at random."""
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", [name for name in STATIC if name != "linear"])
+def test_a_layer_begins_as_the_static_one(layer, dtype, training):
     torch.manual_seed(0)
-    settings = {"out_channels": 8, **SHAPES[shape]}
-    layers = [nn.Conv2d(6, **settings) for _ in range(count)]
-    model = kw.peers.convert(
-        nn.Sequential(*layers), "kerneldna", layers=r"\d", start="paper", announce=False
-    )
-    for child in disturb(model):
-        if isinstance(child.attention, kerneldna.Adapter):
-            nn.init.normal_(child.attention.spatial)
-        if child.bias is not None:
-            nn.init.normal_(child.bias)
-    return model.to(**factory).eval()
+    static = nn.Sequential(STATIC[layer]()).to(dtype)
+    dynamic = kw.peers.convert(copy.deepcopy(static), "fdconv", layers="0", kernels=5)
+    assert_same(static, dynamic, inputs(dtype=dtype), training)
 
 
-def defined_kerneldna(layer, parent, x):
-    branch = layer.attention
-    hidden = hidden_units(branch, x.mean((2, 3)))
-    kernels = (parent * branch.spatial).expand(len(x), *parent.shape)
-    kernels = kernels * of_groups(factor(branch.channel_fc, hidden), layer)[..., None, None]
-    if branch.filter_fc is not None:
-        kernels = kernels * factor(branch.filter_fc, hidden)[:, :, None, None, None]
-    y = convolved(x, kernels, layer)
-    return y if layer.bias is None else y + layer.bias[:, None, None]
+@pytest.mark.parametrize("network", ["resnet18", "mobilenetv2_050"])
+def test_a_network_begins_as_the_static_one(network):
+    static = narrow_resnet() if network == "resnet18" else timm.create_model(network, num_classes=5)
+    static = randomise_norms(static)
+    dynamic = kw.peers.convert(copy.deepcopy(static), "fdconv")
+    assert_same(static, dynamic, torch.randn(2, 3, 57, 41))
+    for module in dynamic.modules():  # no head is stuck: gradients reach every factor
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    assert_trains(dynamic, torch.randn(2, 3, 57, 41))
+    heads = [p.grad for n, p in dynamic.named_parameters() if "_fc.weight" in n or "local.w" in n]
+    assert all(gradient.any() for gradient in heads)
 
 
-@every_shape
-def test_values_and_gradients_are_kerneldnas(shape):
-    model = family(shape, dtype=torch.float64)
-    x = inputs(dtype=torch.float64).requires_grad_()
-    shared = model[0].warehouse.cells
-    parent = shared.view(model[0].partition.kernel_shape)
-    assert all(layer.warehouse.cells is shared for layer in model)
-    y = [layer(x) for layer in model]
-    expected = [convolved(x, parent.expand(len(x), *parent.shape), model[0])]
-    if model[0].bias is not None:
-        expected[0] = expected[0] + model[0].bias[:, None, None]
-    expected += [defined_kerneldna(child, parent, x) for child in model[1:]]
-    for mine, theirs in zip(y, expected, strict=True):
+# --- ways of use ------------------------------------------------------------------------------
+
+
+def test_batch_norm_trains_on_the_batch():
+    layer = build("3x3").train()
+    x = inputs()
+    before = layer.attention.norm.running_mean.clone()
+    hidden = layer.attention.fc(x.mean((2, 3)))
+    layer(x)
+    expected = torch.lerp(before, hidden.mean(0), 0.1)
+    torch.testing.assert_close(layer.attention.norm.running_mean, expected)
+
+
+@torch.no_grad()
+def test_samples_do_not_meet():
+    layer, x = build("grouped"), inputs()
+    alone = torch.cat([layer(x[b : b + 1]) for b in range(len(x))])
+    torch.testing.assert_close(layer(x), alone)
+
+
+@pytest.mark.parametrize("shape", ["3x3", "pointwise"])
+def test_autocast(shape):
+    layer, x = build(shape), inputs()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.1)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_large_channels_last_images_are_convolved_one_by_one(monkeypatch):
+    monkeypatch.setattr(assembled, "_LEAST_ONEDNN", 0)
+    layer, x = build("3x3", dtype=torch.float64), inputs(dtype=torch.float64)
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        y = layer(x.contiguous(memory_format=form))
+        found.append((y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
+    for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs)
-    leaves = [x, *model.parameters()]
-    weights = [torch.randn_like(each) for each in y]
-    found, defined = (
-        torch.autograd.grad(sum((e * w).sum() for e, w in zip(side, weights, strict=True)), leaves)
-        for side in (y, expected)
-    )
-    for mine, theirs in zip(found, defined, strict=True):
-        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_of_gradients():
+    layer = build("strided", kernels=2, dtype=torch.float64)
+    x = inputs(2, dtype=torch.float64)[:, :, :4, :3].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
+
+
+def test_no_images_give_no_outputs():
+    layer = build("3x3")
+    y = layer(inputs(0).requires_grad_())
+    assert y.shape == (0, 8, 9, 8)
+    y.sum().backward()
+
+
+def test_what_other_layers_take_is_refused():
+    layer = build("3x3")
+    with pytest.raises(ValueError, match=r"FDConv2d, which has one way.*set 'auto'"):
+        layer.set_backend("bmm")
+    with pytest.raises(ValueError, match="temperature could be set"):
+        kw.set_temperature(layer, 0)
+    with pytest.raises(ValueError, match="FDConv2d takes"):
+        layer(torch.randn(6, 8, 8))
