@@ -97,7 +97,9 @@ def analyze(config: Config) -> Complexity:
             f"data.input_size {data.input_size}: {config.model.name} refuses such images: {error}"
         ) from error
     layers = [module for module in network.modules() if isinstance(module, KWLayer)]
-    kernels = [torch.Size(layer.partition.kernel_shape).numel() for layer in layers]
+    kernels = [
+        torch.Size(layer.partition.kernel_shape).numel() for layer in layers if layer.per_sample
+    ]
     return Complexity(
         params=sum(parameter.numel() for parameter in network.parameters()),
         macs_static=macs_static,

@@ -52,6 +52,8 @@ class KWLayer(nn.Module):
 
     takes_backends: ClassVar[bool] = True
     """Whether the back ends of :data:`kw.warehouse.ops.BACKENDS` compute it."""
+    per_sample: ClassVar[bool] = True
+    """Whether every sample has a kernel of its own."""
 
     warehouse: Warehouse
     attention: Any
