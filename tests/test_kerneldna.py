@@ -13,6 +13,7 @@ from torch import nn
 
 import kw
 from kw.peers import DNAConv2d, kerneldna
+from kw.pictures import PictureError, dynamic_layers
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -209,3 +210,10 @@ def test_a_layer_alone_is_refused():
     layer = family("3x3")[1]
     with pytest.raises(ValueError, match=r"DNAConv2d, which has one way.*set 'auto'"):
         layer.set_backend("grouped")
+
+
+@pytest.mark.parametrize("method", ["fdconv", "kerneldna"])
+def test_pictures_of_mixtures_are_refused(method):
+    model = kw.peers.convert(narrow_resnet(), method)
+    with pytest.raises(PictureError, match="one of FDConv or KernelDNA: it has no coefficients"):
+        dynamic_layers(model)

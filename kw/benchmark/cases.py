@@ -62,7 +62,7 @@ class NetworkSource:
     def takes_backends(self) -> bool:
         """Whether back ends compute it; else it is measured as it is."""
         peer = self.config.model.peer
-        return peer is None or PEERS[peer.method].conv.takes_backends
+        return peer is None or PEERS[peer.method].conv.is_mixture
 
     @property
     def optimizer(self) -> OptimizerConfig:

@@ -189,7 +189,7 @@ class FDConv2d(MixtureConv2d):
         ValueError: settings that cannot be; more groups than the kernel has frequencies.
     """
 
-    takes_backends = False
+    is_mixture = False
     branch = KernelModulation
     defaults: ClassVar[dict[str, Any]] = {"kernels": 64, "reduction": 0.0625}
 

@@ -173,7 +173,7 @@ class DNAConv2d(KWConv2d):
         ValueError: no warehouse, or one for other kernels.
     """
 
-    takes_backends = per_sample = False
+    is_mixture = per_sample = False
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
     """Settings of a conversion: parents of layers of one shape, and the adapters' reduction."""
 

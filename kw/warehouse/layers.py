@@ -50,8 +50,8 @@ class KWLayer(nn.Module):
             settings together with a given warehouse, or invalid settings.
     """
 
-    takes_backends: ClassVar[bool] = True
-    """Whether the back ends of :data:`kw.warehouse.ops.BACKENDS` compute it."""
+    is_mixture: ClassVar[bool] = True
+    """Whether its kernels are mixtures of cells, which back ends compute and pictures show."""
     per_sample: ClassVar[bool] = True
     """Whether every sample has a kernel of its own."""
 
@@ -142,7 +142,7 @@ class KWLayer(nn.Module):
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
-        if backend != "auto" and not self.takes_backends:
+        if backend != "auto" and not self.is_mixture:
             raise ValueError(
                 f"layer {self.shape.name!r} is a {type(self).__name__}, which has one way to "
                 f"compute: back end {backend!r} cannot do it; set 'auto'"
