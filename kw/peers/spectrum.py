@@ -117,10 +117,17 @@ def low_passes(x: Tensor) -> list[Tensor]:
 def _filter(size: int, limit: int, like: Tensor) -> Tensor:
     """``[size, size]``: what is left of a line below a limit."""
     place = torch.arange(size, device=like.device)
-    near = torch.minimum(place, size - place) * limit < size  # by frequency
-    angle = (place.unsqueeze(1) * place % size).to(torch.float32) * (2 * math.pi / size)
+    count = place[-1:] + 1  # a tensor: exporters do not translate all operations with open sizes
+    near = torch.minimum(place, count - place) * limit < count  # by frequency
+    angle = _angle(place.unsqueeze(1) * place, count).to(torch.float32)
     both = [wave * near @ wave for wave in (angle.cos(), angle.sin())]
-    return ((both[0] + both[1]) / size).to(like.dtype)
+    return ((both[0] + both[1]) / count).to(like.dtype)
+
+
+def _angle(steps: Tensor, count: Tensor) -> Tensor:
+    """The angle of whole steps on a circle of so many; whole turns are left out before rounding."""
+    turns = steps.to(torch.float64) / count
+    return 2 * math.pi * (turns - turns.floor())
 
 
 def _kept(size: int, limit: int) -> int:
@@ -144,7 +151,6 @@ def _fixed_basis(size: int) -> Tensor:
 def _waves(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     place = torch.arange(size, device=device).unsqueeze(1)
     index = torch.arange(_kept(size, BANDS[-1]), device=device)
-    turns = place * ((index + 1) // 2) % size  # whole turns left out
-    angle = turns.to(dtype) * (2 * math.pi / size)
+    angle = _angle(place * ((index + 1) // 2), place[-1:] + 1).to(dtype)
     wave = torch.where(index % 2 == 1, angle.sin(), angle.cos())
     return wave / wave.square().sum(0).sqrt()
