@@ -61,6 +61,7 @@ PEERS: list[Any] = [
     *({"method": "odconv", "kernels": 1024}, {"method": "odconv", "reduction": 1e-9}),
     *({"method": "condconv", "kernels": 1}, {"method": "dyconv", "layers": ""}),
     *({"method": "odconv", "layers": ".*"}, {"method": "condconv", "layers": "layer1.*"}),
+    *({"method": "fdconv", "kernels": 1024}, {"method": "kerneldna", "kernels": 1024}),
 ]
 ODD = "\t{}[]:#&*!|>%@`\"'\\,-?=~ \x00\u2028é"
 

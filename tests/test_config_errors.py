@@ -200,7 +200,7 @@ def test_missing_keys_come_with_examples(tmp_path: Path) -> None:
         ),
         (
             {"temperature_epochs": 5, "model.peer": {"method": "condconv"}},
-            "temperature_epochs = 5.0: expected 0 for CondConv, whose gates have no temperature",
+            "temperature_epochs = 5.0: expected 0 for condconv, whose attention has no temperature",
         ),
         (
             {"model.peer": {"method": "condconv", "reduction": 0.25}},
@@ -212,7 +212,8 @@ def test_missing_keys_come_with_examples(tmp_path: Path) -> None:
         ),
         (
             {"model.peer": {"method": "dyconf"}},
-            "'dyconf': expected one of 'condconv', 'dyconv', 'odconv'; did you mean 'dyconv'?",
+            "'dyconf': expected one of 'condconv', 'dyconv', 'odconv', 'fdconv', "
+            "'kerneldna'; did you mean 'dyconv'?",
         ),
         ({"data.crop_scale": [1, 0.5]}, "data.crop_scale = [1.0, 0.5]: expected [low, high]"),
         ({"data.crop_ratio": [2, 1]}, "data.crop_ratio = [2.0, 1.0]: expected [low, high]"),

@@ -26,7 +26,14 @@ from kw.deploy.graph import Graph, input_range, trace
 from kw.deploy.onnx_file import OnnxNetwork, write_onnx
 from kw.models import build_network
 from kw.registry import EXPORTERS
-from kw.warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, fold_temperature
+from kw.warehouse import (
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    fold_temperature,
+    has_temperature,
+)
 from kw.warehouse.ops import exported
 
 onnx = pytest.importorskip("onnx")
@@ -147,6 +154,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dyconv": {"peer": {"method": "dyconv", "kernels": 2}},
     "odconv": {"peer": {"method": "odconv", "kernels": 2}},
     "odconv 1": {"peer": {"method": "odconv", "kernels": 1}},
+    "fdconv": {"peer": {"method": "fdconv", "kernels": 8, "start": "paper"}},
+    "kerneldna": {"peer": {"method": "kerneldna", "start": "paper"}},
 }
 
 
@@ -159,7 +168,7 @@ def test_temperature_is_folded(kind: str) -> None:
     network = build_network(config.model)
     randomise(network, torch.randn(32, 3, 40, 40))
     network.eval()
-    if model.get("peer", {}).get("method") != "condconv":
+    if has_temperature(network):
         kw.set_temperature(network, 0)
     inputs, _ = input_range(network, config.model, 40)
     assert inputs == InputRange(40, least=33)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from kw.warehouse import KWLayer, find_warehouses, has_temperature, set_backend
 ROOT = Path(__file__).parents[1]
 METHODS = {"condconv": CondConv2d, "dyconv": DyConv2d, "odconv": ODConv2d}
 every_method = pytest.mark.parametrize("method", METHODS)
+# With those whose layers are tested in test_fdconv.py and test_kerneldna.py.
+every_network = pytest.mark.parametrize("method", [*METHODS, "fdconv", "kerneldna"])
 SHAPES = {
     "3x3": {"kernel_size": 3, "padding": 1},
     "strided": {"kernel_size": 3, "stride": 2, "padding": (2, 1), "bias": False},
@@ -244,6 +247,7 @@ SIZES = [  # millions, as published; the unnamed ones follow from the same layou
     ("resnet50", "dyconv", 4, 100.88, 1e-4),
     ("resnet50", "odconv", 1, 28.64, 2e-4),
     ("resnet50", "odconv", 4, 90.67, 1e-4),
+    ("resnet50", "fdconv", 64, 25.557 + 3.6, 2e-3),  # published as "+3.6M"
     ("mobilenetv2_100", "odconv", 1, 4.94, 1e-3),
     ("mobilenetv2_100", "odconv", 4, 11.51, 1e-3),
     ("mobilenetv2_050", "odconv", 1, 2.43, 2e-3),
@@ -279,13 +283,14 @@ def test_layouts(network, method, some, static):
     assert not dynamic & set(static)
 
 
-@every_method
+@every_network
 @pytest.mark.parametrize("network", ["resnet18", "mobilenetv2_050"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_networks_train(network, method, batch):
     torch.manual_seed(0)
     model = narrow_resnet() if network == "resnet18" else timm.create_model(network, num_classes=5)
-    assert kw.peers.convert(model, method, kernels=2, start="paper") is model
+    kernels = 1 if method == "kerneldna" else 2
+    assert kw.peers.convert(model, method, kernels=kernels, start="paper") is model
     if has_temperature(model):
         kw.set_temperature(model, 0.5)
     assert_trains(model.eval() if batch == 1 else model, torch.randn(batch, 3, 64, 64))
@@ -319,7 +324,7 @@ def test_samples_do_not_meet(method):
 
 
 @torch.no_grad()
-@every_method
+@every_network
 def test_copies_and_files(method):
     model = disturb(kw.peers.convert(narrow_resnet(), method, start="paper")).eval()
     x = torch.randn(2, 3, 32, 32)
@@ -607,7 +612,7 @@ def test_an_input_without_batch_is_refused():
 SHIPPED = [
     path
     for path in sorted((ROOT / "configs/imagenet").rglob("*.yaml"))
-    if "  peer:" in path.read_text() or "attn_layer:" in path.read_text()
+    if re.search("  peer:|attn_layer:", text := path.read_text()) and "M as published" in text
 ]
 
 
@@ -648,7 +653,7 @@ def test_a_conversion_that_does_not_fit_is_a_mistake_in_the_configuration(
         kw.build_model(settings)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_network
 def test_what_cannot_be_kept_is_refused(method):
     everything = r"conv\d"
 

@@ -38,6 +38,10 @@ def test_metafile_agrees_with_configurations_and_checkpoints(path: Path) -> None
         name, published = model["name"], model["published"].figures
         if model["published"].same_run is None:
             assert f"# Reproduces  {name} of" in head
+            if "top1" not in published:
+                assert "# Expect      no figure: " in head
+                assert f"# Parameters  {model['parameters'] / 1e6:.2f}M; " in head
+                continue
             top5 = f", top-5 {published['top5']:.2f}" if "top5" in published else ""
             assert f"top-1 {published['top1']:.2f}{top5} (" in head
             assert f"({SAID[model['published'].source]}" in head

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ..config.run_schema import OptimizerConfig
 from ..config.schema import Config
 from ..errors import valid_names
 from ..models import build_network
+from ..registry import PEERS
 from ..warehouse import KWConv2d, set_backend
 from ..warehouse.ops import BACKENDS
 from ..warehouse.partition import KernelShape
@@ -56,6 +57,12 @@ class NetworkSource:
     def static_name(self) -> str:
         """The name of the static form."""
         return self.config.model.name
+
+    @property
+    def takes_backends(self) -> bool:
+        """Whether back ends compute it; else it is measured as it is."""
+        peer = self.config.model.peer
+        return peer is None or PEERS[peer.method].conv.is_mixture
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -114,6 +121,8 @@ class LayerSource:
         ratio: cells per mixture of its warehouse.
         share: layers like this one that the warehouse is made for; the cells to mix grow with it.
     """
+
+    takes_backends: ClassVar[bool] = True
 
     in_channels: int
     out_channels: int
@@ -212,14 +221,15 @@ class Case:
         return "_".join([self.family, *(word for own in words for word in own)])
 
     def variants(self, backends: Sequence[str]) -> list[Variant]:
-        """Static once, then every source grouped and with the back ends asked for."""
+        """Static once, then every source grouped and with the back ends asked for, where it takes
+        them."""
         names = [GROUPED, *(name for name in dict.fromkeys(backends) if name != GROUPED)]
         return [
             Variant(0, self.family, STATIC),
             *(
                 Variant(i, source.name, backend)
                 for i, source in enumerate(self.sources)
-                for backend in names
+                for backend in (names if source.takes_backends else ["auto"])
             ),
         ]
 

@@ -31,6 +31,9 @@ Report = Callable[[Any, tuple[str, ...], str], None]
 _OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
 
 
+_WITHOUT_TEMPERATURE = ("condconv", "fdconv", "kerneldna")
+
+
 def check_run_rules(config: RunConfig, report: Report) -> None:
     """Report broken rules that hold for all runs; arguments as for :func:`check_rules`."""
 
@@ -178,8 +181,8 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         )
     else:
         expect(
-            config.temperature_epochs == 0 or model.peer.method != "condconv",
-            "0 for CondConv, whose gates have no temperature",
+            config.temperature_epochs == 0 or model.peer.method not in _WITHOUT_TEMPERATURE,
+            f"0 for {model.peer.method}, whose attention has no temperature",
             key,
             "model.peer.method",
         )

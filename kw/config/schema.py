@@ -119,9 +119,18 @@ class PeerConfig:
     """The conversion to another dynamic convolution; null leaves the method's own value."""
 
     method: str = setting(doc="method of kw.peers", choices=PEERS, example="dyconv")
-    kernels: int | None = setting(None, "kernels per converted layer", minimum=1, maximum=1024)
+    kernels: int | None = setting(
+        None,
+        "kernels per converted layer; fdconv: groups of frequencies; kerneldna: parents among "
+        "the layers of a shape",
+        minimum=1,
+        maximum=1024,
+    )
     reduction: float | None = setting(
-        None, "dyconv, odconv: hidden width of the attention / input channels", above=0, maximum=64
+        None,
+        "all but condconv: hidden width of the attention / input channels",
+        above=0,
+        maximum=64,
     )
     layers: str | None = setting(
         None, "layers to convert: a regular expression that matches the whole name"

@@ -23,6 +23,7 @@ SOURCES = {
     "repo": "authors' results page",
     "abstract": "the papers' abstracts",
     "reprint": "reprinted in a later paper",
+    "paper": "the method's own paper",
     "recalled": "unconfirmed",
 }
 

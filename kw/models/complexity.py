@@ -97,12 +97,13 @@ def analyze(config: Config) -> Complexity:
             f"data.input_size {data.input_size}: {config.model.name} refuses such images: {error}"
         ) from error
     layers = [module for module in network.modules() if isinstance(module, KWLayer)]
-    kernels = [torch.Size(layer.partition.kernel_shape).numel() for layer in layers]
-    cells = [layer.warehouse.partition.cells for layer in layers]
+    kernels = [
+        torch.Size(layer.partition.kernel_shape).numel() for layer in layers if layer.per_sample
+    ]
     return Complexity(
         params=sum(parameter.numel() for parameter in network.parameters()),
         macs_static=macs_static,
-        macs_assembly=sum(n * kernel for n, kernel in zip(cells, kernels, strict=True)),
+        macs_assembly=sum(layer.assembly_macs for layer in layers),
         macs_attention=sum(map(_attention_macs, layers)),
         kernel_bytes=FLOAT32_BYTES * sum(kernels),
         warehouses=[_size_of(warehouse) for warehouse in find_warehouses(network)],

@@ -152,7 +152,8 @@ def _place_warehouses(network: nn.Module, found: dict[str, _Depth]) -> None:
     for layer_name, layer in network.named_modules():
         if not isinstance(layer, KWLayer):
             continue
-        own = next(name for name in found if name.startswith(f"{layer_name}.attention."))
+        parts = (f"{layer_name}.attention.", f"{layer_name}.warehouse.")
+        own = next(name for name in found if name.startswith(parts))
         place, cells = found[own], names[layer.warehouse.cells]
         deepest[cells] = max(place, deepest.get(cells, place))
     found.update(deepest)

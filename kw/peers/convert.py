@@ -1,7 +1,8 @@
 """``kw.peers.convert``: a static network to one of the methods that the paper compares with.
 
 The network keeps its class, its attributes and its module names, as with :func:`kw.convert`; every
-new layer holds its kernels itself, copies of the static one's at first (``start``). Which layers
+new layer holds its kernels itself, made from the static one's at first (``start``); those of
+``kerneldna`` share them. Which layers
 each method converts by default follows from the published sizes:
 
 ========  =================================================================  =====================
@@ -13,7 +14,12 @@ dyconv    all convolutions but the first                                     Res
                                                                              ResNet50 4x 100.88M
 odconv    all convolutions but the first and the shortcuts'                  ResNet18 4x 44.90M,
                                                                              ResNet50 4x 90.67M
+fdconv    the same                                                           ResNet50 29.18M
+                                                                             (published: +3.6M)
 ========  =================================================================  =====================
+
+``kerneldna`` converts the convolutions, but the first and grouped ones, that have another of the
+same shape to share a kernel with; which ones the authors take is not known here.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
 from ..registry import PEERS
-from ..warehouse import KWLayer
+from ..warehouse import KernelShape, KWLayer
 from ..warehouse.conversion import (
     Conversion,
     KeptWarehouse,
@@ -41,12 +47,15 @@ from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
 from .condconv import CondConv2d, CondLinear
 from .dyconv import DyConv2d
+from .fdconv import FDConv2d
+from .kerneldna import DNAConv2d, SharedKernel, share_kernels
 from .mixture import MixtureLayer
 from .odconv import ODConv2d
 
 __all__ = ["Method", "convert"]
 
 Layers = dict[str, nn.Module]
+PeerLayer = MixtureLayer | DNAConv2d
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,13 @@ class Method:
         linear: its linear layer, where it has one.
         choose: the names of the layers that it converts by default, from the model and its
             convolutions and linear layers.
+        shares: whether layers share a kernel (:func:`.kerneldna.share_kernels`).
     """
 
-    conv: type[MixtureLayer]
+    conv: type[PeerLayer]
     linear: type[MixtureLayer] | None
     choose: Callable[[nn.Module, Layers], list[str]]
+    shares: bool = False
 
 
 def convert(
@@ -77,20 +88,23 @@ def convert(
     """Replace layers by those of another method, in place.
 
     The converted network begins as the static one: its outputs are the same at every temperature
-    (:meth:`kw.peers.mixture.MixtureLayer.keep`). New parameters take the device and dtype of the
-    old ones; biases are kept. The temperature, of methods that have one, is that of
-    :func:`kw.set_temperature`. One line says what was done (logger ``kw``, or stderr). A model is
-    converted as a whole or, when anything is refused, left as it was.
+    (:meth:`kw.peers.mixture.MixtureLayer.keep`). Only ``kerneldna`` cannot keep it: the children
+    keep what a least-squares fit to their parent's kernel holds, which is said layer by layer.
+    New parameters take the device and dtype of the old ones; biases are kept. The temperature, of
+    methods that have one, is that of :func:`kw.set_temperature`. One line says what was done
+    (logger ``kw``, or stderr). A model is converted as a whole or, when anything is refused, left
+    as it was.
 
     Args:
         model: any network with the names of timm's; with others, give ``layers``.
-        method: ``"condconv"``, ``"dyconv"`` or ``"odconv"``.
+        method: ``"condconv"``, ``"dyconv"``, ``"odconv"``, ``"fdconv"`` or ``"kerneldna"``.
         layers: regular expression; the layers whose whole name matches it are converted, in place
             of those that the method converts by default.
         start: ``"keep"``: begin as the static network; ``"paper"``: kernels and attention are
             initialised at random, as the method's paper says, for training from nothing.
         announce: whether to log that line.
-        **settings: ``kernels`` (K), and the ``reduction`` of DY-Conv and ODConv.
+        **settings: ``kernels``: K, FDConv's groups of frequencies, KernelDNA's parents of layers of
+            one shape; and the ``reduction`` of all but CondConv.
 
     Returns:
         ``model``.
@@ -125,14 +139,17 @@ def convert(
             f"{method}: {type(model).__name__} has no convolution besides its first; nothing to "
             "convert"
         )
-    made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
+    made: dict[str, PeerLayer]
+    if chosen.shares:
+        made = _sharing(names, candidates, chosen, method, settings, layers is not None)
+    else:
+        made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
     before = count_parameters(model)
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
         if start == "keep" and not weight.is_meta:
-            layer.keep(weight)
-            kept = 1.0
+            kept = layer.keep(weight)
         cells = len(layer.warehouse.cells)
         outcome[name] = KeptWarehouse(1, layer.partition.mixtures, cells, kept)
     static = tuple(n for n, m in model.named_modules() if n and has_kernel(m) and n not in made)
@@ -142,6 +159,10 @@ def convert(
     if announce:
         after = count_parameters(model)
         say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))
+        parts = {name: each.kept for name, each in outcome.items()}
+        if any(part is not None and part < 1 for part in parts.values()):
+            shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
+            say(f"kept of every layer's kernel: {shares}")
     return model
 
 
@@ -165,9 +186,58 @@ def _matching(layers: str, model: nn.Module, candidates: Layers) -> list[str]:
     return names
 
 
-def _dynamic(
-    name: str, candidates: Layers, method: Method, title: str, settings: dict[str, Any]
-) -> MixtureLayer:
+def _sharing(
+    names: list[str],
+    candidates: Layers,
+    method: Method,
+    title: str,
+    settings: dict[str, Any],
+    is_chosen: bool,
+) -> dict[str, PeerLayer]:
+    """The layers that share a kernel; those without another one to share with stay static, or are
+    refused where the user has chosen them."""
+    settings = {**method.conv.defaults, **settings}
+    for name in names:
+        _counterpart(name, candidates, method, title)  # refuses
+    runs = share_kernels([_shape(name, candidates[name]) for name in names], settings["kernels"])
+    made: dict[str, PeerLayer] = {}
+    for run in runs:
+        if len(run) == 1:
+            if is_chosen:
+                raise ValueError(
+                    f"{title}: layer {run[0].name!r} has no other of its shape to share a kernel "
+                    "with; leave it static by 'layers', or set a smaller 'kernels'"
+                )
+            continue
+        weights = [candidates[shape.name].get_parameter("weight") for shape in run]
+        places = {(weight.device, weight.dtype) for weight in weights}
+        if len(places) > 1:
+            raise ValueError(
+                f"{title}: layers {run[0].name!r} and others of its shape lie on several devices "
+                "or have several types; they cannot share a kernel"
+            )
+        device, dtype = places.pop()
+        shared = SharedKernel(run, settings["reduction"], device=device, dtype=dtype)
+        for slot, shape in enumerate(run):
+            given = {"warehouse": shared, "slot": slot}
+            made[shape.name] = _dynamic(shape.name, candidates, method, title, given)
+    if not made:
+        raise ValueError(f"{title}: no two layers of one shape share a kernel; nothing to convert")
+    return {name: made[name] for name in names if name in made}
+
+
+def _shape(name: str, module: nn.Module) -> KernelShape:
+    assert isinstance(module, nn.Conv2d)
+    kernel = tuple(module.kernel_size)
+    return KernelShape(module.out_channels, module.in_channels, kernel, module.groups, name)
+
+
+def _counterpart(name: str, candidates: Layers, method: Method, title: str) -> type[PeerLayer]:
+    """The class of the layer that replaces this one.
+
+    Raises:
+        ValueError: the layer cannot be converted.
+    """
     module = candidates[name]
     own = module._parameters.get("weight")
     twins = [
@@ -194,10 +264,18 @@ def _dynamic(
             f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
             "not their subclasses); leave it static by 'layers', a regular expression on names"
         )
+    return cls
+
+
+def _dynamic(
+    name: str, candidates: Layers, method: Method, title: str, settings: dict[str, Any]
+) -> Any:
+    # The signatures of convolutions and linear layers differ.
+    make: Any = _counterpart(name, candidates, method, title)
+    module = candidates[name]
     weight = module.get_parameter("weight")
     place = {"name": name, "device": weight.device, "dtype": weight.dtype}
-    make: Any = cls  # the signatures of convolutions and linear layers differ
-    layer: MixtureLayer = make(*arguments_of(module), **settings, **place)
+    layer: PeerLayer = make(*arguments_of(module), **settings, **place)
     if module.bias is not None:
         layer.take_bias(module.get_parameter("bias"))
     succeed(module, layer)
@@ -212,6 +290,11 @@ def _all_but_the_first(model: nn.Module, candidates: Layers) -> list[str]:
 def _without_shortcuts(model: nn.Module, candidates: Layers) -> list[str]:
     names = _all_but_the_first(model, candidates)
     return [name for name in names if "downsample" not in name.split(".")]
+
+
+def _dense(model: nn.Module, candidates: Layers) -> list[str]:
+    names = _all_but_the_first(model, candidates)
+    return [name for name in names if getattr(candidates[name], "groups", 1) == 1]
 
 
 # Residual blocks by timm's names, and how many of the last ones are converted.
@@ -236,5 +319,7 @@ _OWN = {
     "condconv": Method(CondConv2d, CondLinear, _last_blocks),
     "dyconv": Method(DyConv2d, None, _all_but_the_first),
     "odconv": Method(ODConv2d, None, _without_shortcuts),
+    "fdconv": Method(FDConv2d, None, _without_shortcuts),
+    "kerneldna": Method(DNAConv2d, None, _dense, shares=True),
 }
 PEERS.update(_OWN)

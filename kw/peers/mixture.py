@@ -38,6 +38,7 @@ __all__ = [
     "PrivateKernels",
     "check_settings",
     "logit_scale",
+    "modulation",
     "silence",
 ]
 
@@ -54,6 +55,11 @@ def logit_scale(tau: Tensor | None) -> Tensor | float:
     return 1.0 if tau is None else 1 + (MAX_TEMPERATURE - 1) * tau
 
 
+def modulation(logits: Tensor) -> Tensor:
+    """Factors in (0, 2) that are 1 for logits of 0."""
+    return 2 * logits.sigmoid()
+
+
 class MixtureAttention(nn.Module):
     """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
 
@@ -64,6 +70,8 @@ class MixtureAttention(nn.Module):
     has_temperature: ClassVar[bool] = True
     by_position: ClassVar[bool] = False
     """Whether every position of a kernel is a mixture of its own."""
+    divides: ClassVar[bool] = False
+    """Whether the K kernels are parts of one, which then is the layer's only cell."""
 
     fc: nn.Linear
 
@@ -89,11 +97,12 @@ class MixtureAttention(nn.Module):
         raise NotImplementedError
 
 
-def silence(*heads: nn.Linear) -> None:
+def silence(*heads: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
     """Make maps to logits give zero for every input."""
     for head in heads:
         nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
 
 
 class PrivateKernels(Warehouse):
@@ -120,7 +129,8 @@ class PrivateKernels(Warehouse):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_settings(kernels, **settings)
-        whole = WarehouseSettings(cell_num_ratio=kernels, spatial_partition=branch.by_position)
+        number = 1 if branch.divides else kernels
+        whole = WarehouseSettings(cell_num_ratio=number, spatial_partition=branch.by_position)
         super().__init__([shape], whole, name=shape.name, device=device, dtype=dtype)
         self.kernels = kernels
         self._branch, self._branch_settings = branch, settings
@@ -180,7 +190,7 @@ class MixtureLayer(KWLayer):
         self.bias = bias
 
     @torch.no_grad()
-    def keep(self, kernel: Tensor) -> None:
+    def keep(self, kernel: Tensor) -> float:
         """Compute what a static layer with this kernel computes, at every temperature.
 
         Every kernel becomes a copy of it with noise (:data:`NOISE`) that sums to zero over the
@@ -188,6 +198,9 @@ class MixtureLayer(KWLayer):
 
         Args:
             kernel: ``[O, I / g, k_1 .. k_d]``; a linear layer's weight, ``[O, I]``.
+
+        Returns:
+            How much of it is kept: 1.
 
         Raises:
             ValueError: the kernel is not finite.
@@ -200,6 +213,7 @@ class MixtureLayer(KWLayer):
         scale = (blocks.square().mean() / drawn.square().mean()).sqrt() if blocks.any() else 1.0
         noise = NOISE * scale * (drawn - drawn.mean(1, keepdim=True))
         self.warehouse.cells.copy_((blocks + noise).flatten(0, 1))  # cell i * K + k
+        return 1.0
 
     def extra_repr(self) -> str:
         kernels = self.warehouse.kernels

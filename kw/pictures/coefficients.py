@@ -78,7 +78,7 @@ def dynamic_layers(network: nn.Module) -> list[DynamicLayer]:
     """
     found: dict[str, list[DynamicLayer]] = {}
     for name, module in network.named_modules():
-        if isinstance(module, KWLayer):
+        if isinstance(module, KWLayer) and module.is_mixture:
             partition = module.warehouse.partition
             slot = next(i for i, own in enumerate(partition.layers) if own is module.partition)
             layer = DynamicLayer(
@@ -91,8 +91,9 @@ def dynamic_layers(network: nn.Module) -> list[DynamicLayer]:
             found.setdefault(layer.warehouse, []).append(layer)
     if not found:
         raise PictureError(
-            f"{type(network).__name__} is a static network: it has no coefficients, cells or "
-            "assembled kernels to draw; expected one with model.kernel_warehouse or model.peer"
+            f"{type(network).__name__} is a static network, or one of FDConv or KernelDNA: it has "
+            "no coefficients, cells or assembled kernels to draw; expected one with "
+            "model.kernel_warehouse or another model.peer"
         )
     return [
         layer
@@ -150,7 +151,7 @@ def coefficients(
     attentions = {
         name: module.attention
         for name, module in network.named_modules()
-        if isinstance(module, KWLayer) and (names is None or name in names)
+        if isinstance(module, KWLayer) and module.is_mixture and (names is None or name in names)
     }
     with evaluating(network), outputs(attentions) as seen:
         # Not __call__: a network that network.compile() has compiled calls no hooks.

@@ -94,7 +94,7 @@ def overview(task: Reproduction, rows: Sequence[PaperRow]) -> str:
             for figure in table.figures
             if figure.key in row.figures
         ]
-        published = f"published {', '.join(figures)} ({SOURCES[row.source]})"
+        published = f"published {', '.join(figures) or 'nothing'} ({SOURCES[row.source]})"
         runs = task.runs(row, more=True)
         if not runs:
             why = "no configuration: published only"

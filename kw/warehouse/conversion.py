@@ -77,7 +77,8 @@ class Conversion:
         low, high = f"{100 * min(held):.0f}%", f"{100 * max(held):.0f}%"
         part = f"between {low} and {high} of the kernels of " if min(held) < 1 else ""
         lost = len(shares) - len(held)
-        return f"kept in part: {part}{_counted(len(held), 'warehouse')}" + (
+        what = "layer" if self.method else "warehouse"
+        return f"kept in part: {part}{_counted(len(held), what)}" + (
             f", those of {_counted(lost, 'other')} replaced by random ones" if lost else ""
         )
 

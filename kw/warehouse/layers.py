@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,11 @@ class KWLayer(nn.Module):
         ValueError: groups that do not divide the channels, a slot of another kernel,
             settings together with a given warehouse, or invalid settings.
     """
+
+    is_mixture: ClassVar[bool] = True
+    """Whether its kernels are mixtures of cells, which back ends compute and pictures show."""
+    per_sample: ClassVar[bool] = True
+    """Whether every sample has a kernel of its own."""
 
     warehouse: Warehouse
     attention: Any
@@ -137,6 +142,11 @@ class KWLayer(nn.Module):
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
+        if backend != "auto" and not self.is_mixture:
+            raise ValueError(
+                f"layer {self.shape.name!r} is a {type(self).__name__}, which has one way to "
+                f"compute: back end {backend!r} cannot do it; set 'auto'"
+            )
         if backend != "auto":
             check_backend(backend, self.spec, self.warehouse.cells)
         self.backend = backend
@@ -149,6 +159,11 @@ class KWLayer(nn.Module):
     def spec(self) -> ConvSpec:
         """Partition, stride, padding, dilation and groups, for the back ends."""
         raise NotImplementedError
+
+    @property
+    def assembly_macs(self) -> int:
+        """Multiply-adds a sample of assembling its kernel."""
+        return self.warehouse.partition.cells * math.prod(self.partition.kernel_shape)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -64,7 +64,8 @@ class PictureHook(Hook):
             return
         if self._batch is not None:
             self._show_batch(trainer)
-        if any(isinstance(module, KWLayer) for module in trainer.task.network.modules()):
+        modules = trainer.task.network.modules()
+        if any(isinstance(module, KWLayer) and module.is_mixture for module in modules):
             self._show_cells(trainer)
 
     def _is_due(self, trainer: Trainer, epoch: int) -> bool:

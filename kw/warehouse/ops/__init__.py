@@ -38,6 +38,7 @@ __all__ = [
     "check_backend",
     "dynamic_conv",
     "fixed_groups",
+    "is_exporting",
     "selector",
     "set_assembly_precision",
 ]
@@ -82,7 +83,7 @@ def dynamic_conv(
     if backend != "auto" and backend not in CONTRACTIONS:
         check_backend(backend, spec)
     x, dtype = compute_types(x, cells)
-    if _is_exporting():
+    if is_exporting():
         # An exported graph may contain standard operators only.
         return conv_exported(x, alpha, cells.to(dtype), spec)
     if cells.dtype == dtype or rounded is None or not may_share(x, cells):
@@ -115,7 +116,8 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
     selector.check(Problem(spec, number, 2, size, dtype, device), name)
 
 
-def _is_exporting() -> bool:
-    is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
-    exporting = is_exporting is not None and is_exporting()
+def is_exporting() -> bool:
+    """Whether an exporter traces, whose graph may contain standard operators only."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
+    exporting = asked is not None and asked()
     return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()

@@ -1,0 +1,319 @@
+"""KernelDNA: layers that share a parent layer's kernel through adapters.
+
+Paper: KernelDNA: Dynamic Kernel Sharing via Decoupled Naive Adapters (Huang et al., 2025,
+arXiv 2503.23379). Layers with kernels of one shape share one. The first of them, the parent, is an
+ordinary convolution; for the others, its children, an adapter makes the kernel ``W`` their own. The
+adapter is decoupled into a static part, that of positions, and a dynamic one, routing by the
+input::
+
+    y = a_f(x) . ((W . s) * (a_c(x) . x))
+
+``s`` ``[k, k]`` are parameters of the child; ``a_c`` for every input channel and ``a_f`` for every
+filter come from ``h = relu(BatchNorm(fc(GlobalAveragePool(x))))`` by one linear map each. The
+kernel is the same for all samples, so a child costs what a static convolution costs.
+
+This follows the paper's text. What the text that was at hand does not settle, and what is done
+here: ``s`` starts at 1 and is unbounded; ``a_c, a_f = 2 sigmoid(z)``, 1 at z = 0, so that children
+begin as their parent does; hidden units are ODConv's, ``max(int(I * reduction), 16)``; there is no
+temperature; children are all layers of a shape but ``kernels`` of them, those that begin equal runs
+of the layers in module order. Depthwise children have ``a_c`` alone, which is the same as ``a_f``.
+
+A child cannot keep a static kernel that is not its parent's. :meth:`DNAConv2d.keep` fits the
+adapter by least squares and says how much is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
+from ..warehouse.attention import BranchLinear, normalise
+from .mixture import MixtureAttention, check_settings, modulation, silence
+from .odconv import Attentions
+
+__all__ = ["Adapter", "DNAConv2d", "SharedKernel", "share_kernels"]
+
+_ROUNDS = 20
+_LEAST = 0.02
+"""The smallest factor of a fit: at 0 a sigmoid has no gradient."""
+
+
+class Adapter(MixtureAttention):
+    """A child's adapter: factors of its input channels and filters, and those of positions.
+
+    Args:
+        shape: the layer's kernel.
+        reduction: ``h = max(int(I * reduction), 16)`` hidden units.
+    """
+
+    has_temperature = False
+
+    def __init__(
+        self,
+        shape: KernelShape,
+        reduction: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        channels, filters = shape.in_channels, shape.out_channels
+        hidden = max(int(channels * reduction), 16)
+        is_depthwise = shape.groups == channels == filters
+        self.fc = BranchLinear(channels, hidden, bias=False, **factory)
+        self.norm = nn.BatchNorm1d(hidden, **factory)
+        self.channel_fc = BranchLinear(hidden, channels, **factory)
+        self.filter_fc = None if is_depthwise else BranchLinear(hidden, filters, **factory)
+        self.spatial = nn.Parameter(torch.empty(shape.kernel, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal (fan out, ReLU) weights, zero biases; factors of positions 1."""
+        for linear in (self.fc, self.channel_fc, self.filter_fc):
+            if linear is not None:
+                nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        self.norm.reset_parameters()
+        nn.init.ones_(self.spatial)
+
+    def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
+        """``[B, I]`` -> factors of channels and filters."""
+        hidden = normalise(self.norm, self.fc(pooled)).relu()
+        filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
+        alpha = hidden.new_ones(hidden.shape[0], 1, 1)
+        return Attentions(alpha, modulation(self.channel_fc(hidden)), filters)
+
+    @torch.no_grad()
+    def hold_factors(self, channel: Tensor, filters: Tensor, spatial: Tensor) -> None:
+        """Give the same factors for every input.
+
+        Args:
+            channel: ``[I]``, in (0, 2).
+            filters: ``[O]``, in (0, 2); 1 in a depthwise layer.
+            spatial: ``[k, k]``.
+        """
+        for head, factors in ((self.channel_fc, channel), (self.filter_fc, filters)):
+            if head is not None:
+                silence(head)
+                head.bias.copy_((factors / 2).logit())
+        self.spatial.copy_(spatial)
+
+
+class Whole(nn.Module):
+    """A parent's place for an adapter: its kernel is used as it is, with a coefficient of 1."""
+
+    def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
+        return pooled.new_ones(pooled.shape[0], 1, 1)
+
+
+class SharedKernel(Warehouse):
+    """One kernel for several layers, as a warehouse of one cell.
+
+    Args:
+        shapes: the layers' kernels, equal but for their names; the first is the parent's.
+        reduction: that of the children's adapters.
+
+    Raises:
+        ValueError: kernels that differ; a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[KernelShape],
+        reduction: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_settings(1, reduction)
+        first = shapes[0]
+        for shape in shapes:
+            if replace(shape, name=first.name) != first:
+                raise ValueError(f"layer {shape.name!r} is {shape}; its parent is {first}")
+        self._reduction = reduction
+        whole = WarehouseSettings(spatial_partition=False)
+        super().__init__([first], whole, name=first.name, device=device, dtype=dtype)
+        self.shapes = tuple(shapes)
+        one = self.partition
+        self.partition = replace(
+            one, layers=one.layers * len(shapes), slices=one.slices * len(shapes)
+        )
+        self.temperature = None
+
+    def reset_parameters(self) -> None:
+        """As a static kernel: Kaiming normal, fan out, ReLU."""
+        kernel = self.cells.detach().view(self.partition.layers[0].kernel_shape)
+        nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+
+    def build_attention(self, slot: int) -> nn.Module:
+        """The adapter of a child; a parent has none."""
+        factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
+        return Adapter(self.shapes[slot], self._reduction, **factory) if slot else Whole()
+
+
+class DNAConv2d(KWConv2d):
+    """``nn.Conv2d`` with a kernel that it shares; the same arguments, then keywords:
+
+    Args:
+        warehouse: the :class:`SharedKernel`.
+        slot: the layer's place in it; 0 is the parent.
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: no warehouse, or one for other kernels.
+    """
+
+    is_mixture = per_sample = False
+    defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
+    """Settings of a conversion: parents of layers of one shape, and the adapters' reduction."""
+
+    warehouse: SharedKernel
+
+    def __init__(self, *args: Any, warehouse: SharedKernel | None = None, **kwargs: Any) -> None:
+        if not isinstance(warehouse, SharedKernel):
+            raise ValueError(
+                "DNAConv2d shares the kernel of a SharedKernel; give it as 'warehouse', or convert "
+                "a network by kw.peers.convert(network, 'kerneldna')"
+            )
+        super().__init__(*args, warehouse=warehouse, **kwargs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
+
+        Raises:
+            ValueError: an input without a batch axis: factors belong to samples.
+        """
+        x = input  # named as torch's layers name it
+        kernel = self.warehouse.cells.view(self.partition.kernel_shape)
+        filters, spec = None, self.spec
+        if isinstance(self.attention, Adapter):
+            found = self.attention(self.pooled(x), None)
+            x = x * found.channel.to(x.dtype)[..., None, None]
+            kernel, filters = kernel * self.attention.spatial.to(kernel.dtype), found.filter
+        y = F.conv2d(
+            self.pad(x), kernel, None, spec.stride, spec.padding, spec.dilation, spec.groups
+        )
+        if filters is not None:
+            y = y * filters.to(y.dtype)[..., None, None]
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    @property
+    def assembly_macs(self) -> int:
+        """Multiply-adds of a child's kernel, for all samples together."""
+        is_child = isinstance(self.attention, Adapter)
+        return math.prod(self.partition.kernel_shape) if is_child else 0
+
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Take over the bias of the static layer that this one replaces."""
+        self.bias = bias
+
+    @torch.no_grad()
+    def keep(self, kernel: Tensor) -> float:
+        """Compute what a static layer with this kernel computes, as far as that can be; the parent
+        first.
+
+        A parent takes the kernel. A child's factors become constant: those that, on its parent's
+        kernel, come nearest to this one (least squares by alternation, in which the factors of
+        channels and filters are not negative).
+
+        Args:
+            kernel: ``[O, I / g, k, k]``.
+
+        Returns:
+            How much is kept: 1 - (squared error / squared norm).
+
+        Raises:
+            ValueError: the kernel is not finite.
+        """
+        wanted = kernel.detach().to("cpu", torch.float64)
+        if not wanted.isfinite().all():
+            raise ValueError(
+                f"the weight of layer {self.shape.name!r} is not finite: it cannot be kept"
+            )
+        cells = self.warehouse.cells
+        if not isinstance(self.attention, Adapter):
+            cells.copy_(wanted.view(1, -1))
+            return 1.0
+        parent = cells.to("cpu", torch.float64).view(wanted.shape)
+        one_sided = self.attention.filter_fc is None
+        channel, filters, spatial = _fit(wanted, parent, self.shape.groups, one_sided)
+        self.attention.hold_factors(channel, filters, spatial)
+        fitted = parent * _spread(channel, filters, spatial, self.shape.groups)
+        error = (wanted - fitted).square().sum()
+        total = wanted.square().sum()
+        return float(1 - error / total) if total else 1.0
+
+
+def _spread(channel: Tensor, filters: Tensor, spatial: Tensor, groups: int) -> Tensor:
+    """The product of all factors for every value of the kernel, ``[O, I / g, k, k]``."""
+    own = channel.view(groups, -1).repeat_interleave(len(filters) // groups, 0)  # [O, I / g]
+    return (filters[:, None] * own)[..., None, None] * spatial
+
+
+def _fit(
+    wanted: Tensor, parent: Tensor, groups: int, one_sided: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of channels ``[I]``, filters ``[O]`` and positions ``[k, k]`` of a child.
+
+    Each is in turn the least-squares solution for the two others. Their scale, which is free, goes
+    to the positions, so that those of channels and filters stay below 2.
+    """
+    out, in_, *kernel = wanted.shape
+    cross, square = (wanted * parent).unflatten(0, (groups, -1)), parent.square()
+    square = square.unflatten(0, (groups, -1))  # [g, O / g, I / g, k, k]
+    channel, filters = wanted.new_ones(groups, in_), wanted.new_ones(groups, out // groups)
+    spatial = wanted.new_ones(*kernel)
+    tiny = torch.finfo(wanted.dtype).tiny
+
+    def solve(axes: str, own: Tensor, *others: tuple[str, Tensor]) -> Tensor:
+        names, values = zip(*others, strict=True)
+        above = torch.einsum(f"goikl,{','.join(names)}->{axes}", cross, *values)
+        squares = [value.square() for value in values]
+        below = torch.einsum(f"goikl,{','.join(names)}->{axes}", square, *squares)
+        return torch.where(below > tiny, above / below.clamp(min=tiny), own)
+
+    for _ in range(_ROUNDS):
+        spatial = solve("kl", spatial, ("gi", channel), ("go", filters))
+        channel = _bounded(solve("gi", channel, ("go", filters), ("kl", spatial)))
+        if not one_sided:
+            filters = _bounded(solve("go", filters, ("gi", channel), ("kl", spatial)))
+    spatial = solve("kl", spatial, ("gi", channel), ("go", filters))
+    return channel.flatten(), filters.flatten(), spatial
+
+
+def _bounded(factors: Tensor) -> Tensor:
+    """Factors between the least and 2, the largest at 1.8 before: positions take the scale."""
+    top = factors.max()
+    return factors.mul(1.8 / top).clamp(min=_LEAST) if top > 0 else torch.ones_like(factors)
+
+
+def share_kernels(shapes: Sequence[KernelShape], kernels: int) -> list[list[KernelShape]]:
+    """Which layers share a kernel: those of one shape, in ``kernels`` runs of about equal length.
+
+    Args:
+        shapes: in module order.
+        kernels: parents of one shape.
+
+    Returns:
+        Runs, each of which begins with its parent.
+    """
+    check_settings(kernels)
+    alike: dict[KernelShape, list[KernelShape]] = {}
+    for shape in shapes:
+        alike.setdefault(replace(shape, name=""), []).append(shape)
+    runs = []
+    for members in alike.values():
+        count = min(kernels, len(members))
+        cuts = [i * len(members) // count for i in range(count + 1)]
+        runs += [members[a:b] for a, b in pairwise(cuts)]
+    return runs
