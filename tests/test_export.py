@@ -119,7 +119,7 @@ def test_onnxruntime_computes_what_pytorch_does(batch: int | None, tmp_path: Pat
     inputs = InputRange(24, least=9, batch=batch)
     source = random_source(config_from_mapping(SETTINGS), "tiny")
     path = tmp_path / "net.onnx"
-    program = trace(Graph(network), inputs, fixed_groups=True)
+    program = trace(Graph(network), inputs, runtime="onnx")
     write_onnx(program, replace(source.description, input=inputs), path)
     graph = onnx.load(path).graph
     assert ("Scan" in {node.op_type for node in graph.node}) == (batch is None)
@@ -264,7 +264,11 @@ def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
     [
-        ("net.tflite", "fp32", r"net.tflite: expected a name that ends with .onnx, .pt2, .safet"),
+        (
+            "net.tflite",
+            "fp32",
+            r"net.tflite: expected a name that ends with .onnx, .xml, .pte, .pt2, .safet",
+        ),
         ("net.onnx", "bf16", "fp32, fp16, int8, not in bf16"),
         ("net.pt2", "int8", "fp32, fp16, bf16, not in int8"),
     ],

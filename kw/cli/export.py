@@ -1,4 +1,4 @@
-"""Export a trained classifier: ONNX, torch.export, safetensors; each verified after writing.
+"""Export a trained classifier: ONNX, OpenVINO, ExecuTorch, torch.export, safetensors; verified.
 
 kw export configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth \
     kw_resnet18_1x.onnx kw_resnet18_1x.pt2 kw_resnet18_1x.safetensors --images data/imagenet/val
@@ -29,7 +29,7 @@ def main() -> None:
         nargs="*",
         type=output_file,
         metavar="TARGET",
-        help="files to write: NAME.onnx, NAME.pt2, NAME.safetensors",
+        help="files to write: NAME.onnx, .xml, .pte, .pt2, .safetensors",
     )
     parser.add_argument(
         "--images",

@@ -21,12 +21,13 @@ from ..training.checkpoint import load_network
 from .description import Description, ExportError
 from .graph import load_graph
 from .onnx_file import OnnxNetwork
+from .runtimes import RUNTIMES
 from .source import read_source, ready
 from .weights import cast, read_weights
 
 __all__ = ["Classifier", "Prediction", "load"]
 
-FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
+FORMATS = (".pth", ".safetensors", ".onnx", ".pt2", ".xml", ".pte")
 _EXPECTED = f"a work directory of tools/train.py, or a file {', '.join(FORMATS)}"
 
 
@@ -173,8 +174,8 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
 
     Args:
         path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
-            ``.onnx`` or ``.pt2`` file of tools/export.py. A ``.pt2`` file is a program: load none
-            from a stranger.
+            ``.onnx``, ``.pt2``, ``.xml`` (OpenVINO) or ``.pte`` (ExecuTorch) file of kw export.
+            ``.pt2`` and ``.pte`` files are programs: load none from a stranger.
         device: where it computes.
         weights: of a checkpoint: ``"model"``, ``"ema"``, or ``"auto"``: the average where there is
             one.
@@ -200,9 +201,14 @@ def load(path: str | os.PathLike[str], device: str = "cpu", weights: str = "auto
         description = Description.from_strings(network.metadata, str(file))
     elif suffix == ".pt2":
         network, description = load_graph(file)
+    elif suffix in RUNTIMES:
+        if device != "cpu":
+            raise ExportError(f"{file}: {suffix} files are computed on the CPU here; use cpu")
+        network = RUNTIMES[suffix](file)
+        description = Description.from_strings(network.metadata, str(file))
     else:
         raise ExportError(f"{file}: expected {_EXPECTED}, found {suffix or 'no suffix'!r}")
-    classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2"))
+    classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2", *RUNTIMES))
     if suffix != ".pt2":  # a traced program refuses eval() and to()
         return classifier.eval().to(device)
     if device != "cpu":
