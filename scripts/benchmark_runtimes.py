@@ -9,6 +9,7 @@ seconds of the process on one thread, which other programs change little. The ra
 the rounds' with its quartiles. int8 is calibrated on noise: it is for times only.
 """
 
+import runpy
 import tempfile
 import time
 from dataclasses import replace
@@ -18,9 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-# This folder is the first of a script's import path.
-from check_exports import random_source  # type: ignore[import-not-found]
-
 from kw.cli import ToolParser, output_file, run_tool
 from kw.cli.tool import add_options, number, save_json
 from kw.config import load_config
@@ -29,6 +27,8 @@ from kw.deploy.export import Job, Options, check_target
 from kw.evaluation import render_table
 from kw.registry import EXPORTERS
 
+_SCRIPT = Path(__file__).with_name("check_exports.py")
+random_source = runpy.run_path(str(_SCRIPT), run_name="read")["random_source"]
 FORMATS = ("eager", ".onnx", ".xml", ".pte")
 
 
