@@ -185,7 +185,7 @@ def export(
     exporter, batch = EXPORTERS[target.suffix], options.batch
     if exporter.fixed:
         batch = batch or 1
-        notes = (f"{target.suffix} files have one shape: [{batch}, 3, {inputs.words}]",)
+        notes = (f"{target.suffix} files have one shape: {batch} images of {inputs.words}",)
     least = None if options.fixed_size or exporter.fixed else inputs.least
     inputs = replace(inputs, least=least, batch=batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)

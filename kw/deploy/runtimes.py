@@ -133,7 +133,10 @@ class ExecutorchNetwork(nn.Module):
         return found.clone()  # the method writes its next logits there
 
 
-RUNTIMES = {".xml": OpenvinoNetwork, ".pte": ExecutorchNetwork}
+RUNTIMES: dict[str, type[OpenvinoNetwork] | type[ExecutorchNetwork]] = {
+    ".xml": OpenvinoNetwork,
+    ".pte": ExecutorchNetwork,
+}
 
 
 def _texts(text: str) -> dict[str, str]:
