@@ -60,6 +60,7 @@ ELSEWHERE = {
     "scripts/compare_decoders.py": "tests/test_fast.py, on a few pictures",
     "tools/convert_checkpoint.py": "tests/test_authors_checkpoints.py, on files with their keys",
     "tests/kills.py": "tests/test_resume.py, with fewer kills",
+    "scripts/benchmark_runtimes.py": "needs OpenVINO and ExecuTorch",
     "tests/time_coco_evaluation.py": "a measurement",
 }
 # What a page leaves open or takes for granted, and what generate() makes for it.

@@ -40,6 +40,32 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+COMPUTED = {
+    "whole": lambda: KWConv2d(6, 8, 3, 2, padding=1, start="paper"),
+    "cut": lambda: KWConv2d(
+        8, 8, 3, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5, start="paper"
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", COMPUTED)
+@pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_forms_for_a_runtime_are_the_definition(runtime: str, batch: int | None, cut: str) -> None:
+    """``computed`` with open and fixed batch and, for OpenVINO on few positions, ``taps``."""
+    torch.manual_seed(0)
+    layer = COMPUTED[cut]().eval().requires_grad_(False)
+    size = (3, 4) if runtime == "openvino" else (9, 7)
+    example = torch.randn(batch or 3, layer.in_channels, *size)
+    axes = {} if batch else {0: torch.export.Dim("batch")}
+    with exported.exported_for(runtime):
+        program = torch.export.export(layer, (example,), dynamic_shapes=(axes,))
+    layer.set_backend("reference")
+    for count in (1, 4) if batch is None else (batch,):
+        x = torch.randn(count, *example.shape[1:])
+        torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
+
+
 FORMS = {
     "columns": (lambda: KWConv2d(6, 8, 3, 2, padding=1, start="paper"), (6, 9, 7), "conv_bmm"),
     "columns cut in 4": (
@@ -126,10 +152,13 @@ def test_onnxruntime_computes_what_pytorch_does(batch: int | None, tmp_path: Pat
     inputs = InputRange(24, least=9, batch=batch)
     source = random_source(config_from_mapping(SETTINGS), "tiny")
     path = tmp_path / "net.onnx"
-    program = trace(Graph(network), inputs, fixed_groups=True)
+    program = trace(Graph(network), inputs, runtime="onnx")
     write_onnx(program, replace(source.description, input=inputs), path)
     graph = onnx.load(path).graph
     assert ("Scan" in {node.op_type for node in graph.node}) == (batch is None)
+    constants = {tensor.name for tensor in graph.initializer}
+    computed = [n for n in graph.node if n.op_type == "Conv" and n.input[1] not in constants]
+    assert len(computed) == (0 if batch is None else 2)  # TensorRT 8 wants them constant
     assert [axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim] == [
         "" if batch else "batch",
         "",
@@ -273,7 +302,11 @@ def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
     [
-        ("net.tflite", "fp32", r"net.tflite: expected a name that ends with .onnx, .pt2, .safet"),
+        (
+            "net.tflite",
+            "fp32",
+            r"net.tflite: expected a name that ends with .onnx, .xml, .pte, .pt2, .safet",
+        ),
         ("net.onnx", "bf16", "fp32, fp16, int8, not in bf16"),
         ("net.pt2", "int8", "fp32, fp16, bf16, not in int8"),
     ],

@@ -152,6 +152,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("compare_loading.py none", ["none", "expected a folder with train/"]),
     ("compare_loading.py . --images 0", ["--images: '0': expected an integer >= 1"]),
     ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
+    ("benchmark_runtimes.py none.yaml", ["none.yaml", "no such file"]),
     (f"check_exports.py {R18} --formats tflite", ["--formats", "invalid choice: 'tflite'"]),
 ]
 DETECTION: list[tuple[str, list[str]]] = [

@@ -1,4 +1,4 @@
-"""Export a trained classifier or detector: ONNX, torch.export, safetensors; verified after writing.
+"""Export a trained classifier or detector to ONNX, OpenVINO, ExecuTorch and others; verified.
 
 kw export work_dirs/mask_rcnn_kw_resnet50_1x mask_rcnn.onnx
 kw export configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth \
@@ -33,7 +33,7 @@ def main() -> None:
         nargs="*",
         type=output_file,
         metavar="TARGET",
-        help="files to write: NAME.onnx, NAME.pt2, NAME.safetensors",
+        help="files to write: NAME.onnx, .xml, .pte, .pt2, .safetensors",
     )
     parser.add_argument(
         "--images",

@@ -49,6 +49,8 @@ classifier.predict(["image.jpg"], k=5)
 """
 _OTHER = {
     ".onnx": "onnxruntime alone runs it too; preprocessing and classes are in its metadata.",
+    ".xml": "OpenVINO alone runs it too; the `.bin` beside it has the weights.",
+    ".pte": "ExecuTorch's runtimes run it alone (method `forward`).",
     ".pt2": "`torch.export.load` reads the network alone.",
     ".safetensors": "`classifier.network` is a `torch.nn.Module`. `kw.load` compares the file with "
     "the hash in its name.",

@@ -26,6 +26,7 @@ from ..training.trained import detector_config
 from .description import DETECTION, Description, ExportError
 from .graph import load_graph
 from .onnx_file import OnnxNetwork
+from .runtimes import RUNTIMES
 from .source import read_source, ready
 from .weights import cast, read_weights
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "Prediction", "load"]
 
-FORMATS = (".pth", ".safetensors", ".onnx", ".pt2")
+FORMATS = (".pth", ".safetensors", ".onnx", ".pt2", ".xml", ".pte")
 _EXPECTED = f"a work directory of tools/train.py, a file {', '.join(FORMATS)}, or hf-hub:user/model"
 
 
@@ -186,9 +187,10 @@ def load(
 
     Args:
         path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
-            ``.onnx`` or ``.pt2`` file of tools/export.py; or a folder of ``kw pull``, or its name
-            on the Hugging Face Hub, ``"hf-hub:user/model[@revision]"``. A ``.pt2`` file, and the
-            ``config.py`` of a detector's run, are programs: load none from a stranger.
+            ``.onnx``, ``.pt2``, ``.xml`` (OpenVINO) or ``.pte`` (ExecuTorch) file of kw export; or
+            a folder of ``kw pull``, or its name on the Hugging Face Hub,
+            ``"hf-hub:user/model[@revision]"``. ``.pt2`` and ``.pte`` files, and the ``config.py``
+            of a detector's run, are programs: load none from a stranger.
         device: where it computes.
         weights: of a checkpoint: ``"model"``, ``"ema"``, or ``"auto"``: the average where there is
             one.
@@ -224,9 +226,14 @@ def load(
         description = Description.from_strings(network.metadata, str(file))
     elif suffix == ".pt2":
         network, description = load_graph(file)
+    elif suffix in RUNTIMES:
+        if device != "cpu":
+            raise ExportError(f"{file}: {suffix} files are computed on the CPU here; use cpu")
+        network = RUNTIMES[suffix](file)
+        description = Description.from_strings(network.metadata, str(file))
     else:
         raise ExportError(f"{file}: expected {_EXPECTED}, found {suffix or 'no suffix'!r}")
-    classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2"))
+    classifier = Classifier(network, description, exported=suffix in (".onnx", ".pt2", *RUNTIMES))
     if suffix != ".pt2":  # a traced program refuses eval() and to()
         return classifier.eval().to(device)
     if device != "cpu":

@@ -77,11 +77,16 @@ def compare_files(
                 "top5": found["top5"],
                 "same": 100 * difference.same / difference.images,
                 "difference": difference.largest,
-                "megabytes": path.stat().st_size / 1e6,
+                "megabytes": sum(p.stat().st_size for p in _parts(path)) / 1e6,
                 "milliseconds": [_time(classifier, 1), _time(classifier, 8)],
             }
         )
     return rows
+
+
+def _parts(path: Path) -> list[Path]:
+    weights = path.with_suffix(".bin")
+    return [path, weights] if path.suffix == ".xml" and weights.exists() else [path]
 
 
 @torch.no_grad()

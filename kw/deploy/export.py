@@ -1,4 +1,4 @@
-"""Write a trained classifier as ONNX, ``torch.export`` or safetensors, with a model card.
+"""Write a trained classifier in a format of :data:`kw.registry.EXPORTERS`, with a model card.
 
 A file is written under a temporary name, compared with PyTorch, and renamed if it agrees. So a file
 with the name that was asked for has always been verified.
@@ -23,6 +23,7 @@ from .description import Description, ExportError, InputRange
 from .graph import DTYPES, Graph, input_range, save_graph, trace
 from .onnx_file import needs, write_onnx
 from .quantize import quantize
+from .runtimes import write_executorch, write_openvino
 from .source import Source
 from .verify import (
     TOLERANCE,
@@ -89,6 +90,7 @@ class Exporter:
         packages: that it needs.
         optimizes: whether the format has an optimizer of its own. A file that differs from the
             network is then written again without it (:attr:`Job.optimize`).
+        fixed: whether files have one batch (1 unless :attr:`Options.batch` says more) and one size.
     """
 
     write: Callable[[Job], Path]
@@ -96,6 +98,7 @@ class Exporter:
     load: Callable[[Path], nn.Module] | None = None
     packages: tuple[str, ...] = ()
     optimizes: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,14 @@ def export(
     notes: tuple[str, ...] = ()
     if reason and not options.fixed_size:
         notes = (f"the file takes images of {inputs.words} only: {reason}",)
-    least = None if options.fixed_size else inputs.least
-    inputs = replace(inputs, least=least, batch=options.batch, precision=options.precision)
+    exporter, batch = EXPORTERS[target.suffix], options.batch
+    if exporter.fixed:
+        batch = batch or 1
+        notes = (f"{target.suffix} files have one shape: {batch} images of {inputs.words}",)
+    least = None if options.fixed_size or exporter.fixed else inputs.least
+    inputs = replace(inputs, least=least, batch=batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    exporter = EXPORTERS[target.suffix]
     description = replace(source.description, input=inputs)
     job = Job(source, inputs, description, partial, images)
     try:
@@ -205,6 +211,8 @@ def export(
             notes += ("onnxscript's optimizer changes the result: written without it",)
         # A hash may follow the stem.
         final = target.with_name(target.stem + written.name.removeprefix(partial.stem))
+        for beside in target.parent.glob(f"{partial.stem}.bin"):  # OpenVINO's weights
+            os.replace(beside, target.with_suffix(".bin"))
         os.replace(written, final)
     finally:
         for left in target.parent.glob(f"{partial.stem}*"):
@@ -232,11 +240,30 @@ def _write_graph(job: Job) -> Path:
 
 
 def _write_onnx(job: Job) -> Path:
-    graph = Graph(job.source.network, DTYPES.get(job.inputs.precision, torch.float32))
-    write_onnx(trace(graph, job.inputs, fixed_groups=True), job.description, job.path, job.optimize)
-    if job.inputs.precision == "int8":
+    return _write_onnx_for("onnx", job, DTYPES.get(job.inputs.precision, torch.float32))
+
+
+def _write_onnx_for(runtime: str, job: Job, dtype: torch.dtype = torch.float32) -> Path:
+    is_int8 = job.inputs.precision == "int8"
+    program = trace(Graph(job.source.network, dtype), job.inputs, "int8" if is_int8 else runtime)
+    write_onnx(program, job.description, job.path, job.optimize)
+    if is_int8:
         quantize(job.path, job.description, _normalised(job.source, job.images))
     return job.path
+
+
+def _write_openvino(job: Job) -> Path:
+    # Its PyTorch front end has no operator for the loops of an open batch; its ONNX one has.
+    graph = _write_onnx_for("openvino", replace(job, path=job.path.with_suffix(".onnx")))
+    try:
+        return write_openvino(graph, job.description, job.path)
+    finally:
+        graph.unlink()
+
+
+def _write_executorch(job: Job) -> Path:
+    program = trace(Graph(job.source.network), job.inputs)
+    return write_executorch(program, job.description, job.path)
 
 
 EXPORTERS[".onnx"] = Exporter(
@@ -245,6 +272,13 @@ EXPORTERS[".onnx"] = Exporter(
     packages=("onnx", "onnxscript", "onnxruntime"),
     optimizes=True,
 )
+EXPORTERS[".xml"] = Exporter(
+    _write_openvino,
+    ("fp32", "fp16", "int8"),
+    packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
+    optimizes=True,
+)
+EXPORTERS[".pte"] = Exporter(_write_executorch, packages=("executorch",), fixed=True)
 EXPORTERS[".pt2"] = Exporter(_write_graph, ("fp32", "fp16", "bf16"))
 EXPORTERS[".safetensors"] = Exporter(_write_weights, ("fp32", "fp16", "bf16"))
 

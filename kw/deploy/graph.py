@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,13 +81,13 @@ def input_range(
     return replace(inputs, least=least), ""
 
 
-def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> ExportedProgram:
+def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedProgram:
     """The graph of a network.
 
     Args:
         graph: on the CPU.
         inputs: which sizes are open.
-        fixed_groups: for a runtime whose convolutions have constant groups, such as ONNX's.
+        runtime: that it is for, as for :func:`kw.warehouse.ops.exported.exported_for`.
 
     Raises:
         ExportError: PyTorch cannot trace it.
@@ -100,9 +100,8 @@ def trace(graph: nn.Module, inputs: InputRange, fixed_groups: bool = False) -> E
         sides = (max(sides[0], 4 * inputs.least), max(sides[1], 4 * inputs.least))
         shapes |= {2: Dim("height", min=inputs.least), 3: Dim("width", min=inputs.least)}
     example = torch.zeros(inputs.batch or _EXAMPLES, inputs.channels, *sides)
-    groups = ops.fixed_groups() if fixed_groups else nullcontext()
     try:
-        with quiet(), groups:
+        with quiet(), ops.exported_for(runtime):
             export = partial(
                 torch.export.export, graph, (example,), dynamic_shapes={"images": shapes}
             )

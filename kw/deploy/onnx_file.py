@@ -16,7 +16,7 @@ from .graph import quiet
 
 __all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx", "write_program"]
 
-_INSTALL = "pip install -e '.[export]'"
+_EXTRAS = {"openvino": "openvino>=2025.1", "executorch": "executorch>=1.0"}
 
 
 def needs(package: str) -> Any:
@@ -30,7 +30,12 @@ def needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(f"ONNX files need the package {package}: {_INSTALL}") from error
+        kind, extra, name = "ONNX files need", "export", package
+        if package in _EXTRAS:
+            kind, extra, name = "such files need", package, _EXTRAS[package]
+        raise ExportError(
+            f"{kind} the package {name}: pip install -e '.[{extra}]' ({one_line(error)})"
+        ) from error
 
 
 def write_onnx(

@@ -277,7 +277,7 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
         shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
     try:
-        with torch.no_grad(), quiet(), ops.fixed_groups():
+        with torch.no_grad(), quiet(), ops.exported_for("onnx"):
             try:
                 return torch.export.export(graph, example, dynamic_shapes=shapes)
             except trace_errors():

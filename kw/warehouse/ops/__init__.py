@@ -15,7 +15,7 @@ from ...errors import valid_names
 from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
-from .exported import conv_exported, fixed_groups
+from .exported import conv_exported, exported_for
 from .function import contract, may_share
 from .precision import (
     assembly_precision,
@@ -37,7 +37,7 @@ __all__ = [
     "assembly_precision",
     "check_backend",
     "dynamic_conv",
-    "fixed_groups",
+    "exported_for",
     "is_exporting",
     "selector",
     "set_assembly_precision",

@@ -8,6 +8,9 @@ batch only. The forms used instead, by layer:
   kernels on few positions; a classifier, which has one);
 - ``grouped``: depthwise layers, where the runtime takes groups that depend on the batch, or the
   batch is fixed;
+- ``computed``, for ONNX and OpenVINO: kernels with taps innermost, and with a fixed batch one
+  convolution, a group a sample, else columns;
+- ``taps``, for OpenVINO: a product a tap, summed, where there are fewer positions than channels;
 - ``columns`` again: depthwise layers that ``torch.jit.trace`` traces, which fixes the groups;
 - ``each``: depthwise layers elsewhere: a loop over the samples around an ordinary convolution.
   Batched products of one row are three to ten times slower there (docs/deployment.md).
@@ -34,34 +37,56 @@ from .bmm import conv_bmm, to_space, unfold_taps
 from .grouped import conv_grouped
 from .spec import ConvSpec
 
-__all__ = ["conv_exported", "fixed_groups"]
+__all__ = ["conv_exported", "exported_for"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 MIXED = 1.3
 """Multiply-adds on mixed inputs that take as long as one multiply-add on assembled kernels."""
 
-_fixed_groups: ContextVar[bool] = ContextVar("fixed_groups", default=False)
+RUNTIMES = ("", "int8", "onnx", "openvino")
+
+_runtime: ContextVar[str] = ContextVar("runtime", default="")
 
 
 @contextlib.contextmanager
-def fixed_groups() -> Iterator[None]:
-    """Within this context, exports use convolutions with a constant number of groups only."""
-    token = _fixed_groups.set(True)
+def exported_for(runtime: str) -> Iterator[None]:
+    """Within this context, layers take the forms that a runtime computes best.
+
+    Args:
+        runtime: ``"onnx"``, ``"openvino"``, ``"int8"`` (ONNX whose products with cells can be
+            quantized: the cells are an operand as they are stored), or ``""``: any other. The first
+            three have convolutions with a constant number of groups only.
+
+    Raises:
+        ValueError: another runtime.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(
+            f"runtime is {runtime!r}; expected one of {', '.join(map(repr, RUNTIMES))}"
+        )
+    token = _runtime.set(runtime)
     try:
         yield
     finally:
-        _fixed_groups.reset(token)
+        _runtime.reset(token)
 
 
 def conv_exported(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution in the form that suits the layer; arguments as for
     :func:`kw.warehouse.ops.dynamic_conv`."""
     if spec.is_depthwise and not torch.jit.is_tracing():
-        each = _fixed_groups.get() and not isinstance(x.shape[0], int)
+        each = _runtime.get() and not isinstance(x.shape[0], int)
         return (_conv_each if each else conv_grouped)(x, alpha, cells, spec)
-    form = _conv_mixed if _mixes(len(cells), spec, x.shape[2:]) else conv_bmm
-    return form(x, alpha, cells, spec)
+    if _mixes(len(cells), spec, x.shape[2:]):
+        return _conv_mixed(x, alpha, cells, spec)
+    # Spatially cut kernels without groups: the paper's, of more than one tap.
+    if _runtime.get() in ("onnx", "openvino") and spec.groups == 1 and spec.partition.grid[0] > 1:
+        few = math.prod(spec.output_size([_hint(n) for n in x.shape[2:]])) < spec.in_channels
+        if few and _runtime.get() == "openvino":
+            return _conv_taps(x, alpha, cells, spec)
+        return _conv_computed(x, alpha, cells, spec)
+    return conv_bmm(x, alpha, cells, spec)
 
 
 def _mixes(cells: int, spec: ConvSpec, size: Any) -> bool:
@@ -100,6 +125,35 @@ def _conv_mixed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tens
         # broadcasts.
         y = torch.bmm(shared.expand(columns.shape[0], -1, -1), columns)
     return to_space(y.unflatten(0, (-1, out_blocks)).flatten(1, 2), spec, size)
+
+
+def _conv_computed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """Kernels computed with taps innermost, as convolutions take them: nothing is moved."""
+    part = spec.partition
+    mixing = alpha.unflatten(1, part.grid).permute(0, 2, 3, 4, 1)  # [B, GO, GI, n, K]
+    kernels = cells.t() @ mixing.flatten(0, 2).to(cells.dtype)  # [B GO GI, c_out c_in, K]
+    if part.grid[2] > 1:
+        kernels = kernels.unflatten(1, (part.cell_out, -1)).unflatten(0, (-1, part.grid[2]))
+        kernels = kernels.transpose(1, 2)  # [B GO, c_out, GI, c_in, K]
+    kernels = kernels.reshape(-1, *part.kernel_shape[1:]).to(x.dtype)  # [B O, I, k..]
+    conv, batch = _CONV[len(part.kernel)], x.shape[0]
+    if not isinstance(batch, int):
+        columns, size = unfold_taps(x, spec)  # [B, I, K, P]
+        kernels = kernels.unflatten(0, (-1, spec.out_channels)).flatten(2)  # [B, O, I K]
+        return (kernels @ columns.flatten(1, 2)).unflatten(2, size)
+    slide = (spec.stride, spec.padding, spec.dilation, batch)
+    y = conv(x.reshape(1, -1, *x.shape[2:]), kernels, None, *slide)
+    return y.reshape(batch, -1, *y.shape[2:])
+
+
+def _conv_taps(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """One product a tap, summed: moves the few outputs in place of the kernel."""
+    part = spec.partition
+    inputs, size = unfold_taps(x, spec)  # [B, I, K, P]
+    blocks = (alpha.to(cells.dtype) @ cells).to(x.dtype)
+    blocks = blocks.unflatten(2, (part.cell_out, part.cell_in)).unflatten(1, part.grid)
+    kernels = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [B, K, O, I]
+    return (kernels @ inputs.transpose(1, 2)).sum(1).unflatten(2, size)
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
