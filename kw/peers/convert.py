@@ -36,7 +36,7 @@ from ..warehouse.conversion import (
     count_parameters,
     guard_saving,
 )
-from ..warehouse.convertible import arguments_of, has_kernel, succeed
+from ..warehouse.convertible import arguments_of, has_kernel, refuse_quantizable, succeed
 from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
 from .condconv import CondConv2d, CondLinear
@@ -101,6 +101,7 @@ def convert(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
+    refuse_quantizable(model)
     if method not in PEERS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), PEERS)}")
     if start not in STARTS:
@@ -141,7 +142,8 @@ def convert(
     guard_saving(model)
     if announce:
         after = count_parameters(model)
-        say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))
+        meta = any(parameter.is_meta for parameter in model.parameters())
+        say(str(Conversion(type(model).__name__, before, after, outcome, static, method, meta)))
     return model
 
 

@@ -95,7 +95,10 @@ def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float
 
 class BranchLinear(nn.Linear):
     """A linear layer that its attention initialises. FSDP's recipe resets all modules, parents
-    before children; this layer then keeps the values that the attention has set."""
+    before children, and Hugging Face's networks give every linear layer random weights; this layer
+    then keeps the values that the attention has set."""
+
+    _is_hf_initialized = True  # Hugging Face's mark of what is to be left as it is
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -206,6 +209,11 @@ class KernelAttention(nn.Module):
         _restore_one_hot(self)
         if self.start_scale is not None and not self.fc1.weight.is_meta:
             self.hold_own(self.start_scale)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill ``one_hot``, which no state holds. The name is timm's: what builds networks on the
+        meta device and loads them without ``load_state_dict`` calls it, as Hugging Face does."""
+        _restore_one_hot(self)
 
     @torch.no_grad()
     def hold(self, alpha: Tensor, scale: float) -> None:

@@ -40,6 +40,7 @@ class Conversion:
         warehouses: by name.
         static: the names of the layers with kernels that stay static.
         method: the method of :mod:`kw.peers`; ``None``: KernelWarehouse.
+        meta: whether the network is on the meta device, so that it has no weights yet.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Conversion:
     warehouses: dict[str, KeptWarehouse] = field(default_factory=dict)
     static: tuple[str, ...] = ()
     method: str | None = None
+    meta: bool = False
 
     @property
     def layers(self) -> int:
@@ -63,7 +65,8 @@ class Conversion:
         return (
             f"{self.model}: {_counted(self.layers, 'layer')} converted to {into}, {static}; "
             f"parameters {_count(before)} -> {_count(after)} "
-            f"({100 * (after / max(before, 1) - 1):+.1f}%); weights {self._weights()}"
+            f"({100 * (after / max(before, 1) - 1):+.1f}%); "
+            + ("no weights yet (meta device)" if self.meta else f"weights {self._weights()}")
         )
 
     def _weights(self) -> str:
