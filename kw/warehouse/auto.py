@@ -140,7 +140,9 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
     get_classifier = getattr(model, "get_classifier", None)
     head = {id(part) for root in _roots(get_classifier) for part in root.modules()}
     stem = _stem(uses)
-    trains = {name: module.get_parameter("weight").requires_grad for name, module in watched.items()}
+    trains = {
+        name: module.get_parameter("weight").requires_grad for name, module in watched.items()
+    }
     layers = []
     for name, use in uses.items():
         shape = kernel_shape(name, watched[name])

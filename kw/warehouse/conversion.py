@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving"]
+__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving", "thawed"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,14 @@ class Conversion:
 def count_parameters(model: nn.Module) -> int:
     """Values of a model's parameters; lazy modules are not counted."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+
+
+def thawed(layers: list[str]) -> str:
+    """That layers were frozen and are not any more, in one line."""
+    shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+    were, train = ("was", "trains") if len(layers) == 1 else ("were", "train")
+    number = _counted(len(layers), "layer")
+    return f"{number} {were} frozen and {train} now ({shown}); freeze after the conversion"
 
 
 def _counted(number: int, what: str) -> str:

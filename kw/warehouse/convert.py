@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import say
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
 from .convertible import dynamic_layer, has_kernel, kernel_shape, refuse_quantizable
 from .layers import KWLayer
 from .ops import check_backend
@@ -153,8 +153,7 @@ def convert(
     if announce:
         say(str(warehouses.conversion))
         if frozen:
-            shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
-            say(f"{len(frozen)} layers were frozen and train now ({shown}); freeze them once more")
+            say(thawed(frozen))
     return model
 
 
