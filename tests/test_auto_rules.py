@@ -428,7 +428,7 @@ def test_a_list_of_images_is_one_argument() -> None:
 
 
 def test_frozen_layers_stay_where_others_train():
-    """What is frozen is meant to stay as it is; of a network that is frozen as a whole nothing is."""
+    """What is frozen is meant to stay as it is, but of a network that is frozen as a whole."""
     net = Net()
     net.stage1.requires_grad_(False)
     report = report_of(net)

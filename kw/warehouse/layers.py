@@ -149,7 +149,8 @@ class KWLayer(nn.Module):
     def as_leaf(self, x: Proxy) -> Any:
         """The layer as one node of a graph that ``torch.fx`` traces symbolically, like a layer of
         torch: what it does inside depends on the sizes of its input."""
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        tracer: Any = x.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
