@@ -117,9 +117,6 @@ def test_built_on_the_meta_device(norm, way):
             model.state_dict().values(), source.state_dict().values(), strict=True
         ):
             target.copy_(value)
-        for module in model.modules():
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()
     if way == "reset":
         for module in model.modules():
             if hasattr(module, "reset_parameters"):

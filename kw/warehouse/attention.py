@@ -134,6 +134,9 @@ class KernelAttention(nn.Module):
     """
 
     one_hot: Tensor | None
+    lacks_values = (
+        False  # whether ``one_hot`` was allocated on the meta device and not filled since
+    )
 
     def __init__(
         self,
@@ -187,10 +190,12 @@ class KernelAttention(nn.Module):
             )
             self.fc3 = BranchLinear(rank, foreign, bias=False, **factory)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (cells + 1), **factory))
-        # beta follows from the partition, so it is not saved. It is filled again when weights are
-        # loaded, because a model built on the meta device has no values before.
+        # beta follows from the partition, so it is not saved. A model built on the meta device gets
+        # its values when it is loaded; with the first input where that bypasses load_state_dict, as
+        # Hugging Face's from_pretrained does.
         one_hot = torch.empty(self.mixtures, cells, **factory)
         self.register_buffer("one_hot", one_hot, persistent=False)
+        self.lacks_values = one_hot.is_meta
         self.register_load_state_dict_post_hook(_restore_one_hot)
         self.reset_parameters()
 
@@ -209,11 +214,6 @@ class KernelAttention(nn.Module):
         _restore_one_hot(self)
         if self.start_scale is not None and not self.fc1.weight.is_meta:
             self.hold_own(self.start_scale)
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill ``one_hot``, which no state holds. The name is timm's: what builds networks on the
-        meta device and loads them without ``load_state_dict`` calls it, as Hugging Face does."""
-        _restore_one_hot(self)
 
     @torch.no_grad()
     def hold(self, alpha: Tensor, scale: float) -> None:
@@ -260,6 +260,8 @@ class KernelAttention(nn.Module):
         Returns:
             ``[B, m, n]``; float32, on GPUs in the type of :func:`~.ops.precision.coefficient_type`.
         """
+        if self.lacks_values:
+            _restore_one_hot(self)
         dtype = coefficient_type(pooled.device.type)
         with full_precision(pooled):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
@@ -280,6 +282,11 @@ class KernelAttention(nn.Module):
         start = self.own.start
         parts = (foreign[..., :start], own, foreign[..., start:], null)
         return torch.cat(parts, dim=-1) + self.basis_bias.view(self.mixtures, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelAttention:
+        super()._apply(fn, recurse)
+        self.lacks_values |= self.one_hot is not None and self.one_hot.is_meta
+        return self
 
     def extra_repr(self) -> str:
         return f"mixtures={self.mixtures}, cells={self.cells}, function={self.function}"
@@ -309,6 +316,7 @@ def _restore_one_hot(attention: KernelAttention, _incompatible_keys: object = No
         return
     if one_hot.device != weight.device:
         attention.one_hot = one_hot = torch.empty_like(one_hot, device=weight.device)
+    attention.lacks_values = one_hot.is_meta
     if one_hot.is_meta:
         return
     owned = [(i, cell) for i, cell in enumerate(attention.own.owners) if cell is not None]
