@@ -112,7 +112,7 @@ def test_a_converted_classifier_computes_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", breadth(["googlenet", "inception_v3"], ["googlenet"]))
 def test_further_outputs_in_training(name: str) -> None:
     """In float64: normalisation over two images amplifies what is rounded."""
-    model, side = network(name).double().train(), NETWORKS[name]
+    model, side = network(name).double().train(), {"inception_v3": 299}.get(name, 64)
     images = torch.randn(2, 3, side, side, dtype=torch.float64)
     static = copy.deepcopy(model)
     with pytest.warns(UserWarning, match="not called as a module when the network runs for evalu"):
@@ -168,7 +168,7 @@ def detector(kind: str, **settings: object) -> nn.Module:
 
 
 def targets() -> list[dict[str, torch.Tensor]]:
-    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 48.0, 44.0]])
+    boxes = torch.tensor([[4.0, 6, 40, 50], [20, 10, 48, 44]], dtype=torch.float64)
     masks = torch.zeros(2, 60, 80, dtype=torch.uint8)
     masks[:, 10:40, 10:40] = 1
     return [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks} for _ in range(2)]
@@ -183,29 +183,30 @@ DETECTORS = [
 
 @pytest.mark.parametrize("kind", breadth(DETECTORS, ["frozen"]))
 def test_a_detector_finds_the_same(kind: str) -> None:
-    """On images of several sizes, and the same losses: its samples of boxes are drawn alike."""
-    model = detector(kind)
-    losses = []
-    with torch.no_grad():
-        detections = [model.eval()(IMAGES)]
+    """On images of several sizes, and the same losses: its samples of boxes are drawn alike. In
+    float64: what random networks round, their boxes and losses amplify."""
+    model = detector(kind).double()
+    several = [image.double() for image in IMAGES]
+    same = [several[0]] * 2
+    losses, detections = [], []
     for converted in (False, True):
         if converted:
-            convert(model, "auto", IMAGES)
-            with torch.no_grad():
-                detections.append(model.eval()(IMAGES))
+            convert(model, "auto", several)
+        with torch.no_grad():
+            detections.append(model.eval()(several))
         torch.manual_seed(3)
-        images = [torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(9))] * 2
-        losses.append(copy.deepcopy(model).train()(images, targets()))
+        trained = copy.deepcopy(model).train()
+        losses.append(trained(same, targets()))
     for before, after in zip(*detections, strict=True):
         assert torch.equal(before["labels"], after["labels"])
         assert len(before["labels"])
         for key in ("boxes", "scores"):
-            assert deviation(after[key], before[key]) < 1e-5
+            assert deviation(after[key], before[key]) < 1e-9
     assert losses[0].keys() == losses[1].keys()
     for key in losses[0]:
-        torch.testing.assert_close(losses[1][key], losses[0][key], rtol=1e-4, atol=1e-6)
-    sum(model.train()(images, targets()).values()).backward()
-    assert all(w.cells.grad.isfinite().all() for w in find_warehouses(model))
+        torch.testing.assert_close(losses[1][key], losses[0][key], rtol=1e-8, atol=1e-10)
+    sum(losses[1].values()).backward()
+    assert all(warehouse.cells.grad.any() for warehouse in find_warehouses(trained))
 
 
 def test_a_detector_with_frozen_parts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +263,7 @@ def test_feature_extractors() -> None:
 
 @pytest.mark.parametrize("method", ["dyconv", "odconv"])
 def test_peers_are_traced_too(method: str) -> None:
-    model = kw.peers.convert(network("resnet18"), method, announce=False).eval()
+    model = kw.peers.convert(network("shufflenet_v2_x0_5"), method, announce=False).eval()
     images = torch.randn(2, 3, 64, 64)
     traced = create_feature_extractor(model, ["fc"])
     torch.testing.assert_close(traced(images)["fc"], model(images))
@@ -291,7 +292,10 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize(
+    "name",
+    breadth(PAPERS, [n for n in PAPERS if not n.endswith(("18_1d4x", "18_4x", "50_1x"))]),
+)
 def test_a_named_plan_gives_the_released_warehouses(name: str) -> None:
     released = PAPER_MODELS[name]
     with torch.device("meta"):
