@@ -179,7 +179,7 @@ def targets() -> list[dict[str, torch.Tensor]]:
 IMAGES = [torch.rand(3, 60, 80), torch.rand(3, 70, 50), torch.rand(3, 49, 51)]
 DETECTORS = [
     *("frozen", "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
-    *("fcos_resnet50_fpn"),
+    "fcos_resnet50_fpn",
 ]
 
 
