@@ -59,6 +59,7 @@ ELSEWHERE = {
     "scripts/compare_loading.py": "tests/test_fast.py, on a few pictures",
     "scripts/compare_decoders.py": "tests/test_fast.py, on a few pictures",
     "tools/convert_checkpoint.py": "tests/test_authors_checkpoints.py, on files with their keys",
+    "examples/torchvision_loop.py": "tests/test_torchvision.py, on fewer images",
     "tests/kills.py": "tests/test_resume.py, with fewer kills",
     "scripts/benchmark_runtimes.py": "needs OpenVINO and ExecuTorch",
     "tests/time_coco_evaluation.py": "a measurement",

@@ -433,3 +433,15 @@ def test_a_list_of_images_is_one_argument() -> None:
     assert len(report.refused) == len(expected.refused)
     with pytest.raises(ValueError, match="at least two samples"):
         report_of(OfImages(), [IMAGES[0]])
+
+
+def test_frozen_layers_stay_where_others_train():
+    """What is frozen is meant to stay as it is, but of a network that is frozen as a whole."""
+    net = Net()
+    net.stage1.requires_grad_(False)
+    report = report_of(net)
+    assert set(report.left) == {"stem.0", "fc", "stage1.0", "stage1.1", "stage1.2"}
+    assert report.left["stage1.0"] == "frozen, while others train"
+    converted = [n for names in report.warehouses.values() for n in names]
+    assert converted == ["stage2.0", "stage2.1", "stage2.2"]
+    assert report_of(Net().requires_grad_(False)).warehouses == STAGES

@@ -257,6 +257,21 @@ def test_the_papers_start_by_name() -> None:
     assert settings.start == "paper"
 
 
+@pytest.mark.parametrize("features", [False, True])
+def test_annealing_by_name(features: bool) -> None:
+    """For training scripts that pass arguments on: ``--model-kwargs anneal=4``."""
+    model = timm.create_model(SMALL, anneal=4, features_only=features, **NARROW)
+    assert all(warehouse.settings.start == "paper" for warehouse in find_warehouses(model))
+    found = []
+    for _ in range(3):
+        model.train()(torch.randn(2, 3, 32, 32))
+        found.append(kw.get_temperature(model))
+    assert found == [1, 0.75, 0.5]
+    for other in ({"start": "keep"}, {"pretrained": True}):
+        with pytest.raises(ValueError, match="training from nothing"):
+            timm.create_model(SMALL, anneal=4, **other, **NARROW)
+
+
 def test_copies_keep_their_warehouses() -> None:
     model = copy.deepcopy(timm.create_model(SMALL, features_only=True, **NARROW))
     used = {w.cells.data_ptr() for w in find_warehouses(model)}

@@ -97,7 +97,7 @@ def test_state_dict_keys():
 
 
 @norms
-@pytest.mark.parametrize("way", ["to_empty", "assign", "reset"])
+@pytest.mark.parametrize("way", ["to_empty", "assign", "reset", "copies"])
 @torch.no_grad()
 def test_built_on_the_meta_device(norm, way):
     source = disturb(small(norm=norm, cell_num_ratio=2)).eval()
@@ -112,6 +112,11 @@ def test_built_on_the_meta_device(norm, way):
             buffer.fill_(7)  # what memory may hold
     if way == "to_empty":
         model.load_state_dict(source.state_dict())
+    if way == "copies":  # as Hugging Face loads timm's networks
+        for target, value in zip(
+            model.state_dict().values(), source.state_dict().values(), strict=True
+        ):
+            target.copy_(value)
     if way == "reset":
         for module in model.modules():
             if hasattr(module, "reset_parameters"):

@@ -458,6 +458,32 @@ def test_attention_branches_and_the_classifier_may_have_rates_of_their_own():
 # --- what is said, and wrapped ---------------------------------------------------------------
 
 
+def test_a_network_without_weights_says_so(caplog):
+    caplog.set_level(logging.INFO, "kw")
+    with torch.device("meta"):
+        kw.convert(narrow_resnet(), "resnet18")
+        kw.peers.convert(narrow_resnet(), "odconv")
+    assert len(caplog.records) == 2
+    assert all(r.message.endswith("; no weights yet (meta device)") for r in caplog.records)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 20])
+def test_frozen_layers_that_train_are_said(frozen, caplog):
+    caplog.set_level(logging.INFO, "kw")
+    model = narrow_resnet()
+    convolutions = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)][1:]
+    for module in convolutions[:frozen]:
+        module.requires_grad_(False)
+    kw.convert(model, "resnet18")
+    lines = [r.message for r in caplog.records[1:]]
+    few = "layer1.0.conv1, layer1.0.conv2, layer1.0.downsample.0, ..."
+    assert lines == {
+        0: [],
+        1: ["1 layer was frozen and trains now (layer1.0.conv1); freeze after the conversion"],
+        20: [f"20 layers were frozen and train now ({few}); freeze after the conversion"],
+    }.get(frozen)
+
+
 def test_one_line_says_what_was_done(caplog):
     caplog.set_level(logging.INFO, "kw")
     model = narrow_resnet()

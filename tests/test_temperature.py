@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from networks import assert_trains, images, norms, small
@@ -18,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kw import get_temperature, set_temperature
 from kw.warehouse import (
+    anneal,
     annealed_temperature,
     find_warehouses,
+    fold_temperature,
     set_backend,
 )
 
@@ -135,6 +139,78 @@ def test_annealing():
     assert values == [1, 0.75, 0.5, 0.25, 0, 0, 0]
     assert annealed_temperature(0, 0) == 0
     assert annealed_temperature(1, 2.5) == pytest.approx(0.6)
+
+
+# --- by passes ------------------------------------------------------------------------------------
+
+
+def taus(model, passes):
+    """The temperature of each of some passes in training."""
+    found = []
+    for _ in range(passes):
+        model.train()(images())
+        found.append(get_temperature(model))
+    return found
+
+
+def test_passes_anneal():
+    model = anneal(small(), 4)
+    assert get_temperature(model) == 1
+    with torch.no_grad():
+        model(images())  # statistics alone: no pass of training
+    model.eval()(images())
+    assert taus(model, 6) == [1, 0.75, 0.5, 0.25, 0, 0]
+    fold_temperature(model).train()(images())
+
+
+def test_passes_go_on_after_a_state_is_loaded():
+    model = anneal(small(), 10)
+    taus(model, 3)
+    other = anneal(small(), 10)
+    other.load_state_dict(model.state_dict())
+    assert taus(other, 3) == taus(model, 3) == pytest.approx([0.7, 0.6, 0.5])
+
+
+@pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+def test_an_average_of_timm_has_the_temperature_of_its_network(kind):
+    """timm averages all buffers, or copies them: the temperature of a network that anneals would
+    lag behind."""
+    model = anneal(small(), 4)
+    average = getattr(timm.utils, kind)(model, decay=0.9)
+    for tau in (1, 0.75, 0.5):
+        assert taus(model, 1) == [tau]
+        average.update(model)
+        average.module(images())
+        assert get_temperature(average.module) == tau
+
+
+def test_copies_that_train_count_for_themselves():
+    model = anneal(small(), 4)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    assert taus(first, 2) == taus(second, 2) == [1, 0.75]
+    second.eval()(images())
+    assert get_temperature(second) == 0.75
+    again = pickle.loads(pickle.dumps(second))
+    assert taus(again, 1) == taus(second, 1) == [0.5]
+
+
+def test_passes_of_a_compiled_network():
+    model = anneal(small(), 4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(images())
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        assert taus(compiled, 3) == [0.75, 0.5, 0.25]
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.parametrize("passes", [0, -1, 2.5])
+def test_passes_are_a_number(passes):
+    with pytest.raises(ValueError, match=f"passes is {passes}"):
+        anneal(small(), passes)
+    with pytest.raises(ValueError, match="convert it first"):
+        anneal(torch.nn.Linear(2, 2), 3)
 
 
 # --- compiled and without synchronisation ---------------------------------------------------------

@@ -14,7 +14,9 @@ Importing this module registers them; :mod:`kw.models.timm_names` does so once t
 ``pretrained=True`` takes the weights that timm has for the static network, and converts it with
 them: no weights of converted networks are hosted. A file may hold either, the static network's or
 the converted one's. A network is at temperature 0 until the weights or :func:`kw.set_temperature`
-set another. ``start="paper"`` initialises it at random for training with annealing.
+set another. ``start="paper"`` initialises it at random for training with annealing;
+``anneal=N`` does, too, and lets the temperature fall by itself over N forward passes in training
+(:func:`kw.warehouse.anneal`), for training scripts that know nothing of it.
 
 ``kernelwarehouse`` is the architecture of the other networks that ``kw push`` publishes: their
 ``config.json`` has the ``model`` of a configuration among its ``model_args``.
@@ -36,7 +38,7 @@ from ..config.schema import ModelConfig
 from ..config.tree import Origin, entry_from_plain
 from ..errors import say
 from ..hub import PREFIX, WEIGHTS, weights_file
-from ..warehouse import convert, drop_unused_warehouses
+from ..warehouse import convert, drop_unused_warehouses, temperature
 from .paper_models import PAPER_MODELS, PaperModel
 from .weights import is_converted, load_start, read_weights
 
@@ -63,7 +65,15 @@ def _default_cfg(released: PaperModel) -> dict[str, Any]:
 def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
     """The function that ``timm.create_model`` calls for a name."""
 
-    def create(pretrained: bool = False, start: str = "keep", **kwargs: Any) -> nn.Module:
+    def create(
+        pretrained: bool = False, start: str | None = None, anneal: int = 0, **kwargs: Any
+    ) -> nn.Module:
+        if anneal and (pretrained or start == "keep"):
+            raise ValueError(
+                f"{name}: anneal={anneal} is the paper's training from nothing, at temperature 1 "
+                "first; drop it, or pretrained=True and start='keep'"
+            )
+        start = start or ("paper" if anneal else "keep")
         file = _file(kwargs) if pretrained else None
         state = None if file is None else read_weights(file)
         has_all = state is not None and is_converted(state)
@@ -93,8 +103,8 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
             feature_cfg=feature_cfg,
             **kwargs,
         )
-        # features_only cuts off the last stages.
-        return drop_unused_warehouses(model)
+        drop_unused_warehouses(model)  # features_only cuts off the last stages
+        return temperature.anneal(model, anneal) if anneal else model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's {released.backbone}, converted by the plan {released.plan!r}."

@@ -42,6 +42,7 @@ State = Mapping[str, Tensor]
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema")
 _MODELS = ("state_dict", "model", "model_state", "weights")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+_TORCHVISION = ("torchvision.models.mobilenetv2", "torchvision.models.convnext")
 _OBJECT = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _SHOWN = 20
 
@@ -220,8 +221,9 @@ def _renamed(network: nn.Module, own: State, state: State) -> State:
     if body <= state.keys() | counters.keys():
         return {**counters, **state}
     config: Any = getattr(network, "pretrained_cfg", None) or {}
-    like_torchvision = str(config.get("architecture")).startswith(("mobilenetv2_", "convnext_"))
-    if like_torchvision and all(key.startswith(("features.", "classifier.")) for key in state):
+    in_both = str(config.get("architecture")).startswith(("mobilenetv2_", "convnext_"))
+    in_both = in_both or type(network).__module__.startswith(_TORCHVISION)
+    if in_both and any(all(k.startswith(("features.", "class")) for k in s) for s in (own, state)):
         return _in_order(own, state)
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if translate is None:
@@ -234,12 +236,13 @@ def _renamed(network: nn.Module, own: State, state: State) -> State:
 
 def _in_order(own: State, state: State) -> State:
     """torchvision's MobileNetV2 and ConvNeXt have timm's tensors, in timm's order, but for axes of
-    one element; other names are refused later, by name."""
+    one element, static and converted; other names are refused later, by name."""
     if len(own) != len(state):
         return state
     renamed = {}
     for (key, value), (other, found) in zip(own.items(), state.items(), strict=True):
-        if key.rpartition(".")[2] != other.rpartition(".")[2] and found.dim() < 3:
+        rank = max(value.dim(), found.dim())
+        if key.rpartition(".")[2] != other.rpartition(".")[2] and rank < 3:
             return state
         fits = value.numel() == found.numel() and value.squeeze().shape == found.squeeze().shape
         renamed[key] = found.view(value.shape) if fits else found

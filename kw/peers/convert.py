@@ -42,7 +42,7 @@ from ..warehouse.conversion import (
     count_parameters,
     guard_saving,
 )
-from ..warehouse.convertible import arguments_of, has_kernel, succeed
+from ..warehouse.convertible import arguments_of, has_kernel, refuse_quantizable, succeed
 from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
 from .condconv import CondConv2d, CondLinear
@@ -115,6 +115,7 @@ def convert(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
+    refuse_quantizable(model)
     if method not in PEERS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), PEERS)}")
     if start not in STARTS:
@@ -158,7 +159,8 @@ def convert(
     guard_saving(model)
     if announce:
         after = count_parameters(model)
-        say(str(Conversion(type(model).__name__, before, after, outcome, static, method)))
+        meta = any(parameter.is_meta for parameter in model.parameters())
+        say(str(Conversion(type(model).__name__, before, after, outcome, static, method, meta)))
         parts = {name: each.kept for name, each in outcome.items()}
         if any(part is not None and part < 1 for part in parts.values()):
             shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
@@ -90,6 +91,8 @@ class DyConv2d(MixtureConv2d):
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        if isinstance(input, Proxy):
+            return self.as_leaf(input)
         x = input  # named as torch's layers name it
         pi = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, pi)

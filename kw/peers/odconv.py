@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear, normalise
@@ -146,6 +147,8 @@ class ODConv2d(MixtureConv2d):
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        if isinstance(input, Proxy):
+            return self.as_leaf(input)
         x = input  # named as torch's layers name it
         alpha, channel, filters = self.attention(self.pooled(x), self.warehouse.temperature)
         x = x * channel.to(x.dtype)[..., None, None]

@@ -11,6 +11,7 @@ from .plan import Plan, Rule
 from .plans import PLANS
 from .same import KWConv2dSame
 from .temperature import (
+    anneal,
     annealed_temperature,
     find_warehouses,
     fold_temperature,
@@ -38,6 +39,7 @@ __all__ = [
     "Warehouse",
     "WarehouseDict",
     "WarehouseSettings",
+    "anneal",
     "annealed_temperature",
     "auto_plan",
     "convert",

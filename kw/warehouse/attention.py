@@ -95,7 +95,10 @@ def own_and_other(function: str, scale: float, cells: int) -> tuple[float, float
 
 class BranchLinear(nn.Linear):
     """A linear layer that its attention initialises. FSDP's recipe resets all modules, parents
-    before children; this layer then keeps the values that the attention has set."""
+    before children, and Hugging Face's networks give every linear layer random weights; this layer
+    then keeps the values that the attention has set."""
+
+    _is_hf_initialized = True  # Hugging Face's mark of what is to be left as it is
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,6 +134,9 @@ class KernelAttention(nn.Module):
     """
 
     one_hot: Tensor | None
+    lacks_values = (
+        False  # whether ``one_hot`` was allocated on the meta device and not filled since
+    )
 
     def __init__(
         self,
@@ -184,10 +190,12 @@ class KernelAttention(nn.Module):
             )
             self.fc3 = BranchLinear(rank, foreign, bias=False, **factory)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (cells + 1), **factory))
-        # beta follows from the partition, so it is not saved. It is filled again when weights are
-        # loaded, because a model built on the meta device has no values before.
+        # beta follows from the partition, so it is not saved. A model built on the meta device gets
+        # its values when it is loaded; with the first input where that bypasses load_state_dict, as
+        # Hugging Face's from_pretrained does.
         one_hot = torch.empty(self.mixtures, cells, **factory)
         self.register_buffer("one_hot", one_hot, persistent=False)
+        self.lacks_values = one_hot.is_meta
         self.register_load_state_dict_post_hook(_restore_one_hot)
         self.reset_parameters()
 
@@ -252,6 +260,8 @@ class KernelAttention(nn.Module):
         Returns:
             ``[B, m, n]``; float32, on GPUs in the type of :func:`~.ops.precision.coefficient_type`.
         """
+        if self.lacks_values:
+            _restore_one_hot(self)
         dtype = coefficient_type(pooled.device.type)
         with full_precision(pooled):
             logits = self._logits(pooled.to(self.fc1.weight.dtype))
@@ -272,6 +282,11 @@ class KernelAttention(nn.Module):
         start = self.own.start
         parts = (foreign[..., :start], own, foreign[..., start:], null)
         return torch.cat(parts, dim=-1) + self.basis_bias.view(self.mixtures, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelAttention:
+        super()._apply(fn, recurse)
+        self.lacks_values |= self.one_hot is not None and self.one_hot.is_meta
+        return self
 
     def extra_repr(self) -> str:
         return f"mixtures={self.mixtures}, cells={self.cells}, function={self.function}"
@@ -301,6 +316,7 @@ def _restore_one_hot(attention: KernelAttention, _incompatible_keys: object = No
         return
     if one_hot.device != weight.device:
         attention.one_hot = one_hot = torch.empty_like(one_hot, device=weight.device)
+    attention.lacks_values = one_hot.is_meta
     if one_hot.is_meta:
         return
     owned = [(i, cell) for i, cell in enumerate(attention.own.owners) if cell is not None]

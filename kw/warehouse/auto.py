@@ -147,13 +147,16 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
     get_classifier = getattr(model, "get_classifier", None)
     head = {id(part) for root in _roots(get_classifier) for part in root.modules()}
     stem = _stem(uses)
+    trains = {
+        name: module.get_parameter("weight").requires_grad for name, module in watched.items()
+    }
     layers = []
     for name, use in uses.items():
         shape = kernel_shape(name, watched[name])
         if use.read:
             report.refused[name] = "has a weight that is read elsewhere than in its own forward"
         elif not use.calls:
-            report.refused[name] = "is not called as a module when the network runs"
+            report.refused[name] = "is not called as a module when the network runs for evaluation"
         elif use.calls > 1:
             report.refused[name] = "is called several times a pass: a sample has one kernel a layer"
         elif _pattern(name) in folded:
@@ -165,6 +168,8 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
             report.left[name] = "classifier"
         elif name in stem:
             report.left[name] = "stem"
+        elif not trains[name] and any(trains.values()):
+            report.left[name] = "frozen, while others train"
         elif use.positions == 1 or use.positions_out == 1:
             report.left[name] = "works on pooled features: a gate or a head"
         elif min(shape.out_channels, shape.in_channels) < MIN_CHANNELS:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving"]
+__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving", "thawed"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Conversion:
         warehouses: by name.
         static: the names of the layers with kernels that stay static.
         method: the method of :mod:`kw.peers`; ``None``: KernelWarehouse.
+        meta: whether the network is on the meta device, so that it has no weights yet.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Conversion:
     warehouses: dict[str, KeptWarehouse] = field(default_factory=dict)
     static: tuple[str, ...] = ()
     method: str | None = None
+    meta: bool = False
 
     @property
     def layers(self) -> int:
@@ -63,7 +65,8 @@ class Conversion:
         return (
             f"{self.model}: {_counted(self.layers, 'layer')} converted to {into}, {static}; "
             f"parameters {_count(before)} -> {_count(after)} "
-            f"({100 * (after / max(before, 1) - 1):+.1f}%); weights {self._weights()}"
+            f"({100 * (after / max(before, 1) - 1):+.1f}%); "
+            + ("no weights yet (meta device)" if self.meta else f"weights {self._weights()}")
         )
 
     def _weights(self) -> str:
@@ -99,6 +102,14 @@ class Conversion:
 def count_parameters(model: nn.Module) -> int:
     """Values of a model's parameters; lazy modules are not counted."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+
+
+def thawed(layers: list[str]) -> str:
+    """That layers were frozen and are not any more, in one line."""
+    shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+    were, train = ("was", "trains") if len(layers) == 1 else ("were", "train")
+    number = _counted(len(layers), "layer")
+    return f"{number} {were} frozen and {train} now ({shown}); freeze after the conversion"
 
 
 def _counted(number: int, what: str) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import say
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
-from .convertible import dynamic_layer, has_kernel, kernel_shape
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
+from .convertible import dynamic_layer, has_kernel, kernel_shape, refuse_quantizable
 from .layers import KWLayer
 from .ops import check_backend
 from .plan import Plan, Rule, nearest
@@ -54,7 +54,8 @@ def convert(
     the budget is 1 or more; below 1 its cells approximate the kernels (``kw.warehouse.start``).
     With ``start="paper"`` cells and attention are initialised at random instead, for training from
     nothing with annealing. New parameters take the device and dtype of the old ones, and train also
-    where those were frozen: freeze after the conversion. Biases are kept. One line reports the
+    where those were frozen, which is said: freeze after the conversion (``"auto"`` leaves frozen
+    layers static where others train). Biases are kept. One line reports the
     result (logger ``kw``, or stderr); ``model.warehouses.conversion`` has the details. A model is
     converted as a whole or, when anything is refused, left as it was.
 
@@ -84,6 +85,7 @@ def convert(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
+    refuse_quantizable(model)
     before = count_parameters(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
@@ -127,6 +129,12 @@ def convert(
         outcome[group.name] = KeptWarehouse(len(members), mixtures, warehouse.partition.cells, kept)
         layers.update(zip((name for name, _ in group.layers), members, strict=True))
 
+    frozen = [
+        name
+        for group in groups.values()
+        for name, module in group.layers
+        if not module.get_parameter("weight").requires_grad
+    ]
     static = tuple(_static_layers(model, layers))
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -139,9 +147,14 @@ def convert(
     guard_saving(model)
     after = count_parameters(model)
     warehouses.plans = (*warehouses.plans, resolved.to_mapping())
-    warehouses.conversion = Conversion(type(model).__name__, before, after, outcome, static)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    warehouses.conversion = Conversion(
+        type(model).__name__, before, after, outcome, static, meta=meta
+    )
     if announce:
         say(str(warehouses.conversion))
+        if frozen:
+            say(thawed(frozen))
     return model
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "dynamic_layer",
     "has_kernel",
     "kernel_shape",
+    "refuse_quantizable",
     "register_convertible",
     "succeed",
     "why_static",
@@ -86,6 +87,22 @@ def why_static(name: str, module: nn.Module) -> str | None:
             "the one that matches it, or register_convertible(...) if it computes the same"
         )
     return None
+
+
+def refuse_quantizable(model: nn.Module) -> None:
+    """Refuse networks that are written for quantisation in eager mode, before and after it.
+
+    Raises:
+        ValueError: the network has a stub or a layer of ``torch.ao``.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
+            raise ValueError(
+                f"{type(model).__name__} is written for quantisation in eager mode ({name!r} is a "
+                f"{type(module).__name__}), which fuses and replaces the weights of convolutions; "
+                "convert the plain network, for instance of torchvision.models instead of "
+                "torchvision.models.quantization"
+            )
 
 
 def kernel_shape(name: str, module: nn.Module) -> KernelShape:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..torch_private import is_traced
 from .ops import ConvSpec, check_backend, dynamic_conv
@@ -155,6 +156,19 @@ class KWLayer(nn.Module):
         """The cells in a type of 16 bit, one copy for all layers of the warehouse in a pass."""
         return self.warehouse.rounded(dtype, id(self))
 
+    def as_leaf(self, x: Proxy) -> Any:
+        """The layer as one node of a graph that ``torch.fx`` traces symbolically, like a layer of
+        torch: what it does inside depends on the sizes of its input."""
+        tracer: Any = x.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, nor any network that has one; "
+            "torch.compile and torch.export take it, and so does torch.jit.trace; 'kw export' "
+            "writes files"
+        )
+
     @property
     def spec(self) -> ConvSpec:
         """Partition, stride, padding, dilation and groups, for the back ends."""
@@ -264,6 +278,8 @@ class KWConvNd(KWLayer):
         Raises:
             ValueError: an input without a batch axis: kernels belong to samples.
         """
+        if isinstance(input, Proxy):
+            return self.as_leaf(input)
         x = input  # named as torch's layers name it
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, alpha)
@@ -351,6 +367,8 @@ class KWLinear(KWLayer):
         Raises:
             ValueError: an input without a batch axis: weights belong to samples.
         """
+        if isinstance(input, Proxy):
+            return self.as_leaf(input)
         x = input  # named as torch's layers name it
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")

@@ -7,6 +7,7 @@ first epochs of training and is 0 afterwards, in evaluation and in finetuning.
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from .attention import KernelAttention
 from .warehouse import Warehouse, WarehouseDict
 
 __all__ = [
+    "anneal",
     "annealed_temperature",
     "find_warehouses",
     "fold_temperature",
@@ -115,3 +117,65 @@ def annealed_temperature(step: int, steps: float) -> float:
         steps: updates over which the temperature falls; 0 = no annealing.
     """
     return max(0.0, 1.0 - step / steps) if steps > 0 else 0.0
+
+
+def anneal(model: nn.Module, passes: int) -> nn.Module:
+    """Let the temperature fall by itself, for training loops that cannot call
+    :func:`set_temperature`.
+
+    The model's forward passes in training mode have the temperatures 1, 1 - 1/passes, ..., 0. A
+    state that is loaded goes on where it was saved. Copies that are only evaluated, such as moving
+    averages, take the temperature of the network that they are copies of, whatever was averaged.
+
+    Args:
+        model: a converted network, before it is wrapped or copied.
+        passes: forward passes until the temperature is 0: updates, times the passes that add up
+            to one.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``passes`` is no integer from 1, or the model has no KernelWarehouse layer.
+    """
+    if not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes is {passes!r}; expected a number of forward passes, 1 or more")
+    set_temperature(model, 1)
+    annealing = _Annealing(passes)
+    model.register_forward_pre_hook(annealing)
+    model.register_load_state_dict_post_hook(annealing.go_on)
+    return model
+
+
+class _Annealing:
+    """A forward pre-hook that sets the temperature of the network that it is called for."""
+
+    def __init__(self, passes: int, origin: _Annealing | None = None) -> None:
+        self.passes, self.origin = passes, origin
+        self.done: int | None = 0  # passes in training; None: as the temperature tells
+        self.latest: list[torch.Tensor] = []  # the temperatures that the last of them has set
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        temperatures = _temperatures(module)
+        if not temperatures:
+            return  # folded
+        if module.training and torch.is_grad_enabled():
+            if self.done is None:
+                self.done = round((1 - float(temperatures[0])) * self.passes) + 1
+            set_temperature(module, annealed_temperature(self.done, self.passes))
+            self.done += 1
+            self.latest = temperatures
+        elif not self.latest and self.origin is not None:  # a copy that is not trained
+            with torch.no_grad():
+                for own, trained in zip(temperatures, self.origin.latest, strict=False):
+                    own.copy_(trained)
+
+    def go_on(self, *_: Any) -> None:
+        """After a state was loaded: it holds the temperature of the last pass before it."""
+        self.done = None
+
+    def __deepcopy__(self, _memo: Any) -> _Annealing:
+        copied = _Annealing(self.passes, self)
+        copied.done = self.done
+        return copied
