@@ -288,7 +288,8 @@ def test_slurm(
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     queue = tmp_path / "queue"
     queue.write_text("77_0 RUNNING\n77_1 PENDING\n")
-    options = ["imagenet_300ep", "--work-dir", tmp_path / "w", "--rows", "resnet*"]
+    options = ["imagenet_300ep", "--work-dir", tmp_path / "w"]
+    options += ["--rows", "resnet18", "resnet50", "resnet50_dyconv4x"]
     slurm = ["--run", "--launcher", "slurm", "--cfg-options", f"data.root={images}"]
     folder = tmp_path / "w/imagenet_300ep"
     write_run(run_in(folder), 300, 300)

@@ -73,6 +73,9 @@ def main() -> None:
         help="annotation file with the names of the images in the folder IMAGES",
     )
     args = parser.parse_args()
+    for path in args.images:
+        if not Path(path).exists():
+            raise DataError(f"{path}: no such file or folder")
     model = load(args.model, args.device, args.weights or "auto")
     is_classifier = isinstance(model, Classifier)
     foreign = ("score", "pictures", "annotations") if is_classifier else ("top", "batch_size")
