@@ -230,6 +230,8 @@ def test_a_file_is_written_and_used_without_mmdetection(
     for words in ("red, green", "0.25", "[1, 3, None, None]", "mask.onnx"):
         assert words in card
     assert b"site-packages" not in file.read_bytes()
+    assert str(coco.parent).encode() not in file.read_bytes()
+    assert str(coco.parent) in (run / "config.py").read_text()
 
     written, predictor = kw.load(file), kw.load(run)
     assert isinstance(written, ExportedDetector)

@@ -20,6 +20,7 @@ pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import kw
 from kw import detection
 from kw.data import DataError
 from kw.detection import load_detector_config, train
@@ -28,7 +29,9 @@ from kw.detection.data import build_eval_loader
 from kw.detection.found import Found, coco_file, coco_results, result_ids
 from kw.detection.pictures import picture_names, write_pictures
 from kw.detection.run_lengths import encode_masks
-from kw.training import CheckpointError
+from kw.errors import UserError
+from kw.training import CheckpointError, load_checkpoint
+from kw.training.trained import trained_file
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,15 @@ def test_a_run_on_the_hub(run: Any, hub: Any, tool: Callable[..., None], tmp_pat
     picture = next((coco / "val").glob("*.png"))
     (found, classes), (expected, _) = (
         (each.predict(picture), each.classes)
-        for each in (detection.load(tmp_path / "copy"), detection.load(work_dir))
+        for each in (kw.load(tmp_path / "copy"), detection.load(work_dir))
     )
+    again = load_checkpoint(tmp_path / "copy" / "model.safetensors")["meta"]
+    assert again["epoch"] == load_checkpoint(trained_file(work_dir))["meta"]["epoch"]
+    # A file of weights is data: the program beside it is not run for it, nor looked for.
+    for other in ("model.safetensors", ""):
+        with pytest.raises(UserError, match=r"is of a detector.*kw pull --allow-code"):
+            kw.load(tmp_path / "copy" / other)
+        (tmp_path / "copy" / "config.py").unlink(missing_ok=True)
     assert classes == ["red", "green", "blue"]
     assert len(expected.scores) > 0
     assert torch.equal(found.boxes, expected.boxes)

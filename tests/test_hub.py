@@ -351,6 +351,11 @@ def test_a_name_stands_for_a_run(
     best = [row[0].name for row in ready.predict(files)]
     assert [image["predictions"][0]["name"] for image in predicted] == best
     (exported,) = tmp_path.glob("again-*.safetensors")
+    card = exported.with_name(exported.name + ".md").read_text()
+    assert "| weights | moving average |" in card
+    assert "| top-1, %, in the run's evaluation | 20 |" in card
+    with pytest.raises(UserError, match=r"holds the 'ema' weights only; expected auto or ema"):
+        read_source(exported, weights="model")
     given = noise(ready)
     assert torch.equal(kw.load(exported)(given), ready(given))
     model = settings_with(model={"weights": "hf-hub:me/tiny", "num_classes": 9})

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kw
 from kw import get_temperature, set_temperature
 from kw.warehouse import (
     anneal,
@@ -68,6 +69,17 @@ def test_temperature_through_wrappers(wrap):
     torch.testing.assert_close(wrapped(images()), expected[0.3])
     set_temperature(wrapped, 0.8)
     torch.testing.assert_close(wrapped(images()), expected[0.8])
+
+
+def test_annealing_is_refused_where_it_would_be_wrong():
+    network = timm.create_model("resnet10t")
+    kept = kw.convert(copy.deepcopy(network), "auto", start="keep")
+    with pytest.raises(ValueError, match=r"start 'keep'.*temperature 0 only"):
+        anneal(kept, 4)
+    assert get_temperature(kept) == 0
+    fresh = anneal(kw.convert(network, "auto", start="paper"), 4)
+    with pytest.raises(ValueError, match="anneals already"):
+        anneal(fresh, 8)
 
 
 @pytest.mark.parametrize("average", [ema_with_copied_buffers, AveragedModel])

@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "test": {"": ("test", "evaluate a run, or a checkpoint with a configuration")},
     "pack": {"": ("pack", "put a data set into one file that is read fast")},
     "predict": {"": ("predict", "classify images, or find objects in them")},
-    "export": {"": ("export", "write ONNX, torch.export or safetensors, verified")},
+    "export": {"": ("export", "write ONNX, OpenVINO, ExecuTorch and others, verified")},
     "push": {"": ("push", "publish a model on the Hugging Face Hub, with its card")},
     "pull": {"": ("pull", "bring a model of the hub into a folder")},
     "convert": {

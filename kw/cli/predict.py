@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="work directory, .pth, .safetensors, .onnx, .pt2, or hf-hub:user/model; .pt2 and a "
-        "detector's work directory (config.py) are programs: trust them like one",
+        help="work directory, folder of kw pull, .pth, .safetensors, .onnx, .xml, .pte, .pt2, or "
+        "hf-hub:user/model; .pt2, .pte and a detector's config.py are programs",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files and folders")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")

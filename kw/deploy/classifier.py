@@ -200,12 +200,14 @@ def load(
             says what was expected.
     """
     file = weights_file(str(path)) if is_hub_name(path) else Path(path)
-    if file.is_dir() and not any(file.glob("*.pth")) and (file / WEIGHTS).is_file():
+    is_detector = detector_config(file) is not None
+    of_hub = file.is_dir() and not any(file.glob("*.pth")) and (file / WEIGHTS).is_file()
+    if of_hub and not is_detector:
         file = file / WEIGHTS
     if not file.exists():
         raise ExportError(f"{file}: no such file or folder; expected {_EXPECTED}")
     suffix = ".pth" if file.is_dir() else file.suffix
-    if detector_config(file) is not None:
+    if is_detector:
         from ..detection.predictor import load as load_detector
 
         return load_detector(file, device, weights)

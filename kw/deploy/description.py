@@ -130,6 +130,11 @@ class Description:
         Raises:
             ExportError: it is missing, or its parts are not what was written.
         """
+        if texts.get("task") == DETECTION:
+            raise ExportError(
+                f"{source}: is of a detector, which needs the config.py that kw pull --allow-code "
+                "brings; name the folder that has both"
+            )
         if texts.get(MARK) != VERSION:
             raise ExportError(
                 f"{source}: holds no description of a classifier, as tools/export.py writes it "

@@ -24,7 +24,7 @@ from .graph import DTYPES, Graph, input_range, save_graph, trace
 from .onnx_file import needs, write_onnx
 from .quantize import quantize
 from .runtimes import write_executorch, write_openvino
-from .source import Source
+from .source import Source, without_places
 from .verify import (
     TOLERANCE,
     Difference,
@@ -196,7 +196,7 @@ def export(
     inputs = replace(inputs, least=least, batch=batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    description = replace(source.description, input=inputs)
+    description = replace(source.description, input=inputs, config=without_places(config))
     job = Job(source, inputs, description, partial, images)
     try:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 
-from ..config import Config, to_yaml
+from ..config import to_yaml
 from ..config.schema import ModelConfig
 from ..hub import (
     CARD,
@@ -41,7 +41,7 @@ from .card import card
 from .classifier import Classifier, load
 from .description import Description
 from .export import Options, export
-from .source import Source, read_source
+from .source import Source, read_source, without_places
 from .verify import TOLERANCE, compare, random_images
 
 __all__ = ["Plan", "publish", "write_folder"]
@@ -111,18 +111,21 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
         raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
     for name in there:
         (folder / name).unlink()
+    about_results = _results(trained_file(run), folder)
     program = detector_config(run)
     if program is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
         from .publish_detector import write_detector
 
-        content, text, notes = write_detector(run, program, folder, plan)
+        content, text, notes = write_detector(
+            run, program, folder, plan, (folder / RESULTS).is_file()
+        )
     own = {"version": __version__, "precision": plan.precision, "sha256": sha256(folder / WEIGHTS)}
     content["kernelwarehouse"] |= own
     (folder / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
     (folder / CARD).write_text(f"---\n{_front(content, plan)}\n---\n\n{text}", "utf-8")
-    notes += _results(trained_file(run), folder)
+    notes += about_results
     if plan.licence is None:
         notes.append("the card states no licence: --license NAME does")
     return notes
@@ -184,11 +187,11 @@ def publish(folder: Path, plan: Plan, private: bool = False, message: str | None
 def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, Any], str, list[str]]:
     """Write a classifier's weights and settings; its config.json, card, and notes."""
     source = read_source(run, weights=plan.weights)
-    path = str(trained_file(run))
-    notes = [note.replace(path, Path(path).name) for note in source.notes]
+    notes = list(source.notes)
     if modules := source.description.config.custom_imports:
         notes.append(f"import {', '.join(modules)} first, which its configuration names")
-    description = replace(source.description, config=_without_places(source.description.config))
+    config = replace(without_places(source.description.config), custom_imports=[])
+    description = replace(source.description, config=config)
     title = split_name(plan.name)[0].rpartition("/")[2]
     source = Source(source.network, replace(description, model=title), notes)
     written = export(source, folder / WEIGHTS, Options(plan.precision), with_card=False)
@@ -276,22 +279,6 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
     """What a network's structure depends on, of the configuration's ``model``."""
     given = asdict(without_sources(model))
     return {k: v for k, v in given.items() if k not in _PRIVATE and v is not None}
-
-
-def _without_places(config: Config) -> Config:
-    """The configuration without paths and accounts of the machine that trained it."""
-    teacher = config.distillation
-    if teacher is not None:
-        names = Path(teacher.teacher).name, Path(teacher.weights or "").name
-        teacher = replace(teacher, teacher=names[0], weights=names[1] or None)
-    return replace(
-        config,
-        model=without_sources(config.model),
-        data=replace(config.data, root=Path(config.data.root).name or "data"),
-        distillation=teacher,
-        loggers={},
-        custom_imports=[],
-    )
 
 
 def _front(content: dict[str, Any], plan: Plan) -> str:

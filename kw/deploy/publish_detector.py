@@ -20,6 +20,7 @@ from ..training.trained import choose_weights, trained_file
 from ..version import __version__
 from ..warehouse import find_warehouses
 from .card import CITATION, table
+from .description import DETECTION
 from .graph import DTYPES
 from .weights import cast
 
@@ -27,7 +28,7 @@ __all__ = ["write_detector"]
 
 
 def write_detector(
-    run: str | Path, program: Path, folder: Path, plan: Any
+    run: str | Path, program: Path, folder: Path, plan: Any, has_results: bool
 ) -> tuple[dict[str, Any], str, list[str]]:
     """Write a detector's weights and configuration, and read both back.
 
@@ -36,6 +37,7 @@ def write_detector(
         program: its ``config.py``.
         folder: where to.
         plan: a :class:`kw.deploy.publish.Plan`.
+        has_results: whether the folder has the run's results.
 
     Returns:
         Its config.json, its card, and notes.
@@ -46,20 +48,25 @@ def write_detector(
     tensors = {
         k: v.clone().contiguous() for k, v in cast(dict(state), DTYPES[plan.precision]).items()
     }
-    header = {"classes": json.dumps(trained.classes, ensure_ascii=False)}
+    prefix = "ema_" if chosen == "ema" else ""
+    found = (trained.meta.get("metrics") or {}).items()
+    figures = {name.removeprefix(prefix): v for name, v in found if name.startswith(prefix)}
+    about = {"of": chosen, "epoch": trained.meta.get("epoch"), "metrics": figures}
+    parts = {"classes": trained.classes, "weights": about}
+    header = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
+    header["task"] = DETECTION
     save_file(tensors, folder / WEIGHTS, header)
     shutil.copyfile(program, folder / PROGRAM)
     detector = load(folder).detector  # refuses weights that do not fit
     warehouses = find_warehouses(detector)
     cells = sum(warehouse.partition.cells for warehouse in warehouses)
-    results = file.parent / RESULTS
     rows: dict[str, object] = {
         "detector (mmdetection)": str(trained.config.model["type"]),
         "parameters": f"{sum(p.numel() for p in detector.parameters()):,}",
         "warehouses": f"{len(warehouses)}, {cells} cells",
         "weights": "moving average" if chosen == "ema" else "the model's own",
         "categories": ", ".join(trained.classes),
-        "results": f"`{RESULTS}`" if results.is_file() else "none; measure them: kw test",
+        "results": f"`{RESULTS}`" if has_results else "none; measure them: kw test",
     }
     repository, title = split_name(plan.name)[0], split_name(plan.name)[0].rpartition("/")[2]
     text = f"""\

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..models.build import without_sources
 from ..training.trained import load_trained
 from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange
 
-__all__ = ["Source", "read_source", "ready"]
+__all__ = ["Source", "read_source", "ready", "without_places"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ def read_source(
     path, settings, network = found.file, found.config, found.network
     notes = []
     if has_temperature(network) and (tau := get_temperature(network)) > 0:
-        notes.append(f"{path} was written at temperature {tau:.3g}, before annealing had ended")
+        notes.append(
+            f"{path.name} was written at temperature {tau:.3g}, before annealing had ended"
+        )
     classes = found.classes
     if classes is None:
         classes = [str(label) for label in range(settings.model.num_classes)]
-        notes.append(f"{path} names no classes: they are called 0 to {len(classes) - 1}")
+        notes.append(f"{path.name} names no classes: they are called 0 to {len(classes) - 1}")
     description = Description(
         model=_name(config, path, settings),
         classes=classes,
@@ -61,6 +64,21 @@ def read_source(
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
     )
     return Source(ready(network), description, notes)
+
+
+def without_places(config: Config) -> Config:
+    """The configuration without paths and accounts of the machine that trained it."""
+    teacher = config.distillation
+    if teacher is not None:
+        names = Path(teacher.teacher).name, Path(teacher.weights or "").name
+        teacher = replace(teacher, teacher=names[0], weights=names[1] or None)
+    return replace(
+        config,
+        model=without_sources(config.model),
+        data=replace(config.data, root=Path(config.data.root).name or "data"),
+        distillation=teacher,
+        loggers={},
+    )
 
 
 def ready(network: nn.Module) -> nn.Module:

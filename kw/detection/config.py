@@ -74,13 +74,28 @@ class DetectorConfig:
         steps = (step for step in self.train_pipeline if isinstance(step, dict))
         return any(step.get("with_mask", False) for step in steps)
 
-    def to_python(self) -> str:
-        """A Python text with all settings; reading it gives an equal configuration."""
+    def to_python(self, places: bool = True) -> str:
+        """A Python text with all settings; reading it gives an equal configuration.
+
+        Args:
+            places: False leaves out the folders of absolute paths, and ``loggers``.
+        """
         content = dataclasses.asdict(self.run)
         content.update({name: getattr(self, name) for name in _OF_MMDET})
+        if not places:
+            content = _without_folders({**content, "loggers": {}})
         if self.custom_imports is not None:
             content["custom_imports"] = self.custom_imports
         return str(MMConfig(content).pretty_text)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_folders, value))
+    is_path = isinstance(value, str) and os.path.isabs(value)
+    return os.path.basename(value.rstrip("/")) if is_path else value
 
 
 def load_detector_config(

@@ -218,7 +218,7 @@ def describe(
             "epoch": meta.get("epoch"),
             "metrics": {key: value for key, value in figures.items() if value is not None},
         },
-        config=predictor.config.to_python(),
+        config=predictor.config.to_python(places=False),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
     )
 

@@ -114,7 +114,19 @@ def _exported(path: Path) -> dict[str, Any]:
         meta: dict[str, Any] = {"config": header["config"]} if "config" in header else {}
         if "classes" in header:
             meta["classes"] = json.loads(header["classes"])
-    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        if "weights" in header:
+            about = json.loads(header["weights"])
+            prefix = "ema_" if about["of"] == "ema" else ""
+            figures = {prefix + name: value for name, value in (about["metrics"] or {}).items()}
+            meta |= {"weights": about["of"], "epoch": about["epoch"], "metrics": figures}
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {one_line(error)}") from error
     floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     checkpoint = {"state_dict": floats, "meta": meta}

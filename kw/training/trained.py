@@ -133,6 +133,11 @@ def choose_weights(
     Raises:
         CheckpointError: the moving average is asked for, and there is none.
     """
+    of = checkpoint.get("meta", {}).get("weights")
+    if of in ("ema", "model"):  # an exported file, which holds one of the two
+        if weights not in ("auto", of):
+            raise CheckpointError(f"{file}: holds the {of!r} weights only; expected auto or {of}")
+        return of, checkpoint["state_dict"]
     if weights == "auto":
         weights = "ema" if "ema_state_dict" in checkpoint else "model"
     state = checkpoint.get("ema_state_dict" if weights == "ema" else "state_dict")

@@ -136,10 +136,20 @@ def anneal(model: nn.Module, passes: int) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: ``passes`` is no integer from 1, or the model has no KernelWarehouse layer.
+        ValueError: ``passes`` is no integer from 1; the model has no KernelWarehouse layer, was
+            converted with ``start="keep"``, or anneals already.
     """
     if not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes is {passes!r}; expected a number of forward passes, 1 or more")
+    if any(isinstance(hook, _Annealing) for hook in model._forward_pre_hooks.values()):
+        raise ValueError(f"{type(model).__name__} anneals already: call anneal once")
+    index = getattr(model, "warehouses", None)
+    plans = index.plans if isinstance(index, WarehouseDict) else ()
+    if any(plan.get("start") == "keep" for plan in plans):
+        raise ValueError(
+            f"{type(model).__name__} was converted with start 'keep', whose network is the static "
+            "one at temperature 0 only; convert it with start='paper', or do not anneal"
+        )
     set_temperature(model, 1)
     annealing = _Annealing(passes)
     model.register_forward_pre_hook(annealing)
