@@ -72,6 +72,10 @@ def test_layers_stay_static_on_request():
     asked = {name for name, reason in report.left.items() if reason == "as asked"}
     assert asked == {"tested", "stage1.0", "stage1.1", "stage1.2"}
     assert report.refused == {}
+    with pytest.raises(ValueError, match="matches the whole name of no layer"):
+        report_of(Net(), static="stage1")
+    with pytest.raises(ValueError, match="is no regular expression"):
+        report_of(Net(), static="(")
 
 
 @pytest.mark.parametrize(

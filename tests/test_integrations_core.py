@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 import timm
 import torch
 
 import kw
-from kw.integrations.core import Recipe, host, plans_of, repeat
+from kw.integrations.core import Recipe, host, plans_by_part, plans_of, repeat
+from kw.warehouse.temperature import fold_temperature
 
 
 def network():
@@ -54,6 +56,38 @@ def test_an_annealed_recipe_sets_network_and_average():
     assert recipe.set_temperature(5.5, model) == 0
     kept = Recipe("resnet18").convert(network())
     assert Recipe("resnet18").set_temperature(0, kept) == 0
+
+
+def test_annealing_is_refused_where_it_would_not_end_or_would_spoil_weights():
+    recipe = Recipe("resnet18", anneal=4)
+    model = recipe.convert(network())
+    recipe.check(4, model)
+    assert recipe.convert(model) is model  # still at its start
+    with pytest.raises(ValueError, match="anneal is 4 epochs; the run has 3"):
+        recipe.check(3)
+    for trained in (Recipe("resnet18").convert(network()), model):
+        recipe.set_temperature(4, trained)
+        with pytest.raises(ValueError, match=r"at temperature 0, .*with anneal=0"):
+            recipe.convert(trained)
+        Recipe().check(1, trained)
+
+
+def test_a_network_without_a_temperature_is_not_converted_again(capsys):
+    model = fold_temperature(Recipe("resnet18").convert(network()))
+    before = [type(module) for module in model.modules()]
+    Recipe("resnet18").convert(model)
+    assert "converted already" in capsys.readouterr().err
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_plans_have_plain_types_and_the_parts_they_are_for():
+    model = torch.nn.Sequential(network(), network())
+    for part in model:
+        kw.convert(part, "resnet18", reduction=numpy.float64(0.125))
+    found = plans_by_part(model)
+    assert list(found) == ["0", "1"]
+    assert type(found["0"][0]["reduction"]) is float
+    assert found["1"] == plans_of(model[1])
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,12 @@ class Annealed(KernelWarehouse, Same):
     match = "(?!encoder.stages.0.0.convs.0).*all_modules.0"
     recipe = Recipe({"rules": [{"match": match, "warehouse": "w"}], "norm": "layer"}, anneal=2)
 
+class Softmax(KernelWarehouse, Same):
+    recipe = Recipe(Annealed.recipe.plan, {"attention": "softmax"}, anneal=2)
+
+class Short(KernelWarehouse, Same):
+    recipe = Recipe(Annealed.recipe.plan, anneal=4)
+
 class Static(Same):
     pass
 '''
@@ -194,6 +200,17 @@ def test_temperature_and_a_resumed_run_in_three_dimensions(host, tmp_path):
     state = resumed.network.state_dict()
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, state[name])
+    with pytest.raises(ValueError, match="by another plan or with other settings"):
+        trainer("Softmax").load_checkpoint(str(Path(whole.output_folder) / "1.pth"))
+    with pytest.raises(ValueError, match="anneal is 4 epochs; the run has 3"):
+        trainer("Short").run_training()
+    spoiled = trainer("Annealed")
+    spoiled.initialize()
+    load_pretrained_weights(
+        spoiled.network, str(Path(whole.output_folder) / "checkpoint_final.pth")
+    )
+    with pytest.raises(ValueError, match="at temperature 0, but annealing starts at 1"):
+        spoiled.run_training()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -221,10 +221,27 @@ def test_what_cannot_work_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="has no length"):
         endless.train()
+    with pytest.raises(ValueError, match="anneal is 7 epochs; the run has 3"):
+        trained(tmp_path, anneal=7)
+    kept = convert(vit(), Recipe(PLAN))
+    with pytest.raises(ValueError, match="at temperature 0, but annealing starts at 1"):
+        trained(tmp_path, kept)
     other = convert(vit(), Recipe(OTHER))
     other.save_pretrained(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match="of another conversion: they lack vit"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-1"))
+
+
+def test_plans_stay_with_the_part_they_are_for(tmp_path):
+    model = convert(vit(), Recipe(PLAN), part="vit").eval()
+    convert(model, Recipe(PLAN))  # does nothing, and forgets nothing
+    model.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IMAGES).logits, model(IMAGES).logits)
+    assert plans_of(loaded.vit) == plans_of(model.vit)
+    model.vit.warehouses.plans = ()  # as by a method of kw.peers
+    with pytest.raises(ValueError, match="no plan can be saved"):
+        convert(model)
 
 
 def test_config_holds_the_plans_alone(tmp_path):

@@ -313,6 +313,7 @@ def test_muon_and_fast_biases_leave_attention_alone(trainer_of, capsys):
 def test_a_teacher_keeps_its_temperature(host, trainer_of):
     trainer = trainer_of("classify", recipe=host.trainer(anneal=1))
     networks = [trainer.get_model(YAMLS["classify"], verbose=False) for _ in range(2)]
+    kw.set_temperature(networks[1], 0)  # trained
     trainer.model = nn.Module()  # as Ultralytics wraps them for distillation
     trainer.model.student_model, trainer.model.teacher_model = networks
     trainer.epoch, trainer.train_loader = 0, range(4)

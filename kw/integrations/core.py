@@ -18,10 +18,15 @@ from torch import nn
 
 from ..errors import one_line, say
 from ..warehouse import convert, set_temperature
-from ..warehouse.temperature import annealed_temperature, has_temperature
+from ..warehouse.temperature import (
+    annealed_temperature,
+    find_warehouses,
+    get_temperature,
+    has_temperature,
+)
 from ..warehouse.warehouse import WarehouseDict
 
-__all__ = ["Recipe", "host", "plans_of", "repeat"]
+__all__ = ["Recipe", "host", "plans_by_part", "plans_of", "repeat"]
 
 
 def host(package: str, oldest: str, module: str | None = None) -> Any:
@@ -81,14 +86,35 @@ class Recipe:
         """Convert a network in place; one that has KernelWarehouse layers stays as it is.
 
         Raises:
-            ValueError: as :func:`kw.convert`.
+            ValueError: as :func:`kw.convert`, and as :meth:`check`.
         """
-        if has_temperature(model):
+        if find_warehouses(model):
+            self.check(model=model)
             say(f"{type(model).__name__} is converted already; it goes on as it is")
             return model
         settings = {"start": "paper" if self.anneal else "keep", **self.settings}
         example = example_input if self.plan == "auto" else None
-        return convert(model, self.plan, example, **settings)
+        convert(model, self.plan, example, **settings)
+        self.set_temperature(0, model)  # the start's, by which check knows it
+        return model
+
+    def check(self, epochs: float = float("inf"), model: nn.Module | None = None) -> None:
+        """Before a run of ``epochs`` epochs, and of ``model`` if it does not resume one.
+
+        Raises:
+            ValueError: the run ends before the annealing does, or the model is past its start:
+                annealing would set the temperature of trained weights to 1 again.
+        """
+        if self.anneal > epochs:
+            raise ValueError(f"anneal is {self.anneal:g} epochs; the run has {epochs:g}")
+        if not self.anneal or model is None or not has_temperature(model):
+            return
+        if (tau := get_temperature(model)) < 1:
+            raise ValueError(
+                f"the network is converted and at temperature {tau:g}, but annealing starts at "
+                "1 with random cells; train it on with anneal=0, or resume its run (cells that "
+                "are random: kw.set_temperature(model, 1))"
+            )
 
     def set_temperature(self, epoch: float, *models: nn.Module | None) -> float:
         """Set the temperature of networks and their averages at ``epoch`` epochs, a fraction within
@@ -104,6 +130,12 @@ def plans_of(model: nn.Module) -> list[dict[str, Any]]:
     """The plans by which a network was converted, for the host's checkpoint: JSON's types alone."""
     index = getattr(model, "warehouses", None)
     return list(index.plans) if isinstance(index, WarehouseDict) else []
+
+
+def plans_by_part(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """:func:`plans_of` of a model and its parts, by the name of the part; ``""``: the model."""
+    found = {name: plans_of(part) for name, part in model.named_modules()}
+    return {name: plans for name, plans in found.items() if plans}
 
 
 def repeat(model: nn.Module, plans: Iterable[Mapping[str, Any]]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..warehouse.temperature import has_temperature, set_temperature
-from .core import Recipe, host, plans_of, repeat
+from .core import Recipe, host, plans_by_part, plans_of, repeat
 
 __all__ = ["ConvertedModule", "KernelWarehouse"]
 
@@ -78,6 +78,9 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
                 f"{type(module).__name__} has built its network anew since it was converted; "
                 "build it in __init__, or once: def configure_model(self): if self.model is None:"
             )
+        goes_on = trainer.ckpt_path or trainer.global_step
+        epochs = trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else float("inf")
+        self.recipe.check(epochs, None if goes_on else module)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
@@ -99,7 +102,10 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         self.on_validation_start(trainer, module)
-        _add_plans(module, checkpoint)
+        checkpoint[_KEY] = plans_by_part(module)
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        _apply_plans(module, checkpoint)
 
     def _network(self, module: Any) -> nn.Module:
         children = [n for n, c in module.named_children() if any(True for _ in c.parameters())]
@@ -122,24 +128,23 @@ class ConvertedModule:
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        _add_plans(self, checkpoint)
+        checkpoint[_KEY] = plans_by_part(self)  # type: ignore[arg-type]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        for name, plans in checkpoint.get(_KEY, {}).items():
-            network = self.get_submodule(name)  # type: ignore[attr-defined]
-            if not has_temperature(network):
-                repeat(network, plans)
-            elif plans_of(network) != plans:
-                raise ValueError(
-                    f"the checkpoint's {name or 'network'} was converted by another plan or with "
-                    "other settings; take the recipe that it was trained with"
-                )
+        _apply_plans(self, checkpoint)
 
 
-def _add_plans(module: Any, checkpoint: dict[str, Any]) -> None:
-    found = {name: plans_of(part) for name, part in module.named_modules()}
-    checkpoint[_KEY] = {name: plans for name, plans in found.items() if plans}
+def _apply_plans(module: Any, checkpoint: dict[str, Any]) -> None:
+    for name, plans in checkpoint.get(_KEY, {}).items():
+        network = module.get_submodule(name)
+        if not has_temperature(network):
+            repeat(network, plans)
+        elif plans_of(network) != plans:
+            raise ValueError(
+                f"the checkpoint's {name or 'network'} was converted by another plan or with other "
+                "settings; take the recipe that it was trained with"
+            )
 
 
 def _averages(trainer: Any, module: Any) -> list[nn.Module]:

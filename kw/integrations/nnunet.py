@@ -89,6 +89,25 @@ class KernelWarehouse:
         self.plans_manager.plans.pop(_KEY, None)  # type: ignore[attr-defined]
         super().initialize()  # type: ignore[misc]
 
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As nnU-Net.
+
+        Raises:
+            ValueError: of another conversion. Some, as by other attention, fit all the same.
+        """
+        me: Any = self
+        super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
+        if me.my_init_kwargs["plans"].get(_KEY) != me.plans_manager.plans[_KEY]:
+            raise ValueError(
+                "the checkpoint was converted by another plan or with other settings; take the "
+                "recipe that it was trained with"
+            )
+
+    def on_train_start(self) -> None:
+        super().on_train_start()  # type: ignore[misc]
+        me: Any = self
+        self.recipe.check(me.num_epochs, None if me.current_epoch else me.network)
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()  # type: ignore[misc]
         self.update = 0

@@ -15,7 +15,7 @@ import torch
 
 from ..warehouse.attention import KernelAttention, _restore_one_hot
 from ..warehouse.temperature import find_warehouses, has_temperature
-from .core import Recipe, host, plans_of, repeat
+from .core import Recipe, host, plans_by_part, repeat
 
 __all__ = ["KernelWarehouse", "convert"]
 
@@ -35,14 +35,16 @@ def convert(model: Any, recipe: Recipe | None = None, example: Any = None, part:
         part: the module that the plan is for, as ``"timm_model"``; default: the whole model.
 
     Raises:
-        ValueError: as :func:`kw.convert`.
+        ValueError: as :func:`kw.convert`; a model that was converted by :mod:`kw.peers`.
     """
     size = getattr(model.config, "image_size", None)
     if example is None and size is not None and not part:
         channels = getattr(model.config, "num_channels", 3)
         example = torch.zeros(2, channels, *((size, size) if isinstance(size, int) else size))
-    network = (recipe or Recipe()).convert(model.get_submodule(part), example)
-    return _marked(model, {part: plans_of(network)})
+    (recipe or Recipe()).convert(model.get_submodule(part), example)
+    if not plans_by_part(model):
+        raise ValueError("the model was not converted by kw.convert, so that no plan can be saved")
+    return _marked(model)
 
 
 class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
@@ -67,6 +69,7 @@ class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
             )
         if self.recipe.anneal and not hasattr(given["train_dataloader"].dataset, "__len__"):
             raise ValueError("anneal is in epochs, but the training data has no length")
+        self.recipe.check(state.num_train_epochs, None if state.global_step else model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.recipe.set_temperature(state.epoch or 0, given["model"])
@@ -100,7 +103,7 @@ class _Loader(quantizers.HfQuantizer):  # type: ignore[name-defined]
         self.remove_quantization_config(model)
         for module in model.modules():
             getattr(module, "config", self).__dict__.pop("_is_quantized", None)
-        return _marked(model, self.quantization_config.plans)
+        return _marked(model)
 
 
 class _Config(hf.PreTrainedConfig):  # type: ignore[name-defined]
@@ -128,14 +131,14 @@ def _writes_plans(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"to_dict": to_dict, "__module__": __name__})
 
 
-def _marked(model: Any, plans: dict[str, Any]) -> Any:
+def _marked(model: Any) -> Any:
     """Let ``save_pretrained`` write the plans, and the names that the model has: for some models
     transformers writes older ones, which ``Trainer`` does not find when it resumes."""
     model.config = config = copy.deepcopy(model.config)
     if type(config).__module__ != __name__:
         config.__class__ = _writes_plans(type(config))  # type: ignore[arg-type]
     config.__dict__.pop("model_type", None)  # the file's; the class has its own
-    config.quantization_config = _Plans(plans)
+    config.quantization_config = _Plans(plans_by_part(model))
     save = partial(type(model).save_pretrained, model, save_original_format=False)
     model.__dict__["save_pretrained"] = save  # in place of kw.convert's refusal
     model.register_load_state_dict_post_hook(_refuse_parts)

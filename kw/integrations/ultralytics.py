@@ -92,7 +92,7 @@ def _static(model: Any, freeze: Any) -> str:
         plain = type(module) in (Conv, DWConv) or not isinstance(module, Conv)
         if isinstance(module, RepConv | RepVGGDW) or not plain:
             inside.append(name)
-    return rf"({'|'.join(map(re.escape, inside))})\..+" if inside else "(?!)"
+    return rf"({'|'.join(map(re.escape, inside))})\..+" if inside else ""
 
 
 class _Dynamic(BaseTrainer):
@@ -114,8 +114,7 @@ class _Dynamic(BaseTrainer):
         super().__init__(cfg, overrides, _callbacks)
         if self.args.quantize == 8:
             raise ValueError("quantize=8 knows static convolutions only; train without it")
-        if self.recipe.anneal > self.epochs:
-            raise ValueError(f"anneal is {self.recipe.anneal:g} epochs; the run has {self.epochs}")
+        self.recipe.check(self.epochs)
 
     def train(self) -> None:
         """As Ultralytics; the processes that it starts on several GPUs get the recipe."""
@@ -164,8 +163,6 @@ class _Dynamic(BaseTrainer):
         """Convert a static network as another one was, and give it that one's weights."""
         if self.resume:
             self.recipe = Recipe(**getattr(weights, "kw_recipe", {}))
-        elif self.recipe.anneal:
-            raise ValueError("the weights are of a converted network; train it on with anneal=0")
         repeat(model, plans)
         model.load(weights)
         theirs, head = weights.state_dict(), f"model.{len(model.model) - 1}."
@@ -177,7 +174,8 @@ class _Dynamic(BaseTrainer):
                     "it is of another size, or was fused by predict, val or export; open its file "
                     "again"
                 )
-        self.recipe.convert(model)  # says that it is converted already
+        if not self.resume:
+            self.recipe.convert(model)  # says that it is converted already
 
     def run_callbacks(self, event: str) -> None:
         """As Ultralytics; the network and its average get the temperature first."""

@@ -85,8 +85,8 @@ def auto_plan(
         The plan, to pass to :func:`kw.convert` or to print, and what it does with every layer.
 
     Raises:
-        ValueError: an unknown setting, an example on which the network cannot run, or a network
-            without a layer that can be converted.
+        ValueError: an unknown setting, an example on which the network cannot run, a ``static``
+            that matches no layer, or a network without a layer that can be converted.
     """
     batch_norm = any(isinstance(m, BatchNorm) for m in model.modules())
     norm = "batch" if batch_norm else "layer"
@@ -94,7 +94,12 @@ def auto_plan(
     report = AutoReport()
     layers = _usable_layers(model, example_input, report)
     asked = {*report.refused, *report.left, *(layer.shape.name for layer in layers)}
-    asked = {name for name in asked if re.fullmatch(static, name)}
+    try:
+        asked = {name for name in asked if re.fullmatch(static, name)}
+    except re.error as error:
+        raise ValueError(f"auto: static {static!r} is no regular expression: {error}") from None
+    if static and not asked:
+        raise ValueError(f"auto: static {static!r} matches the whole name of no layer")
     for name in asked:
         report.refused.pop(name, None)
         report.left[name] = "as asked"

@@ -13,6 +13,7 @@ is a :class:`Plan` or an equivalent mapping, for instance in a configuration fil
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -158,7 +159,9 @@ class Plan:
         """The mapping that :meth:`from_mapping` reads: plain types, which JSON and YAML take."""
         single = {name: dict(own) for name, own in self.warehouses.items()}
         rules = [rule.to_mapping() for rule in self.rules]
-        return {**asdict(self.settings), "rules": rules, "warehouses": single}
+        mapping = {**asdict(self.settings), "rules": rules, "warehouses": single}
+        plain: dict[str, Any] = json.loads(json.dumps(mapping))  # numpy's floats become Python's
+        return plain
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Plan:
         """The plan with settings replaced; ``warehouses`` adds to or replaces single warehouses'.
