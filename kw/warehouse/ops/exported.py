@@ -179,7 +179,7 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
     if spec.is_depthwise:
         kernels = kernels.reshape(batch, taps, -1, *(1 for _ in size))
         windows = enumerate(_windows(x, spec))
-        return _total(kernels.narrow(1, k, 1).squeeze(1) * window for k, window in windows)
+        return _total(kernels.narrow(1, k, 1).flatten(0, 1) * window for k, window in windows)
     kernels = kernels.reshape(batch, taps, groups, -1, spec.in_channels // groups)
     if groups > 1:
         kernels = kernels.transpose(1, 2)
