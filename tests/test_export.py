@@ -64,6 +64,36 @@ def test_forms_for_a_runtime_are_the_definition(runtime: str, batch: int | None,
         torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
 
 
+XNNPACK = {
+    "stride 1": lambda: KWConv2d(6, 8, 3, padding=1, start="paper"),
+    "no padding, dilation, cut in 4": lambda: KWConv2d(
+        8, 8, 3, dilation=2, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5, start="paper"
+    ),
+    "stride 2": lambda: KWConv2d(6, 8, 3, 2, padding=1, start="paper"),
+    "stride 3, dilation, groups": lambda: KWConv2d(
+        8, 12, 5, 3, padding=4, dilation=2, groups=2, start="paper"
+    ),
+    "groups": lambda: KWConv2d(8, 12, 3, padding=1, groups=2, start="paper"),
+    "depthwise, stride 2": lambda: KWConv2d(8, 8, 3, 2, padding=1, groups=8, start="paper"),
+    "pointwise, stride 2": lambda: KWConv2d(8, 12, 1, 2, start="paper"),
+    "cells span space": lambda: KWConv2d(8, 8, 3, spatial_partition=False, start="paper"),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("case", XNNPACK)
+def test_the_form_for_xnnpack_is_the_definition(case: str, batch: int) -> None:
+    torch.manual_seed(0)
+    layer = XNNPACK[case]().eval().requires_grad_(False)
+    x = torch.randn(batch, layer.in_channels, 10, 9)
+    with exported.exported_for("executorch"):
+        program = torch.export.export(layer, (x,))
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert "aten.conv2d.default" not in operators
+    layer.set_backend("reference")
+    torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
+
+
 FORMS = {
     "columns": (lambda: KWConv2d(6, 8, 3, 2, padding=1, start="paper"), (6, 9, 7), "conv_bmm"),
     "columns cut in 4": (

@@ -11,6 +11,8 @@ from deployment import CLASSES, SETTINGS, write_checkpoint
 import kw
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.export import Options
+from kw.warehouse import KWConv2d, fold_temperature
+from kw.warehouse.ops import exported_for
 
 pytest.importorskip("executorch", reason="ExecuTorch is an extra: '.[executorch]'")
 
@@ -37,3 +39,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pte").write_bytes(b"nothing")
     with pytest.raises(ExportError, match="ExecuTorch refuses it"):
         kw.load(tmp_path / "net.pte")
+
+
+def test_xnnpack_computes_dynamic_layers() -> None:
+    """What it leaves are sums over cells, from tensors of a few hundred values."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    layers = (
+        KWConv2d(8, 16, 3, padding=1, start="paper"),
+        KWConv2d(16, 16, 3, 2, padding=1, start="paper"),
+        KWConv2d(16, 16, 3, 2, padding=1, groups=16, start="paper"),
+        KWConv2d(16, 8, 1, start="paper"),
+    )
+    network = fold_temperature(torch.nn.Sequential(*layers).eval().requires_grad_(False))
+    with exported_for("executorch"):
+        program = torch.export.export(network, (torch.randn(1, 8, 10, 9),))
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    nodes = edge.exported_program().graph.nodes
+    names = {getattr(node.target, "__name__", "") for node in nodes if node.op == "call_function"}
+    assert names <= {"executorch_call_delegate", "getitem", "aten.sum.dim_IntList"}

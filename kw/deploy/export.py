@@ -262,7 +262,7 @@ def _write_openvino(job: Job) -> Path:
 
 
 def _write_executorch(job: Job) -> Path:
-    program = trace(Graph(job.source.network), job.inputs)
+    program = trace(Graph(job.source.network), job.inputs, "executorch")
     return write_executorch(program, job.description, job.path)
 
 

@@ -383,8 +383,9 @@ class KWLinear(KWLayer):
 
 def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Global average over positions, in float32 at least: ``[B, I]``."""
-    if is_traced():
-        return _mean(x, dims)
+    if is_traced():  # XNNPACK averages in this form only
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide).mean(dims, keepdim=True).flatten(1)
     result: Tensor = _Pool.apply(x, dims)
     return result
 

@@ -11,6 +11,8 @@ batch only. The forms used instead, by layer:
 - ``computed``, for ONNX and OpenVINO: kernels with taps innermost, and with a fixed batch one
   convolution, a group a sample, else columns;
 - ``taps``, for OpenVINO: a product a tap, summed, where there are fewer positions than channels;
+- ``xnnpack``, for ExecuTorch, at a fixed batch and size: only operators that XNNPACK computes;
+  ExecuTorch's own are simple loops;
 - ``columns`` again: depthwise layers that ``torch.jit.trace`` traces, which fixes the groups;
 - ``each``: depthwise layers elsewhere: a loop over the samples around an ordinary convolution.
   Batched products of one row are three to ten times slower there (docs/deployment.md).
@@ -22,8 +24,11 @@ channels, K taps, P output positions.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,7 +49,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 MIXED = 1.3
 """Multiply-adds on mixed inputs that take as long as one multiply-add on assembled kernels."""
 
-RUNTIMES = ("", "int8", "onnx", "openvino")
+RUNTIMES = ("", "executorch", "int8", "onnx", "openvino")
 
 _runtime: ContextVar[str] = ContextVar("runtime", default="")
 
@@ -55,8 +60,8 @@ def exported_for(runtime: str) -> Iterator[None]:
 
     Args:
         runtime: ``"onnx"``, ``"openvino"``, ``"int8"`` (ONNX whose products with cells can be
-            quantized: the cells are an operand as they are stored), or ``""``: any other. The first
-            three have convolutions with a constant number of groups only.
+            quantized: the cells are an operand as they are stored), ``"executorch"``, or ``""``:
+            any other. The first four have convolutions with a constant number of groups only.
 
     Raises:
         ValueError: another runtime.
@@ -75,6 +80,8 @@ def exported_for(runtime: str) -> Iterator[None]:
 def conv_exported(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """The convolution in the form that suits the layer; arguments as for
     :func:`kw.warehouse.ops.dynamic_conv`."""
+    if _runtime.get() == "executorch" and all(isinstance(n, int) for n in x.shape):
+        return _conv_xnnpack(x, alpha, cells, spec)
     if spec.is_depthwise and not torch.jit.is_tracing():
         each = _runtime.get() and not isinstance(x.shape[0], int)
         return (_conv_each if each else conv_grouped)(x, alpha, cells, spec)
@@ -154,6 +161,70 @@ def _conv_taps(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tenso
     blocks = blocks.unflatten(2, (part.cell_out, part.cell_in)).unflatten(1, part.grid)
     kernels = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [B, K, O, I]
     return (kernels @ inputs.transpose(1, 2)).sum(1).unflatten(2, size)
+
+
+def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """Only operators that XNNPACK computes, for one batch and size.
+
+    They have at most six axes, slices have no steps, products two or three axes. Stride 1: the
+    kernels of all taps times the input, then shifted sums. Other strides: a product a tap, summed.
+    """
+    part, batch, groups = spec.partition, x.shape[0], spec.groups
+    taps, size = math.prod(part.kernel), spec.output_size(x.shape[2:])
+    kernels = (alpha.flatten(0, 1).to(cells.dtype) @ cells).to(x.dtype)  # [B m, cell]
+    each = math.prod(part.cell_kernel)
+    if part.grid[2] > 1 or each > 1:
+        kernels = kernels.view(-1, *part.grid[1:], part.cell_out, part.cell_in, each)
+        kernels = kernels.permute(0, 5, 1, 3, 2, 4)  # [B S, k, GO, c_out, GI, c_in]
+    if spec.is_depthwise:
+        kernels = kernels.reshape(batch, taps, -1, *(1 for _ in size))
+        windows = enumerate(_windows(x, spec))
+        return _total(kernels.narrow(1, k, 1).flatten(0, 1) * window for k, window in windows)
+    kernels = kernels.reshape(batch, taps, groups, -1, spec.in_channels // groups)
+    if groups > 1:
+        kernels = kernels.transpose(1, 2)
+    in_ = kernels.shape[-1]
+    if taps > 1 and all(s == 1 for s in spec.stride):
+        products = torch.bmm(
+            kernels.reshape(batch * groups, -1, in_), x.reshape(-1, in_, x[0, 0].numel())
+        )
+        products = products.view(batch * groups, taps, -1, *x.shape[2:])
+        y = _total(_windows(products, spec, of_products=True))
+    else:
+        windows = [window.reshape(batch * groups, 1, in_, -1) for window in _windows(x, spec)]
+        columns = (torch.cat(windows, 1) if taps > 1 else windows[0]).flatten(0, 1)
+        products = torch.bmm(kernels.reshape(len(columns), -1, in_), columns)
+        products = products.unflatten(0, (-1, taps))
+        y = _total(products.narrow(1, k, 1) for k in range(taps))
+    return y.reshape(batch, spec.out_channels, *size)
+
+
+def _windows(x: Tensor, spec: ConvSpec, of_products: bool = False) -> Iterator[Tensor]:
+    """The positions ``[B, C, *output size]`` that each tap reads of the input ``[B, C, *size]``, or
+    of its own products ``[B, K, C, *size]``. Strides become axes, which need no slices with steps.
+    """
+    dims, stride = len(spec.stride), spec.stride
+    lead, size = x.dim() - dims, x.shape[-dims:]
+    sides = [(p, p + -(n + 2 * p) % s) for n, p, s in zip(size, spec.padding, stride, strict=True)]
+    if any(map(any, sides)):
+        x = F.pad(x, [side for pair in reversed(sides) for side in pair])
+    if any(s > 1 for s in stride):
+        for axis in range(dims):
+            x = x.unflatten(lead + 2 * axis, (-1, stride[axis]))
+        phases = range(lead + 1, x.dim(), 2)
+        x = x.permute(*range(lead), *phases, *(phase - 1 for phase in phases))
+    for k, tap in enumerate(itertools.product(*map(range, spec.partition.kernel))):
+        window = x.narrow(1, k, 1) if of_products else x
+        for axis, out in enumerate(spec.output_size(size)):
+            start, phase = divmod(tap[axis] * spec.dilation[axis], stride[axis])
+            if window.dim() > lead + dims:
+                window = window.narrow(lead + axis, phase, 1)
+            window = window.narrow(axis - dims, start, out)
+        yield window.reshape(*window.shape[:lead], *window.shape[-dims:])
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, parts)
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
