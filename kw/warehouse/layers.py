@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..torch_private import is_traced
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
+from .pooling import pool
 from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseSettings
 
@@ -303,7 +303,7 @@ class KWConvNd(KWLayer):
                 f"{type(self).__name__} takes [batch, {self.shape.in_channels}, *space] with "
                 f"{self.dims} spatial axes, got {list(x.shape)}"
             )
-        return _pool(x, tuple(range(2, x.dim())))
+        return pool(x, tuple(range(2, x.dim())))
 
     def pad(self, x: Tensor) -> Tensor:
         """Apply the padding that the back ends do not support."""
@@ -373,40 +373,9 @@ class KWLinear(KWLayer):
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
-        alpha = self.attention(_pool(tokens, (1,)), self.warehouse.temperature)
+        alpha = self.attention(pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
         tokens = tokens.transpose(1, 2)
         y = dynamic_conv(tokens, alpha, cells, self.spec, self.backend, self.rounded)
         y = y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def _pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Global average over positions, in float32 at least: ``[B, I]``."""
-    if is_traced():  # XNNPACK averages in this form only
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return x.to(wide).mean(dims, keepdim=True).flatten(1)
-    result: Tensor = _Pool.apply(x, dims)
-    return result
-
-
-def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.mean(dims, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-class _Pool(torch.autograd.Function):
-    """The same average. Its gradient is one value a channel, which is not written out for every
-    position: autograd adds it to the convolution's gradient as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
-        return _mean(x, dims)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        positions = math.prod(ctx.shape[dim] for dim in ctx.dims)
-        each = (grad / positions).to(ctx.dtype)
-        for dim in ctx.dims:  # in ascending order
-            each = each.unsqueeze(dim)
-        return each.expand(ctx.shape), None

@@ -178,8 +178,10 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
         kernels = kernels.permute(0, 5, 1, 3, 2, 4)  # [B S, k, GO, c_out, GI, c_in]
     if spec.is_depthwise:
         kernels = kernels.reshape(batch, taps, -1, *(1 for _ in size))
-        windows = enumerate(_windows(x, spec))
-        return _total(kernels.narrow(1, k, 1).flatten(0, 1) * window for k, window in windows)
+        return _total(
+            kernels.narrow(1, k, 1).flatten(0, 1) * window
+            for k, window in enumerate(_windows(x, spec))
+        )
     kernels = kernels.reshape(batch, taps, groups, -1, spec.in_channels // groups)
     if groups > 1:
         kernels = kernels.transpose(1, 2)
