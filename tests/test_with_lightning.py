@@ -229,6 +229,19 @@ def test_precision_and_compilation_change_nothing_else(tmp_path):
     assert losses["bf16"] == pytest.approx(losses[""], abs=0.1)
 
 
+def test_a_checkpoint_of_another_attention_is_refused(tmp_path):
+    """Its weights would fit. Also without ConvertedModule, in training and in tests."""
+    saved = ModelCheckpoint(tmp_path, "last")
+    first = trainer(tmp_path, KernelWarehouse(Recipe(PLAN)), saved, max_epochs=1)
+    first.fit(Plain(), data())
+    other = KernelWarehouse(Recipe(PLAN, {"attention": "sigmoid"}))
+    for run in ("fit", "test"):
+        with pytest.raises(ValueError, match="by another plan or with other settings"):
+            getattr(trainer(tmp_path, other), run)(
+                Plain(), data(), ckpt_path=tmp_path / "last.ckpt"
+            )
+
+
 def test_configure_model_is_converted_once(tmp_path):
     class Late(Plain):
         def __init__(self, again):
@@ -258,5 +271,11 @@ def test_what_cannot_work_is_refused(tmp_path):
     module = Plain()
     trainer(tmp_path, callback, limit_train_batches=BATCHES).fit(module, endless)
     assert module.seen == pytest.approx(formula(1))
+    with pytest.raises(ValueError, match="anneal is 1 epochs; the run has 0"):
+        trainer(tmp_path, callback, max_epochs=0).fit(Plain(), data())
+    kept = Plain()
+    kw.convert(kept.model, PLAN)
+    with pytest.raises(ValueError, match="at temperature 0, but annealing starts at 1"):
+        trainer(tmp_path, callback).fit(kept, data())
     with pytest.raises(ValueError, match="FSDPStrategy: layers share their cells"):
         callback.setup(SimpleNamespace(strategy=FSDPStrategy()), Plain(), "fit")
