@@ -304,8 +304,12 @@ def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
     assert json.loads(text["classes"]) == CLASSES
 
 
-def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
-    """Verification has teeth: a network that is changed behind the file's back is found out."""
+@pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])
+def test_a_file_that_differs_is_not_left(
+    source: Any, precision: str, shift: float, tmp_path: Path
+) -> None:
+    """A network that computes something else than the written file is found out; in less precision,
+    where the difference is no rounding."""
     target = tmp_path / "net.safetensors"
 
     class Shifting(nn.Module):
@@ -316,14 +320,14 @@ def test_a_file_that_differs_is_not_left(source: Any, tmp_path: Path) -> None:
             self.inner = copy.deepcopy(source.network)
 
         def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return {k: v + (k == "fc.bias") * 0.01 for k, v in self.inner.state_dict().items()}
+            return {k: v + (k == "fc.bias") * shift for k, v in self.inner.state_dict().items()}
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x)
 
     shifting = Shifting()
     with pytest.raises(ExportError, match="differ from PyTorch's by"):
-        export(replace(source, network=shifting), target, Options())
+        export(replace(source, network=shifting), target, Options(precision))
     assert list(tmp_path.iterdir()) == []
 
 

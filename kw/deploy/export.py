@@ -26,6 +26,7 @@ from .quantize import quantize
 from .runtimes import write_executorch, write_openvino
 from .source import Source, without_places
 from .verify import (
+    RUINED,
     TOLERANCE,
     Difference,
     compare,
@@ -303,7 +304,8 @@ def _verify(
 
     Raises:
         Different: they differ by more than :data:`TOLERANCE`, where both compute in float32,
-            and by more than float32's rounding explains.
+            and by more than float32's rounding explains; or, in less precision, by more than
+            :data:`RUINED`.
     """
     kinds = {"random": list(random_images(inputs))}
     if images:
@@ -318,6 +320,13 @@ def _verify(
                     f"{target}: logits differ from PyTorch's by {difference.largest:.2g} of the "
                     f"largest on {kind} images; expected at most {TOLERANCE:g}. Nothing was written"
                 )
+        if inputs.precision != "fp32" and difference.largest > RUINED:
+            raise Different(
+                f"{target}: in {inputs.precision} logits differ from PyTorch's by "
+                f"{difference.largest:.2g} of the largest on {kind} images, and "
+                f"{difference.same} of {difference.images} images get its class: the file is "
+                "wrong. Nothing was written; take another precision or format"
+            )
         found[kind] = difference
     return found["random"], found.get("real")
 

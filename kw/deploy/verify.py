@@ -14,6 +14,7 @@ from ..errors import one_line
 from .description import ExportError, InputRange
 
 __all__ = [
+    "RUINED",
     "TOLERANCE",
     "Difference",
     "compare",
@@ -29,6 +30,8 @@ TOLERANCE = 1e-4
 
 MARGIN = 3.0
 """How many times PyTorch's own distance from float64 a file may have: it sums in another order."""
+RUINED = 0.5
+"""The difference above which a file of less precision is wrong: rounding does not explain it."""
 WORST = 0.01
 """The rounding of PyTorch's float32 above which a comparison with float64 means nothing."""
 
