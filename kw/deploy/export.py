@@ -325,7 +325,8 @@ def _verify(
                 f"{target}: in {inputs.precision} logits differ from PyTorch's by "
                 f"{difference.largest:.2g} of the largest on {kind} images, and "
                 f"{difference.same} of {difference.images} images get its class: the file is "
-                "wrong. Nothing was written; take another precision or format"
+                "wrong. Nothing was written; take another precision or format, or one shape "
+                "(--batch 1 --fixed-size)"
             )
         found[kind] = difference
     return found["random"], found.get("real")
