@@ -58,6 +58,7 @@ def main() -> None:
     torch.manual_seed(0)
     data, recipe = stripes(), Recipe("auto", anneal=args.anneal)
     model = timm.create_model("resnet10t", num_classes=2)
+    recipe.check(args.epochs)
     recipe.convert(model, data.tensors[0][:2])  # before the optimizer, and before prepare
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     loader = DataLoader(data, 8, shuffle=True)

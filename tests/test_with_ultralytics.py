@@ -391,6 +391,12 @@ def test_frozen_modules_stay_static(trainer_of):
     assert places == {10, 13, 16, 17, 19, 20, 22}  # the others have no layers
 
 
+def test_a_static_pattern_comes_on_top(host, trainer_of):
+    recipe = host.trainer(static=r"model\.(10|22)\..+")
+    model = trainer_of(recipe=recipe, freeze=10).get_model(YAMLS["detect"], verbose=False)
+    assert {int(name.split(".")[1]) for name in dynamic_names(model)} == {13, 16, 17, 19, 20}
+
+
 @pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolov10n", "yolo26n"])
 def test_other_families_fuse(name, trainer_of):
     """YOLOv9 and v10 have modules whose kernels are added up, which have to stay static."""

@@ -142,10 +142,13 @@ class _Dynamic(BaseTrainer):
         if plans:
             self._go_on(model, weights, plans)
         else:
-            auto = {"static": static} if self.recipe.plan == "auto" else {}
+            settings = dict(self.recipe.settings)
+            if self.recipe.plan == "auto":  # a user's pattern comes on top
+                both = filter(None, (static, settings.get("static")))
+                settings["static"] = "|".join(f"(?:{pattern})" for pattern in both)
             size = 224 if self.args.task == "classify" else 640
             example = torch.zeros(2, self.data["channels"], size, size)
-            replace(self.recipe, settings={**auto, **self.recipe.settings}).convert(model, example)
+            replace(self.recipe, settings=settings).convert(model, example)
         for name, module in model.named_modules():
             if isinstance(module, KWLayer) and re.fullmatch(static, name):
                 raise ValueError(
