@@ -219,6 +219,7 @@ def export(run: Path, target: Path, coco: Path, **settings: Any) -> Any:
     return export_detector(predictor, "small", target, sorted((coco / "val").iterdir()), **settings)
 
 
+@pytest.mark.long
 def test_a_file_is_written_and_used_without_mmdetection(
     runs: Any, coco: Path, tmp_path: Path, tool: Any, capsys: Any
 ) -> None:
