@@ -181,6 +181,12 @@ def export_detector(
 def describe(
     predictor: Predictor, name: str, nms: bool, fixed_size: bool
 ) -> tuple[DetectorGraph, DetectorDescription]:
+    """The network to be traced and the file's description; arguments as for
+    :func:`export_detector`.
+
+    Raises:
+        ExportError: the detector cannot be exported.
+    """
     check_detector(predictor)
     steps = preprocessing(predictor)
     multiple, side = steps["pad_to_multiple_of"], None

@@ -31,7 +31,7 @@ class Found(NamedTuple):
     scores: Tensor
     """float32 ``[N]``"""
     labels: Tensor
-    """int64 ``[N]``, indices into :attr:`Predictor.classes`"""
+    """int64 ``[N]``, indices into :attr:`Detector.classes`"""
     masks: list[dict[str, Any]] | None
     """run lengths of :func:`kw.detection.run_lengths.encode_masks`; None for boxes alone"""
     size: tuple[int, int]

@@ -53,8 +53,9 @@ def host(package: str, oldest: str, module: str | None = None) -> Any:
     return found
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+def _numbers(text: str) -> list[int]:
+    """Major and minor version."""
+    return [int(number) for number in re.findall(r"\d+", text)[:2]]
 
 
 @dataclass(frozen=True)

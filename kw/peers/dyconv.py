@@ -20,7 +20,7 @@ from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
-from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
+from .mixture import MixtureAttention, MixtureConv2d, initialise, logit_scale, silence
 
 __all__ = ["DyConv2d"]
 
@@ -51,9 +51,7 @@ class SqueezeSoftmax(MixtureAttention):
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases."""
-        for linear in (self.fc, self.kernel_fc):
-            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(linear.bias)
+        initialise(self.fc, self.kernel_fc)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
         """``[B, I]`` -> ``[B, 1, K]``."""

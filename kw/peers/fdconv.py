@@ -47,7 +47,7 @@ from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear, full_precision, normalise
 from ..warehouse.ops.precision import compute_types
 from .assembled import Operands, convolve_assembled
-from .mixture import MixtureAttention, MixtureConv2d, modulation, silence
+from .mixture import MixtureAttention, MixtureConv2d, initialise, modulation, silence
 from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
 
 __all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
@@ -119,10 +119,7 @@ class KernelModulation(MixtureAttention):
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights and zero biases of the global branch; the local
         one's are as ``nn.Conv1d`` draws them."""
-        for linear in (self.fc, *self._heads()):
-            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        initialise(self.fc, *self._heads())
         self.norm.reset_parameters()
         self.local.reset_parameters()
 

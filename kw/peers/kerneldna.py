@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
 from ..warehouse.attention import BranchLinear, normalise
-from .mixture import MixtureAttention, check_settings, modulation, silence
+from .mixture import MixtureAttention, check_settings, initialise, modulation, silence
 from .odconv import Attentions
 
 __all__ = ["Adapter", "DNAConv2d", "SharedKernel", "share_kernels"]
@@ -78,11 +78,7 @@ class Adapter(MixtureAttention):
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases; factors of positions 1."""
-        for linear in (self.fc, self.channel_fc, self.filter_fc):
-            if linear is not None:
-                nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+        initialise(self.fc, self.channel_fc, self.filter_fc)
         self.norm.reset_parameters()
         nn.init.ones_(self.spatial)
 

@@ -37,6 +37,7 @@ __all__ = [
     "MixtureLayer",
     "PrivateKernels",
     "check_settings",
+    "initialise",
     "logit_scale",
     "modulation",
     "silence",
@@ -95,6 +96,15 @@ class MixtureAttention(nn.Module):
             The factor on the copies of a static kernel that makes their mixture equal to it.
         """
         raise NotImplementedError
+
+
+def initialise(*maps: nn.Linear | None) -> None:
+    """Kaiming-normal (fan out, ReLU) weights and zero biases; a map left out is ``None``."""
+    for linear in maps:
+        if linear is not None:
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
 
 def silence(*heads: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:

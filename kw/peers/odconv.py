@@ -30,7 +30,7 @@ from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear, normalise
-from .mixture import MixtureAttention, MixtureConv2d, logit_scale, silence
+from .mixture import MixtureAttention, MixtureConv2d, initialise, logit_scale, silence
 
 __all__ = ["ODConv2d", "OmniAttention"]
 
@@ -93,11 +93,7 @@ class OmniAttention(MixtureAttention):
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases."""
-        for linear in (self.fc, self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc):
-            if linear is not None:
-                nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+        initialise(self.fc, self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         self.norm.reset_parameters()
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
