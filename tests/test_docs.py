@@ -1,7 +1,4 @@
-"""The code in README.md and docs/: Python runs, every command is one that its tool understands.
-
-The commands themselves run in ``tests/run_docs.py``, which takes minutes.
-"""
+"""The code in README.md and docs/: Python runs, every command is one that its tool understands."""
 
 from __future__ import annotations
 
@@ -37,7 +34,6 @@ from doc_pages import (
     Recorder,
     read_blocks,
 )
-from run_docs import shrink
 from torch import distributed, nn
 
 from kw import get_temperature, registry
@@ -205,12 +201,6 @@ def test_commands(page: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatc
         for command in recorder.commands(block):
             try:
                 check(command, monkeypatch)
-                if block.runs:
-                    shrink(command)
-            except KeyError:
-                pytest.fail(
-                    f"{block.place}: {' '.join(command.words)}: tests/run_docs.py cannot run it"
-                )
             except (SystemExit, UserError, AssertionError, OSError) as error:
                 pytest.fail(f"{block.place}: {' '.join(command.words)}\n{error}")
 
