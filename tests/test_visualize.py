@@ -47,7 +47,7 @@ from kw.pictures import (
     to_tensor,
 )
 from kw.pictures.kernels import difference, mosaic
-from kw.pictures.method import Example, block_corner
+from kw.pictures.method import block_corner, example, example_coefficients
 from kw.training import build_trainer, load_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.run_pictures import schedule_curves, training_batch
@@ -379,15 +379,13 @@ def test_long_labels_stay_below_their_images(count: int) -> None:
 
 
 def test_the_example_is_the_method() -> None:
-    example = Example()
-    (kernel,) = example.layers[:1]
-    assert [x.own.stop for x in example.described()] == [9, 27, 29]
-    ones = torch.cat(example.coefficients(1.0))
+    layers, pooled = example()
+    assert [x.own.stop for x in dynamic_layers(layers)] == [9, 27, 29]
+    ones = torch.cat(example_coefficients(layers, pooled, 1.0))
     assert torch.equal(ones, torch.eye(29))
-    alpha = example.coefficients(0.0)[0]
+    alpha = example_coefficients(layers, pooled, 0.0)[0]
     assert alpha.abs().sum(1).amax() < 1
     assert alpha.abs().amax() < 0.5  # the papers' start: mixed, not one-hot
-    assert kernel.warehouse is example.warehouse
 
 
 def test_pixels_are_the_image() -> None:

@@ -43,7 +43,7 @@ def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title
         for layer in group:
             amount = use[layer.name].absolute.mean(0, keepdim=True)  # [1, n]
             amount = amount * (layer.cells / max(float(amount.sum()), 1e-12))
-            bands.append(Band.of(layer, amount, layer.name))
+            bands.append(Band(layer.name, amount, layer.own))
         limit = signed_limit(*(band.values for band in bands), quantile=0.99)
         image = draw_bands(left, bands, limit, AMOUNT)
         for box in left.patches:

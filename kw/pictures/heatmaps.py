@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..warehouse.partition import CellSlice
 from .coefficients import CellUse, DynamicLayer
 from .style import INK, SIGNED, add_bar, new_figure, signed_limit
 
@@ -36,17 +37,12 @@ class Band:
     Attributes:
         label: beside it.
         values: ``[rows, n]``.
-        own: first and one past the last of the layer's own cells.
+        own: the layer's own cells.
     """
 
     label: str
     values: Tensor
-    own: tuple[int, int]
-
-    @classmethod
-    def of(cls, layer: DynamicLayer, values: Tensor, label: str) -> Band:
-        """A layer's, with its own cells."""
-        return cls(label, values, (layer.own.start, layer.own.stop))
+    own: CellSlice
 
     @property
     def height(self) -> int:
@@ -90,9 +86,9 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
             interpolation="nearest" if boxes else "auto",
             extent=(0, cells, top + band.height, top),
         )
-        start, stop = band.own
-        if stop > start:
-            box = (start, top), stop - start, band.height
+        own = band.own.stop - band.own.start
+        if own:
+            box = (band.own.start, top), own, band.height
             axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=0.9))
         ticks.append(top + band.height / 2)
         top += band.height
@@ -141,7 +137,7 @@ def draw_attention(
     """
     panels = {
         f"warehouse {name}: {group[0].cells} cells": [
-            Band.of(x, use[x.name].mean, f"{x.name} ({x.mixtures})") for x in group
+            Band(f"{x.name} ({x.mixtures})", use[x.name].mean, x.own) for x in group
         ]
         for name, group in by_warehouse(layers).items()
     }
@@ -169,7 +165,7 @@ def draw_classes(
     """
     panels = {
         f"warehouse {name}": [
-            Band.of(x, effects[x.name][0], f"{x.name}  {effects[x.name][1]:.0%}") for x in group
+            Band(f"{x.name}  {effects[x.name][1]:.0%}", effects[x.name][0], x.own) for x in group
         ]
         for name, group in by_warehouse(layers).items()
     }

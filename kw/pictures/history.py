@@ -70,7 +70,7 @@ def draw_history(
     upper_part, lower_part = parts
     all_axes = upper_part.subplots(1, len(chosen), squeeze=False)[0]
     for axes, snapshot in zip(all_axes, chosen, strict=True):
-        bands = [Band.of(x, snapshot.use[x.name].mean, x.name) for x in group]
+        bands = [Band(x.name, snapshot.use[x.name].mean, x.own) for x in group]
         limit = signed_limit(*(band.values for band in bands), quantile=0.998)
         add_bar(upper_part, draw_bands(axes, bands, limit), axes, below=True)
         tau = "" if snapshot.temperature is None else f", tau = {snapshot.temperature:.2f}"

@@ -6,22 +6,23 @@ to 32 and a 1x1 convolution beside the latter, as at the end of a ResNet's stage
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings, set_temperature
+from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
 from ..warehouse.ops.assembly import assemble
 from ..warehouse.partition import Partition
-from .coefficients import DynamicLayer
+from .coefficients import dynamic_layers
 from .heatmaps import Band, draw_bands
 from .style import FOREIGN, INK, LAYER, OWN, SIGNED, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Example", "block_corner", "draw_mixing", "draw_partition"]
+__all__ = ["block_corner", "draw_mixing", "draw_partition", "example", "example_coefficients"]
 
 _SHAPES = (
     KernelShape(16, 16, (3, 3), name="A"),
@@ -32,45 +33,28 @@ _COLORS = (LAYER, FOREIGN, "#009e73")
 _SHOWN = 3  # cells of a mixture that are written out
 
 
-class Example:
-    """The example's warehouse and its layers as the papers start them; no global random number.
+def example() -> tuple[nn.ModuleDict, Tensor]:
+    """Three layers of one warehouse, as the papers start them, and a pooled input ``[1, 16]``; the
+    global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        warehouse = Warehouse(_SHAPES, WarehouseSettings(start="paper"), name="example")
+        layers = nn.ModuleDict()
+        for slot, shape in enumerate(_SHAPES):
+            sizes = shape.in_channels, shape.out_channels, shape.kernel
+            layers[shape.name] = KWConv2d(*sizes, bias=False, warehouse=warehouse, slot=slot)
+        return layers.eval(), torch.rand(1, 16)
 
-    Attributes:
-        warehouse: shared by all.
-        layers: in the order of :data:`_SHAPES`.
-    """
 
-    def __init__(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.warehouse = Warehouse(_SHAPES, WarehouseSettings(start="paper"), name="example")
-            self.layers = [
-                KWConv2d(
-                    shape.in_channels,
-                    shape.out_channels,
-                    shape.kernel,
-                    bias=False,
-                    warehouse=self.warehouse,
-                    slot=slot,
-                ).eval()
-                for slot, shape in enumerate(_SHAPES)
-            ]
-            self.pooled = torch.rand(1, 16)
+@torch.no_grad()
+def example_coefficients(layers: nn.ModuleDict, pooled: Tensor, tau: float) -> list[Tensor]:
+    """Every layer's coefficients ``[m, n]`` for a pooled input at a temperature."""
+    temperature = torch.tensor(tau)
+    return [layer.attention(pooled, temperature)[0] for layer in _convolutions(layers)]
 
-    def described(self) -> list[DynamicLayer]:
-        """The layers, as :func:`kw.pictures.dynamic_layers` would describe them."""
-        whole = self.warehouse.partition
-        return [
-            DynamicLayer(shape.name, "example", part.mixtures, whole.cells, own)
-            for shape, part, own in zip(_SHAPES, whole.layers, whole.slices, strict=True)
-        ]
 
-    @torch.no_grad()
-    def coefficients(self, tau: float) -> list[Tensor]:
-        """Every layer's coefficients ``[m, n]`` for one input at a temperature."""
-        set_temperature(self.warehouse, tau)
-        temperature = self.warehouse.temperature
-        return [layer.attention(self.pooled, temperature)[0] for layer in self.layers]
+def _convolutions(layers: nn.ModuleDict) -> list[KWConv2d]:
+    return [layer for layer in layers.values() if isinstance(layer, KWConv2d)]
 
 
 def block_corner(partition: Partition, mixture: int) -> tuple[int, int, int]:
@@ -90,99 +74,74 @@ def draw_partition() -> Figure:
     Raises:
         PictureError: matplotlib is missing.
     """
-    example = Example()
-    whole = example.warehouse.partition
     figure = new_figure(10, 6.2)
     parts: Any = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
     above, below = parts
-    widths = [3.4, 3.4, 1.35]
-    all_axes = above.subplots(1, 3, width_ratios=widths)
+    layers, _ = example()
+    whole = _convolutions(layers)[0].warehouse.partition
+    all_axes = above.subplots(1, 3, width_ratios=(3.4, 3.4, 1.35))
     for axes, shape, part, color in zip(all_axes, _SHAPES, whole.layers, _COLORS, strict=True):
         _draw_kernel(axes, shape, part, color)
-    axes = below.subplots()
-    cells = whole.cells
-    for own, color, shape in zip(whole.slices, _COLORS, _SHAPES, strict=True):
-        for cell in range(own.start, own.stop):
-            _draw_box(axes, (cell, 0), (0.86, 1.2), color, str(cell))
-        axes.text(
-            (own.start + own.stop - 0.14) / 2,
-            1.9,
-            f"{shape.name}'s own cells",
-            ha="center",
-            fontsize=9,
-            color=INK,
-        )
-    axes.set(xlim=(-0.3, cells + 0.2), ylim=(1.45, -0.3))
-    axes.set_axis_off()
-    axes.set_title(
-        f"the warehouse: n = {cells} cells of 16 x 16 channels, one for every mixture (b = 1)",
-        fontsize=10,
-        loc="left",
-    )
-    axes.set_ylim(2.1, -0.3)
     above.suptitle(
         "three kernels, cut into blocks of the cell's size: the mixtures, with their number i",
         x=0.01,
         ha="left",
         fontsize=10,
     )
+    axes = below.subplots()
+    for own, color, shape in zip(whole.slices, _COLORS, _SHAPES, strict=True):
+        cells = range(own.start, own.stop)
+        _draw_boxes(axes, [(cell, 0) for cell in cells], (0.86, 1.2), color, cells, 8)
+        middle = (own.start + own.stop - 0.14) / 2
+        axes.text(middle, 1.9, f"{shape.name}'s own cells", ha="center", fontsize=9, color=INK)
+    axes.set(xlim=(-0.3, whole.cells + 0.2), ylim=(2.1, -0.3))
+    axes.set_axis_off()
+    what = f"n = {whole.cells} cells of 16 x 16 channels, one for every mixture (b = 1)"
+    axes.set_title(f"the warehouse: {what}", fontsize=10, loc="left")
     return figure
 
 
 def _draw_kernel(axes: Any, shape: KernelShape, part: Partition, color: str) -> None:
     """Spatial positions beside one another, each a rectangle of output and input channels."""
-    columns = shape.kernel[1]
-    wide, high = shape.in_per_group / 16, shape.out_channels / 16 * 0.55
-    gap = 0.25
+    columns, gap = shape.kernel[1], 0.25
+    x_unit, y_unit = 1 / 16, 0.55 / 16  # of a channel
+    wide, high = shape.in_per_group * x_unit, shape.out_channels * y_unit
+    corners = []
     for mixture in range(part.mixtures):
         position, first_out, first_in = block_corner(part, mixture)
         row, column = divmod(position, columns)
-        x = column * (wide + gap) + first_in / 16
-        y = row * (high + gap) + first_out / 16 * 0.55
-        size = part.cell_in / 16, part.cell_out / 16 * 0.55
-        _draw_box(axes, (x, y), size, color, str(mixture), 9)
-    axes.set(
-        xlim=(-0.35, columns * (wide + gap)),
-        ylim=(3 * (1.1 + gap) + 0.05, -0.35),  # one scale for all three
-    )
-    axes.annotate(
-        "", (-0.15, high), (-0.15, 0), arrowprops={"arrowstyle": "<->", "color": INK, "lw": 0.8}
-    )
-    axes.text(
-        -0.2,
-        high / 2,
-        f"{shape.out_channels} out",
-        rotation=90,
-        ha="right",
-        va="center",
-        fontsize=8,
-    )
-    axes.annotate(
-        "", (wide, -0.12), (0, -0.12), arrowprops={"arrowstyle": "<->", "color": INK, "lw": 0.8}
-    )
-    axes.text(wide / 2, -0.17, f"{shape.in_channels} in", ha="center", va="bottom", fontsize=8)
+        x = column * (wide + gap) + first_in * x_unit
+        corners.append((x, row * (high + gap) + first_out * y_unit))
+    size = part.cell_in * x_unit, part.cell_out * y_unit
+    _draw_boxes(axes, corners, size, color, range(part.mixtures), 9)
+    # One scale for all three.
+    axes.set(xlim=(-0.35, columns * (wide + gap)), ylim=(3 * (1.1 + gap) + 0.05, -0.35))
+    arrow = {"arrowstyle": "<->", "color": INK, "lw": 0.8}
+    axes.annotate("", (-0.15, high), (-0.15, 0), arrowprops=arrow)
+    axes.annotate("", (wide, -0.12), (0, -0.12), arrowprops=arrow)
+    out, into = f"{shape.out_channels} out", f"{shape.in_channels} in"
+    axes.text(-0.2, high / 2, out, rotation=90, ha="right", va="center", fontsize=8)
+    axes.text(wide / 2, -0.17, into, ha="center", va="bottom", fontsize=8)
     axes.set_axis_off()
-    kernel = "x".join(map(str, shape.kernel))
-    axes.set_title(
-        f"{shape.name}: {kernel}, {shape.in_channels} to {shape.out_channels},\n"
-        f"m = {part.mixtures} mixtures",
-        fontsize=9,
-    )
+    kernel = f"{'x'.join(map(str, shape.kernel))}, {shape.in_channels} to {shape.out_channels}"
+    axes.set_title(f"{shape.name}: {kernel},\nm = {part.mixtures} mixtures", fontsize=9)
 
 
-def _draw_box(
+def _draw_boxes(
     axes: Any,
-    corner: tuple[float, float],
+    corners: Sequence[tuple[float, float]],
     size: tuple[float, float],
     color: str,
-    text: str,
-    fontsize: int = 8,
+    numbers: Iterable[int],
+    fontsize: int,
 ) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle(corner, *size, facecolor=color, edgecolor="white", linewidth=1.2))
-    middle = corner[0] + size[0] / 2, corner[1] + size[1] / 2
-    axes.text(*middle, text, ha="center", va="center", fontsize=fontsize, color="black")
+    """Boxes of one size with their numbers."""
+    xs, ys = zip(*corners, strict=True)
+    width, height = size
+    boxes = axes.bar(
+        xs, height, width, ys, align="edge", color=color, edgecolor="white", linewidth=1.2
+    )
+    axes.bar_label(boxes, list(numbers), label_type="center", fontsize=fontsize)
 
 
 def draw_mixing() -> Figure:
@@ -191,18 +150,18 @@ def draw_mixing() -> Figure:
     Raises:
         PictureError: matplotlib is missing.
     """
-    example = Example()
-    layers, cells = example.described(), example.warehouse.cells.detach()
+    layers, pooled = example()
     figure = new_figure(10, 7.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.9, 3.6))
     upper, lower = parts
-    all_axes = upper.subplots(1, 3)
-    for axes, tau in zip(all_axes, (1.0, 0.5, 0.0), strict=True):
+    alphas: list[Tensor] = []
+    for axes, tau in zip(upper.subplots(1, 3), (1.0, 0.5, 0.0), strict=True):
+        alphas = example_coefficients(layers, pooled, tau)
         bands = [
-            Band.of(x, alpha, f"{x.name} ({x.mixtures})")
-            for x, alpha in zip(layers, example.coefficients(tau), strict=True)
+            Band(f"{layer.name} ({layer.mixtures})", alpha, layer.own)
+            for layer, alpha in zip(dynamic_layers(layers), alphas, strict=True)
         ]
-        limit = signed_limit(*(band.values for band in bands))
+        limit = signed_limit(*alphas)
         add_bar(upper, draw_bands(axes, bands, limit), axes, "neither", below=True)
         axes.set_title(f"temperature {tau:g}", fontsize=9)
     upper.suptitle(
@@ -210,68 +169,55 @@ def draw_mixing() -> Figure:
         "box: own cells",
         fontsize=10,
     )
-    _draw_sum(lower, example.layers[0], example.coefficients(0.0)[0], cells)
+    _draw_sum(lower, _convolutions(layers)[0], alphas[0])
     return figure
 
 
-def _draw_sum(part: Any, layer: KWConv2d, alpha: Tensor, cells: Tensor) -> None:
+def _draw_sum(part: Any, layer: KWConv2d, alpha: Tensor) -> None:
     """``W_4 = sum_j alpha_4j e_j``, and where that block lies in the kernel."""
-    mixture = layer.partition.mixtures // 2
+    cells, mixture = layer.warehouse.cells.detach(), layer.partition.mixtures // 2
     row = alpha[mixture]
-    order = row.abs().argsort(descending=True)
-    grid = part.subfigures(2, 1, height_ratios=(1.5, 2))
-    bars = grid[0].subplots()
-    colors = [
-        _COLORS[0] if int(j) < layer.partition.mixtures else "#b0b0b0" for j in range(len(row))
-    ]
-    bars.bar(range(len(row)), row.numpy(), color=colors)
-    bars.axhline(0, color=INK, linewidth=0.8)
-    bars.set_xlabel("cell j", fontsize=8)
-    bars.set_ylabel(f"alpha of mixture {mixture}", fontsize=8)
-    bars.tick_params(labelsize=7)
-    bars.set_xlim(-0.7, len(row) - 0.3)
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.set_title(
-        f"one mixture at temperature 0: signed coefficients of all {len(row)} cells (A's own "
-        "coloured)",
-        fontsize=9,
-        loc="left",
-    )
-    size = layer.partition.cell_out, layer.partition.cell_in
+    above, below = part.subfigures(2, 1, height_ratios=(1.5, 2))
+    _draw_coefficients(above.subplots(), row, layer.partition.mixtures, mixture)
+
     kernel = assemble(alpha[None], cells, layer.spec)[0]  # [O, I, 3, 3]
+    high, wide = layer.partition.cell_out, layer.partition.cell_in
     position, first_out, first_in = block_corner(layer.partition, mixture)
-    columns = layer.kernel_size[1]
-    block = kernel[
-        first_out : first_out + size[0],
-        first_in : first_in + size[1],
-        position // columns,
-        position % columns,
-    ]
-    chosen = [int(j) for j in order[:_SHOWN]]
-    axes = grid[1].subplots(1, _SHOWN + 2, width_ratios=(*(1,) * (_SHOWN + 1), 1.45))
-    limit = signed_limit(cells)
-    for number, (one, j) in enumerate(zip(axes, chosen, strict=False)):
-        one.imshow(cells[j].view(size).numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
-        sign = "+" if row[j] > 0 else "\N{MINUS SIGN}"
-        sign = "" if not number and row[j] > 0 else f"{sign} "
-        one.set_title(f"{sign}{abs(float(row[j])):.3f} x cell {j}", fontsize=9)
-    end = signed_limit(kernel)
-    axes[_SHOWN].imshow(block.numpy(), cmap=SIGNED, vmin=-end, vmax=end)
-    axes[_SHOWN].set_title(f"+ {len(row) - _SHOWN} more = block {mixture}", fontsize=9)
-    tiles = torch.nn.functional.pad(kernel.permute(2, 3, 0, 1), (1, 1, 1, 1), value=float("nan"))
+    y, x = divmod(position, layer.kernel_size[1])
+    block = kernel[first_out : first_out + high, first_in : first_in + wide, y, x]
+    tiles = nn.functional.pad(kernel.permute(2, 3, 0, 1), (1, 1, 1, 1), value=float("nan"))
     whole = tiles.transpose(1, 2).flatten(2).flatten(0, 1)  # [3 * (O + 2), 3 * (I + 2)]
-    axes[-1].imshow(whole.numpy(), cmap=SIGNED, vmin=-end, vmax=end)
-    axes[-1].set_title("nine blocks = kernel of A", fontsize=9)
-    _frame(axes[-1], position // columns, position % columns, size)
-    for one in axes:
-        one.set_xticks([])
-        one.set_yticks([])
+
+    panels = []
+    for place, j in enumerate(row.abs().argsort(descending=True)[:_SHOWN].tolist()):
+        sign = "\N{MINUS SIGN} " if row[j] < 0 else "+ " if place else ""
+        title = f"{sign}{abs(float(row[j])):.3f} x cell {j}"
+        panels.append((title, cells[j].view(high, wide), signed_limit(cells)))
+    end = signed_limit(kernel)
+    panels.append((f"+ {len(row) - _SHOWN} more = block {mixture}", block, end))
+    panels.append(("nine blocks = kernel of A", whole, end))
+    all_axes = below.subplots(1, len(panels), width_ratios=(*(1,) * (len(panels) - 1), 1.45))
+    for axes, (title, values, limit) in zip(all_axes, panels, strict=True):
+        axes.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
+        axes.set_title(title, fontsize=9)
+        axes.set(xticks=[], yticks=[])
+    _frame(all_axes[-1], (x * (wide + 2) - 0.5, y * (high + 2) - 0.5), wide + 2, high + 2)
 
 
-def _frame(axes: Any, row: int, column: int, size: tuple[int, int]) -> None:
+def _draw_coefficients(axes: Any, row: Tensor, own: int, mixture: int) -> None:
+    colors = [_COLORS[0] if j < own else "#b0b0b0" for j in range(len(row))]
+    axes.bar(range(len(row)), row.numpy(), color=colors)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel("cell j", fontsize=8)
+    axes.set_ylabel(f"alpha of mixture {mixture}", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.set_xlim(-0.7, len(row) - 0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    title = f"one mixture at temperature 0: signed coefficients of all {len(row)} cells"
+    axes.set_title(f"{title} (A's own coloured)", fontsize=9, loc="left")
+
+
+def _frame(axes: Any, corner: tuple[float, float], width: float, height: float) -> None:
     from matplotlib.patches import Rectangle
 
-    corner = column * (size[1] + 2) - 0.5, row * (size[0] + 2) - 0.5
-    axes.add_patch(
-        Rectangle(corner, size[1] + 2, size[0] + 2, fill=False, edgecolor=OWN, linewidth=1.8)
-    )
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=OWN, linewidth=1.8))

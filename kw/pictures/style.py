@@ -177,10 +177,7 @@ def to_tensor(figure: Figure) -> Tensor:
 def signed_limit(*values: Tensor, quantile: float = 1.0) -> float:
     """The end of a scale around 0: the largest absolute value, or a quantile of them; above 0."""
     flat = torch.cat([value.detach().abs().flatten().double() for value in values])
-    if quantile < 1:
-        place = max(int(np.ceil(quantile * len(flat))), 1)
-        return max(float(flat.kthvalue(place).values), 1e-12)
-    return max(float(flat.max()), 1e-12)
+    return max(float(np.quantile(flat.numpy(), quantile, method="inverted_cdf")), 1e-12)
 
 
 def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Any:
