@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..pictures.style import new_figure, save
 from .conditions import WORDS
 from .results import Result
 
@@ -22,12 +23,8 @@ def plot_family(results: Sequence[Result], path: Path, title: str) -> None:
         title: above the picture.
 
     Raises:
-        ImportError: matplotlib is missing; it comes with the extra ``demo``.
+        PictureError: matplotlib is missing, or ``path`` cannot be written.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
-
     modes = list(WORDS)
     rows = [
         (result, model)
@@ -35,8 +32,7 @@ def plot_family(results: Sequence[Result], path: Path, title: str) -> None:
         for model in dict.fromkeys(network.model for network in result.networks[1:])
     ]
     backends = list(dict.fromkeys(n.backend for r in results for n in r.networks[1:]))
-    height = 1.5 + 0.26 * len(rows) * max(len(backends), 2)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = new_figure(9, 1.5 + 0.26 * len(rows) * max(len(backends), 2))
     axes = figure.subplots()
     for i, backend in enumerate(backends):
         found = {
@@ -63,16 +59,13 @@ def plot_family(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_yticks(range(len(rows)), [_label(result, model, results) for result, model in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xscale("log", base=2)  # grouped on a GPU: the others would be one dot beside it
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.1)
     axes.set_xlabel("ratio to the static network in the same run: median and quartiles")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
-    # Without a date and with fixed identifiers the same results give the same file.
-    with mpl.rc_context({"svg.hashsalt": "kw.benchmark"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=120, metadata=metadata)
+    save(figure, path)
 
 
 def _label(result: Result, model: str, results: Sequence[Result]) -> str:
