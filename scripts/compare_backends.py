@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kw.benchmark import DTYPES, check_backends
+from kw.benchmark.cases import check_backends
+from kw.benchmark.conditions import DTYPES
 from kw.cli import ToolParser, number, output_file, run_tool
 from kw.cli.tool import device, precision, save_json
 from kw.evaluation import render_table

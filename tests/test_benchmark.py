@@ -11,25 +11,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from kw.benchmark import (
-    BenchmarkError,
-    Case,
-    Conditions,
-    LayerSource,
-    Result,
-    load_cases,
-    parse_layer,
-    read_results,
-    render_page,
-    run_case,
-    table_of,
-    write_result,
-)
 from kw.benchmark import memory as memory_of
 from kw.benchmark import run as run_of
+from kw.benchmark.cases import Case, LayerSource, load_cases, parse_layer
+from kw.benchmark.conditions import BenchmarkError, Conditions
 from kw.benchmark.memory import Event, measure_step, peak_beyond
-from kw.benchmark.page import BEGIN, END
-from kw.benchmark.results import Measured, spread_of
+from kw.benchmark.page import BEGIN, END, render_page, table_of
+from kw.benchmark.results import Measured, Result, read_results, spread_of, write_result
+from kw.benchmark.run import run_case
 from kw.benchmark.steps import TrainingStep, build_step
 from kw.benchmark.timing import Slow, interleave, iterations_for, warm_up
 from kw.config.run_schema import OptimizerConfig

@@ -13,7 +13,8 @@ from torch import nn
 
 from kw import convert, set_temperature
 from kw.config import config_from_mapping
-from kw.pictures import LayerMeasure, coefficients, dynamic_layers, measure_layer
+from kw.pictures import coefficients, dynamic_layers, measure_layer
+from kw.pictures.coefficients import LayerMeasure
 from kw.training import train
 
 

@@ -21,7 +21,7 @@ from kw.data import Listing
 from kw.evaluation import Accuracy
 from kw.evaluation.outcomes import Outcomes, calibration, class_hits, confusion, worst
 from kw.evaluation.sets import TestSet, readable
-from kw.pictures import most_confused
+from kw.pictures.outcomes import most_confused
 from kw.training.distributed import Process
 
 

@@ -22,9 +22,10 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import nn
 
 import kw
-from kw.benchmark import load_cases, run_case
+from kw.benchmark.cases import load_cases
 from kw.benchmark.conditions import Conditions
 from kw.benchmark.results import Result
+from kw.benchmark.run import run_case
 from kw.config import ConfigError, config_from_mapping, to_yaml
 from kw.config.data_schema import DataConfig
 from kw.data.batch_augment import BatchAugment

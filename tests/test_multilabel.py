@@ -27,7 +27,7 @@ from kw.deploy.verify import Difference
 from kw.evaluation.multilabel import MultiLabel, average_precision
 from kw.models import ImageClassifier
 from kw.models.losses import bce
-from kw.pictures import few_of_each
+from kw.pictures.samples import few_of_each
 from kw.training import evaluate_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.objective import check_labels

@@ -20,34 +20,31 @@ from torch import nn
 from kw import convert
 from kw.config import ConfigError, config_from_mapping, load_config
 from kw.pictures import (
-    CellUse,
-    DynamicLayer,
     PictureError,
-    Snapshot,
     assembled_kernels,
     cell_shares,
     cell_use,
     class_effect,
     class_maps,
     coefficients,
-    draw_attention,
-    draw_batch,
-    draw_cam,
-    draw_cells,
-    draw_classes,
-    draw_history,
-    draw_kernels,
+    dynamic_layers,
+)
+from kw.pictures.batches import draw_batch, label_mixture
+from kw.pictures.cam import draw_cam
+from kw.pictures.cells import draw_cells
+from kw.pictures.coefficients import CellUse, DynamicLayer
+from kw.pictures.heatmaps import draw_attention, draw_classes
+from kw.pictures.history import Snapshot, draw_history
+from kw.pictures.kernels import difference, draw_kernels, mosaic
+from kw.pictures.method import (
+    block_corner,
     draw_mixing,
     draw_partition,
-    dynamic_layers,
-    few_of_each,
-    label_mixture,
-    spaced,
-    to_pixels,
-    to_tensor,
+    example,
+    example_coefficients,
 )
-from kw.pictures.kernels import difference, mosaic
-from kw.pictures.method import block_corner, example, example_coefficients
+from kw.pictures.samples import few_of_each, spaced
+from kw.pictures.style import to_pixels, to_tensor
 from kw.training import build_trainer, load_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.run_pictures import schedule_curves, training_batch

@@ -14,19 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..benchmark import (
-    DTYPES,
-    MODES,
-    BenchmarkError,
-    Conditions,
-    load_cases,
-    read_results,
-    render_page,
-    run_case,
-    table_of,
-    write_result,
-)
-from ..benchmark.page import describe
+from ..benchmark.cases import load_cases
+from ..benchmark.conditions import DTYPES, MODES, BenchmarkError, Conditions
+from ..benchmark.page import describe, render_page, table_of
+from ..benchmark.results import read_results, write_result
+from ..benchmark.run import run_case
 from .tool import ToolParser, number, output_folder, precision
 
 __all__ = ["main"]

@@ -32,7 +32,6 @@ from ..version import __version__
 
 __all__ = [
     "ToolParser",
-    "add_checkpoint",
     "add_config_options",
     "add_options",
     "device",
@@ -113,16 +112,6 @@ def add_config_options(parser: argparse.ArgumentParser, nargs: str | None = None
         "(kw config --list)",
     )
     add_options(parser)
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """``CHECKPOINT``, which may be left out (:func:`kw.runs.run_of`)."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        metavar="CHECKPOINT",
-        help="a checkpoint, work directory or hf-hub: name; without it, CONFIG is one of these",
-    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..evaluation import render_table
+from ..pictures.method import draw_mixing, draw_partition
+from ..pictures.style import check_output, save
 from ..runs import is_run, load_run, run_of
+from ..training import network_pictures, run_pictures
 from .tool import (
     ToolParser,
-    add_checkpoint,
     add_config_options,
     add_options,
     number,
@@ -29,11 +32,24 @@ def main() -> None:
     parser = ToolParser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
 
-    def kind(name: str, draw: Any, text: str, config: bool = True) -> argparse.ArgumentParser:
+    def kind(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
         added = kinds.add_parser(name, help=text, description=text)
-        if config:
-            add_config_options(added)
         added.set_defaults(draw=draw)
+        return added
+
+    def of_config(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
+        added = kind(name, draw, text)
+        add_config_options(added)
+        return added
+
+    def of_run(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
+        added = of_config(name, draw, text)
+        added.add_argument(
+            "checkpoint",
+            nargs="?",
+            metavar="CHECKPOINT",
+            help="a checkpoint, work directory or hf-hub: name; without it, CONFIG is one of these",
+        )
         return added
 
     def layers(to: argparse.ArgumentParser) -> None:
@@ -51,8 +67,7 @@ def main() -> None:
             help=f"test images, evenly over the set ({count})",
         )
 
-    attention = kind("attention", draw_attention, "coefficients per layer as heat maps")
-    add_checkpoint(attention)
+    attention = of_run("attention", draw_attention, "coefficients per layer as heat maps")
     layers(attention)
     images(attention, 64)
     attention.add_argument(
@@ -67,35 +82,33 @@ def main() -> None:
         default=10,
         help="with --over classes: the first so many (10)",
     )
-    cells = kind("cells", draw_cells, "which cells the layers use, their own or others'")
-    add_checkpoint(cells)
+    cells = of_run("cells", draw_cells, "which cells the layers use, their own or others'")
     layers(cells)
     images(cells, 64)
-    kernels = kind("kernels", draw_kernels, "the kernels that two images get")
-    add_checkpoint(kernels)
+    kernels = of_run("kernels", draw_kernels, "the kernels that two images get")
     kernels.add_argument("image", nargs="*", metavar="IMAGE", help="two")
     layers(kernels)
-    cam = kind("cam", draw_cam, "class-activation maps on images")
-    add_checkpoint(cam)
+    cam = of_run("cam", draw_cam, "class-activation maps on images")
     cam.add_argument("image", nargs="*", metavar="IMAGE", help="one or more")
-    history = kind("history", draw_history, "coefficients over training", config=False)
+    history = kind("history", draw_history, "coefficients over training")
     history.add_argument("work_dir", type=Path, metavar="WORK_DIR")
     add_options(history)
     history.add_argument(
         "--warehouse", metavar="NAME", help="the one whose maps are drawn (the first)"
     )
     images(history, 32)
-    batches = kind("batches", draw_batch, "a batch as training sees it")
+    batches = of_config("batches", draw_batch, "a batch as training sees it")
     for name, text in (("epoch", "epoch, from 1 (1)"), ("update", "update of the epoch (1)")):
         batches.add_argument(f"--{name}", type=number(int, 1, 10**9), default=1, help=text)
-    kind("schedules", draw_schedules, "learning rate, decay and temperature, before a run")
-    kind("partition", draw_method, "the method: kernels, blocks, cells", config=False)
-    kind("mixing", draw_method, "the method: coefficients, temperature, a kernel", config=False)
+    of_config("schedules", draw_schedules, "learning rate, decay and temperature, before a run")
+    kind("partition", draw_method, "the method: kernels, blocks, cells")
+    kind("mixing", draw_method, "the method: coefficients, temperature, a kernel")
     for name, added in kinds.choices.items():
         example = f"the picture, e.g. {name}.png (or .svg, .pdf)"
         added.add_argument("--out", type=output_file, required=True, metavar="FILE", help=example)
-    detections = kind("detections", draw_detections, "a detector's results beside the annotations")
-    add_checkpoint(detections)
+    detections = of_run(
+        "detections", draw_detections, "a detector's results beside the annotations"
+    )
     detections.add_argument("--out", type=output_folder, required=True, metavar="DIR")
     detections.add_argument(
         "--images",
@@ -116,13 +129,12 @@ def main() -> None:
     if (args.kind == "kernels" and count != 2) or (args.kind == "cam" and not count):
         expected = "IMAGE IMAGE" if args.kind == "kernels" else "IMAGE"
         parser.error(f"the following arguments are required: {expected} (got {count})")
-    if args.kind != "detections":
-        from ..pictures import check_output
-
-        check_output(args.out)
+    if args.kind == "detections":
+        draw_detections(args)
+        return
+    check_output(args.out)
     args.draw(args)
-    if args.kind != "detections":
-        print(args.out)
+    print(args.out)
 
 
 def find_run(args: argparse.Namespace) -> None:
@@ -145,72 +157,52 @@ def classifier(args: argparse.Namespace) -> Any:
 
 
 def draw_attention(args: argparse.Namespace) -> None:
-    from ..evaluation import render_table
-    from ..training.network_pictures import picture_attention, picture_classes
-
     config, options = classifier(args), {"layers": args.layers, "images": args.images}
     if args.over == "classes":
-        picture_classes(config, args.checkpoint, args.out, classes=args.classes, **options)
-    else:
-        found = picture_attention(config, args.checkpoint, args.out, **options)
-        header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
-        rows = [
-            (each.layer, *map(str, each[1:3]), *(f"{x:.3f}" for x in each[3:])) for each in found
-        ]
-        print(render_table(header, rows))
+        options["classes"] = args.classes
+        network_pictures.picture_classes(config, args.checkpoint, args.out, **options)
+        return
+    found = network_pictures.picture_attention(config, args.checkpoint, args.out, **options)
+    header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
+    rows = [(each.layer, *map(str, each[1:3]), *(f"{x:.3f}" for x in each[3:])) for each in found]
+    print(render_table(header, rows))
 
 
 def draw_cells(args: argparse.Namespace) -> None:
-    from ..training.network_pictures import picture_cells
-
-    options = {"layers": args.layers, "images": args.images}
-    picture_cells(classifier(args), args.checkpoint, args.out, **options)
-
-
-def draw_kernels(args: argparse.Namespace) -> None:
-    from ..training.network_pictures import picture_kernels
-
-    picture_kernels(classifier(args), args.checkpoint, args.image, args.out, layers=args.layers)
-
-
-def draw_cam(args: argparse.Namespace) -> None:
-    from ..training.network_pictures import picture_cam
-
-    picture_cam(classifier(args), args.checkpoint, args.image, args.out)
-
-
-def draw_history(args: argparse.Namespace) -> None:
-    from ..training.network_pictures import picture_history
-
-    picture_history(
-        args.work_dir,
-        args.out,
-        options=args.cfg_options,
-        warehouse=args.warehouse,
-        images=args.images,
+    network_pictures.picture_cells(
+        classifier(args), args.checkpoint, args.out, layers=args.layers, images=args.images
     )
 
 
-def draw_batch(args: argparse.Namespace) -> None:
-    from ..training.run_pictures import picture_batch
+def draw_kernels(args: argparse.Namespace) -> None:
+    network_pictures.picture_kernels(
+        classifier(args), args.checkpoint, args.image, args.out, layers=args.layers
+    )
 
-    picture_batch(classifier(args), args.out, epoch=args.epoch, update=args.update)
+
+def draw_cam(args: argparse.Namespace) -> None:
+    network_pictures.picture_cam(classifier(args), args.checkpoint, args.image, args.out)
+
+
+def draw_history(args: argparse.Namespace) -> None:
+    options = {"options": args.cfg_options, "warehouse": args.warehouse, "images": args.images}
+    network_pictures.picture_history(args.work_dir, args.out, **options)
+
+
+def draw_batch(args: argparse.Namespace) -> None:
+    run_pictures.picture_batch(classifier(args), args.out, epoch=args.epoch, update=args.update)
 
 
 def draw_schedules(args: argparse.Namespace) -> None:
-    from ..training.run_pictures import picture_schedules
-
     config, task = load_run(args.config, args.cfg_options)
     run = config.run if hasattr(task, "write_pictures") else config
     file = Path(args.config).absolute()
     title = file.parent.name if file.stem == "config" else file.stem
-    picture_schedules(run, args.out, title=title)
+    run_pictures.picture_schedules(run, args.out, title=title)
 
 
 def draw_method(args: argparse.Namespace) -> None:
-    from ..pictures import draw_mixing, draw_partition, save
-
-    save({"partition": draw_partition, "mixing": draw_mixing}[args.kind](), args.out)
+    save(draw_partition() if args.kind == "partition" else draw_mixing(), args.out)
 
 
 def draw_detections(args: argparse.Namespace) -> None:

@@ -14,8 +14,10 @@ from ..data import ImageFolder
 from ..errors import UserError
 from ..evaluation.outcomes import Outcomes, calibration, class_hits, confusion, worst
 from ..evaluation.sets import TestSet, readable
-from ..pictures import draw_batch, draw_confusion, draw_reliability, read_images, save
-from ..pictures.style import to_pixels
+from ..pictures.batches import draw_batch
+from ..pictures.outcomes import draw_confusion, draw_reliability
+from ..pictures.samples import read_images
+from ..pictures.style import save, to_pixels
 
 __all__ = ["SHOWN", "write_csv", "write_figures"]
 

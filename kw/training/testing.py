@@ -90,7 +90,7 @@ def evaluate_checkpoints(
         The figures of each at each size, in that order.
     """
     if testing.figures is not None:
-        from ..pictures import check_matplotlib
+        from ..pictures.style import check_matplotlib
 
         check_matplotlib()
         if len(runs) * max(len(testing.sizes), 1) > 1:
