@@ -9,9 +9,8 @@ ordinary code: a back end is right if it stays as near.
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -39,41 +38,22 @@ MODELS = {
 """timm's network, which is also the plan, and what makes it small."""
 
 
-@dataclass(frozen=True)
-class CurveSettings:
-    """The training run that is repeated with every back end.
+class CurveSettings(NamedTuple):
+    """The training run that is repeated with every back end."""
 
-    Attributes:
-        steps: optimizer updates.
-        batch: images an update.
-        size: side of the images, pixels.
-        classes: classes of the task.
-        model: a key of :data:`MODELS`.
-        ratio: convolutional parameter budget b.
-        lr: learning rate of SGD with momentum 0.9.
-        seed: of weights and data.
-    """
-
-    steps: int = 200
-    batch: int = 16
-    size: int = 32
+    steps: int = 200  # optimizer updates
+    batch: int = 16  # images an update
+    size: int = 32  # side of the images, pixels
     classes: int = 10
-    model: str = "resnet18"
-    ratio: float = 1.0
-    lr: float = 0.02
-    seed: int = 0
+    model: str = "resnet18"  # a key of MODELS
+    ratio: float = 1.0  # convolutional parameter budget b
+    lr: float = 0.02  # of SGD with momentum 0.9
+    seed: int = 0  # of weights and data
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """How far a loss curve is from the reference's, as a share of the loss that both start with.
-
-    Attributes:
-        first: after one update.
-        mean: over all updates.
-        worst: at the worst update.
-        final: of the mean loss of the last tenth.
-    """
+class Deviation(NamedTuple):
+    """How far a loss curve is from the reference's, as a share of the loss that both start with:
+    after one update, over all, at the worst, and of the mean loss of the last tenth."""
 
     first: float
     mean: float
@@ -104,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     check_backends(args.backends)
 
-    report = []
+    report: list[dict[str, Any]] = []
     for model in args.models:
         settings = CurveSettings(steps=args.steps, model=model)
         for dtype in args.dtype:
@@ -116,19 +96,11 @@ def main() -> None:
                 f"{sum(reference[-10:]) / len(reference[-10:]):.4f}"
             )
             header = ("back end", "after 1 update", "mean", "worst", "last tenth")
-            rows = [
-                (name, *(f"{v:.1e}" for v in dataclasses.astuple(d))) for name, d in found.items()
-            ]
+            rows = [(name, *(f"{v:.1e}" for v in d)) for name, d in found.items()]
             print(render_table(header, rows), flush=True)
-            report.append(
-                {
-                    "settings": dataclasses.asdict(settings),
-                    "dtype": dtype,
-                    "device": args.device,
-                    "curves": curves,
-                    "deviations": {k: dataclasses.asdict(d) for k, d in found.items()},
-                }
-            )
+            entry = {"settings": settings._asdict(), "dtype": dtype, "device": args.device}
+            entry |= {"curves": curves, "deviations": {k: d._asdict() for k, d in found.items()}}
+            report.append(entry)
         errors = output_errors(settings, args.device)
         print(f"{model}, logits after training, relative error against float64:")
         print(render_table(("precision", "error"), [(k, f"{v:.1e}") for k, v in errors.items()]))
@@ -150,11 +122,7 @@ def start(settings: CurveSettings) -> nn.Module:
 def force_where_possible(
     network: nn.Module, backend: str, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Give a back end every layer that it can do in a type, the reference the others.
-
-    Returns:
-        The number of layers that it was given.
-    """
+    """Give a back end every layer that it can do in a type, the reference the others; how many."""
     given = 0
     for layer in network.modules():
         if isinstance(layer, KWLayer):
@@ -242,7 +210,7 @@ def output_errors(settings: CurveSettings, device: str = "cpu") -> dict[str, flo
     set_temperature(network, 0.0)
     train(network, settings, torch.float32, device)
     network.eval()
-    images = next(batches(replace(settings, seed=settings.seed + 1, batch=64)))[0].to(device)
+    images = next(batches(settings._replace(seed=settings.seed + 1, batch=64)))[0].to(device)
     before = assembly_precision()
     with torch.no_grad():
         exact = copy.deepcopy(network).double()

@@ -13,7 +13,6 @@ the rounds. With --workers: images per second of wall time with so many loader p
 largest growth of a process's own memory from the second epoch on.
 """
 
-import itertools
 import re
 import statistics
 import tempfile
@@ -29,12 +28,14 @@ from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from kw.cli import ToolParser, number, output_file, run_tool
+from kw.cli.measure_loading import endless
 from kw.config import Config, config_from_mapping
 from kw.config.data_schema import DataConfig
-from kw.data import Loader, open_training, stop_workers
+from kw.data import open_training, stop_workers
 from kw.data.listing import list_split
 from kw.data.packing import Packing, pack
 from kw.evaluation import render_table
+from kw.pictures.style import new_figure, save
 
 SIZE = 224
 Batches = Iterator[Any]
@@ -51,13 +52,6 @@ def settings(root: Path, batch: int, workers: int = 0, **data: Any) -> Config:
             "batch_size": batch,
         }
     )
-
-
-def endless(loader: Loader) -> Batches:
-    sampler: Any = loader.batch_sampler
-    for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        yield from loader
 
 
 def own(config: Config) -> Batches:
@@ -174,17 +168,13 @@ def over_workers(kinds: dict[str, dict[str, Any]], args: Any) -> str:
 
 
 def draw(path: Path, workers: Sequence[int], rates: dict[str, list[float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    axes = figure.subplots()
     for name, each in rates.items():
         axes.plot(workers, each, marker="o", label=name)
     axes.set(xlabel="loader processes", ylabel="images per second", xticks=list(workers), ylim=0)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main() -> None:

@@ -369,7 +369,7 @@ def test_benchmarks_measure_the_shape(tmp_path: Path) -> None:
     assert "64x96" in conditions.words()
     assert "-64x96-" in conditions.file_name("mine", "cpu")
     assert "-64-" in Conditions("inference", "cpu", "float32", 2, 64, 1).file_name("mine", "cpu")
-    result = run_case(case, conditions, ["auto"], say=lambda line: None)
+    result = run_case(case, conditions, ["auto"])
     again = Result.from_dict(json.loads(json.dumps(result.to_dict())))
     assert again.conditions == conditions
 

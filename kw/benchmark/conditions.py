@@ -48,33 +48,12 @@ class Conditions:
     compile: bool = False
     rounds: int = 20
 
-    def __post_init__(self) -> None:
-        for key, valid in (("mode", MODES), ("dtype", DTYPES), ("device", ("cpu", "cuda"))):
-            if getattr(self, key) not in valid:
-                raise BenchmarkError(
-                    f"{key} is {getattr(self, key)!r}; expected one of {', '.join(valid)}"
-                )
-        if min(self.shape) < 1:
-            raise BenchmarkError(f"input_size is {self.input_size}; expected at least 1")
-        for key in ("batch_size", "threads", "rounds"):
-            if getattr(self, key) < 1:
-                raise BenchmarkError(f"{key} is {getattr(self, key)}; expected at least 1")
-
     def words(self) -> list[str]:
         """All but the mode, for people."""
         threads = [f"{self.threads} threads"] if self.device == "cpu" else []
         size = "x".join(map(str, self.shape))
         words = [f"batch {self.batch_size}", self.dtype, size, *threads]
         return [*words, self.layout, self.execution]
-
-    def check_device(self) -> None:
-        """Refuse a device that is not here.
-
-        Raises:
-            BenchmarkError: PyTorch sees no GPU.
-        """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("device is 'cuda', but PyTorch sees no GPU here; use 'cpu'")
 
     @property
     def shape(self) -> tuple[int, int]:

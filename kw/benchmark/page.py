@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,7 @@ def _figures(result: Result, network: Measured) -> list[str]:
 
 
 def _spread(spread: Spread) -> str:
-    values: dict[str, float] = asdict(spread)
-    middle, low, high = (_digits(values[key]) for key in ("median", "q1", "q3"))
+    middle, low, high = map(_digits, (spread.median, spread.q1, spread.q3))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 

@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
+
+import numpy as np
 
 from ..training.saving import write_json
 from .cases import GROUPED, STATIC
@@ -31,10 +32,7 @@ class Spread:
 
 def spread_of(values: Sequence[float]) -> Spread:
     """The spread of some values, at least one; quartiles are interpolated between them."""
-    if len(values) == 1:
-        return Spread(*(values[0],) * 5)
-    q1, _, q3 = quantiles(values, n=4, method="inclusive")
-    return Spread(median(values), q1, q3, min(values), max(values))
+    return Spread(*np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist())
 
 
 @dataclass

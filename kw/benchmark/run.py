@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
@@ -21,26 +21,21 @@ from .timing import Slow, interleave, warm_up
 __all__ = ["run_case"]
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def run_case(
     case: Case,
     conditions: Conditions,
     backends: Sequence[str] = ("auto",),
     *,
     subject: str | None = None,
-    say: Callable[[str], None] = _say,
 ) -> Result:
-    """Measure a case's static network, its grouped form and other back ends, interleaved.
+    """Measure a case's static network, its grouped form and other back ends, interleaved; prints a
+    line for every network.
 
     Args:
         case: what is measured.
         conditions: the same for all.
         backends: besides ``"grouped"``, which is always measured.
         subject: in the result's name instead of the case's own.
-        say: called with a line for every network.
 
     Returns:
         The result. A network that runs out of memory or is too slow, and a back end that cannot do
@@ -51,7 +46,6 @@ def run_case(
             static network cannot be measured.
     """
     check_backends(backends)
-    conditions.check_device()
     threads = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
     result = Result(
@@ -67,9 +61,9 @@ def run_case(
     variants = case.variants(backends)
     try:
         if conditions.mode == "memory":
-            _measure_memory(case, conditions, variants, result, say)
+            _measure_memory(case, variants, result)
         else:
-            _measure_time(case, conditions, variants, result, say)
+            _measure_time(case, variants, result)
     finally:
         torch.set_num_threads(threads)
         if conditions.compile:
@@ -87,37 +81,28 @@ def run_case(
     return result
 
 
-def _measure_memory(
-    case: Case,
-    conditions: Conditions,
-    variants: Sequence[Variant],
-    result: Result,
-    say: Callable[[str], None],
-) -> None:
+def _begin(variant: Variant, result: Result) -> Measured:
+    measured = Measured(variant.model, variant.backend)
+    print(f"{result.name}: {measured.label}", flush=True)
+    result.networks.append(measured)
+    return measured
+
+
+def _measure_memory(case: Case, variants: Sequence[Variant], result: Result) -> None:
     for variant in variants:
-        measured = Measured(variant.model, variant.backend)
-        say(f"{result.name}: {measured.label}")
-        source = case.sources[variant.source]
-        found = memory_of.measure_apart(source, variant.backend, conditions)
+        measured, source = _begin(variant, result), case.sources[variant.source]
+        found = memory_of.measure_apart(source, variant.backend, result.conditions)
         if isinstance(found, str):
             measured.problem = found
         else:
             measured.memory = asdict(found)
-        result.networks.append(measured)
 
 
-def _measure_time(
-    case: Case,
-    conditions: Conditions,
-    variants: Sequence[Variant],
-    result: Result,
-    say: Callable[[str], None],
-) -> None:
+def _measure_time(case: Case, variants: Sequence[Variant], result: Result) -> None:
+    conditions = result.conditions
     ready: list[tuple[Step, Measured]] = []
     for variant in variants:
-        measured = Measured(variant.model, variant.backend)
-        say(f"{result.name}: {measured.label}")
-        result.networks.append(measured)
+        measured = _begin(variant, result)
         try:
             step = build_step(case.sources[variant.source], variant.backend, conditions)
             measured.iterations = warm_up(step)
@@ -133,12 +118,12 @@ def _measure_time(
                 raise
             measured.problem = f"unavailable: {error}"
         if measured.problem is not None:
-            say(f"  {measured.problem}")
+            print(f"  {measured.problem}", flush=True)
             if variant.backend == STATIC:
                 return
             step = None  # type: ignore[assignment]  # its memory, before the next is built
             _release(conditions)
-    say(f"{result.name}: {conditions.rounds} rounds")
+    print(f"{result.name}: {conditions.rounds} rounds", flush=True)
     steps = [(step, measured.iterations) for step, measured in ready]
     found = interleave(steps, conditions.rounds)
     for (_, measured), rounds in zip(ready, found, strict=True):

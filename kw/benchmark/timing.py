@@ -67,11 +67,11 @@ def time_step(step: Step, iterations: int) -> list[float]:
     return means if len(means) == 1 else [*means, sum(means)]
 
 
-def warm_up(step: Step, seconds: float = ROUND_SECONDS) -> int:
+def warm_up(step: Step) -> int:
     """Run a step a few times, so that allocators, caches and compilers are ready.
 
     Returns:
-        How many iterations fill ``seconds``.
+        How many iterations fill a round.
 
     Raises:
         Slow: an iteration takes too long.
@@ -81,25 +81,20 @@ def warm_up(step: Step, seconds: float = ROUND_SECONDS) -> int:
     last = time_step(step, 1)[-1]
     if last > LIMIT_SECONDS:
         raise Slow(f"{last:.0f} s an iteration; the limit is {LIMIT_SECONDS:.0f} s")
-    return iterations_for(last, seconds)
+    return iterations_for(last)
 
 
-def iterations_for(iteration: float, seconds: float) -> int:
-    """How many iterations of so many seconds fill a time."""
-    return min(max(math.ceil(seconds / max(iteration, 1e-9)), 1), MAX_ITERATIONS)
+def iterations_for(seconds: float) -> int:
+    """How many iterations of so many seconds fill a round."""
+    return min(max(math.ceil(ROUND_SECONDS / max(seconds, 1e-9)), 1), MAX_ITERATIONS)
 
 
-def interleave(
-    steps: list[tuple[Step, int]],
-    rounds: int,
-    time_one: Callable[[Step, int], list[float]] = time_step,
-) -> list[list[list[float]]]:
+def interleave(steps: list[tuple[Step, int]], rounds: int) -> list[list[list[float]]]:
     """Time all steps in every round.
 
     Args:
         steps: with their iterations in a round, in the order in which a round runs them.
         rounds: how often.
-        time_one: what times a step.
 
     Returns:
         For every step and round the seconds of its parts.
@@ -111,7 +106,7 @@ def interleave(
             gc.collect()
             gc.disable()
             for times, (step, iterations) in zip(found, steps, strict=True):
-                times.append(time_one(step, iterations))
+                times.append(time_step(step, iterations))
             gc.enable()
     finally:
         (gc.enable if was_enabled else gc.disable)()

@@ -17,7 +17,7 @@ from ..data import BatchPreprocessor, Loader, open_training, stop_workers
 from ..evaluation import render_table
 from .tool import ToolParser, add_config_options, device, number
 
-__all__ = ["main"]
+__all__ = ["endless", "main"]
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def _measure(config: Config, args: Any) -> tuple[str, str, str]:
     loader = open_training(config, place, 0, 1)
     opened = time.perf_counter() - started
     preprocess = BatchPreprocessor(config.data, config.model.num_classes).to(place)
-    batches = _endless(loader)
+    batches = endless(loader)
     for _ in range(2):  # to warm up
         preprocess(next(batches), True)
     _wait(place)
@@ -67,7 +67,7 @@ def _measure(config: Config, args: Any) -> tuple[str, str, str]:
     return f"{opened:.1f}", f"{count / wall:,.0f}", f"{count / own:,.0f}"
 
 
-def _endless(loader: Loader) -> Iterator[dict[str, Any]]:
+def endless(loader: Loader) -> Iterator[dict[str, Any]]:
     """The batches of one epoch after another."""
     sampler: Any = loader.batch_sampler
     for epoch in itertools.count():
