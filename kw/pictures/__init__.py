@@ -1,7 +1,7 @@
 """Pictures of what a network and its training do (docs/visualizing.md).
 
-The figures, as tensors and plain values, are here; their drawing is in the modules. A module's
-functions without ``draw`` in their names can be used without matplotlib.
+The figures, as tensors and plain values, are here; their drawing is in the modules. Functions with
+``draw`` in their names raise :class:`PictureError` where matplotlib is missing, others do without.
 """
 
 from .cam import class_maps

@@ -46,10 +46,6 @@ def draw_batch(pictures: Any, labels: Sequence[str], title: str) -> Figure:
     Args:
         pictures: uint8 ``[B, S, S, 3]``.
         labels: what stands below each.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     count = min(len(labels), MOST)
     columns = min(count, 8)

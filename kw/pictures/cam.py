@@ -141,10 +141,6 @@ def draw_cam(
         found: their maps.
         names: of the images.
         classes: names of the network's classes.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     count, columns = len(names), min(len(names), 5)
     side = min(9 / columns, 3.6)

@@ -27,10 +27,6 @@ def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title
     Args:
         layers: what to draw.
         use: by name of the layer.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     groups = by_warehouse(layers)
     heights = [0.7 + 0.21 * len(group) for group in groups.values()]

@@ -130,10 +130,6 @@ def draw_attention(
     Args:
         layers: what to draw.
         use: by name of the layer.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     panels = {
         f"warehouse {name}: {group[0].cells} cells": [
@@ -158,10 +154,6 @@ def draw_classes(
         layers: what to draw.
         effects: by name of the layer, see :func:`kw.pictures.coefficients.class_effect`.
         classes: names of the rows.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     panels = {
         f"warehouse {name}": [

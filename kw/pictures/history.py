@@ -56,10 +56,6 @@ def draw_history(
         layers: all of the network.
         snapshots: in the order of training, at least one.
         warehouse: the one that is drawn above.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     chosen = [snapshots[i] for i in spread(len(snapshots))]
     group = [layer for layer in layers if layer.warehouse == warehouse]

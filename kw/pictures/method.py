@@ -69,11 +69,7 @@ def block_corner(partition: Partition, mixture: int) -> tuple[int, int, int]:
 
 
 def draw_partition() -> Figure:
-    """Three kernels cut into blocks of one size, and the cells that the blocks start on.
-
-    Raises:
-        PictureError: matplotlib is missing.
-    """
+    """Three kernels cut into blocks of one size, and the cells that the blocks start on."""
     figure = new_figure(10, 6.2)
     parts: Any = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
     above, below = parts
@@ -145,11 +141,7 @@ def _draw_boxes(
 
 
 def draw_mixing() -> Figure:
-    """One kernel from its coefficients, and the coefficients at three temperatures.
-
-    Raises:
-        PictureError: matplotlib is missing.
-    """
+    """One kernel from its coefficients, and the coefficients at three temperatures."""
     layers, pooled = example()
     figure = new_figure(10, 7.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.9, 3.6))

@@ -45,10 +45,6 @@ def draw_confusion(matrix: Any, names: Sequence[str], title: str) -> Figure:
     Args:
         matrix: ``[C, C]`` images by class, in rows, and prediction.
         names: of the classes.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     chosen = most_confused(matrix)
     if len(chosen) < len(matrix):
@@ -85,10 +81,6 @@ def draw_reliability(
         confidence: ``[M]``, a bin's mean; NaN in an empty one.
         accuracy: likewise.
         ece: the expected calibration error, percent.
-        title: above the picture.
-
-    Raises:
-        PictureError: matplotlib is missing.
     """
     bins = len(counts)
     middle = (np.arange(bins) + 0.5) / bins

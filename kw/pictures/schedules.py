@@ -38,11 +38,7 @@ class Curves:
 
 
 def draw_schedules(curves: Curves, title: str) -> Figure:
-    """One panel for the rate, one for weight decay and one for the temperature if there is any.
-
-    Raises:
-        PictureError: matplotlib is missing.
-    """
+    """One panel for the rate, one for weight decay and one for the temperature if there is any."""
     rows = 3 if curves.temperature is not None else 2
     figure = new_figure(8, 0.7 + 1.75 * rows, title)
     panels = figure.subplots(rows, 1, sharex=True)
