@@ -263,7 +263,7 @@ def test_memory_is_the_same_in_a_process_apart(monkeypatch: pytest.MonkeyPatch) 
     c = conditions("memory", input_size=8, batch_size=4)
     apart = memory_of.measure_apart(layer, "auto", c)
     monkeypatch.setattr(memory_of, "measure_apart", memory_of.measure_here)
-    static, grouped, auto = run_case(Case((layer,), 8), c).networks
+    static, grouped, auto = run_case(Case((layer,)), c).networks
     assert static.memory["parameters"] == static.memory["gradients"] == 8 * 8 * 9 * 4
     for network in (grouped, auto):
         assert network.memory["beyond"] > static.memory["beyond"] > 0

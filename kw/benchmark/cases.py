@@ -43,11 +43,8 @@ STATIC, GROUPED = "static", "grouped"
 class NetworkSource:
     """The network of a configuration; its static form is the same without the conversion.
 
-    Weights are fresh, the temperature is 0.
-
-    Attributes:
-        name: the configuration file's name without suffix.
-        config: the configuration.
+    Weights are fresh, the temperature is 0. ``name`` is that of the configuration file, without
+    suffix.
     """
 
     name: str
@@ -55,7 +52,6 @@ class NetworkSource:
 
     @property
     def static_name(self) -> str:
-        """The name of the static form."""
         return self.config.model.name
 
     @property
@@ -66,7 +62,6 @@ class NetworkSource:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """What its parameters are trained with."""
         return self.config.optimizer
 
     @property
@@ -151,7 +146,6 @@ class LayerSource:
         return OptimizerConfig(lr=1e-3)
 
     def twin(self) -> tuple[Any, ...]:
-        """See :meth:`NetworkSource.twin`."""
         return self.static_name, self.size
 
     def build(self, backend: str) -> nn.Module:
@@ -179,30 +173,23 @@ Source = NetworkSource | LayerSource
 
 @dataclass(frozen=True)
 class Variant:
-    """One network of a run.
+    """One network of a run."""
 
-    Attributes:
-        source: its place among the case's sources; the static network is built from the first.
-        model: name of the network.
-        backend: ``"static"``, or a back end.
-    """
-
-    source: int
+    source: int  # place among the case's sources; the static network is built from the first
     model: str
-    backend: str
+    backend: str  # or "static"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sources that share one static network, measured in one run.
-
-    Attributes:
-        sources: the dynamic networks.
-        input_size: side of the input that they are made for, or height and width, pixels.
-    """
+    """Sources that share one static network, measured in one run."""
 
     sources: tuple[Source, ...]
-    input_size: int | tuple[int, int]
+
+    @property
+    def input_size(self) -> int | tuple[int, int]:
+        """Side of the input that they are made for, or height and width, pixels."""
+        return self.sources[0].size
 
     @property
     def family(self) -> str:
@@ -259,15 +246,15 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BenchmarkError(f"{', '.join(twice)}: named twice; name each network once")
+    twins: list[tuple[Any, ...]] = []
     groups: list[list[Source]] = []
     for source in sources:
-        for group in groups:
-            if group[0].twin() == source.twin():
-                group.append(source)
-                break
-        else:
-            groups.append([source])
-    return [Case(tuple(group), group[0].size) for group in groups]
+        twin = source.twin()
+        if twin not in twins:
+            twins.append(twin)
+            groups.append([])
+        groups[twins.index(twin)].append(source)
+    return [Case(tuple(group)) for group in groups]
 
 
 def parse_layer(text: str) -> LayerSource:

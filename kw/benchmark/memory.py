@@ -76,11 +76,7 @@ class Memory:
 
 
 def measure_apart(source: Source, backend: str, conditions: Conditions) -> Memory | str:
-    """:func:`measure_here` in a new process.
-
-    Returns:
-        The measurement, or in words why there is none.
-    """
+    """:func:`measure_here` in a new process."""
     with (
         _environment(_RETURN_FREED),
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,

@@ -21,13 +21,7 @@ LEARNING_RATE = 1e-8
 
 
 class InferenceStep:
-    """A forward pass in evaluation mode, without gradients.
-
-    Args:
-        network: on its device.
-        inputs: a batch; the same one every time.
-        conditions: the autocast type.
-    """
+    """A forward pass of one batch in evaluation mode, without gradients."""
 
     def __init__(self, network: nn.Module, inputs: Tensor, conditions: Conditions) -> None:
         self.network = network.eval()
@@ -42,16 +36,9 @@ class InferenceStep:
 
 
 class TrainingStep:
-    """A step as the trainer makes it: autocast forward and loss, backward, update.
+    """A step on one batch as the trainer makes it: autocast forward and loss, backward, update.
 
     Gradients are set to ``None`` after the update, float16 has its loss scaling.
-
-    Args:
-        network: on its device.
-        source: gives loss and optimizer.
-        inputs: a batch; the same one every time.
-        targets: of the loss.
-        conditions: the autocast type.
     """
 
     def __init__(
