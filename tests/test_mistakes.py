@@ -130,6 +130,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ),
     (f"kw_benchmark_loading {R18} --images 0", ["--images: '0': expected an integer >= 1"]),
     (f"export.py {R18} none.pth x.onnx", ["none.pth", "no such file"]),
+    ("export.py {place}/run {place}/folder", ["argument TARGET", "is a folder"]),
     (f"export.py {R18} {{place}}/picture.png x.onnx", ["picture.png", "cannot be read"]),
     (f"export.py {R18} none.pth x.tflite", ["x.tflite", ".pte, .pt2, .safetensors", "'.tflite'"]),
     (f"export.py {R18} none.pth x.onnx --batch 0", ["--batch", "expected an integer >= 1"]),

@@ -7,6 +7,7 @@ takes; assembling the kernels and the attention branches come on top of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ..config import load_config
@@ -72,5 +73,5 @@ def main() -> None:
             print(f"\nWarehouses of {name}")
             print(warehouses_table(cost))
     if args.json is not None:
-        rows = [{"config": path, "model": name, **cost.to_dict()} for path, name, cost in found]
+        rows = [{"config": path, "model": name, **asdict(cost)} for path, name, cost in found]
         save_json(rows, args.json)

@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("expected one of: CONFIG or --layer; --render")
     if args.render is not None:
         given = {key for key, value in vars(args).items() if value != parser.get_default(key)}
-        if ignored := sorted(given - {"configs", "layer", "render"}):
+        if ignored := sorted(given - {"configs", "layer", "render", "debug"}):
             options = ", ".join("--" + key.replace("_", "-") for key in ignored)
             parser.error(f"{options}: of no effect with --render")
     return args

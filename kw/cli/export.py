@@ -12,6 +12,7 @@ import argparse
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError
 from ..deploy import ExportError, export, find_images, read_source
@@ -60,7 +61,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     if is_run(args.config):
-        args.targets = [output_file(args.checkpoint), *args.targets]
+        try:
+            args.targets.insert(0, output_file(args.checkpoint))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument TARGET: {error}")
         args.checkpoint = None
     if not args.targets:
         parser.error("the following arguments are required: TARGET")
@@ -80,10 +84,7 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     for target in args.targets:
         written = export(source, target, options, images)
-        for note in written.notes:
-            print(f"note: {note}", file=sys.stderr)
-        megabytes = written.path.stat().st_size / 1e6
-        print(f"wrote {written.path} ({megabytes:.2f} MB, {written.seconds:.1f} s) and its card")
+        say_written(written)
         for kind, found in (("random", written.random), ("real", written.real)):
             if found is not None:
                 print(
@@ -117,8 +118,12 @@ def export_detectors(args: argparse.Namespace) -> None:
         written = export_detector(
             predictor, name, target, files, args.nms is not False, args.fixed_size
         )
-        for note in written.notes:
-            print(f"note: {note}", file=sys.stderr)
-        megabytes = written.path.stat().st_size / 1e6
-        print(f"wrote {written.path} ({megabytes:.2f} MB, {written.seconds:.1f} s) and its card")
+        say_written(written)
         print(f"  {written.agreement}")
+
+
+def say_written(written: Any) -> None:
+    for note in written.notes:
+        print(f"note: {note}", file=sys.stderr)
+    megabytes = written.path.stat().st_size / 1e6
+    print(f"wrote {written.path} ({megabytes:.2f} MB, {written.seconds:.1f} s) and its card")

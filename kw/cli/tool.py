@@ -43,6 +43,7 @@ __all__ = [
     "save_json",
 ]
 
+_BUG = 1
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells have it
 
 
@@ -52,18 +53,14 @@ class ToolParser(argparse.ArgumentParser):
     Args:
         doc: the tool's docstring, with examples; the help shows it as it is.
         **kwargs: as for :class:`argparse.ArgumentParser`.
-
-    Attributes:
-        debug: whether the command line that was read last asks for tracebacks.
     """
-
-    debug = False
 
     def __init__(self, doc: str | None = None, **kwargs: Any) -> None:
         kwargs.setdefault("description", doc)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        # run_tool looks for it itself: a mistake may be found before there is a namespace.
         self.add_argument(
-            "--debug", action=_Debug, nargs=0, help="show the traceback of a mistake as well"
+            "--debug", action="store_true", help="show the traceback of a mistake as well"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -86,12 +83,6 @@ def _as_setting(words: list[str]) -> str:
         return ""
     value = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "VALUE")
     return f"; settings are given as --set {min(keys, key=len)}={value}"
-
-
-class _Debug(argparse.Action):
-    # Beside the namespace: a mistake may be found before there is one.
-    def __call__(self, *_: Any) -> None:
-        ToolParser.debug = True
 
 
 class _Import(argparse.Action):
@@ -218,33 +209,31 @@ def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool and answer what goes wrong; see the head of this module."""
-    ToolParser.debug = False
     try:
         main()
         sys.stdout.flush()
     except Interrupted as error:
-        _end(str(error), EXIT_INTERRUPTED, with_traceback=ToolParser.debug)
+        _end(str(error), EXIT_INTERRUPTED)
     except MissingProcess as error:
-        _end(f"error: {error}", EXIT_MISSING, with_traceback=ToolParser.debug)
+        _end(f"error: {error}", EXIT_MISSING)
     except KeyboardInterrupt:
-        _end("interrupted", _INTERRUPTED, with_traceback=ToolParser.debug)
+        _end("interrupted", _INTERRUPTED)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(_PIPE_CLOSED)
         message = answer(error)
         if message is not None:
-            _end(f"error: {message}", 2, with_traceback=ToolParser.debug)
+            _end(f"error: {message}", 2)
         _end(
             f"this is a bug in kernelwarehouse {__version__} ({_versions()}): please report it to "
             "the project, with the lines above and the command",
-            1,
-            with_traceback=True,
+            _BUG,
         )
 
 
-def _end(message: str, status: int, with_traceback: bool) -> NoReturn:
+def _end(message: str, status: int) -> NoReturn:
     if _is_first_to_fail():
-        if with_traceback:
+        if status == _BUG or "--debug" in sys.argv:
             traceback.print_exc()
         print(message, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -15,8 +15,7 @@ Everything runs on the meta device: shapes only, no data and no arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -70,10 +69,6 @@ class Complexity:
     macs_attention: int
     kernel_bytes: int
     warehouses: list[WarehouseSize]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return asdict(self)
 
 
 def analyze(config: Config) -> Complexity:
