@@ -11,8 +11,7 @@ Legend: B images, c channels, h, w positions of a feature map, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,8 @@ def class_maps(
     """
     names = _stages(network)
     stages = {name: network.get_submodule(name) for name in names}
-    with evaluating(network), _frozen(network), outputs(stages) as seen:
+    with evaluating(network), outputs(stages) as seen:
+        # Where parameters are frozen, features have gradients through the images.
         logits = network.forward(images.detach().clone().requires_grad_(True))
         if classes is None:
             classes = logits.argmax(1)
@@ -103,19 +103,6 @@ def _stages(network: Any) -> list[str]:
             "timm network"
         )
     return names
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters, which are not needed."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _positions(network: Any, product: Tensor) -> Tensor | None:
