@@ -104,30 +104,19 @@ class LayerSource:
 
     Methods are those of :class:`NetworkSource`. Its loss is the mean square of the outputs, its
     optimizer AdamW.
-
-    Attributes:
-        in_channels: input channels.
-        out_channels: output channels.
-        kernel: side of the square kernel.
-        stride: along both axes.
-        padding: along both axes.
-        groups: groups of the convolution.
-        size: side of the square input, pixels.
-        ratio: cells per mixture of its warehouse.
-        share: layers like this one that the warehouse is made for; the cells to mix grow with it.
     """
 
     takes_backends: ClassVar[bool] = True
 
     in_channels: int
     out_channels: int
-    kernel: int
-    stride: int
+    kernel: int  # side of the square kernel
+    stride: int  # along both axes, as padding
     padding: int
     groups: int
-    size: int
-    ratio: float
-    share: int
+    size: int  # side of the square input, pixels
+    ratio: float  # cells per mixture of its warehouse
+    share: int  # layers like this one that the warehouse is made for; the cells to mix grow with it
 
     @property
     def static_name(self) -> str:

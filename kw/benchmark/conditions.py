@@ -24,29 +24,17 @@ class BenchmarkError(UserError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """Everything that is the same for all networks of a run.
+    """Everything that is the same for all networks of a run."""
 
-    Attributes:
-        mode: a key of :data:`MODES`.
-        device: ``"cpu"`` or ``"cuda"``.
-        dtype: a key of :data:`DTYPES`: float32, or autocast to a 16-bit type as in training.
-        batch_size: images per forward pass.
-        input_size: side of the square input, or height and width, pixels.
-        threads: of PyTorch's operators on CPU.
-        channels_last: NHWC memory layout of images and 4-D weights.
-        compile: ``torch.compile`` of the network, static ones included.
-        rounds: interleaved rounds; each gives one time per network and part.
-    """
-
-    mode: str
-    device: str
-    dtype: str
-    batch_size: int
-    input_size: int | tuple[int, int]
-    threads: int
-    channels_last: bool = False
-    compile: bool = False
-    rounds: int = 20
+    mode: str  # a key of MODES
+    device: str  # "cpu" or "cuda"
+    dtype: str  # a key of DTYPES: float32, or autocast to a 16-bit type as in training
+    batch_size: int  # images per forward pass
+    input_size: int | tuple[int, int]  # side of the square input, or height and width, pixels
+    threads: int  # of PyTorch's operators on CPU
+    channels_last: bool = False  # NHWC memory layout of images and 4-D weights
+    compile: bool = False  # torch.compile of the network, static ones included
+    rounds: int = 20  # interleaved rounds; each gives one time per network and part
 
     def words(self) -> list[str]:
         """All but the mode, for people."""

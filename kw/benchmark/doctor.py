@@ -62,29 +62,17 @@ _NARROWED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One back end on one problem.
-
-    Attributes:
-        backend: its name.
-        shape: the layer, in words.
-        dtype: name of the type.
-        backward: whether the backward pass was run.
-        deviations: from float64, relative to the largest value, by result.
-        seconds: of one call; None where it was not timed.
-        predicted: seconds from the rates of the device.
-        failure: what went wrong, or None.
-        refusal: reason the back end does not do this, or None.
-    """
+    """One back end on one problem."""
 
     backend: str
-    shape: str
+    shape: str  # the layer, in words
     dtype: str
-    backward: bool
-    deviations: dict[str, float]
-    seconds: float | None = None
-    predicted: float | None = None
-    failure: str | None = None
-    refusal: str | None = None
+    backward: bool  # whether the backward pass was run
+    deviations: dict[str, float]  # from float64, relative to the largest value, by result
+    seconds: float | None = None  # of one call; None where it was not timed
+    predicted: float | None = None  # seconds from the rates of the device
+    failure: str | None = None  # what went wrong, or None
+    refusal: str | None = None  # reason the back end does not do this, or None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a deviation that is no number is null."""

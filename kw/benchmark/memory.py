@@ -56,22 +56,14 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a training step holds, in bytes.
-
-    Attributes:
-        parameters: all parameters.
-        gradients: their gradients.
-        optimizer: the optimizer's state.
-        beyond: the largest sum of everything else that a step allocates.
-        check: the same peak by another measure, gradients and state included: on CUDA the
-            allocator's own peak, elsewhere the growth of the process on Linux, else 0. Nothing is
-            computed from it.
-    """
+    """What a training step holds, in bytes."""
 
     parameters: int
-    gradients: int
+    gradients: int  # their gradients
     optimizer: int
-    beyond: int
+    beyond: int  # the largest sum of everything else that a step allocates
+    # the same peak by another measure, gradients and state included: on CUDA the allocator's own
+    # peak, elsewhere the growth of the process on Linux, else 0. Nothing is computed from it
     check: int
 
 

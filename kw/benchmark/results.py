@@ -37,22 +37,15 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 @dataclass
 class Measured:
-    """One network of a run.
-
-    Attributes:
-        model: its name.
-        backend: ``"static"``, or the back end.
-        problem: why it has no figures, or ``None``.
-        iterations: per round.
-        seconds: per part, one figure a round: the mean of its iterations.
-        memory: :class:`kw.benchmark.memory.Memory` in bytes, of the mode ``memory``.
-    """
+    """One network of a run."""
 
     model: str
-    backend: str
-    problem: str | None = None
-    iterations: int = 0
+    backend: str  # "static", or the back end
+    problem: str | None = None  # why it has no figures, or None
+    iterations: int = 0  # per round
+    # per part, one figure a round: the mean of its iterations
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    # kw.benchmark.memory.Memory in bytes, of the mode memory
     memory: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -63,27 +56,16 @@ class Measured:
 
 @dataclass
 class Result:
-    """One run: static network, grouped and other back ends under the same conditions.
+    """One run: static network, grouped and other back ends under the same conditions."""
 
-    Attributes:
-        name: of its files, without suffix.
-        family: the static network's name.
-        conditions: of all networks.
-        networks: the static one first.
-        machine: see :mod:`kw.benchmark.machine`.
-        versions: likewise.
-        code: likewise.
-        date: when it began, ISO 8601 in UTC.
-    """
-
-    name: str
-    family: str
-    conditions: Conditions
-    networks: list[Measured]
-    machine: dict[str, Any]
+    name: str  # of its files, without suffix
+    family: str  # the static network's name
+    conditions: Conditions  # of all networks
+    networks: list[Measured]  # the static one first
+    machine: dict[str, Any]  # this and the next two: see machine.py
     versions: dict[str, str | None]
     code: dict[str, Any]
-    date: str
+    date: str  # when it began, ISO 8601 in UTC
 
     @property
     def static(self) -> Measured:

@@ -32,19 +32,12 @@ LEAST = 7
 
 @dataclass(frozen=True)
 class ClassMaps:
-    """Maps of some images.
+    """Maps of some images."""
 
-    Attributes:
-        module: name of the module whose output was used.
-        maps: ``[B, h, w]``, not negative.
-        classes: the class that each map explains, int64 ``[B]``.
-        probabilities: the network's probability of that class, ``[B]``.
-    """
-
-    module: str
-    maps: Tensor
-    classes: Tensor
-    probabilities: Tensor
+    module: str  # name of the module whose output was used
+    maps: Tensor  # [B, h, w], not negative
+    classes: Tensor  # the class that each map explains, int64 [B]
+    probabilities: Tensor  # the network's probability of that class, [B]
 
 
 def class_maps(

@@ -45,21 +45,13 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class DynamicLayer:
-    """A layer whose kernel is assembled, and the cells that it started on.
-
-    Attributes:
-        name: its name in the network.
-        warehouse: name of its warehouse.
-        mixtures: m.
-        cells: n, cells of the warehouse.
-        own: the layer's cells, and which mixture started on which.
-    """
+    """A layer whose kernel is assembled, and the cells that it started on."""
 
     name: str
     warehouse: str
-    mixtures: int
-    cells: int
-    own: CellSlice
+    mixtures: int  # m
+    cells: int  # n, cells of the warehouse
+    own: CellSlice  # the layer's cells, and which mixture started on which
 
     def own_mask(self) -> Tensor:
         """Where a mixture meets its own cell, bool ``[m, n]``: ``beta`` of Eq. 5."""
@@ -164,17 +156,11 @@ def coefficients(
 
 @dataclass(frozen=True)
 class CellUse:
-    """How a layer's mixtures use the cells, over images.
+    """How a layer's mixtures use the cells, over images."""
 
-    Attributes:
-        mean: mean coefficient, ``[m, n]``.
-        positive: mean of ``max(alpha, 0)``, ``[m, n]``.
-        negative: mean of ``max(-alpha, 0)``, ``[m, n]``.
-    """
-
-    mean: Tensor
-    positive: Tensor
-    negative: Tensor
+    mean: Tensor  # mean coefficient, [m, n]
+    positive: Tensor  # mean of max(alpha, 0), [m, n]
+    negative: Tensor  # mean of max(-alpha, 0), [m, n]
 
     @property
     def absolute(self) -> Tensor:
@@ -211,16 +197,11 @@ class CellShares:
 
     The six sum to the mean of ``sum_j |alpha_ij|`` over mixtures; under the contrasting function
     what is missing to 1 went to the null cell.
-
-    Attributes:
-        own: to a mixture's own cell: ``(positive, negative)``.
-        layer: to the layer's other cells.
-        foreign: to cells of other layers.
     """
 
-    own: tuple[float, float]
-    layer: tuple[float, float]
-    foreign: tuple[float, float]
+    own: tuple[float, float]  # to a mixture's own cell: (positive, negative)
+    layer: tuple[float, float]  # to the layer's other cells
+    foreign: tuple[float, float]  # to cells of other layers
 
     @property
     def total(self) -> float:

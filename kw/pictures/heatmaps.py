@@ -32,17 +32,11 @@ _WIDE = 120  # cells from which a panel takes the whole width
 
 @dataclass(frozen=True)
 class Band:
-    """One layer's part of a map.
+    """One layer's part of a map."""
 
-    Attributes:
-        label: beside it.
-        values: ``[rows, n]``.
-        own: the layer's own cells.
-    """
-
-    label: str
-    values: Tensor
-    own: CellSlice
+    label: str  # beside it
+    values: Tensor  # [rows, n]
+    own: CellSlice  # the layer's own cells
 
     @property
     def height(self) -> int:

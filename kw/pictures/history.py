@@ -27,17 +27,11 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The coefficients at one moment of training.
+    """The coefficients at one moment of training."""
 
-    Attributes:
-        epoch: epochs done.
-        temperature: tau of the weights, or ``None`` where there is none.
-        use: by name of the layer.
-    """
-
-    epoch: float
-    temperature: float | None
-    use: Mapping[str, CellUse]
+    epoch: float  # epochs done
+    temperature: float | None  # tau of the weights, or None where there is none
+    use: Mapping[str, CellUse]  # by name of the layer
 
 
 def spread(count: int, most: int = _PANELS) -> list[int]:

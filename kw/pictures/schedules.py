@@ -16,25 +16,15 @@ __all__ = ["Curves", "draw_schedules"]
 
 @dataclass(frozen=True)
 class Curves:
-    """What is set before each update.
+    """What is set before each update."""
 
-    Attributes:
-        total: epochs of the run.
-        epochs: of each value, in epochs since the start.
-        lr: the learning rate.
-        temperature: tau, or ``None`` for a network without one.
-        weight_decay: the optimizer's, which does not change.
-        decoupled: whether the weights shrink by ``lr * weight_decay`` in an update (AdamW).
-        marks: epoch by what happens then.
-    """
-
-    total: int
-    epochs: Sequence[float]
+    total: int  # epochs of the run
+    epochs: Sequence[float]  # of each value, in epochs since the start
     lr: Sequence[float]
-    temperature: Sequence[float] | None
-    weight_decay: float
-    decoupled: bool
-    marks: dict[str, float] = field(default_factory=dict)
+    temperature: Sequence[float] | None  # tau, or None for a network without one
+    weight_decay: float  # the optimizer's, which does not change
+    decoupled: bool  # whether the weights shrink by lr * weight_decay in an update (AdamW)
+    marks: dict[str, float] = field(default_factory=dict)  # epoch by what happens then
 
 
 def draw_schedules(curves: Curves, title: str) -> Figure:
