@@ -162,12 +162,7 @@ def _is_slow(dtype: torch.dtype, rates: DeviceProfile) -> bool:
 
 
 def examine(device: str, rates: DeviceProfile, seconds: float) -> Iterator[Finding]:
-    """Every back end on every problem, until the time is used up.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        rates: from which times are predicted.
-        seconds: that may pass; the problem under way is finished.
+    """Every back end on every problem, until so many seconds have passed.
 
     Raises:
         DeviceLostError: a back end left the device unusable.

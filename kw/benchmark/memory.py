@@ -150,11 +150,7 @@ def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) 
 
 
 def measure_here(source: Source, backend: str, conditions: Conditions) -> Memory | str:
-    """Build a network and follow its first training steps.
-
-    Returns:
-        The measurement, or in words why there is none.
-    """
+    """Follow the first training steps of a network; or in words, why there is no measurement."""
     torch.set_num_threads(conditions.threads)
     try:
         step = build_step(source, backend, conditions)

@@ -50,9 +50,7 @@ def table_of(result: Result) -> str:
 def tables_of(results: Sequence[Result], plots: Mapping[str, str]) -> str:
     """The generated part of the page: by machine and family, a plot and a table for every run.
 
-    Args:
-        results: of any machines.
-        plots: paths of the pictures, relative to the page, by :func:`plot_name`.
+    Paths of plots are relative to the page, by :func:`plot_name`.
     """
     machines: dict[str, list[Result]] = {}
     for result in results:
@@ -76,9 +74,6 @@ def render_page(folder: Path, results: Sequence[Result], page: Path) -> list[Pat
         folder: of the results, beside the page; plots are written there.
         results: what to show.
         page: Markdown; what stands outside the marks stays.
-
-    Returns:
-        What was written.
 
     Raises:
         BenchmarkError: the page is not there, or does not have each mark once and in order.

@@ -15,12 +15,7 @@ _MARKERS = "soD^vP*X"  # readable in grey as well
 
 
 def plot_family(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw one row a network and run, one marker a back end.
-
-    Args:
-        results: of one family on one machine.
-        path: written, in the format of its suffix.
-        title: above the picture.
+    """Draw the results of one family on one machine: a row a network and run, a marker a back end.
 
     Raises:
         PictureError: matplotlib is missing, or ``path`` cannot be written.

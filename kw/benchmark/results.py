@@ -80,13 +80,8 @@ class Result:
         return None
 
     def ratio(self, network: Measured, to: Measured, part: str = "total") -> Spread:
-        """One network's figure over another's, round by round.
-
-        Args:
-            network: the numerator.
-            to: the denominator.
-            part: of the time; the mode ``memory`` has one figure, memory beyond, and no rounds.
-        """
+        """One network's figure over another's, round by round; the mode ``memory`` has one figure,
+        memory beyond, and no rounds."""
         if self.conditions.mode == "memory":
             return spread_of([network.memory["beyond"] / to.memory["beyond"]])
         pairs = zip(network.seconds[part], to.seconds[part], strict=True)

@@ -41,12 +41,7 @@ def label_mixture(
 
 
 def draw_batch(pictures: Any, labels: Sequence[str], title: str) -> Figure:
-    """A batch in rows of eight; at most :data:`MOST` images.
-
-    Args:
-        pictures: uint8 ``[B, S, S, 3]``.
-        labels: what stands below each.
-    """
+    """Images, uint8 ``[B, S, S, 3]``, above their labels, in rows of eight; the first of many."""
     count = min(len(labels), MOST)
     columns = min(count, 8)
     rows = math.ceil(count / columns)

@@ -114,13 +114,9 @@ def _positions(network: Any, product: Tensor) -> Tensor | None:
 def draw_cam(
     pictures: Any, found: ClassMaps, names: Sequence[str], classes: Sequence[str], title: str
 ) -> Figure:
-    """Every image above its map; a map's scale ends at its own largest value.
+    """Every image, uint8 ``[B, S, S, 3]``, above its map, whose scale ends at its largest value.
 
-    Args:
-        pictures: uint8 ``[B, S, S, 3]``.
-        found: their maps.
-        names: of the images.
-        classes: names of the network's classes.
+    ``names`` are the images', ``classes`` the network's.
     """
     count, columns = len(names), min(len(names), 5)
     side = min(9 / columns, 3.6)

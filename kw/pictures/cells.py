@@ -22,12 +22,7 @@ _PARTS = {
 
 
 def draw_cells(layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title: str) -> Figure:
-    """Per warehouse: how much a layer uses each cell, and whose cells it uses with which sign.
-
-    Args:
-        layers: what to draw.
-        use: by name of the layer.
-    """
+    """Per warehouse: how much a layer uses each cell, and whose cells it uses with which sign."""
     groups = by_warehouse(layers)
     heights = [0.7 + 0.21 * len(group) for group in groups.values()]
     figure = new_figure(9, sum(heights) + 0.9, title)

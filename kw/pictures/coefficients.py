@@ -169,12 +169,8 @@ class CellUse:
 
 
 def cell_use(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, CellUse]:
-    """Averages over images.
-
-    Args:
-        batches: coefficients as :func:`coefficients` gives them, of at least one batch; taken one
-            at a time.
-    """
+    """Averages over images, of what :func:`coefficients` gives for at least one batch; batches are
+    taken one at a time."""
     sums: dict[str, list[Tensor]] = {}
     count = 0
     for batch in batches:
@@ -254,12 +250,7 @@ class LayerMeasure(NamedTuple):
 
 
 def measure_layer(layer: DynamicLayer, alpha: Tensor) -> LayerMeasure:
-    """Measure coefficients.
-
-    Args:
-        layer: the layer.
-        alpha: its coefficients, ``[B, m, n]``, of at least two images.
-    """
+    """Measure a layer's coefficients ``[B, m, n]`` for at least two images."""
     alpha = alpha.double()
     start = layer.own_mask().to(alpha)  # [m, n]
     own = (alpha * start).sum() / (start.sum() * len(alpha))

@@ -53,16 +53,9 @@ def by_warehouse(layers: Sequence[DynamicLayer]) -> dict[str, list[DynamicLayer]
 
 
 def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNED) -> Any:
-    """Draw bands from top to bottom.
+    """Draw bands of one number of cells from top to bottom; what a colour bar is made of.
 
-    Args:
-        axes: matplotlib's.
-        bands: with one number of cells.
-        limit: end of the scale; it begins at ``-limit``, with another map than :data:`SIGNED` at 0.
-        cmap: the colours.
-
-    Returns:
-        What a colour bar is made of.
+    The scale ends at ``limit``; it begins at ``-limit``, with colours other than ``SIGNED`` at 0.
     """
     from matplotlib.patches import Rectangle
 
@@ -119,12 +112,7 @@ def draw_panels(panels: Mapping[str, Sequence[Band]], *title: str) -> Figure:
 def draw_attention(
     layers: Sequence[DynamicLayer], use: Mapping[str, CellUse], title: str
 ) -> Figure:
-    """Mean coefficients of every mixture for every cell, one panel a warehouse.
-
-    Args:
-        layers: what to draw.
-        use: by name of the layer.
-    """
+    """Mean coefficients of every mixture for every cell, one panel a warehouse."""
     panels = {
         f"warehouse {name}: {group[0].cells} cells": [
             Band(f"{x.name} ({x.mixtures})", use[x.name].mean, x.own) for x in group
@@ -142,13 +130,8 @@ def draw_classes(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """How much more or less of each cell the images of a class use, one panel a warehouse.
-
-    Args:
-        layers: what to draw.
-        effects: by name of the layer, see :func:`kw.pictures.coefficients.class_effect`.
-        classes: names of the rows.
-    """
+    """How much more or less of each cell the images of a class use, one panel a warehouse; effects
+    are :func:`kw.pictures.coefficients.class_effect`'s, by layer."""
     panels = {
         f"warehouse {name}": [
             Band(f"{x.name}  {effects[x.name][1]:.0%}", effects[x.name][0], x.own) for x in group

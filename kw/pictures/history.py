@@ -46,10 +46,7 @@ def draw_history(
 ) -> Figure:
     """Above: mean coefficients of a warehouse at a few moments. Below: shares of all layers.
 
-    Args:
-        layers: all of the network.
-        snapshots: in the order of training, at least one.
-        warehouse: the one that is drawn above.
+    ``layers`` are all of the network, ``snapshots`` in the order of training.
     """
     chosen = [snapshots[i] for i in spread(len(snapshots))]
     group = [layer for layer in layers if layer.warehouse == warehouse]

@@ -86,8 +86,7 @@ def draw_kernels(
 
     Args:
         kernels: ``[2, O, I, *k]`` by name of the layer.
-        pictures: the two images, uint8 ``[2, S, S, 3]``.
-        names: of the images.
+        pictures: the two images, uint8 ``[2, S, S, 3]``; ``names`` are theirs.
     """
     said = "the first channels of each kernel; the difference has a scale of its own"
     figure = new_figure(9, 2.7 + 2.65 * len(kernels), title, said)

@@ -19,12 +19,8 @@ MOST_CLASSES = 20
 
 
 def most_confused(matrix: Any, most: int = MOST_CLASSES) -> Any:
-    """At most so many classes, those of the most frequent confusions, in the matrix's order.
-
-    Args:
-        matrix: ``[C, C]`` images by class and prediction.
-        most: how many.
-    """
+    """At most so many classes, those of the most frequent confusions, in the order of the matrix
+    ``[C, C]`` of images by class and prediction."""
     if len(matrix) <= most:
         return np.arange(len(matrix))
     wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
@@ -40,11 +36,8 @@ def most_confused(matrix: Any, most: int = MOST_CLASSES) -> Any:
 def draw_confusion(matrix: Any, names: Sequence[str], title: str) -> Figure:
     """A confusion matrix: colours are shares of a class's images, numbers are images.
 
-    Of more than :data:`MOST_CLASSES` classes, those that are confused most.
-
-    Args:
-        matrix: ``[C, C]`` images by class, in rows, and prediction.
-        names: of the classes.
+    Of more than :data:`MOST_CLASSES` classes, those that are confused most. The matrix ``[C, C]``
+    has images by class, in rows, and prediction.
     """
     chosen = most_confused(matrix)
     if len(chosen) < len(matrix):
@@ -76,11 +69,8 @@ def draw_reliability(
 ) -> Figure:
     """Accuracy over confidence in bins of equal width, and how many images each bin has.
 
-    Args:
-        counts: ``[M]``.
-        confidence: ``[M]``, a bin's mean; NaN in an empty one.
-        accuracy: likewise.
-        ece: the expected calibration error, percent.
+    ``counts``, ``confidence`` and ``accuracy`` are ``[M]``, means NaN in an empty bin; ``ece`` is
+    the expected calibration error, percent.
     """
     bins = len(counts)
     middle = (np.arange(bins) + 0.5) / bins

@@ -50,11 +50,7 @@ _DPI = 120
 
 
 def check_matplotlib() -> None:
-    """Refuse to draw without matplotlib, before other work is done.
-
-    Raises:
-        PictureError: matplotlib is missing.
-    """
+    """Refuse to draw without matplotlib, by :class:`PictureError`, before other work is done."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -65,22 +61,13 @@ def check_matplotlib() -> None:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a name whose format is unknown, before the work.
-
-    Raises:
-        PictureError: an unknown suffix.
-    """
+    """Refuse a name whose format is unknown, by :class:`PictureError`, before the work."""
     if path.suffix.lower() not in SUFFIXES:
         raise PictureError(f"--out {path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def new_figure(width: float, height: float, *title: str) -> Figure:
-    """A figure that needs no display.
-
-    Args:
-        width: inches.
-        height: inches.
-        *title: lines above it; those that are wider than the figure are wrapped.
+    """A figure of so many inches that needs no display, below lines of title, which are wrapped.
 
     Raises:
         PictureError: matplotlib is missing.
@@ -184,10 +171,7 @@ def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Any:
     """Normalised images ``[B, C, H, W]`` as uint8 arrays ``[B, H, W, 3]``: the first three
     channels as RGB; the first one as grey where there are fewer.
 
-    Args:
-        images: as the network takes them.
-        mean: :class:`kw.data.BatchPreprocessor`'s, in units of bytes.
-        std: likewise.
+    ``mean`` and ``std`` are :class:`kw.data.BatchPreprocessor`'s, in units of bytes.
     """
     bytes_ = (images.float() * std + mean).round().clamp(0, 255)
     bytes_ = bytes_[:, :3] if bytes_.shape[1] >= 3 else bytes_[:, :1].expand(-1, 3, -1, -1)
