@@ -214,16 +214,8 @@ def _convert(
     announce: bool = True,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """The network in the dynamic form that the configuration asks for, if any.
-
-    Args:
-        network: the static one.
-        config: its settings.
-        begin: whether training begins with it; otherwise a checkpoint's weights are loaded next, so
-            that static kernels are not kept and nothing is logged.
-        announce: log what was done.
-        batches: as for :func:`kw.convert`.
-    """
+    """The network in the dynamic form that the configuration asks for, if any; without ``begin`` a
+    checkpoint's weights are loaded next: static kernels are not kept, and nothing is logged."""
     warehouse, peer = config.kernel_warehouse, config.peer
     settings: dict[str, Any] = {"announce": announce and begin}
     try:

@@ -74,9 +74,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the type of error depends on where the file is damaged
         raise CheckpointError(f"weights {path}: cannot be read: {why_unread(error)}") from error
-    key = next((k for k in (*_AVERAGES, *_MODELS) if _holds_tensors(content, k)), None)
+    inside = content if isinstance(content, dict) else {}
+    key = next((k for k in (*_AVERAGES, *_MODELS) if _has_tensors(inside.get(k))), None)
     state = content if key is None else content[key]
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+    if not _has_tensors(state):
         raise CheckpointError(
             f"weights {path}: expected tensors by name, or a mapping with 'state_dict'; found "
             f"{_outline(content)}"
@@ -87,9 +88,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if isinstance(counted, Tensor) and counted.ndim == 0:  # of torch's AveragedModel
         state = {name: value for name, value in state.items() if name != "n_averaged"}
     strange = [
-        str(name)
-        for name, value in state.items()
-        if not isinstance(name, str) or not isinstance(value, Tensor)
+        str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))
     ]
     if strange:
         found = ", ".join(strange[:5])
@@ -105,9 +104,8 @@ def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return named
 
 
-def _holds_tensors(content: Any, key: str) -> bool:
-    inner = content.get(key) if isinstance(content, dict) else None
-    return isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values())
+def _has_tensors(content: Any) -> bool:
+    return isinstance(content, dict) and any(isinstance(v, Tensor) for v in content.values())
 
 
 def _outline(content: Any) -> str:
