@@ -315,6 +315,9 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_cases(["configs/demo/resnet18.yaml"])
     with pytest.raises(BenchmarkError, match="kw_tiny_1x: named twice"):
         load_cases([tiny(tmp_path)] * 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BenchmarkError, match="no GPU"):
+        run_case(case, conditions(device="cuda"))
 
     # Memory that runs out, and an iteration that takes too long, are findings.
     def warm_up_badly(step: object) -> int:

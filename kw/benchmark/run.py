@@ -42,10 +42,12 @@ def run_case(
         a layer, stand in it without figures.
 
     Raises:
-        BenchmarkError: an unknown back end; the only back end asked for cannot do a layer; the
-            static network cannot be measured.
+        BenchmarkError: an unknown back end; no GPU; the only back end asked for cannot do a layer;
+            the static network cannot be measured.
     """
     check_backends(backends)
+    if conditions.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("device is 'cuda', but PyTorch sees no GPU here; use 'cpu'")
     threads = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
     result = Result(

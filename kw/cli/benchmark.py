@@ -19,7 +19,7 @@ from ..benchmark.conditions import DTYPES, MODES, BenchmarkError, Conditions
 from ..benchmark.page import describe, render_page, table_of
 from ..benchmark.results import read_results, write_result
 from ..benchmark.run import run_case
-from .tool import ToolParser, device, number, output_folder, precision
+from .tool import ToolParser, number, output_folder, precision
 
 __all__ = ["main"]
 
@@ -62,7 +62,6 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--compile", action="store_true", help="torch.compile, static network too")
     how.add_argument(
         "--device",
-        type=device,
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one",
