@@ -51,15 +51,10 @@ class AuthorsFileError(UserError):
 
 @dataclass(frozen=True)
 class Family:
-    """How one of their backbones names its modules.
+    """How one of their backbones names its modules."""
 
-    Attributes:
-        models: regular expression of timm's names of the networks that it fits.
-        rules: ``(pattern, replacement)`` pairs for :func:`re.sub`, applied in order to the
-            start of every key.
-    """
-
-    models: str
+    models: str  # regular expression of timm's names of the networks that it fits
+    # (pattern, replacement) pairs for re.sub, applied in order to the start of every key
     rules: Rules
 
     def fits(self, model: str) -> bool:
@@ -119,17 +114,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a released file holds.
+    """What a released file holds."""
 
-    Attributes:
-        model: the network's state by their names, ``None`` where only an average is there.
-        average: the state of its moving average, where there is one.
-        epoch: epochs trained, where the file says so.
-    """
-
+    # the network's state by their names, None where only an average is there
     model: dict[str, Tensor] | None
-    average: dict[str, Tensor] | None
-    epoch: int | None
+    average: dict[str, Tensor] | None  # the state of its moving average, where there is one
+    epoch: int | None  # epochs trained, where the file says so
 
 
 def read_authors_file(path: str | Path) -> Weights:

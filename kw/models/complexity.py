@@ -33,42 +33,26 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class WarehouseSize:
-    """One warehouse of a network.
+    """One warehouse of a network."""
 
-    Attributes:
-        name: its name in the model.
-        cells: number of cells n.
-        cell_shape: ``[c_out, c_in, *kernel]`` of a cell.
-        mixtures: mixtures m of all its layers together: ``cells / mixtures`` is the budget b.
-        layers: names of its layers, in the order in which they take their own cells.
-    """
-
-    name: str
-    cells: int
-    cell_shape: list[int]
-    mixtures: int
-    layers: list[str]
+    name: str  # its name in the model
+    cells: int  # number of cells n
+    cell_shape: list[int]  # [c_out, c_in, *kernel] of a cell
+    mixtures: int  # mixtures m of all its layers together: cells / mixtures is the budget b
+    layers: list[str]  # names of its layers, in the order in which they take their own cells
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """Costs of a network, exact.
+    """Costs of a network, exact."""
 
-    Attributes:
-        params: parameters; a shared cell counts once.
-        macs_static: multiply-adds an image, every dynamic layer counted as its static counterpart.
-        macs_assembly: multiply-adds an image of assembling the kernels.
-        macs_attention: multiply-adds an image of the attention branches.
-        kernel_bytes: memory of the kernels assembled for an image, in bytes of float32.
-        warehouses: in their order in the model; none in a static network.
-    """
-
-    params: int
+    params: int  # parameters; a shared cell counts once
+    # multiply-adds an image, every dynamic layer counted as its static counterpart
     macs_static: int
-    macs_assembly: int
-    macs_attention: int
-    kernel_bytes: int
-    warehouses: list[WarehouseSize]
+    macs_assembly: int  # multiply-adds an image of assembling the kernels
+    macs_attention: int  # multiply-adds an image of the attention branches
+    kernel_bytes: int  # memory of the kernels assembled for an image, in bytes of float32
+    warehouses: list[WarehouseSize]  # in their order in the model; none in a static network
 
 
 def analyze(config: Config) -> Complexity:

@@ -23,15 +23,10 @@ _Depth = TypeVar("_Depth", int, "Place")
 
 
 class Place(NamedTuple):
-    """A place in a network; places compare by depth.
+    """A place in a network; places compare by depth."""
 
-    Attributes:
-        stage: 0 for the stem, then 1, 2, ...; one more than the last for what follows all stages.
-        block: block of the stage, from 0.
-    """
-
-    stage: int
-    block: int
+    stage: int  # 0 for the stem, then 1, 2, ...; one more than the last for what follows all stages
+    block: int  # block of the stage, from 0
 
 
 def parameter_places(network: nn.Module) -> dict[str, Place]:
