@@ -51,10 +51,6 @@ class Admission:
             lambda: _describe(problem),
         )
 
-    def clear(self) -> None:
-        """Forget all outcomes."""
-        self._trials.clear()
-
 
 def bucket(count: int) -> int:
     """The next power of two."""

@@ -10,8 +10,7 @@ Legend: B samples, m mixtures, n cells (the null cell not counted).
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from types import ModuleType
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from ...torch_private import is_traced
 from .device import current_gpu
 from .trials import Trials, attempt, difference, fault, tolerance
-from .triton_launch import interpreted
+from .triton_launch import interpreted, kernel_module
 
 __all__ = ["EPS", "annealed", "contrasting", "fused_coefficients", "is_fused", "trials"]
 
@@ -187,7 +186,7 @@ def launch(
     alpha = logits.new_empty(cells, batch, mixtures, dtype=dtype)
     kept = None if temperature is None else logits.new_empty(())
     per_program, columns = _sizes(width)
-    kernels: Any = _kernels()
+    kernels = _kernels()
     with torch.cuda.device_of(logits):
         kernels.coefficients[(-(-rows // per_program),)](
             logits, one_hot, temperature, alpha, kept, rows, mixtures, cells,
@@ -204,7 +203,7 @@ def launch_gradient(grad: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor
         grad = grad.contiguous()
     into = torch.empty_like(logits)
     per_program, columns = _sizes(width)
-    kernels: Any = _kernels()
+    kernels = _kernels()
     with torch.cuda.device_of(logits):
         kernels.coefficients_gradient[(-(-rows // per_program),)](
             grad, logits, kept, into, rows, width - 1, grad.stride(1), grad.stride(2),
@@ -219,13 +218,9 @@ def _sizes(width: int) -> tuple[int, int]:
     return max(min(_TILE // columns, 64), 1), columns
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | str:
+@cache
+def _kernels() -> Any:
     """The kernels or, as text, why there are none."""
     if os.environ.get("KW_FUSED_ATTENTION") == "0":
         return "KW_FUSED_ATTENTION is 0"
-    try:
-        from . import triton_coefficients
-    except ImportError as error:
-        return str(error)
-    return triton_coefficients
+    return kernel_module("triton_coefficients")

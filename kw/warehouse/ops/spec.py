@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from ..partition import Partition
 
 __all__ = ["ConvSpec"]
@@ -66,6 +69,11 @@ class ConvSpec:
                 f"with padding {self.padding}"
             )
         return out
+
+    def conv(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        """torch's convolution of all samples with one kernel, in so many groups."""
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        return conv(x, kernel, None, self.stride, self.padding, self.dilation, groups)
 
     def encode(self) -> list[int]:
         """The spec as integers, the form in which it passes through ``torch.library``."""

@@ -24,7 +24,9 @@ from .triton_launch import (
     pad,
     pad_axes,
     shift,
+    taps_of,
     transposed_axes,
+    written_positions,
 )
 from .triton_tiles import OnChipTiles, tiles_on_chip
 
@@ -162,15 +164,13 @@ def _launch(
     x_space = pad(tuple(x_inner), 0)
     begin = zip(axes, windows, x_space, strict=True)
     x = shift(x, sum((axis.start - window.low) * s for axis, window, s in begin))
-    batch, y_b, y_c, *y_inner = len(y), *y.stride()
-    y_space = pad(tuple(y_inner), 0)
-    y = shift(y, sum(axis.write_start * s for axis, s in zip(axes, y_space, strict=True)))
+    batch, y_b, y_c, *_ = len(y), *y.stride()
+    start, y_space = written_positions(y, axes)
+    y = shift(y, start)
 
     # Kernel positions are mixtures, or lie inside of a cell.
     inside = math.prod(part.cell_kernel) > 1
-    kernel = pad(part.kernel, 1)
-    per_tap = [math.prod(kernel[i + 1 :]) for i in range(AXES)]
-    first = sum(axis.first * s for axis, s in zip(axes, per_tap, strict=True))
+    first, taps = taps_of(spec, axes, 1)
     c_tap = part.cell_in if inside else 0
     a_tap = 0 if inside else part.grid[1] * part.grid[2] * alpha.stride(1)
 
@@ -181,11 +181,11 @@ def _launch(
         *(axis.step * s for axis, s in zip(axes, x_space, strict=True)),
         *(axis.hop * s for axis, s in zip(axes, x_space, strict=True)),
         y_b, y_c,
-        *(axis.write_step * s for axis, s in zip(axes, y_space, strict=True)),
+        *y_space,
         columns.stride(0), written.stride, read.stride,
-        *(axis.every * s * c_tap for axis, s in zip(axes, per_tap, strict=True)),
+        *(tap * c_tap for tap in taps),
         alpha.stride(0), written.mixture * alpha.stride(1), read.mixture * alpha.stride(1),
-        *(axis.every * s * a_tap for axis, s in zip(axes, per_tap, strict=True)),
+        *(tap * a_tap for tap in taps),
         batch, *(axis.count for axis in axes),
         *(axis.taps for axis in axes),
         INSIDE=inside, N_BLOCK=written.width, K_BLOCK=read.width, K_BLOCKS=read.blocks,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .spec import ConvSpec
 
-__all__ = ["Tap", "fold", "gather", "scatter", "tap_slices", "unfold"]
+__all__ = ["Tap", "fold", "gather", "scatter", "tap_slices", "unfold", "wide"]
 
 Tap = tuple[tuple[slice, ...], tuple[slice, ...]]
 """Output positions that a tap serves, and the input positions that it reads for them."""
@@ -78,7 +78,7 @@ def scatter(windows: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
 
     ``[B, K, *output size, C]`` -> ``[B, *size, C]``.
     """
-    x = windows.new_zeros(len(windows), *size, windows.shape[-1], dtype=_wide(windows))
+    x = windows.new_zeros(len(windows), *size, windows.shape[-1], dtype=wide(windows))
     for k, tap in enumerate(tap_slices(spec, size)):
         if tap is not None:
             x[_batched(tap[1])] += windows[:, k][_batched(tap[0])]
@@ -91,7 +91,7 @@ def fold(products: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
     ``[B, *size, K, C]`` -> ``[B, *output size, C]``.
     """
     shape = (len(products), *spec.output_size(size), products.shape[-1])
-    y = products.new_zeros(shape, dtype=_wide(products))
+    y = products.new_zeros(shape, dtype=wide(products))
     for k, tap in enumerate(tap_slices(spec, size)):
         if tap is not None:
             y[_batched(tap[0])] += products[..., k, :][_batched(tap[1])]
@@ -112,5 +112,6 @@ def _batched(positions: tuple[slice, ...]) -> tuple[slice, ...]:
     return (slice(None), *positions)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The type of sums: float32, or the tensor's where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
