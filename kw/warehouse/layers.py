@@ -59,6 +59,8 @@ class KWLayer(nn.Module):
     warehouse: Warehouse
     attention: Any
     """:class:`KernelAttention`, or what another method has in its place."""
+    spec: ConvSpec
+    """Partition, stride, padding, dilation and groups, for the back ends."""
 
     def __init__(
         self,
@@ -131,6 +133,10 @@ class KWLayer(nn.Module):
         nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         keep_kernels(self.warehouse, [self.attention], [kernel])
 
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Take over the bias of the static layer that this one replaces."""
+        self.bias = bias
+
     def reset_parameters(self) -> None:
         """Zero bias; attention and warehouse have ``reset_parameters`` of their own."""
         if self.bias is not None:
@@ -143,14 +149,19 @@ class KWLayer(nn.Module):
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
-        if backend != "auto" and not self.is_mixture:
+        self.check_backend(backend)
+        self.backend = backend
+
+    def check_backend(self, backend: str) -> None:
+        """Refuse what :meth:`set_backend` refuses."""
+        if backend == "auto":
+            return
+        if not self.is_mixture:
             raise ValueError(
                 f"layer {self.shape.name!r} is a {type(self).__name__}, which has one way to "
                 f"compute: back end {backend!r} cannot do it; set 'auto'"
             )
-        if backend != "auto":
-            check_backend(backend, self.spec, self.warehouse.cells)
-        self.backend = backend
+        check_backend(backend, self.spec, self.warehouse.cells)
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """The cells in a type of 16 bit, one copy for all layers of the warehouse in a pass."""
@@ -168,11 +179,6 @@ class KWLayer(nn.Module):
             "torch.compile and torch.export take it, and so does torch.jit.trace; 'kw export' "
             "writes files"
         )
-
-    @property
-    def spec(self) -> ConvSpec:
-        """Partition, stride, padding, dilation and groups, for the back ends."""
-        raise NotImplementedError
 
     @property
     def assembly_macs(self) -> int:
@@ -240,13 +246,9 @@ class KWConvNd(KWLayer):
         self.kernel_size, self.stride, self.dilation = kernel, strides, dilations
         self.padding, self.padding_mode, self.groups = padding, padding_mode, groups
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
-        self._spec = ConvSpec(
+        self.spec = ConvSpec(
             self.partition, strides, tuple(low for low, _ in sides), dilations, groups
         )
-
-    @property
-    def spec(self) -> ConvSpec:
-        return self._spec
 
     def _per_axis(self, size: Size) -> tuple[int, ...]:
         sizes = (size,) * self.dims if isinstance(size, int) else tuple(size)
@@ -282,15 +284,16 @@ class KWConvNd(KWLayer):
             return self.as_leaf(input)
         x = input  # named as torch's layers name it
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
-        y = self.convolve(x, alpha)
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+        return self.add_bias(self.convolve(x, alpha))
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """``[B, O, *space]`` with the bias, if there is one."""
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
 
     def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
         """The convolution with coefficients ``[B, m, n]``, without the bias."""
         cells = self.warehouse.cells
-        return dynamic_conv(self.pad(x), alpha, cells, self._spec, self.backend, self.rounded)
+        return dynamic_conv(self.pad(x), alpha, cells, self.spec, self.backend, self.rounded)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The attention's input: the input averaged over positions, ``[B, I]``.
@@ -356,10 +359,7 @@ class KWLinear(KWLayer):
         shape = KernelShape(out_features, in_features, (1,), 1, name)
         super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-
-    @property
-    def spec(self) -> ConvSpec:
-        return ConvSpec(self.partition, (1,), (0,), (1,))
+        self.spec = ConvSpec(self.partition, (1,), (0,), (1,))
 
     def forward(self, input: Tensor) -> Tensor:
         """``[B, ..., I]`` -> ``[B, ..., O]``; the axes between are tokens, the first is the sample.
