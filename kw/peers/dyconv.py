@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -32,21 +31,14 @@ class SqueezeSoftmax(MixtureAttention):
         shape: the layer's kernel.
         kernels: number K of kernels.
         reduction: ``h = max(int(I * reduction), 1)`` hidden units.
+        **place: device and dtype.
     """
 
-    def __init__(
-        self,
-        shape: KernelShape,
-        kernels: int,
-        reduction: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
         super().__init__()
         hidden = max(int(shape.in_channels * reduction), 1)
-        self.fc = BranchLinear(shape.in_channels, hidden, device=device, dtype=dtype)
-        self.kernel_fc = BranchLinear(hidden, kernels, device=device, dtype=dtype)
+        self.fc = BranchLinear(shape.in_channels, hidden, **place)
+        self.kernel_fc = BranchLinear(hidden, kernels, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,11 +76,6 @@ class DyConv2d(MixtureConv2d):
         self.bias = nn.Parameter(bias.detach().repeat(self.warehouse.kernels, 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
         if isinstance(input, Proxy):
             return self.as_leaf(input)
         x = input  # named as torch's layers name it
