@@ -23,13 +23,7 @@ __all__ = ["CondConv2d", "CondLinear"]
 
 
 class Routing(MixtureAttention):
-    """Gates of K kernels from a pooled input, one linear map.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels ("experts").
-        **place: device and dtype.
-    """
+    """Gates of K kernels ("experts") from a pooled input, one linear map."""
 
     has_temperature = False
 

@@ -29,24 +29,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
 from ..registry import PEERS
 from ..warehouse import KWLayer
-from ..warehouse.conversion import (
-    Conversion,
-    KeptWarehouse,
-    count_parameters,
-    guard_saving,
-)
+from ..warehouse.conversion import KeptWarehouse
 from ..warehouse.convertible import (
     arguments_of,
-    kernel_layers,
+    check_network,
     kernel_shape,
-    refuse_quantizable,
+    replace_layers,
     shared_places,
     succeed,
 )
@@ -120,9 +114,7 @@ def convert(
         ValueError: an unknown method, start or setting; no layer to convert; a layer that cannot
             be converted or is used twice in the network; a model that is converted already.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
-    refuse_quantizable(model)
+    check_network(model)
     if method not in PEERS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), PEERS)}")
     if start not in STARTS:
@@ -152,7 +144,6 @@ def convert(
         made = _sharing(names, candidates, chosen, method, settings, layers is not None)
     else:
         made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
-    before = count_parameters(model)
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
@@ -160,18 +151,11 @@ def convert(
             kept = layer.keep(weight)
         cells = len(layer.warehouse.cells)
         outcome[name] = KeptWarehouse(1, layer.partition.mixtures, cells, kept)
-    static = tuple(name for name in kernel_layers(model) if name not in made)
-    for name, layer in made.items():
-        model.set_submodule(name, layer)
-    guard_saving(model)
-    if announce:
-        after = count_parameters(model)
-        meta = any(parameter.is_meta for parameter in model.parameters())
-        say(str(Conversion(type(model).__name__, before, after, outcome, static, method, meta)))
-        parts = {name: each.kept for name, each in outcome.items()}
-        if any(part is not None and part < 1 for part in parts.values()):
-            shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
-            say(f"kept of every layer's kernel: {shares}")
+    replace_layers(model, made, outcome, announce, method)
+    parts = {name: each.kept for name, each in outcome.items()}
+    if announce and any(part is not None and part < 1 for part in parts.values()):
+        shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
+        say(f"kept of every layer's kernel: {shares}")
     return model
 
 

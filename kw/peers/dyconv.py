@@ -25,14 +25,7 @@ __all__ = ["DyConv2d"]
 
 
 class SqueezeSoftmax(MixtureAttention):
-    """Coefficients of K kernels that compete.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels.
-        reduction: ``h = max(int(I * reduction), 1)`` hidden units.
-        **place: device and dtype.
-    """
+    """Coefficients of K kernels that compete; ``max(int(I * reduction), 1)`` hidden units."""
 
     def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
         super().__init__()

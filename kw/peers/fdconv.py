@@ -55,14 +55,7 @@ __all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
 
 
 class KernelModulation(AxisAttention):
-    """Kernel spatial modulation, and the factors of the groups of frequencies.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number n of groups.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units of the global branch.
-        **place: device and dtype.
-    """
+    """Kernel spatial modulation, and the factors of the n groups of frequencies."""
 
     has_temperature = False
     divides = True

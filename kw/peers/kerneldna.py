@@ -45,13 +45,7 @@ _LEAST = 0.02
 
 
 class Adapter(AxisAttention):
-    """A child's adapter: factors of its input channels and filters, and those of positions.
-
-    Args:
-        shape: the layer's kernel.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units.
-        **place: device and dtype.
-    """
+    """A child's adapter: factors of its input channels and filters, and those of positions."""
 
     has_temperature = False
 
@@ -74,13 +68,8 @@ class Adapter(AxisAttention):
 
     @torch.no_grad()
     def hold_factors(self, channel: Tensor, filters: Tensor, spatial: Tensor) -> None:
-        """Give the same factors for every input.
-
-        Args:
-            channel: ``[I]``, in (0, 2).
-            filters: ``[O]``, in (0, 2); 1 in a depthwise layer.
-            spatial: ``[k, k]``.
-        """
+        """Give the same factors ``[I]``, ``[O]``, ``[k, k]`` for every input; those of channels and
+        filters in (0, 2)."""
         for head, factors in ((self.channel_fc, channel), (self.filter_fc, filters)):
             if head is not None:
                 silence(head)

@@ -72,8 +72,8 @@ def scaled(x: Tensor, factors: Tensor | None) -> Tensor:
 class MixtureAttention(nn.Module):
     """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
 
-    Subclasses take the layer's kernel, the number of kernels and settings of their own, and define
-    :meth:`attend`.
+    Subclasses take the layer's kernel as ``shape``, the number of kernels as ``kernels``, settings
+    of their own, and device and dtype as keywords, and define :meth:`attend`.
     """
 
     has_temperature: ClassVar[bool] = True
@@ -126,12 +126,7 @@ class Attentions(NamedTuple):
 
 class AxisAttention(MixtureAttention):
     """A branch with factors of input channels and filters among others: linear maps of
-    ``h = relu(BatchNorm(fc(g)))``, g the pooled input.
-
-    Args:
-        shape: the layer's kernel.
-        reduction: ``h`` has ``max(int(I * reduction), 16)`` units.
-        **place: device and dtype.
+    ``h = relu(BatchNorm(fc(g)))``, g the pooled input; h has ``max(int(I * reduction), 16)`` units.
     """
 
     def __init__(self, shape: KernelShape, reduction: float, **place: Any) -> None:

@@ -41,12 +41,6 @@ class OmniAttention(AxisAttention):
     mixture at position s has ``a_s[s] * a_k[k]`` for the cells of its own position and zero for all
     others. Scaling the assembled kernels instead would keep all samples' kernels twice for the
     backward pass.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units.
-        **place: device and dtype.
     """
 
     by_position = True

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..errors import say
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
+from .conversion import KeptWarehouse, thawed
 from .convertible import (
+    check_network,
     dynamic_layer,
     kernel_layers,
     kernel_shape,
-    refuse_quantizable,
+    replace_layers,
     shared_places,
 )
 from .layers import KWLayer
@@ -88,10 +89,7 @@ def convert(
             keep static kernels; weights that are shared or not finite; batches that the model does
             not take. The message names layer, warehouse and remedy.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
-    refuse_quantizable(model)
-    before = count_parameters(model)
+    check_network(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
     elif example_input is not None:
@@ -140,26 +138,17 @@ def convert(
         for name, module in group.layers
         if not module.get_parameter("weight").requires_grad
     ]
-    static = tuple(name for name in kernel_layers(model) if name not in layers)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    conversion = replace_layers(model, layers, outcome, announce)
     if present is None:
         model.warehouses = warehouses  # type: ignore[assignment]  # an index, not a module
         model.register_load_state_dict_pre_hook(accept_earlier_names)
     else:
         present.update(warehouses)
         warehouses = present
-    guard_saving(model)
-    after = count_parameters(model)
     warehouses.plans = (*warehouses.plans, resolved.to_mapping())
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    warehouses.conversion = Conversion(
-        type(model).__name__, before, after, outcome, static, meta=meta
-    )
-    if announce:
-        say(str(warehouses.conversion))
-        if frozen:
-            say(thawed(frozen))
+    warehouses.conversion = conversion
+    if announce and frozen:
+        say(thawed(frozen))
     return model
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..errors import say
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
 from .same import KWConv2dSame
@@ -17,11 +19,12 @@ from .warehouse import Warehouse
 
 __all__ = [
     "arguments_of",
+    "check_network",
     "dynamic_layer",
     "kernel_layers",
     "kernel_shape",
-    "refuse_quantizable",
     "register_convertible",
+    "replace_layers",
     "shared_places",
     "succeed",
     "why_static",
@@ -117,12 +120,15 @@ def shared_places(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def refuse_quantizable(model: nn.Module) -> None:
-    """Refuse networks that are written for quantisation in eager mode, before and after it.
+def check_network(model: nn.Module) -> None:
+    """Refuse networks that cannot be converted now, or at all.
 
     Raises:
-        ValueError: the network has a stub or a layer of ``torch.ao``.
+        ValueError: under ``torch.inference_mode``, or the network is written for quantisation in
+            eager mode: it has a stub or a layer of ``torch.ao``.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
             raise ValueError(
@@ -190,6 +196,27 @@ def succeed(module: nn.Module, layer: KWLayer) -> None:
             setattr(layer, attribute, value)
     layer._is_full_backward_hook = module._is_full_backward_hook
     layer.train(module.training)
+
+
+def replace_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    warehouses: dict[str, KeptWarehouse],
+    announce: bool,
+    method: str | None = None,
+) -> Conversion:
+    """Put layers in the place of those with their names, and say what the conversion did."""
+    before = count_parameters(model)
+    static = tuple(name for name in kernel_layers(model) if name not in layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    guard_saving(model)
+    after, meta = count_parameters(model), any(p.is_meta for p in model.parameters())
+    kind = type(model).__name__
+    conversion = Conversion(kind, before, after, warehouses, static, method, meta)
+    if announce:
+        say(str(conversion))
+    return conversion
 
 
 def _qualified(kind: type) -> str:

@@ -36,13 +36,8 @@ def contrasting(logits: Tensor) -> Tensor:
 
 
 def annealed(alpha: Tensor, one_hot: Tensor | None, temperature: Tensor | None) -> Tensor:
-    """``(1 - tau) * alpha + tau * beta``; without a temperature ``alpha`` as it is.
-
-    Args:
-        alpha: ``[B, m, n]``.
-        one_hot: beta, ``[m, n]``.
-        temperature: scalar tau.
-    """
+    """``(1 - tau) * alpha + tau * beta``, alpha ``[B, m, n]``, beta ``[m, n]``; without a
+    temperature alpha as it is."""
     if temperature is None or one_hot is None:
         return alpha
     # A copy, since the buffer may change before the backward pass reads it.
@@ -134,17 +129,9 @@ def deviations(
 def fused_coefficients(
     logits: Tensor, one_hot: Tensor | None, temperature: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """:func:`contrasting` without the null cell, then :func:`annealed`, one launch a pass.
-
-    Args:
-        logits: ``[B, m, n + 1]``, float32, contiguous.
-        one_hot: beta, ``[m, n]``.
-        temperature: scalar tau.
-        dtype: of the result.
-
-    Returns:
-        ``[B, m, n]``, which lies in memory as ``[n, B, m]``.
-    """
+    """:func:`contrasting` without the null cell, then :func:`annealed`, one launch a pass: of
+    logits ``[B, m, n + 1]``, float32 and contiguous. The result ``[B, m, n]`` lies in memory as
+    ``[n, B, m]``."""
     if temperature is None or one_hot is None:
         one_hot = temperature = None
     else:

@@ -16,16 +16,7 @@ __all__ = ["assemble_reference", "conv_reference"]
 
 
 def assemble_reference(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    """One sample's kernel from its coefficients.
-
-    Args:
-        alpha: ``[m, n]``.
-        cells: ``[n, cell]``.
-        spec: the layer.
-
-    Returns:
-        ``[O, I / g, k_1 .. k_d]``.
-    """
+    """One sample's kernel ``[O, I / g, k_1 .. k_d]`` from its coefficients ``[m, n]``."""
     part = spec.partition
     cells = cells.view(-1, part.cell_out, part.cell_in, *part.cell_kernel)  # [n, c_out, c_in, ck..]
     kernel = cells.new_zeros(part.kernel_shape)
