@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
@@ -68,10 +67,7 @@ class DyConv2d(MixtureConv2d):
         """Give every kernel a bias ``b_k`` of its own, ``[K, O]``, that starts as the given one."""
         self.bias = nn.Parameter(bias.detach().repeat(self.warehouse.kernels, 1))
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         pi = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, pi)
         if self.bias is None:

@@ -169,8 +169,7 @@ class FDConv2d(MixtureConv2d):
                 "static by 'layers'"
             ) from None
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x)
         found = self.attention(pooled, None)
         if self.bands is not None:

@@ -150,8 +150,7 @@ class DNAConv2d(KWConv2d):
             )
         super().__init__(*args, warehouse=warehouse, **kwargs)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         kernel = self.warehouse.cells.view(self.partition.kernel_shape)
         filters = None
         if isinstance(self.attention, Adapter):

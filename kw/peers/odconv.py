@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
@@ -92,10 +91,7 @@ class ODConv2d(MixtureConv2d):
     branch = OmniAttention
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         found = self.attention(self.pooled(x), self.warehouse.temperature)
         x, alpha = scaled(x, found.channel), found.alpha
         y = self.convolve(x, alpha) if alpha.shape[2] > 1 else self._convolve_alike(x)

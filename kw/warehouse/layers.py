@@ -167,11 +167,26 @@ class KWLayer(nn.Module):
         """The cells in a type of 16 bit, one copy for all layers of the warehouse in a pass."""
         return self.warehouse.rounded(dtype, id(self))
 
-    def as_leaf(self, x: Proxy) -> Any:
-        """The layer as one node of a graph that ``torch.fx`` traces symbolically, like a layer of
-        torch: what it does inside depends on the sizes of its input."""
-        tracer: Any = x.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+    def forward(self, input: Tensor) -> Tensor:  # named as torch's layers name it
+        """``[B, I, *space]`` -> ``[B, O, *space']``; of a linear layer ``[B, ..., I]`` ->
+        ``[B, ..., O]``, where the axes between are tokens.
+
+        Raises:
+            ValueError: an input without a batch axis: kernels belong to samples.
+        """
+        if isinstance(input, Proxy):
+            # One node of a graph that torch.fx traces symbolically, like a layer of torch: what it
+            # does inside depends on the sizes of its input.
+            tracer: Any = input.tracer
+            node: Any = tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (input,), {}
+            )
+            return node
+        return self.compute(input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of a tensor."""
+        raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
@@ -274,15 +289,7 @@ class KWConvNd(KWLayer):
             raise ValueError(f"padding {padding!r} is unknown; give sizes, 'same' or 'valid'")
         return [(p, p) for p in self._per_axis(padding)]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, *space]`` -> ``[B, O, *space']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
         return self.add_bias(self.convolve(x, alpha))
 
@@ -361,15 +368,7 @@ class KWLinear(KWLayer):
         self.in_features, self.out_features = in_features, out_features
         self.spec = ConvSpec(self.partition, (1,), (0,), (1,))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, ..., I]`` -> ``[B, ..., O]``; the axes between are tokens, the first is the sample.
-
-        Raises:
-            ValueError: an input without a batch axis: weights belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]

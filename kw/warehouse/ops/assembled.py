@@ -80,7 +80,7 @@ class Assembled(Contraction):
             if needs[0]:
                 kernels = _kernels(alpha[chunk], cells, x, spec, each)
             else:  # only its shape is read
-                kernels = cells.new_empty(1).expand(len(x[chunk]), *part.kernel_shape)
+                kernels = x.new_empty(1).expand(len(x[chunk]), *part.kernel_shape)
             into_x, into_kernels = back(grad[chunk], x[chunk], kernels, spec, mask)
             del kernels
             if into_x is not None:

@@ -90,12 +90,7 @@ class Axis:
 
 def forward_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[Axis]:
     """The convolution from input to output."""
-    part = spec.partition
-    axes = zip(
-        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
-        strict=True,
-    )  # fmt: skip
-    return [Axis(out, n, s, -p, d, k) for out, n, s, p, d, k in axes]
+    return [Axis(out, n, s, -p, d, k) for out, n, s, p, d, k in spec.axes(size)]
 
 
 def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
@@ -104,13 +99,8 @@ def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
     Input position i meets output ``(i + p - k d) / s`` where that is whole. For inputs ``i_0 + j
     s`` these are the taps k of one arithmetic progression.
     """
-    part = spec.partition
-    axes = zip(
-        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
-        strict=True,
-    )  # fmt: skip
     result = []
-    for out, n, s, p, d, kernel in axes:
+    for out, n, s, p, d, kernel in spec.axes(size):
         residues = []
         for start in range(min(s, n)):
             taps = [k for k in range(kernel) if (start + p - k * d) % s == 0]

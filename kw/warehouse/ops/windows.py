@@ -31,17 +31,8 @@ def tap_slices(spec: ConvSpec, size: Sequence[int]) -> list[Tap | None]:
 
 @lru_cache(maxsize=4096)
 def _tap_slices(spec: ConvSpec, size: tuple[int, ...]) -> list[Tap | None]:
-    axes = zip(
-        spec.partition.kernel,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        size,
-        spec.output_size(size),
-        strict=True,
-    )
     per_axis: list[list[tuple[slice, slice] | None]] = []
-    for kernel, stride, padding, dilation, inputs, outputs in axes:
+    for outputs, inputs, stride, padding, dilation, kernel in spec.axes(size):
         taps: list[tuple[slice, slice] | None] = []
         for tap in range(kernel):
             offset = tap * dilation - padding
