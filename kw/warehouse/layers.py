@@ -59,8 +59,6 @@ class KWLayer(nn.Module):
     warehouse: Warehouse
     attention: Any
     """:class:`KernelAttention`, or what another method has in its place."""
-    spec: ConvSpec
-    """Partition, stride, padding, dilation and groups, for the back ends."""
 
     def __init__(
         self,
@@ -178,9 +176,8 @@ class KWLayer(nn.Module):
             # One node of a graph that torch.fx traces symbolically, like a layer of torch: what it
             # does inside depends on the sizes of its input.
             tracer: Any = input.tracer
-            node: Any = tracer.create_proxy(
-                "call_module", tracer.path_of_module(self), (input,), {}
-            )
+            path = tracer.path_of_module(self)
+            node: Any = tracer.create_proxy("call_module", path, (input,), {})
             return node
         return self.compute(input)
 
@@ -194,6 +191,11 @@ class KWLayer(nn.Module):
             "torch.compile and torch.export take it, and so does torch.jit.trace; 'kw export' "
             "writes files"
         )
+
+    @property
+    def spec(self) -> ConvSpec:
+        """Partition, stride, padding, dilation and groups, for the back ends."""
+        raise NotImplementedError
 
     @property
     def assembly_macs(self) -> int:
@@ -261,9 +263,13 @@ class KWConvNd(KWLayer):
         self.kernel_size, self.stride, self.dilation = kernel, strides, dilations
         self.padding, self.padding_mode, self.groups = padding, padding_mode, groups
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
-        self.spec = ConvSpec(
+        self._spec = ConvSpec(
             self.partition, strides, tuple(low for low, _ in sides), dilations, groups
         )
+
+    @property
+    def spec(self) -> ConvSpec:
+        return self._spec
 
     def _per_axis(self, size: Size) -> tuple[int, ...]:
         sizes = (size,) * self.dims if isinstance(size, int) else tuple(size)
@@ -300,7 +306,7 @@ class KWConvNd(KWLayer):
     def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
         """The convolution with coefficients ``[B, m, n]``, without the bias."""
         cells = self.warehouse.cells
-        return dynamic_conv(self.pad(x), alpha, cells, self.spec, self.backend, self.rounded)
+        return dynamic_conv(self.pad(x), alpha, cells, self._spec, self.backend, self.rounded)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The attention's input: the input averaged over positions, ``[B, I]``.
@@ -366,7 +372,10 @@ class KWLinear(KWLayer):
         shape = KernelShape(out_features, in_features, (1,), 1, name)
         super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.spec = ConvSpec(self.partition, (1,), (0,), (1,))
+
+    @property
+    def spec(self) -> ConvSpec:
+        return ConvSpec(self.partition, (1,), (0,), (1,))
 
     def compute(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
