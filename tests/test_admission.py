@@ -13,6 +13,7 @@ from torch import nn
 from kw.warehouse import KWConv2d
 from kw.warehouse.ops import CONTRACTIONS, Cost, selector
 from kw.warehouse.ops import trials as room
+from kw.warehouse.ops.admission import Admission
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.selection import Selector
 from kw.warehouse.ops.trials import DeviceLostError
@@ -92,7 +93,7 @@ FAULTS = {
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     yield
-    selector.admission.clear()
+    selector.admission = Admission(CONTRACTIONS["assembled"])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])

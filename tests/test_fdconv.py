@@ -275,6 +275,8 @@ def test_what_other_layers_take_is_refused():
     layer = build("3x3")
     with pytest.raises(ValueError, match=r"FDConv2d, which has one way.*set 'auto'"):
         layer.set_backend("bmm")
+    with pytest.raises(ValueError, match=r"FDConv2d, which has one way.*set 'auto'"):
+        kw.warehouse.set_backend(nn.Sequential(layer), "bmm")
     with pytest.raises(ValueError, match="temperature could be set"):
         kw.set_temperature(layer, 0)
     with pytest.raises(ValueError, match="FDConv2d takes"):

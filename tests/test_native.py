@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import subprocess
 import tempfile
@@ -280,23 +279,6 @@ def test_library_is_compiled_once(fresh, backend, monkeypatch):
     monkeypatch.setattr(compiled, "_loaded", None)
     compiled.library()
     assert [p.stat().st_mtime_ns for p in fresh.iterdir()] == [written]
-
-
-def test_one_process_of_a_machine_compiles(fresh, backend, tmp_path, monkeypatch):
-    """The others wait for it, as the processes of a run that start together do."""
-    calls, wrapper = tmp_path / "calls", tmp_path / "wrapper"
-    command = " ".join(compiled.compiler())
-    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {command} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("CXX", str(wrapper))
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=compiled._load) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sum("native.cpp" in call for call in calls.read_text().splitlines()) == 1
 
 
 def test_openmp_runtime_is_the_one_torch_brought(backend):

@@ -263,7 +263,7 @@ def test_feature_extractors() -> None:
     assert all(warehouse.cells.grad is not None for warehouse in find_warehouses(traced))
 
 
-@pytest.mark.parametrize("method", ["dyconv", "odconv"])
+@pytest.mark.parametrize("method", ["dyconv", "odconv", "fdconv", "kerneldna"])
 def test_peers_are_traced_too(method: str) -> None:
     model = kw.peers.convert(network("shufflenet_v2_x0_5"), method, announce=False).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -17,7 +17,8 @@ from ..torch_private import is_traced
 from ..warehouse.ops import ConvSpec, is_exporting
 from ..warehouse.ops.assembly import even_chunks, join
 from ..warehouse.ops.bmm import unfold_taps
-from ..warehouse.ops.function import lies_channels_last
+from ..warehouse.ops.function import differentiable
+from ..warehouse.ops.layout import lies_channels_last
 from ..warehouse.ops.library import (
     convolve,
     convolve_backward,
@@ -145,13 +146,12 @@ class _Convolution(torch.autograd.Function):
             ]
             return *zeros, None, None
         if torch.is_grad_enabled():  # for gradients of gradients
-            # Aliases: only this function's own gradient counts.
-            aliases: list[Any] = [None if t is None else t.view_as(t) for t in everything]
-            wanted = [t for t, n in zip(aliases, needs[:7], strict=True) if n]
-            kernels = assemble(Operands(*aliases[1:]), group, spec).to(x.dtype)
-            y = _convolve_grouped(aliases[0], kernels, spec)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if n else None for n in needs[:7]), None, None
+
+            def compute(x: Tensor, *given: Any) -> Tensor:
+                kernels = assemble(Operands(*given), group, spec).to(x.dtype)
+                return _convolve_grouped(x, kernels, spec)
+
+            return *differentiable(compute, everything, needs[:7], grad), None, None
         back = convolve_each_backward if _by_sample(x, spec) else convolve_backward
         into_x = []
         shared: list[Any] = [None] * len(operands)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape, KWLinear
@@ -24,26 +23,14 @@ __all__ = ["CondConv2d", "CondLinear"]
 
 
 class Routing(MixtureAttention):
-    """Gates of K kernels from a pooled input, one linear map.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels ("experts").
-    """
+    """Gates of K kernels ("experts") from a pooled input, one linear map."""
 
     has_temperature = False
 
-    def __init__(
-        self,
-        shape: KernelShape,
-        kernels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, shape: KernelShape, kernels: int, **place: Any) -> None:
         super().__init__()
         # nn.Linear's own initialisation: all gates start near one half.
-        self.fc = nn.Linear(shape.in_channels, kernels, device=device, dtype=dtype)
+        self.fc = nn.Linear(shape.in_channels, kernels, **place)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
         """``[B, I]`` -> ``[B, 1, K]``."""
@@ -83,17 +70,3 @@ class CondLinear(MixtureLayer, KWLinear):
 
     branch = Routing
     defaults = CondConv2d.defaults
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        name: str = "layer",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> None:
-        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, bias, **place, **self.complete(settings))

@@ -29,20 +29,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
 from ..registry import PEERS
-from ..warehouse import KernelShape, KWLayer
-from ..warehouse.conversion import (
-    Conversion,
-    KeptWarehouse,
-    count_parameters,
-    guard_saving,
+from ..warehouse import KWLayer
+from ..warehouse.conversion import KeptWarehouse
+from ..warehouse.convertible import (
+    arguments_of,
+    check_network,
+    kernel_shape,
+    replace_layers,
+    shared_places,
+    succeed,
 )
-from ..warehouse.convertible import arguments_of, has_kernel, refuse_quantizable, succeed
 from ..warehouse.plan import nearest
 from ..warehouse.warehouse import STARTS
 from .condconv import CondConv2d, CondLinear
@@ -113,9 +114,7 @@ def convert(
         ValueError: an unknown method, start or setting; no layer to convert; a layer that cannot
             be converted or is used twice in the network; a model that is converted already.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
-    refuse_quantizable(model)
+    check_network(model)
     if method not in PEERS:
         raise ValueError(f"method {method!r} is unknown; {nearest(str(method), PEERS)}")
     if start not in STARTS:
@@ -145,7 +144,6 @@ def convert(
         made = _sharing(names, candidates, chosen, method, settings, layers is not None)
     else:
         made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
-    before = count_parameters(model)
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
@@ -153,18 +151,11 @@ def convert(
             kept = layer.keep(weight)
         cells = len(layer.warehouse.cells)
         outcome[name] = KeptWarehouse(1, layer.partition.mixtures, cells, kept)
-    static = tuple(n for n, m in model.named_modules() if n and has_kernel(m) and n not in made)
-    for name, layer in made.items():
-        model.set_submodule(name, layer)
-    guard_saving(model)
-    if announce:
-        after = count_parameters(model)
-        meta = any(parameter.is_meta for parameter in model.parameters())
-        say(str(Conversion(type(model).__name__, before, after, outcome, static, method, meta)))
-        parts = {name: each.kept for name, each in outcome.items()}
-        if any(part is not None and part < 1 for part in parts.values()):
-            shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
-            say(f"kept of every layer's kernel: {shares}")
+    replace_layers(model, made, outcome, announce, method)
+    parts = {name: each.kept for name, each in outcome.items()}
+    if announce and any(part is not None and part < 1 for part in parts.values()):
+        shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
+        say(f"kept of every layer's kernel: {shares}")
     return model
 
 
@@ -201,7 +192,8 @@ def _sharing(
     settings = {**method.conv.defaults, **settings}
     for name in names:
         _counterpart(name, candidates, method, title)  # refuses
-    runs = share_kernels([_shape(name, candidates[name]) for name in names], settings["kernels"])
+    shapes = [kernel_shape(name, candidates[name]) for name in names]
+    runs = share_kernels(shapes, settings["kernels"])
     made: dict[str, PeerLayer] = {}
     for run in runs:
         if len(run) == 1:
@@ -228,12 +220,6 @@ def _sharing(
     return {name: made[name] for name in names if name in made}
 
 
-def _shape(name: str, module: nn.Module) -> KernelShape:
-    assert isinstance(module, nn.Conv2d)
-    kernel = tuple(module.kernel_size)
-    return KernelShape(module.out_channels, module.in_channels, kernel, module.groups, name)
-
-
 def _counterpart(name: str, candidates: Layers, method: Method, title: str) -> type[PeerLayer]:
     """The class of the layer that replaces this one.
 
@@ -241,23 +227,10 @@ def _counterpart(name: str, candidates: Layers, method: Method, title: str) -> t
         ValueError: the layer cannot be converted.
     """
     module = candidates[name]
-    own = module._parameters.get("weight")
-    twins = [
-        other
-        for other, m in candidates.items()
-        if other != name
-        and (m is module or (own is not None and m._parameters.get("weight") is own))
-    ]
-    if twins:
-        what = (
-            "is the same module as" if candidates[twins[0]] is module else "shares its weight with"
-        )
-        raise ValueError(
-            f"{title}: layer {name!r} {what} {twins[0]!r}; leave both static by 'layers'"
-        )
-    computed = is_parametrized(module) or not isinstance(
-        module._parameters.get("weight"), nn.Parameter
-    )
+    if how := shared_places(candidates).get(name):
+        raise ValueError(f"{title}: layer {name!r} {how}; leave both static by 'layers'")
+    weight = module._parameters.get("weight")
+    computed = is_parametrized(module) or not isinstance(weight, nn.Parameter)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
     if computed or cls is None:
         known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
@@ -278,8 +251,6 @@ def _dynamic(
     weight = module.get_parameter("weight")
     place = {"name": name, "device": weight.device, "dtype": weight.dtype}
     layer: PeerLayer = make(*arguments_of(module), **settings, **place)
-    if module.bias is not None:
-        layer.take_bias(module.get_parameter("bias"))
     succeed(module, layer)
     return layer
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
@@ -26,27 +24,13 @@ __all__ = ["DyConv2d"]
 
 
 class SqueezeSoftmax(MixtureAttention):
-    """Coefficients of K kernels that compete.
+    """Coefficients of K kernels that compete; ``max(int(I * reduction), 1)`` hidden units."""
 
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels.
-        reduction: ``h = max(int(I * reduction), 1)`` hidden units.
-    """
-
-    def __init__(
-        self,
-        shape: KernelShape,
-        kernels: int,
-        reduction: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
         super().__init__()
         hidden = max(int(shape.in_channels * reduction), 1)
-        self.fc = BranchLinear(shape.in_channels, hidden, device=device, dtype=dtype)
-        self.kernel_fc = BranchLinear(hidden, kernels, device=device, dtype=dtype)
+        self.fc = BranchLinear(shape.in_channels, hidden, **place)
+        self.kernel_fc = BranchLinear(hidden, kernels, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,15 +67,7 @@ class DyConv2d(MixtureConv2d):
         """Give every kernel a bias ``b_k`` of its own, ``[K, O]``, that starts as the given one."""
         self.bias = nn.Parameter(bias.detach().repeat(self.warehouse.kernels, 1))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         pi = self.attention(self.pooled(x), self.warehouse.temperature)
         y = self.convolve(x, pi)
         if self.bias is None:

@@ -38,73 +38,34 @@ The network begins as the static one where it is converted: all factors are 1.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape
-from ..warehouse.attention import BranchLinear, full_precision, normalise
+from ..warehouse.attention import BranchLinear, full_precision
 from ..warehouse.ops.precision import compute_types
+from ..warehouse.start import exact_kernel
 from .assembled import Operands, convolve_assembled
-from .mixture import MixtureAttention, MixtureConv2d, initialise, modulation, silence
+from .mixture import Attentions, AxisAttention, MixtureConv2d, modulation, scaled, silence
 from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
 
 __all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
 
 
-class Modulations(NamedTuple):
-    """The output of :class:`KernelModulation`.
-
-    Attributes:
-        alpha: factors of the groups of frequencies, ``[B, 1, n]``.
-        channel: of the input, ``[B, I]``.
-        filter: of the output, ``[B, O]``, or ``None`` in a depthwise layer.
-        spatial: of the kernel's positions, ``[B, k k]``, or ``None`` in a pointwise layer.
-    """
-
-    alpha: Tensor
-    channel: Tensor
-    filter: Tensor | None
-    spatial: Tensor | None
-
-
-class KernelModulation(MixtureAttention):
-    """Kernel spatial modulation, and the factors of the groups of frequencies.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number n of groups.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units of the global branch.
-    """
+class KernelModulation(AxisAttention):
+    """Kernel spatial modulation, and the factors of the n groups of frequencies."""
 
     has_temperature = False
     divides = True
 
-    def __init__(
-        self,
-        shape: KernelShape,
-        kernels: int,
-        reduction: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels, positions = shape.in_channels, math.prod(shape.kernel)
-        self.groups, self.out_channels = shape.groups, shape.out_channels
-        is_depthwise = shape.groups == channels == shape.out_channels
-        hidden = max(int(channels * reduction), 16)
-        self.fc = BranchLinear(channels, hidden, bias=False, **factory)
-        self.norm = nn.BatchNorm1d(hidden, **factory)
-        self.channel_fc = BranchLinear(hidden, channels, **factory)
-        self.filter_fc = (
-            None if is_depthwise else BranchLinear(hidden, self.out_channels, **factory)
-        )
-        self.spatial_fc = BranchLinear(hidden, positions, **factory) if positions > 1 else None
-        self.kernel_fc = BranchLinear(hidden, kernels, **factory)
-        length = local_length(channels)
+    def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
+        super().__init__(shape, reduction, **place)
+        positions = math.prod(shape.kernel)
+        self.spatial_fc = BranchLinear(self.units, positions, **place) if positions > 1 else None
+        self.kernel_fc = BranchLinear(self.units, kernels, **place)
+        length = local_length(shape.in_channels)
         # A group's channels are convolved by themselves, as its filters read them.
         self.local = nn.Conv1d(
             shape.groups,
@@ -112,32 +73,27 @@ class KernelModulation(MixtureAttention):
             length,
             padding=length // 2,
             groups=shape.groups,
-            **factory,
+            **place,
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights and zero biases of the global branch; the local
         one's are as ``nn.Conv1d`` draws them."""
-        initialise(self.fc, *self._heads())
-        self.norm.reset_parameters()
+        super().reset_parameters()
         self.local.reset_parameters()
 
-    def _heads(self) -> list[nn.Linear]:
-        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
-        return [head for head in heads if head is not None]
-
-    def attend(self, pooled: Tensor, tau: Tensor | None) -> Modulations:
+    def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> the global branch's factors; kernels are assembled with the local one's."""
-        hidden = normalise(self.norm, self.fc(pooled)).relu()
+        hidden = self.hidden(pooled)
         filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
         spatial = None if self.spatial_fc is None else modulation(self.spatial_fc(hidden))
         alpha = modulation(self.kernel_fc(hidden)).unsqueeze(1)
-        return Modulations(alpha, modulation(self.channel_fc(hidden)), filters, spatial)
+        return Attentions(alpha, modulation(self.channel_fc(hidden)), filters, spatial)
 
     def hold(self) -> float:
         """All factors at 1."""
-        silence(self.local, *self._heads())
+        silence(self.local, *self.heads())
         return 1.0
 
 
@@ -197,7 +153,6 @@ class FDConv2d(MixtureConv2d):
         place: dict[str, Any] = {"device": self.warehouse.cells.device}
         out, in_, height, width = self.partition.kernel_shape
         self._matrix = (out * height, in_ * width)
-        self._groups()  # refuses too many of them
         self.register_buffer("group", self._groups().to(**place), persistent=False)
         self.register_load_state_dict_post_hook(_restore_groups)
         self.bands: FrequencyBands | None = None
@@ -214,22 +169,13 @@ class FDConv2d(MixtureConv2d):
                 "static by 'layers'"
             ) from None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x)
         found = self.attention(pooled, None)
         if self.bands is not None:
             x = self.bands(x)
-        x = x * found.channel.to(x.dtype)[..., None, None]
-        y = self._convolve(self.pad(x), pooled, found)
-        if found.filter is not None:
-            y = y * found.filter.to(y.dtype)[..., None, None]
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        y = self._convolve(self.pad(scaled(x, found.channel)), pooled, found)
+        return self.add_bias(scaled(y, found.filter))
 
     @property
     def assembly_macs(self) -> int:
@@ -239,7 +185,7 @@ class FDConv2d(MixtureConv2d):
         each = self.attention.local.kernel_size[0] + 3
         return numel * each + int(1.25 * numel * math.log2(max(numel, 2)))
 
-    def _convolve(self, x: Tensor, pooled: Tensor, found: Modulations) -> Tensor:
+    def _convolve(self, x: Tensor, pooled: Tensor, found: Attentions) -> Tensor:
         x, _ = compute_types(x, self.warehouse.cells)
         with full_precision(pooled):
             cells, local = self.warehouse.cells, self.attention.local
@@ -253,22 +199,8 @@ class FDConv2d(MixtureConv2d):
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
-        """Compute what a static layer with this kernel computes.
-
-        Args:
-            kernel: ``[O, I / g, k, k]``.
-
-        Returns:
-            How much of it is kept: 1.
-
-        Raises:
-            ValueError: the kernel is not finite.
-        """
-        matrix = kernel.detach().to("cpu", torch.float64)
-        if not matrix.isfinite().all():
-            raise ValueError(
-                f"the weight of layer {self.shape.name!r} is not finite: it cannot be kept"
-            )
+        """As :meth:`MixtureLayer.keep`: all factors are 1 at first."""
+        matrix = exact_kernel(kernel, self.shape.name)
         self.attention.hold()
         if self.bands is not None:
             silence(self.bands.conv)

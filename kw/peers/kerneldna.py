@@ -31,13 +31,11 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
-from ..warehouse.attention import BranchLinear, normalise
-from .mixture import MixtureAttention, check_settings, initialise, modulation, silence
-from .odconv import Attentions
+from ..warehouse.start import exact_kernel
+from .mixture import Attentions, AxisAttention, check_settings, modulation, scaled, silence
 
 __all__ = ["Adapter", "DNAConv2d", "SharedKernel", "share_kernels"]
 
@@ -46,58 +44,32 @@ _LEAST = 0.02
 """The smallest factor of a fit: at 0 a sigmoid has no gradient."""
 
 
-class Adapter(MixtureAttention):
-    """A child's adapter: factors of its input channels and filters, and those of positions.
-
-    Args:
-        shape: the layer's kernel.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units.
-    """
+class Adapter(AxisAttention):
+    """A child's adapter: factors of its input channels and filters, and those of positions."""
 
     has_temperature = False
 
-    def __init__(
-        self,
-        shape: KernelShape,
-        reduction: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels, filters = shape.in_channels, shape.out_channels
-        hidden = max(int(channels * reduction), 16)
-        is_depthwise = shape.groups == channels == filters
-        self.fc = BranchLinear(channels, hidden, bias=False, **factory)
-        self.norm = nn.BatchNorm1d(hidden, **factory)
-        self.channel_fc = BranchLinear(hidden, channels, **factory)
-        self.filter_fc = None if is_depthwise else BranchLinear(hidden, filters, **factory)
-        self.spatial = nn.Parameter(torch.empty(shape.kernel, **factory))
+    def __init__(self, shape: KernelShape, reduction: float, **place: Any) -> None:
+        super().__init__(shape, reduction, **place)
+        self.spatial = nn.Parameter(torch.empty(shape.kernel, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases; factors of positions 1."""
-        initialise(self.fc, self.channel_fc, self.filter_fc)
-        self.norm.reset_parameters()
+        super().reset_parameters()
         nn.init.ones_(self.spatial)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> factors of channels and filters."""
-        hidden = normalise(self.norm, self.fc(pooled)).relu()
+        hidden = self.hidden(pooled)
         filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
         alpha = hidden.new_ones(hidden.shape[0], 1, 1)
         return Attentions(alpha, modulation(self.channel_fc(hidden)), filters)
 
     @torch.no_grad()
     def hold_factors(self, channel: Tensor, filters: Tensor, spatial: Tensor) -> None:
-        """Give the same factors for every input.
-
-        Args:
-            channel: ``[I]``, in (0, 2).
-            filters: ``[O]``, in (0, 2); 1 in a depthwise layer.
-            spatial: ``[k, k]``.
-        """
+        """Give the same factors ``[I]``, ``[O]``, ``[k, k]`` for every input; those of channels and
+        filters in (0, 2)."""
         for head, factors in ((self.channel_fc, channel), (self.filter_fc, filters)):
             if head is not None:
                 silence(head)
@@ -146,11 +118,6 @@ class SharedKernel(Warehouse):
         )
         self.temperature = None
 
-    def reset_parameters(self) -> None:
-        """As a static kernel: Kaiming normal, fan out, ReLU."""
-        kernel = self.cells.detach().view(self.partition.layers[0].kernel_shape)
-        nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
-
     def build_attention(self, slot: int) -> nn.Module:
         """The adapter of a child; a parent has none."""
         factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
@@ -183,35 +150,21 @@ class DNAConv2d(KWConv2d):
             )
         super().__init__(*args, warehouse=warehouse, **kwargs)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
-
-        Raises:
-            ValueError: an input without a batch axis: factors belong to samples.
-        """
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         kernel = self.warehouse.cells.view(self.partition.kernel_shape)
-        filters, spec = None, self.spec
+        filters = None
         if isinstance(self.attention, Adapter):
             found = self.attention(self.pooled(x), None)
-            x = x * found.channel.to(x.dtype)[..., None, None]
+            x = scaled(x, found.channel)
             kernel, filters = kernel * self.attention.spatial.to(kernel.dtype), found.filter
-        y = F.conv2d(
-            self.pad(x), kernel, None, spec.stride, spec.padding, spec.dilation, spec.groups
-        )
-        if filters is not None:
-            y = y * filters.to(y.dtype)[..., None, None]
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        y = self.spec.conv(self.pad(x), kernel, self.groups)
+        return self.add_bias(scaled(y, filters))
 
     @property
     def assembly_macs(self) -> int:
         """Multiply-adds of a child's kernel, for all samples together."""
         is_child = isinstance(self.attention, Adapter)
         return math.prod(self.partition.kernel_shape) if is_child else 0
-
-    def take_bias(self, bias: nn.Parameter) -> None:
-        """Take over the bias of the static layer that this one replaces."""
-        self.bias = bias
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
@@ -231,11 +184,7 @@ class DNAConv2d(KWConv2d):
         Raises:
             ValueError: the kernel is not finite.
         """
-        wanted = kernel.detach().to("cpu", torch.float64)
-        if not wanted.isfinite().all():
-            raise ValueError(
-                f"the weight of layer {self.shape.name!r} is not finite: it cannot be kept"
-            )
+        wanted = exact_kernel(kernel, self.shape.name)
         cells = self.warehouse.cells
         if not isinstance(self.attention, Adapter):
             cells.copy_(wanted.view(1, -1))

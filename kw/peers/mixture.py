@@ -20,18 +20,20 @@ Legend: B samples, I, O input and output channels, g groups, K kernels, S positi
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape, KWConv2d, KWLayer, Warehouse, WarehouseSettings
-from ..warehouse.attention import full_precision
-from ..warehouse.layers import Size
+from ..warehouse.attention import BranchLinear, full_precision, normalise
 from ..warehouse.plan import nearest
 from ..warehouse.start import kernel_blocks
 
 __all__ = [
+    "Attentions",
+    "AxisAttention",
     "MixtureAttention",
     "MixtureConv2d",
     "MixtureLayer",
@@ -40,6 +42,7 @@ __all__ = [
     "initialise",
     "logit_scale",
     "modulation",
+    "scaled",
     "silence",
 ]
 
@@ -61,11 +64,16 @@ def modulation(logits: Tensor) -> Tensor:
     return 2 * logits.sigmoid()
 
 
+def scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    """Images ``[B, C, H, W]`` times factors ``[B, C]`` of their channels, if there are any."""
+    return x if factors is None else x * factors.to(x.dtype)[..., None, None]
+
+
 class MixtureAttention(nn.Module):
     """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
 
-    Subclasses take the layer's kernel, the number of kernels and settings of their own, and define
-    :meth:`attend`.
+    Subclasses take the layer's kernel as ``shape``, the number of kernels as ``kernels``, settings
+    of their own, and device and dtype as keywords, and define :meth:`attend`.
     """
 
     has_temperature: ClassVar[bool] = True
@@ -98,13 +106,59 @@ class MixtureAttention(nn.Module):
         raise NotImplementedError
 
 
-def initialise(*maps: nn.Linear | None) -> None:
-    """Kaiming-normal (fan out, ReLU) weights and zero biases; a map left out is ``None``."""
+class Attentions(NamedTuple):
+    """The output of an :class:`AxisAttention`.
+
+    Attributes:
+        alpha: coefficients of the cells, ``[B, m, n]``.
+        channel: factors of the input, ``[B, I]``.
+        filter: factors of the output, ``[B, O]``, or ``None`` in a depthwise layer, where those of
+            the input do the same.
+        spatial: factors of the kernel's positions, ``[B, S]``, where they are not part of alpha;
+            ``None`` in a pointwise layer.
+    """
+
+    alpha: Tensor
+    channel: Tensor
+    filter: Tensor | None
+    spatial: Tensor | None = None
+
+
+class AxisAttention(MixtureAttention):
+    """A branch with factors of input channels and filters among others: linear maps of
+    ``h = relu(BatchNorm(fc(g)))``, g the pooled input; h has ``max(int(I * reduction), 16)`` units.
+    """
+
+    def __init__(self, shape: KernelShape, reduction: float, **place: Any) -> None:
+        super().__init__()
+        channels, filters = shape.in_channels, shape.out_channels
+        self.units = max(int(channels * reduction), 16)
+        self.fc = BranchLinear(channels, self.units, bias=False, **place)
+        self.norm = nn.BatchNorm1d(self.units, **place)
+        self.channel_fc = BranchLinear(self.units, channels, **place)
+        is_depthwise = shape.groups == channels == filters
+        self.filter_fc = None if is_depthwise else BranchLinear(self.units, filters, **place)
+
+    def heads(self) -> list[nn.Linear]:
+        """The linear maps of the hidden units."""
+        return [m for m in self.children() if isinstance(m, BranchLinear) and m is not self.fc]
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """``[B, I]`` -> ``[B, h]``."""
+        return normalise(self.norm, self.fc(pooled)).relu()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal (fan out, ReLU) weights, zero biases."""
+        initialise(self.fc, *self.heads())
+        self.norm.reset_parameters()
+
+
+def initialise(*maps: nn.Linear) -> None:
+    """Kaiming-normal (fan out, ReLU) weights and zero biases."""
     for linear in maps:
-        if linear is not None:
-            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
 
 
 def silence(*heads: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
@@ -169,18 +223,18 @@ class MixtureLayer(KWLayer):
     """The keywords of the layer, ``kernels`` and its attention's, with their defaults."""
     warehouse: PrivateKernels
 
-    def complete(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings with the defaults of those that are not given.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_unknown(key for key in kwargs if key in ("warehouse", "slot"))
+        super().__init__(*args, **kwargs)
+        if self.bias is not None:
+            self.take_bias(self.bias)
 
-        Raises:
-            ValueError: a setting that the method does not have.
-        """
+    def _refuse_unknown(self, settings: Iterable[str]) -> None:
         for key in settings:
             if key not in self.defaults:
                 raise ValueError(
                     f"{type(self).__name__}: unknown setting {key!r}; {nearest(key, self.defaults)}"
                 )
-        return {**self.defaults, **settings}
 
     def own_warehouse(
         self,
@@ -189,15 +243,13 @@ class MixtureLayer(KWLayer):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> PrivateKernels:
-        kernels, rest = settings["kernels"], {k: v for k, v in settings.items() if k != "kernels"}
-        return PrivateKernels(shape, self.branch, kernels, rest, device=device, dtype=dtype)
+        self._refuse_unknown(settings)
+        settings = {**self.defaults, **settings}
+        kernels = settings.pop("kernels")
+        return PrivateKernels(shape, self.branch, kernels, settings, device=device, dtype=dtype)
 
     def _begin(self) -> None:
         """The initialisation of the method's paper; conversions then call :meth:`keep`."""
-
-    def take_bias(self, bias: nn.Parameter) -> None:
-        """Take over the bias of the static layer that this one replaces."""
-        self.bias = bias
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
@@ -232,40 +284,6 @@ class MixtureLayer(KWLayer):
 
 class MixtureConv2d(MixtureLayer, KWConv2d):
     """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then the method's."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        name: str = "layer",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> None:
-        place: dict[str, Any] = {"name": name, "device": device, "dtype": dtype}
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            **place,
-            **self.complete(settings),
-        )
-        if self.bias is not None:
-            self.take_bias(self.bias)
 
 
 def check_settings(kernels: int, reduction: float = 1.0) -> None:

@@ -21,84 +21,39 @@ does the same. T falls linearly from 30 to 1 over the first 10 epochs: ``T = 1 +
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor
 
 from ..warehouse import KernelShape
-from ..warehouse.attention import BranchLinear, normalise
-from .mixture import MixtureAttention, MixtureConv2d, initialise, logit_scale, silence
+from ..warehouse.attention import BranchLinear
+from .mixture import Attentions, AxisAttention, MixtureConv2d, logit_scale, scaled, silence
 
 __all__ = ["ODConv2d", "OmniAttention"]
 
 
-class Attentions(NamedTuple):
-    """The output of :class:`OmniAttention`.
-
-    Attributes:
-        alpha: coefficients of the cells, ``[B, S, S * K]``.
-        channel: factors of the input, ``[B, I]``.
-        filter: factors of the output, ``[B, O]``, or ``None`` in a depthwise layer.
-    """
-
-    alpha: Tensor
-    channel: Tensor
-    filter: Tensor | None
-
-
-class OmniAttention(MixtureAttention):
+class OmniAttention(AxisAttention):
     """The four attentions of a layer.
 
     Those along space and kernels become coefficients of a spatially partitioned warehouse: the
     mixture at position s has ``a_s[s] * a_k[k]`` for the cells of its own position and zero for all
     others. Scaling the assembled kernels instead would keep all samples' kernels twice for the
     backward pass.
-
-    Args:
-        shape: the layer's kernel.
-        kernels: number K of kernels.
-        reduction: ``h = max(int(I * reduction), 16)`` hidden units.
     """
 
     by_position = True
 
-    def __init__(
-        self,
-        shape: KernelShape,
-        kernels: int,
-        reduction: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels, positions = shape.in_channels, math.prod(shape.kernel)
-        is_depthwise = shape.groups == channels == shape.out_channels
-        hidden = max(int(channels * reduction), 16)
-
-        def head(size: int, wanted: bool) -> nn.Linear | None:
-            return BranchLinear(hidden, size, **factory) if wanted else None
-
-        self.fc = BranchLinear(channels, hidden, bias=False, **factory)
-        self.norm = nn.BatchNorm1d(hidden, **factory)
-        self.channel_fc = BranchLinear(hidden, channels, **factory)
-        self.filter_fc = head(shape.out_channels, not is_depthwise)
-        self.spatial_fc = head(positions, positions > 1)
-        self.kernel_fc = head(kernels, kernels > 1)
+    def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
+        super().__init__(shape, reduction, **place)
+        positions = math.prod(shape.kernel)
+        self.spatial_fc = BranchLinear(self.units, positions, **place) if positions > 1 else None
+        self.kernel_fc = BranchLinear(self.units, kernels, **place) if kernels > 1 else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) weights, zero biases."""
-        initialise(self.fc, self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
-        self.norm.reset_parameters()
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> coefficients and factors."""
-        hidden = normalise(self.norm, self.fc(pooled)).relu()
+        hidden = self.hidden(pooled)
         scale = logit_scale(tau)
         one = hidden.new_ones(hidden.shape[0], 1)
         space = kernel = one
@@ -117,9 +72,8 @@ class OmniAttention(MixtureAttention):
 
     def hold(self) -> float:
         """All factors at 1/2, all coefficients of kernels at 1/K."""
-        factors = (self.channel_fc, self.filter_fc, self.spatial_fc)
-        silence(*(head for head in (*factors, self.kernel_fc) if head is not None))
-        return 2.0 ** sum(head is not None for head in factors)
+        silence(*self.heads())
+        return 2.0 ** sum(head is not self.kernel_fc for head in self.heads())
 
 
 class ODConv2d(MixtureConv2d):
@@ -137,25 +91,13 @@ class ODConv2d(MixtureConv2d):
     branch = OmniAttention
     defaults: ClassVar[dict[str, Any]] = {"kernels": 1, "reduction": 0.0625}
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, H, W]`` -> ``[B, O, H', W']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
-        alpha, channel, filters = self.attention(self.pooled(x), self.warehouse.temperature)
-        x = x * channel.to(x.dtype)[..., None, None]
+    def compute(self, x: Tensor) -> Tensor:
+        found = self.attention(self.pooled(x), self.warehouse.temperature)
+        x, alpha = scaled(x, found.channel), found.alpha
         y = self.convolve(x, alpha) if alpha.shape[2] > 1 else self._convolve_alike(x)
-        if filters is not None:
-            y = y * filters.to(y.dtype)[..., None, None]
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        return self.add_bias(scaled(y, found.filter))
 
     def _convolve_alike(self, x: Tensor) -> Tensor:
         """A single pointwise kernel, which is the same for all samples: no back end is needed."""
-        spec = self.spec
-        kernel = self.warehouse.cells.view(spec.partition.kernel_shape)
-        slide = (spec.stride, spec.padding, spec.dilation, spec.groups)
-        return F.conv2d(self.pad(x), kernel, None, *slide)
+        kernel = self.warehouse.cells.view(self.partition.kernel_shape)
+        return self.spec.conv(self.pad(x), kernel, self.groups)

@@ -47,16 +47,8 @@ def spectrum_parts(coefficients: Tensor) -> Tensor:
 
 
 def scaled_inverse(parts: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """Inverse transform of Fourier coefficients that are scaled for every sample.
-
-    Args:
-        parts: of :func:`spectrum_parts`.
-        scale: ``[B, R (C // 2 + 1) 2]``; equal at (u, v) and (-u, -v).
-        columns: C.
-
-    Returns:
-        ``[B, R, C]``.
-    """
+    """Inverse transform ``[B, R, C]`` of Fourier coefficients (:func:`spectrum_parts`) that are
+    scaled for every sample, by ``[B, R (C // 2 + 1) 2]``, equal at (u, v) and (-u, -v)."""
     spectrum = (parts.flatten() * scale).view(-1, *parts.shape)
     size = (parts.shape[0], columns)
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, norm="ortho")

@@ -240,14 +240,10 @@ class KernelAttention(nn.Module):
             scale: c, as for :meth:`hold`; it determines the coefficients (:func:`own_and_other`).
         """
         own, other = own_and_other(self.function, scale, self.cells)
-        row = torch.full((self.cells,), other, dtype=torch.float64, device="cpu")
-        row[0] = own
-        logits = LOGITS[self.function](row, scale).tolist()  # the same for all mixtures, reordered
-        bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
-        nn.init.zeros_(self.fc2.weight)
-        table = bias.view(self.mixtures, -1).fill_(logits[1])
-        table[range(self.mixtures), list(self.own.owners)] = logits[0]
-        table[:, -1] = logits[-1]
+        shape = (self.mixtures, self.cells)
+        alpha = torch.full(shape, other, dtype=torch.float64, device="cpu")
+        alpha[range(self.mixtures), list(self.own.owners)] = own
+        self.hold(alpha, scale)
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
         """Coefficients of every mixture.

@@ -21,8 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..torch_private import BatchNorm
-from .convertible import has_kernel, kernel_shape, why_static
-from .layers import KWLayer
+from .convertible import kernel_layers, kernel_shape, shared_places, why_static
 from .partition import KernelShape
 from .plan import Plan, Rule
 from .probe import Use, probe
@@ -122,26 +121,13 @@ def auto_plan(
 
 def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> list[Candidate]:
     """Layers that can be converted; the others are added to the report."""
-    inside = {
-        id(part)
-        for module in model.modules()
-        if isinstance(module, KWLayer)
-        for part in module.modules()
-    }
-    modules = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and has_kernel(module) and id(module) not in inside
-    }
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        owners.setdefault(id(module._parameters.get("weight", module)), []).append(name)
+    modules = kernel_layers(model, remove_duplicate=False)
+    shared = shared_places(modules)
     watched: dict[str, nn.Module] = {}
     for name, module in modules.items():
-        twins = [t for t in owners[id(module._parameters.get("weight", module))] if t != name]
         if reason := why_static(name, module):
             report.refused[name] = re.sub(r"layer '.*?' (?=is a )", "", reason.split("; ")[0])
-        elif twins:
+        elif name in shared:
             report.refused[name] = "shares its weight with another place in the network"
         else:
             watched[name] = module

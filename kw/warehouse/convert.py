@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,16 @@ from torch import Tensor, nn
 
 from ..errors import say
 from .auto import auto_plan
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
-from .convertible import dynamic_layer, has_kernel, kernel_shape, refuse_quantizable
+from .conversion import KeptWarehouse, thawed
+from .convertible import (
+    check_network,
+    dynamic_layer,
+    kernel_layers,
+    kernel_shape,
+    replace_layers,
+    shared_places,
+)
 from .layers import KWLayer
-from .ops import check_backend
 from .plan import Plan, Rule, nearest
 from .plans import PLANS
 from .probe import arguments
@@ -83,10 +89,7 @@ def convert(
             keep static kernels; weights that are shared or not finite; batches that the model does
             not take. The message names layer, warehouse and remedy.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
-    refuse_quantizable(model)
-    before = count_parameters(model)
+    check_network(model)
     if plan == "auto":
         resolved = _derive_plan(model, example_input, overrides)
     elif example_input is not None:
@@ -135,26 +138,17 @@ def convert(
         for name, module in group.layers
         if not module.get_parameter("weight").requires_grad
     ]
-    static = tuple(_static_layers(model, layers))
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    conversion = replace_layers(model, layers, outcome, announce)
     if present is None:
         model.warehouses = warehouses  # type: ignore[assignment]  # an index, not a module
         model.register_load_state_dict_pre_hook(accept_earlier_names)
     else:
         present.update(warehouses)
         warehouses = present
-    guard_saving(model)
-    after = count_parameters(model)
     warehouses.plans = (*warehouses.plans, resolved.to_mapping())
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    warehouses.conversion = Conversion(
-        type(model).__name__, before, after, outcome, static, meta=meta
-    )
-    if announce:
-        say(str(warehouses.conversion))
-        if frozen:
-            say(thawed(frozen))
+    warehouses.conversion = conversion
+    if announce and frozen:
+        say(thawed(frozen))
     return model
 
 
@@ -228,15 +222,6 @@ def _shapes(batch: Any) -> str:
     return ", ".join(str(list(v.shape)) if isinstance(v, Tensor) else repr(v)[:40] for v in values)
 
 
-def _static_layers(model: nn.Module, converted: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The layers with kernels of their own that are not converted, now or before."""
-    dynamic = [name for name, module in model.named_modules() if isinstance(module, KWLayer)]
-    inside = tuple(f"{name}." for name in dynamic)
-    for name, module in model.named_modules():
-        if name and has_kernel(module) and name not in converted and not name.startswith(inside):
-            yield name
-
-
 def resolve_plan(plan: str | Plan | Mapping[str, Any]) -> Plan:
     """A plan from its name or its mapping.
 
@@ -290,25 +275,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, KWLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no KernelWarehouse layer")
-    if backend != "auto":
-        for layer in layers:
-            check_backend(backend, layer.spec, layer.warehouse.cells)
+    for layer in layers:
+        layer.check_backend(backend)
     for layer in layers:
         layer.backend = backend
 
 
 def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
     """Which layer joins which warehouse; warehouses in the order of rules, then of first use."""
-    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, KWLayer))
-    candidates = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and has_kernel(module) and not name.startswith(inside)
-    }
-    names: dict[int, list[str]] = {}  # of modules, and of weights that several modules share
-    for name, module in candidates.items():
-        for shared in {id(module), id(module._parameters.get("weight", module))}:
-            names.setdefault(shared, []).append(name)
+    candidates = kernel_layers(model, remove_duplicate=False)
+    shared = shared_places(candidates)
     taken: dict[str, Rule] = {}
     groups: dict[str, _Group] = {}
     for rule in plan.rules:
@@ -344,17 +320,10 @@ def _group_layers(model: nn.Module, plan: Plan) -> dict[str, _Group]:
                     f"plan: layer {name!r} goes to warehouse {claimed.warehouse_of(name)!r} by "
                     f"rule {claimed.match!r} and to {own!r} by {rule.match!r}; narrow one of them"
                 )
-            weight = candidates[name]._parameters.get("weight")
-            tied = [twin for twin in names.get(id(weight), ()) if twin != name]
-            if tied and candidates[tied[0]] is not candidates[name]:
+            if name in shared:
                 raise ValueError(
-                    f"plan: layer {name!r} (warehouse {own!r}) shares its weight with {tied[0]!r}, "
-                    "which conversion would separate; leave both static, or untie them first"
-                )
-            if twins := [twin for twin in names[id(candidates[name])] if twin != name]:
-                raise ValueError(
-                    f"plan: layer {name!r} (warehouse {own!r}) is the same module as {twins[0]!r}; "
-                    "a layer can join a warehouse once: leave shared modules static"
+                    f"plan: layer {name!r} (warehouse {own!r}) {shared[name]}; a layer can join a "
+                    "warehouse once, with a weight of its own: leave both static, or untie them"
                 )
             if rule.handover is not None and re.fullmatch(rule.handover, name):
                 before = [w for w in opened if w != own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..errors import say
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
 from .same import KWConv2dSame
@@ -16,11 +19,13 @@ from .warehouse import Warehouse
 
 __all__ = [
     "arguments_of",
+    "check_network",
     "dynamic_layer",
-    "has_kernel",
+    "kernel_layers",
     "kernel_shape",
-    "refuse_quantizable",
     "register_convertible",
+    "replace_layers",
+    "shared_places",
     "succeed",
     "why_static",
 ]
@@ -63,7 +68,7 @@ def register_convertible(
     _COUNTERPARTS[_qualified(kind)] = counterpart
 
 
-def has_kernel(module: nn.Module) -> bool:
+def _has_kernel(module: nn.Module) -> bool:
     """A leaf with a weight of at least two axes; plans may name it, convertible or not."""
     if is_parametrized(module, "weight"):
         return True
@@ -71,6 +76,16 @@ def has_kernel(module: nn.Module) -> bool:
     if isinstance(weight, UninitializedParameter):
         return True
     return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())
+
+
+def kernel_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """The layers with kernels of their own, but for those inside of dynamic layers, by name."""
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, KWLayer))
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=remove_duplicate)
+        if name and _has_kernel(module) and not name.startswith(inside)
+    }
 
 
 def why_static(name: str, module: nn.Module) -> str | None:
@@ -89,12 +104,31 @@ def why_static(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def refuse_quantizable(model: nn.Module) -> None:
-    """Refuse networks that are written for quantisation in eager mode, before and after it.
+def shared_places(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that a network has, or whose weight it has, in several places: how, in words."""
+    places: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        places.setdefault(id(module if weight is None else weight), []).append(name)
+    found = {}
+    for names in places.values():
+        for name in names if len(names) > 1 else ():
+            other = next(each for each in names if each != name)
+            is_same = modules[other] is modules[name]
+            how = "is the same module as" if is_same else "shares its weight with"
+            found[name] = f"{how} {other!r}"
+    return found
+
+
+def check_network(model: nn.Module) -> None:
+    """Refuse networks that cannot be converted now, or at all.
 
     Raises:
-        ValueError: the network has a stub or a layer of ``torch.ao``.
+        ValueError: under ``torch.inference_mode``, or the network is written for quantisation in
+            eager mode: it has a stub or a layer of ``torch.ao``.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
             raise ValueError(
@@ -129,8 +163,6 @@ def dynamic_layer(module: nn.Module, warehouse: Warehouse, slot: int) -> KWLayer
     }
     make: Any = _COUNTERPARTS[_qualified(type(module))]  # the signatures of the two kinds differ
     layer: KWLayer = make(*arguments_of(module), **shared)
-    if module.bias is not None:
-        layer.bias = module.get_parameter("bias")
     succeed(module, layer)
     return layer
 
@@ -154,14 +186,37 @@ def arguments_of(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def succeed(module: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the mode and the hooks of the layer that it replaces."""
+def succeed(module: nn.Module, layer: KWLayer) -> None:
+    """Give a layer the bias, the mode and the hooks of the layer that it replaces."""
+    if module.bias is not None:
+        layer.take_bias(module.get_parameter("bias"))
     # The same dictionaries, not copies: handles that remove hooks refer to them.
     for attribute, value in vars(module).items():
         if "_hooks" in attribute and "state_dict" not in attribute:
             setattr(layer, attribute, value)
     layer._is_full_backward_hook = module._is_full_backward_hook
     layer.train(module.training)
+
+
+def replace_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    warehouses: dict[str, KeptWarehouse],
+    announce: bool,
+    method: str | None = None,
+) -> Conversion:
+    """Put layers in the place of those with their names, and say what the conversion did."""
+    before = count_parameters(model)
+    static = tuple(name for name in kernel_layers(model) if name not in layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    guard_saving(model)
+    after, meta = count_parameters(model), any(p.is_meta for p in model.parameters())
+    kind = type(model).__name__
+    conversion = Conversion(kind, before, after, warehouses, static, method, meta)
+    if announce:
+        say(str(conversion))
+    return conversion
 
 
 def _qualified(kind: type) -> str:

@@ -131,6 +131,10 @@ class KWLayer(nn.Module):
         nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         keep_kernels(self.warehouse, [self.attention], [kernel])
 
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Take over the bias of the static layer that this one replaces."""
+        self.bias = bias
+
     def reset_parameters(self) -> None:
         """Zero bias; attention and warehouse have ``reset_parameters`` of their own."""
         if self.bias is not None:
@@ -143,24 +147,43 @@ class KWLayer(nn.Module):
         Raises:
             ValueError: it does not exist or cannot do this layer.
         """
-        if backend != "auto" and not self.is_mixture:
+        self.check_backend(backend)
+        self.backend = backend
+
+    def check_backend(self, backend: str) -> None:
+        """Refuse what :meth:`set_backend` refuses."""
+        if backend == "auto":
+            return
+        if not self.is_mixture:
             raise ValueError(
                 f"layer {self.shape.name!r} is a {type(self).__name__}, which has one way to "
                 f"compute: back end {backend!r} cannot do it; set 'auto'"
             )
-        if backend != "auto":
-            check_backend(backend, self.spec, self.warehouse.cells)
-        self.backend = backend
+        check_backend(backend, self.spec, self.warehouse.cells)
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """The cells in a type of 16 bit, one copy for all layers of the warehouse in a pass."""
         return self.warehouse.rounded(dtype, id(self))
 
-    def as_leaf(self, x: Proxy) -> Any:
-        """The layer as one node of a graph that ``torch.fx`` traces symbolically, like a layer of
-        torch: what it does inside depends on the sizes of its input."""
-        tracer: Any = x.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+    def forward(self, input: Tensor) -> Tensor:  # named as torch's layers name it
+        """``[B, I, *space]`` -> ``[B, O, *space']``; of a linear layer ``[B, ..., I]`` ->
+        ``[B, ..., O]``, where the axes between are tokens.
+
+        Raises:
+            ValueError: an input without a batch axis: kernels belong to samples.
+        """
+        if isinstance(input, Proxy):
+            # One node of a graph that torch.fx traces symbolically, like a layer of torch: what it
+            # does inside depends on the sizes of its input.
+            tracer: Any = input.tracer
+            path = tracer.path_of_module(self)
+            node: Any = tracer.create_proxy("call_module", path, (input,), {})
+            return node
+        return self.compute(input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of a tensor."""
+        raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
@@ -272,20 +295,13 @@ class KWConvNd(KWLayer):
             raise ValueError(f"padding {padding!r} is unknown; give sizes, 'same' or 'valid'")
         return [(p, p) for p in self._per_axis(padding)]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, I, *space]`` -> ``[B, O, *space']``.
-
-        Raises:
-            ValueError: an input without a batch axis: kernels belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         alpha = self.attention(self.pooled(x), self.warehouse.temperature)
-        y = self.convolve(x, alpha)
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+        return self.add_bias(self.convolve(x, alpha))
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """``[B, O, *space]`` with the bias, if there is one."""
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
 
     def convolve(self, x: Tensor, alpha: Tensor) -> Tensor:
         """The convolution with coefficients ``[B, m, n]``, without the bias."""
@@ -361,15 +377,7 @@ class KWLinear(KWLayer):
     def spec(self) -> ConvSpec:
         return ConvSpec(self.partition, (1,), (0,), (1,))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, ..., I]`` -> ``[B, ..., O]``; the axes between are tokens, the first is the sample.
-
-        Raises:
-            ValueError: an input without a batch axis: weights belong to samples.
-        """
-        if isinstance(input, Proxy):
-            return self.as_leaf(input)
-        x = input  # named as torch's layers name it
+    def compute(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]

@@ -37,7 +37,7 @@ from .ops.assembly import to_blocks
 from .partition import Partition
 from .warehouse import Warehouse
 
-__all__ = ["keep_kernels", "kernel_blocks"]
+__all__ = ["exact_kernel", "keep_kernels", "kernel_blocks"]
 
 _ROUNDS, _ENOUGH = 10, 1e-2
 """Alternating least squares stop after this many rounds, or when a round lowers the error by less
@@ -118,7 +118,18 @@ def kernel_blocks(kernel: Tensor, part: Partition, name: str) -> Tensor:
         name: the layer's, for the message.
 
     Returns:
-        ``[m, D]``, float64 on the CPU, since some devices lack it.
+        ``[m, D]``, float64 on the CPU.
+
+    Raises:
+        ValueError: the kernel is not finite.
+    """
+    kernel = exact_kernel(kernel, name)
+    taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, K, O, I / g]
+    return to_blocks(taps, part)[0]
+
+
+def exact_kernel(kernel: Tensor, name: str) -> Tensor:
+    """A static layer's kernel in float64 on the CPU, since some devices lack that type.
 
     Raises:
         ValueError: the kernel is not finite.
@@ -126,8 +137,7 @@ def kernel_blocks(kernel: Tensor, part: Partition, name: str) -> Tensor:
     kernel = kernel.detach().to("cpu").to(torch.float64)
     if not kernel.isfinite().all():
         raise ValueError(f"the weight of layer {name!r} is not finite: it cannot be kept")
-    taps = kernel.reshape(1, *kernel.shape[:2], -1).movedim(3, 1)  # [1, K, O, I / g]
-    return to_blocks(taps, part)[0]
+    return kernel
 
 
 def _without_others(

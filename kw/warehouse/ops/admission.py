@@ -22,9 +22,6 @@ class Admission:
 
     Problems of one kind differ in the number of samples and the size of the input by less than a
     factor of two; kernels and their tiles hardly depend on more.
-
-    Args:
-        library: the back end to compare with.
     """
 
     def __init__(self, library: Contraction) -> None:
@@ -51,10 +48,6 @@ class Admission:
             lambda: _describe(problem),
         )
 
-    def clear(self) -> None:
-        """Forget all outcomes."""
-        self._trials.clear()
-
 
 def bucket(count: int) -> int:
     """The next power of two."""
@@ -64,13 +57,8 @@ def bucket(count: int) -> int:
 def deviations(
     contraction: Contraction, library: Contraction, problem: Problem, exact: torch.dtype
 ) -> dict[str, float]:
-    """Run a back end on random operands and compare a few samples with the library's results.
-
-    Args:
-        contraction: back end to try.
-        library: back end to compare with.
-        problem: shapes, types, device and pass.
-        exact: type in which the library computes.
+    """Run a back end on random operands and compare a few samples with the results of a library,
+    which computes in the type ``exact``.
 
     Returns:
         For the output, or for every gradient, the largest difference relative to the largest value;

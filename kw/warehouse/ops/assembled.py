@@ -5,13 +5,14 @@ Legend: B samples (b of a chunk), m mixtures, n cells, O, I channels, g groups, 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .assembly import BlockGradients, join, mix, sample_chunks, scratch_bytes, to_blocks, to_kernels
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .layout import lies_channels_last
 from .library import (
     RELAYOUT_MACS,
     convolve,
@@ -22,10 +23,7 @@ from .library import (
 )
 from .spec import ConvSpec
 
-__all__ = ["Assembled"]
-
-# Blocks, kernels, and in the backward pass the gradients of the kernels.
-_COPIES = {False: 2, True: 3}
+__all__ = ["Assembled", "is_cpu_2d", "kernel_numel"]
 
 GROUPED = 1.2
 """Measured time of a grouped convolution of all samples, relative to an ordinary convolution."""
@@ -47,38 +45,42 @@ class Assembled(Contraction):
     # batch 128.
     efficiency: ClassVar[dict[str, float]] = {"cpu": 0.6, "cuda": 0.05}
 
+    copies: ClassVar[tuple[int, int]] = (2, 3)
+    """Kernels in memory for every sample of a chunk: blocks, kernels, and in the backward pass the
+    gradients of the kernels."""
+
     def refusal(self, problem: Problem) -> str | None:
         return None
 
+    def by_sample(self, x: Tensor, spec: ConvSpec, grad: Tensor | None = None) -> bool:
+        """Whether images are convolved one by one; with ``grad``, in the backward pass."""
+        if not (is_cpu_2d(x) and spec.groups == 1 and lies_channels_last(x)):
+            return False
+        return grad is None or kernel_numel(spec) <= max(x[0].numel(), grad[0].numel())
+
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        last = _by_sample(x, spec)
-        apply = convolve_each if last else convolve
+        each = self.by_sample(x, spec)
+        apply = convolve_each if each else convolve
         parts = []
-        for chunk in sample_chunks(len(x), _COPIES[False] * _kernel_numel(spec), x):
-            kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), spec.partition, last)
+        for chunk in sample_chunks(len(x), self.copies[0] * kernel_numel(spec), x):
+            kernels = _kernels(alpha[chunk], cells, x, spec, each)
             parts.append(apply(x[chunk], kernels, spec))
         return join(parts)
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         part = spec.partition
-        last = _by_sample(x, spec) and _kernel_numel(spec) <= max(x[0].numel(), grad[0].numel())
+        each = self.by_sample(x, spec, grad)
         mask = (needs[0], needs[1] or needs[2])
-        back = convolve_each_backward if last else convolve_backward
+        back = convolve_each_backward if each else convolve_backward
         parts = []
         gradients = BlockGradients(alpha, cells, needs)
-        for chunk in sample_chunks(len(x), _COPIES[True] * _kernel_numel(spec), x):
+        for chunk in sample_chunks(len(x), self.copies[1] * kernel_numel(spec), x):
             if needs[0]:
-                kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), part, last)
+                kernels = _kernels(alpha[chunk], cells, x, spec, each)
             else:  # only its shape is read
-                kernels = cells.new_empty(1).expand(len(x[chunk]), *part.kernel_shape)
+                kernels = x.new_empty(1).expand(len(x[chunk]), *part.kernel_shape)
             into_x, into_kernels = back(grad[chunk], x[chunk], kernels, spec, mask)
             del kernels
             if into_x is not None:
@@ -94,7 +96,7 @@ class Assembled(Contraction):
         passes = 3 if problem.training else 1  # y; dX and dW
         products = 4 if problem.training else 1  # the kernels twice, d alpha, d cells
         most = scratch_bytes(problem.device) // (
-            _COPIES[problem.training] * each * problem.itemsize
+            self.copies[problem.training] * each * problem.itemsize
         )
         chunks = -(-problem.batch // max(most, 1))
         slow = spec.is_depthwise
@@ -125,16 +127,16 @@ class Assembled(Contraction):
         )
 
 
-def _kernel_numel(spec: ConvSpec) -> int:
-    out, in_, *size = spec.partition.kernel_shape
-    return out * in_ * torch.Size(size).numel()
+def _kernels(alpha: Tensor, cells: Tensor, x: Tensor, spec: ConvSpec, each: bool) -> Tensor:
+    last = each and spec.groups == 1  # laid out as the images that are convolved one by one
+    return to_kernels(mix(alpha, cells, x.dtype), spec.partition, last)
 
 
-def _by_sample(x: Tensor, spec: ConvSpec) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dim() == 4
-        and spec.groups == 1
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
-    )
+def kernel_numel(spec: ConvSpec) -> int:
+    """Values of one sample's kernel."""
+    return math.prod(spec.partition.kernel_shape)
+
+
+def is_cpu_2d(x: Tensor) -> bool:
+    """Whether these are images on a CPU."""
+    return x.device.type == "cpu" and x.dim() == 4

@@ -83,13 +83,8 @@ def mix(alpha: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_kernels(blocks: Tensor, part: Partition, channels_last: bool = False) -> Tensor:
-    """Kernels from blocks ``[b, m, cell]``: ``[b, O, I / g, k_1 .. k_d]``.
-
-    Args:
-        blocks: ``[b, m, cell]``.
-        part: the kernel's partition.
-        channels_last: lay input channels innermost, which moves whole rows of the cells.
-    """
+    """Kernels from blocks ``[b, m, cell]``: ``[b, O, I / g, k_1 .. k_d]``; channels last, input
+    channels lie innermost, which moves whole rows of the cells."""
     blocks = _grid(blocks, part)
     if not channels_last:
         return blocks.permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, *part.kernel_shape)
@@ -138,13 +133,7 @@ class BlockGradients:
         self._cells = torch.zeros_like(cells, dtype=wide) if needs[2] else None
 
     def add(self, blocks: Tensor, samples: slice, values: slice = slice(None)) -> None:
-        """Add gradients ``[b, m, values]`` of the blocks of some samples, or of a part of them.
-
-        Args:
-            blocks: the gradient.
-            samples: which samples.
-            values: which values of the cells.
-        """
+        """Add gradients ``[b, m, values]`` of the blocks of some samples, of some values."""
         alpha, cells = self._inputs
         rows = blocks.flatten(0, 1).to(cells.dtype)
         if self._alpha is not None:

@@ -12,7 +12,7 @@ from ...registry import CONTRACTIONS
 from .assembled import Assembled
 from .bmm import Bmm
 from .depthwise import Depthwise
-from .grouped import conv_grouped
+from .library import conv_grouped
 from .mix_inputs import MixInputs
 from .native import Native
 from .reference import conv_reference

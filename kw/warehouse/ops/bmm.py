@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .assembly import (
@@ -35,7 +34,8 @@ from .assembly import (
     to_blocks,
     to_taps,
 )
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .layout import empty
 from .library import RELAYOUT_MACS
 from .matmul import batch_matmul
 from .pointwise import (
@@ -93,8 +93,7 @@ def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
         return x.flatten(2).unsqueeze(2), x.shape[2:]
     one_hot = torch.eye(taps, dtype=x.dtype, device=x.device)
     one_hot = one_hot.repeat(channels, 1).view(-1, 1, *spec.partition.kernel)
-    conv = (F.conv1d, F.conv2d, F.conv3d)[len(spec.stride) - 1]
-    y = conv(x, one_hot, None, spec.stride, spec.padding, spec.dilation, channels)
+    y = spec.conv(x, one_hot, channels)
     return y.unflatten(1, (channels, taps)).flatten(3), y.shape[2:]
 
 
@@ -127,19 +126,14 @@ class Bmm(Contraction):
                 parts.append(part)
                 continue
             if not parts or rows.start == 0:
-                parts.append(_empty_output(part, spec))
+                size, last = part.shape[2:], part.stride(1) == 1
+                parts.append(empty(part, spec.out_channels, size, last))
             _output_rows(parts[-1], rows, spec).copy_(_output_rows(part, slice(None), some))
         return join(parts)
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         wide = torch.promote_types(x.dtype, torch.float32)
         parts: list[Tensor] = []
         size, stride = x.shape[2:], spec.stride
@@ -261,14 +255,6 @@ def _take_rows(spec: ConvSpec, rows: slice) -> tuple[ConvSpec, slice]:
 def _output_rows(y: Tensor, rows: slice, spec: ConvSpec) -> Tensor:
     """``[b, O, *size]`` -> the output channels ``[b, GO, rows, *size]``, a view."""
     return y.unflatten(1, (spec.partition.grid[1], -1))[:, :, rows]
-
-
-def _empty_output(like: Tensor, spec: ConvSpec) -> Tensor:
-    """A tensor for all output channels, in the memory format of a part of them."""
-    if like.stride(1) == 1:  # channels last
-        size = like.movedim(1, -1).shape[:-1]
-        return like.new_empty(*size, spec.out_channels).movedim(-1, 1)
-    return like.new_empty(len(like), spec.out_channels, *like.shape[2:])
 
 
 def _is_folded(spec: ConvSpec) -> bool:

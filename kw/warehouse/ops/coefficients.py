@@ -10,8 +10,7 @@ Legend: B samples, m mixtures, n cells (the null cell not counted).
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from types import ModuleType
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from ...torch_private import is_traced
 from .device import current_gpu
 from .trials import Trials, attempt, difference, fault, tolerance
-from .triton_launch import interpreted
+from .triton_launch import interpreted, kernel_module
 
 __all__ = ["EPS", "annealed", "contrasting", "fused_coefficients", "is_fused", "trials"]
 
@@ -37,13 +36,8 @@ def contrasting(logits: Tensor) -> Tensor:
 
 
 def annealed(alpha: Tensor, one_hot: Tensor | None, temperature: Tensor | None) -> Tensor:
-    """``(1 - tau) * alpha + tau * beta``; without a temperature ``alpha`` as it is.
-
-    Args:
-        alpha: ``[B, m, n]``.
-        one_hot: beta, ``[m, n]``.
-        temperature: scalar tau.
-    """
+    """``(1 - tau) * alpha + tau * beta``, alpha ``[B, m, n]``, beta ``[m, n]``; without a
+    temperature alpha as it is."""
     if temperature is None or one_hot is None:
         return alpha
     # A copy, since the buffer may change before the backward pass reads it.
@@ -135,17 +129,9 @@ def deviations(
 def fused_coefficients(
     logits: Tensor, one_hot: Tensor | None, temperature: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """:func:`contrasting` without the null cell, then :func:`annealed`, one launch a pass.
-
-    Args:
-        logits: ``[B, m, n + 1]``, float32, contiguous.
-        one_hot: beta, ``[m, n]``.
-        temperature: scalar tau.
-        dtype: of the result.
-
-    Returns:
-        ``[B, m, n]``, which lies in memory as ``[n, B, m]``.
-    """
+    """:func:`contrasting` without the null cell, then :func:`annealed`, one launch a pass: of
+    logits ``[B, m, n + 1]``, float32 and contiguous. The result ``[B, m, n]`` lies in memory as
+    ``[n, B, m]``."""
     if temperature is None or one_hot is None:
         one_hot = temperature = None
     else:
@@ -187,7 +173,7 @@ def launch(
     alpha = logits.new_empty(cells, batch, mixtures, dtype=dtype)
     kept = None if temperature is None else logits.new_empty(())
     per_program, columns = _sizes(width)
-    kernels: Any = _kernels()
+    kernels = _kernels()
     with torch.cuda.device_of(logits):
         kernels.coefficients[(-(-rows // per_program),)](
             logits, one_hot, temperature, alpha, kept, rows, mixtures, cells,
@@ -204,7 +190,7 @@ def launch_gradient(grad: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor
         grad = grad.contiguous()
     into = torch.empty_like(logits)
     per_program, columns = _sizes(width)
-    kernels: Any = _kernels()
+    kernels = _kernels()
     with torch.cuda.device_of(logits):
         kernels.coefficients_gradient[(-(-rows // per_program),)](
             grad, logits, kept, into, rows, width - 1, grad.stride(1), grad.stride(2),
@@ -219,13 +205,9 @@ def _sizes(width: int) -> tuple[int, int]:
     return max(min(_TILE // columns, 64), 1), columns
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | str:
+@cache
+def _kernels() -> Any:
     """The kernels or, as text, why there are none."""
     if os.environ.get("KW_FUSED_ATTENTION") == "0":
         return "KW_FUSED_ATTENTION is 0"
-    try:
-        from . import triton_coefficients
-    except ImportError as error:
-        return str(error)
-    return triton_coefficients
+    return kernel_module("triton_coefficients")

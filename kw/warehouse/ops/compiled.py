@@ -26,7 +26,7 @@ import threading
 from itertools import islice
 from pathlib import Path
 
-from .cache import cache_folder, locked
+from .cache import cache_folder
 
 __all__ = ["CompileError", "compiler", "library"]
 
@@ -104,9 +104,7 @@ def _load() -> ctypes.CDLL:
     ):
         path = Path(tempfile.mkdtemp(prefix="kernelwarehouse-")) / name  # for this process only
     if not path.exists():
-        with locked(path.parent):  # one process of a machine compiles
-            if not path.exists():
-                _compile(arguments, path)
+        _compile(arguments, path)
     return ctypes.CDLL(str(path))
 
 

@@ -6,7 +6,8 @@ Legend: B samples, m mixtures, n cells, O, I channels, P output positions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import ClassVar, NoReturn
 
@@ -16,10 +17,21 @@ from torch import Tensor
 from .spec import ConvSpec
 from .summing import GradientSum
 
-__all__ = ["Contraction", "Cost", "Needs", "Problem", "SummingContraction", "check_operands"]
+__all__ = [
+    "Contraction",
+    "Cost",
+    "Gradients",
+    "Needs",
+    "Problem",
+    "SummingContraction",
+    "check_operands",
+]
 
 Needs = tuple[bool, bool, bool]
 """Whether the gradients of the input, of the coefficients and of the cells are needed."""
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""These gradients, ``None`` where not needed."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +123,7 @@ class Cost:
     waiting_bytes: float = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.dense_macs + other.dense_macs,
-            self.slow_macs + other.slow_macs,
-            self.bytes + other.bytes,
-            self.launches + other.launches,
-            self.waiting_bytes + other.waiting_bytes,
-        )
+        return Cost(*map(operator.add, astuple(self), astuple(other)))
 
 
 def check_operands(
@@ -215,14 +221,8 @@ class Contraction:
         return self._forward(x, alpha, cells, spec)
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         """Gradients of ``x``, ``alpha`` and ``cells`` for ``grad [B, O, *space']``; ``None`` where
         not needed.
 
@@ -237,14 +237,8 @@ class Contraction:
         raise NotImplementedError
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         """:meth:`backward` of tensors that fit."""
         raise NotImplementedError
 
@@ -265,18 +259,12 @@ class SummingContraction(Contraction):
         spec: ConvSpec,
         needs: Needs,
         total: GradientSum | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Gradients:
         """As :meth:`backward`, for checked tensors; the cells' gradient is added to
         ``total``, if there is one, and ``None`` is returned for it."""
         raise NotImplementedError
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         return self.backward_summing(grad, x, alpha, cells, spec, needs, None)

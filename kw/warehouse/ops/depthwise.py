@@ -6,21 +6,15 @@ Legend: B samples (b of a chunk), m mixtures, n cells, C channels, k kernel size
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .assembly import BlockGradients, join, mix, sample_chunks, scratch_bytes, to_blocks, to_kernels
-from .contraction import Contraction, Cost, Needs, Problem
-from .library import (
-    LARGE_KERNEL,
-    RELAYOUT_MACS,
-    convolve,
-    convolve_backward,
-    convolve_each,
-    convolve_each_backward,
-    slowdown,
-)
+from .assembled import Assembled, is_cpu_2d
+from .assembly import scratch_bytes
+from .contraction import Cost, Gradients, Needs, Problem
+from .layout import channels_last, lies_channels_last
+from .library import LARGE_KERNEL, RELAYOUT_MACS, slowdown
 from .spec import ConvSpec
 
 __all__ = ["Depthwise"]
@@ -32,7 +26,7 @@ _WORTH_A_CALL = 1 << 17
 _WORTH_A_CALL_LARGE = 1 << 16
 
 
-class Depthwise(Contraction):
+class Depthwise(Assembled):
     """Assemble, which is cheap for depthwise layers, then one depthwise convolution of ``B * C``
     channels.
 
@@ -41,53 +35,31 @@ class Depthwise(Contraction):
     """
 
     name = "depthwise"
+    efficiency: ClassVar[dict[str, float]] = {}
+    copies = (3, 3)
 
     def refusal(self, problem: Problem) -> str | None:
         return None if problem.spec.is_depthwise else "does depthwise layers only"
 
-    def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        by_sample = _is_cpu_2d(x) and _by_sample(x[0].numel(), _lies_last(x), spec, False)
-        apply = convolve_each if by_sample else convolve
-        parts = []
-        for chunk in sample_chunks(len(x), _scratch(spec), x):
-            kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), spec.partition)
-            parts.append(apply(x[chunk], kernels, spec))
-        return join(parts)
+    def by_sample(self, x: Tensor, spec: ConvSpec, grad: Tensor | None = None) -> bool:
+        last = lies_channels_last(x)
+        return is_cpu_2d(x) and _by_sample(x[0].numel(), last, spec, grad is not None)
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        part, mask = spec.partition, (needs[0], needs[1] or needs[2])
-        by_sample = _is_cpu_2d(x) and _by_sample(x[0].numel(), _lies_last(x), spec, True)
-        if by_sample:
-            x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
-        back = convolve_each_backward if by_sample else convolve_backward
-        parts = []
-        gradients = BlockGradients(alpha, cells, needs)
-        for chunk in sample_chunks(len(x), _scratch(spec), x):
-            kernels = to_kernels(mix(alpha[chunk], cells, x.dtype), part)
-            into_x, into_kernels = back(grad[chunk], x[chunk], kernels, spec, mask)
-            if into_x is not None:
-                parts.append(into_x)
-            if into_kernels is not None:
-                gradients.add(to_blocks(into_kernels.flatten(3).movedim(3, 1), part), chunk)
-        return join(parts) if needs[0] else None, gradients.alpha, gradients.cells
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
+        if self.by_sample(x, spec, grad):
+            grad, x = channels_last(grad), channels_last(x)
+        return super()._backward(grad, x, alpha, cells, spec, needs)
 
     def cost(self, problem: Problem) -> Cost:
         cost = self._pass_cost(problem, 1, backward=False)
         return cost + self._pass_cost(problem, 2, backward=True) if problem.training else cost
 
-    @staticmethod
-    def _pass_cost(problem: Problem, convolutions: int, backward: bool) -> Cost:
+    def _pass_cost(self, problem: Problem, convolutions: int, backward: bool) -> Cost:
         spec, last = problem.spec, problem.channels_last
-        is_cpu_2d = problem.device == "cpu" and len(problem.size) == 2
-        by_sample = is_cpu_2d and _by_sample(problem.input_numel, last, spec, backward)
+        on_cpu = problem.device == "cpu" and len(problem.size) == 2
+        by_sample = on_cpu and _by_sample(problem.input_numel, last, spec, backward)
         products = 3 if backward else 1  # the kernels, d alpha, d cells
         activations = problem.input_numel + problem.output_numel
         slow: float = convolutions * problem.conv_macs
@@ -96,10 +68,10 @@ class Depthwise(Contraction):
             slow += RELAYOUT_MACS * problem.batch * activations * convolutions
         elif last and problem.device != "cpu":  # to channels first and back
             copied = 2 * problem.batch * activations * convolutions
-        if backward and is_cpu_2d and not by_sample:
+        if backward and on_cpu and not by_sample:
             slow *= slowdown(spec)
         values = convolutions * activations + (products + 2 * convolutions) * problem.kernel_numel
-        scratch = _scratch(spec) * problem.batch * problem.itemsize
+        scratch = self.copies[0] * problem.kernel_numel * problem.batch * problem.itemsize
         chunks = max(math.ceil(scratch / scratch_bytes(problem.device)), 1)
         return Cost(
             dense_macs=products * problem.assembly_macs,
@@ -118,16 +90,3 @@ def _by_sample(values: int, channels_last: bool, spec: ConvSpec, backward: bool)
     if backward and math.prod(spec.partition.kernel) > LARGE_KERNEL:
         return values >= _WORTH_A_CALL_LARGE
     return channels_last and values >= _WORTH_A_CALL
-
-
-def _scratch(spec: ConvSpec) -> int:
-    """Values of a sample: its blocks, kernels and the kernels' gradients."""
-    return 3 * math.prod(spec.partition.kernel_shape)
-
-
-def _is_cpu_2d(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dim() == 4
-
-
-def _lies_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -39,12 +39,10 @@ from torch import Tensor
 from ...torch_private import scan
 from .assembly import assemble
 from .bmm import conv_bmm, to_space, unfold_taps
-from .grouped import conv_grouped
+from .library import conv_grouped
 from .spec import ConvSpec
 
 __all__ = ["conv_exported", "exported_for"]
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 MIXED = 1.3
 """Multiply-adds on mixed inputs that take as long as one multiply-add on assembled kernels."""
@@ -143,13 +141,12 @@ def _conv_computed(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> T
         kernels = kernels.unflatten(1, (part.cell_out, -1)).unflatten(0, (-1, part.grid[2]))
         kernels = kernels.transpose(1, 2)  # [B GO, c_out, GI, c_in, K]
     kernels = kernels.reshape(-1, *part.kernel_shape[1:]).to(x.dtype)  # [B O, I, k..]
-    conv, batch = _CONV[len(part.kernel)], x.shape[0]
+    batch = x.shape[0]
     if not isinstance(batch, int):
         columns, size = unfold_taps(x, spec)  # [B, I, K, P]
         kernels = kernels.unflatten(0, (-1, spec.out_channels)).flatten(2)  # [B, O, I K]
         return (kernels @ columns.flatten(1, 2)).unflatten(2, size)
-    slide = (spec.stride, spec.padding, spec.dilation, batch)
-    y = conv(x.reshape(1, -1, *x.shape[2:]), kernels, None, *slide)
+    y = spec.conv(x.reshape(1, -1, *x.shape[2:]), kernels, batch)
     return y.reshape(batch, -1, *y.shape[2:])
 
 
@@ -230,12 +227,9 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _conv_each(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    conv = _CONV[len(spec.partition.kernel)]
-    slide = (spec.stride, spec.padding, spec.dilation, spec.groups)
-
     def step(carry: Tensor, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         image, kernel = sample
-        return carry.clone(), conv(image.unsqueeze(0), kernel, None, *slide).squeeze(0)
+        return carry.clone(), spec.conv(image.unsqueeze(0), kernel, spec.groups).squeeze(0)
 
     # scan() needs a carried value; no sample uses it.
     kernels = assemble(alpha, cells, spec).to(x.dtype)  # [B, C, 1, k..]

@@ -10,8 +10,9 @@ it needs no intermediate results of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from torch.utils.flop_counter import register_flop_formula
 from ...torch_private import dispatch_modes, in_function_transform
 from .backends import selector
 from .bmm import conv_bmm
-from .contraction import Needs, Problem, SummingContraction, check_operands
+from .contraction import Gradients, Needs, Problem, SummingContraction, check_operands
+from .layout import empty, laid_out, lies_channels_last
 from .precision import as_convolutions_round
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
-__all__ = ["contract", "lies_channels_last", "may_share"]
+__all__ = ["contract", "differentiable", "may_share"]
 
 
 def contract(
@@ -84,11 +86,10 @@ def _is_counted() -> bool:
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
     check_operands(x, alpha, cells, spec)  # before the selector reads shapes
     if len(x) == 0:  # as static layers do; a detector's head may get no regions
-        empty = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
-        return _laid_out(empty, lies_channels_last(x))
+        return empty(x, spec.out_channels, spec.output_size(x.shape[2:]), lies_channels_last(x))
     with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec), backend)
-        return _laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
+        return laid_out(contraction.forward(x, alpha, cells, spec), lies_channels_last(x))
 
 
 def _run_backward(
@@ -100,7 +101,7 @@ def _run_backward(
     backend: str,
     needs: Needs,
     anchor: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     check_operands(x, alpha, cells, spec, grad)
     if len(x) == 0:
         found = [
@@ -120,7 +121,7 @@ def _run_backward(
                 total.add(dcells)
                 dcells = None
     return (
-        None if dx is None else _laid_out(dx, lies_channels_last(x)),
+        None if dx is None else laid_out(dx, lies_channels_last(x)),
         dalpha,
         None if dcells is None else dcells.contiguous(),
     )
@@ -142,9 +143,7 @@ def _(x: Tensor, alpha: Tensor, cells: Tensor, spec: Sequence[int], backend: str
     decoded = ConvSpec.decode(spec)
     check_operands(x, alpha, cells, decoded)
     size = decoded.output_size(x.shape[2:])
-    if lies_channels_last(x):
-        return x.new_empty(x.shape[0], *size, decoded.out_channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], decoded.out_channels, *size)
+    return empty(x, decoded.out_channels, size, lies_channels_last(x))
 
 
 @torch.library.custom_op(
@@ -179,9 +178,7 @@ def _(
     backend: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
-    if lies_channels_last(x):
-        dx = torch.empty_like(x.movedim(1, -1)).movedim(-1, 1)
+    dx = empty(x, x.shape[1], x.shape[2:], lies_channels_last(x))
     return (
         dx if needs[0] else x.new_empty(0),
         alpha.new_empty(alpha.shape) if needs[1] else x.new_empty(0),
@@ -198,7 +195,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, alpha, cells = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        found = _differentiable(grad, x, alpha, cells, ConvSpec.decode(ctx.spec), needs)
+        compute = partial(conv_bmm, spec=ConvSpec.decode(ctx.spec))
+        found = differentiable(compute, (x, alpha, cells), needs, grad)
         return *found, None, None
     op = torch.ops.kw.dynamic_conv_backward
     results = op(grad, x, alpha, cells, ctx.spec, ctx.backend, list(needs))
@@ -264,7 +262,8 @@ class _DynamicConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             if ctx.cells is not None:
                 cells = ctx.cells.to(cells.dtype)
-            found = _differentiable(grad, x, alpha, cells, ctx.spec, needs)
+            compute = partial(conv_bmm, spec=ctx.spec)
+            found = differentiable(compute, (x, alpha, cells), needs, grad)
         else:
             found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
         dx, dalpha, dcells = found
@@ -273,25 +272,18 @@ class _DynamicConv(torch.autograd.Function):
         return dx, dalpha, dcells, None, None, None, None
 
 
-def _differentiable(
-    grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+def differentiable(
+    compute: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients (``create_graph``), by plain autograd code."""
-    # Aliases, because coefficients depend on the input: only the convolution's own gradient counts.
-    aliases = [t.view_as(t) for t in (x, alpha, cells)]
-    wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed]
-    y = conv_bmm(aliases[0], aliases[1], aliases[2], spec)
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    """Gradients of ``compute(*tensors)`` that can be differentiated again (``create_graph``)."""
+    # Aliases, because coefficients depend on the input: only this function's own gradient counts.
+    aliases = [None if t is None else t.view_as(t) for t in tensors]
+    wanted = [t for t, needed in zip(aliases, needs, strict=True) if t is not None and needed]
+    found = iter(torch.autograd.grad(compute(*aliases), wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
-
-
-def lies_channels_last(x: Tensor) -> bool:
-    """Whether ``[B, C, *space]`` lies in memory as ``[B, *space, C]`` and not as it is written."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def _laid_out(y: Tensor, channels_last: bool) -> Tensor:
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else y.contiguous()
 
 
 def _problem(x: Tensor, cells: Tensor, spec: ConvSpec, training: bool = False) -> Problem:

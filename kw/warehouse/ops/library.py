@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .assembly import assemble
 from .spec import ConvSpec
 
 __all__ = [
     "LARGE_KERNEL",
     "RELAYOUT_MACS",
+    "conv_backward",
+    "conv_grouped",
     "convolve",
     "convolve_backward",
     "convolve_each",
     "convolve_each_backward",
-    "convolve_shared",
-    "convolve_shared_backward",
     "slowdown",
 ]
 
@@ -34,27 +34,28 @@ LARGE_KERNEL = 9
 That of a 7x7 kernel takes four times as long channels first (96 channels at 56x56, batch 8: 75 ms
 against 19)."""
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 
 def slowdown(spec: ConvSpec) -> float:
     """Of a depthwise backward pass on CPU channels first, against channels last."""
     return 2.5 if math.prod(spec.partition.kernel) > LARGE_KERNEL else 1
 
 
+def conv_grouped(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
+    """The yardstick ``grouped``: the usual implementation of dynamic convolution."""
+    return _as_groups(x, assemble(alpha, cells, spec), spec)
+
+
 def convolve(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
     """All samples at once, as groups: ``x [b, I, *size]``, ``kernels [b, O, I / g, k..]``."""
-    batch = len(x)
-    y = _CONV[len(spec.stride)](
-        x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x,  # [1, b * I, ...]
-        kernels.flatten(0, 1),  # [b * O, I / g, k..]
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        batch * spec.groups,
-    )
-    return y.view(batch, -1, *y.shape[2:]) if batch > 1 else y  # [b, O, ...]
+    if len(x) > 1:
+        return _as_groups(x, kernels, spec)
+    return spec.conv(x, kernels.flatten(0, 1), spec.groups)
+
+
+def _as_groups(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
+    batch, kernels = x.shape[0], kernels.flatten(0, 1)  # [b * O, I / g, k..]
+    y = spec.conv(x.reshape(1, -1, *x.shape[2:]), kernels, batch * spec.groups)
+    return y.view(batch, -1, *y.shape[2:])  # [b, O, ...]
 
 
 def convolve_each(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
@@ -66,24 +67,14 @@ def convolve_backward(
     grad: Tensor, x: Tensor, kernels: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve`'s input and kernels, where the mask asks for them."""
-    batch, dims = len(x), len(spec.stride)
-    into_x, into_kernels, _ = torch.ops.aten.convolution_backward(
-        grad.reshape(1, -1, *grad.shape[2:]) if batch > 1 else grad,
-        x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x,
-        kernels.flatten(0, 1),
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        (0,) * dims,
-        batch * spec.groups,
-        (*mask, False),
-    )
-    return (
-        into_x.reshape(x.shape) if mask[0] and batch > 1 else into_x,
-        into_kernels.unflatten(0, (batch, -1)) if mask[1] else None,
-    )
+    batch, shape = len(x), x.shape
+    if batch > 1:
+        grad, x = (t.reshape(1, -1, *t.shape[2:]) for t in (grad, x))
+    kernels, groups = kernels.flatten(0, 1), batch * spec.groups
+    into_x, into_kernels = conv_backward(grad, x, kernels, spec, groups, mask)
+    if into_x is not None and batch > 1:
+        into_x = into_x.reshape(shape)
+    return into_x, None if into_kernels is None else into_kernels.unflatten(0, (batch, -1))
 
 
 def convolve_each_backward(
@@ -99,16 +90,10 @@ def convolve_each_backward(
     return into_x, into_kernels
 
 
-def convolve_shared(x: Tensor, kernel: Tensor, spec: ConvSpec) -> Tensor:
-    """One ungrouped kernel ``[O, I, k..]`` for all samples."""
-    conv = _CONV[len(spec.stride)]
-    return conv(x, kernel, None, spec.stride, spec.padding, spec.dilation)
-
-
-def convolve_shared_backward(
-    grad: Tensor, x: Tensor, kernel: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
+def conv_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, spec: ConvSpec, groups: int, mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`convolve_shared`'s input and kernel, where the mask asks for them."""
+    """Gradients of :meth:`ConvSpec.conv`'s input and kernel, where the mask asks for them."""
     into_x, into_kernel, _ = torch.ops.aten.convolution_backward(
         grad,
         x,
@@ -119,7 +104,7 @@ def convolve_shared_backward(
         spec.dilation,
         False,
         (0,) * len(spec.stride),
-        1,
+        groups,
         (*mask, False),
     )
     return into_x, into_kernel

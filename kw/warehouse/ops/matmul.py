@@ -34,13 +34,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def batch_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a [B, M, K] @ b [B, K, N]``; either may be transposed in memory or expanded over B.
-
-    Args:
-        a: matrices.
-        b: matrices.
-        out: where the result is written, rows or columns of larger matrices perhaps.
-    """
+    """``a [B, M, K] @ b [B, K, N]``; either may be transposed in memory or expanded over B. The
+    result is written to ``out``, rows or columns of larger matrices perhaps, if it is given."""
     fast = _onednn() if _is_candidate(a, b) else None
     if fast is None or a.shape[1] * a.shape[2] * b.shape[2] < SMALL:
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)

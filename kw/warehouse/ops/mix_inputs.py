@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from .assembly import even_chunks, join, scratch_bytes
-from .contraction import Contraction, Cost, Needs, Problem
-from .library import convolve_shared, convolve_shared_backward
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .library import conv_backward
 from .matmul import batch_matmul, matmul
 from .spec import ConvSpec
-from .windows import gather, scatter
+from .windows import gather, scatter, wide
 
 __all__ = ["MixInputs"]
 
@@ -61,27 +61,21 @@ class MixInputs(Contraction):
                 if total is not None:
                     total += y
                 else:
-                    total = y if len(chunks) == 1 else y.to(_wide(y))
+                    total = y if len(chunks) == 1 else y.to(wide(y))
             assert total is not None
             parts.append(_output(total.to(x.dtype), x.shape[2:], spec))
         return join(parts)
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        wide = _wide(cells)
-        into_cells = torch.zeros_like(cells, dtype=wide) if needs[2] else None
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
+        summed = wide(cells)
+        into_cells = torch.zeros_like(cells, dtype=summed) if needs[2] else None
         into_x, into_alpha = [], []
         for samples, chunks in _chunks(x, cells, spec):
             inputs = _inputs(x[samples], spec).to(cells.dtype)
             mixing = _mixing(alpha[samples], spec).to(cells.dtype)
-            into_inputs = torch.zeros_like(inputs, dtype=wide) if needs[0] else None
+            into_inputs = torch.zeros_like(inputs, dtype=summed) if needs[0] else None
             into_mixing = torch.empty_like(mixing) if needs[1] else None
             part = _output_grad(grad[samples], spec)
             for some in chunks:
@@ -140,24 +134,18 @@ def _is_whole(spec: ConvSpec) -> bool:
     return math.prod(spec.partition.cell_kernel) > 1
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _chunks(x: Tensor, cells: Tensor, spec: ConvSpec) -> Iterator[tuple[slice, list[slice]]]:
     """Samples, and for them the cells, to work on at a time: mixed inputs must fit the limit,
     and exist twice: as mixed and in the order of the product."""
     part = spec.partition
-    positions = math.prod(x.shape[2:]) if _is_whole(spec) else math.prod(_size(x, spec))
+    positions = (
+        math.prod(x.shape[2:]) if _is_whole(spec) else math.prod(spec.output_size(x.shape[2:]))
+    )
     each = 2 * part.grid[1] * positions * part.cell_in * x.element_size()
     limit = max(scratch_bytes(x.device.type) // each, 1)  # of pairs of a sample and a cell
     for samples in even_chunks(len(x), limit):
         count = samples.stop - samples.start
         yield samples, even_chunks(len(cells), max(limit // max(count, 1), 1))
-
-
-def _size(x: Tensor, spec: ConvSpec) -> tuple[int, ...]:
-    return spec.output_size(x.shape[2:])
 
 
 def _inputs(x: Tensor, spec: ConvSpec) -> Tensor:
@@ -176,7 +164,7 @@ def _inputs_grad(inputs: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
     if _is_whole(spec):
         return inputs.to(x.dtype).view(x.shape)
     part = spec.partition
-    windows = inputs.view(-1, math.prod(part.kernel), *_size(x, spec), part.cell_in)
+    windows = inputs.view(-1, math.prod(part.kernel), *spec.output_size(x.shape[2:]), part.cell_in)
     blocks = scatter(windows, spec, x.shape[2:]).movedim(-1, 1)  # [b GI, c_in, *size]
     return blocks.reshape(x.shape).to(x.dtype)
 
@@ -212,7 +200,7 @@ def _apply(mixed: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """``[(b, GO, P), c_out]``, or ``[(b, GO), c_out, *output size]`` for whole cells."""
     weight = _weight(cells, spec)
     if _is_whole(spec):
-        return convolve_shared(mixed, weight, spec)
+        return spec.conv(mixed, weight, 1)
     return matmul(mixed, weight.t())
 
 
@@ -242,7 +230,7 @@ def _apply_backward(
         if mixed is None:  # only its shape is read
             shape = (len(grad), weight.shape[1], *x.shape[2:])
             mixed = grad.new_empty(1).expand(shape)
-        into_mixed, into_weight = convolve_shared_backward(grad, mixed, weight, spec, wanted)
+        into_mixed, into_weight = conv_backward(grad, mixed, weight, spec, 1, wanted)
     else:
         into_mixed = matmul(grad, weight) if wanted[0] else None  # [(b, GO, P), (j, c_in)]
         into_weight = matmul(grad.t(), mixed) if mixed is not None else None
@@ -250,7 +238,7 @@ def _apply_backward(
     if into_mixed is not None and _is_whole(spec):
         into_mixed = into_mixed.reshape(len(grad) // blocks, blocks * count, -1)
     elif into_mixed is not None:
-        positions = math.prod(_size(x, spec))
+        positions = math.prod(spec.output_size(x.shape[2:]))
         by_cell = into_mixed.view(-1, positions, count, part.cell_in).transpose(1, 2)
         into_mixed = by_cell.reshape(-1, blocks * count, positions * part.cell_in)
     if into_weight is not None:

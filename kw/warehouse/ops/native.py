@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .contraction import Cost, Needs, Problem, SummingContraction
+from .contraction import Cost, Gradients, Needs, Problem, SummingContraction
+from .layout import empty, lies_channels_last
 from .spec import ConvSpec
 from .summing import GradientSum
 
@@ -57,8 +58,9 @@ class Native(SummingContraction):
         return _no_library()
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        (x, last), (alpha, _), (cells, _) = map(_dense, (x, alpha, cells))
-        y = _empty((len(x), spec.out_channels, *spec.output_size(x.shape[2:])), x, last)
+        x, alpha, cells = map(_dense, (x, alpha, cells))
+        last = lies_channels_last(x)
+        y = empty(x, spec.out_channels, spec.output_size(x.shape[2:]), last)
         layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
         _call("kw_mix", layer, (x, alpha, cells, y), (False, last, last))
         return y
@@ -72,11 +74,11 @@ class Native(SummingContraction):
         spec: ConvSpec,
         needs: Needs,
         total: GradientSum | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x, last), (grad, grad_last) = _dense(x), _dense(grad)
-        (alpha, _), (cells, _) = _dense(alpha), _dense(cells)
+    ) -> Gradients:
+        x, grad, alpha, cells = map(_dense, (x, grad, alpha, cells))
+        last, grad_last = lies_channels_last(x), lies_channels_last(grad)
         layer = _layer(spec, len(x), len(cells), tuple(x.shape[2:]))
-        x_grad = _empty(x.shape, x, last) if needs[0] else None
+        x_grad = empty(x, x.shape[1], x.shape[2:], last) if needs[0] else None
         alpha_grad = torch.empty_like(alpha) if needs[1] else None
         earlier = None if total is None else total.value
         cells_grad = earlier
@@ -153,20 +155,7 @@ def _layer(
     return (ctypes.c_int64 * len(values))(*values)
 
 
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """The tensor without gaps, and whether its channels lie last; copied where it must be."""
+def _dense(x: Tensor) -> Tensor:
+    """The tensor without gaps, images perhaps with their channels last; copied where it must be."""
     x = x.resolve_neg()  # of an imaginary part's view: the sign is in no byte
-    if x.is_contiguous():
-        return x, False
-    form = _LAST.get(x.dim())
-    if form is not None and x.is_contiguous(memory_format=form):
-        return x, True
-    return x.contiguous(), False
-
-
-def _empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
-    form = _LAST[len(shape)] if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=like.dtype, memory_format=form)
+    return x if x.dim() > 3 and lies_channels_last(x) else x.contiguous()

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .layout import empty, laid_out
 from .matmul import batch_matmul
 from .spec import ConvSpec
 
@@ -72,18 +73,13 @@ def without_stride(x: Tensor, spec: ConvSpec) -> tuple[Tensor, ConvSpec]:
     """A pointwise layer without the positions that its stride leaves out, and its stride."""
     if not is_direct(spec) or _has_no_stride(spec):
         return x, spec
-    some = x[_every(spec.stride)]
-    last = x.stride(1) == 1
-    some = some.movedim(1, -1).contiguous().movedim(-1, 1) if last else some.contiguous()
+    some = laid_out(x[_every(spec.stride)], x.stride(1) == 1)
     return some, replace(spec, stride=(1,) * len(spec.stride))
 
 
 def with_stride(some: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
     """Undoes :func:`without_stride` for the gradient."""
-    if some.stride(1) == 1:
-        x = some.new_zeros(len(some), *size, some.shape[1]).movedim(-1, 1)
-    else:
-        x = some.new_zeros(*some.shape[:2], *size)
+    x = empty(some, some.shape[1], size, some.stride(1) == 1).zero_()
     x[_every(stride)] = some
     return x
 
@@ -104,11 +100,7 @@ def gradient_of_slices(grad: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
 def pointwise_slices(x: Tensor, matrices: Tensor, spec: ConvSpec) -> Tensor:
     """``matrices [b, slices, I, O / slices]``, transposed, times every position of ``x``."""
     slices, width = matrices.shape[1], matrices.shape[3]
-    shape = (len(x), *x.shape[2:], slices * width)
-    if x.stride(1) == 1:  # channels last
-        y = x.new_empty(shape).movedim(-1, 1)
-    else:
-        y = x.new_empty(len(x), slices * width, *x.shape[2:])
+    y = empty(x, slices * width, x.shape[2:], x.stride(1) == 1)
     for i, part in enumerate(y.split(width, 1)):
         pointwise(x, matrices[:, i].mT, spec, part)
     return y

@@ -8,27 +8,15 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import ConvSpec
 
 __all__ = ["assemble_reference", "conv_reference"]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 
 def assemble_reference(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-    """One sample's kernel from its coefficients.
-
-    Args:
-        alpha: ``[m, n]``.
-        cells: ``[n, cell]``.
-        spec: the layer.
-
-    Returns:
-        ``[O, I / g, k_1 .. k_d]``.
-    """
+    """One sample's kernel ``[O, I / g, k_1 .. k_d]`` from its coefficients ``[m, n]``."""
     part = spec.partition
     cells = cells.view(-1, part.cell_out, part.cell_in, *part.cell_kernel)  # [n, c_out, c_in, ck..]
     kernel = cells.new_zeros(part.kernel_shape)
@@ -48,17 +36,8 @@ def assemble_reference(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
 
 def conv_reference(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """Every sample convolved with its own kernel; see :func:`kw.warehouse.ops.dynamic_conv`."""
-    conv = _CONV[len(spec.partition.kernel)]
     outputs = [
-        conv(
-            x[b : b + 1],
-            assemble_reference(alpha[b], cells, spec),
-            None,
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            spec.groups,
-        )
+        spec.conv(x[b : b + 1], assemble_reference(alpha[b], cells, spec), spec.groups)
         for b in range(len(x))
     ]
     return torch.cat(outputs)

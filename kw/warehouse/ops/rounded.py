@@ -32,13 +32,8 @@ class RoundedCells:
 
     @torch.no_grad()
     def get(self, cells: Tensor, dtype: torch.dtype, user: int) -> Tensor:
-        """The cells in a type, without a gradient.
-
-        Args:
-            cells: ``[n, cell]``.
-            dtype: of 16 bit.
-            user: number of the layer that asks.
-        """
+        """The cells in a type of 16 bit, without a gradient; ``user`` is the number of the layer
+        that asks."""
         if is_capturing(cells.device.type):  # a graph reads no memory that another one owns
             return cells.detach().to(dtype)
         state = _state(cells, dtype)

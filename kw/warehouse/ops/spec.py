@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..partition import Partition
 
@@ -55,9 +58,8 @@ class ConvSpec:
         Raises:
             ValueError: the kernel is larger than the padded input.
         """
-        axes = zip(
-            size, self.partition.kernel, self.stride, self.padding, self.dilation, strict=True
-        )
+        kernels = self.partition.kernel
+        axes = zip(size, kernels, self.stride, self.padding, self.dilation, strict=True)
         out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
         if any(n < 1 for n in out):
             kernel = "x".join(map(str, self.partition.kernel))
@@ -66,6 +68,16 @@ class ConvSpec:
                 f"with padding {self.padding}"
             )
         return out
+
+    def axes(self, size: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Per spatial axis output and input size, stride, padding, dilation and kernel size."""
+        out, kernels = self.output_size(size), self.partition.kernel
+        return zip(out, size, self.stride, self.padding, self.dilation, kernels, strict=True)
+
+    def conv(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        """torch's convolution of all samples with one kernel, in so many groups."""
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        return conv(x, kernel, None, self.stride, self.padding, self.dilation, groups)
 
     def encode(self) -> list[int]:
         """The spec as integers, the form in which it passes through ``torch.library``."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cache import cache_folder, locked
 from .contraction import Contraction, Problem
+from .layout import laid_out
 from .precision import as_convolutions_round
 from .spec import ConvSpec
 
@@ -40,10 +41,6 @@ class TimingCache:
         if problem not in self._known:
             self._known[problem] = self._from_file(problem, measure)
         return self._known[problem]
-
-    def clear(self) -> None:
-        """Forget what this process knows; the file stays."""
-        self._known.clear()
 
     def _from_file(
         self, problem: Problem, measure: Callable[[], dict[str, float]]
@@ -104,15 +101,12 @@ def draw_operands(problem: Problem) -> Operands:
     def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator, dtype=dtype)
 
-    def lay_out(image: Tensor) -> Tensor:
-        return image.movedim(1, -1).contiguous().movedim(-1, 1) if problem.channels_last else image
-
-    x = lay_out(draw(problem.batch, problem.spec.in_channels, *problem.size))
+    x = draw(problem.batch, problem.spec.in_channels, *problem.size)
     alpha = draw(problem.batch, part.mixtures, problem.cells, dtype=torch.float32)
     cell = problem.cells_numel // problem.cells
     cells = draw(problem.cells, cell, dtype=problem.cells_dtype or problem.dtype)
     grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
-    grad = lay_out(grad)  # as the layer that follows gives it
+    x, grad = (laid_out(t, problem.channels_last) for t in (x, grad))
     alpha = (alpha / problem.cells**0.5).to(torch.promote_types(torch.float32, cells.dtype))
     return Operands(x, alpha, cells, grad, problem.spec, problem.training)
 

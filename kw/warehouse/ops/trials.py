@@ -104,13 +104,6 @@ class Trials:
             )  # fmt: skip
         return False
 
-    def clear(self) -> None:
-        """Forget all outcomes."""
-        self._bans.clear()
-        self._admitted.clear()
-        self._logged.clear()
-        self._without_memory.clear()
-
 
 def attempt(run: Callable[[], T], device: str, name: str, remedy: str) -> T:
     """Run a kernel with memory full of NaN, and wait for the device.

@@ -18,19 +18,9 @@ __all__ = ["coefficients", "coefficients_gradient"]
 
 @triton.jit
 def coefficients(
-    logits,
-    one_hot,
-    temperature,
-    alpha,
-    kept,
-    rows,
-    mixtures,
-    cells,
-    EPS: tl.constexpr,
-    ANNEALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CELLS: tl.constexpr,
-):
+    logits, one_hot, temperature, alpha, kept, rows, mixtures, cells,
+    EPS: tl.constexpr, ANNEALED: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
     """``alpha[j, r] = lerp(z[r, j] / (sum_p |z[r, p]| + EPS), one_hot[r % mixtures, j], tau)``.
 
     ``alpha`` is ``[n, R]``: products of it with the cells then have rows that are read in whole
@@ -61,19 +51,9 @@ def coefficients(
 
 @triton.jit
 def coefficients_gradient(
-    grad,
-    logits,
-    kept,
-    into,
-    rows,
-    cells,
-    by_row,
-    by_cell,
-    EPS: tl.constexpr,
-    ANNEALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    CELLS: tl.constexpr,
-):
+    grad, logits, kept, into, rows, cells, by_row, by_cell,
+    EPS: tl.constexpr, ANNEALED: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
     """``into[r, j] = (1 - tau) / S * (g[r, j] - sign(z[r, j]) / S * sum_i g[r, i] z[r, i])``.
 
     ``S = sum_p |z[r, p]| + EPS``; the null cell's ``g`` is 0. ``by_row`` and ``by_cell`` are the

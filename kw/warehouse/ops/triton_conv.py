@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import triton_launch as launch
 from .assembly import GPU_SCRATCH
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .layout import channels_last, empty
 from .matmul import float32_matmul, matmul
 from .precision import allows_tf32
 from .spec import ConvSpec
@@ -64,7 +65,8 @@ class TritonConv(Contraction):
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
         x = _readable(x, spec)
-        y = _empty_like(x, spec.out_channels, spec.output_size(x.shape[2:]), x.dtype)
+        last = not x.is_contiguous()
+        y = empty(x, spec.out_channels, spec.output_size(x.shape[2:]), last)
         columns = columns_of(cells, spec)
         by_sample, by_row = self._chunks(spec, len(x), _itemsize(x, cells))
         with torch.cuda.device_of(x):
@@ -78,14 +80,8 @@ class TritonConv(Contraction):
         return y
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         need_x, need_alpha, need_cells = needs
         x, grad = _readable(x, spec), _readable(grad, spec)
         columns = columns_of(cells, spec)
@@ -94,7 +90,8 @@ class TritonConv(Contraction):
         add = len(by_row) > 1
         dx = dcolumns = None
         if need_x:
-            dx = _empty_like(x, x.shape[1], x.shape[2:], torch.float32 if add else x.dtype)
+            kind = torch.float32 if add else x.dtype
+            dx = empty(x, x.shape[1], x.shape[2:], not x.is_contiguous(), kind)
             if add or not launch.reaches_all(spec, tuple(x.shape[2:])):
                 dx.zero_()
         if need_cells:
@@ -284,11 +281,4 @@ def _readable(x: Tensor, spec: ConvSpec) -> Tensor:
         return x
     if x.is_contiguous() and launch.is_plain(spec) and x[0, 0].numel() % 16 == 0:
         return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _empty_like(x: Tensor, channels: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """``[B, channels, *size]`` in the layout of ``x``."""
-    if x.is_contiguous():
-        return x.new_empty(len(x), channels, *size, dtype=dtype)
-    return x.new_empty(len(x), *size, channels, dtype=dtype).movedim(-1, 1)
+    return channels_last(x)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +15,8 @@ from torch import Tensor
 from . import triton_launch as launch
 from .admission import bucket
 from .assembly import BlockGradients, mix, sample_chunks, scratch_bytes, to_blocks, to_taps
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .layout import channels_last, empty
 from .spec import ConvSpec
 from .triton_conv import refusal_of_kernels
 
@@ -37,15 +36,14 @@ class TritonDepthwise(Contraction):
     def refusal(self, problem: Problem) -> str | None:
         if not problem.spec.is_depthwise or problem.spec.out_channels != problem.spec.in_channels:
             return "does depthwise layers with as many outputs as inputs only"
-        found = _kernels()
-        return refusal_of_kernels(problem) or (found if isinstance(found, str) else None)
+        return refusal_of_kernels(problem)
 
     def needs_trial(self, problem: Problem) -> bool:
         return problem.device == "cuda"  # elsewhere they are interpreted
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        x = _channels_last(x)
-        y = _new_image(x, spec.output_size(x.shape[2:]))
+        x = channels_last(x)
+        y = empty(x, x.shape[1], spec.output_size(x.shape[2:]), last=True)
         axes = launch.forward_axes(spec, tuple(x.shape[2:]))
         for chunk in sample_chunks(len(x), _COPIES * _taps(spec), x):
             taps = _assembled(alpha[chunk], cells, x, spec)
@@ -53,18 +51,12 @@ class TritonDepthwise(Contraction):
         return y
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, grad, size = _channels_last(x), _channels_last(grad), tuple(x.shape[2:])
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
+        x, grad, size = channels_last(x), channels_last(grad), tuple(x.shape[2:])
         dx = None
         if needs[0]:
-            dx = _new_image(x, size)
+            dx = empty(x, x.shape[1], size, last=True)
             if not launch.reaches_all(spec, size):
                 dx.zero_()
         gradients = BlockGradients(alpha, cells, needs)
@@ -112,22 +104,19 @@ def _assembled(alpha: Tensor, cells: Tensor, x: Tensor, spec: ConvSpec) -> Tenso
 
 def _convolve(x: Tensor, taps: Tensor, y: Tensor, axes: list[launch.Axis], spec: ConvSpec) -> None:
     """Write positions of ``y [b, C, *space]`` from ``x`` and ``taps [b, K, C, 1]``."""
-    kernels: Any = _kernels()
+    kernels = launch.kernel_module("triton_depthwise_kernels")
     axes, channels = launch.pad_axes(axes), x.shape[1]
-    y_b, y_space = y.stride(0), launch.pad(y.stride()[2:], 0)
-    for axis, stride in zip(axes, y_space, strict=True):
-        y = launch.shift(y, axis.write_start * stride)
-    kernel = launch.pad(spec.partition.kernel, 1)
-    per_axis = [channels * math.prod(kernel[i + 1 :]) for i in range(launch.AXES)]
-    w = launch.shift(taps, sum(a.first * s for a, s in zip(axes, per_axis, strict=True)))
+    y_b, (start, y_space) = y.stride(0), launch.written_positions(y, axes)
+    first, w_space = launch.taps_of(spec, axes, channels)
+    w, y = launch.shift(taps, first), launch.shift(y, start)
     positions = math.prod(axis.count for axis in axes)
     tile_p, tile_c = _tile(channels, x.itemsize)
     with torch.cuda.device_of(x):
         kernels.depthwise[(-(-positions // tile_p) * -(-channels // tile_c) * len(x),)](
             x, w, y,
             x.stride(0), *launch.pad(x.stride()[2:], 0),
-            y_b, *(s * axis.write_step for s, axis in zip(y_space, axes, strict=True)),
-            taps.stride(0), *(axis.every * s for s, axis in zip(per_axis, axes, strict=True)),
+            y_b, *y_space,
+            taps.stride(0), *w_space,
             channels, *launch.positions_of(axes), *(axis.taps for axis in axes),
             TILE_P=tile_p, TILE_C=tile_c, num_warps=_WARPS,
         )  # fmt: skip
@@ -135,7 +124,7 @@ def _convolve(x: Tensor, taps: Tensor, y: Tensor, axes: list[launch.Axis], spec:
 
 def _gradient(x: Tensor, grad: Tensor, spec: ConvSpec) -> Tensor:
     """Gradients of the taps, ``[b, K, C, 1]``."""
-    kernels: Any = _kernels()
+    kernels = launch.kernel_module("triton_depthwise_kernels")
     kernel = launch.pad(spec.partition.kernel, 1)
     axes, channels = launch.pad_axes(launch.forward_axes(spec, tuple(x.shape[2:]))), x.shape[1]
     taps = x.new_empty(len(x), math.prod(kernel), channels, 1)
@@ -160,21 +149,3 @@ def _tile(channels: int, itemsize: int) -> tuple[int, int]:
     are loaded one by one, which takes a register for each address."""
     tile_c = min(max(bucket(channels), 16), 128 // itemsize)
     return (512 if channels % 16 else 2048) // tile_c, tile_c
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _new_image(like: Tensor, size: tuple[int, ...]) -> Tensor:
-    return like.new_empty(len(like), *size, like.shape[1]).movedim(-1, 1)
-
-
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | str:
-    found = launch.kernel_module()
-    if isinstance(found, str):
-        return found
-    from . import triton_depthwise_kernels
-
-    return triton_depthwise_kernels

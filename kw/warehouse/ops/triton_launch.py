@@ -6,12 +6,12 @@ channels, ck kernel positions inside of a cell, rows output channels of a cell i
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,9 @@ __all__ = [
     "positions_of",
     "reaches_all",
     "shift",
+    "taps_of",
     "transposed_axes",
+    "written_positions",
 ]
 
 AXES = 3
@@ -52,14 +54,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache(maxsize=1)
-def kernel_module() -> ModuleType | str:
-    """The kernels or, as text, why there are none; imported at first use."""
+@cache
+def kernel_module(name: str = "triton_kernels") -> Any:
+    """A module of kernels or, as text, why there are none; imported at first use."""
     try:
-        from . import triton_kernels
+        return importlib.import_module(f".{name}", __package__)
     except ImportError as error:
         return f"needs Triton, which cannot be imported ({error})"
-    return triton_kernels
 
 
 def is_plain(spec: ConvSpec) -> bool:
@@ -89,12 +90,7 @@ class Axis:
 
 def forward_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[Axis]:
     """The convolution from input to output."""
-    part = spec.partition
-    axes = zip(
-        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
-        strict=True,
-    )  # fmt: skip
-    return [Axis(out, n, s, -p, d, k) for out, n, s, p, d, k in axes]
+    return [Axis(out, n, s, -p, d, k) for out, n, s, p, d, k in spec.axes(size)]
 
 
 def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
@@ -103,13 +99,8 @@ def transposed_axes(spec: ConvSpec, size: tuple[int, ...]) -> list[list[Axis]]:
     Input position i meets output ``(i + p - k d) / s`` where that is whole. For inputs ``i_0 + j
     s`` these are the taps k of one arithmetic progression.
     """
-    part = spec.partition
-    axes = zip(
-        spec.output_size(size), size, spec.stride, spec.padding, spec.dilation, part.kernel,
-        strict=True,
-    )  # fmt: skip
     result = []
-    for out, n, s, p, d, kernel in axes:
+    for out, n, s, p, d, kernel in spec.axes(size):
         residues = []
         for start in range(min(s, n)):
             taps = [k for k in range(kernel) if (start + p - k * d) % s == 0]
@@ -207,7 +198,6 @@ def convolve_transposed(chunk: Chunk, dy: Tensor, dx: Tensor, add: bool) -> None
 def kernel_gradient(chunk: Chunk, dy: Tensor, x: Tensor) -> None:
     """Write the chunk's kernel gradients into its blocks."""
     kernels = kernel_module()
-    assert isinstance(kernels, ModuleType)
     spec, part = chunk.spec, chunk.spec.partition
     axes = forward_axes(spec, tuple(x.shape[2:]))
     x, dy, axes = _collapse(spec, x, dy, axes)
@@ -249,21 +239,13 @@ def _launch_convolution(
     """``n`` and ``k`` describe written and read channels: blocks, channels of a block, strides of
     either in the kernels, channels between blocks in ``y`` and ``x``."""
     kernels = kernel_module()
-    assert isinstance(kernels, ModuleType)
     axes = pad_axes(axes)
     x_unit, x_strides = _strides(x)
-    steps = pad(y.stride()[2:], 0)
-    start = sum(axis.write_start * s for s, axis in zip(steps, axes, strict=True))
-    steps = tuple(axis.write_step * s for s, axis in zip(steps, axes, strict=True))
+    y_c, (start, steps) = y.stride(1), written_positions(y, axes)
     y_unit, (y_b, *y_space) = in_units(y.stride(0), *steps)
-    y_c, y = y.stride(1), shift(y, start)
-
-    tap = chunk.strides["tap"]
-    kernel = pad(chunk.spec.partition.kernel, 1)
-    per_axis = [tap * math.prod(kernel[i + 1 :]) for i in range(AXES)]
-    offset = sum(axis.first * s for axis, s in zip(axes, per_axis, strict=True))
-    w = shift(chunk.blocks, offset)
-    w_taps = [axis.every * s for axis, s in zip(axes, per_axis, strict=True)]
+    y = shift(y, start)
+    first, w_taps = taps_of(chunk.spec, axes, chunk.strides["tap"])
+    w = shift(chunk.blocks, first)
 
     n_blocks, n_block, w_n_block, w_n, y_block = n
     k_blocks, k_block, w_k_block, w_k, x_block = k
@@ -326,6 +308,20 @@ def shift(t: Tensor, offset: int) -> Tensor:
     return t.as_strided((1,), (1,), t.storage_offset() + offset) if offset else t
 
 
+def written_positions(y: Tensor, axes: list[Axis]) -> tuple[int, list[int]]:
+    """The offset of the first position of ``y`` that a launch writes, and their strides."""
+    axes_of_y = list(zip(axes, pad(y.stride()[2:], 0), strict=True))
+    start = sum(axis.write_start * s for axis, s in axes_of_y)
+    return start, [axis.write_step * s for axis, s in axes_of_y]
+
+
+def taps_of(spec: ConvSpec, axes: list[Axis], apart: int) -> tuple[int, list[int]]:
+    """The offset of a launch's first tap in kernels whose positions lie ``apart``, and strides."""
+    kernel = pad(spec.partition.kernel, 1)
+    per_axis = [(axis, apart * math.prod(kernel[i + 1 :])) for i, axis in enumerate(axes)]
+    return sum(axis.first * s for axis, s in per_axis), [axis.every * s for axis, s in per_axis]
+
+
 def positions_of(axes: list[Axis]) -> list[int]:
     """The kernels' arguments from ``count_0`` to ``hop_2``."""
     columns = ("count", "size", "step", "start", "hop")
@@ -335,7 +331,6 @@ def positions_of(axes: list[Axis]) -> list[int]:
 def arithmetic(x: Tensor) -> dict[str, Any]:
     """The type of products; sums are always in float32."""
     kernels = kernel_module()
-    assert isinstance(kernels, ModuleType)
     # The interpreter multiplies bfloat16 as if its bits were integers.
     dtype = torch.float32 if interpreted() else x.dtype
     # Triton for AMD's GPUs refuses the word TF32, on some of them for 16 bit as well.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import triton_on_chip_launch as launch
-from .contraction import Contraction, Cost, Needs, Problem
+from .contraction import Contraction, Cost, Gradients, Needs, Problem
+from .layout import empty
 from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_conv import TritonConv, columns_of
@@ -83,7 +84,7 @@ class TritonOnChip(Contraction):
         return problem.device == "cuda"  # elsewhere they are interpreted
 
     def _forward(self, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
-        y = _empty(x, spec.out_channels, spec.output_size(x.shape[2:]))
+        y = empty(x, spec.out_channels, spec.output_size(x.shape[2:]), last=True)
         if len(x):
             with torch.cuda.device_of(x):
                 mixture = _mixture(alpha, cells, spec)
@@ -91,18 +92,12 @@ class TritonOnChip(Contraction):
         return y
 
     def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        cells: Tensor,
-        spec: ConvSpec,
-        needs: Needs,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, needs: Needs
+    ) -> Gradients:
         need_x, *rest = needs
         dx = dalpha = dcells = None
         if need_x:
-            dx = _empty(x, x.shape[1], tuple(x.shape[2:]))
+            dx = empty(x, x.shape[1], x.shape[2:], last=True)
             if not reaches_all(spec, tuple(x.shape[2:])):
                 dx.zero_()
             if len(x):
@@ -170,8 +165,3 @@ def _up(count: int, step: int) -> int:
 
 def _mixture(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Mixture:
     return Mixture(launch.pad_coefficients(alpha, cells.dtype), columns_of(cells, spec), spec)
-
-
-def _empty(x: Tensor, channels: int, size: tuple[int, ...]) -> Tensor:
-    """``[B, channels, *size]``, channels last: tiles have neighbouring channels."""
-    return x.new_empty(len(x), *size, channels).movedim(-1, 1)

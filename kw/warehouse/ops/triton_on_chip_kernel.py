@@ -30,15 +30,10 @@ __all__ = ["convolve_on_chip"]
 
 @triton.jit
 def _cell_tile(
-    cells,
-    columns,
-    exists,
+    cells, columns, exists,
     c_j,
-    first: tl.constexpr,
-    count: tl.constexpr,
-    CELLS: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    first: tl.constexpr, count: tl.constexpr, CELLS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Columns of cells ``first`` and the ``count`` from there, ``[count, columns]``; zeros beyond.
 
     Cells are many where they are large: positions have 64 bit.
@@ -50,63 +45,28 @@ def _cell_tile(
 
 @triton.jit
 def convolve_on_chip(
-    x,
-    alpha,
-    cells,
-    y,
+    x, alpha, cells, y,
     # Strides of the packed input: blocks and chunks of channels, positions, taps.
-    x_block,
-    x_chunk,
-    x_p0,
-    x_p1,
-    x_p2,
-    x_t0,
-    x_t1,
-    x_t2,
+    x_block, x_chunk, x_p0, x_p1, x_p2, x_t0, x_t1, x_t2,
     # Of the output: samples, channels, positions.
-    y_b,
-    y_c,
-    y_p0,
-    y_p1,
-    y_p2,
+    y_b, y_c, y_p0, y_p1, y_p2,
     # Of the cells: cells, written and read channels, taps where a cell spans them.
-    c_j,
-    c_n,
-    c_k,
-    c_t0,
-    c_t1,
-    c_t2,
+    c_j, c_n, c_k, c_t0, c_t1, c_t2,
     # Of the coefficients: samples, blocks of written and of read channels, taps elsewhere.
-    a_b,
-    a_n,
-    a_k,
-    a_t0,
-    a_t1,
-    a_t2,
+    a_b, a_n, a_k, a_t0, a_t1, a_t2,
     batch,
-    count_0,
-    count_1,
-    count_2,
-    TAPS_0: tl.constexpr,
-    TAPS_1: tl.constexpr,
-    TAPS_2: tl.constexpr,
+    count_0, count_1, count_2,
+    TAPS_0: tl.constexpr, TAPS_1: tl.constexpr, TAPS_2: tl.constexpr,
     INSIDE: tl.constexpr,  # cells span the taps; else taps are mixtures
-    N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     K_BLOCKS: tl.constexpr,
     K_FAST: tl.constexpr,  # read channels are neighbours in the cells; else written ones
     X_B: tl.constexpr,  # between samples of the input, known so that addresses share registers
-    CELLS: tl.constexpr,
-    J: tl.constexpr,
+    CELLS: tl.constexpr, J: tl.constexpr,
     J_REST: tl.constexpr,  # cells beyond the first J, padded; powers of two, or 0
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    S: tl.constexpr,
-    G: tl.constexpr,
-    TILE_P: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-):
+    DOT: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
     """``y[b, n, p] = sum_{t, k} (sum_j alpha[b, i, j] cells[j, n, k, t]) x[b, k, p + t]``, where
     mixture ``i`` is that of the blocks in which ``n``, ``k`` and ``t`` lie.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,9 @@ from .triton_launch import (
     pad,
     pad_axes,
     shift,
+    taps_of,
     transposed_axes,
+    written_positions,
 )
 from .triton_tiles import OnChipTiles, tiles_on_chip
 
@@ -58,14 +59,6 @@ class _Window(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """An input ``[B, blocks, chunks, *window, K]``, with samples for whole programs."""
-
-    data: Tensor
-    windows: list[_Window]
-
-
 def pad_coefficients(alpha: Tensor, dtype: torch.dtype) -> Tensor:
     """Coefficients ``[B, m, n]`` with samples for whole programs, and rows as long as a tile has
     cells, so that they are aligned."""
@@ -79,8 +72,8 @@ def convolve_on_chip(mixture: Mixture, x: Tensor, y: Tensor) -> None:
     spec = mixture.spec
     axes = forward_axes(spec, tuple(x.shape[2:]))
     written, read = _sides(spec)
-    packed = _pack(x, read, [[axis] for axis in axes])
-    _launch(mixture, packed, y, axes, written, read)
+    packed, windows = _pack(x, read, [[axis] for axis in axes])
+    _launch(mixture, packed, windows, y, axes, written, read)
 
 
 def convolve_on_chip_transposed(mixture: Mixture, dy: Tensor, dx: Tensor) -> None:
@@ -90,9 +83,9 @@ def convolve_on_chip_transposed(mixture: Mixture, dy: Tensor, dx: Tensor) -> Non
     met = [[axis for axis in residues if axis.taps] for residues in per_axis]
     if all(met):
         read, written = _sides(spec)
-        packed = _pack(dy, read, met)
+        packed, windows = _pack(dy, read, met)
         for axes in itertools.product(*met):
-            _launch(mixture, packed, dx, list(axes), written, read)
+            _launch(mixture, packed, windows, dx, list(axes), written, read)
 
 
 def _sides(spec: ConvSpec) -> tuple[_Channels, _Channels]:
@@ -104,8 +97,9 @@ def _sides(spec: ConvSpec) -> tuple[_Channels, _Channels]:
     return outputs, _Channels(in_blocks, part.cell_in, 1, 1)
 
 
-def _pack(x: Tensor, read: _Channels, axes: list[list[Axis]]) -> _Packed:
-    """Pack the input for tiles: runs of K channels of neighbouring positions.
+def _pack(x: Tensor, read: _Channels, axes: list[list[Axis]]) -> tuple[Tensor, list[_Window]]:
+    """Pack the input for tiles: runs of K channels of neighbouring positions,
+    ``[B, blocks, chunks, *window, K]``, with samples for whole programs; and the windows.
 
     Zeros surround the input as far as taps reach, so that the kernel compares no positions, and
     fill the last run of a block. A copy of the input, which is small where kernels are large.
@@ -141,12 +135,13 @@ def _pack(x: Tensor, read: _Channels, axes: list[list[Axis]]) -> _Packed:
             source = source.narrow(axis, a, b - a)
             target = target.narrow(axis, a - w.low, b - a)
         target.copy_(source)
-    return _Packed(data, windows)
+    return data, windows
 
 
 def _launch(
     mixture: Mixture,
-    packed: _Packed,
+    x: Tensor,
+    windows: list[_Window],
     y: Tensor,
     axes: list[Axis],
     written: _Channels,
@@ -156,21 +151,19 @@ def _launch(
 
     alpha, columns, spec = mixture
     part = spec.partition
-    x, windows = packed.data, [_Window(0, 1)] * (AXES - len(axes)) + packed.windows
+    windows = [_Window(0, 1)] * (AXES - len(axes)) + windows
     axes = pad_axes(axes)
     x_b, x_block, x_chunk, *x_inner, _ = x.stride()
     x_space = pad(tuple(x_inner), 0)
     begin = zip(axes, windows, x_space, strict=True)
     x = shift(x, sum((axis.start - window.low) * s for axis, window, s in begin))
-    batch, y_b, y_c, *y_inner = len(y), *y.stride()
-    y_space = pad(tuple(y_inner), 0)
-    y = shift(y, sum(axis.write_start * s for axis, s in zip(axes, y_space, strict=True)))
+    batch, y_b, y_c, *_ = len(y), *y.stride()
+    start, y_space = written_positions(y, axes)
+    y = shift(y, start)
 
     # Kernel positions are mixtures, or lie inside of a cell.
     inside = math.prod(part.cell_kernel) > 1
-    kernel = pad(part.kernel, 1)
-    per_tap = [math.prod(kernel[i + 1 :]) for i in range(AXES)]
-    first = sum(axis.first * s for axis, s in zip(axes, per_tap, strict=True))
+    first, taps = taps_of(spec, axes, 1)
     c_tap = part.cell_in if inside else 0
     a_tap = 0 if inside else part.grid[1] * part.grid[2] * alpha.stride(1)
 
@@ -181,11 +174,11 @@ def _launch(
         *(axis.step * s for axis, s in zip(axes, x_space, strict=True)),
         *(axis.hop * s for axis, s in zip(axes, x_space, strict=True)),
         y_b, y_c,
-        *(axis.write_step * s for axis, s in zip(axes, y_space, strict=True)),
+        *y_space,
         columns.stride(0), written.stride, read.stride,
-        *(axis.every * s * c_tap for axis, s in zip(axes, per_tap, strict=True)),
+        *(tap * c_tap for tap in taps),
         alpha.stride(0), written.mixture * alpha.stride(1), read.mixture * alpha.stride(1),
-        *(axis.every * s * a_tap for axis, s in zip(axes, per_tap, strict=True)),
+        *(tap * a_tap for tap in taps),
         batch, *(axis.count for axis in axes),
         *(axis.taps for axis in axes),
         INSIDE=inside, N_BLOCK=written.width, K_BLOCK=read.width, K_BLOCKS=read.blocks,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .spec import ConvSpec
 
-__all__ = ["Tap", "fold", "gather", "scatter", "tap_slices", "unfold"]
+__all__ = ["Tap", "fold", "gather", "scatter", "tap_slices", "unfold", "wide"]
 
 Tap = tuple[tuple[slice, ...], tuple[slice, ...]]
 """Output positions that a tap serves, and the input positions that it reads for them."""
@@ -31,17 +31,8 @@ def tap_slices(spec: ConvSpec, size: Sequence[int]) -> list[Tap | None]:
 
 @lru_cache(maxsize=4096)
 def _tap_slices(spec: ConvSpec, size: tuple[int, ...]) -> list[Tap | None]:
-    axes = zip(
-        spec.partition.kernel,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        size,
-        spec.output_size(size),
-        strict=True,
-    )
     per_axis: list[list[tuple[slice, slice] | None]] = []
-    for kernel, stride, padding, dilation, inputs, outputs in axes:
+    for outputs, inputs, stride, padding, dilation, kernel in spec.axes(size):
         taps: list[tuple[slice, slice] | None] = []
         for tap in range(kernel):
             offset = tap * dilation - padding
@@ -78,7 +69,7 @@ def scatter(windows: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
 
     ``[B, K, *output size, C]`` -> ``[B, *size, C]``.
     """
-    x = windows.new_zeros(len(windows), *size, windows.shape[-1], dtype=_wide(windows))
+    x = windows.new_zeros(len(windows), *size, windows.shape[-1], dtype=wide(windows))
     for k, tap in enumerate(tap_slices(spec, size)):
         if tap is not None:
             x[_batched(tap[1])] += windows[:, k][_batched(tap[0])]
@@ -91,7 +82,7 @@ def fold(products: Tensor, spec: ConvSpec, size: Sequence[int]) -> Tensor:
     ``[B, *size, K, C]`` -> ``[B, *output size, C]``.
     """
     shape = (len(products), *spec.output_size(size), products.shape[-1])
-    y = products.new_zeros(shape, dtype=_wide(products))
+    y = products.new_zeros(shape, dtype=wide(products))
     for k, tap in enumerate(tap_slices(spec, size)):
         if tap is not None:
             y[_batched(tap[0])] += products[..., k, :][_batched(tap[1])]
@@ -112,5 +103,6 @@ def _batched(positions: tuple[slice, ...]) -> tuple[slice, ...]:
     return (slice(None), *positions)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The type of sums: float32, or the tensor's where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
