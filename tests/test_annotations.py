@@ -21,8 +21,8 @@ from kw.detection.annotations import (
     load_annotations,
 )
 from kw.detection.findings import KINDS, Report
-from kw.detection.run_lengths import bounds
 from kw.detection.schema import CocoDataConfig
+from kw.objects.run_lengths import bounds
 
 Content = dict[str, Any]
 Fault = Callable[[Content, Path], None]

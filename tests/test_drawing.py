@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kw.detection.drawing import (
+from kw.objects.drawing import (
     class_colour,
     contact_sheet,
     draw_annotations,
     draw_objects,
     side_by_side,
 )
-from kw.detection.run_lengths import segmentation_mask
+from kw.objects.run_lengths import segmentation_mask
 
 GREY = 90
 CLASSES = {2: "cat", 7: "dog"}

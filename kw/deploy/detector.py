@@ -20,9 +20,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
 from ..data.reading import BadImageError, Picture
-from ..detection.found import Detector, Found
-from ..detection.run_lengths import encode_masks
 from ..errors import memory_for
+from ..objects.found import Detector, Found
+from ..objects.run_lengths import encode_masks
 from .description import DETECTION, MARK, VERSION, ExportError
 from .onnx_file import OnnxNetwork
 

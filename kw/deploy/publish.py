@@ -116,7 +116,7 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     if program is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
-        from .publish_detector import write_detector
+        from ..detection.publish import write_detector
 
         content, text, notes = write_detector(
             run, program, folder, plan, (folder / RESULTS).is_file()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from kw.data.reading import DataError
 from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
 from kw.detection.findings import some
-from kw.detection.run_lengths import encode_masks, import_evaluator, mask_areas
+from kw.objects.run_lengths import encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
 

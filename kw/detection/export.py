@@ -23,14 +23,14 @@ from ..deploy.detector import DetectorDescription, ExportedDetector, resized
 from ..deploy.graph import quiet
 from ..deploy.onnx_file import OnnxNetwork, needs, write_program
 from ..errors import one_line
+from ..objects.found import Found
+from ..objects.run_lengths import import_evaluator
 from ..torch_private import trace_errors
 from ..version import __version__
 from ..warehouse import ops
 from .exportable import check_detector, preprocessing
-from .found import Found
 from .graph import DetectorGraph
 from .predictor import Predictor
-from .run_lengths import import_evaluator
 
 __all__ = ["Agreement", "Written", "describe", "export_detector"]
 

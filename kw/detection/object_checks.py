@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kw.detection.findings import Findings
-from kw.detection.run_lengths import bounds, decompress
+from kw.objects.run_lengths import bounds, decompress
 
 __all__ = ["check_boxes", "check_masks", "is_box"]
 

@@ -12,8 +12,8 @@ from PIL import Image
 from ..config import ConfigError
 from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
+from ..objects.drawing import contact_sheet, draw_annotations, side_by_side
 from .annotations import ids_of, load_annotations
-from .drawing import contact_sheet, draw_annotations, side_by_side
 from .sets import check_test_annotations, trained_classes
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_test_annotations",
     "class_names",
     "read_sets",
+    "result_ids",
     "trained_classes",
     "write_subset",
 ]
@@ -86,6 +88,30 @@ def trained_classes(
     if config.classes is not None and list(config.classes) != trained:
         say(f"data.classes is not used: {source} detects {', '.join(trained)}")
     return trained
+
+
+def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) -> list[int]:
+    """The category ids of a detector's labels in an annotation file.
+
+    Args:
+        classes: classes of the detector.
+        content: content of the file; it needs no annotations.
+        file: its name, for messages.
+
+    Raises:
+        DataError: the file lacks a category, or has several of one name and no objects that show
+            which one is meant.
+    """
+    objects = content.get("annotations") or []
+    ids = ids_of(classes, {**content, "annotations": objects}, file)
+    used = {each.get("category_id") for each in objects}
+    names = Counter(each["name"] for each in content["categories"])
+    pairs = zip(classes, ids, strict=True)
+    if twice := [name for name, number in pairs if names[name] > 1 and number not in used]:
+        raise DataError(
+            f"{file} has several categories {', '.join(twice)}: remove those that are not meant"
+        )
+    return ids
 
 
 def check_sets(

@@ -13,16 +13,16 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ..detection.predictor import load
+from ..deploy.card import CITATION, table
+from ..deploy.description import DETECTION
+from ..deploy.graph import DTYPES
+from ..deploy.weights import cast
 from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
 from ..training.checkpoint import load_checkpoint
 from ..training.trained import choose_weights, trained_file
 from ..version import __version__
 from ..warehouse import find_warehouses
-from .card import CITATION, table
-from .description import DETECTION
-from .graph import DTYPES
-from .weights import cast
+from .predictor import load
 
 __all__ = ["write_detector"]
 
