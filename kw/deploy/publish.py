@@ -48,8 +48,6 @@ __all__ = ["Plan", "publish", "write_folder"]
 
 _PRIVATE = ("weights", "freeze", "gradient_checkpointing", "drop_rate", "drop_path_rate")
 _USE = """\
-## Use
-
 ```python
 import kw  # kernelwarehouse
 
@@ -67,9 +65,7 @@ import timm{kw}
 network = timm.create_model("{name}", pretrained=True)
 ```
 
-`config.yaml` has the settings of the training run.
-
-"""
+`config.yaml` has the settings of the training run."""
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,15 @@ import torch
 from torch.export import Dim
 
 from ..data.reading import BadImageError
-from ..deploy.card import CITATION, table
+from ..deploy.card import page, table
 from ..deploy.description import ExportError
 from ..deploy.detector import DetectorDescription, ExportedDetector, resized
-from ..deploy.graph import quiet
+from ..deploy.graph import traced
 from ..deploy.onnx_file import OnnxNetwork, needs, write_program
 from ..errors import one_line
 from ..objects.found import Found
 from ..objects.run_lengths import import_evaluator
-from ..torch_private import trace_errors
 from ..version import __version__
-from ..warehouse import ops
 from .exportable import check_detector, preprocessing
 from .graph import DetectorGraph
 from .predictor import Predictor
@@ -282,22 +280,8 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
         axes = [multiple * Dim(name, min=least // multiple) for name in ("height", "width")]
         shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
-    try:
-        with torch.no_grad(), quiet(), ops.exported_for("onnx"):
-            try:
-                return torch.export.export(graph, example, dynamic_shapes=shapes)
-            except trace_errors():
-                return torch.export.export(
-                    graph,
-                    example,
-                    dynamic_shapes=shapes,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
-    except MemoryError:
-        raise
-    except Exception as error:
-        name = type(graph.detector).__name__
-        raise ExportError(f"PyTorch cannot trace {name}: {one_line(error)}") from error
+    with torch.no_grad():
+        return traced(graph, example, shapes, "onnx", type(graph.detector).__name__)
 
 
 def _verify(path: Path, expected: list[tuple[Path, Found]], target: Path) -> Agreement:
@@ -360,23 +344,7 @@ def _write_card(path: Path, description: DetectorDescription, agreement: Agreeme
         **{f"output: {key.replace('_', ' ')}": value for key, value in output.items()},
     }
     card = path.with_name(path.name + ".md")
-    text = f"""\
-# {description.model}
-
-`{path.name}`, written by kernelwarehouse {__version__}.
-
-{table(rows)}
-
-## Input and output
-
-{table(given)}
-
-## Verification
-
-After writing, the file was run beside PyTorch: {agreement}.
-
-## Use
-
+    use = f"""\
 ```python
 import kw
 
@@ -386,13 +354,12 @@ detector = kw.load("{path.name}")
 
     kw predict {path.name} image.jpg folder/ --pictures found --json found.json
 
-onnxruntime alone runs it too; classes, preprocessing and thresholds are in its metadata.
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
-    card.write_text(text, encoding="utf-8")
+onnxruntime alone runs it too; classes, preprocessing and thresholds are in its metadata."""
+    sections = {
+        "Detector": table(rows),
+        "Input and output": table(given),
+        "Verification": f"After writing, the file was run beside PyTorch: {agreement}.",
+        "Use": use,
+    }
+    card.write_text(page(description.model, path.name, sections), encoding="utf-8")
     return card

@@ -13,14 +13,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ..deploy.card import CITATION, table
+from ..deploy.card import page, table
 from ..deploy.description import DETECTION
 from ..deploy.graph import DTYPES
 from ..deploy.weights import cast
 from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
 from ..training.checkpoint import load_checkpoint
 from ..training.trained import choose_weights, trained_file
-from ..version import __version__
 from ..warehouse import find_warehouses
 from .predictor import load
 
@@ -69,28 +68,12 @@ def write_detector(
         "results": f"`{RESULTS}`" if has_results else "none; measure them: kw test",
     }
     repository, title = split_name(plan.name)[0], split_name(plan.name)[0].rpartition("/")[2]
-    text = f"""\
-# {title}
-
-`{WEIGHTS}`, written by kernelwarehouse {__version__}.
-
-{table(rows)}
-
-## Use
-
+    use = f"""\
 `{PROGRAM}` is a program, which runs when the detector is loaded: read it first.
 
     kw pull {repository} FOLDER --allow-code
-    kw predict FOLDER photos/
-
-## Licence, citation
-
-Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
-
-```bibtex
-{CITATION}
-```
-"""
+    kw predict FOLDER photos/"""
+    text = page(title, WEIGHTS, {"Detector": table(rows), "Use": use})
     own = {"task": "detection", "weights": chosen}
     note = f"{PROGRAM} is published as it is: look through it for paths and names"
     return {"label_names": trained.classes, "kernelwarehouse": own}, text, [note]
