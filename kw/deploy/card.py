@@ -66,18 +66,8 @@ _OTHER = {
 def write_card(
     path: Path, source: Source, inputs: InputRange, random: Difference, real: Difference | None
 ) -> Path:
-    """Write ``<file>.md`` beside an exported file.
-
-    Args:
-        path: the file.
-        source: the network that it was made of.
-        inputs: what images the file takes.
-        random: how the file differs from PyTorch on noise.
-        real: the same on real images.
-
-    Returns:
-        The card.
-    """
+    """Write ``<file>.md`` beside an exported file, and return it; ``random`` and ``real`` say how
+    the file differs from PyTorch on noise and on real images."""
     other = _OTHER.get(path.suffix)  # None: a registered format, which kw.load does not read
     use = _USE.format(name=path.name, other=other) if other else ""
     target = path.with_name(path.name + ".md")

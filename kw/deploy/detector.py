@@ -171,12 +171,7 @@ class ExportedDetector(Detector):
 
 
 def resized(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height after resizing, as mmcv rounds them.
-
-    Args:
-        size: width and height.
-        settings: ``resize`` of a description's preprocessing.
-    """
+    """Width and height after ``resize`` of a description's preprocessing, as mmcv rounds them."""
     width, height = size
     if settings.get("scale_factor") is not None:
         x, y = settings["scale_factor"]

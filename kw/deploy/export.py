@@ -40,7 +40,7 @@ __all__ = ["Exporter", "Job", "Options", "Written", "check_target", "export", "r
 
 
 class Different(ExportError):
-    """A written file computes something else than the network."""
+    """A written file computes something else than the network, or finds something else."""
 
 
 @dataclass(frozen=True)

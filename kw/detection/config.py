@@ -276,15 +276,8 @@ def _with_sizes(value: Any) -> Any:
 
 
 def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:
-    """Replace the file name of the backbone's classifier by its settings, in place.
-
-    The configuration that a run saves then needs no other file.
-
-    Args:
-        content: the configuration.
-        path: its file.
-        folder: folder of a relative file name.
-    """
+    """Replace the file name of the backbone's classifier, relative to ``folder``, by its settings,
+    in place: the configuration that a run saves then needs no other file."""
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":

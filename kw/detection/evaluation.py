@@ -38,18 +38,13 @@ Figures = dict[str, float | None]
 
 
 class _Detections(NamedTuple):
-    """What was found in one image."""
+    """What was found in one image: boxes are left, top, width, height in pixels, float64 [N, 4]."""
 
     boxes: np.ndarray
-    """float64 [N, 4]: left, top, width, height in pixels"""
-    scores: np.ndarray
-    """float64 [N]"""
-    labels: np.ndarray
-    """int64 [N]"""
-    masks: list[bytes] | None = None
-    """N compressed run lengths of [H, W]"""
-    mask_areas: np.ndarray | None = None
-    """[N], pixels"""
+    scores: np.ndarray  # float64 [N]
+    labels: np.ndarray  # int64 [N]
+    masks: list[bytes] | None = None  # N compressed run lengths of [H, W]
+    mask_areas: np.ndarray | None = None  # [N], pixels
 
 
 class CocoEvaluator:
@@ -259,16 +254,11 @@ def _array(values: Any, dtype: type) -> np.ndarray:
 def _read_truth(
     content: Mapping[str, Any], file: str, category_ids: Collection[int], masks: bool
 ) -> tuple[dict[str, Any], dict[int, int], dict[int, int]]:
-    """The part of an annotation file that evaluation needs, numbered anew.
+    """The part of an annotation file that evaluation needs, and the new numbers of images and of
+    categories by id.
 
-    Images, annotations and categories are numbered from 1 in the order of their ids: evaluators
-    take an object of id 0 for no object, and images from 2^53 on for one another.
-
-    Returns:
-        The content, the numbers of the images by id, and those of the categories.
-
-    Raises:
-        DataError: a value is missing or wrong.
+    They count from 1 in the order of their ids: evaluators take an object of id 0 for no object,
+    and images from 2^53 on for one another.
     """
     try:
         ids = [int(image["id"]) for image in content["images"]]

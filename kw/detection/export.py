@@ -20,6 +20,7 @@ from ..data.reading import BadImageError
 from ..deploy.card import page, table
 from ..deploy.description import ExportError
 from ..deploy.detector import DetectorDescription, ExportedDetector, resized
+from ..deploy.export import Different
 from ..deploy.graph import traced
 from ..deploy.onnx_file import OnnxNetwork, needs, write_program
 from ..errors import one_line
@@ -41,10 +42,6 @@ MASKS = 0.01
 ALONE = 0.01
 """The share of detections without a partner that is taken: rounding moves a box across a threshold
 of overlap, and equal scores, which flat areas of a picture give, come in another order."""
-
-
-class Different(ExportError):
-    """A written file finds something else than the detector."""
 
 
 @dataclass
@@ -179,12 +176,7 @@ def export_detector(
 def describe(
     predictor: Predictor, name: str, nms: bool, fixed_size: bool
 ) -> tuple[DetectorGraph, DetectorDescription]:
-    """The network to be traced and the file's description; arguments as for
-    :func:`export_detector`.
-
-    Raises:
-        ExportError: the detector cannot be exported.
-    """
+    """The network to be traced and the file's description; otherwise as :func:`export_detector`."""
     check_detector(predictor)
     steps = preprocessing(predictor)
     multiple, side = steps["pad_to_multiple_of"], None
@@ -285,11 +277,7 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
 
 
 def _verify(path: Path, expected: list[tuple[Path, Found]], target: Path) -> Agreement:
-    """The written file against the detector.
-
-    Raises:
-        Different: more than :data:`ALONE` of the detections have no partner.
-    """
+    """The written file against the detector; :class:`Different` if it finds something else."""
     written = ExportedDetector(OnnxNetwork(path), str(target))
     agreement = Agreement()
     for file, wanted in expected:

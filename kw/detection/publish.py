@@ -29,17 +29,11 @@ __all__ = ["write_detector"]
 def write_detector(
     run: str | Path, program: Path, folder: Path, plan: Any, has_results: bool
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Write a detector's weights and configuration, and read both back.
-
-    Args:
-        run: a work directory, or a checkpoint in it.
-        program: its ``config.py``.
-        folder: where to.
-        plan: a :class:`kw.deploy.publish.Plan`.
-        has_results: whether the folder has the run's results.
+    """Write a detector's weights and configuration ``program`` for a
+    :class:`kw.deploy.publish.Plan`, and read both back.
 
     Returns:
-        Its config.json, its card, and notes.
+        Its config.json, its card, which says whether the folder has results, and notes.
     """
     file = trained_file(run)
     chosen, state = choose_weights(load_checkpoint(file), file, plan.weights)

@@ -128,12 +128,8 @@ def evaluate_detector(
 ) -> dict[str, float | None]:
     """COCO's figures on a data set that is divided among the processes; a collective call.
 
-    Args:
-        detector: mmdetection's; its mode is restored.
-        loader: the images of this process; an unreadable image, which it leaves out, has no
-            detections.
-        evaluator: evaluator with the ground truth.
-        precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    An unreadable image, which the loader leaves out, has no detections. ``precision`` is the
+    autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
     training = detector.training
     detector.eval()
@@ -203,11 +199,7 @@ def evaluate_checkpoint(
 def _evaluator(
     config: DetectorConfig, classes: list[str], masks: bool, content: Mapping[str, Any]
 ) -> CocoEvaluator:
-    """The evaluator of the test images.
-
-    Raises:
-        DataError: the test annotations have no object.
-    """
+    """The evaluator of the test images, or a DataError if they have no object."""
     data = config.run.data
     file = Path(data.root, data.val_annotations)
     most = data.max_detections or COCO_DETECTIONS

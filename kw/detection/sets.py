@@ -63,16 +63,12 @@ def trained_classes(
     source: str,
     content: Content | None = None,
 ) -> list[str]:
-    """The categories that a checkpoint detects, in the order of its labels.
+    """The categories that a checkpoint detects, in the order of its labels; without names in it,
+    those of the configuration.
 
-    A message names categories of the test annotations that the checkpoint does not detect, and
-    ``data.classes`` if they differ; neither is used.
-
-    Args:
-        checkpoint: its content; without names, the classes are those of the configuration.
-        config: the data to test on.
-        source: name of the checkpoint in messages.
-        content: content of the test annotations, if they were read before.
+    A message, which calls the checkpoint ``source``, names categories of the test annotations that
+    it does not detect, and ``data.classes`` if they differ; neither is used. ``content`` is that of
+    the test annotations, if they were read before.
 
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
@@ -91,12 +87,7 @@ def trained_classes(
 
 
 def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) -> list[int]:
-    """The category ids of a detector's labels in an annotation file.
-
-    Args:
-        classes: classes of the detector.
-        content: content of the file; it needs no annotations.
-        file: its name, for messages.
+    """The category ids of a detector's labels in a file, whose content needs no annotations.
 
     Raises:
         DataError: the file lacks a category, or has several of one name and no objects that show
@@ -153,15 +144,8 @@ def _check(config: CocoDataConfig, training: bool, **settings: Any) -> Report:
 def write_subset(
     source: str | os.PathLike[str], target: str | os.PathLike[str], images: int
 ) -> dict[str, Any]:
-    """Write the first images that have objects, and their annotations, to another file.
-
-    Args:
-        source: file in COCO's format.
-        target: file to write; its folder must exist.
-        images: number of images.
-
-    Returns:
-        The content that was written.
+    """Write the first ``images`` images that have objects, and their annotations, to another file
+    of COCO's format; returns what was written.
 
     Raises:
         DataError: the source cannot be read, has fewer such images, or the target cannot be

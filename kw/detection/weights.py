@@ -94,11 +94,7 @@ def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
 
 
 def read_detector(file: str) -> StartWeights:
-    """The weights of ``load_from``.
-
-    Raises:
-        CheckpointError: the file cannot be read, or has no detector.
-    """
+    """The weights of ``load_from``, or a CheckpointError if the file has no detector."""
     state = read_weights(file)
     source = f"load_from {file}"
     if not _is_detector(state):

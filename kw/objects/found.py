@@ -76,11 +76,7 @@ class Detector(ABC):
         return [self.find(picture, score) for picture in images]
 
     def read(self, picture: Picture) -> Image.Image:
-        """A picture as the detector reads it: RGB, full size.
-
-        Raises:
-            BadImageError: it cannot be read.
-        """
+        """A picture as the detector reads it, RGB in full size, or a BadImageError."""
         return read_image(picture, self.max_pixels, self.upright)
 
     def draw(self, picture: Picture, found: Found, score: float = 0.0) -> Image.Image:
@@ -99,22 +95,13 @@ class Detector(ABC):
 
 
 def coco_results(found: Iterable[tuple[int, Found]], ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, for its evaluation server and tools.
-
-    Args:
-        found: image ids and their detections.
-        ids: category ids by label, see :func:`kw.detection.sets.result_ids`.
-    """
+    """Detections by image id in COCO's results format; ``ids`` are the categories' by label, see
+    :func:`kw.detection.sets.result_ids`."""
     return [row for image_id, each in found for row in _rows(image_id, each, ids)]
 
 
 def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dict[str, Any]:
-    """Detections as an annotation file with scores; images and categories count from 1.
-
-    Args:
-        found: file names and their detections.
-        classes: classes of the detector.
-    """
+    """Detections by file name as an annotation file with scores; ids count from 1."""
     numbered = [(place, name, each) for place, (name, each) in enumerate(found, 1)]
     ids = range(1, len(classes) + 1)
     rows: list[dict[str, Any]] = []

@@ -63,11 +63,8 @@ def deform_conv_backward_input(
     columns: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``.
-
-    torchvision computes all three at once, and mmcv calls :func:`deform_conv_backward_parameters`
-    next, with the same scratch space.
-    """
+    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``:
+    mmcv calls :func:`deform_conv_backward_parameters` next, with the same scratch space."""
     convolve = _convolution(_FIRST, settings)
     by_input, by_weight, by_offset = gradients(convolve, (input, weight, offset), gradOutput)
     gradInput.copy_(by_input)
@@ -85,11 +82,8 @@ def deform_conv_backward_parameters(
     scale: float = 1.0,
     **settings: int,
 ) -> None:
-    """Add the gradient of the weight, times ``scale``, to ``gradWeight``.
-
-    It is in ``columns`` if :func:`deform_conv_backward_input` was called in this backward pass.
-    ``columns`` is empty if neither input nor offset needs a gradient.
-    """
+    """Add the gradient of the weight, times ``scale``, to ``gradWeight``. ``columns`` has it, or is
+    empty if neither input nor offset needs a gradient."""
     if columns.numel():
         gradient = columns
     else:
