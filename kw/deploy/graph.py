@@ -82,16 +82,8 @@ def input_range(
 
 
 def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedProgram:
-    """The graph of a network.
-
-    Args:
-        graph: on the CPU.
-        inputs: which sizes are open.
-        runtime: that it is for, as for :func:`kw.warehouse.ops.exported.exported_for`.
-
-    Raises:
-        ExportError: PyTorch cannot trace it.
-    """
+    """The graph of a network on the CPU, with the open sizes of ``inputs``, for a runtime of
+    :func:`kw.warehouse.ops.exported.exported_for`; an ExportError if PyTorch cannot trace it."""
     shapes: dict[int, Any] = {}
     sides = inputs.sides
     if inputs.batch is None:

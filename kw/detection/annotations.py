@@ -42,14 +42,11 @@ class _Unusable(DataError):
 def load_annotations(
     annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
 ) -> dict[str, Any]:
-    """Read a file; only the outer structure of its content is checked.
-
-    Args:
-        annotations_file: in COCO's format; UTF-8, with or without a byte-order mark.
-        tables: the lists that it must have.
+    """Read a file in COCO's format, with or without a byte-order mark; only the outer structure of
+    its content is checked.
 
     Raises:
-        DataError: it cannot be read, is not JSON, or lacks one of the lists.
+        DataError: it cannot be read, is not JSON, or lacks one of the lists ``tables``.
     """
     file = os.fspath(annotations_file)
     try:
@@ -106,13 +103,8 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
 def ids_of(
     classes: Sequence[str], content: Mapping[str, Any], file: str, hint: str = ""
 ) -> list[int]:
-    """The category ids of some classes, in their order.
-
-    Args:
-        classes: category names.
-        content: content of the file.
-        file: its name in messages.
-        hint: where the names come from, in the message; begins with a space or a comma.
+    """The category ids of some classes, in their order; messages call the content ``file``, and
+    say by ``hint`` where the names come from.
 
     Raises:
         DataError: the file lacks a category; or as for :func:`category_ids`.
