@@ -371,12 +371,6 @@ def test_what_the_settings_leave_out(folder: Path) -> None:
     counts = found(check(content, folder, settings=settings(min_size=41)))
     assert counts == {"nothing-left": 1, "left-out": 4}
     assert found(check(content, folder, settings=settings(min_size=41), training=False)) == {}
-    content["annotations"] += [{**content["annotations"][0], "id": 20 + i} for i in range(3)]
-    limited = settings(max_detections=3)
-    assert found(check(content, folder, settings=limited)) == {}
-    report = check(content, folder, settings=limited, training=False)
-    assert found(report) == {"crowded": 1}
-    assert "image 1: 4 objects; 3 detections of a category count" in report.render()
     small = BadImagesConfig(max_pixels=WIDTH * HEIGHT - 1)
     assert found(check(content, folder, settings=settings(bad_images=small))) == {
         "image-unreadable": 5

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from kw.data.reading import DataError
-from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
+from kw.detection.annotations import category_ids, ids_of, load_annotations
 from kw.detection.findings import some
 from kw.objects.run_lengths import encode_masks, import_evaluator, mask_areas
 
@@ -33,6 +33,9 @@ FIGURES = (
 )
 """COCO's twelve, in COCO's order: average precision (at IoU 0.5 to 0.95, 0.5, 0.75; of small,
 medium and large objects), average recall (with 1, 10, 100 detections; of the three sizes)."""
+
+COCO_DETECTIONS = 100
+"""Detections of a category in an image that COCO's evaluation counts."""
 
 Figures = dict[str, float | None]
 

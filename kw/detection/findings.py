@@ -68,7 +68,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "box-mask": ("warning", "boxes that do not fit their object's mask"),
     "polygon-short": ("warning", "polygons of fewer than three points: left out"),
     "area": ("warning", "areas that do not fit the box or the mask"),
-    "crowded": ("warning", "images with more objects than detections count"),
     "leak": ("warning", "images that the other set has as well"),
     "image-empty": ("info", "images without objects"),
 }

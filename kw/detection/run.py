@@ -25,7 +25,7 @@ from ..training.presence import set_place
 from ..training.run import build_hooks, check_devices, evaluate_weights, start
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
-from .annotations import COCO_DETECTIONS, Report, load_annotations
+from .annotations import Report, load_annotations
 from .config import DetectorConfig, detection_limits
 from .data import build_eval_loader, build_train_loader
 from .detector import (
@@ -37,7 +37,7 @@ from .detector import (
     lr_scales,
     without_weights,
 )
-from .evaluation import CocoEvaluator
+from .evaluation import COCO_DETECTIONS, CocoEvaluator
 from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
 from .start import start_detector
 
