@@ -147,9 +147,8 @@ class CocoEvaluator:
         self._found[image_id] = found
 
     def compute(self) -> Figures:
-        """Gather, evaluate on the first process and send the result to all: a collective call.
-
-        The detections that were added are then dropped.
+        """Gather, evaluate on the first process and send the result to all, a collective call; the
+        detections are then dropped.
 
         Returns:
             ``bbox_<figure>`` and, with masks, ``segm_<figure>`` for each of :data:`FIGURES`, in

@@ -113,14 +113,10 @@ def _reads_annotations(step: Any) -> bool:
 
 
 def load(model: str | Path, device: str = "cpu", weights: str = "auto") -> Predictor:
-    """The trained detector of a run.
+    """The trained detector of a run, a work directory of ``tools/train.py`` or a checkpoint in it;
+    otherwise as :class:`Predictor`.
 
     Its ``config.py`` is run as a program: load only folders that you trust.
-
-    Args:
-        model: a work directory of ``tools/train.py``, or a checkpoint in it.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        weights: as for :class:`Predictor`.
 
     Raises:
         CheckpointError: it is not a detector's, or as for :class:`Predictor`.

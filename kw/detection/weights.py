@@ -33,11 +33,10 @@ _CAFFE = re.compile(r"""style['"]?\s*[=:]\s*['"]caffe""")
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights of a classifier or of a detector.
+    """Weights of a classifier or of a detector, by the names in the file; messages call it
+    ``source``.
 
     Attributes:
-        source: name of the weights in messages.
-        state: all weights, by the names in the file.
         prefix: prefix of the backbone's names; empty for a classifier.
         classes: names of the detector's categories, if the file has them.
         caffe_style: in the file's network, blocks of three convolutions stride in the first one.

@@ -40,13 +40,13 @@ def deform_conv_forward(
     ones: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``output``; ``columns`` and ``ones`` are scratch space that is not used.
+    """Fill ``output`` ``[B, C_out, H_out, W_out]``; ``columns`` and ``ones`` are scratch space that
+    is not used.
 
     Args:
         input: ``[B, C, H, W]``.
         weight: ``[C_out, C / group, kH, kW]``.
         offset: ``[B, deformable_group * K * 2, H_out, W_out]``.
-        output: ``[B, C_out, H_out, W_out]``.
         settings: ``dW, dH`` (strides), ``padW, padH, dilationW, dilationH, group,
             deformable_group``, kernel size and ``im2col_step``; only the first six are used.
     """

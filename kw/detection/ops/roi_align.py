@@ -31,13 +31,10 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``output``.
+    """Fill ``output`` ``[R, C, P, Q]`` from maps ``[B, C, H, W]``.
 
     Args:
-        input: ``[B, C, H, W]``.
         rois: ``[R, 5]``: index of the image, x1, y1, x2, y2 in pixels of that image.
-        output: ``[R, C, P, Q]``.
-        argmax_y, argmax_x: not used; for maxima.
         aligned_height, aligned_width: P and Q.
         spatial_scale: pixels of the map per pixel of the image.
         sampling_ratio: S; 0 for the number of pixels in a bin, rounded up.
