@@ -23,6 +23,7 @@ from ..deploy.detector import DetectorDescription, ExportedDetector, resized
 from ..deploy.export import Different
 from ..deploy.graph import traced
 from ..deploy.onnx_file import OnnxNetwork, needs, write_program
+from ..deploy.source import figures_of
 from ..errors import one_line
 from ..objects.found import Found
 from ..objects.run_lengths import import_evaluator
@@ -189,8 +190,7 @@ def describe(
     graph = DetectorGraph(predictor.detector, nms)
     config = graph.config
     meta = predictor.meta
-    prefix = "ema_" if predictor.weights == "ema" else ""
-    figures = {key: (meta.get("metrics") or {}).get(prefix + key) for key in _FIGURES}
+    figures = figures_of(meta, predictor.weights)
     return graph, DetectorDescription(
         model=name,
         classes=predictor.classes,
@@ -212,7 +212,7 @@ def describe(
         weights={
             "of": predictor.weights,
             "epoch": meta.get("epoch"),
-            "metrics": {key: value for key, value in figures.items() if value is not None},
+            "metrics": {key: figures[key] for key in _FIGURES if key in figures},
         },
         config=predictor.config.to_python(places=False),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ..deploy.card import page, table
 from ..deploy.description import DETECTION
 from ..deploy.graph import DTYPES
+from ..deploy.source import figures_of
 from ..deploy.weights import cast
 from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
 from ..training.checkpoint import load_checkpoint
@@ -41,9 +42,7 @@ def write_detector(
     tensors = {
         k: v.clone().contiguous() for k, v in cast(dict(state), DTYPES[plan.precision]).items()
     }
-    prefix = "ema_" if chosen == "ema" else ""
-    found = (trained.meta.get("metrics") or {}).items()
-    figures = {name.removeprefix(prefix): v for name, v in found if name.startswith(prefix)}
+    figures = figures_of(trained.meta, chosen)
     about = {"of": chosen, "epoch": trained.meta.get("epoch"), "metrics": figures}
     parts = {"classes": trained.classes, "weights": about}
     header = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
