@@ -35,7 +35,6 @@ __all__ = [
     "scan",
     "shared_bytes",
     "step_unless",
-    "torchvision_backward",
     "trace_errors",
     "uncompiled",
 ]
@@ -166,12 +165,6 @@ def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
         return None
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if linear is None else lambda a, b: linear(a, b.t(), None, "none", [], "")
-
-
-def torchvision_backward(name: str) -> Callable[..., Any]:
-    """The backward operator of ``roi_align`` or ``deform_conv2d``."""
-    operator: Callable[..., Any] = getattr(torch.ops.torchvision, f"_{name}_backward")
-    return operator
 
 
 # --- images -----------------------------------------------------------------------------------

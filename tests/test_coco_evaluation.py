@@ -20,7 +20,7 @@ from pycocotools import mask as mask_api
 
 from kw.data import DataError
 from kw.detection.evaluation import FIGURES, CocoEvaluator
-from kw.detection.run_lengths import decompress, encode_masks
+from kw.objects.run_lengths import decompress, encode_masks
 
 
 def add_all(evaluator: CocoEvaluator, found: Detections, share: slice = slice(None)) -> None:
@@ -234,7 +234,7 @@ def test_masks_are_compressed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     masks = np.random.default_rng(0).random((7, 20, 30)) < 0.3
     whole = encode_masks(masks)
     for pixels in (1, 1300):
-        monkeypatch.setattr("kw.detection.run_lengths._PIXELS", pixels)
+        monkeypatch.setattr("kw.objects.run_lengths._PIXELS", pixels)
         assert encode_masks(masks) == whole
 
 

@@ -27,9 +27,9 @@ from kw.deploy.detector import DetectorDescription, ExportedDetector, lay_masks,
 from kw.detection import load_detector_config
 from kw.detection.detector import build_detector
 from kw.detection.export import Agreement, describe, export_detector
-from kw.detection.found import Found
 from kw.detection.predictor import Predictor
-from kw.detection.run_lengths import encode_masks
+from kw.objects.found import Found
+from kw.objects.run_lengths import encode_masks
 from kw.training.checkpoint import save_checkpoint
 
 CLASSES = ["red", "green"]

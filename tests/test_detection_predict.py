@@ -26,10 +26,11 @@ from kw.data import DataError
 from kw.detection import load_detector_config, train
 from kw.detection.annotations import check_annotations
 from kw.detection.data import build_eval_loader
-from kw.detection.found import Found, coco_file, coco_results, result_ids
 from kw.detection.pictures import picture_names, write_pictures
-from kw.detection.run_lengths import encode_masks
+from kw.detection.sets import result_ids
 from kw.errors import UserError
+from kw.objects.found import Found, coco_file, coco_results
+from kw.objects.run_lengths import encode_masks
 from kw.training import CheckpointError, load_checkpoint
 from kw.training.trained import trained_file
 

@@ -23,7 +23,7 @@ from kw.data.digit_scenes import (
     main,
     write_digit_scenes,
 )
-from kw.detection.run_lengths import segmentation_mask
+from kw.objects.run_lengths import segmentation_mask
 
 SIZES = {"train": 40, "val": 20}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import configparser
 import functools
 import importlib
@@ -333,3 +334,34 @@ def test_converting_md(tmp_path, process_group, monkeypatch):
     assert get_temperature(names["again"]) == 0
     assert not names["again"].warehouses["layer1"].cells.requires_grad
     assert any(isinstance(m, KWLayer) for m in names["backbone"].modules())
+
+
+def imports_at_start(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a module is imported."""
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, (ast.Try, ast.With)):
+            yield from imports_at_start(node.body)
+
+
+def test_a_room_imports_only_rooms_above_it():
+    """The table of docs/architecture.md is the order of the packages."""
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `kw/(\w+)/`", table, re.MULTILINE)
+    assert {path.parent.name for path in ROOT.glob("kw/*/__init__.py")} == set(rooms)
+    seen = 0
+    for path in ROOT.glob("kw/*/**/*.py"):
+        package = path.relative_to(ROOT).parent.parts
+        for node in imports_at_start(ast.parse(path.read_text(encoding="utf-8")).body):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                start = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+                where = ".".join(filter(None, (start, node.module)))
+                names = [f"{where}.{name}" for name in names]
+            for name in names:
+                room = name.split(".")[1] if name.startswith("kw.") else ""
+                if room in rooms:
+                    seen += room != package[1]
+                    assert rooms.index(room) <= rooms.index(package[1]), f"{path}:{node.lineno}"
+    assert seen > 500

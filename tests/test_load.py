@@ -21,7 +21,7 @@ from kw.deploy import ExportError, export, read_source
 from kw.deploy.classifier import Classifier
 from kw.deploy.description import InputRange
 from kw.deploy.export import Options
-from kw.deploy.source import without_places
+from kw.deploy.source import figures_of, without_places
 from kw.errors import UserError
 from kw.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -254,6 +254,13 @@ def test_no_average_and_no_classes(run: Path, tmp_path: Path) -> None:
     assert classifier.description.metrics == {"top1": 10.0}
     with pytest.raises(UserError, match="holds no moving average"):
         kw.load(tmp_path, weights="ema")
+
+
+def test_figures_are_of_the_chosen_weights() -> None:
+    meta = {"metrics": {"mAP": 0.5, "ema_mAP": 1, "mAP_s": None, "ema_mAP_l": 0.25}}
+    assert figures_of(meta, "model") == {"mAP": 0.5}
+    assert figures_of(meta, "ema") == {"mAP": 1.0, "mAP_l": 0.25}
+    assert figures_of({}, "ema") == figures_of({"metrics": "?"}, "model") == {}
 
 
 def test_weights_may_be_renamed_and_halved(run: Path, tmp_path: Path) -> None:

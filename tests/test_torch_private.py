@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -130,14 +129,3 @@ def test_onednn() -> None:
 
 def test_errors_of_tracing() -> None:
     assert issubclass(private.trace_errors(), Exception)
-
-
-def test_backward_operators() -> None:
-    images = torch.randn(1, 2, 8, 8, requires_grad=True)
-    boxes = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
-    torchvision.ops.roi_align(images, boxes, (2, 2), 1.0, 2, True).sum().backward()
-    grad = torch.ones(1, 2, 2, 2)
-    backward = private.torchvision_backward("roi_align")
-    found = backward(grad, boxes, 1.0, 2, 2, 1, 2, 8, 8, 2, True)
-    torch.testing.assert_close(found, images.grad)
-    assert callable(private.torchvision_backward("deform_conv2d"))

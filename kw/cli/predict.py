@@ -35,7 +35,7 @@ from .tool import (
 )
 
 if TYPE_CHECKING:
-    from ..detection.found import Detector
+    from ..objects.found import Detector
 
 __all__ = ["main"]
 
@@ -113,8 +113,9 @@ def classify(args: argparse.Namespace, classifier: Classifier) -> None:
 
 def find_objects(args: argparse.Namespace, detector: Detector) -> None:
     from ..detection.annotations import load_annotations
-    from ..detection.found import coco_file, coco_results, result_ids
     from ..detection.pictures import picture_names, refuse_overwriting, save_picture
+    from ..detection.sets import result_ids
+    from ..objects.found import coco_file, coco_results
 
     score = 0.3 if args.score is None else args.score
     content, ids, categories = None, [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -15,26 +16,33 @@ from .description import Description, InputRange, preprocessing
 from .source import Source
 from .verify import Difference
 
-__all__ = ["CITATION", "card", "table", "write_card"]
+__all__ = ["card", "page", "table", "write_card"]
 
-CITATION = """\
-@inproceedings{li2024kernelwarehouse,
-  title={KernelWarehouse: Rethinking the Design of Dynamic Convolution},
-  author={Li, Chao and Yao, Anbang},
-  booktitle={International Conference on Machine Learning},
-  year={2024},
-  note={arXiv:2406.07879}
-}
-@article{li2023kernelwarehouse,
-  title={KernelWarehouse: Towards Parameter-Efficient Dynamic Convolution},
-  author={Li, Chao and Yao, Anbang},
-  journal={arXiv preprint arXiv:2308.08361},
-  year={2023}
-}"""
+_END = f"""\
+## Licence, citation, versions
+
+Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
+
+```bibtex
+@inproceedings{{li2024kernelwarehouse,
+  title={{KernelWarehouse: Rethinking the Design of Dynamic Convolution}},
+  author={{Li, Chao and Yao, Anbang}},
+  booktitle={{International Conference on Machine Learning}},
+  year={{2024}},
+  note={{arXiv:2406.07879}}
+}}
+@article{{li2023kernelwarehouse,
+  title={{KernelWarehouse: Towards Parameter-Efficient Dynamic Convolution}},
+  author={{Li, Chao and Yao, Anbang}},
+  journal={{arXiv preprint arXiv:2308.08361}},
+  year={{2023}}
+}}
+```
+
+Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.
+"""
 _LISTED = 20  # classes that are named one by one
 _USE = """\
-## Use
-
 ```python
 import kw
 
@@ -44,9 +52,7 @@ classifier.predict(["image.jpg"], k=5)
 
     python tools/predict.py {name} image.jpg folder/
 
-{other}
-
-"""
+{other}"""
 _OTHER = {
     ".onnx": "onnxruntime alone runs it too; preprocessing and classes are in its metadata.",
     ".xml": "OpenVINO alone runs it too; the `.bin` beside it has the weights.",
@@ -60,18 +66,8 @@ _OTHER = {
 def write_card(
     path: Path, source: Source, inputs: InputRange, random: Difference, real: Difference | None
 ) -> Path:
-    """Write ``<file>.md`` beside an exported file.
-
-    Args:
-        path: the file.
-        source: the network that it was made of.
-        inputs: what images the file takes.
-        random: how the file differs from PyTorch on noise.
-        real: the same on real images.
-
-    Returns:
-        The card.
-    """
+    """Write ``<file>.md`` beside an exported file, and return it; ``random`` and ``real`` say how
+    the file differs from PyTorch on noise and on real images."""
     other = _OTHER.get(path.suffix)  # None: a registered format, which kw.load does not read
     use = _USE.format(name=path.name, other=other) if other else ""
     target = path.with_name(path.name + ".md")
@@ -91,41 +87,24 @@ def card(
 ) -> str:
     """The text of a card; ``use`` is its section on how to use the file, the others are as for
     :func:`write_card`."""
-    return f"""\
-# {title}
+    description = source.description
+    agreement = f"{_agreement('random', random)}\n{_agreement('real', real)}"
+    sections = {
+        "Network": table(_network(description)),
+        "Training and evaluation": table(_training(description, source.notes)),
+        "Input and output": table(_inputs(description, inputs)),
+        "Verification": "After writing, the file was run beside PyTorch in float32:\n\n"
+        + agreement,
+        "Use": use,
+    }
+    return page(title, file, sections)
 
-`{file}`, written by kernelwarehouse {__version__}.
 
-## Network
-
-{table(_network(source.description))}
-
-## Training and evaluation
-
-{table(_training(source.description, source.notes))}
-
-## Input and output
-
-{table(_inputs(source.description, inputs))}
-
-## Verification
-
-After writing, the file was run beside PyTorch in float32:
-
-{_agreement("random", random)}
-{_agreement("real", real)}
-
-{use}\
-## Licence, citation, versions
-
-Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
-
-```bibtex
-{CITATION}
-```
-
-Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.
-"""
+def page(title: str, file: str, sections: Mapping[str, str]) -> str:
+    """A card of these sections, the empty ones left out; licence, citation and versions follow."""
+    parts = [f"# {title}", f"`{file}`, written by kernelwarehouse {__version__}."]
+    parts += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
+    return "\n\n".join([*parts, _END])
 
 
 def _network(description: Description) -> dict[str, object]:

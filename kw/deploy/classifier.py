@@ -31,7 +31,7 @@ from .source import read_source, ready
 from .weights import cast, read_weights
 
 if TYPE_CHECKING:
-    from ..detection.found import Detector
+    from ..objects.found import Detector
 
 __all__ = ["Classifier", "Prediction", "load"]
 

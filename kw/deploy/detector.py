@@ -20,9 +20,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
 from ..data.reading import BadImageError, Picture
-from ..detection.found import Detector, Found
-from ..detection.run_lengths import encode_masks
 from ..errors import memory_for
+from ..objects.found import Detector, Found
+from ..objects.run_lengths import encode_masks
 from .description import DETECTION, MARK, VERSION, ExportError
 from .onnx_file import OnnxNetwork
 
@@ -171,12 +171,7 @@ class ExportedDetector(Detector):
 
 
 def resized(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height after resizing, as mmcv rounds them.
-
-    Args:
-        size: width and height.
-        settings: ``resize`` of a description's preprocessing.
-    """
+    """Width and height after ``resize`` of a description's preprocessing, as mmcv rounds them."""
     width, height = size
     if settings.get("scale_factor") is not None:
         x, y = settings["scale_factor"]

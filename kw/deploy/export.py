@@ -40,7 +40,7 @@ __all__ = ["Exporter", "Job", "Options", "Written", "check_target", "export", "r
 
 
 class Different(ExportError):
-    """A written file computes something else than the network."""
+    """A written file computes something else than the network, or finds something else."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,16 @@ def export(
     *,
     with_card: bool = True,
 ) -> Written:
-    """Write a network in the format that the target's name ends with.
+    """Write a network in the format of :data:`kw.registry.EXPORTERS` that the target's name ends
+    with, and its model card beside it.
 
     Args:
         source: the network.
-        target: its name ends as the format says (:data:`kw.registry.EXPORTERS`).
+        target: the file.
         options: how.
         images: real ones, as :meth:`Classifier.read` gives them, to verify with; int8 is
             calibrated on them.
-        with_card: write its model card beside it.
+        with_card: False leaves the card out.
 
     Raises:
         ExportError: it cannot be written, or the file differs from the network.

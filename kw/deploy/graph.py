@@ -82,16 +82,8 @@ def input_range(
 
 
 def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedProgram:
-    """The graph of a network.
-
-    Args:
-        graph: on the CPU.
-        inputs: which sizes are open.
-        runtime: that it is for, as for :func:`kw.warehouse.ops.exported.exported_for`.
-
-    Raises:
-        ExportError: PyTorch cannot trace it.
-    """
+    """The graph of a network on the CPU, with the open sizes of ``inputs``, for a runtime of
+    :func:`kw.warehouse.ops.exported.exported_for`; an ExportError if PyTorch cannot trace it."""
     shapes: dict[int, Any] = {}
     sides = inputs.sides
     if inputs.batch is None:
@@ -100,11 +92,17 @@ def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedPr
         sides = (max(sides[0], 4 * inputs.least), max(sides[1], 4 * inputs.least))
         shapes |= {2: Dim("height", min=inputs.least), 3: Dim("width", min=inputs.least)}
     example = torch.zeros(inputs.batch or _EXAMPLES, inputs.channels, *sides)
+    return traced(graph, (example,), {"images": shapes}, runtime, type(graph).__name__)
+
+
+def traced(
+    graph: nn.Module, example: tuple[Tensor, ...], shapes: Any, runtime: str, name: str
+) -> ExportedProgram:
+    """The graph of any network for inputs like ``example``, with open ``shapes`` as for
+    ``torch.export``; messages call it ``name``, otherwise as :func:`trace`."""
+    export = partial(torch.export.export, graph, example, dynamic_shapes=shapes)
     try:
         with quiet(), ops.exported_for(runtime):
-            export = partial(
-                torch.export.export, graph, (example,), dynamic_shapes={"images": shapes}
-            )
             try:
                 return export()
             except trace_errors():
@@ -113,9 +111,7 @@ def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedPr
     except MemoryError:
         raise
     except Exception as error:
-        raise ExportError(
-            f"PyTorch cannot trace {type(graph).__name__}: {one_line(error)}"
-        ) from error
+        raise ExportError(f"PyTorch cannot trace {name}: {one_line(error)}") from error
 
 
 def save_graph(program: ExportedProgram, description: Description, path: Path) -> None:

@@ -20,11 +20,7 @@ _EXTRAS = {"openvino": "openvino>=2025.1", "executorch": "executorch>=1.0"}
 
 
 def needs(package: str) -> Any:
-    """An optional package.
-
-    Raises:
-        ExportError: it is not installed; the message says how to.
-    """
+    """An optional package, or an ExportError that says how to install it."""
     import importlib
 
     try:
@@ -41,17 +37,8 @@ def needs(package: str) -> Any:
 def write_onnx(
     program: ExportedProgram, description: Description, path: Path, optimize: bool = True
 ) -> None:
-    """Write a traced network as one file, checked by ONNX's own checker.
-
-    Args:
-        program: the traced network.
-        description: stored in the file's metadata.
-        path: the file.
-        optimize: fold constants and rewrite the graph, by onnxscript.
-
-    Raises:
-        ExportError: the graph has no counterpart in ONNX.
-    """
+    """Write a traced network as one file, with the description in its metadata, as
+    :func:`write_program` does."""
     inputs = description.input
     open_axes = {0: "batch"} if inputs.batch is None else {}
     if inputs.least is not None:
@@ -68,8 +55,14 @@ def write_onnx(
 def write_program(
     program: ExportedProgram, description: Any, path: Path, optimize: bool, names: dict[str, Any]
 ) -> None:
-    """Write any traced program; arguments as for :func:`write_onnx`, and names of inputs, outputs
-    and open axes as for ``torch.onnx.export``.
+    """Write a traced program, checked by ONNX's own checker.
+
+    Args:
+        program: of any network.
+        description: stored in the file's metadata.
+        path: the file.
+        optimize: fold constants and rewrite the graph, by onnxscript.
+        names: of inputs, outputs and open axes, as for ``torch.onnx.export``.
 
     Raises:
         ExportError: the graph has no counterpart in ONNX.

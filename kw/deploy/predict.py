@@ -60,14 +60,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def predict_files(
     classifier: Classifier, files: Iterable[Path], k: int = 5, batch_size: int = 32
 ) -> Iterator[Result]:
-    """A result for every file, in their order, also for those that cannot be read.
-
-    Args:
-        classifier: from :func:`kw.load`.
-        files: see :func:`find_images`.
-        k: classes an image.
-        batch_size: files that are read, and images that the network sees, at a time.
-    """
+    """A result for every file, in their order, also for those that cannot be read; ``k`` classes
+    an image, ``batch_size`` files are read at a time."""
     remaining = iter(files)
     while some := list(islice(remaining, batch_size)):
         images, reasons = [], {}

@@ -48,8 +48,6 @@ __all__ = ["Plan", "publish", "write_folder"]
 
 _PRIVATE = ("weights", "freeze", "gradient_checkpointing", "drop_rate", "drop_path_rate")
 _USE = """\
-## Use
-
 ```python
 import kw  # kernelwarehouse
 
@@ -67,9 +65,7 @@ import timm{kw}
 network = timm.create_model("{name}", pretrained=True)
 ```
 
-`config.yaml` has the settings of the training run.
-
-"""
+`config.yaml` has the settings of the training run."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +86,8 @@ class Plan:
 
 
 def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
-    """Write a run's repository into a folder.
-
-    Args:
-        run: a work directory, or a checkpoint in it.
-        folder: a new or empty one, or one that was written here before.
-        plan: how.
-
-    Returns:
-        What the user should know, a sentence each.
+    """Write the repository of a run, a work directory or a checkpoint in it, into a folder that is
+    new, empty or was written here before; returns what the user should know, a sentence each.
 
     Raises:
         HubError: the folder has other files.
@@ -116,7 +105,7 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     if program is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
-        from .publish_detector import write_detector
+        from ..detection.publish import write_detector
 
         content, text, notes = write_detector(
             run, program, folder, plan, (folder / RESULTS).is_file()
@@ -132,13 +121,8 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
 
 
 def publish(folder: Path, plan: Plan, private: bool = False, message: str | None = None) -> str:
-    """Upload a folder of :func:`write_folder` as one commit; nothing there is deleted.
-
-    Args:
-        folder: its files replace those of the same names.
-        plan: whose name says where to; a branch is made if it is not there.
-        private: make a new repository private.
-        message: of the commit.
+    """Upload a folder of :func:`write_folder` as one commit, to the plan's name; a branch is made
+    if it is not there. Files of the same names are replaced, nothing is deleted.
 
     Returns:
         Where it is, and what was replaced; a sentence each line.

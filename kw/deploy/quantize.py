@@ -30,12 +30,8 @@ _KINDS = ("Conv", "Gemm", "MatMul")
 
 
 def quantize(path: Path, description: Description, images: Sequence[Tensor]) -> None:
-    """Quantize an ONNX file in place.
-
-    Args:
-        path: a float32 file.
-        description: stored in the new one.
-        images: normalised, ``[C, H, W]`` each; the ranges of activations are measured on them.
+    """Quantize a float32 ONNX file in place; the ranges of activations are measured on normalised
+    images ``[C, H, W]``.
 
     Raises:
         ExportError: onnxruntime cannot quantize it.

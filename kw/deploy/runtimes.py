@@ -20,13 +20,8 @@ __all__ = ["RUNTIMES", "ExecutorchNetwork", "OpenvinoNetwork", "write_executorch
 
 
 def write_openvino(graph: Path, description: Description, path: Path) -> Path:
-    """Write an ONNX file as OpenVINO's, with the weights beside it in ``NAME.bin``.
-
-    fp16 stores weights in 16 bits; CPUs compute in float32 all the same.
-
-    Raises:
-        ExportError: OpenVINO cannot convert it.
-    """
+    """Write an ONNX file as OpenVINO's, with the weights beside it in ``NAME.bin``; fp16 stores
+    weights in 16 bits, and CPUs compute in float32 all the same."""
     openvino = needs("openvino")
     try:
         model = openvino.convert_model(graph)
@@ -40,11 +35,7 @@ def write_openvino(graph: Path, description: Description, path: Path) -> Path:
 
 
 def write_executorch(program: ExportedProgram, description: Description, path: Path) -> Path:
-    """Write a traced network for ExecuTorch; XNNPACK takes the operators that it has.
-
-    Raises:
-        ExportError: ExecuTorch cannot lower it.
-    """
+    """Write a traced network for ExecuTorch; XNNPACK takes the operators that it has."""
     needs("executorch")
     text = json.dumps(description.to_strings()).encode()
     try:

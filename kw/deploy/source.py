@@ -17,7 +17,9 @@ from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange
 
-__all__ = ["Source", "read_source", "ready", "without_places"]
+__all__ = ["Source", "figures_of", "read_source", "ready", "without_places"]
+
+_FIGURES = ("top1", "top5", "mAP", "f1", "loss")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ def read_source(
     if classes is None:
         classes = [str(label) for label in range(settings.model.num_classes)]
         notes.append(f"{path.name} names no classes: they are called 0 to {len(classes) - 1}")
+    figures = figures_of(found.meta, found.weights)
     description = Description(
         model=_name(config, path, settings),
         classes=classes,
         config=settings,
         weights=found.weights,
         epoch=found.meta.get("epoch"),
-        metrics=_metrics(found.meta, found.weights),
+        metrics={name: figures[name] for name in _FIGURES if name in figures},
         input=InputRange.of(settings.data),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
     )
@@ -95,11 +98,13 @@ def _name(config: str | Path | None, path: Path, settings: Config) -> str:
     return path.absolute().parent.name or settings.model.name
 
 
-def _metrics(meta: Mapping[str, Any], weights: str) -> dict[str, float]:
-    """Figures of these weights in the run's last evaluation."""
+def figures_of(meta: Mapping[str, Any], weights: str) -> dict[str, float]:
+    """Figures of these weights, ``"model"`` or ``"ema"``, in the last evaluation of a checkpoint's
+    run, by name."""
     found = meta.get("metrics")
-    if not isinstance(found, Mapping):
-        return {}
     prefix = "ema_" if weights == "ema" else ""
-    named = {name: found.get(prefix + name) for name in ("top1", "top5", "mAP", "f1", "loss")}
-    return {name: float(v) for name, v in named.items() if isinstance(v, int | float)}
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in (found.items() if isinstance(found, Mapping) else ())
+        if name.startswith("ema_") == bool(prefix) and isinstance(value, int | float)
+    }

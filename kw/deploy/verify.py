@@ -38,16 +38,16 @@ WORST = 0.01
 
 @dataclass
 class Difference:
-    """How two networks' logits differ.
+    """How the logits of a file and its network differ.
 
     Attributes:
         largest: largest difference, relative to the largest logit of the batch where that is
             above 1.
-        images: images that were compared.
+        images: that were compared.
         same: those of them that both give the same class.
         shapes: of the batches.
-        rounding: the same difference of the network in float32 from itself in float64, where the
-            files' was too large to be taken as it is.
+        rounding: the same difference of the network in float32 from itself in float64, where
+            ``largest`` was too large to be taken as it is.
         exact: of the file from the network in float64, likewise.
     """
 
@@ -114,12 +114,7 @@ def real_batches(images: Sequence[Tensor], inputs: InputRange) -> Iterator[Tenso
 
 @torch.no_grad()
 def compare(reference: Network, written: Network, batches: Iterable[Tensor]) -> Difference:
-    """Run both on the same images.
-
-    Args:
-        reference: the network.
-        written: the file, as a network.
-        batches: images ``[B, 3, H, W]``, normalised.
+    """Run a network and the file on the same normalised images ``[B, 3, H, W]``.
 
     Raises:
         ExportError: the file gives no finite logits of the expected shape.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import one_line
+from ..hub import sha256
 from .description import Description, ExportError
 
 __all__ = ["cast", "read_weights", "write_weights"]
@@ -23,16 +24,8 @@ _HASHED = re.compile(rf"-([0-9a-f]{{{DIGITS}}})\.safetensors$")
 
 
 def write_weights(state: dict[str, Tensor], description: Description, path: Path) -> Path:
-    """Write a network's state.
-
-    Args:
-        state: as ``state_dict`` gives it.
-        description: stored in the file's header.
-        path: ``NAME.safetensors``.
-
-    Returns:
-        The file: ``NAME-<first digits of its SHA-256>.safetensors``.
-    """
+    """Write a network's state, with the description in the header, for ``NAME.safetensors`` as
+    ``NAME-<first digits of its SHA-256>.safetensors``, which is returned."""
     from safetensors.torch import save
 
     # Copies: safetensors refuses tensors that share memory.
@@ -53,7 +46,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
     from safetensors import SafetensorError, safe_open
 
     expected = _HASHED.search(path.name)
-    if expected is not None and (found := _digest(path)) != expected[1]:
+    if expected is not None and (found := sha256(path)[:DIGITS]) != expected[1]:
         raise ExportError(
             f"{path}: is damaged: its SHA-256 begins with {found}, its name says {expected[1]}; "
             "copy it again"
@@ -70,11 +63,3 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
 def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The state with floating-point tensors in another type."""
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:DIGITS]

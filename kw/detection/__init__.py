@@ -1,8 +1,8 @@
 """Detection and instance segmentation: mmdetection with KernelWarehouse backbones.
 
 Importing this package makes ``import mmdet`` work without a compiled mmcv
-(:mod:`kw.detection.ops`). Annotation checks, evaluation and drawing do not need mmdetection and are
-imported from their modules.
+(:mod:`kw.detection.ops`). Annotation checks and evaluation do not need mmdetection and are imported
+from their modules.
 """
 
 from importlib.util import find_spec as _find_spec

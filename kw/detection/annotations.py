@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,9 +26,6 @@ _TABLES = ("images", "annotations", "categories")
 # LVIS's lists: categories that were searched for in an image, and those annotated incompletely.
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 
-COCO_DETECTIONS = 100
-"""Detections of a category in an image that COCO's evaluation counts."""
-
 
 class _Unusable(DataError):
     """A file that cannot be checked further; ``kind`` is that of the finding."""
@@ -42,14 +38,11 @@ class _Unusable(DataError):
 def load_annotations(
     annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
 ) -> dict[str, Any]:
-    """Read a file; only the outer structure of its content is checked.
-
-    Args:
-        annotations_file: in COCO's format; UTF-8, with or without a byte-order mark.
-        tables: the lists that it must have.
+    """Read a file in COCO's format, with or without a byte-order mark; only the outer structure of
+    its content is checked.
 
     Raises:
-        DataError: it cannot be read, is not JSON, or lacks one of the lists.
+        DataError: it cannot be read, is not JSON, or lacks one of the lists ``tables``.
     """
     file = os.fspath(annotations_file)
     try:
@@ -106,13 +99,8 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
 def ids_of(
     classes: Sequence[str], content: Mapping[str, Any], file: str, hint: str = ""
 ) -> list[int]:
-    """The category ids of some classes, in their order.
-
-    Args:
-        classes: category names.
-        content: content of the file.
-        file: its name in messages.
-        hint: where the names come from, in the message; begins with a space or a comma.
+    """The category ids of some classes, in their order; messages call the content ``file``, and
+    say by ``hint`` where the names come from.
 
     Raises:
         DataError: the file lacks a category; or as for :func:`category_ids`.
@@ -285,27 +273,21 @@ def _check_usage(
     settings: CocoDataConfig,
     findings: Findings,
 ) -> None:
-    """Find the objects that are not used, and images with more objects than detections count."""
-    usage, in_image = Usage(), Counter[int]()
+    """Find the objects that are not used."""
+    usage = Usage()
     for each in objects:
         if each["category_id"] not in names or not is_box(each["bbox"]):
             continue
         reason = why_unused(each, sizes[each["image_id"]], training, settings.min_size)
         usage.count(names[each["category_id"]], reason)
-        if reason is None:
-            in_image[each["image_id"]] += 1
-        elif not each.get("iscrowd") and reason != OUTSIDE:  # reported by the check of boxes
+        # What is outside is reported by the check of boxes.
+        if reason not in (None, OUTSIDE) and not each.get("iscrowd"):
             what = f"annotation {each['id']} of image {each['image_id']}: {reason}"
             findings.add("left-out", what)
     if usage.listed and not usage.used:
         findings.add("nothing-left", str(usage))
     else:
         findings.add_all("category-left-out", usage.without_any())
-    most = settings.max_detections or COCO_DETECTIONS
-    for image_id, number in in_image.items():
-        if number > most and not training:
-            what = f"image {image_id}: {number:,} objects; {most} detections of a category count"
-            findings.add("crowded", f"{what} (data.max_detections)")
 
 
 def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], findings: Findings) -> None:

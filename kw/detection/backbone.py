@@ -258,12 +258,7 @@ def read_network(
 def _started(
     config: ModelConfig, weights: StartWeights, out_indices: Sequence[int] | None
 ) -> nn.Module:
-    """The whole network with weights, before parts are removed.
-
-    Raises:
-        ConfigError: it cannot be built.
-        CheckpointError: the weights are of another network.
-    """
+    """The whole network with weights, before parts are removed."""
     source, state = weights.source, weights.backbone
     converts = config.kernel_warehouse is not None or config.peer is not None
     if is_converted(state) and not converts:

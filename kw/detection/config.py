@@ -115,7 +115,7 @@ def load_detector_config(
     content = _run_file(path)
     named_in = origins.get("model.backbone.network", Origin(path)).source
     _resolve_network(content, path, Path(named_in).parent)
-    given, parts = _split_options(options, content)
+    given = _apply_options(options, content)
     problems = [problem for name in content if (problem := _foreign(name, origins))]
     problems += [
         f"{path}: {name} is missing: mmdetection's {name}"
@@ -132,8 +132,6 @@ def load_detector_config(
         {name: content[name] for name in _OF_RUN if name in content}, "", origins, Origin(path)
     )
     run = check_tree(merge(tree, given), SCHEMA)
-    for key, value in parts.items():
-        _set(content, key, value)
     _resolve_network(content, path, None)
     model = content["model"]
     if run.data.max_detections is not None:
@@ -172,9 +170,9 @@ def _foreign(name: str, origins: dict[str, Origin]) -> str | None:
     return None
 
 
-def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
-    """Split ``--cfg-options`` into those of the run, a tree, and those of mmdetection, by key."""
-    given, parts = Entry({}, Origin(OPTIONS)), {}
+def _apply_options(options: Iterable[str], content: dict[str, Any]) -> Entry:
+    """Set the ``--cfg-options`` of mmdetection's parts, and return those of the run as a tree."""
+    given = Entry({}, Origin(OPTIONS))
     problems: list[str] = []
     for option in options:
         key = option.partition("=")[0].strip()
@@ -186,8 +184,7 @@ def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Ent
         if key.split(".")[0] in _OF_RUN:
             given = merge(given, entry)
         elif key.split(".")[0] in _OF_MMDET:
-            parts[key] = entry.find(key)[0].plain()
-            if (problem := _missing(content, key)) is not None:
+            if (problem := _set(content, key, entry.find(key)[0].plain())) is not None:
                 problems.append(f"{OPTIONS}: {key}: {problem}")
         else:
             names = (*_OF_RUN, *_OF_MMDET)
@@ -195,21 +192,28 @@ def _split_options(options: Iterable[str], content: dict[str, Any]) -> tuple[Ent
             problems.append(f"{OPTIONS}: {key}: expected a known key{hint}")
     if problems:
         raise ConfigError(*problems)
-    return given, parts
+    return given
 
 
-def _missing(content: dict[str, Any], key: str) -> str | None:
-    """The reason why a key of mmdetection's parts cannot be set: a step to it does not exist."""
-    value: Any = content
-    names = key.split(".")
-    for i, name in enumerate(names[:-1]):
-        step = _step(value, name)
+def _set(content: dict[str, Any], key: str, value: Any) -> str | None:
+    """Set a key of mmdetection's parts; a list that replaces a tuple becomes a tuple. The reason
+    why it cannot be set: a step to it does not exist."""
+    target: Any = content
+    *steps, last = key.split(".")
+    for i, name in enumerate(steps):
+        step = _step(target, name)
         if step is None:
-            return f"there is no {'.'.join(names[: i + 1])}"
-        value = value[step]
-    if isinstance(value, (list, tuple)) and _step(value, names[-1]) is None:
+            return f"there is no {'.'.join(steps[: i + 1])}"
+        target = target[step]
+    place: Any = last if isinstance(target, dict) else _step(target, last)
+    if isinstance(target, (list, tuple)) and place is None:
         return f"there is no {key}"
-    return None if isinstance(value, (dict, list)) else f"{'.'.join(names[:-1])} has no members"
+    if not isinstance(target, (dict, list)):
+        return f"{'.'.join(steps)} has no members"
+    old = target.get(last) if isinstance(target, dict) else target[place]
+    as_tuple = isinstance(old, tuple) and isinstance(value, list)
+    target[place] = _with_sizes(tuple(value) if as_tuple else value)
+    return None
 
 
 def _step(value: Any, name: str) -> Any:
@@ -218,18 +222,6 @@ def _step(value: Any, name: str) -> Any:
     if isinstance(value, list) and name.isdigit() and int(name) < len(value):
         return int(name)
     return None
-
-
-def _set(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of mmdetection's parts; a list that replaces a tuple becomes a tuple."""
-    target: Any = content
-    *steps, last = key.split(".")
-    for name in steps:
-        target = target[_step(target, name)]
-    place: Any = int(last) if isinstance(target, list) else last
-    old = target[place] if isinstance(target, list) else target.get(place)
-    target[place] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
-    target[place] = _with_sizes(target[place])
 
 
 def detection_limits(model: dict[str, Any]) -> list[int]:
@@ -276,15 +268,8 @@ def _with_sizes(value: Any) -> Any:
 
 
 def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:
-    """Replace the file name of the backbone's classifier by its settings, in place.
-
-    The configuration that a run saves then needs no other file.
-
-    Args:
-        content: the configuration.
-        path: its file.
-        folder: folder of a relative file name.
-    """
+    """Replace the file name of the backbone's classifier, relative to ``folder``, by its settings,
+    in place: the configuration that a run saves then needs no other file."""
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":

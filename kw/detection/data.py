@@ -86,8 +86,7 @@ class Samples(TolerantDataset):
         """A transformed sample.
 
         Raises:
-            BadImageError: the image cannot be read.
-            ConfigError: the transforms do not make what a detector needs.
+            BadImageError, ConfigError: it cannot be read; the transforms make no sample.
             DataError: they fail or keep dropping it.
         """
         with seeded("detection", self.seed, *key):
@@ -116,13 +115,7 @@ class Samples(TolerantDataset):
 def with_our_reading(
     steps: Sequence[Any], max_pixels: int, upright: bool, pipeline: str
 ) -> list[Any]:
-    """The transforms of a pipeline, with this project's reading of files.
-
-    Args:
-        steps: mmdetection's transforms.
-        max_pixels: larger images are refused.
-        upright: turn images as their EXIF data say.
-        pipeline: name of the pipeline in messages.
+    """The transforms of a pipeline, with :class:`LoadImage` in place of mmcv's plain reading.
 
     Raises:
         ConfigError: a transform mixes several images, or a transform with its own reading of files
@@ -148,17 +141,7 @@ def with_our_reading(
 
 
 def check_sample(sample: Any, pipeline: str, training: bool = False, masks: bool = False) -> None:
-    """Refuse a sample that a detector cannot use.
-
-    Args:
-        sample: result of the transforms.
-        pipeline: name of the pipeline in messages.
-        training: whether it is for training.
-        masks: whether training needs masks.
-
-    Raises:
-        ConfigError: it is not a sample, or lacks a part; the message names the transform to add.
-    """
+    """Refuse a sample that a detector cannot use; the message names the transform to add."""
     packed = sample.get("data_samples") if isinstance(sample, dict) else None
     if packed is None or "inputs" not in sample:
         raise ConfigError(f"{pipeline}: expected to load an image and to end with PackDetInputs")
@@ -181,13 +164,8 @@ def _is_plain(step: LoadImageFromFile) -> bool:
 
 
 class LoadImage(BaseTransform):
-    """mmcv's ``LoadImageFromFile``, but with a refusal of damaged files.
-
-    Args:
-        settings: the transform that it replaces.
-        max_pixels: larger images are refused.
-        upright: turn images as their EXIF data say, as OpenCV does.
-    """
+    """mmcv's ``LoadImageFromFile`` with its ``settings``, but refuses damaged files and those of
+    more than ``max_pixels``."""
 
     def __init__(self, settings: LoadImageFromFile, max_pixels: int, upright: bool = True) -> None:
         self.settings = settings
@@ -195,12 +173,7 @@ class LoadImage(BaseTransform):
         self.upright = upright
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Read ``img_path``.
-
-        Raises:
-            BadImageError: it cannot be read.
-            DataError: its size is not that of the annotation file.
-        """
+        """Read ``img_path``, whose size must be that of the annotation file."""
         path = results["img_path"]
         image = read_image(path, self.max_pixels, self.upright)
         said = results.get("width"), results.get("height")
@@ -226,15 +199,8 @@ def build_train_loader(
 ) -> Loader:
     """The training images of one process; epochs as in :class:`kw.data.TrainBatchSampler`.
 
-    A message counts the objects that are left out, by reason and category.
-
-    Args:
-        config: detector and data.
-        classes: names of the categories.
-        rank: rank of this process.
-        world_size: number of processes.
-        masks: whether the detector learns masks.
-        content: content of the annotation file, if it was read before.
+    A message counts the objects that are left out, by reason and category. ``content`` is that of
+    the annotation file, if it was read before.
 
     Raises:
         ConfigError: the batch does not fit the processes or the images, or a transform of

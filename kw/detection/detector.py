@@ -65,12 +65,9 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
 
 
 class WithLosses(nn.Module):
-    """A detector for training: a batch of the training loader -> losses by name.
+    """mmdetection's detector for training: a batch of the training loader -> losses by name.
 
     As in mmdetection, ``loss`` is the sum of those with "loss" in their names.
-
-    Args:
-        detector: mmdetection's.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -147,10 +144,8 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
 
 
 def _with_classes(settings: Any, classes: int, key: str) -> Any:
-    """Set ``num_classes`` of the heads, except for region proposals, which have no classes.
-
-    A message names other numbers that are replaced, except COCO's, which mmdetection's files have.
-    """
+    """Set ``num_classes`` of the heads, except for region proposals, which have no classes; a
+    message names the numbers that are replaced, but COCO's, which mmdetection's files have."""
     if isinstance(settings, list):
         return [_with_classes(item, classes, f"{key}[{i}]") for i, item in enumerate(settings)]
     if not isinstance(settings, dict):

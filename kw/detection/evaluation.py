@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from kw.data.reading import DataError
-from kw.detection.annotations import COCO_DETECTIONS, category_ids, ids_of, load_annotations
+from kw.detection.annotations import category_ids, ids_of, load_annotations
 from kw.detection.findings import some
-from kw.detection.run_lengths import encode_masks, import_evaluator, mask_areas
+from kw.objects.run_lengths import encode_masks, import_evaluator, mask_areas
 
 __all__ = ["FIGURES", "CocoEvaluator"]
 
@@ -34,22 +34,20 @@ FIGURES = (
 """COCO's twelve, in COCO's order: average precision (at IoU 0.5 to 0.95, 0.5, 0.75; of small,
 medium and large objects), average recall (with 1, 10, 100 detections; of the three sizes)."""
 
+COCO_DETECTIONS = 100
+"""Detections of a category in an image that COCO's evaluation counts."""
+
 Figures = dict[str, float | None]
 
 
 class _Detections(NamedTuple):
-    """What was found in one image."""
+    """What was found in one image: boxes are left, top, width, height in pixels, float64 [N, 4]."""
 
     boxes: np.ndarray
-    """float64 [N, 4]: left, top, width, height in pixels"""
-    scores: np.ndarray
-    """float64 [N]"""
-    labels: np.ndarray
-    """int64 [N]"""
-    masks: list[bytes] | None = None
-    """N compressed run lengths of [H, W]"""
-    mask_areas: np.ndarray | None = None
-    """[N], pixels"""
+    scores: np.ndarray  # float64 [N]
+    labels: np.ndarray  # int64 [N]
+    masks: list[bytes] | None = None  # N compressed run lengths of [H, W]
+    mask_areas: np.ndarray | None = None  # [N], pixels
 
 
 class CocoEvaluator:
@@ -149,9 +147,8 @@ class CocoEvaluator:
         self._found[image_id] = found
 
     def compute(self) -> Figures:
-        """Gather, evaluate on the first process and send the result to all: a collective call.
-
-        The detections that were added are then dropped.
+        """Gather, evaluate on the first process and send the result to all, a collective call; the
+        detections are then dropped.
 
         Returns:
             ``bbox_<figure>`` and, with masks, ``segm_<figure>`` for each of :data:`FIGURES`, in
@@ -259,16 +256,11 @@ def _array(values: Any, dtype: type) -> np.ndarray:
 def _read_truth(
     content: Mapping[str, Any], file: str, category_ids: Collection[int], masks: bool
 ) -> tuple[dict[str, Any], dict[int, int], dict[int, int]]:
-    """The part of an annotation file that evaluation needs, numbered anew.
+    """The part of an annotation file that evaluation needs, and the new numbers of images and of
+    categories by id.
 
-    Images, annotations and categories are numbered from 1 in the order of their ids: evaluators
-    take an object of id 0 for no object, and images from 2^53 on for one another.
-
-    Returns:
-        The content, the numbers of the images by id, and those of the categories.
-
-    Raises:
-        DataError: a value is missing or wrong.
+    They count from 1 in the order of their ids: evaluators take an object of id 0 for no object,
+    and images from 2^53 on for one another.
     """
     try:
         ids = [int(image["id"]) for image in content["images"]]

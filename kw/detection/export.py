@@ -17,20 +17,20 @@ import torch
 from torch.export import Dim
 
 from ..data.reading import BadImageError
-from ..deploy.card import CITATION, table
+from ..deploy.card import page, table
 from ..deploy.description import ExportError
 from ..deploy.detector import DetectorDescription, ExportedDetector, resized
-from ..deploy.graph import quiet
+from ..deploy.export import Different
+from ..deploy.graph import traced
 from ..deploy.onnx_file import OnnxNetwork, needs, write_program
+from ..deploy.source import figures_of
 from ..errors import one_line
-from ..torch_private import trace_errors
+from ..objects.found import Found
+from ..objects.run_lengths import import_evaluator
 from ..version import __version__
-from ..warehouse import ops
 from .exportable import check_detector, preprocessing
-from .found import Found
 from .graph import DetectorGraph
 from .predictor import Predictor
-from .run_lengths import import_evaluator
 
 __all__ = ["Agreement", "Written", "describe", "export_detector"]
 
@@ -43,10 +43,6 @@ MASKS = 0.01
 ALONE = 0.01
 """The share of detections without a partner that is taken: rounding moves a box across a threshold
 of overlap, and equal scores, which flat areas of a picture give, come in another order."""
-
-
-class Different(ExportError):
-    """A written file finds something else than the detector."""
 
 
 @dataclass
@@ -181,12 +177,7 @@ def export_detector(
 def describe(
     predictor: Predictor, name: str, nms: bool, fixed_size: bool
 ) -> tuple[DetectorGraph, DetectorDescription]:
-    """The network to be traced and the file's description; arguments as for
-    :func:`export_detector`.
-
-    Raises:
-        ExportError: the detector cannot be exported.
-    """
+    """The network to be traced and the file's description; otherwise as :func:`export_detector`."""
     check_detector(predictor)
     steps = preprocessing(predictor)
     multiple, side = steps["pad_to_multiple_of"], None
@@ -199,8 +190,7 @@ def describe(
     graph = DetectorGraph(predictor.detector, nms)
     config = graph.config
     meta = predictor.meta
-    prefix = "ema_" if predictor.weights == "ema" else ""
-    figures = {key: (meta.get("metrics") or {}).get(prefix + key) for key in _FIGURES}
+    figures = figures_of(meta, predictor.weights)
     return graph, DetectorDescription(
         model=name,
         classes=predictor.classes,
@@ -222,7 +212,7 @@ def describe(
         weights={
             "of": predictor.weights,
             "epoch": meta.get("epoch"),
-            "metrics": {key: value for key, value in figures.items() if value is not None},
+            "metrics": {key: figures[key] for key in _FIGURES if key in figures},
         },
         config=predictor.config.to_python(places=False),
         versions={"kernelwarehouse": __version__, "torch": str(torch.__version__)},
@@ -282,30 +272,12 @@ def _trace(graph: DetectorGraph, description: DetectorDescription, picture: tupl
         axes = [multiple * Dim(name, min=least // multiple) for name in ("height", "width")]
         shapes = {2: axes[0], 3: axes[1]}, {}
     example = torch.zeros(1, 3, *sides), torch.tensor([float(side) for side in sides])
-    try:
-        with torch.no_grad(), quiet(), ops.exported_for("onnx"):
-            try:
-                return torch.export.export(graph, example, dynamic_shapes=shapes)
-            except trace_errors():
-                return torch.export.export(
-                    graph,
-                    example,
-                    dynamic_shapes=shapes,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
-    except MemoryError:
-        raise
-    except Exception as error:
-        name = type(graph.detector).__name__
-        raise ExportError(f"PyTorch cannot trace {name}: {one_line(error)}") from error
+    with torch.no_grad():
+        return traced(graph, example, shapes, "onnx", type(graph.detector).__name__)
 
 
 def _verify(path: Path, expected: list[tuple[Path, Found]], target: Path) -> Agreement:
-    """The written file against the detector.
-
-    Raises:
-        Different: more than :data:`ALONE` of the detections have no partner.
-    """
+    """The written file against the detector; :class:`Different` if it finds something else."""
     written = ExportedDetector(OnnxNetwork(path), str(target))
     agreement = Agreement()
     for file, wanted in expected:
@@ -360,23 +332,7 @@ def _write_card(path: Path, description: DetectorDescription, agreement: Agreeme
         **{f"output: {key.replace('_', ' ')}": value for key, value in output.items()},
     }
     card = path.with_name(path.name + ".md")
-    text = f"""\
-# {description.model}
-
-`{path.name}`, written by kernelwarehouse {__version__}.
-
-{table(rows)}
-
-## Input and output
-
-{table(given)}
-
-## Verification
-
-After writing, the file was run beside PyTorch: {agreement}.
-
-## Use
-
+    use = f"""\
 ```python
 import kw
 
@@ -386,13 +342,12 @@ detector = kw.load("{path.name}")
 
     kw predict {path.name} image.jpg folder/ --pictures found --json found.json
 
-onnxruntime alone runs it too; classes, preprocessing and thresholds are in its metadata.
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
-    card.write_text(text, encoding="utf-8")
+onnxruntime alone runs it too; classes, preprocessing and thresholds are in its metadata."""
+    sections = {
+        "Detector": table(rows),
+        "Input and output": table(given),
+        "Verification": f"After writing, the file was run beside PyTorch: {agreement}.",
+        "Use": use,
+    }
+    card.write_text(page(description.model, path.name, sections), encoding="utf-8")
     return card

@@ -67,11 +67,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "box-partly-outside": ("warning", "boxes partly outside of their image"),
     "box-mask": ("warning", "boxes that do not fit their object's mask"),
     "polygon-short": ("warning", "polygons of fewer than three points: left out"),
-    "polygon-flat": ("warning", "polygons without an area"),
-    "mask-partly-outside": ("warning", "masks partly outside of their image"),
-    "crowd-polygons": ("warning", "crowd regions given as polygons, where COCO has run lengths"),
     "area": ("warning", "areas that do not fit the box or the mask"),
-    "crowded": ("warning", "images with more objects than detections count"),
     "leak": ("warning", "images that the other set has as well"),
     "image-empty": ("info", "images without objects"),
 }

@@ -25,15 +25,9 @@ def check_images(
     upright: bool,
     max_pixels: int,
 ) -> None:
-    """Open every image file and compare its size.
+    """Open every image file, as training reads it, and compare its size.
 
-    Args:
-        images: entries with ``id``, ``file_name``, ``width`` and ``height``.
-        folder: folder that the names are relative to.
-        findings: list to add to.
-        decode: read the pixels too, which finds truncated files; otherwise only the headers.
-        upright: whether training turns images as their EXIF data say.
-        max_pixels: training refuses larger images.
+    ``decode`` reads the pixels too, which finds truncated files; otherwise only the headers.
     """
     try:
         os.scandir(folder).close()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kw.detection.findings import Findings
-from kw.detection.run_lengths import bounds, decompress
+from kw.objects.run_lengths import decompress, import_evaluator
 
 __all__ = ["check_boxes", "check_masks", "is_box"]
 
@@ -87,8 +87,6 @@ def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
         elif isinstance(mask, dict):
             _check_runs(each, mask, sizes[each["image_id"]], findings)
         elif isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
-            if each.get("iscrowd"):
-                findings.add("crowd-polygons", _say(each, f"{len(mask)} polygons"))
             polygons = _usable(each, mask, findings)
             if polygons:
                 shapes.append((each, polygons))
@@ -142,20 +140,14 @@ def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) 
     low = np.minimum.reduceat(np.minimum.reduceat(points, first), of_shape)
     high = np.maximum.reduceat(np.maximum.reduceat(points, first), of_shape)
 
-    number = np.diff(np.append(of_shape, len(polygons)))
-    owner = np.repeat(np.arange(len(shapes)), number)
-    for i in np.flatnonzero(areas <= 1e-9).tolist():
-        findings.add("polygon-flat", _say(shapes[owner[i]][0], _short(polygons[i])))
     limits = np.array([sizes[each["image_id"]] for each, _ in shapes], dtype=np.float64)
     outside = ((high <= 0) | (low >= limits)).any(1)
-    partly = ~outside & ((low < -_BORDER) | (high > limits + _BORDER)).any(1)
-    for kind, where in (("mask-outside", outside), ("mask-partly-outside", partly)):
-        for i in np.flatnonzero(where).tolist():
-            each = shapes[i][0]
-            (left, top), (right, bottom) = low[i], high[i]
-            width, height = sizes[each["image_id"]]
-            where_to = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
-            findings.add(kind, _say(each, f"{where_to}, image {width} x {height}"))
+    for i in np.flatnonzero(outside).tolist():
+        each = shapes[i][0]
+        (left, top), (right, bottom) = low[i], high[i]
+        width, height = sizes[each["image_id"]]
+        what = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), image {width} x {height}"
+        findings.add("mask-outside", _say(each, what))
 
     _compare_boxes([each for each, _ in shapes], np.concatenate([low, high], 1), findings)
 
@@ -190,8 +182,13 @@ def _check_runs(
             "run-length-broken",
             _say(each, f"{sum(counts):,} pixels, the image has {width * height:,}"),
         )
-    elif (extent := bounds(counts, height)) is not None:
-        _compare_boxes([each], np.array([extent], dtype=np.float64), findings)
+    else:
+        mask_api = import_evaluator().mask
+        as_text = isinstance(mask["counts"], str)
+        runs = mask if as_text else mask_api.frPyObjects(mask, height, width)
+        left, top, wide, high = mask_api.toBbox(runs)
+        if wide:
+            _compare_boxes([each], np.array([[left, top, left + wide, top + high]]), findings)
 
 
 def _compare_boxes(

@@ -20,13 +20,8 @@ BASE = "_base_"
 
 
 def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
-    """The place where every dotted key of a file and its bases was set last.
-
-    Bases of other packages (``mmdet::...``) are left out.
-
-    Args:
-        path: the Python file.
-        chain: the files that inherit from it.
+    """The place where every dotted key of a Python file and its bases was set last; ``chain`` are
+    the files that inherit from it. Bases of other packages (``mmdet::...``) are left out.
 
     Raises:
         ConfigError: a file is missing or not Python, or the bases form a circle.

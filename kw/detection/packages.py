@@ -41,14 +41,8 @@ def is_installed(package: str) -> bool:
 
 
 def installed_path(package: str) -> str:
-    """The folder of a package, which is not imported.
-
-    Args:
-        package: its name, ``mmcv``, or that of its distribution, ``mmcv-lite``.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: there is no such package.
-    """
+    """The folder of a package, by its name, ``mmcv``, or that of its distribution, ``mmcv-lite``;
+    it is not imported. A PackageNotFoundError: there is none."""
     names = [package]
     with contextlib.suppress(PackageNotFoundError):
         names += (distribution(package).read_text("top_level.txt") or "").split()

@@ -12,8 +12,8 @@ from PIL import Image
 from ..config import ConfigError
 from ..data import BadImageError, DataError
 from ..errors import OutOfMemory, say
+from ..objects.drawing import contact_sheet, draw_annotations, side_by_side
 from .annotations import ids_of, load_annotations
-from .drawing import contact_sheet, draw_annotations, side_by_side
 from .sets import check_test_annotations, trained_classes
 
 if TYPE_CHECKING:
@@ -124,13 +124,8 @@ def _below(file: str) -> PurePosixPath:
 def refuse_overwriting(
     out: str | Path, names: Iterable[str], files: Iterable[Path], folders: Iterable[Path]
 ) -> None:
-    """Refuse to draw over images, or into a folder that is searched for images.
-
-    Args:
-        out: folder of the pictures.
-        names: names of the pictures in it.
-        files: the images.
-        folders: folders that are searched for images.
+    """Refuse to draw the pictures ``names`` of ``out`` over the images, or into a folder that is
+    searched for images.
 
     Raises:
         DataError: a picture would be one of the images, or in one of the folders.
@@ -145,11 +140,7 @@ def refuse_overwriting(
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture; its folder is made if necessary.
-
-    Raises:
-        DataError: it cannot be written.
-    """
+    """Write a picture, in a new folder if necessary; a DataError says why it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

@@ -11,15 +11,15 @@ from mmengine.dataset import Compose, pseudo_collate
 from ..config import ConfigError
 from ..data.reading import BadImageError, Picture
 from ..errors import UserError, memory_for, one_line
+from ..objects.found import Detector, Found
+from ..objects.run_lengths import encode_masks
 from ..training import load_checkpoint, load_network, set_contraction
 from ..training.checkpoint import CheckpointError
 from ..training.trained import choose_weights, detector_config, trained_file
 from .config import DetectorConfig, load_detector_config
 from .data import check_sample, with_our_reading
 from .detector import build_detector, has_masks, without_weights
-from .found import Detector, Found
 from .mmdet import register_all_modules
-from .run_lengths import encode_masks
 from .sets import class_names
 
 __all__ = ["Predictor", "load"]
@@ -113,14 +113,10 @@ def _reads_annotations(step: Any) -> bool:
 
 
 def load(model: str | Path, device: str = "cpu", weights: str = "auto") -> Predictor:
-    """The trained detector of a run.
+    """The trained detector of a run, a work directory of ``tools/train.py`` or a checkpoint in it;
+    otherwise as :class:`Predictor`.
 
     Its ``config.py`` is run as a program: load only folders that you trust.
-
-    Args:
-        model: a work directory of ``tools/train.py``, or a checkpoint in it.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        weights: as for :class:`Predictor`.
 
     Raises:
         CheckpointError: it is not a detector's, or as for :class:`Predictor`.

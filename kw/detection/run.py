@@ -25,7 +25,7 @@ from ..training.presence import set_place
 from ..training.run import build_hooks, check_devices, evaluate_weights, start
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
-from .annotations import COCO_DETECTIONS, Report, load_annotations
+from .annotations import Report, load_annotations
 from .config import DetectorConfig, detection_limits
 from .data import build_eval_loader, build_train_loader
 from .detector import (
@@ -37,7 +37,7 @@ from .detector import (
     lr_scales,
     without_weights,
 )
-from .evaluation import CocoEvaluator
+from .evaluation import COCO_DETECTIONS, CocoEvaluator
 from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
 from .start import start_detector
 
@@ -128,12 +128,8 @@ def evaluate_detector(
 ) -> dict[str, float | None]:
     """COCO's figures on a data set that is divided among the processes; a collective call.
 
-    Args:
-        detector: mmdetection's; its mode is restored.
-        loader: the images of this process; an unreadable image, which it leaves out, has no
-            detections.
-        evaluator: evaluator with the ground truth.
-        precision: autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    An unreadable image, which the loader leaves out, has no detections. ``precision`` is the
+    autocast type of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
     training = detector.training
     detector.eval()
@@ -203,11 +199,7 @@ def evaluate_checkpoint(
 def _evaluator(
     config: DetectorConfig, classes: list[str], masks: bool, content: Mapping[str, Any]
 ) -> CocoEvaluator:
-    """The evaluator of the test images.
-
-    Raises:
-        DataError: the test annotations have no object.
-    """
+    """The evaluator of the test images, or a DataError if they have no object."""
     data = config.run.data
     file = Path(data.root, data.val_annotations)
     most = data.max_detections or COCO_DETECTIONS

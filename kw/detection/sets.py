@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_test_annotations",
     "class_names",
     "read_sets",
+    "result_ids",
     "trained_classes",
     "write_subset",
 ]
@@ -61,16 +63,12 @@ def trained_classes(
     source: str,
     content: Content | None = None,
 ) -> list[str]:
-    """The categories that a checkpoint detects, in the order of its labels.
+    """The categories that a checkpoint detects, in the order of its labels; without names in it,
+    those of the configuration.
 
-    A message names categories of the test annotations that the checkpoint does not detect, and
-    ``data.classes`` if they differ; neither is used.
-
-    Args:
-        checkpoint: its content; without names, the classes are those of the configuration.
-        config: the data to test on.
-        source: name of the checkpoint in messages.
-        content: content of the test annotations, if they were read before.
+    A message, which calls the checkpoint ``source``, names categories of the test annotations that
+    it does not detect, and ``data.classes`` if they differ; neither is used. ``content`` is that of
+    the test annotations, if they were read before.
 
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
@@ -86,6 +84,25 @@ def trained_classes(
     if config.classes is not None and list(config.classes) != trained:
         say(f"data.classes is not used: {source} detects {', '.join(trained)}")
     return trained
+
+
+def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) -> list[int]:
+    """The category ids of a detector's labels in a file, whose content needs no annotations.
+
+    Raises:
+        DataError: the file lacks a category, or has several of one name and no objects that show
+            which one is meant.
+    """
+    objects = content.get("annotations") or []
+    ids = ids_of(classes, {**content, "annotations": objects}, file)
+    used = {each.get("category_id") for each in objects}
+    names = Counter(each["name"] for each in content["categories"])
+    pairs = zip(classes, ids, strict=True)
+    if twice := [name for name, number in pairs if names[name] > 1 and number not in used]:
+        raise DataError(
+            f"{file} has several categories {', '.join(twice)}: remove those that are not meant"
+        )
+    return ids
 
 
 def check_sets(
@@ -127,15 +144,8 @@ def _check(config: CocoDataConfig, training: bool, **settings: Any) -> Report:
 def write_subset(
     source: str | os.PathLike[str], target: str | os.PathLike[str], images: int
 ) -> dict[str, Any]:
-    """Write the first images that have objects, and their annotations, to another file.
-
-    Args:
-        source: file in COCO's format.
-        target: file to write; its folder must exist.
-        images: number of images.
-
-    Returns:
-        The content that was written.
+    """Write the first ``images`` images that have objects, and their annotations, to another file
+    of COCO's format; returns what was written.
 
     Raises:
         DataError: the source cannot be read, has fewer such images, or the target cannot be

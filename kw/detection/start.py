@@ -54,11 +54,7 @@ def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str
 def _load(
     detector: Any, start: StartWeights, model: dict[str, Any], classes: Sequence[str]
 ) -> None:
-    """Load all weights but the backbone's, which it has loaded already.
-
-    Raises:
-        CheckpointError: the weights do not fit; none are loaded.
-    """
+    """Load all weights, or none, but the backbone's, which it has loaded already."""
     has_network = isinstance(detector.backbone, Backbone)
     found = start.others if has_network else start.state
     every = detector.state_dict()

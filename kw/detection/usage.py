@@ -72,14 +72,8 @@ class Usage:
         sizes: Mapping[int, tuple[int, int]],
         min_size: int = 0,
     ) -> Usage:
-        """Count the objects of some categories in a training set.
-
-        Args:
-            objects: annotations.
-            names: category names by id; objects of other categories are not counted.
-            sizes: width and height of the images by id.
-            min_size: see :func:`why_unused`.
-        """
+        """Count the objects of some categories, ``names`` by id, in a training set; ``sizes`` are
+        width and height of its images by id."""
         usage = cls()
         for each in objects:
             if each["category_id"] in names and each["image_id"] in sizes:

@@ -33,11 +33,10 @@ _CAFFE = re.compile(r"""style['"]?\s*[=:]\s*['"]caffe""")
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights of a classifier or of a detector.
+    """Weights of a classifier or of a detector, by the names in the file; messages call it
+    ``source``.
 
     Attributes:
-        source: name of the weights in messages.
-        state: all weights, by the names in the file.
         prefix: prefix of the backbone's names; empty for a classifier.
         classes: names of the detector's categories, if the file has them.
         caffe_style: in the file's network, blocks of three convolutions stride in the first one.
@@ -94,11 +93,7 @@ def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
 
 
 def read_detector(file: str) -> StartWeights:
-    """The weights of ``load_from``.
-
-    Raises:
-        CheckpointError: the file cannot be read, or has no detector.
-    """
+    """The weights of ``load_from``, or a CheckpointError if the file has no detector."""
     state = read_weights(file)
     source = f"load_from {file}"
     if not _is_detector(state):

@@ -30,12 +30,8 @@ __all__ = ["Recipe", "host", "plans_by_part", "plans_of", "repeat"]
 
 
 def host(package: str, oldest: str, module: str | None = None) -> Any:
-    """Import an adapter's host.
-
-    Args:
-        package: the name by which it is installed.
-        oldest: the first version that works, as ``"2.6"``.
-        module: what to import, if its name is another.
+    """Import an adapter's host: a package in a version from ``oldest`` on, as ``"2.6"``, or its
+    ``module``.
 
     Raises:
         ImportError: it is missing, fails when it is imported, or is too old.

@@ -9,11 +9,13 @@ points.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .widening import widen
+from .widening import gradients, widen
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
 
@@ -58,13 +60,11 @@ def ms_deform_attn_backward(
 ) -> None:
     """Fill the last three tensors with the derivatives by value, locations and weights."""
     shapes = _shapes(spatial_shapes, level_start_index)
-    *inputs, grad = widen(value, sampling_loc, attn_weight, grad_output)
-    with torch.enable_grad():
-        inputs = [t.clone().requires_grad_() for t in inputs]
-        output = _attend(inputs[0], inputs[1], inputs[2], shapes)
-    gradients = torch.autograd.grad(output, inputs, grad)
+    found = gradients(
+        partial(_attend, shapes=shapes), (value, sampling_loc, attn_weight), grad_output
+    )
     for filled, gradient in zip(
-        (grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True
+        (grad_value, grad_sampling_loc, grad_attn_weight), found, strict=True
     ):
         filled.copy_(gradient)
 

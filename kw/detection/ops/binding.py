@@ -76,11 +76,8 @@ def _needs_extension(mmcv: Path) -> bool:
 
 
 def _check_versions(mmcv: Path, mmdet: Path) -> None:
-    """Compare mmcv's version with the bounds that mmdetection asserts when it is imported.
-
-    Both are read from the files of the packages, which also works for forks. If one cannot be
-    read, nothing is checked.
-    """
+    """Compare mmcv's version with the bounds that mmdetection asserts when it is imported; both are
+    read from files, and nothing is checked where one has none, as in forks."""
     found = _read(mmcv / "version.py", "__version__")
     lowest = _read(mmdet / "__init__.py", "mmcv_minimum_version")
     beyond = _read(mmdet / "__init__.py", "mmcv_maximum_version")

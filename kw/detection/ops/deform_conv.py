@@ -1,20 +1,21 @@
 """Deformable convolution (Dai et al., 2017) and its modulated second version (Zhu et al., 2019).
 
-torchvision's operator is the same function. Offsets are ``[B, G * K * 2, ..]``: group by group, and
-for each of the K kernel positions the vertical before the horizontal offset. Masks are ``[B, G * K,
-..]``. Samples more than a pixel outside of the image are zero.
+torchvision's operator is the same function, and infers the groups. Offsets are ``[B, G * K * 2,
+..]``: group by group, and for each of the K kernel positions the vertical before the horizontal
+offset. Masks are ``[B, G * K, ..]``. Samples more than a pixel outside of the image are zero.
 
 Legend: B images, G deformable groups, K = kH * kW.
 """
 
 from __future__ import annotations
 
-import torch
-import torchvision  # noqa: F401  (registers torch.ops.torchvision)
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from ...torch_private import torchvision_backward
-from .widening import widen
+from torch import Tensor
+from torchvision.ops import deform_conv2d
+
+from .widening import gradients, widen
 
 __all__ = [
     "deform_conv_backward_input",
@@ -23,6 +24,11 @@ __all__ = [
     "modulated_deform_conv_backward",
     "modulated_deform_conv_forward",
 ]
+
+
+# Of strides, padding and dilations, in the two versions.
+_FIRST = ("dH", "dW", "padH", "padW", "dilationH", "dilationW")
+_SECOND = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
 
 
 def deform_conv_forward(
@@ -34,17 +40,17 @@ def deform_conv_forward(
     ones: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``output``; ``columns`` and ``ones`` are scratch space that is not used.
+    """Fill ``output`` ``[B, C_out, H_out, W_out]``; ``columns`` and ``ones`` are scratch space that
+    is not used.
 
     Args:
         input: ``[B, C, H, W]``.
         weight: ``[C_out, C / group, kH, kW]``.
         offset: ``[B, deformable_group * K * 2, H_out, W_out]``.
-        output: ``[B, C_out, H_out, W_out]``.
         settings: ``dW, dH`` (strides), ``padW, padH, dilationW, dilationH, group,
-            deformable_group``; kernel size and ``im2col_step`` are not used.
+            deformable_group``, kernel size and ``im2col_step``; only the first six are used.
     """
-    output.copy_(_forward(input, weight, offset, None, None, _geometry_v1(settings)))
+    output.copy_(_convolution(_FIRST, settings)(*widen(input, weight, offset)))
 
 
 def deform_conv_backward_input(
@@ -57,15 +63,13 @@ def deform_conv_backward_input(
     columns: Tensor,
     **settings: int,
 ) -> None:
-    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``.
-
-    torchvision computes all three at once, and mmcv calls :func:`deform_conv_backward_parameters`
-    next, with the same scratch space.
-    """
-    gradients = _backward(gradOutput, input, weight, offset, None, None, _geometry_v1(settings))
-    gradInput.copy_(gradients[0])
-    gradOffset.copy_(gradients[2])
-    columns.resize_(gradients[1].shape).copy_(gradients[1])
+    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``:
+    mmcv calls :func:`deform_conv_backward_parameters` next, with the same scratch space."""
+    convolve = _convolution(_FIRST, settings)
+    by_input, by_weight, by_offset = gradients(convolve, (input, weight, offset), gradOutput)
+    gradInput.copy_(by_input)
+    gradOffset.copy_(by_offset)
+    columns.resize_(by_weight.shape).copy_(by_weight)
 
 
 def deform_conv_backward_parameters(
@@ -78,18 +82,14 @@ def deform_conv_backward_parameters(
     scale: float = 1.0,
     **settings: int,
 ) -> None:
-    """Add the gradient of the weight, times ``scale``, to ``gradWeight``.
-
-    It is in ``columns`` if :func:`deform_conv_backward_input` was called in this backward pass.
-    ``columns`` is empty if neither input nor offset needs a gradient.
-    """
+    """Add the gradient of the weight, times ``scale``, to ``gradWeight``. ``columns`` has it, or is
+    empty if neither input nor offset needs a gradient."""
     if columns.numel():
         gradient = columns
     else:
         # The gradient does not depend on the weight.
-        gradient = _backward(
-            gradOutput, input, gradWeight, offset, None, None, _geometry_v1(settings)
-        )[1]
+        convolve = _convolution(_FIRST, settings)
+        gradient = gradients(convolve, (input, gradWeight, offset), gradOutput)[1]
     gradWeight.add_(gradient, alpha=scale)
 
 
@@ -111,10 +111,10 @@ def modulated_deform_conv_forward(
         bias: ``[C_out]``; empty, and not used, without ``with_bias``.
         mask: ``[B, deformable_group * K, H_out, W_out]``, multiplies the samples.
         settings: ``stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
-            deformable_group, with_bias``; kernel size is not used.
+            deformable_group, with_bias`` and kernel size; groups and size are not used.
     """
-    present = bias if settings["with_bias"] else None
-    output.copy_(_forward(input, weight, offset, mask, present, _geometry_v2(settings)))
+    inputs = [input, weight, offset, mask, *([bias] if settings["with_bias"] else [])]
+    output.copy_(_convolution(_SECOND, settings)(*widen(*inputs)))
 
 
 def modulated_deform_conv_backward(
@@ -134,59 +134,26 @@ def modulated_deform_conv_backward(
     **settings: int,
 ) -> None:
     """Fill the five gradients; that of the bias only ``with_bias``."""
-    present = bias if settings["with_bias"] else None
-    gradients = _backward(grad_output, input, weight, offset, mask, present, _geometry_v2(settings))
+    inputs = [input, weight, offset, mask]
     filled = [grad_input, grad_weight, grad_offset, grad_mask]
-    if present is not None:
-        filled.append(grad_bias)
-    for into, gradient in zip(filled, gradients, strict=False):
+    if settings["with_bias"]:
+        inputs, filled = [*inputs, bias], [*filled, grad_bias]
+    found = gradients(_convolution(_SECOND, settings), inputs, grad_output)
+    for into, gradient in zip(filled, found, strict=True):
         into.copy_(gradient)
 
 
-def _geometry_v1(settings: dict[str, int]) -> tuple[int, ...]:
-    names = ("dH", "dW", "padH", "padW", "dilationH", "dilationW", "group", "deformable_group")
-    return tuple(settings[name] for name in names)
+def _convolution(names: tuple[str, ...], settings: dict[str, int]) -> Callable[..., Tensor]:
+    sides = [settings[name] for name in names]
+    geometry = {
+        "stride": (sides[0], sides[1]),
+        "padding": (sides[2], sides[3]),
+        "dilation": (sides[4], sides[5]),
+    }
 
+    def convolve(
+        input: Tensor, weight: Tensor, offset: Tensor, mask: Any = None, bias: Any = None
+    ) -> Tensor:
+        return deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
 
-def _geometry_v2(settings: dict[str, int]) -> tuple[int, ...]:
-    names = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
-    return tuple(settings[name] for name in (*names, "group", "deformable_group"))
-
-
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    geometry: tuple[int, ...],
-) -> Tensor:
-    tensors = _complete(input, weight, offset, mask, bias)
-    return torch.ops.torchvision.deform_conv2d(*tensors, *geometry, mask is not None)
-
-
-def _backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    geometry: tuple[int, ...],
-) -> tuple[Tensor, ...]:
-    """Gradients of input, weight, offset, mask and bias; ignore those of absent tensors."""
-    tensors = _complete(input, weight, offset, mask, bias)
-    (wide,) = widen(grad)
-    gradients: tuple[Tensor, ...] = torchvision_backward("deform_conv2d")(
-        wide.contiguous(), *tensors, *geometry, mask is not None
-    )
-    return gradients
-
-
-def _complete(
-    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
-) -> list[Tensor]:
-    """All five in one type; torchvision needs tensors also for an absent mask and bias."""
-    mask = input.new_zeros(len(input), 1) if mask is None else mask
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return [t.contiguous() for t in widen(input, weight, offset, mask, bias)]
+    return convolve

@@ -21,14 +21,8 @@ _NAIVE, _LINEAR, _GAUSSIAN = range(3)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Hard suppression, greedily from the best score.
-
-    Args:
-        boxes: ``[N, 4]``.
-        scores: ``[N]``.
-        iou_threshold: boxes whose IoU with a kept box exceeds it are removed. It is compared in
-            float32, as in mmcv.
-        offset: 0 or 1, added to widths and heights.
+    """Hard suppression of boxes ``[N, 4]``, greedily from the best score: those whose IoU with a
+    kept box exceeds the threshold, in float32 as in mmcv, are removed.
 
     Returns:
         Indices of the boxes that are kept, best first, int64.
@@ -57,10 +51,8 @@ def softnms(
     Boxes below ``min_score`` are then removed; the first box is always kept. Two boxes without
     area do not overlap.
 
-    Args:
-        boxes: ``[N, 4]``; mmcv moves all tensors to the CPU before.
-        scores: ``[N]``.
-        dets: ``[N, 5]``; boxes and new scores are written to its first rows.
+    mmcv moves all tensors to the CPU before. Boxes and new scores are written to the first rows of
+    ``dets``, ``[N, 5]``.
 
     Returns:
         Indices of the kept boxes, in the order in which they were kept, int64.
@@ -91,12 +83,9 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Hard suppression that also gives the boxes that each kept box suppressed.
-
-    Args:
-        dets: ``[N, 5]``, boxes and scores.
-        iou_threshold: boxes whose IoU with a kept box *reaches* it are removed; this differs from
-            `nms`, as in mmcv.
+    """Hard suppression that also gives the boxes that each kept box suppressed: those of ``dets``,
+    ``[N, 5]``, boxes and scores, whose IoU *reaches* the threshold; this differs from `nms`, as in
+    mmcv.
 
     Returns:
         A group for each kept box, best first: its index and those that it suppressed, best first.

@@ -11,8 +11,7 @@ import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
-from ...torch_private import torchvision_backward
-from .widening import widen
+from .widening import gradients, widen
 
 __all__ = ["roi_align_backward", "roi_align_forward"]
 
@@ -32,13 +31,10 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``output``.
+    """Fill ``output`` ``[R, C, P, Q]`` from maps ``[B, C, H, W]``.
 
     Args:
-        input: ``[B, C, H, W]``.
         rois: ``[R, 5]``: index of the image, x1, y1, x2, y2 in pixels of that image.
-        output: ``[R, C, P, Q]``.
-        argmax_y, argmax_x: not used; for maxima.
         aligned_height, aligned_width: P and Q.
         spatial_scale: pixels of the map per pixel of the image.
         sampling_ratio: S; 0 for the number of pixels in a bin, rounded up.
@@ -76,12 +72,15 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Fill ``grad_input`` ``[B, C, H, W]``; the other arguments are those of the forward pass."""
-    grad, boxes = widen(grad_output, rois)
+    grad, boxes, maps = widen(grad_output, rois, grad_input)
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
         # On GPUs torchvision adds in no fixed order, and then refuses to compute.
-        grad, boxes = grad.cpu(), boxes.cpu()
-    bins = (aligned_height, aligned_width)
-    gradient = torchvision_backward("roi_align")(
-        grad, boxes, spatial_scale, *bins, *grad_input.shape, sampling_ratio, aligned
-    )
-    grad_input.copy_(gradient)
+        grad, boxes, maps = grad.cpu(), boxes.cpu(), maps.cpu()
+
+    def align(x: Tensor) -> Tensor:  # linear in the maps, whose values do not matter here
+        bins = (aligned_height, aligned_width)
+        return torch.ops.torchvision.roi_align(
+            x, boxes, spatial_scale, *bins, sampling_ratio, aligned
+        )
+
+    grad_input.copy_(gradients(align, [maps], grad)[0])

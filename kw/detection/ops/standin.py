@@ -48,11 +48,8 @@ class _StandIn(ModuleType):
 
 
 class _Loader(Loader):
-    """A loader that returns the finished module.
-
-    ``mmengine.utils.mmcv_full_available`` needs one; parameter groups for deformable convolutions
-    depend on its result.
-    """
+    """Returns the finished module. ``mmengine.utils.mmcv_full_available`` needs a loader, and
+    parameter groups for deformable convolutions depend on its result."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module

@@ -13,16 +13,16 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ..detection.predictor import load
+from ..deploy.card import page, table
+from ..deploy.description import DETECTION
+from ..deploy.graph import DTYPES
+from ..deploy.source import figures_of
+from ..deploy.weights import cast
 from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
 from ..training.checkpoint import load_checkpoint
 from ..training.trained import choose_weights, trained_file
-from ..version import __version__
 from ..warehouse import find_warehouses
-from .card import CITATION, table
-from .description import DETECTION
-from .graph import DTYPES
-from .weights import cast
+from .predictor import load
 
 __all__ = ["write_detector"]
 
@@ -30,17 +30,11 @@ __all__ = ["write_detector"]
 def write_detector(
     run: str | Path, program: Path, folder: Path, plan: Any, has_results: bool
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Write a detector's weights and configuration, and read both back.
-
-    Args:
-        run: a work directory, or a checkpoint in it.
-        program: its ``config.py``.
-        folder: where to.
-        plan: a :class:`kw.deploy.publish.Plan`.
-        has_results: whether the folder has the run's results.
+    """Write a detector's weights and configuration ``program`` for a
+    :class:`kw.deploy.publish.Plan`, and read both back.
 
     Returns:
-        Its config.json, its card, and notes.
+        Its config.json, its card, which says whether the folder has results, and notes.
     """
     file = trained_file(run)
     chosen, state = choose_weights(load_checkpoint(file), file, plan.weights)
@@ -48,9 +42,7 @@ def write_detector(
     tensors = {
         k: v.clone().contiguous() for k, v in cast(dict(state), DTYPES[plan.precision]).items()
     }
-    prefix = "ema_" if chosen == "ema" else ""
-    found = (trained.meta.get("metrics") or {}).items()
-    figures = {name.removeprefix(prefix): v for name, v in found if name.startswith(prefix)}
+    figures = figures_of(trained.meta, chosen)
     about = {"of": chosen, "epoch": trained.meta.get("epoch"), "metrics": figures}
     parts = {"classes": trained.classes, "weights": about}
     header = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
@@ -69,28 +61,12 @@ def write_detector(
         "results": f"`{RESULTS}`" if has_results else "none; measure them: kw test",
     }
     repository, title = split_name(plan.name)[0], split_name(plan.name)[0].rpartition("/")[2]
-    text = f"""\
-# {title}
-
-`{WEIGHTS}`, written by kernelwarehouse {__version__}.
-
-{table(rows)}
-
-## Use
-
+    use = f"""\
 `{PROGRAM}` is a program, which runs when the detector is loaded: read it first.
 
     kw pull {repository} FOLDER --allow-code
-    kw predict FOLDER photos/
-
-## Licence, citation
-
-Code: Apache-2.0. Weights carry the conditions of the images that they were trained on.
-
-```bibtex
-{CITATION}
-```
-"""
+    kw predict FOLDER photos/"""
+    text = page(title, WEIGHTS, {"Detector": table(rows), "Use": use})
     own = {"task": "detection", "weights": chosen}
     note = f"{PROGRAM} is published as it is: look through it for paths and names"
     return {"label_names": trained.classes, "kernelwarehouse": own}, text, [note]

@@ -1,26 +1,21 @@
-"""What detectors of any kind share: their detections, how these are drawn, and COCO's formats.
-
-Nothing here needs mmdetection: an exported detector is used without it.
-"""
+"""What detectors of any kind share: their detections, how these are drawn, and COCO's formats."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..data.reading import MAX_PIXELS, DataError, Picture, read_image
-from .annotations import ids_of
+from ..data.reading import MAX_PIXELS, Picture, read_image
 from .drawing import draw_objects
 from .run_lengths import mask_areas, segmentation_mask
 
-__all__ = ["Detector", "Found", "coco_file", "coco_results", "result_ids"]
+__all__ = ["Detector", "Found", "coco_file", "coco_results"]
 
 
 class Found(NamedTuple):
@@ -33,7 +28,7 @@ class Found(NamedTuple):
     labels: Tensor
     """int64 ``[N]``, indices into :attr:`Detector.classes`"""
     masks: list[dict[str, Any]] | None
-    """run lengths of :func:`kw.detection.run_lengths.encode_masks`; None for boxes alone"""
+    """run lengths of :func:`kw.objects.run_lengths.encode_masks`; None for boxes alone"""
     size: tuple[int, int]
     """width and height of the picture, pixels"""
 
@@ -81,11 +76,7 @@ class Detector(ABC):
         return [self.find(picture, score) for picture in images]
 
     def read(self, picture: Picture) -> Image.Image:
-        """A picture as the detector reads it: RGB, full size.
-
-        Raises:
-            BadImageError: it cannot be read.
-        """
+        """A picture as the detector reads it, RGB in full size, or a BadImageError."""
         return read_image(picture, self.max_pixels, self.upright)
 
     def draw(self, picture: Picture, found: Found, score: float = 0.0) -> Image.Image:
@@ -103,47 +94,14 @@ class Detector(ABC):
         return draw_objects(self.read(picture), found.boxes[kept], labels, texts, masks)
 
 
-def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) -> list[int]:
-    """The category ids of a detector's labels in an annotation file.
-
-    Args:
-        classes: classes of the detector.
-        content: content of the file; it needs no annotations.
-        file: its name, for messages.
-
-    Raises:
-        DataError: the file lacks a category, or has several of one name and no objects that show
-            which one is meant.
-    """
-    objects = content.get("annotations") or []
-    ids = ids_of(classes, {**content, "annotations": objects}, file)
-    used = {each.get("category_id") for each in objects}
-    names = Counter(each["name"] for each in content["categories"])
-    pairs = zip(classes, ids, strict=True)
-    if twice := [name for name, number in pairs if names[name] > 1 and number not in used]:
-        raise DataError(
-            f"{file} has several categories {', '.join(twice)}: remove those that are not meant"
-        )
-    return ids
-
-
 def coco_results(found: Iterable[tuple[int, Found]], ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, for its evaluation server and tools.
-
-    Args:
-        found: image ids and their detections.
-        ids: category ids by label, see :func:`result_ids`.
-    """
+    """Detections by image id in COCO's results format; ``ids`` are the categories' by label, see
+    :func:`kw.detection.sets.result_ids`."""
     return [row for image_id, each in found for row in _rows(image_id, each, ids)]
 
 
 def coco_file(found: Sequence[tuple[str, Found]], classes: Sequence[str]) -> dict[str, Any]:
-    """Detections as an annotation file with scores; images and categories count from 1.
-
-    Args:
-        found: file names and their detections.
-        classes: classes of the detector.
-    """
+    """Detections by file name as an annotation file with scores; ids count from 1."""
     numbered = [(place, name, each) for place, (name, each) in enumerate(found, 1)]
     ids = range(1, len(classes) + 1)
     rows: list[dict[str, Any]] = []

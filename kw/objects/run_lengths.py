@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageDraw
 
 __all__ = [
-    "bounds",
     "decompress",
     "encode_masks",
     "import_evaluator",
@@ -114,25 +113,6 @@ def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         if len(corners) > 2:
             draw.polygon([tuple(corner) for corner in corners.tolist()], fill=1)
     return np.array(image)
-
-
-def bounds(counts: Sequence[int], height: int) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of a mask, in pixels; None for an empty one.
-
-    Args:
-        counts: run lengths down the columns; the first one is outside.
-        height: of the image, pixels.
-    """
-    ends = np.cumsum(np.asarray(counts, dtype=np.int64))
-    runs = np.stack([ends[:-1], ends[1:]], 1)[::2]  # those inside
-    runs = runs[runs[:, 1] > runs[:, 0]]
-    if not len(runs):
-        return None
-    first, last = runs[:, 0], runs[:, 1] - 1
-    is_within = first // height == last // height  # one column
-    top = np.where(is_within, first % height, 0).min()
-    bottom = np.where(is_within, last % height, height - 1).max() + 1
-    return int(first[0] // height), int(top), int(last[-1] // height + 1), int(bottom)
 
 
 def import_evaluator() -> Any:
