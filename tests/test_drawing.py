@@ -111,11 +111,17 @@ def test_tensors_are_taken() -> None:
     assert plain.tobytes() == tensors.tobytes()
 
 
-def test_labels_are_inside() -> None:
+def test_labels_are_inside_and_keep_off_one_another() -> None:
     def label(text: str) -> bytes:
         return draw_objects(blank(), [[20, 30, 50, 55]], [1], [text]).tobytes()
 
     assert len({label("dog"), label("cat"), label("dog 0.50"), label("dog 0.51")}) == 4
+    # Two boxes in one place have two labels in two places.
+    twice = draw_objects(blank(), [[80, 100, 200, 180]] * 2, [0, 1], ["dog", "cat"])
+    first, second = (
+        (np.asarray(twice) == class_colour(place)).all(2)[:140, 84:196].sum() for place in range(2)
+    )
+    assert min(first, second) > 100
     # Labels of boxes at the borders are as wide and high as one in the middle.
     full = changed(draw_objects(blank(), [[200, 200, 201, 201]], [0], ["category"])).sum()
     for box in ([479, 0, 480, 1], [0, 0, 1, 1], [479, 359, 480, 360]):

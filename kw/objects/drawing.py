@@ -63,16 +63,26 @@ def draw_objects(
         for mask, colour in zip(masks, colours, strict=True):
             veil = Image.fromarray((np.asarray(mask) * round(255 * _OPACITY)).astype(np.uint8))
             picture.paste(colour, mask=veil.resize(picture.size, Image.Resampling.NEAREST))
-    draw, font = ImageDraw.Draw(picture), _font(picture)
-    height = _height(font)
-    for box, colour, text in zip(corners.tolist(), colours, texts, strict=True):
-        left, top, right, bottom = box
+    draw = ImageDraw.Draw(picture)
+    for box, colour in zip(corners.tolist(), colours, strict=True):
         draw.rectangle(box, outline=colour, width=line)
+    font = _font(picture)
+    height = _height(font)
+    taken: list[Any] = []  # left, top, right of the texts
+    for (left, top, right, bottom), colour, text in zip(
+        corners.tolist(), colours, texts, strict=True
+    ):
         if right < 0 or bottom < 0 or left >= picture.width or top >= picture.height:
             continue
         width = int(font.getlength(text)) + 4
         x = max(0, min(left, picture.width - width))
-        y = max(0, min(top - height, picture.height - height))
+        y = first = max(0, min(top - height, picture.height - height))
+        while any(x < x2 and x + width > x1 and abs(y - y1) < height for x1, y1, x2 in taken):
+            y += height
+            if y + height > picture.height:  # no free place below
+                y = first
+                break
+        taken.append((x, y, x + width))
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
         draw.text((x + 2, y + 1), text, fill=(0, 0, 0), font=font)
     return picture
