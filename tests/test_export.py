@@ -297,11 +297,35 @@ def test_int8_and_half_agree_roughly(source: Any, tmp_path: Path) -> None:
     assert found["int8"].real.images == 8
     halves = {each.data_type for each in onnx.load(found["fp16"].path).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in halves
-    nodes = onnx.load(found["int8"].path).graph.node
-    assert any(node.op_type == "QuantizeLinear" for node in nodes)
+    graph = onnx.load(found["int8"].path).graph
+    assert any(node.op_type == "QuantizeLinear" for node in graph.node)
+    _assert_dynamic_layers_are_stored_in_8_bits(graph, source.network)
     text = onnxruntime.InferenceSession(found["int8"].path).get_modelmeta().custom_metadata_map
     assert json.loads(text["input"])["precision"] == "int8"
     assert json.loads(text["classes"]) == CLASSES
+
+
+def _assert_dynamic_layers_are_stored_in_8_bits(graph: Any, network: nn.Module) -> None:
+    """Cells are within half a step of their rows; products with them are of float32."""
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    cells = {
+        name: parameter.detach().numpy()
+        for name, parameter in network.named_parameters()
+        if name.endswith("warehouse.weight") and len(parameter) > 1
+    }
+    # Small constants are computed at export; their layers take the result.
+    kept = [name for name in cells if f"network.{name}_int8" in stored]
+    assert kept
+    assert not any(f"network.{name}" in stored for name in kept)
+    for name in kept:
+        integers, scale = (stored[f"network.{name}_{part}"] for part in ("int8", "scale"))
+        assert integers.dtype == np.int8
+        step = np.abs(cells[name]).max(1, keepdims=True) / 127
+        assert (np.abs(integers * scale - cells[name]) <= 0.501 * step).all()
+    written = {name: node.op_type for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    assert products
+    assert all(written.get(each) != "DequantizeLinear" for node in products for each in node.input)
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])

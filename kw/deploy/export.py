@@ -246,11 +246,14 @@ def _write_onnx(job: Job) -> Path:
 
 
 def _write_onnx_for(runtime: str, job: Job, dtype: torch.dtype = torch.float32) -> Path:
-    is_int8 = job.inputs.precision == "int8"
-    program = trace(Graph(job.source.network, dtype), job.inputs, "int8" if is_int8 else runtime)
+    graph, is_int8 = Graph(job.source.network, dtype), job.inputs.precision == "int8"
+    # OpenVINO 2026.4.1 computes dynamic layers in float32 wrongly beside quantized ones.
+    quantizes_cells = is_int8 and runtime == "openvino"
+    program = trace(graph, job.inputs, "int8" if quantizes_cells else runtime)
     write_onnx(program, job.description, job.path, job.optimize)
     if is_int8:
-        quantize(job.path, job.description, _normalised(job.source, job.images))
+        images = _normalised(job.source, job.images)
+        quantize(job.path, job.description, images, None if quantizes_cells else graph)
     return job.path
 
 

@@ -57,7 +57,7 @@ def exported_for(runtime: str) -> Iterator[None]:
     """Within this context, layers take the forms that a runtime computes best.
 
     Args:
-        runtime: ``"onnx"``, ``"openvino"``, ``"int8"`` (ONNX whose products with cells can be
+        runtime: ``"onnx"``, ``"openvino"``, ``"int8"`` (OpenVINO whose products with cells can be
             quantized: the cells are an operand as they are stored), ``"executorch"``, or ``""``:
             any other. The first four have convolutions with a constant number of groups only.
 
