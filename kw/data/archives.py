@@ -71,6 +71,8 @@ class Member(NamedTuple):
 class Names(Sequence[str]):
     """Strings in two arrays, which forked processes share.
 
+    Reading a list of strings writes their reference counts: every process would copy its pages.
+
     Args:
         text: all of them, in UTF-8, one after another.
         ends: where each ends.
