@@ -54,12 +54,7 @@ class Schema(Generic[C]):
 
 
 def check(root: Entry, check_model_name: bool = True) -> Config:
-    """The configuration of a classifier that a tree describes, see :func:`check_tree`.
-
-    Args:
-        root: the merged tree of a file.
-        check_model_name: look ``model.name`` up in timm, whose import takes seconds.
-    """
+    """The configuration of a classifier that a tree describes, see :func:`check_tree`."""
 
     rules = partial(check_rules, check_model_name=check_model_name)
     config = check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)

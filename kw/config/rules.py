@@ -83,16 +83,9 @@ def _check_arguments(
     passed: int = 0,
     own: Collection[str] = (),
 ) -> None:
-    """Check the arguments of an entry of a registry.
+    """Check an entry's arguments, which stand at ``key``.
 
-    Args:
-        expect: as for :func:`check_rules`.
-        key: of the arguments.
-        name: of the entry.
-        given: its arguments.
-        registry: where it is.
-        passed: leading arguments that the caller passes, not the configuration.
-        own: arguments that other keys set.
+    The caller passes the leading ``passed``, other keys set those in ``own``.
     """
     try:
         entry = registry.find(name)

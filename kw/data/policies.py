@@ -108,11 +108,7 @@ class BatchPolicy:
             self.fill = op.kwargs["fillcolor"]
 
     def choose(self, seeds: Sequence[int]) -> list[list[Step]]:
-        """Draw the operations on each image, in their order.
-
-        Args:
-            seeds: one 64-bit seed per image.
-        """
+        """Draw the operations on each image, in their order, from one 64-bit seed per image."""
         state = random.getstate()
         try:
             return [self._choose(seed) for seed in seeds]

@@ -75,15 +75,7 @@ def open_validation(
 ) -> Loader:
     """The loader of one evaluating process: its share of the images, none of them twice.
 
-    Args:
-        config: the run.
-        device: the device that evaluates.
-        rank: this process, from 0.
-        world_size: number of processes.
-        listing: the split's files (:func:`kw.data.list_splits`); left out, they are listed here.
-
-    Raises:
-        DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
+    Arguments and errors are those of :func:`open_training`.
     """
     data = config.data
     folder = _folder(config, "val", build_transform(data, False), listing)
@@ -97,12 +89,7 @@ def open_validation(
 def test_images(config: Config, listing: Listing | None = None) -> ImageFolder:  # noqa: PT028
     """The test images of a run, always read from files, also with ``data.memory``.
 
-    Args:
-        config: the run.
-        listing: their files; left out, they are listed here.
-
-    Raises:
-        DataError: the data folder is not as expected.
+    Arguments and errors are those of :func:`open_training`.
     """
     return _folder(config, "val", build_transform(config.data, False), listing)
 
