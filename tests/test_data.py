@@ -22,8 +22,7 @@ from kw.data import (
     EvalBatchSampler,
     ImageFolder,
     TrainBatchSampler,
-    build_eval_loader,
-    build_train_loader,
+    build_loader,
     build_transform,
     derive_seed,
     list_splits,
@@ -345,7 +344,7 @@ def test_posterizing_to_no_bits_is_black() -> None:
 
 def epochs_of(root: Path, workers: int) -> Iterator[dict[str, Any]]:
     dataset = ImageFolder(root, "train", build_transform(augmenting(), training=True), seed=1)
-    loader = build_train_loader(dataset, batch_size=4, total_batch_size=8, workers=workers)
+    loader = build_loader(dataset, TrainBatchSampler(len(dataset), 4, 8, seed=1), workers)
     for epoch, start_update in ((0, 0), (1, 0), (2, 1)):
         loader.batch_sampler.set_epoch(epoch, start_update)  # type: ignore[union-attr]
         for batch in loader:
@@ -370,7 +369,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(root: Path) -> None:
 def test_batch_holds_each_image_in_its_place(root: Path) -> None:
     dataset = ImageFolder(root, "val", build_transform(make_config(), training=False))
     for rank in range(2):
-        loader = build_eval_loader(dataset, batch_size=3, workers=0, rank=rank, world_size=2)
+        loader = build_loader(dataset, EvalBatchSampler(len(dataset), 3, rank, 2), workers=0)
         for batch in loader:
             for row, index in enumerate(batch["indices"].tolist()):
                 assert torch.equal(batch["images"][row], dataset[0, index].image)

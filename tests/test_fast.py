@@ -19,8 +19,9 @@ from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
 from kw.data.dataset import ImageFolder, Samples
 from kw.data.fast import DecodeError, draw_box, open_fast
-from kw.data.loader import build_train_loader, collate
+from kw.data.loader import build_loader, collate
 from kw.data.reading import BadImageError, DataError, read_image
+from kw.data.samplers import TrainBatchSampler
 from kw.data.transforms import build_fast_transform, build_transform
 
 MAX = 10**8
@@ -138,7 +139,7 @@ def test_bad_files_within_a_batch(folder: Path, tmp_path: Path) -> None:
     parts = (build_transform(data, True), 3, True, BadImagesConfig())
     fast = build_fast_transform(data, True)
     dataset = ImageFolder(tmp_path, "train", *parts, fast=fast)
-    loader = build_train_loader(dataset, batch_size=4, total_batch_size=4, workers=0)
+    loader = build_loader(dataset, TrainBatchSampler(4, 4, 4, seed=3), workers=0)
     (batch,) = loader
     assert [fault.path for fault in loader.faults.take()] == [str(tmp_path / "train/a/0.jpg")]
     for image, index in zip(batch["images"], batch["indices"].tolist(), strict=True):

@@ -30,10 +30,11 @@ from kw.data import (
     BadImage,
     BadImageError,
     DataError,
+    EvalBatchSampler,
     FaultLog,
     ImageFolder,
-    build_eval_loader,
-    build_train_loader,
+    TrainBatchSampler,
+    build_loader,
     build_transform,
     deaths_explained,
     read_image,
@@ -260,10 +261,9 @@ def batches(root: Path, workers: int, ranks: int = 1) -> tuple[list[dict[str, An
     """Two epochs' micro-batches of 8, and the files that were met."""
     found, met = [], set()
     for rank in range(ranks):
-        loader = build_train_loader(
-            folder(root), batch_size=8, total_batch_size=16, workers=workers, rank=rank,
-            world_size=ranks,
-        )  # fmt: skip
+        dataset = folder(root)
+        sampler = TrainBatchSampler(len(dataset), 8, 16, rank, ranks, dataset.seed)
+        loader = build_loader(dataset, sampler, workers)
         for epoch in range(2):
             loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
             found += list(loader)
@@ -297,7 +297,8 @@ def test_good_images_do_not_change(images: Path, broken: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_policy_raise(broken: Path, workers: int) -> None:
-    loader = build_eval_loader(folder(broken, "val", policy="raise"), batch_size=4, workers=workers)
+    dataset = folder(broken, "val", policy="raise")
+    loader = build_loader(dataset, EvalBatchSampler(len(dataset), 4), workers)
     with pytest.raises(DataError, match=r"cannot read image \S*cat/2.png: the file is empty$"):
         list(loader)
 
@@ -391,9 +392,9 @@ def test_a_run_stops_beyond_the_bound(
 def test_a_bad_test_image_is_wrong(images: Path, broken: Path) -> None:
     dataset = folder(broken, "val")
     index = next(i for i in range(len(dataset)) if dataset.path(i).parts[-2:] == ("cat", "2.png"))
-    loader = build_eval_loader(dataset, batch_size=19, workers=0)
-    (batch,) = loader
-    (good,) = build_eval_loader(folder(images, "val"), batch_size=19, workers=0)
+    sampler = EvalBatchSampler(len(dataset), 19)
+    (batch,) = build_loader(dataset, sampler, workers=0)
+    (good,) = build_loader(folder(images, "val"), sampler, workers=0)
     assert batch["labels"][index] == UNREADABLE
     assert (batch["labels"] != good["labels"]).sum() == 1
     assert torch.equal(batch["images"][:index], good["images"][:index])
@@ -416,7 +417,7 @@ def test_a_dead_process_is_reported_with_its_image(images: Path, tmp_path: Path)
             colour = RED if (label, number) == ("bee", 5) else BLUE
             saved(Image.new("RGB", (8, 8), colour), tmp_path / "train" / label / f"{number}.png")
     dataset = ImageFolder(tmp_path, "train", Deadly(), training=True)
-    loader = build_train_loader(dataset, batch_size=4, total_batch_size=4, workers=2)
+    loader = build_loader(dataset, TrainBatchSampler(len(dataset), 4, 4), workers=2)
     with (
         pytest.raises(DataError, match=r"killed by SIGKILL.*read image 13, \S*bee/5.png"),
         deaths_explained(loader),

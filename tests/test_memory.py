@@ -162,7 +162,7 @@ def test_memory_holds_bytes_once(held: Settings) -> None:
     loader: Any = open_training(configured(held), CPU, 0, 1)
     images = loader.dataset.images
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (64, 3, 20, 20))
-    assert loader.dataset.bytes == 64 * 3 * 20 * 20
+    assert loader.dataset.images.numel() == 64 * 3 * 20 * 20
     share: Any = open_validation(configured(held), CPU, 1, 2)
     assert len(share.dataset.images) == 9  # of 19: this process's
     (batch,) = [batch for batch in share if len(batch["labels"]) == 9]

@@ -63,23 +63,16 @@ def config_from_mapping(
     Args:
         mapping: the settings, nested as in a file.
         source: its name in error messages.
-        check_model_name: as in :func:`load_config`.
-
-    Raises:
-        ConfigError: with one line for every problem.
+        check_model_name: as in :func:`load_config`, as are the errors.
     """
     return check(entry_from_plain(mapping, Origin(source)), check_model_name)
 
 
-def config_from_text(text: str, source: str, *, check_model_name: bool = True) -> Config:
+def config_from_text(text: str, source: str) -> Config:
     """Check a configuration that a checkpoint carries, as :func:`to_yaml` wrote it.
 
     Args:
         text: YAML, resolved.
-        source: its name in error messages.
-        check_model_name: as in :func:`load_config`.
-
-    Raises:
-        ConfigError: with one line for every problem.
+        source: its name in error messages; they are those of :func:`load_config`.
     """
-    return check(parse_config(text, source), check_model_name)
+    return check(parse_config(text, source))

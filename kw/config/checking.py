@@ -14,13 +14,14 @@ import operator
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ..errors import did_you_mean
 from .describe import UNIONS, allowed, default_of, is_required, key_hints
 from .imports import import_custom
 from .loading import OPTIONS
-from .rules import Report, check_rules, ignored_settings
+from .rules import Expect, check_rules, ignored_settings
 from .schema import Config
 from .tree import ConfigError, Entry, join, show
 
@@ -43,26 +44,19 @@ class Schema(Generic[C]):
 
     Attributes:
         cls: its dataclass.
-        rules: ``(config, report)``; reports broken rules between settings.
+        rules: ``(config, expect)``; states the rules between settings.
         ignored: settings without effect, each with the reason.
     """
 
     cls: type[C]
-    rules: Callable[[C, Report], None]
-    ignored: Callable[[C], Iterable[tuple[str, str]]]
+    rules: Callable[[C, Expect], None] = lambda config, expect: None
+    ignored: Callable[[C], Iterable[tuple[str, str]]] = lambda config: ()
 
 
 def check(root: Entry, check_model_name: bool = True) -> Config:
-    """The configuration of a classifier that a tree describes, see :func:`check_tree`.
+    """The configuration of a classifier that a tree describes, see :func:`check_tree`."""
 
-    Args:
-        root: the merged tree of a file.
-        check_model_name: look ``model.name`` up in timm, whose import takes seconds.
-    """
-
-    def rules(config: Config, report: Report) -> None:
-        check_rules(config, report, check_model_name)
-
+    rules = partial(check_rules, check_model_name=check_model_name)
     config = check_tree(root, Schema(Config, rules, ignored_settings), stacklevel=4)
     if config.data.channels != 3:
         # timm's name for it; networks are built from the settings of the model alone.
@@ -87,7 +81,7 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
         import_custom(root)  # before the choices are looked up
     checker = _Checker(root, schema.cls)
     config: C = checker.table(schema.cls, root, "")
-    schema.rules(config, checker.report)
+    schema.rules(config, partial(checker.rule, config))
     if checker.problems:
         raise ConfigError(*checker.problems)
     for key, reason in schema.ignored(config):
@@ -115,20 +109,17 @@ class _Checker:
     def expect(self, entry: Entry, key: str, expected: str) -> Any:
         return self.problem(entry, key, f" = {show(entry.plain())}: expected {expected}")
 
-    def report(self, config: Any, keys: tuple[str, ...], expected: str) -> None:
-        """Report a broken rule between settings; the message points to the first key."""
-        if any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in self.wrong):
+    def rule(self, config: Any, right: bool, expected: str, *keys: str) -> None:
+        """A rule between settings; the message about a broken one points to the first key."""
+        if right or any(f"{key}.".startswith(f"{bad}.") for key in keys for bad in self.wrong):
             return
-        others = []
-        for key in keys[1:]:
-            entry, own = self.root.find(key)
-            source = f"{entry.origin}" if own else "the default"
-            others.append(f"{key} = {show(_plain(_get(config, key)))} ({source})")
-        entry, _ = self.root.find(keys[0])
-        message = f" = {show(_plain(_get(config, keys[0])))}: expected {expected}"
-        self.problems.append(
-            f"{entry.origin}: {keys[0]}{message}" + (f"; {', '.join(others)}" if others else "")
-        )
+        entries = [self.root.find(key) for key in keys]
+        values = [f"{key} = {show(_plain(_get(config, key)))}" for key in keys]
+        message = f"{entries[0][0].origin}: {values[0]}: expected {expected}"
+        for value, (entry, own) in zip(values[1:], entries[1:], strict=True):
+            message += f"{',' if value is not values[1] else ';'} {value}"
+            message += f" ({entry.origin if own else 'the default'})"
+        self.problems.append(message)
 
     def table(self, cls: Any, entry: Entry, key: str) -> Any:
         """An instance of a dataclass from a mapping."""

@@ -19,7 +19,7 @@ _POLICIES = re.compile(
 
 
 def check_data_rules(config: Config, expect: Callable[..., None]) -> None:
-    """Call ``expect(is right, what was expected, *keys)`` for every rule."""
+    """The rules; arguments as for :func:`kw.config.rules.check_rules`."""
     data = config.data
     if data.progressive is not None:
         growth, key = data.progressive, "data.progressive"

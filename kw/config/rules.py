@@ -24,23 +24,17 @@ from .data_rules import check_data_rules
 from .run_schema import RunConfig
 from .schema import Config
 
-__all__ = ["check_rules", "check_run_rules", "ignored_run_settings", "ignored_settings"]
+__all__ = ["Expect", "check_rules", "check_run_rules", "ignored_run_settings", "ignored_settings"]
 
-Report = Callable[[Any, tuple[str, ...], str], None]
+Expect = Callable[..., None]
+"""``(is right, what was expected, *keys)``: a rule; the first key is the one to look at."""
 
 _OF_THE_MODEL = ("num_classes", "drop_rate", "drop_path_rate")
-
-
 _WITHOUT_TEMPERATURE = ("condconv", "fdconv", "kerneldna")
 
 
-def check_run_rules(config: RunConfig, report: Report) -> None:
-    """Report broken rules that hold for all runs; arguments as for :func:`check_rules`."""
-
-    def expect(right: bool, expected: str, *keys: str) -> None:
-        if not right:
-            report(config, keys, expected)
-
+def check_run_rules(config: RunConfig, expect: Expect) -> None:
+    """The rules that hold for all runs; arguments as for :func:`check_rules`."""
     optimizer, schedule, epochs = config.optimizer, config.schedule, config.epochs
     expect(
         config.total_batch_size % config.batch_size == 0,
@@ -50,19 +44,17 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
     )
     key = "schedule.warmup_epochs"
     expect(schedule.warmup_epochs <= epochs, "at most epochs", key, "epochs")
-    _check_entries(report, config, "hooks", config.hooks, HOOKS)
-    _check_entries(report, config, "loggers", config.loggers, LOGGERS)
+    _check_entries(expect, "hooks", config.hooks, HOOKS)
+    _check_entries(expect, "loggers", config.loggers, LOGGERS)
     names = {"adamw": ["lr", "weight_decay", "betas", "eps"]}
     names["sgd"] = ["lr", "weight_decay", "momentum", "nesterov"]
     own = names.get(optimizer.name, ["lr", "weight_decay"])
-    _check_arguments(
-        report, config, "optimizer.args", optimizer.name, optimizer.args, OPTIMIZERS, 1, own
-    )
+    _check_arguments(expect, "optimizer.args", optimizer.name, optimizer.args, OPTIMIZERS, 1, own)
     if optimizer.name in OPTIMIZERS and optimizer.weight_decay > 0:
         decays = takes(OPTIMIZERS[optimizer.name], "weight_decay")
         expected = f"0, because {optimizer.name} has no weight decay"
         expect(decays, expected, "optimizer.weight_decay", "optimizer.name")
-    _check_arguments(report, config, "schedule.args", schedule.name, schedule.args, SCHEDULES, 1)
+    _check_arguments(expect, "schedule.args", schedule.name, schedule.args, SCHEDULES, 1)
     if schedule.name == "cosine":
         key = "schedule.final_lr"
         expect(schedule.final_lr <= optimizer.lr, "at most optimizer.lr", key, "optimizer.lr")
@@ -83,8 +75,7 @@ def check_run_rules(config: RunConfig, report: Report) -> None:
 
 
 def _check_arguments(
-    report: Report,
-    config: RunConfig,
+    expect: Expect,
     key: str,
     name: str,
     given: Mapping[str, Any],
@@ -92,76 +83,54 @@ def _check_arguments(
     passed: int = 0,
     own: Collection[str] = (),
 ) -> None:
-    """Report an unknown entry of a registry, or arguments that it does not take.
+    """Check an entry's arguments, which stand at ``key``.
 
-    Args:
-        report: as for :func:`check_rules`.
-        config: as for :func:`check_rules`.
-        key: of the arguments.
-        name: of the entry.
-        given: its arguments.
-        registry: where it is.
-        passed: leading arguments that the caller passes, not the configuration.
-        own: arguments that other keys set.
+    The caller passes the leading ``passed``, other keys set those in ``own``.
     """
     try:
         entry = registry.find(name)
     except UserError as error:
-        beside = key.rpartition(".")[0]
-        report(config, (f"{beside}.name",), f"another name: {error}")
+        expect(False, f"another name: {error}", key.replace(".args", ".name"))
         return
     taken = [each for each in own if each in given]
     if taken:
-        report(config, (key,), f"no {taken[0]} among them, which has a key of its own")
+        expect(False, f"no {taken[0]} among them, which has a key of its own", key)
     elif fault := argument_fault(entry, given, passed, own):
-        report(config, (key,), f"for {name}: {fault}")
+        expect(False, f"for {name}: {fault}", key)
 
 
 def _check_entries(
-    report: Report,
-    config: RunConfig,
+    expect: Expect,
     key: str,
     given: Mapping[str, Mapping[str, Any]],
     registry: Registry[Any],
     passed: int = 0,
 ) -> None:
-    """Report what is wrong with entries by name, each with its arguments."""
+    """Check entries by name, each with its arguments."""
     for name, args in given.items():
         try:
             fault = argument_fault(registry.find(name), args, passed)
         except UserError as error:
-            report(config, (key,), f"other names: {error}")
-            continue
-        if fault:
-            report(config, (key,), f"for {name}: {fault}")
+            expect(False, f"other names: {error}", key)
+        else:
+            expect(not fault, f"for {name}: {fault}", key)
 
 
-def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
-    """Report every rule that a configuration of a classifier breaks.
+def check_rules(config: Config, expect: Expect, check_model_name: bool) -> None:
+    """The rules between the settings of a classifier.
 
     Args:
         config: settings of the right types and within their own bounds.
-        report: called with the configuration, the keys concerned, the one to look at first, and
-            what was expected of it.
+        expect: called for every rule.
         check_model_name: look ``model.name`` up in timm.
     """
-
-    def expect(right: bool, expected: str, *keys: str) -> None:
-        if not right:
-            report(config, keys, expected)
-
-    check_run_rules(config, report)
-    _check_entries(report, config, "metrics", config.metrics, METRICS, 1)
-    _check_entries(report, config, "data.transforms", config.data.transforms, TRANSFORMS)
-    loss, dataset = config.loss, config.data.dataset
-    _check_arguments(
-        report, config, "loss.args", loss.name, loss.args, LOSSES, 2, ["class_weights"]
-    )
+    model, data, loss, batch_size = config.model, config.data, config.loss, config.batch_size
+    check_run_rules(config, expect)
+    _check_entries(expect, "metrics", config.metrics, METRICS, 1)
+    _check_entries(expect, "data.transforms", data.transforms, TRANSFORMS)
+    _check_arguments(expect, "loss.args", loss.name, loss.args, LOSSES, 2, ["class_weights"])
+    _check_arguments(expect, "data.dataset_args", data.dataset, data.dataset_args, DATASETS, 2)
     _check_classes(config, expect)
-    _check_arguments(
-        report, config, "data.dataset_args", dataset, config.data.dataset_args, DATASETS, 2
-    )
-    model, data, batch_size = config.model, config.data, config.batch_size
     expect(
         batch_size % 2 == 0 or not (data.mixup or data.cutmix),
         "an even number, because mixup and cutmix pair the images of a batch",
@@ -169,45 +138,7 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         "data.mixup",
         "data.cutmix",
     )
-
-    key = "temperature_epochs"
-    if model.peer is None or model.kernel_warehouse is not None:
-        expect(
-            config.temperature_epochs == 0 or model.kernel_warehouse is not None,
-            "0 for a static network, which has no attention temperature",
-            key,
-            "model.kernel_warehouse",
-            "model.peer",
-        )
-    else:
-        expect(
-            config.temperature_epochs == 0 or model.peer.method not in _WITHOUT_TEMPERATURE,
-            f"0 for {model.peer.method}, whose attention has no temperature",
-            key,
-            "model.peer.method",
-        )
-    expect(
-        model.peer is None or model.kernel_warehouse is None,
-        "null beside model.kernel_warehouse: a network is converted to one method",
-        "model.peer",
-        "model.kernel_warehouse",
-    )
-    dynamic = model.kernel_warehouse
-    if dynamic is not None and dynamic.cell_num_ratio is not None and dynamic.cell_num_ratio < 1:
-        expect(
-            config.temperature_epochs == 0 or dynamic.start == "paper",
-            "0 below a budget of 1 for start: keep, which holds at temperature 0 alone",
-            key,
-            "model.kernel_warehouse.start",
-        )
-    if model.peer is not None:
-        expect(
-            model.peer.reduction is None or model.peer.method != "condconv",
-            "null for CondConv, whose gates have no hidden units",
-            "model.peer.reduction",
-            "model.peer.method",
-        )
-
+    _check_conversion(config, expect)
     check_data_rules(config, expect)
     for name in _OF_THE_MODEL:
         expected = f"no {name} among them: set model.{name}"
@@ -222,7 +153,30 @@ def check_rules(config: Config, report: Report, check_model_name: bool) -> None:
         expect(not expected, expected, "distillation.teacher", "distillation.weights")
 
 
-def _check_classes(config: Config, expect: Callable[..., None]) -> None:
+def _check_conversion(config: Config, expect: Expect) -> None:
+    """Rules on the method of a dynamic network and its temperature."""
+    dynamic, peer, key = config.model.kernel_warehouse, config.model.peer, "model.kernel_warehouse"
+    expected = f"null beside {key}: a network is converted to one method"
+    expect(peer is None or dynamic is None, expected, "model.peer", key)
+    if peer is not None and peer.method == "condconv":
+        expected = "null for CondConv, whose gates have no hidden units"
+        expect(peer.reduction is None, expected, "model.peer.reduction", "model.peer.method")
+    if config.temperature_epochs == 0:
+        return
+    if dynamic is not None:
+        expected = "0 below a budget of 1 for start: keep, which holds at temperature 0 alone"
+        right = dynamic.start == "paper" or (dynamic.cell_num_ratio or 1) >= 1
+        expect(right, expected, "temperature_epochs", f"{key}.start")
+    elif peer is not None:
+        expected = f"0 for {peer.method}, whose attention has no temperature"
+        right = peer.method not in _WITHOUT_TEMPERATURE
+        expect(right, expected, "temperature_epochs", "model.peer.method")
+    else:
+        expected = "0 for a static network, which has no attention temperature"
+        expect(False, expected, "temperature_epochs", key, "model.peer")
+
+
+def _check_classes(config: Config, expect: Expect) -> None:
     """What the losses and the sampling of one class or of several an image need."""
     loss, key, count = config.loss, "loss.class_weights", config.model.num_classes
     expected = "no accuracy among them: one class an image has it by itself, several have none"
@@ -246,9 +200,8 @@ def _check_classes(config: Config, expect: Callable[..., None]) -> None:
         expect(right, expected, "loss.args", "label_smoothing")
     if loss.class_weights is None:
         return
-    if loss.name in LOSSES:
-        expected = f"null, because {loss.name} takes no class_weights"
-        expect(takes(LOSSES[loss.name], "class_weights"), expected, key, "loss.name")
+    expected = f"null, because {loss.name} takes no class_weights"
+    expect(takes(LOSSES[loss.name], "class_weights"), expected, key, "loss.name")
     if isinstance(loss.class_weights, list):
         right = len(loss.class_weights) == count and any(loss.class_weights)
         expected = f"{count} numbers, not all 0, one for each class"

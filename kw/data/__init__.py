@@ -12,14 +12,7 @@ if TYPE_CHECKING:
     from .dataset import UNREADABLE, ImageFolder, Sample
     from .faults import BadImage, FaultLog, TolerantDataset
     from .listing import Listing, list_splits
-    from .loader import (
-        Loader,
-        build_eval_loader,
-        build_loader,
-        build_train_loader,
-        deaths_explained,
-        stop_workers,
-    )
+    from .loader import Loader, build_loader, deaths_explained, stop_workers
     from .preprocess import BatchPreprocessor
     from .reading import BadImageError, DataError, read_image
     from .samplers import EvalBatchSampler, TrainBatchSampler
@@ -41,9 +34,7 @@ __all__ = [
     "Sample",
     "TolerantDataset",
     "TrainBatchSampler",
-    "build_eval_loader",
     "build_loader",
-    "build_train_loader",
     "build_transform",
     "deaths_explained",
     "derive_seed",
@@ -64,8 +55,7 @@ __getattr__ = lazily(
         "dataset": "UNREADABLE ImageFolder Sample",
         "faults": "BadImage FaultLog TolerantDataset",
         "listing": "Listing list_splits",
-        "loader": "Loader build_eval_loader build_loader build_train_loader "
-        "deaths_explained stop_workers",
+        "loader": "Loader build_loader deaths_explained stop_workers",
         "preprocess": "BatchPreprocessor",
         "reading": "BadImageError DataError read_image",
         "samplers": "EvalBatchSampler TrainBatchSampler",

@@ -71,6 +71,8 @@ class Member(NamedTuple):
 class Names(Sequence[str]):
     """Strings in two arrays, which forked processes share.
 
+    Reading a list of strings writes their reference counts: every process would copy its pages.
+
     Args:
         text: all of them, in UTF-8, one after another.
         ends: where each ends.
@@ -181,12 +183,14 @@ def list_zip(root: Path, split: str) -> Listing:
     """
     root = root.expanduser()
     with _explained(root):
-        index = INDEX.search(_end(root))
+        with open(root, "rb") as file:
+            begin = file.read(30 + len(SETTINGS))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
+            index = INDEX.search(file.read())  # in the ZIP file's comment
         if index is not None:
             return _packed(root, split, *map(int, index.groups()))
-        with open(root, "rb") as file:
-            if file.read(30 + len(SETTINGS)).endswith(SETTINGS.encode()):
-                raise DataError(f"{root} ends too early: a packed set that was cut; copy it again")
+        if begin.endswith(SETTINGS.encode()):
+            raise DataError(f"{root} ends too early: a packed set that was cut; copy it again")
         with zipfile.ZipFile(root) as archive:
             return _of_folders(root, split, _zip_members(root, archive))
 
@@ -202,11 +206,8 @@ def list_tar(root: Path, split: str) -> Listing:
     root = root.expanduser()
     file, inside = (root / f"{split}.tar", False) if root.is_dir() else (root, True)
     with opened_tar(file) as archive:
-        found = [
-            Member(_plain(each.name), 0, each.offset_data, each.size) for each in tar_files(archive)
-        ]
-        folders = [each for each in archive.getmembers() if each.isdir()]
-        found += [Member(f"{_plain(each.name)}/", 0, 0, 0) for each in folders]
+        found = [Member(_plain(m.name), 0, m.offset_data, m.size) for m in tar_files(archive)]
+        found += [Member(f"{_plain(m.name)}/", 0, 0, 0) for m in archive.getmembers() if m.isdir()]
     return _of_folders(file, split if inside else "", found)
 
 
@@ -253,30 +254,29 @@ def _of_folders(archive: Path, split: str, members: Iterable[Member]) -> Listing
     """``split/CLASS/**``, in the order in which a folder is listed."""
     before = f"{split}/" if split else ""
     left_out: Counter[str] = Counter()
-    kept: list[tuple[str, Member]] = []
-    found: dict[str, Member] = {}
+    found: dict[str, Member] = {}  # by the name inside of the split
     folders: set[str] = set()  # of classes
     for member in members:
-        name, _, rest = member.name[len(before) :].partition("/")
-        is_folder = member.name.endswith("/")
+        inside = member.name.removeprefix(before)
+        name, slash, _ = inside.partition("/")
         if not member.name.startswith(before) or not name:
             continue
-        if (rest or is_folder) and not is_hidden(name):
+        if slash and not is_hidden(name):
             folders.add(name)
-        if not is_folder:
-            left_out["files whose name comes again"] += member.name in found
-            found[member.name] = member  # the last, as when archives are unpacked
-    for member in found.values():
-        inside = member.name[len(before) :]
-        name, _, rest = inside.partition("/")
-        if not rest:
+        if not inside.endswith("/"):
+            left_out["files whose name comes again"] += inside in found
+            found[inside] = member  # the last, as when archives are unpacked
+    kept: list[tuple[str, Member]] = []
+    for inside, member in found.items():
+        parts = inside.split("/")
+        if len(parts) == 1:
             left_out["files beside the class folders"] += 1
-        elif any(is_hidden(part) for part in inside.split("/")):
+        elif any(map(is_hidden, parts)):
             left_out["hidden files"] += 1
         elif not is_image(inside):
             left_out[f"*{os.path.splitext(inside)[1].lower()}"] += 1
         else:
-            kept.append((name, member))
+            kept.append((parts[0], member))
     left_out = +left_out
     if left_out:
         say(f"{archive}: left out: {describe(left_out)}")
@@ -331,13 +331,6 @@ def _zip_members(root: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
             name, extra = struct.unpack("<2H", file.read(4))
             start = info.header_offset + 30 + name + extra
             yield Member(_plain(info.filename), 0, start, info.file_size, info.CRC)
-
-
-def _end(root: Path) -> bytes:
-    """The last bytes of a file, a ZIP file's comment among them."""
-    with open(root, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
-        return file.read()
 
 
 def _packed(root: Path, split: str, start: int, size: int, crc: int) -> Listing:

@@ -47,13 +47,7 @@ class BatchAugment:
         self.config = config
 
     def choose(self, seeds: Sequence[int], height: int, width: int) -> Choices:
-        """Draw the augmentation of images of one size.
-
-        Args:
-            seeds: one 64-bit seed per image.
-            height: H.
-            width: W.
-        """
+        """Draw the augmentation of images H x W, from one 64-bit seed per image."""
         draws = uniform_draws(seeds, 2 * _ATTEMPTS + 3)
         areas, ratios = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS : 2 * _ATTEMPTS]
         y, x, mirror = draws[:, 2 * _ATTEMPTS :].T
@@ -87,15 +81,7 @@ class BatchAugment:
         return tall, wide, none
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Augment.
-
-        Args:
-            images: uint8 [B, C, H, W], on any device.
-            seeds: one 64-bit seed per image.
-
-        Returns:
-            uint8 [B, C, S, T].
-        """
+        """uint8 [B, C, H, W] on any device, and a 64-bit seed per image -> uint8 [B, C, S, T]."""
         return self.apply(images, self.choose(seeds, *images.shape[-2:]))
 
     def apply(self, images: Tensor, choices: Choices) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from kw.config.run_schema import BadImagesConfig
+from kw.data.archives import Names
 from kw.data.channels import Reader
 from kw.data.fast import DecodeError, FastTransform, open_fast
 from kw.data.faults import TolerantDataset
@@ -67,9 +68,8 @@ class ImageFolder(TolerantDataset):
         training: whether images that cannot be read are replaced; in evaluation each gives a black
             image with the label :data:`UNREADABLE`, so that all are counted and none is right.
         bad_images: the policy for them; without it they raise.
-        upright: turn images as their EXIF data say.
         listing: the split's files; left out, its folders are its classes (:func:`list_folders`).
-        reader: reads files; left out, RGB as ``bad_images`` and ``upright`` say.
+        reader: reads files; left out, RGB, turned as their EXIF data say.
         fast: for images that it takes, instead of ``transform``.
         batch_shape: shape of all results, which are uint8; batches are then written where they are
             assembled. That of ``fast`` is known.
@@ -92,7 +92,6 @@ class ImageFolder(TolerantDataset):
         seed: int = 0,
         training: bool = False,
         bad_images: BadImagesConfig | None = None,
-        upright: bool = True,
         listing: Listing | None = None,
         reader: Reader | None = None,
         fast: FastTransform | None = None,
@@ -103,17 +102,14 @@ class ImageFolder(TolerantDataset):
             raise DataError("data.decoder fast: install simplejpeg: pip install simplejpeg")
         self.transform, self.fast = transform, fast
         self.batch_shape = (3, *fast.size) if batch_shape is None and fast else batch_shape
-        self.upright = upright
-        self.reader = reader or Reader(max_pixels=self.bad_images.max_pixels, upright=upright)
+        self.reader = reader or Reader(max_pixels=self.bad_images.max_pixels)
         found = list_folders(Path(root), split) if listing is None else listing
         self.folder = Path(root).expanduser()
-        inside = f"{self.folder / split}{os.sep}"
-        files = found.files
-        if isinstance(files, list):
-            if all(str(path).startswith(inside) for path in files):
-                self.folder /= split
-            files = _Paths(self.folder, files)
-        self.files: Sequence[Stored] = files
+        self.files: Sequence[Stored] = found.files
+        if isinstance(found.files, list):
+            self.files = _Paths(self.folder, found.files)
+        if (self.folder / split).is_dir():
+            self.folder /= split
         self.names = found.names
         self.classes = list(found.classes)
         labels = np.asarray(found.labels)
@@ -149,10 +145,10 @@ class ImageFolder(TolerantDataset):
         Raises:
             BadImageError: the file cannot be read as an image.
         """
-        stored, limit = self.files[index], self.bad_images.max_pixels
+        stored = self.files[index]
         if self.fast is not None:
             room = _batch_memory(1, (3, *self.fast.size))[0] if out is None else out
-            picture = open_fast(stored, limit, self.upright)
+            picture = open_fast(stored, self.reader.max_pixels, self.reader.upright)
             with suppress(DecodeError):  # Pillow judges the damage
                 if picture and self.fast(picture, ("image", self.seed, *key), room):
                     return self._sample(room, index, key)
@@ -174,41 +170,30 @@ class ImageFolder(TolerantDataset):
 
 
 class _Paths(Sequence[Path]):
-    """Paths in two arrays.
+    """Paths, kept relative to a folder where they lie in it."""
 
-    Reading a list of strings writes their reference counts, so that every forked worker would copy
-    all pages. Arrays stay shared.
-    """
-
-    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self.folder = folder
         inside = f"{folder}{os.sep}"
         # No "..": behind a link it leads to another folder.
-        names = [
-            os.fsencode(text.removeprefix(inside) if text.startswith(inside) else path.absolute())
-            for path in files
-            for text in (str(path),)
-        ]
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._ends = np.cumsum([len(name) for name in names])
+        self._names = Names.of(
+            text.removeprefix(inside) if text.startswith(inside) else str(path.absolute())
+            for path, text in ((path, str(path)) for path in files)
+        )
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._names)
 
     def __getitem__(self, index: Any) -> Any:
-        start = self._ends[index - 1] if index else 0
-        return self.folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
+        return self.folder / self._names[index]
 
 
 def _batch_memory(count: int, shape: Sequence[int]) -> Tensor:
     """uint8 ``[count, 3, S, S]``, channels last; shared by a loader process, else pinned."""
     channels, height, width = shape
+    size = count * channels * height * width
     if get_worker_info() is not None:
-        flat = shared_bytes(count * channels * height * width)
+        flat = shared_bytes(size)
     else:
-        flat = torch.empty(
-            count * channels * height * width,
-            dtype=torch.uint8,
-            pin_memory=torch.cuda.is_available(),
-        )
+        flat = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     return flat.view(count, height, width, channels).permute(0, 3, 1, 2)

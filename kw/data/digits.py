@@ -24,27 +24,21 @@ from kw.data.whole_folder import (
     write_by_command,
 )
 
-__all__ = ["VAL_FRACTION", "choose_val", "load_scans", "write_digits"]
+__all__ = ["choose_val", "load_scans", "write_digits"]
 
 VAL_FRACTION = 0.2
 _MARKER = "digits.json"
 
 
-def write_digits(
-    root: str | os.PathLike[str],
-    size: int = 32,
-    val_fraction: float = VAL_FRACTION,
-    seed: int = 0,
-) -> dict[str, int]:
+def write_digits(root: str | os.PathLike[str], size: int = 32, seed: int = 0) -> dict[str, int]:
     """Write the digits as ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
 
-    Every class is split in the same proportion. The folder appears only when it is complete; one
+    A fifth of every class is for validation. The folder appears only when it is complete; one
     that is complete, with the same settings, is left as it is.
 
     Args:
         root: folder to write; it must be absent, empty, or written by this function before.
         size: side of the images, pixels; the scans are enlarged smoothly from 8x8.
-        val_fraction: share of the images in val/.
         seed: seed of the split.
 
     Returns:
@@ -60,11 +54,11 @@ def write_digits(
             f"{2**32 - 1}"
         )
     root = Path(root).expanduser().absolute()
-    settings = {"size": size, "val_fraction": val_fraction, "seed": seed}
+    settings = {"size": size, "val_fraction": VAL_FRACTION, "seed": seed}
     if is_written(root, _MARKER, settings, "digits"):
         return _count(root)
     scans, labels = load_scans()
-    val = choose_val(labels, val_fraction, seed)
+    val = choose_val(labels, seed=seed)
     with whole_folder(root, _MARKER, settings) as partial:
         for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
             folder = partial / ("val" if index in val else "train") / str(digit)

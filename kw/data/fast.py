@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -47,11 +47,11 @@ class DecodeError(ValueError):
     """The decoder found damage that the header does not show."""
 
 
-class Picture(Protocol):
-    """An image in memory, of which parts are wanted."""
+class Jpeg:
+    """A JPEG file, not yet decoded; ``size`` is its width and height in pixels."""
 
-    size: tuple[int, int]
-    """width and height, pixels"""
+    def __init__(self, data: bytes | memoryview, size: tuple[int, int]) -> None:
+        self._data, self.size = data, size
 
     def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
         """A part of the picture as uint8 ``[h, w, 3]``.
@@ -64,16 +64,6 @@ class Picture(Protocol):
         Raises:
             DecodeError: the file is damaged.
         """
-
-
-class Jpeg:
-    """A JPEG file, not yet decoded."""
-
-    def __init__(self, data: bytes | memoryview, size: tuple[int, int]) -> None:
-        self._data, self.size = data, size
-
-    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        """See :class:`Picture`."""
         import simplejpeg
 
         width, height = self.size
@@ -101,9 +91,12 @@ class Pixels:
         self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[0])
 
     def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        """See :class:`Picture`."""
+        """All pixels of a part."""
         top, left, rows, columns = box
         return self._pixels[top : top + rows, left : left + columns]
+
+
+Picture: TypeAlias = Jpeg | Pixels
 
 
 def open_fast(stored: Stored, max_pixels: int, upright: bool) -> Picture | None:
@@ -137,28 +130,6 @@ def _may_be_turned(data: bytes | memoryview) -> bool:
     return True
 
 
-class FastTransform(Protocol):
-    """A transform of pictures that are not decoded yet."""
-
-    size: tuple[int, int]
-    """height and width of its results"""
-
-    def __call__(self, picture: Picture, key: tuple[int | str, ...], out: Tensor) -> bool:
-        """Write the picture's result.
-
-        Args:
-            picture: any size.
-            key: of the random choices, see :func:`~kw.data.seeding.derive_seed`.
-            out: uint8 ``[3, h, w]``, is written.
-
-        Returns:
-            False where the picture is one for Pillow's path; nothing is written then.
-
-        Raises:
-            DecodeError: the file is damaged.
-        """
-
-
 class FastRandomCrop:
     """A random part of a picture, resized, mirrored and augmented.
 
@@ -180,7 +151,19 @@ class FastRandomCrop:
         self.mirror, self.policy = mirror, policy
 
     def __call__(self, picture: Picture, key: tuple[int | str, ...], out: Tensor) -> bool:
-        """See :class:`FastTransform`."""
+        """Write the picture's result.
+
+        Args:
+            picture: any size.
+            key: of the random choices, see :func:`~kw.data.seeding.derive_seed`.
+            out: uint8 ``[3, h, w]``, is written.
+
+        Returns:
+            False where the picture is one for Pillow's path; nothing is written then.
+
+        Raises:
+            DecodeError: the file is damaged.
+        """
         if self.policy is None:
             seed = derive_seed(*key)
             self._cut(picture, random.Random(seed), torch.Generator().manual_seed(seed), out)
@@ -243,7 +226,7 @@ class FastMiddle:
         self.interpolation, self.long = interpolation, long
 
     def __call__(self, picture: Picture, key: tuple[int | str, ...], out: Tensor) -> bool:
-        """See :class:`FastTransform`."""
+        """As :meth:`FastRandomCrop.__call__`."""
         width, height = picture.size
         if self.cover[0] == self.cover[1]:  # as torchvision rounds
             short = self.cover[0]
@@ -259,6 +242,10 @@ class FastMiddle:
         top, left = (round((a - b) / 2) for a, b in zip(shape, self.size, strict=True))
         out.copy_(whole[:, top : top + self.size[0], left : left + self.size[1]])
         return True
+
+
+FastTransform: TypeAlias = FastRandomCrop | FastMiddle
+"""A transform of pictures that are not decoded yet; ``size`` is its results' height and width."""
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -96,22 +96,19 @@ class TolerantDataset(Dataset[Any]):
 
     def get(self, key: tuple[int, ...], read: Callable[[int, tuple[int, ...]], Any]) -> Any:
         """As indexing does, by another function than :meth:`read`."""
-        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
-            return self._tolerantly(key, read)
-
-    def _tolerantly(self, key: tuple[int, ...], read: Callable[..., Any]) -> Any:
         faults: list[BadImage] = []
-        for index in self._candidates(key):
-            try:
-                sample = read(index, key)
-            except BadImageError as error:
-                if self.bad_images.policy == "raise":
-                    raise
-                faults.append(BadImage(index, error.path, error.reason))
-                if not self.training:
-                    return Delivered(self.unreadable(key), tuple(faults))
-            else:
-                return Delivered(sample, tuple(faults)) if faults else sample
+        with self._noted(key[1]), memory_for(lambda: [self.path(key[1])]):
+            for index in self._candidates(key):
+                try:
+                    sample = read(index, key)
+                except BadImageError as error:
+                    if self.bad_images.policy == "raise":
+                        raise
+                    faults.append(BadImage(index, error.path, error.reason))
+                    if not self.training:
+                        return Delivered(self.unreadable(key), tuple(faults))
+                else:
+                    return Delivered(sample, tuple(faults)) if faults else sample
         raise DataError(
             f"none of {len(faults)} images drawn one after another is readable{_listed(faults)}"
         )
@@ -214,10 +211,9 @@ class FaultLog:
         self.known = {fault.path: fault for fault in known if self._is_bad(fault.path)}
 
     def _is_bad(self, path: str) -> bool:
+        # A file that was removed, or lies in an archive, will be met if it is still in the set.
         if not os.path.exists(path):
-            return (
-                False  # removed, or in an archive; if it is still in the data set, it will be met
-            )
+            return False
         try:
             read_image(path, self.max_pixels)
         except BadImageError:

@@ -8,7 +8,6 @@ where CUDA is available).
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,16 +18,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from kw.data.dataset import ImageFolder, Sample, Samples
+from kw.data.dataset import Sample, Samples
 from kw.data.faults import FaultLog, TolerantDataset, collate_faults
 from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
+from kw.errors import answer
 
 __all__ = [
     "Loader",
-    "build_eval_loader",
     "build_loader",
-    "build_train_loader",
     "collate",
     "deaths_explained",
     "stop_workers",
@@ -49,16 +47,13 @@ class Loader(DataLoader[Any]):
         return self._watched(super().__iter__())  # the processes start here, not at the first batch
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except DataError as error:
-                raise DataError(_without_traceback(error)) from error
-            self.faults.met(batch.pop("faults", ()))
-            if batch:
-                yield batch
+        try:
+            for batch in batches:
+                self.faults.met(batch.pop("faults", ()))
+                if batch:
+                    yield batch
+        except DataError as error:  # torch's message is the traceback of the loader process
+            raise DataError(answer(error)) from error
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -77,64 +72,6 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def build_train_loader(
-    dataset: ImageFolder,
-    *,
-    batch_size: int,
-    total_batch_size: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    repeats: int = 1,
-    balanced: bool = False,
-) -> Loader:
-    """The loader of one training process.
-
-    Before each epoch call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
-
-    Args:
-        dataset: the training images; its seed also seeds the order.
-        batch_size: images per process and micro-batch.
-        total_batch_size: images per optimizer update, over all processes and micro-batches.
-        workers: loader processes; 0 loads in this process.
-        rank: this process, from 0.
-        world_size: number of processes.
-        repeats: times that an image is trained on in a row.
-        balanced: whether every class is equally likely.
-
-    Raises:
-        ConfigError: from :class:`~kw.data.samplers.TrainBatchSampler`.
-    """
-    sampler = TrainBatchSampler(
-        len(dataset),
-        batch_size,
-        total_batch_size,
-        rank,
-        world_size,
-        dataset.seed,
-        repeats=repeats,
-        labels=dataset.labels if balanced else None,
-    )
-    return build_loader(dataset, sampler, workers)
-
-
-def build_eval_loader(
-    dataset: ImageFolder, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
-) -> Loader:
-    """The loader of one evaluating process: its share of the images, none of them twice.
-
-    Args:
-        dataset: the test images.
-        batch_size: images per process and batch; the last batch may be smaller.
-        workers: loader processes; 0 loads in this process.
-        rank: this process, from 0.
-        world_size: number of processes.
-    """
-    return build_loader(
-        dataset, EvalBatchSampler(len(dataset), batch_size, rank, world_size), workers
-    )
-
-
 def stop_workers(loader: DataLoader[Any]) -> None:
     """Stop a loader's processes, where they wait for another epoch.
 
@@ -149,10 +86,12 @@ def build_loader(
     workers: int,
     collate: Callable[[list[Any]], Any] = collate,
 ) -> Loader:
-    """A loader over any dataset of keys ``(epoch, index)``.
+    """The loader of one process.
+
+    Before each epoch of training call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
 
     Args:
-        dataset: gives a sample for a key.
+        dataset: gives a sample for a key ``(epoch, index)``.
         sampler: gives lists of keys.
         workers: loader processes; 0 loads in this process.
         collate: samples -> batch, a mapping.
@@ -248,8 +187,3 @@ def _deaths(loader: DataLoader[Any], cause: Exception) -> Iterator[str]:
         if index is not None:
             what = f"while it read image {index}, {dataset.path(index)}"
         yield f"loader process {worker} (pid {process.pid}) {how} {what}"
-
-
-def _without_traceback(error: DataError) -> str:
-    """What was raised in a loader process; torch's message is its traceback."""
-    return re.split(r"\n[\w.]*(?:DataError|BadImageError): ", str(error))[-1]

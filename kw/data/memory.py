@@ -13,34 +13,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
 from kw.config.data_schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
-from kw.data.dataset import UNREADABLE, ImageFolder
+from kw.data.dataset import UNREADABLE, ImageFolder, Sample
 from kw.data.faults import BadImage, FaultLog, TolerantDataset
 from kw.data.loader import Loader, build_loader, deaths_explained, stop_workers
 from kw.data.reading import BadImageError, DataError
 from kw.data.samplers import EvalBatchSampler, Key, TrainBatchSampler
 from kw.data.seeding import derive_seed
 
-__all__ = ["MemoryImages", "as_stored", "hold_in_memory", "memory_loader"]
+__all__ = ["MemoryImages", "as_stored", "hold_in_memory"]
 
 _ROOM = 0.9  # share of the free memory for images: the network must fit as well
 _DECODED_AT_ONCE = 64
-
-
-class _Pixels(NamedTuple):
-    place: int
-    """in the data set"""
-    image: Tensor
-    """uint8, [C, H, W]"""
 
 
 class _Decoder(TolerantDataset):
@@ -61,21 +53,21 @@ class _Decoder(TolerantDataset):
         """The file of an image."""
         return self.folder.path(index)
 
-    def read(self, index: int, key: Key) -> _Pixels:
+    def read(self, index: int, key: Key) -> Sample:
         """Decode an image.
 
         Raises:
             BadImageError: the file cannot be read.
             DataError: it has another size than the first.
         """
-        image = self.folder.read(index, key).image
-        if image.shape != self.shape:
+        sample = self.folder.read(index, key)
+        if sample.image.shape != self.shape:
             raise DataError(
                 f"data.memory: images have different sizes: {_size(self.shape)} pixels, but "
-                f"{self.path(index)} has {_size(image.shape)}; set data.memory.size, e.g. "
+                f"{self.path(index)} has {_size(sample.image.shape)}; set data.memory.size, e.g. "
                 f"{min(self.shape[1:])}, to hold squares, or data.memory to null"
             )
-        return _Pixels(index, image)
+        return sample
 
     def _shape_from(self, first: int) -> torch.Size:
         """The shape of the first image that can be read."""
@@ -100,9 +92,6 @@ class MemoryImages(TolerantDataset):
         bad: the images that could not be read, by index. In training others stand in for them, by
             the rule of :class:`~kw.data.faults.TolerantDataset`; in evaluation they are black
             and of no class.
-
-    Attributes:
-        bytes: memory taken.
     """
 
     def __init__(
@@ -125,7 +114,6 @@ class MemoryImages(TolerantDataset):
         if augment is None and bad:
             labels[list(bad)] = UNREADABLE
         self.labels = labels
-        self.bytes = images.numel()
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -196,40 +184,26 @@ def hold_in_memory(
     in_order = sampler
     if isinstance(sampler, TrainBatchSampler):
         in_order = EvalBatchSampler(len(folder), _DECODED_AT_ONCE)
-    decoding = build_loader(decoder, in_order, workers, _stacked)
+    decoding = build_loader(decoder, in_order, workers)
     with deaths_explained(decoding):
         for batch in decoding:
-            held[rows[batch["places"]].to(place)] = batch["images"].to(place)
+            held[rows[batch["indices"]].to(place)] = batch["images"].to(place)
     stop_workers(decoding)
-    faults = decoding.faults.take()
-    bad = {fault.image: fault for fault in faults}
-    return memory_loader(MemoryImages(folder, held, rows, device, augment, bad), sampler)
-
-
-def memory_loader(images: MemoryImages, sampler: TrainBatchSampler | EvalBatchSampler) -> Loader:
-    """The loader over images in memory, which loads in this process."""
+    bad = {fault.image: fault for fault in decoding.faults.take()}
     loader = Loader(
-        images,
+        MemoryImages(folder, held, rows, device, augment, bad),
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
-    loader.faults = FaultLog(len(images), images.bad_images)
-    loader.faults.met(images.bad.values())
+    loader.faults = FaultLog(len(folder), folder.bad_images)
+    loader.faults.met(bad.values())
     return loader
 
 
 def as_stored(image: Image.Image | Tensor) -> Tensor:
     """An image as it is -> uint8 [C, H, W]; the transform of training images held unresized."""
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
-
-
-def _stacked(samples: list[_Pixels]) -> dict[str, Tensor]:
-    # torch's own collation stacks straight into memory that loader processes share.
-    return {
-        "images": default_collate([sample.image for sample in samples]),  # [B, C, H, W]
-        "places": torch.tensor([sample.place for sample in samples]),
-    }
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,7 +1,8 @@
 """Pillow's image operations for a batch of bytes, each image with parameters of its own.
 
 As timm's policies use them (:mod:`kw.data.policies`). Each is computed as Pillow does it, whole
-numbers where Pillow has whole numbers; nothing is read from the device.
+numbers where Pillow has whole numbers; nothing is read from the device. Equalize is torchvision's;
+its other functions take one strength for all images, or differ from Pillow.
 
 Legend: images uint8 [G, 3, H, W], parameters [G, ...] on the same device; results are as images.
 """
@@ -22,7 +23,6 @@ __all__ = [
     "auto_contrast",
     "blur",
     "box_weights",
-    "equalize",
     "look_up",
     "rotation",
 ]
@@ -46,19 +46,6 @@ def auto_contrast(images: Tensor) -> Tensor:
     scale = levels[-1] / (high - low)
     tables = torch.where(high > low, levels * scale + -low * scale, levels)
     return look_up(images, tables.clamp_(0, 255).to(torch.uint8))
-
-
-def equalize(images: Tensor) -> Tensor:
-    """``ImageOps.equalize``: each channel to about equal counts of all levels."""
-    values = images.flatten(2).long()
-    counts = torch.zeros((len(images), 3, 256), dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, values, torch.ones_like(values))
-    brightest = counts.gather(2, values.amax(2, keepdim=True))  # [G, 3, 1]
-    step = (values.shape[2] - brightest) // 255
-    darker = counts.cumsum(2) - counts
-    tables = (step // 2 + darker) // step.clamp(min=1)
-    tables = torch.where(step > 0, tables, torch.arange(256, device=images.device))
-    return look_up(images, tables.clamp_(max=255).to(torch.uint8))
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:

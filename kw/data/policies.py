@@ -23,6 +23,7 @@ import torch
 from timm.data.auto_augment import AugmentOp, RandAugment
 from torch import Tensor
 from torchvision.transforms import ColorJitter
+from torchvision.transforms.v2.functional import equalize
 
 from kw.config import ConfigError
 from kw.config.data_schema import DataConfig
@@ -53,7 +54,7 @@ def _table(rule: Callable[[Any], np.ndarray]) -> tuple[Callable[..., Tensor], Ca
 # For timm's functions: what computes them, and its parameters for one image, from the argument.
 _OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Any], Any]]] = {
     "auto_contrast": (lambda images, _: pixel_ops.auto_contrast(images), lambda _: []),
-    "equalize": (lambda images, _: pixel_ops.equalize(images), lambda _: []),
+    "equalize": (lambda images, _: equalize(images), lambda _: []),
     "invert": _table(lambda _: 255 - _LEVELS),
     "solarize": _table(lambda limit: np.where(limit > _LEVELS, _LEVELS, 255 - _LEVELS)),
     "solarize_add": _table(
@@ -107,11 +108,7 @@ class BatchPolicy:
             self.fill = op.kwargs["fillcolor"]
 
     def choose(self, seeds: Sequence[int]) -> list[list[Step]]:
-        """Draw the operations on each image, in their order.
-
-        Args:
-            seeds: one 64-bit seed per image.
-        """
+        """Draw the operations on each image, in their order, from one 64-bit seed per image."""
         state = random.getstate()
         try:
             return [self._choose(seed) for seed in seeds]

@@ -1,9 +1,8 @@
 """Cutting a rectangle out of every image of a batch and resizing it, as two matrix products.
 
 Resampling is linear and separable: an output row is a weighted sum of input rows, and the weights
-depend on the rectangle only. With a matrix of weights per image, every image of
-a batch may have its own rectangle. The weights are Pillow's, which torchvision's antialiased
-resizing shares.
+depend on the rectangle only. With a matrix of weights per image, every image of a batch may have
+its own rectangle. The weights are Pillow's, which torchvision's antialiased resizing shares.
 
 Legend: B images, H x W their size, S side of the output.
 """
@@ -22,8 +21,8 @@ def _triangle(x: Tensor) -> Tensor:
     return (1 - x.abs()).clamp(min=0)
 
 
-def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
-    x = x.abs()
+def _cubic(x: Tensor) -> Tensor:
+    x, a = x.abs(), -0.5
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))

@@ -15,7 +15,7 @@ from kw.data.batch_augment import BatchAugment
 from kw.data.channels import Reader
 from kw.data.dataset import ImageFolder
 from kw.data.listing import Listing, list_split
-from kw.data.loader import Loader, build_eval_loader, build_train_loader
+from kw.data.loader import Loader, build_loader
 from kw.data.memory import as_stored, hold_in_memory
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.transforms import build_fast_transform, build_transform
@@ -47,19 +47,8 @@ def open_training(
         DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
     """
     data, memory = config.data, config.data.memory
-    if memory is None:
-        folder = _folder(config, "train", build_transform(data, True), listing)
-        return build_train_loader(
-            folder,
-            batch_size=config.batch_size,
-            total_batch_size=config.total_batch_size,
-            workers=data.workers,
-            rank=rank,
-            world_size=world_size,
-            repeats=data.repeats,
-            balanced=data.sampling == "balanced",
-        )
-    folder = _folder(config, "train", _as_held(data, memory.size), listing, is_held=True)
+    transform = build_transform(data, True) if memory is None else _as_held(data, memory.size)
+    folder = _folder(config, "train", transform, listing, is_held=memory is not None)
     sampler = TrainBatchSampler(
         len(folder),
         config.batch_size,
@@ -70,6 +59,8 @@ def open_training(
         repeats=data.repeats,
         labels=folder.labels if data.sampling == "balanced" else None,
     )
+    if memory is None:
+        return build_loader(folder, sampler, data.workers)
     return hold_in_memory(
         folder, sampler, memory, device, augment=BatchAugment(data), workers=data.workers
     )
@@ -84,36 +75,21 @@ def open_validation(
 ) -> Loader:
     """The loader of one evaluating process: its share of the images, none of them twice.
 
-    Args:
-        config: the run.
-        device: the device that evaluates.
-        rank: this process, from 0.
-        world_size: number of processes.
-        listing: the split's files (:func:`kw.data.list_splits`); left out, they are listed here.
-
-    Raises:
-        DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
+    Arguments and errors are those of :func:`open_training`.
     """
     data = config.data
     folder = _folder(config, "val", build_transform(data, False), listing)
     batch_size = config.eval_batch_size or config.batch_size
-    if data.memory is None:
-        return build_eval_loader(
-            folder, batch_size=batch_size, workers=data.workers, rank=rank, world_size=world_size
-        )
     sampler = EvalBatchSampler(len(folder), batch_size, rank, world_size)
+    if data.memory is None:
+        return build_loader(folder, sampler, data.workers)
     return hold_in_memory(folder, sampler, data.memory, device, workers=data.workers)
 
 
 def test_images(config: Config, listing: Listing | None = None) -> ImageFolder:  # noqa: PT028
     """The test images of a run, always read from files, also with ``data.memory``.
 
-    Args:
-        config: the run.
-        listing: their files; left out, they are listed here.
-
-    Raises:
-        DataError: the data folder is not as expected.
+    Arguments and errors are those of :func:`open_training`.
     """
     return _folder(config, "val", build_transform(config.data, False), listing)
 
@@ -146,7 +122,6 @@ def _folder(
         config.seed,
         training=split == "train",
         bad_images=data.bad_images,
-        upright=data.exif_orientation == "apply",
         listing=listing or list_split(data, split),
         reader=Reader.of(data),
         fast=None if data.decoder == "pillow" else build_fast_transform(data, split == "train"),

@@ -66,14 +66,11 @@ def list_webdataset(
             f"{root}/{pattern}: {incomplete} samples without an image or without .{label}; "
             "data.dataset_args {label: ...} names the ending of the labels"
         )
-    numbers = all(each.isdigit() for each in labels)
-    if numbers:
-        classes = [str(i) for i in range(max(map(int, labels), default=-1) + 1)]
-        file = root / "classes.txt"
-        if file.is_file():
-            classes = file.read_text(encoding="utf-8").split("\n")
-            classes = [name for name in map(str.strip, classes) if name]
+    if all(each.isdigit() for each in labels):
         places = [int(each) for each in labels]
+        classes = _classes(root)
+        if classes is None:
+            classes = [str(i) for i in range(max(places, default=-1) + 1)]
     else:
         classes = sorted(set(labels))
         numbers_of = {name: place for place, name in enumerate(classes)}
@@ -131,11 +128,8 @@ def list_csv(
     _check_pattern("table", table)
     where = root / table.replace("{split}", split)
     rows = _read(where, file, label)
-    listed = root / "classes.txt"
-    if listed.is_file():
-        lines = listed.read_text(encoding="utf-8").split("\n")
-        classes = [line.strip() for line in lines if line.strip()]
-    else:
+    classes = _classes(root)
+    if classes is None:
         first = root / table.replace("{split}", "train")
         known = rows if first == where or not first.is_file() else _read(first, file, label)
         classes = sorted({name for _, text in known for name in _names(text, separator)})
@@ -159,6 +153,14 @@ def list_csv(
     for row, chosen in zip(several, labels, strict=True):
         row[chosen] = True
     return Listing(files, several, classes)
+
+
+def _classes(root: Path) -> list[str] | None:
+    """The lines of ``root/classes.txt``, where there is one."""
+    file = root / "classes.txt"
+    if not file.is_file():
+        return None
+    return [line.strip() for line in file.read_text("utf-8").split("\n") if line.strip()]
 
 
 def _check_pattern(key: str, pattern: str) -> None:

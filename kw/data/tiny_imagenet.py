@@ -27,8 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import is_written, whole_folder
-from kw.errors import answer
+from kw.data.whole_folder import is_written, whole_folder, write_by_command
 
 __all__ = ["CLASSES", "prepare"]
 
@@ -89,28 +88,28 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-            yield list(sizes), lambda name: file.read(_sound(name, sizes[name], path))
+
+            def read_zip(name: str) -> bytes:
+                _check_size(name, sizes[name], path)
+                return file.read(name)
+
+            yield list(sizes), read_zip
         return
     with tarfile.open(path) as tar:
         # In the archive's own order: a compressed one cannot be read backwards.
         members = {member.name: member for member in tar if member.isfile()}
 
-        def read(name: str) -> bytes:
-            found = tar.extractfile(_sound_member(members[name], path))
+        def read_tar(name: str) -> bytes:
+            _check_size(name, members[name].size, path)
+            found = tar.extractfile(members[name])
             return found.read() if found is not None else b""
 
-        yield list(members), read
+        yield list(members), read_tar
 
 
-def _sound(name: str, size: int, path: Path) -> str:
+def _check_size(name: str, size: int, path: Path) -> None:
     if size > _LARGEST:
         raise DataError(f"{path}: {name} has {size:,} bytes: that is no image of 64x64 pixels")
-    return name
-
-
-def _sound_member(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
-    _sound(member.name, member.size, path)
-    return member
 
 
 def _chosen(
@@ -157,7 +156,7 @@ def _counts(root: Path, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write the images, print one line; exit status 2 on a user's mistake."""
+    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
     parser = argparse.ArgumentParser(
         prog="python -m kw.data.tiny_imagenet",
         description="Lay out 100 classes of Tiny-ImageNet as a folder of images.",
@@ -171,17 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="validate on N training images of every class, and leave the validation images out",
     )
-    options = parser.parse_args(arguments)
-    try:
-        counts = prepare(options.archive, options.root, options.hold_out)
-    except (DataError, OSError) as error:
-        print(f"error: {answer(error) or error}", file=sys.stderr)
-        return 2
-    print(
-        f"tiny-imagenet-100: {counts['train']} training and {counts['val']} validation images of "
-        f"{CLASSES} classes in {options.root}"
+    return write_by_command(
+        parser,
+        arguments,
+        prepare,
+        "tiny-imagenet-100: {train} training and {val} validation images of "
+        f"{CLASSES} classes in {{root}}",
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
     """The transform of one split; H x W is ``config.shape``, S their value where they are equal.
 
     Training: those of ``data.transforms``, random resized crop, mirroring, then timm's augmentation
-    policy or else colour jitter
-    (with the policies named ``3a``, timm's three-augment, both), unless
+    policy or else colour jitter (with the policies ``3a``, timm's three-augment, both), unless
     :class:`~kw.data.preprocess.BatchPreprocessor` applies these to whole batches. Test: the shorter
     side is resized to floor(S / ``test_crop_ratio``), then the central square of S is cut out.
     Where H and W differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x

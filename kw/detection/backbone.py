@@ -251,8 +251,7 @@ def read_network(
             "mapping with the keys of its model"
         )
     entry = entry_from_plain(network, Origin("model.backbone.network"))
-    schema = Schema(ModelConfig, lambda config, report: None, lambda config: ())
-    return check_tree(entry, schema)
+    return check_tree(entry, Schema(ModelConfig))
 
 
 def _started(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..config.checking import Schema
 from ..config.fields import setting, table
-from ..config.rules import Report, check_run_rules, ignored_run_settings
+from ..config.rules import Expect, check_run_rules, ignored_run_settings
 from ..config.run_schema import BadImagesConfig, OptimizerConfig, RunConfig
 
 __all__ = ["SCHEMA", "CocoDataConfig", "DetectionConfig", "LayerDecayConfig"]
@@ -92,13 +92,12 @@ class DetectionConfig(RunConfig, _Detection):
     optimizer: DetectionOptimizerConfig = field(metadata={"doc": "the optimizer"})
 
 
-def _rules(config: DetectionConfig, report: Report) -> None:
-    check_run_rules(config, report)
+def _rules(config: DetectionConfig, expect: Expect) -> None:
+    check_run_rules(config, expect)
     classes = config.data.classes
-    if classes is not None and (not classes or len(set(classes)) < len(classes)):
-        report(config, ("data.classes",), "different names; null for all of the file")
-    if config.load_from is not None and "://" in config.load_from:
-        report(config, ("load_from",), "a file: download it first")
+    right = classes is None or 0 < len(classes) == len(set(classes))
+    expect(right, "different names; null for all of the file", "data.classes")
+    expect("://" not in (config.load_from or ""), "a file: download it first", "load_from")
 
 
 SCHEMA = Schema(DetectionConfig, _rules, ignored_run_settings)

@@ -165,12 +165,12 @@ class _Network:
 def _network_config(model: Mapping[str, Any], timm_args: Mapping[str, Any]) -> ModelConfig:
     """The checked settings of a network, with further arguments of timm's."""
 
-    def rules(found: _Network, report: Any) -> None:
-        if not timm.is_model(found.model.name):  # another repository's name, for one
-            report(found, ("model.name",), "a name of timm.list_models()")
+    def rules(found: _Network, expect: Any) -> None:
+        # Another repository's name, for one.
+        expect(timm.is_model(found.model.name), "a name of timm.list_models()", "model.name")
 
     tree = entry_from_plain({"model": dict(model)}, Origin("config.json"))
-    config = check_tree(tree, Schema(_Network, rules, lambda _: ())).model
+    config = check_tree(tree, Schema(_Network, rules)).model
     config.timm_args.update(timm_args)
     return config
 

@@ -80,7 +80,7 @@ def load_study(
     """
     path = Path(path)
     home = Path("work_dirs", path.stem) if home is None else home
-    file = check_tree(read_config(path), Schema(_StudyFile, _check_rows, lambda _: ()))
+    file = check_tree(read_config(path), Schema(_StudyFile, _check_rows))
     shared = [as_option(*item) for item in file.options.items()] + [*options]
     rows: dict[str, tuple[Path, list[str], str | None]] = {}
     said = list(shared)
@@ -111,15 +111,14 @@ def load_study(
     return Study(path.stem, home, tuple(rows), tuple(said), tuple(runs))
 
 
-def _check_rows(file: _StudyFile, report: Any) -> None:
+def _check_rows(file: _StudyFile, expect: Any) -> None:
     names = [row if row in file.variants else Path(row).stem for row in file.rows]
     for name, variant in file.variants.items():
         if name not in names:
-            report(file, ("variants",), f"every name to stand in rows, which {name} does not")
+            expect(False, f"every name to stand in rows, which {name} does not", "variants")
         elif variant.continues is not None and variant.continues not in names[: names.index(name)]:
             known = ", ".join(names[: names.index(name)]) or "none"
             expected = f"{name}.continues to name a row before it ({known})"
-            report(file, ("variants",), expected)
+            expect(False, expected, "variants")
     for key, values in (("rows", names), ("seeds", file.seeds)):
-        if not values or len(set(values)) < len(values):
-            report(file, (key,), "at least one, none twice")
+        expect(0 < len(values) == len(set(values)), "at least one, none twice", key)
