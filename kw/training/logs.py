@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from .distributed import Process
+from .distributed import Process, from_first
 from .presence import log_to
 
 __all__ = ["close_log", "logger", "open_log"]
@@ -56,10 +55,8 @@ def open_log(work_dir: Path, process: Process) -> None:
     where the program has set up logging itself.
     """
     close_log()
-    stamp = [time.strftime("%Y%m%d_%H%M%S")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(stamp)
-    path = work_dir.absolute() / stamp[0] / f"{stamp[0]}.log"
+    stamp = from_first(time.strftime("%Y%m%d_%H%M%S"))
+    path = work_dir.absolute() / stamp / f"{stamp}.log"
     log_to(path)
     global _level
     if logger.level == logging.NOTSET:

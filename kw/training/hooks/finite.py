@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ...config.run_schema import NonFiniteConfig
 from ..diagnosis import find_origin
+from ..distributed import from_all
 from ..finite import NonFiniteError, Skipped
 from ..logs import logger
 from ..precision import autocast
@@ -59,21 +60,17 @@ class FiniteHook(Hook):
 
     def _stop(self, trainer: Trainer, skipped: Skipped) -> None:
         """Look for the layer, in the update that was just skipped; all processes together."""
-        origins = [self._origin(trainer)]
-        several = trainer.process.world_size > 1
-        if several:
-            origins *= trainer.process.world_size
-            dist.all_gather_object(origins, origins[0])
+        origins = from_all(self._origin(trainer))
         found = {rank: each for rank, each in enumerate(origins) if each is not None}
         rank, where = next(iter(found.items()), (None, None))
         began = "a second pass of this update's images did not show in which layer it began"
         if where is not None:
-            ranks = f" (on process {', '.join(map(str, found))})" if several else ""
+            ranks = f" (on process {', '.join(map(str, found))})" if len(origins) > 1 else ""
             began = f"it began{ranks} in {where}"
         checkpoint = next(map(str, reversed(checkpoints(trainer.work_dir))), None)
-        last = "there is no checkpoint yet"
-        if checkpoint is not None:
-            last = f"the last good checkpoint is {checkpoint}"
+        last = f"the last good checkpoint is {checkpoint}"
+        if checkpoint is None:
+            last = "there is no checkpoint yet"
         if trainer.process.is_main:
             report = {
                 "skipped": skipped.total,
@@ -92,12 +89,9 @@ class FiniteHook(Hook):
         )
 
     def _origin(self, trainer: Trainer) -> str | None:
-        precision, device_type = trainer.config.precision, trainer.process.device.type
-        model, network = trainer.task.model, trainer.task.network
+        context = partial(autocast, trainer.config.precision, trainer.process.device.type)
         try:
-            return find_origin(
-                model, network, trainer.batches, lambda: autocast(precision, device_type)
-            )
+            return find_origin(trainer.task.model, trainer.task.network, trainer.batches, context)
         except Exception as error:  # a search that fails must not hide what it is about
             logger.warning(f"the search for the layer: {type(error).__name__}: {error}")
             return None
