@@ -12,6 +12,8 @@ from typing import Any
 from ..config import ConfigError, load_config
 from ..errors import UserError, one_line, say
 from ..evaluation import SOURCES, PaperRow, PaperTable, ReportError, read_run, render_table
+from ..pictures.coefficients import PictureError
+from ..pictures.style import check_matplotlib
 from .plots import Curve, Dot, plot_curves, plot_dots, run_curve
 from .published import CONFIGS, Reproduction
 from .runs import Jobs, Run, State, find_state
@@ -255,12 +257,14 @@ def _draw(task: Reproduction, reports: Sequence[RowReport], folder: Path) -> lis
     curves = [curve for report in reports for curve in report.curves]
     paths = []
     try:
-        if panels:
-            paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
-        if curves:
-            paths.append(plot_curves(curves, figure.title, folder / "curves.svg"))
-    except ImportError as error:
-        say(f"{folder}: without pictures: {error}; matplotlib comes with the extra demo")
+        check_matplotlib()
+    except PictureError as error:
+        say(f"{folder}: without pictures: {error}")
+        return []
+    if panels:
+        paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
+    if curves:
+        paths.append(plot_curves(curves, figure.title, folder / "curves.svg"))
     return paths
 
 

@@ -131,13 +131,8 @@ def _is_held(run: Run) -> bool:
 
 
 def record(run: Run, status: int, why: str = "") -> None:
-    """Write down how an attempt ended.
-
-    Args:
-        run: the run.
-        status: exit status; 75 for a run that saved its work and left.
-        why: its last error.
-    """
+    """Write down how an attempt ended: its exit status, 75 where it saved its work and left, and
+    its last error."""
     path = run.file("json")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
