@@ -61,9 +61,6 @@ class Agreement:
 
     Two bytes are reduced over a process group on the CPUs while the next update computes, so that
     no update waits for a device.
-
-    Args:
-        process: this process.
     """
 
     def __init__(self, process: Process) -> None:
@@ -72,15 +69,11 @@ class Agreement:
         self._pending: Any = None
 
     def exchange(self, save: bool, stop: bool) -> tuple[bool, bool]:
-        """Send this process's requests; return those of all processes at the update before.
-
-        Args:
-            save: this process wants a checkpoint.
-            stop: it has to end.
+        """Send whether this process wants a checkpoint, and whether it has to end.
 
         Returns:
-            Whether any process wanted a checkpoint, and whether any has to end. A process on its
-            own learns at once.
+            Whether any process wanted, and whether any had to, at the update before; of a process
+            on its own, at once.
         """
         if self._group is None:
             return save, stop

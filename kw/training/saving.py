@@ -90,10 +90,6 @@ class Checkpoints:
 
     If a checkpoint cannot be written, for example on a full disk, earlier ones are kept and the
     next one is tried. The run ends with an error only if its last checkpoint cannot be written.
-
-    Args:
-        work_dir: the run's.
-        keep: newest checkpoints kept.
     """
 
     def __init__(self, work_dir: Path, keep: int) -> None:
