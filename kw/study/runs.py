@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_INTERRUPTED, UserError
+from ..training.saving import write_json
 
 __all__ = ["Jobs", "Run", "RunError", "State", "find_state", "locked", "reason", "record"]
 
@@ -135,9 +136,7 @@ def record(run: Run, status: int, why: str = "") -> None:
     its last error."""
     path = run.file("json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"status": status, "why": why}) + "\n")
-    os.replace(partial, path)
+    write_json({"status": status, "why": why}, path)
     if status == 0:
         run.finished.touch()
 
