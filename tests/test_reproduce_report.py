@@ -148,7 +148,7 @@ def test_without_matplotlib_there_are_tables(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    paths = write_report(task, task.rows(), tmp_path / "out")
+    paths = write_report(task, task.rows(["resnet18"]), tmp_path / "out")
     assert [path.name for path in paths] == ["table.txt", "table.md"]
     assert "svg" not in paths[1].read_text()
     assert "pip install 'kernelwarehouse[demo]'" in capsys.readouterr().err
