@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
@@ -23,13 +22,7 @@ _handlers: list[logging.Handler] = []
 _level: int | None = None  # of the logger before, where it was changed
 
 
-if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
-else:  # Python 3.10 cannot subscript it
-    _StreamHandler = logging.StreamHandler
-
-
-class _Console(_StreamHandler):
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none
     """Lines above a progress bar, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:

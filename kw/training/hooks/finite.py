@@ -27,7 +27,8 @@ __all__ = ["FiniteHook"]
 class FiniteHook(Hook):
     """Reads the guard's counts when a log line is due (:class:`kw.training.finite.FiniteGuard`).
 
-    Between lines nothing is at risk: skipped updates leave the run as it was.
+    Between lines nothing is at risk: skipped updates leave the run as it was. The line itself says
+    how many there were.
 
     Args:
         config: how many updates may be skipped.
@@ -38,21 +39,11 @@ class FiniteHook(Hook):
         self.config = config
         self.interval = interval
         self._waits = False  # for the next update that is skipped, to have its images in hand
-        self._total = 0
-
-    def before_training(self, trainer: Trainer) -> None:
-        self._total = trainer.updater.guard.read().total
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
         if not (self._waits or trainer.is_due(self.interval)):
             return
         skipped = trainer.updater.guard.read()
-        if skipped.total > self._total:
-            logger.warning(
-                f"update {trainer.update}: {skipped.total - self._total} of the updates since the "
-                f"last line skipped, loss or gradient was not finite; {skipped.total} in all"
-            )
-            self._total = skipped.total
         most = max(self.config.patience, int(self.config.max_fraction * trainer.updates_per_epoch))
         self._waits = skipped.in_a_row >= self.config.patience or skipped.in_epoch > most
         if self._waits and skipped.in_a_row:
