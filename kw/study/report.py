@@ -255,12 +255,14 @@ def _draw(task: Reproduction, reports: Sequence[RowReport], folder: Path) -> lis
     panels = {"parameters, millions": sizes, "hours of training": hours}
     panels = {name: dots for name, dots in panels.items() if dots}
     curves = [curve for report in reports for curve in report.curves]
-    paths = []
+    if not (panels or curves):
+        return []
     try:
         check_matplotlib()
     except PictureError as error:
         say(f"{folder}: without pictures: {error}")
         return []
+    paths = []
     if panels:
         paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
     if curves:

@@ -178,7 +178,7 @@ def from_first(own: _T) -> _T:
     """The first process's value, on all of them: plain types; a collective call."""
     found = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found, group=_hosts)
+        dist.broadcast_object_list(found, src=0, group=_hosts)
     return found[0]
 
 
