@@ -121,14 +121,8 @@ def one_line(error: BaseException) -> str:
 
 
 def answer(error: BaseException) -> str | None:
-    """The message for an error that the user can correct.
-
-    Args:
-        error: the exception that ended a command.
-
-    Returns:
-        One message, without traceback; ``None`` for other errors, which may be bugs.
-    """
+    """The message for an error that the user can correct, without traceback; ``None`` for other
+    errors, which may be bugs."""
     if isinstance(error, UserError):
         return _own_words(error)
     if isinstance(error, OSError) and error.errno in _REMEDIES:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .config.names import config_file
-from .config.tree import ConfigError
+from .config.tree import ConfigError, flat_settings
 from .hub import is_hub_name
 
 __all__ = ["is_run", "load_run", "run_of", "runs_of", "train"]
@@ -109,22 +109,11 @@ def train(
     Raises:
         ConfigError: a key is unknown or has a wrong value; otherwise as :func:`kw.training.train`.
     """
-    settings, package = load_run(config, _options(keys))
+    # JSON is valid YAML; other values are passed as text, and fail the check of types.
+    options = [f"{k}={json.dumps(v, default=str)}" for k, v in flat_settings(keys).items() if k]
+    settings, package = load_run(config, options)
     folder = Path("work_dirs", Path(config).stem) if work_dir is None else work_dir
     figures: dict[str, float | None] = package.train(
         settings, folder, resume=resume, launcher=launcher
     )
     return figures
-
-
-def _options(keys: Mapping[str, Any], within: str = "") -> list[str]:
-    """``a.b=value`` for nested settings."""
-    found = []
-    for name, value in keys.items():
-        key = f"{within}.{name}" if within else name
-        if isinstance(value, Mapping) and value:
-            found += _options(value, key)
-        else:
-            # JSON is valid YAML; other values are passed as text, and fail the check of types.
-            found.append(f"{key}={json.dumps(value, default=str)}")
-    return found

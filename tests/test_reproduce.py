@@ -23,9 +23,10 @@ from kills import free_port
 from kw.config import ConfigError, load_config
 from kw.evaluation import paper_tables
 from kw.models.build import build_network, check_network
-from kw.study import CONFIGS, Reproduction, Run, RunError, command_for, read_scale
-from kw.study.runs import find_state, locked, reason, record
-from kw.study.scale import FULL, epochs_scaled
+from kw.study.launch import command_for
+from kw.study.published import CONFIGS, Reproduction
+from kw.study.runs import Run, RunError, find_state, locked, reason, record
+from kw.study.scale import FULL, epochs_scaled, read_scale
 from kw.study.settings import resolved_text
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ import pytest
 from kw.evaluation import paper_tables
 from kw.evaluation.paper import read_tables
 from kw.evaluation.report import ReportError
-from kw.study import Reproduction, collect, write_report
+from kw.study.published import Reproduction
+from kw.study.report import collect, write_report
 from kw.study.runs import record
 from kw.study.scale import FULL
 from kw.study.settings import differences, resolved_text
@@ -147,10 +148,10 @@ def test_without_matplotlib_there_are_tables(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    paths = write_report(task, task.rows(), tmp_path / "out")
+    paths = write_report(task, task.rows(["resnet18"]), tmp_path / "out")
     assert [path.name for path in paths] == ["table.txt", "table.md"]
     assert "svg" not in paths[1].read_text()
-    assert "matplotlib comes with the extra demo" in capsys.readouterr().err
+    assert "pip install 'kernelwarehouse[demo]'" in capsys.readouterr().err
 
 
 def test_what_may_change_a_result_is_compared() -> None:

@@ -18,7 +18,7 @@ from kw.config import Config, ConfigError, config_from_mapping, load_config
 from kw.evaluation import ReportError
 from kw.models import build_network
 from kw.models.complexity import analyze
-from kw.study import load_study
+from kw.study.files import load_study
 from kw.study.summary import (
     binomial_error,
     describe_study,

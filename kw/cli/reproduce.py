@@ -13,19 +13,11 @@ import sys
 from pathlib import Path
 
 from ..evaluation import paper_tables
-from ..study import (
-    CONFIGS,
-    LAUNCHERS,
-    Reproduction,
-    RunError,
-    command_for,
-    overview,
-    read_scale,
-    run_all,
-    submit,
-    unfinished,
-    write_report,
-)
+from ..study.launch import LAUNCHERS, command_for, run_all, submit, unfinished
+from ..study.published import CONFIGS, Reproduction
+from ..study.report import overview, write_report
+from ..study.runs import RunError
+from ..study.scale import read_scale
 from .tool import ToolParser, add_options, number, output_folder
 
 __all__ = ["main"]

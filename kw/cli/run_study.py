@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..benchmark.machine import describe_code, describe_machine, describe_versions
-from ..study import load_study, run_all
+from ..study.files import load_study
+from ..study.launch import run_all
 from ..study.summary import STARTED, name_of, read_earlier
 from .tool import ToolParser, add_options, number, output_folder, save_json
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..study import find_state, load_study
+from ..study.files import load_study
+from ..study.runs import find_state
 from ..study.summary import (
     describe_study,
     join_earlier,

@@ -115,6 +115,14 @@ def merge(under: Entry, over: Entry) -> Entry:
     return Entry(children, over.origin, under.complete)
 
 
+def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty mapping stays one."""
+    if not isinstance(settings, Mapping) or not settings:
+        return {key: settings}
+    parts = (flat_settings(value, join(key, name)) for name, value in settings.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def join(key: str, name: object) -> str:
     """The dotted key of ``name`` inside ``key``."""
     return f"{key}.{name}" if key else str(name)

@@ -22,8 +22,9 @@ class Metric(Protocol):
     """Figures of a set that processes share out among them."""
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: ``[B, C]``, and class indices ``[B]``, -1 for an unreadable image; with
-        several classes an image 0 and 1 ``[B, C]``, a row of -1 for an unreadable one."""
+        """Count a batch: ``[B, C]`` of any floating type, and class indices ``[B]``, -1 for an
+        unreadable image; with several classes an image 0 and 1 ``[B, C]`` of any type, a row of -1
+        for an unreadable one."""
 
     def compute(self) -> Mapping[str, float | None]:
         """Reduce over all processes and read: a collective call."""
@@ -46,13 +47,8 @@ class Accuracy:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: ``[B, C]``, any floating type.
-            labels: ``[B]``, class indices; -1 is an image that could not be read, which counts as
-                wrong and has no loss.
-        """
+        """Count a batch, see :meth:`Metric.update`; labels are ``[B]``. An image that could not be
+        read counts as wrong and has no loss."""
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices  # [B, 5], best first
         hits = best.eq(labels[:, None])

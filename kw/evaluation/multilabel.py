@@ -59,12 +59,8 @@ class MultiLabel:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: ``[B, C]``, any floating type.
-            labels: ``[B, C]``, 0 or 1, of any type; a row of -1 is an image that could not be read,
-                which is counted and left out of the other figures.
+        """Count a batch, see :meth:`kw.evaluation.accuracy.Metric.update`; labels are ``[B, C]``.
+        An image that could not be read is counted, and left out of the other figures.
 
         Raises:
             ValueError: labels are ``[B]``.

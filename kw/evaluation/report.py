@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["ReportError", "Run", "read_run", "render_table", "summary_table"]
+__all__ = ["ReportError", "Run", "around", "read_run", "render_table", "summary_table"]
 
 
 # What is read here of a run's two files, each with its types.
@@ -138,6 +138,17 @@ def render_table(
 
     rule = ["-" * (width - 1) + ("-" if i in left else right) for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def around(text: str, begin: str, end: str) -> tuple[str, str]:
+    """A page before and after the part between two marks, which belong to what is around it.
+
+    Raises:
+        ReportError: the marks do not stand there once each, in this order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"expected once, in this order, the lines {begin!r} and {end!r}")
+    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
 
 
 def summary_table(runs: Sequence[Run]) -> str:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Subset
 
 from ..data import DataError, Listing
 from ..data.archives import Names
@@ -207,23 +208,12 @@ def _read_real(root: Path | None, classes: Sequence[str], val: Callable[[], List
     chosen = [places[number] for number in kept]
     names = None if listing.names is None else [listing.names[place] for place in chosen]
     own = [int(listing.labels[place]) for place in chosen]
+    stored: Any = listing.files
+    files: Any = Subset(stored, chosen)  # each is read when it is asked for
     return {
-        "listing": Listing(_Chosen(listing.files, chosen), own, list(classes), names),
+        "listing": Listing(files, own, list(classes), names),
         "accepted": np.array(accepted),
     }
-
-
-class _Chosen(Sequence[Any]):
-    """Some of a set's files, which are read when they are asked for."""
-
-    def __init__(self, files: Sequence[Any], places: Sequence[int]) -> None:
-        self.files, self.places = files, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.files[self.places[index]]
 
 
 def _real_labels(root: Path | None) -> tuple[list[list[int]], str]:

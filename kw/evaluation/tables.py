@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from .paper import SOURCES, paper_tables
-from .report import ReportError, render_table
+from .report import ReportError, around, render_table
 
 __all__ = ["BEGIN", "END", "read_metafile", "render_readme", "render_tables"]
 
@@ -55,50 +55,34 @@ def read_metafile(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: not valid: {error}") from error
-    _expect_keys(content, {"tables"}, str(path))
-    _expect_list(content["tables"], f"{path}: tables")
-    return [_read_table(path, table) for table in content["tables"]]
-
-
-def _read_table(path: Path, table: Any) -> dict[str, Any]:
-    _expect_keys(table, {"table", "models"}, f"{path}, a table")
-    where = f"{path}, {table['table']!r}"
-    _expect_list(table["models"], f"{where}: models")
-    try:
-        paper = paper_tables()[table["table"]]
+        return [_read_table(path.parent, table) for table in content["tables"]]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ReportError(f"{path}: not a file of tables: {error!r}") from error
     except ReportError as error:
         raise ReportError(f"{path}: {error}") from error
+
+
+def _read_table(folder: Path, table: Any) -> dict[str, Any]:
+    _expect_keys(table, {"table", "models"}, "a table")
+    paper = paper_tables()[table["table"]]
     models = []
     for model in table["models"]:
-        name = model.get("name") if isinstance(model, Mapping) else model
-        _expect_keys(model, _MODEL_KEYS, f"{where}, model {name!r}")
+        where = f"{paper.name!r}, model {model.get('name')!r}"
+        _expect_keys(model, _MODEL_KEYS, where)
         if model["measured"] is not None:
-            keys = {"top1", "top5", "note"}
-            _expect_keys(model["measured"], keys, f"{where}, model {name!r}: measured")
-        try:
-            published = paper.row(str(name))
-        except ReportError as error:
-            raise ReportError(f"{path}: {error}") from error
-        family = f"imagenet/{path.parent.name}/"
-        config = str(published.config).removeprefix(family)
-        if not (path.parent / config).is_file():
-            raise ReportError(f"{where}, model {name!r}: {config!r} is not beside the metafile")
+            _expect_keys(model["measured"], {"top1", "top5", "note"}, f"{where}: measured")
+        published = paper.row(str(model["name"]))
+        config = str(published.config).removeprefix(f"imagenet/{folder.name}/")
+        if not (folder / config).is_file():
+            raise ReportError(f"{where}: {config!r} is not beside the metafile")
         models.append({**model, "config": config, "published": published})
     return {"table": paper.name, "title": paper.title, "models": models}
 
 
-def _expect_keys(mapping: Any, keys: set[str], where: str) -> None:
-    found = set(mapping) if isinstance(mapping, Mapping) else {repr(mapping)}
-    if found != keys:
-        missing, unknown = sorted(keys - found), sorted(found - keys)
+def _expect_keys(mapping: Mapping[str, Any], keys: set[str], where: str) -> None:
+    if mapping.keys() != keys:
+        missing, unknown = sorted(keys - mapping.keys()), sorted(mapping.keys() - keys)
         raise ReportError(f"{where}: missing {missing}, unknown {unknown}; expected {sorted(keys)}")
-
-
-def _expect_list(value: Any, where: str) -> None:
-    if not isinstance(value, list):
-        raise ReportError(f"{where}: expected a list, found {value!r}")
 
 
 def render_tables(tables: list[dict[str, Any]]) -> str:
@@ -137,18 +121,13 @@ def render_readme(readme: Path) -> str:
     Raises:
         ReportError: the marks between which the tables stand are missing, or the metafile is wrong.
     """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(
-            f"{readme}: expected once, in this order, the lines {BEGIN!r} and {END!r}"
-        )
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
     metafile = readme.with_name("metafile.yml")
     try:
-        tables = render_tables(read_metafile(metafile))
-    except (TypeError, ValueError) as error:  # a figure that is no number
-        if isinstance(error, ReportError):
-            raise
+        before, after = around(readme.read_text(encoding="utf-8"), BEGIN, END)
+    except ReportError as error:
+        raise ReportError(f"{readme}: {error}") from error
+    tables = read_metafile(metafile)
+    try:
+        return f"{before}\n\n{render_tables(tables)}\n\n{after}"
+    except (TypeError, ValueError) as error:
         raise ReportError(f"{metafile}: expected numbers as figures: {error}") from error
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from ..errors import EXIT_INTERRUPTED, UserError
+from ..training.interruption import on_signals
 from .runs import Jobs, Run, RunError, State, find_state, locked, reason, record
 from .settings import differences, read_settings, resolved_text
 
@@ -77,17 +77,7 @@ class _Stop:
         self.asked = False
         self.children: set[subprocess.Popen[bytes]] = set()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._pass_on) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         for child in list(self.children):
             child.send_signal(signal.SIGTERM)
@@ -155,7 +145,7 @@ def run_all(
         _say(f"{label}: {said}", status)
         return status
 
-    with stop.watched(), ThreadPoolExecutor(jobs) as pool:
+    with on_signals(stop.pass_on), ThreadPoolExecutor(jobs) as pool:
         for number, run in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {run.name}"
             started[run.work_dir] = pool.submit(train, run, label)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import Run
+from ..pictures.style import new_figure, save
 
 __all__ = ["Curve", "Dot", "plot_curves", "plot_dots", "run_curve"]
 
@@ -64,24 +65,18 @@ _DOTS = {  # filled: measured here
 
 
 def plot_curves(curves: Sequence[Curve], score: str, path: Path) -> Path:
-    """Training loss and score over epochs, a line for every curve.
-
-    Args:
-        curves: what to draw.
-        score: name of the score.
-        path: of the picture.
+    """Training loss and a score of this name over epochs, a line for every curve.
 
     Returns:
         The path.
 
     Raises:
-        ImportError: matplotlib is missing.
+        PictureError: matplotlib is missing, or the file cannot be written.
     """
+    figure = new_figure(11, 4.5)
     import matplotlib as mpl
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, scores = figure.subplots(1, 2)
     rows = list(dict.fromkeys(curve.row for curve in curves))
     colours = mpl.colormaps["tab10" if len(rows) <= 10 else "tab20"]
@@ -100,27 +95,27 @@ def plot_curves(curves: Sequence[Curve], score: str, path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
-    return _save(figure, path)
+    save(figure, path)
+    return path
 
 
 def plot_dots(panels: Mapping[str, Sequence[Dot]], score: str, path: Path) -> Path:
-    """A score over what it costs, with names beside the dots.
+    """A score of this name over what it costs, with names beside the dots.
 
     Args:
         panels: dots by the name of the horizontal axis, which is logarithmic.
-        score: name of the score.
+        score: its name.
         path: of the picture.
 
     Returns:
         The path.
 
     Raises:
-        ImportError: matplotlib is missing.
+        PictureError: matplotlib is missing, or the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    figure = new_figure(6.5 * len(panels), 4.5)
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, dots) in zip(places, panels.items(), strict=True):
         for kind, style in _DOTS.items():
@@ -135,18 +130,9 @@ def plot_dots(panels: Mapping[str, Sequence[Dot]], score: str, path: Path) -> Pa
         axis.xaxis.set_minor_formatter(LogFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    return _save(figure, path)
+    save(figure, path)
+    return path
 
 
 def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib as mpl
-
-    # The file must not depend on when it was written.
-    with mpl.rc_context({"svg.hashsalt": "kw"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=120, metadata=metadata)
-    return path

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..config.names import configs
+from ..config.tree import flat_settings
 from ..errors import UserError
 from ..evaluation import PaperRow, PaperTable
 from .runs import Run
 from .scale import Scale, epochs_scaled
-from .settings import as_option, flat, read_settings
+from .settings import as_option, read_settings
 
 __all__ = ["CONFIGS", "Reproduction"]
 
@@ -138,7 +139,7 @@ class Reproduction:
         Raises:
             ConfigError: they do not fit together; the message names the row.
         """
-        own = flat(read_settings(run.config))
+        own = flat_settings(read_settings(run.config))
         given = self._given
         settings = self.scale.settings({**own, "task": self.table.kind})
         epochs = int(_number(given.get("epochs")) or settings.get("epochs", own["epochs"]))

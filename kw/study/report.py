@@ -12,6 +12,8 @@ from typing import Any
 from ..config import ConfigError, load_config
 from ..errors import UserError, one_line, say
 from ..evaluation import SOURCES, PaperRow, PaperTable, ReportError, read_run, render_table
+from ..pictures.coefficients import PictureError
+from ..pictures.style import check_matplotlib
 from .plots import Curve, Dot, plot_curves, plot_dots, run_curve
 from .published import CONFIGS, Reproduction
 from .runs import Jobs, Run, State, find_state
@@ -253,14 +255,18 @@ def _draw(task: Reproduction, reports: Sequence[RowReport], folder: Path) -> lis
     panels = {"parameters, millions": sizes, "hours of training": hours}
     panels = {name: dots for name, dots in panels.items() if dots}
     curves = [curve for report in reports for curve in report.curves]
-    paths = []
+    if not (panels or curves):
+        return []
     try:
-        if panels:
-            paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
-        if curves:
-            paths.append(plot_curves(curves, figure.title, folder / "curves.svg"))
-    except ImportError as error:
-        say(f"{folder}: without pictures: {error}; matplotlib comes with the extra demo")
+        check_matplotlib()
+    except PictureError as error:
+        say(f"{folder}: without pictures: {error}")
+        return []
+    paths = []
+    if panels:
+        paths.append(plot_dots(panels, figure.title, folder / "accuracy.svg"))
+    if curves:
+        paths.append(plot_curves(curves, figure.title, folder / "curves.svg"))
     return paths
 
 

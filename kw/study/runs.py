@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_INTERRUPTED, UserError
+from ..training.saving import write_json
 
 __all__ = ["Jobs", "Run", "RunError", "State", "find_state", "locked", "reason", "record"]
 
@@ -131,18 +132,11 @@ def _is_held(run: Run) -> bool:
 
 
 def record(run: Run, status: int, why: str = "") -> None:
-    """Write down how an attempt ended.
-
-    Args:
-        run: the run.
-        status: exit status; 75 for a run that saved its work and left.
-        why: its last error.
-    """
+    """Write down how an attempt ended: its exit status, 75 where it saved its work and left, and
+    its last error."""
     path = run.file("json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"status": status, "why": why}) + "\n")
-    os.replace(partial, path)
+    write_json({"status": status, "why": why}, path)
     if status == 0:
         run.finished.touch()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, load_config, to_dict, to_yaml
-from ..config.tree import show
+from ..config.tree import flat_settings, show
 
-__all__ = ["as_option", "differences", "flat", "read_settings", "resolved_text"]
+__all__ = ["as_option", "differences", "read_settings", "resolved_text"]
 
 # The machine's concern, or that of the log; prefixes of dotted keys.
 _NEUTRAL = (
@@ -72,15 +72,6 @@ def as_option(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"  # YAML's flow style contains JSON
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted key; empty ones are left out."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inside = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
-    return found
-
-
 def differences(
     one: Mapping[str, Any], other: Mapping[str, Any], *, seed: bool = True
 ) -> list[str]:
@@ -91,7 +82,9 @@ def differences(
         other: likewise.
         seed: compare the seeds as well.
     """
-    return [text for key, text in _differences(flat(one), flat(other)) if seed or key != "seed"]
+    # An empty mapping says no more than one that is not there.
+    sides = [{k: v for k, v in flat_settings(side).items() if v != {}} for side in (one, other)]
+    return [text for key, text in _differences(*sides) if seed or key != "seed"]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

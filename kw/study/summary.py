@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import ReportError, read_run, render_table
+from ..evaluation.report import around
 from .files import Study
 from .plots import Curve, plot_curves
 
@@ -246,10 +247,8 @@ def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
     """
     for name, summary in summaries:
         begin, end = (f"<!-- study {name}: {mark} -->" for mark in ("begin", "end"))
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ReportError(f"expected once, in this order, the lines {begin!r} and {end!r}")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{_render(summary)}\n\n{end}{rest.split(end)[1]}"
+        before, after = around(text, begin, end)
+        text = f"{before}\n\n{_render(summary)}\n\n{after}"
     return text
 
 
@@ -313,7 +312,7 @@ def plot_study(summary: Summary, path: Path) -> None:
     """Training loss and test top-1 over epochs, one line a row (the mean of its seeds).
 
     Raises:
-        ImportError: matplotlib is missing.
+        PictureError: matplotlib is missing, or the file cannot be written.
     """
     curves = []
     for row in dict.fromkeys(run["row"] for run in summary["runs"]):

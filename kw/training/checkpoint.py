@@ -166,11 +166,8 @@ def refuse_other_classes(
 ) -> None:
     """Refuse data whose list of classes differs: a label is an index into it.
 
-    Args:
-        checkpoint: as it was read; one without names (``meta.classes``) is accepted.
-        classes: those of the data.
-        source: what messages call the checkpoint.
-        data: what they call the data.
+    A checkpoint without names (``meta.classes``) is accepted. ``source`` and ``data`` are what
+    messages call the two.
 
     Raises:
         CheckpointError: the lists differ.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ..torch_private import uncompiled
 
 __all__ = ["find_origin"]
-
-_Seen = tuple[str, str, tuple[int, int]]  # "input" or "output", of which layer, which tensor
 
 
 def find_origin(
@@ -70,29 +70,26 @@ def _pass(
         if bad:
             named = [name for name in bad if name != "loss"] or bad
             watch.forward = f"{', '.join(named)}: every layer's output is finite"
-    named_parameters = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
     # Not loss.backward(), which would write the gradients of parameters.
-    gradients = torch.autograd.grad(
-        losses["loss"], [p for _, p in named_parameters], allow_unused=True
-    )
-    if watch.forward is not None:
-        return [watch.forward]
-    if watch.gradients:
-        return [watch.first_gradient()]
-    for (name, _), gradient in zip(named_parameters, gradients, strict=True):
-        if gradient is not None and not _is_finite(gradient):
-            return [f"{name}: its gradient is not finite, every layer's input and output is"]
-    return []
+    gradients = torch.autograd.grad(losses["loss"], list(trained.values()), allow_unused=True)
+    if found := watch.forward or watch.backward:
+        return [found]
+    return [
+        f"{name}: its gradient is not finite, every layer's input and output is"
+        for name, gradient in zip(trained, gradients, strict=True)
+        if gradient is not None and not _is_finite(gradient)
+    ]
 
 
 class _Watch:
-    """Observations of one pass through a network."""
+    """What is found in one pass through a network: first of the forward, first of the backward."""
 
     def __init__(self, network: nn.Module) -> None:
         self.forward: str | None = None
-        self.gradients: list[_Seen] = []  # in time's order
+        self.backward: str | None = None
         self._last = ""
-        self._alive: list[Tensor] = []  # so that no other tensor gets its identity
+        self._took: dict[GradientEdge, str] = {}  # what to say of a tensor's gradient
         self._names = {module: name for name, module in network.named_modules()}
 
     @contextmanager
@@ -107,9 +104,9 @@ class _Watch:
         finally:
             for handle in handles:
                 handle.remove()
-            # Their hooks refer to this object, in cycles that Python cannot free.
-            self._alive.clear()
+            # Tensors' hooks refer to this object, in cycles that Python cannot free.
             self._names.clear()
+            self._took.clear()
 
     def _layer(self, module: nn.Module) -> str:
         name, kind = self._names[module], type(module).__name__
@@ -124,7 +121,10 @@ class _Watch:
             )
             if not self._names[module]:  # the whole network
                 self.forward = "the images: they are not finite after preprocessing"
-        self._follow("input", layer, tensors)
+        # A tensor is one layer's output and others' input, through containers and layers that do
+        # nothing: the last that took it is the one that sends its gradient back.
+        for edge in self._followed(tensors):
+            self._took[edge] = f"the backward pass of {layer}: the gradient of its input"
 
     def _left(self, module: nn.Module, given: Any, outputs: Any) -> None:
         tensors, layer = _floats(outputs), self._layer(module)
@@ -133,31 +133,22 @@ class _Watch:
             of = f", of inputs up to {' and '.join(sizes)}" if sizes else ""
             self.forward = f"{layer}: its output is not finite{of}"
         self._last = layer
-        self._follow("output", layer, tensors)
+        for edge in self._followed(tensors):
+            what = f"the backward pass after {layer}: the gradient of its output"
+            self._took.setdefault(edge, what)
 
-    def first_gradient(self) -> str:
-        """The layer in which the backward pass first gives values that are not finite."""
-        place, layer, tensor = self.gradients[0]
-        # A tensor is one layer's output and others' input, through containers and layers that do
-        # nothing: the last that took it is the one that sent its gradient back.
-        for other, name, same in self.gradients:
-            if other == "input" and same == tensor:
-                place, layer = other, name
-        if place == "input":
-            return f"the backward pass of {layer}: the gradient of its input is not finite"
-        return f"the backward pass after {layer}: the gradient of its output is not finite"
-
-    def _follow(self, place: str, layer: str, tensors: list[Tensor]) -> None:
+    def _followed(self, tensors: list[Tensor]) -> Iterator[GradientEdge]:
+        """Where the tensors are in the graph; the first gradient that is not finite is noted."""
         for tensor in tensors:
             if tensor.requires_grad:
-                self._alive.append(tensor)
-                # An activation in place gives the object that it took, at another version.
-                seen = (place, layer, (id(tensor), tensor._version))
-                tensor.register_hook(lambda gradient, seen=seen: self._passed(gradient, seen))
+                edge = get_gradient_edge(tensor)
+                if edge not in self._took:
+                    tensor.register_hook(partial(self._passed, edge))
+                yield edge
 
-    def _passed(self, gradient: Tensor, seen: _Seen) -> None:
-        if not _is_finite(gradient):
-            self.gradients.append(seen)
+    def _passed(self, edge: GradientEdge, gradient: Tensor) -> None:
+        if self.backward is None and not _is_finite(gradient):
+            self.backward = f"{self._took[edge]} is not finite"
 
 
 def _floats(values: Any) -> list[Tensor]:

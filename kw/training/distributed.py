@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ __all__ = [
     "average_batch_norm",
     "batch_norm_buffers",
     "find_process",
+    "from_all",
+    "from_first",
     "host_barrier",
     "hosts",
     "process_group",
@@ -37,6 +39,7 @@ __all__ = [
 LAUNCHERS = ("none", "pytorch", "slurm")
 NCCL_MARGIN = timedelta(minutes=1)
 _hosts: Any = None
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,23 @@ def host_barrier(place: str) -> None:
     set_place(place)
     if _hosts is not None:
         dist.barrier(group=_hosts)
+
+
+def from_first(own: _T) -> _T:
+    """The first process's value, on all of them: plain types; a collective call."""
+    found = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0, group=_hosts)
+    return found[0]
+
+
+def from_all(own: _T) -> list[_T]:
+    """Every process's value, by rank: plain types and tensors on the CPU; a collective call."""
+    found = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, own, group=_hosts)
+    return found
 
 
 @torch.no_grad()

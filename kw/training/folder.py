@@ -10,12 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from ..config import ConfigError
 from ..errors import UserError
 from .checkpoint import CheckpointError
-from .distributed import Process
+from .distributed import Process, from_first
 from .logs import logger
 from .presence import set_place
 from .saving import checkpoints, newest_whole
@@ -99,18 +97,17 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
 
 def _on_first(process: Process, work: Callable[[], _T]) -> _T:
     """Run ``work`` on the first process; its result or error on all. A collective call."""
-    answer: list[Any] = [None, None]
+    found: Any = None
     if process.is_main:
         try:
-            answer[0] = work()
+            found = work()
         except (UserError, OSError) as error:  # the other processes wait for an answer
-            answer[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    found: _T = answer[0]
-    return found
+            found = error
+    found = from_first(found)
+    if isinstance(found, Exception):
+        raise found
+    answer: _T = found
+    return answer
 
 
 def _newest(resume: bool, work_dir: Path) -> Path | None:

@@ -7,8 +7,8 @@ written, and the program ends with status 75.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,7 +17,25 @@ import torch.distributed as dist
 
 from .distributed import Process, hosts
 
-__all__ = ["Agreement", "Signals"]
+__all__ = ["Agreement", "Signals", "on_signals"]
+
+
+@contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While inside, SIGTERM and SIGINT call a function.
+
+    In another thread than the main one, signals cannot be watched and are left as they are.
+    """
+    try:
+        before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class Signals:
@@ -30,25 +48,9 @@ class Signals:
     def __init__(self) -> None:
         self.name: str | None = None
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once.
-
-        In another thread than the main one, signals cannot be watched and are left as they are.
-        """
-        try:
-            before = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
-        except ValueError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def watched(self) -> AbstractContextManager[None]:
+        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once."""
+        return on_signals(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None and number == signal.SIGINT:
@@ -61,9 +63,6 @@ class Agreement:
 
     Two bytes are reduced over a process group on the CPUs while the next update computes, so that
     no update waits for a device.
-
-    Args:
-        process: this process.
     """
 
     def __init__(self, process: Process) -> None:
@@ -72,15 +71,11 @@ class Agreement:
         self._pending: Any = None
 
     def exchange(self, save: bool, stop: bool) -> tuple[bool, bool]:
-        """Send this process's requests; return those of all processes at the update before.
-
-        Args:
-            save: this process wants a checkpoint.
-            stop: it has to end.
+        """Send whether this process wants a checkpoint, and whether it has to end.
 
         Returns:
-            Whether any process wanted a checkpoint, and whether any has to end. A process on its
-            own learns at once.
+            Whether any process wanted, and whether any had to, at the update before; of a process
+            on its own, at once.
         """
         if self._group is None:
             return save, stop

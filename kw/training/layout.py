@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.loading import parse_config
+from ..config.tree import flat_settings
 from ..warehouse.warehouse import earlier_order, names_now
 
-__all__ = ["flat_settings", "layout_fault", "number_as_now", "resume_fault", "settings_changed"]
+__all__ = ["layout_fault", "number_as_now", "resume_fault", "settings_changed"]
 
 
 def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
@@ -50,11 +51,9 @@ def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
 
 
 def resume_fault(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> str | None:
-    """Why a run cannot resume from a checkpoint of valid layout; weights are not checked here.
+    """Why a run with this optimizer cannot resume from a checkpoint of valid layout.
 
-    Args:
-        checkpoint: one that holds weights only is accepted here.
-        optimizer: the run's, fresh.
+    Weights are not checked here, and a checkpoint that holds nothing else is accepted.
     """
     if "optimizer" not in checkpoint:
         return None
@@ -70,12 +69,8 @@ def resume_fault(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> str | N
 
 
 def settings_changed(before: Any, now: str) -> list[str]:
-    """The differences between two resolved configurations, one line per setting.
-
-    Args:
-        before: text from the checkpoint, which may be of any type.
-        now: text of the resumed run.
-    """
+    """The differences between two resolved configurations, one line per setting; ``before`` is a
+    checkpoint's, which may be of any type."""
     if not isinstance(before, str):
         return []
     try:
@@ -90,23 +85,10 @@ def settings_changed(before: Any, now: str) -> list[str]:
     ]
 
 
-def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys."""
-    if not isinstance(settings, dict) or not settings:
-        return {key: settings}
-    parts = (flat_settings(value, f"{key}.{name}".lstrip(".")) for name, value in settings.items())
-    return {name: value for part in parts for name, value in part.items()}
-
-
 def number_as_now(checkpoint: Mapping[str, Any], network: nn.Module, optimizer: Optimizer) -> None:
     """Renumber an earlier version's optimizer state in this version's order of parameters.
 
     Checkpoints of this version, and those that :func:`resume_fault` refuses, are not changed.
-
-    Args:
-        checkpoint: as it was read.
-        network: the run's.
-        optimizer: the run's.
     """
     if not any(name in checkpoint["state_dict"] for name in names_now(network)):
         return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..config import ConfigError
-from ..errors import one_line
+from ..config.tree import flat_settings
 from ..registry import LOGGERS
-from .layout import flat_settings
-from .logs import logger as log
 
-__all__ = ["Board", "LoggedRun", "Logger", "build_loggers"]
+__all__ = ["LoggedRun", "Logger", "build_loggers"]
 
 
 @dataclass(frozen=True)
@@ -68,52 +66,6 @@ class Logger:
 
     def close(self, finished: bool) -> None:
         """At the end; ``finished``: no error and no signal ended the run."""
-
-
-class Board:
-    """All loggers of a run. One that fails once training has begun is left out from then on, with
-    a warning.
-
-    Args:
-        loggers: by their names in the configuration.
-    """
-
-    def __init__(self, loggers: Mapping[str, Logger]) -> None:
-        self._all = dict(loggers)
-        self._loggers: dict[str, Logger] = {}  # those that run
-
-    def start(self, run: LoggedRun) -> None:
-        """Start all.
-
-        Raises:
-            ConfigError: one does not start.
-        """
-        for name, each in self._all.items():
-            try:
-                each.start(run)
-            except Exception as error:  # a service may raise anything
-                raise ConfigError(f"loggers.{name} does not start: {one_line(error)}") from error
-            self._loggers[name] = each
-
-    def scalars(self, values: Mapping[str, float], update: int) -> None:
-        """See :meth:`Logger.scalars`."""
-        self._each(lambda logger: logger.scalars(values, update))
-
-    def image(self, name: str, pixels: np.ndarray, update: int) -> None:
-        """See :meth:`Logger.image`."""
-        self._each(lambda logger: logger.image(name, pixels, update))
-
-    def close(self, finished: bool) -> None:
-        """See :meth:`Logger.close`."""
-        self._each(lambda logger: logger.close(finished))
-
-    def _each(self, call: Callable[[Logger], None]) -> None:
-        for name, each in list(self._loggers.items()):
-            try:
-                call(each)
-            except Exception as error:  # a service may raise anything
-                log.warning(f"loggers.{name}: {one_line(error)}; the run goes on without it")
-                del self._loggers[name]
 
 
 def build_loggers(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Logger]:

@@ -6,12 +6,10 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from .distributed import Process
+from .distributed import Process, from_first
 from .presence import log_to
 
 __all__ = ["close_log", "logger", "open_log"]
@@ -24,13 +22,7 @@ _handlers: list[logging.Handler] = []
 _level: int | None = None  # of the logger before, where it was changed
 
 
-if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
-else:  # Python 3.10 cannot subscript it
-    _StreamHandler = logging.StreamHandler
-
-
-class _Console(_StreamHandler):
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none
     """Lines above a progress bar, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -56,10 +48,8 @@ def open_log(work_dir: Path, process: Process) -> None:
     where the program has set up logging itself.
     """
     close_log()
-    stamp = [time.strftime("%Y%m%d_%H%M%S")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(stamp)
-    path = work_dir.absolute() / stamp[0] / f"{stamp[0]}.log"
+    stamp = from_first(time.strftime("%Y%m%d_%H%M%S"))
+    path = work_dir.absolute() / stamp / f"{stamp}.log"
     log_to(path)
     global _level
     if logger.level == logging.NOTSET:

@@ -1,4 +1,14 @@
-"""From a configuration and a checkpoint to pictures of a network (docs/visualizing.md)."""
+"""From a configuration and a checkpoint to pictures of a network (docs/visualizing.md).
+
+Functions take ``config``, network and data; ``checkpoint``, a file that training wrote, whose
+moving average is shown where it has one; ``out``, the picture's file; ``layers``, a regular
+expression on whole names of layers, ``None`` for all; ``images``, a number of test images, spread
+evenly over the set.
+
+They raise a ``PictureError`` where the network is static, no layer matches, ``out`` cannot be
+written or matplotlib is missing; and ``ConfigError``, ``DataError`` and ``CheckpointError`` as
+:func:`kw.training.evaluate_checkpoint` does.
+"""
 
 from __future__ import annotations
 
@@ -83,18 +93,14 @@ class _Trained:
             images: Tensor = self.preprocess(batch, False)[0]
         return images
 
-    def chunks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Test images, a forward pass's worth at a time."""
-        dataset = test_images(self.config)
-        for start in range(0, len(indices), _CHUNK):
-            yield read_images(dataset, indices[start : start + _CHUNK])
-
     def coefficients(
         self, layers: Sequence[DynamicLayer], indices: Sequence[int]
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Coefficients by layer, and the labels of their images."""
+        """Coefficients by layer and labels of the images, a forward pass's worth at a time."""
         names = {layer.name for layer in layers}
-        for batch in self.chunks(indices):
+        dataset = test_images(self.config)
+        for start in range(0, len(indices), _CHUNK):
+            batch = read_images(dataset, indices[start : start + _CHUNK])
             with autocast(self.config.precision, self.device.type):
                 yield coefficients(self.network, self.prepare(batch), names), batch["labels"]
 
@@ -118,11 +124,7 @@ def _load(config: Config, checkpoint: str | Path) -> _Trained:
 
 
 def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
-    """The dynamic layers whose whole names a regular expression matches.
-
-    Raises:
-        PictureError: there are none, or the expression is none.
-    """
+    """The dynamic layers whose whole names a regular expression matches."""
     layers = dynamic_layers(network)
     if pattern is None:
         return layers
@@ -142,39 +144,23 @@ def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
 def picture_attention(
     config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
 ) -> list[LayerMeasure]:
-    """Mean coefficients over test images.
-
-    Args:
-        config: network and data.
-        checkpoint: a file that training wrote; its moving average where it has one.
-        out: the picture.
-        layers: regular expression on whole names of layers; ``None`` for all.
-        images: test images, spread evenly over the set.
-
-    Returns:
-        The coefficients of the layers in numbers.
-
-    Raises:
-        PictureError: the network is static, no layer matches, ``out`` cannot be written, or
-            matplotlib is missing.
-        ConfigError, DataError, CheckpointError: as for :func:`kw.training.evaluate_checkpoint`.
-    """
+    """Mean coefficients over test images; returns those of the layers in numbers."""
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
     indices = spaced(len(test_images(config)), images)
     parts = [alpha for alpha, _ in trained.coefficients(chosen, indices)]
     title = f"mean coefficients: {trained.title}, {images} test images"
     save(draw_attention(chosen, cell_use(parts), title), out)
-    whole = {
-        layer.name: torch.cat([alpha[layer.name].cpu() for alpha in parts]) for layer in chosen
-    }
-    return [measure_layer(layer, whole[layer.name]) for layer in chosen]
+    return [
+        measure_layer(layer, torch.cat([alpha[layer.name].cpu() for alpha in parts]))
+        for layer in chosen
+    ]
 
 
 def picture_cells(
     config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
 ) -> None:
-    """Which cells the layers use; arguments and errors as for :func:`picture_attention`."""
+    """Which cells the layers use."""
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
     use = trained.use(chosen, images)
@@ -190,19 +176,14 @@ def picture_classes(
     images: int,
     classes: int,
 ) -> None:
-    """How coefficients differ between the first classes.
-
-    Arguments and errors as for :func:`picture_attention`, and:
-
-    Args:
-        classes: how many of them; ``images`` are taken from these, as many of each.
-    """
+    """How coefficients differ between the first ``classes``; ``images`` are taken from these, as
+    many of each."""
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
     count = min(classes, config.model.num_classes)
     dataset = test_images(config)
-    meta = {"classes": trained.names}
-    refuse_other_classes({"meta": meta}, dataset.classes, str(checkpoint), config.data.root)
+    named = {"meta": {"classes": trained.names}}
+    refuse_other_classes(named, dataset.classes, str(checkpoint), config.data.root)
     indices = few_of_each(dataset.labels, count, images)
     parts = list(trained.coefficients(chosen, indices))
     labels = torch.cat([labels for _, labels in parts])
@@ -223,15 +204,10 @@ def picture_kernels(
     *,
     layers: str | None,
 ) -> None:
-    """The kernels that two images get; errors as for :func:`picture_attention`.
+    """The kernels that two images get.
 
-    Args:
-        config: network and data.
-        checkpoint: a file that training wrote.
-        image_files: two.
-        out: the picture.
-        layers: regular expression on whole names of layers; ``None`` for the first of each
-            warehouse, of four warehouses at most. At most eight are drawn.
+    At most eight layers are drawn; where ``layers`` is ``None``, the first of each warehouse, of
+    four warehouses at most.
     """
     trained = _load(config, checkpoint)
     chosen = _chosen(trained.network, layers)
@@ -250,14 +226,7 @@ def picture_kernels(
 def picture_cam(
     config: Config, checkpoint: str | Path, image_files: Sequence[str | Path], out: Path
 ) -> None:
-    """Class-activation maps on images; errors as for :func:`picture_attention`.
-
-    Args:
-        config: network and data.
-        checkpoint: a file that training wrote.
-        image_files: any number, shown in their order.
-        out: the picture.
-    """
+    """Class-activation maps on any number of images, shown in their order."""
     trained = _load(config, checkpoint)
     images, names = _own_images(trained, image_files)
     found = class_maps(trained.network, images)
@@ -287,12 +256,7 @@ def picture_history(
         out: the picture.
         options: settings in place of its configuration's.
         warehouse: the one whose maps are drawn; ``None`` for the first.
-        images: test images, spread evenly over the set.
-
-    Raises:
-        PictureError: the network is static or has no such warehouse, ``out`` cannot be written, or
-            matplotlib is missing.
-        ConfigError, DataError, CheckpointError: as for :func:`kw.training.evaluate_checkpoint`.
+        images: of each checkpoint.
     """
     files = [file for file in checkpoints(work_dir) if "_update_" not in file.name]
     if not files:

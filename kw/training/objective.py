@@ -49,12 +49,8 @@ def check_labels(config: Config, listing: Listing) -> None:
 
 
 def check_sizes(network: nn.Module, model: ModelConfig, config: Config) -> None:
-    """Refuse a network that does not take the images of every epoch of ``data.progressive``.
-
-    Args:
-        network: the student or the teacher.
-        model: its settings.
-        config: the run.
+    """Refuse a network, student or teacher, that does not take images of every size of
+    ``data.progressive``.
 
     Raises:
         ConfigError: it takes one size.
@@ -74,11 +70,6 @@ def build_loss(
     config: Config, listing: Listing, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of a run: ``(logits [B, C] float32, targets) -> scalar``.
-
-    Args:
-        config: the run.
-        listing: the training images.
-        device: where the logits are.
 
     Raises:
         ConfigError: classes are to be balanced, and one has no image.
@@ -133,13 +124,7 @@ class Teacher:
 def build_teacher(
     config: Config, listing: Listing, device: torch.device, channels_last: bool = False
 ) -> Teacher | None:
-    """The teacher that a run has, if any.
-
-    Args:
-        config: the run.
-        listing: the training images.
-        device: where it goes.
-        channels_last: memory layout of its weights.
+    """The teacher that a run has, if any, on the device.
 
     Raises:
         UserError: it cannot be read, has other classes, or expects images of other means and

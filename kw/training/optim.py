@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.run_schema import OptimizerConfig
-from ..errors import UserError, one_line
+from ..errors import one_line
 from ..models.weights import classifier_names
 from ..registry import OPTIMIZERS
 from ..torch_private import BatchOrInstanceNorm
@@ -48,6 +48,7 @@ def build_optimizer(
             group's stands in its ``lr_scale``, which the schedule multiplies by.
 
     Raises:
+        UserError: there is no such optimizer.
         ConfigError: the classifier has a rate of its own, and the network does not say where it
             is; or the optimizer refuses its arguments.
     """
@@ -68,7 +69,7 @@ def build_optimizer(
         if isinstance(module, NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
-    entry = _entry(config.name)
+    entry = OPTIMIZERS.find(config.name)
     settings_of = getattr(getattr(entry, "func", entry), "group_settings", None)
     settings = settings_of(network, branches + heads) if settings_of else {}
     grouped: dict[tuple[float, bool, tuple[Any, ...]], list[nn.Parameter]] = {}
@@ -124,10 +125,3 @@ def decayed_by_layer(network: nn.Module, decay: float) -> dict[str, float]:
         return layer_rates(network, decay)
     except ValueError as error:
         raise ConfigError(f"optimizer.layer_decay = {decay:g}: {error}; set 1") from error
-
-
-def _entry(name: str) -> Callable[..., Optimizer]:
-    try:
-        return OPTIMIZERS.find(name)
-    except UserError as error:
-        raise ConfigError(f"optimizer.name {name!r}: {error}") from error

@@ -60,9 +60,7 @@ def across_processes(model: nn.Module, config: DistributedConfig, process: Proce
 def wrap_ddp(model: nn.Module, bucket_mb: float) -> DistributedDataParallel:
     """A model in DDP, its buckets laid out for good; a collective call.
 
-    Args:
-        model: on the process's device.
-        bucket_mb: a bucket is closed when it holds so many MiB; a parameter is never split.
+    A bucket is closed when it holds ``bucket_mb`` MiB; a parameter is never split.
     """
     with warnings.catch_warnings():
         # torch 2.15 has a newer name for it, which earlier versions do not know.
@@ -109,15 +107,11 @@ def _lay_out_buckets(ddp: DistributedDataParallel, order: list[nn.Parameter]) ->
 
 
 def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Module | None:
-    """Shard a network where the configuration says so, and its moving average likewise.
-
-    Args:
-        network: see :func:`shard`.
-        config: of the run.
-        process: this process.
+    """Shard a network (:func:`shard`) where the configuration says so.
 
     Returns:
-        What is to hold the moving average, where there is one: a copy in evaluation mode.
+        What is to hold the moving average, where there is one: a copy in evaluation mode, sharded
+        likewise.
     """
     average = None if config.ema is None else copy.deepcopy(network).eval().requires_grad_(False)
     if config.distributed.strategy != "fsdp":
@@ -140,7 +134,7 @@ def shard(network: nn.Module, process: Process) -> None:
     Args:
         network: the same on all processes, on the process's device; its forward pass has to be run
             by calling it.
-        process: this process.
+        process: this one.
     """
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     warehouses: dict[Warehouse, None] = {}

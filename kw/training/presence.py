@@ -77,7 +77,7 @@ def set_place(place: str) -> None:
     All processes must call this in the same order: one that does not is reported as lost.
     """
     if _current is not None:
-        _current.at(place)
+        _current.place = (_current.place[0] + 1, place, time.monotonic())
 
 
 def log_to(path: Path) -> None:
@@ -133,6 +133,7 @@ class Presence:
 
     Attributes:
         log: text log of the run, where there is one.
+        place: count of places so far, what this process is doing, and since when.
     """
 
     def __init__(
@@ -157,17 +158,13 @@ class Presence:
         self._line.setblocking(False)
         self._who = f"({socket.gethostname()}, pid {os.getpid()})"
         self._start = time.monotonic()
-        self._place = (0, "before the run began", self._start)
+        self.place = (0, "before the run began", self._start)
         self._state = _RUNNING
         self._number = 0
         self._missing: dict[int, str] | None = None  # what is said of each, once it is known
         self._kept: tuple[Beat, float] | None = None  # the keeper's last heartbeat, and when
         self._wake, self._known, self._out = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
-
-    def at(self, place: str) -> None:
-        """Set the place of this process."""
-        self._place = (self._place[0] + 1, place, time.monotonic())
 
     def join(self) -> None:
         """Wait until all processes are there; then start sending heartbeats.
@@ -199,7 +196,7 @@ class Presence:
 
         All surviving processes give the same names: the first one that knows writes them.
         """
-        place = self._place[1]
+        place = self.place[1]
         self._state = _WAITS
         self._wake.set()
         self._known.wait(2 * self.patience + 1)
@@ -244,7 +241,7 @@ class Presence:
             self._known.set()
             # After the keeper has ended normally the others do not wait for long.
             if self._missing is None and not self._out.wait(self.timeout):
-                self._end(self._without_store(self._place[1]))
+                self._end(self._without_store(self.place[1]))
 
     def _reach(self) -> dist.Store:
         """The store. PyTorch prints a C++ traceback if it is gone, so this is checked before.
@@ -262,7 +259,7 @@ class Presence:
     def _beat(self) -> None:
         self._number += 1
         now = time.monotonic()
-        step, place, came = self._place
+        step, place, came = self.place
         who = f"process {self.rank} of {self.world_size} {self._who}"
         clock, since = now - self._start, now - came
         beat = Beat(who, self._number, clock, step, place, since, self._state)
@@ -324,7 +321,7 @@ class Presence:
         if gone:
             return gone
         # All live. Name those that are behind, else those that made no call, else those elsewhere.
-        step = self._place[0]
+        step = self.place[0]
         running = [rank for rank, beat in now.items() if beat.state == _RUNNING]
         behind = [rank for rank in running if now[rank].step < step]
         elsewhere = [rank for rank, beat in now.items() if beat.step != step]
@@ -347,7 +344,7 @@ class Presence:
 
         It may be the missing one, or wait in a call that nothing interrupts.
         """
-        place = self._place[1]
+        place = self.place[1]
         self._known.set()
         if not self._out.wait(self.patience):
             self._keep_store(self.world_size)
@@ -364,7 +361,10 @@ class Presence:
 
     def _message(self, missing: Mapping[int, str], place: str) -> str:
         """The error; also into the log, if this is the first of the processes that are left."""
-        end = self._waited(place)
+        end = (
+            f"{self._self()} waited for it, {place} (distributed.timeout_minutes "
+            f"{self.timeout / 60:g}); go on with --resume"
+        )
         if self.rank in missing:
             end = f"the others gave it up after {_seconds(self.timeout)}"
         message = "; ".join([*missing.values(), end])
@@ -380,12 +380,6 @@ class Presence:
         beat, heard = self._kept
         role = ", which keeps the processes' store,"
         return self._message({self.keeper: beat.fault(time.monotonic() - heard, role)}, place)
-
-    def _waited(self, place: str) -> str:
-        return (
-            f"{self._self()} waited for it, {place} (distributed.timeout_minutes "
-            f"{self.timeout / 60:g}); go on with --resume"
-        )
 
     def _self(self) -> str:
         return f"this process, {self.rank} {self._who},"

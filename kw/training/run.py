@@ -97,16 +97,10 @@ def train(
 def start(
     config: RunConfig, work_dir: Path, launcher: str, build: Callable[[Process], Trainer]
 ) -> dict[str, float | None]:
-    """Join the processes, lock the work directory, build a run and train.
-
-    Args:
-        config: the run's.
-        work_dir: likewise.
-        launcher: as for :func:`train`, whose errors these are.
-        build: makes the trainer of a process.
+    """Join the processes, lock the work directory, ``build`` the trainer of this one, and train.
 
     Returns:
-        The last evaluation's figures.
+        The last evaluation's figures. Launchers and errors are those of :func:`train`.
     """
     with (
         process_group(launcher, config.distributed.timeout_minutes) as process,

@@ -42,12 +42,12 @@ def checkpoint_name(epoch: int, update: int | None) -> str:
 
 def checkpoints(work_dir: Path) -> list[Path]:
     """The checkpoints of a work directory, in the order of training."""
-    found = {
-        (int(match[1]), int(match[2] or -1)): path
+    found = [
+        (int(match[1]), int(match[2] or -1), path)
         for path in work_dir.glob("epoch_*.pth")
         if (match := _NAME.fullmatch(path.name))
-    }
-    return [found[key] for key in sorted(found)]
+    ]
+    return [path for *_, path in sorted(found)]
 
 
 def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
@@ -90,10 +90,6 @@ class Checkpoints:
 
     If a checkpoint cannot be written, for example on a full disk, earlier ones are kept and the
     next one is tried. The run ends with an error only if its last checkpoint cannot be written.
-
-    Args:
-        work_dir: the run's.
-        keep: newest checkpoints kept.
     """
 
     def __init__(self, work_dir: Path, keep: int) -> None:

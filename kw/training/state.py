@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,7 +21,7 @@ from .checkpoint import (
     restore_rng_state,
     rng_state,
 )
-from .distributed import batch_norm_buffers
+from .distributed import batch_norm_buffers, from_all
 from .layout import number_as_now, resume_fault, settings_changed
 from .logs import logger
 from .parallel import gathered, placed_like
@@ -46,10 +45,6 @@ def run_state(
         "norms": [buffer.cpu() for buffer in _statistics(trainer)],
         "hooks": {name: copied(state) for name, state in states.items() if state},
     }
-    ranks: list[Any] = [own]
-    if process.world_size > 1:
-        ranks = [None] * process.world_size
-        dist.all_gather_object(ranks, own)
     checkpoint = {
         "meta": {
             "epoch": trainer.epoch,
@@ -64,7 +59,7 @@ def run_state(
         },
         "state_dict": gathered(network.state_dict(), process.is_main),
         "optimizer": gathered(trainer.updater.state_dict(), process.is_main),
-        "ranks": ranks,
+        "ranks": from_all(own),
         "bad_images": {name: log.state_dict() for name, log in fault_logs(trainer).items()},
     }
     if trainer.average is not None:
@@ -196,13 +191,8 @@ def fault_logs(trainer: Trainer) -> dict[str, FaultLog]:
 def placed_state(
     state: dict[str, Any], optimizer: Optimizer, settings: Collection[str]
 ) -> dict[str, Any]:
-    """An optimizer's saved state, sharded as its parameters are, with this run's settings.
-
-    Args:
-        state: as ``optimizer.state_dict()`` gave it, tensors whole.
-        optimizer: this run's.
-        settings: names of the further arguments that this run's configuration gives it.
-    """
+    """A saved state, its tensors whole, as this run's optimizer takes it: sharded as parameters
+    are, with this run's settings; ``settings`` names those of ``optimizer.args``."""
     pairs = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
     parameters = {
         number: parameter

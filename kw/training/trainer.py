@@ -28,9 +28,8 @@ from ..warehouse import get_temperature, has_temperature, set_temperature
 from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
-from .hooks import Hook
+from .hooks import Hook, LoggerHook
 from .interruption import Agreement, Signals
-from .loggers import Board
 from .logs import close_log
 from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
@@ -219,7 +218,7 @@ class Trainer:
         self.batches: list[Any] = []
         self.data_seconds = 0.0
         self.last_metrics: dict[str, float | None] = {}
-        self.board: Board | None = None
+        self.board: LoggerHook | None = None
         self.resumed: dict[str, Any] | None = None
         self._anneals = has_temperature(task.network)
         self._temperature: float | None = None

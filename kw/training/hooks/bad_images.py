@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import host_barrier
+from ..distributed import from_all, host_barrier
 from ..logs import logger
 from ..state import fault_logs
 from ..task import Metrics
@@ -56,11 +55,7 @@ class BadImageHook(Hook):
         """
         host_barrier(place)
         log = fault_logs(trainer)[split]
-        met: list[Any] = [log.take()]
-        if trainer.process.world_size > 1:
-            met *= trainer.process.world_size
-            dist.all_gather_object(met, met[0])
-        new = log.learn(fault for share in met for fault in share)
+        new = log.learn(fault for share in from_all(log.take()) for fault in share)
         if not new:
             return
         if trainer.process.is_main:

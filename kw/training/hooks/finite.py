@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ...config.run_schema import NonFiniteConfig
 from ..diagnosis import find_origin
+from ..distributed import from_all
 from ..finite import NonFiniteError, Skipped
 from ..logs import logger
 from ..precision import autocast
@@ -26,7 +27,8 @@ __all__ = ["FiniteHook"]
 class FiniteHook(Hook):
     """Reads the guard's counts when a log line is due (:class:`kw.training.finite.FiniteGuard`).
 
-    Between lines nothing is at risk: skipped updates leave the run as it was.
+    Between lines nothing is at risk: skipped updates leave the run as it was. The line itself says
+    how many there were.
 
     Args:
         config: how many updates may be skipped.
@@ -37,21 +39,11 @@ class FiniteHook(Hook):
         self.config = config
         self.interval = interval
         self._waits = False  # for the next update that is skipped, to have its images in hand
-        self._total = 0
-
-    def before_training(self, trainer: Trainer) -> None:
-        self._total = trainer.updater.guard.read().total
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
         if not (self._waits or trainer.is_due(self.interval)):
             return
         skipped = trainer.updater.guard.read()
-        if skipped.total > self._total:
-            logger.warning(
-                f"update {trainer.update}: {skipped.total - self._total} of the updates since the "
-                f"last line skipped, loss or gradient was not finite; {skipped.total} in all"
-            )
-            self._total = skipped.total
         most = max(self.config.patience, int(self.config.max_fraction * trainer.updates_per_epoch))
         self._waits = skipped.in_a_row >= self.config.patience or skipped.in_epoch > most
         if self._waits and skipped.in_a_row:
@@ -59,21 +51,17 @@ class FiniteHook(Hook):
 
     def _stop(self, trainer: Trainer, skipped: Skipped) -> None:
         """Look for the layer, in the update that was just skipped; all processes together."""
-        origins = [self._origin(trainer)]
-        several = trainer.process.world_size > 1
-        if several:
-            origins *= trainer.process.world_size
-            dist.all_gather_object(origins, origins[0])
+        origins = from_all(self._origin(trainer))
         found = {rank: each for rank, each in enumerate(origins) if each is not None}
         rank, where = next(iter(found.items()), (None, None))
         began = "a second pass of this update's images did not show in which layer it began"
         if where is not None:
-            ranks = f" (on process {', '.join(map(str, found))})" if several else ""
+            ranks = f" (on process {', '.join(map(str, found))})" if len(origins) > 1 else ""
             began = f"it began{ranks} in {where}"
         checkpoint = next(map(str, reversed(checkpoints(trainer.work_dir))), None)
-        last = "there is no checkpoint yet"
-        if checkpoint is not None:
-            last = f"the last good checkpoint is {checkpoint}"
+        last = f"the last good checkpoint is {checkpoint}"
+        if checkpoint is None:
+            last = "there is no checkpoint yet"
         if trainer.process.is_main:
             report = {
                 "skipped": skipped.total,
@@ -92,12 +80,9 @@ class FiniteHook(Hook):
         )
 
     def _origin(self, trainer: Trainer) -> str | None:
-        precision, device_type = trainer.config.precision, trainer.process.device.type
-        model, network = trainer.task.model, trainer.task.network
+        context = partial(autocast, trainer.config.precision, trainer.process.device.type)
         try:
-            return find_origin(
-                model, network, trainer.batches, lambda: autocast(precision, device_type)
-            )
+            return find_origin(trainer.task.model, trainer.task.network, trainer.batches, context)
         except Exception as error:  # a search that fails must not hide what it is about
             logger.warning(f"the search for the layer: {type(error).__name__}: {error}")
             return None

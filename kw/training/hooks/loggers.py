@@ -1,13 +1,17 @@
-"""Starts and ends the loggers of a run."""
+"""Starts and ends the loggers of a run, and gives them its figures and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...config import ConfigError
 from ...config.loading import parse_config
-from ..loggers import Board, LoggedRun, build_loggers
+from ...errors import one_line
+from ..loggers import LoggedRun, Logger, build_loggers
+from ..logs import logger as log
 from .base import Hook
 
 if TYPE_CHECKING:
@@ -17,20 +21,40 @@ __all__ = ["LoggerHook"]
 
 
 class LoggerHook(Hook):
-    """Gives the main process ``trainer.board``, and a resumed run the external runs that it had.
+    """All loggers of a run: ``trainer.board`` in the main process. A resumed run gets the external
+    runs that it had. A logger that fails once training has begun is left out from then on, with a
+    warning.
 
     Args:
         config: ``loggers`` of the configuration.
 
     Raises:
-        ConfigError: the package of one is not installed.
+        ConfigError: the package of one is not installed; in :meth:`before_training`, one does not
+            start.
     """
 
     is_shared = True  # the main process's is everyone's
 
     def __init__(self, config: Mapping[str, Mapping[str, Any]]) -> None:
         self._loggers = build_loggers(config)
+        self._running: dict[str, Logger] = {}
         self._finished = False
+
+    def scalars(self, values: Mapping[str, float], update: int) -> None:
+        """See :meth:`kw.training.loggers.Logger.scalars`."""
+        self._each(lambda logger: logger.scalars(values, update))
+
+    def image(self, name: str, pixels: np.ndarray, update: int) -> None:
+        """See :meth:`kw.training.loggers.Logger.image`."""
+        self._each(lambda logger: logger.image(name, pixels, update))
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for name, each in list(self._running.items()):
+            try:
+                call(each)
+            except Exception as error:  # a service may raise anything
+                log.warning(f"loggers.{name}: {one_line(error)}; the run goes on without it")
+                del self._running[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The runs' names at the services, by logger."""
@@ -49,12 +73,17 @@ class LoggerHook(Hook):
             settings = parse_config(text, "").plain()
         except ConfigError:  # a detector's, which is Python
             settings = {"config": text}
-        trainer.board = Board(self._loggers)
-        trainer.board.start(LoggedRun(trainer.work_dir, settings, name, text, trainer.update))
+        run = LoggedRun(trainer.work_dir, settings, name, text, trainer.update)
+        trainer.board = self
+        for key, each in self._loggers.items():
+            try:
+                each.start(run)
+            except Exception as error:  # a service may raise anything
+                raise ConfigError(f"loggers.{key} does not start: {one_line(error)}") from error
+            self._running[key] = each
 
     def after_training(self, trainer: Trainer) -> None:
         self._finished = True
 
     def close(self, trainer: Trainer) -> None:
-        if trainer.board is not None:
-            trainer.board.close(self._finished)
+        self._each(lambda logger: logger.close(self._finished))

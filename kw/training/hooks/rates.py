@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from ...warehouse import KWLayer
 from ...warehouse.ops import selector
 from ...warehouse.ops.device import DeviceProfile
 from ...warehouse.ops.timing import machine_name
-from ..distributed import hosts
+from ..distributed import from_first
 from ..logs import logger
 from .base import Hook
 
@@ -40,18 +38,15 @@ class RatesHook(Hook):
             return
         device = trainer.process.device.type
         machine = machine_name(device)
-        found: list[Any] = [self._state or None]
-        if found[0] is not None and found[0]["machine"] != machine:
+        if self._state and self._state["machine"] != machine:
             logger.info(
-                f"the run continues on {machine}; it began on {found[0]['machine']}: back ends are "
-                "chosen by other rates"
+                f"the run continues on {machine}; it began on {self._state['machine']}: back ends "
+                "are chosen by other rates"
             )
-            found = [None]
-        if found[0] is None:
-            found = [{"machine": machine, "rates": selector.profile(device).to_json()}]
-        if trainer.process.world_size > 1:
-            dist.broadcast_object_list(found, src=0, group=hosts())
-        self._state = found[0]
+            self._state = {}
+        self._state = from_first(
+            self._state or {"machine": machine, "rates": selector.profile(device).to_json()}
+        )
         profile = DeviceProfile.from_json(self._state["rates"])
         selector.use_profile(device, profile)
         if trainer.process.is_main:
