@@ -63,7 +63,7 @@ def check_matplotlib() -> None:
 def check_output(path: Path) -> None:
     """Refuse a name whose format is unknown, by :class:`PictureError`, before the work."""
     if path.suffix.lower() not in SUFFIXES:
-        raise PictureError(f"--out {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+        raise PictureError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def new_figure(width: float, height: float, *title: str) -> Figure:
@@ -148,7 +148,7 @@ def save(figure: Figure, path: Path) -> None:
         with mpl.rc_context({"svg.hashsalt": "kw.pictures"}):
             figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
     except OSError as error:
-        raise PictureError(f"--out {path}: cannot be written: {error.strerror}") from error
+        raise PictureError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def to_tensor(figure: Figure) -> Tensor:
