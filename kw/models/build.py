@@ -20,6 +20,7 @@ from ..errors import one_line
 from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
 from ..warehouse import convert
+from ..warehouse.probe import evaluating
 from .freezing import freeze
 from .recompute import recompute_blocks
 from .stem import set_small_stem
@@ -261,10 +262,8 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int | Seq
     images = torch.empty(1, in_channels(config), height, width, device="meta")
     size = height if height == width else [height, width]
     where = f"data.input_size {size}, model.name {config.name!r}"
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        with uncompiled(network):
+        with evaluating(network), uncompiled(network):
             logits = functional_call(network, state, (images,))
     except Exception as error:
         if "meta" in str(error).lower():  # its forward pass reads values
@@ -273,9 +272,6 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int | Seq
         raise ConfigError(
             f"{where}{given}: the network refuses images {list(images.shape)}: {one_line(error)}"
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     expected = (1, config.num_classes)
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != expected:

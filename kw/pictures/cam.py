@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import PictureError, evaluating, outputs
+from ..warehouse.probe import evaluating
+from .coefficients import PictureError, outputs
 from .style import new_figure, shorten, show_image, wrap_label
 
 if TYPE_CHECKING:

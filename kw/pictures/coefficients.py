@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..warehouse import KWLayer
 from ..warehouse.partition import CellSlice
+from ..warehouse.probe import evaluating
 
 __all__ = [
     "CellShares",
@@ -33,7 +34,6 @@ __all__ = [
     "class_effect",
     "coefficients",
     "dynamic_layers",
-    "evaluating",
     "measure_layer",
     "outputs",
 ]
@@ -92,18 +92,6 @@ def dynamic_layers(network: nn.Module) -> list[DynamicLayer]:
         for group in found.values()
         for layer in sorted(group, key=lambda layer: layer.own.start)
     ]
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's mode is as it was afterwards."""
-    training = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from .convertible import (
 from .layers import KWLayer
 from .plan import Plan, Rule, nearest
 from .plans import PLANS
-from .probe import arguments
+from .probe import arguments, evaluating
 from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings, accept_earlier_names
 
@@ -188,13 +188,12 @@ def _input_squares(
         module.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, module in layers.items()
     ]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         for batch in batches:
             args, kwargs = arguments(batch)
             try:
-                model(*args, **kwargs)
+                with evaluating(model):
+                    model(*args, **kwargs)
             except Exception as error:  # the user's forward method may raise anything
                 raise ValueError(
                     f"batches: {type(model).__name__} does not take a batch of {_shapes(batch)} "
@@ -204,8 +203,6 @@ def _input_squares(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if not sums:
         raise ValueError("batches: expected at least one batch of inputs, found none")
     for name, total in sums.items():
