@@ -449,3 +449,10 @@ def test_frozen_layers_stay_where_others_train():
     converted = [n for names in report.warehouses.values() for n in names]
     assert converted == ["stage2.0", "stage2.1", "stage2.2"]
     assert report_of(Net().requires_grad_(False)).warehouses == STAGES
+
+
+def test_parts_of_a_dynamic_layer_in_two_places_are_no_layers():
+    dynamic = KWConv2d(128, 128, 3, padding=1)
+    report = report_of(Net(nn.Sequential(dynamic, nn.ReLU(), dynamic)))
+    assert report.warehouses == STAGES
+    assert not any("attention" in name for name in (*report.left, *report.refused))

@@ -80,7 +80,8 @@ def _has_kernel(module: nn.Module) -> bool:
 
 def kernel_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """The layers with kernels of their own, but for those inside of dynamic layers, by name."""
-    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, KWLayer))
+    everything = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{n}." for n, m in everything if isinstance(m, KWLayer))
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=remove_duplicate)
