@@ -188,18 +188,19 @@ def _input_squares(
         module.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, module in layers.items()
     ]
+    kind = type(model).__name__
     try:
-        for batch in batches:
-            args, kwargs = arguments(batch)
-            try:
-                with evaluating(model):
+        with evaluating(model):
+            for batch in batches:
+                args, kwargs = arguments(batch)
+                try:
                     model(*args, **kwargs)
-            except Exception as error:  # the user's forward method may raise anything
-                raise ValueError(
-                    f"batches: {type(model).__name__} does not take a batch of {_shapes(batch)} "
-                    f"({type(error).__name__}: {error}); give its inputs alone, without labels, of "
-                    "its type and on its device"
-                ) from error
+                except Exception as error:  # the user's forward method may raise anything
+                    raise ValueError(
+                        f"batches: {kind} does not take a batch of {_shapes(batch)} "
+                        f"({type(error).__name__}: {error}); give its inputs alone, without "
+                        "labels, of its type and on its device"
+                    ) from error
     finally:
         for handle in handles:
             handle.remove()
