@@ -64,16 +64,21 @@ def conv_bmm(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     the blocks, so that assembled kernels are copied once, by rows of cells, or not at all.
     """
     part, groups = spec.partition, spec.groups
-    taps, size = unfold_taps(x, spec)
-    taps = taps.unflatten(1, (groups, -1))  # [B, g, I, K, P]
-    if math.prod(part.cell_kernel) == 1:  # else the cell spans space, and taps come last in it
-        taps = taps.transpose(2, 3)
-    columns = taps.flatten(2, 3)
-    blocks = (alpha.to(cells.dtype) @ cells).to(x.dtype)  # [B, m, cell]
-    grid = blocks.unflatten(2, (part.cell_out, -1)).unflatten(1, part.grid)
-    kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, g O, I K]
-    y = kernels.unflatten(1, (groups, -1)) @ columns  # [B, g, O, P]
-    return to_space(y.flatten(1, 2), spec, size)  # [B, g O, *output size]
+    taps, size = unfold_taps(x, spec)  # [B, g I, K, P]
+    kernels = (alpha.to(cells.dtype) @ cells).to(x.dtype).unflatten(2, (part.cell_out, -1))
+    # Runtimes copy where a permutation moves nothing, and count every change of shape.
+    if groups > 1:
+        taps = taps.unflatten(1, (groups, -1))
+    if part.grid[0] > 1:  # else there is one tap, or the cell spans space and taps come last in it
+        taps = taps.transpose(-3, -2)
+    if part.grid[0] * part.grid[2] > 1:
+        grid = kernels.unflatten(1, part.grid)  # [B, S, GO, GI, c_out, c_in ck]
+        kernels = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    kernels = kernels.flatten(1, 2)  # [B, g O, I K]
+    if groups > 1:
+        kernels = kernels.unflatten(1, (groups, -1))
+    y = kernels @ taps.flatten(-3, -2)  # [B, O, P] or [B, g, O, P]
+    return to_space(y.flatten(1, -2), spec, size)  # [B, g O, *output size]
 
 
 def to_space(y: Tensor, spec: ConvSpec, size: torch.Size) -> Tensor:
