@@ -14,6 +14,7 @@ import torch.distributed as dist
 from breadth import breadth
 from kills import compare, free_port, kill, log_of, start
 from kills import settings as killed_settings
+from networks import images, small
 from processes import in_processes
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -280,6 +281,37 @@ def test_killed_and_resumed_is_never_interrupted(
     kill(processes)
     run(config, killed, world)
     assert compare(tmp_path / "whole", killed) == []
+
+
+def check_materialised(process: Process) -> None:
+    """As torchtitan begins: on the meta device, sharded, given memory, and then its values."""
+    for begins in ("keep", "paper"):
+        whole = small(start=begins)
+        with torch.device("meta"):
+            network = small(start=begins)
+        shard(network, process)
+        network.to_empty(device="cpu")
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.detach().fill_(7)  # what memory may hold
+        for module in (*whole.modules(), *network.modules()):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        values = {name: value.full_tensor() for name, value in network.named_parameters()}
+        for name, value in whole.named_parameters():
+            assert not (values[name] == 7).any(), name
+            if "attention" in name and not name.endswith("weight"):
+                # Biases do not depend on chance: those of the kept start choose the own cells.
+                torch.testing.assert_close(values[name], value)
+            elif name.endswith("warehouse.weight"):
+                assert values[name].std().item() == pytest.approx(value.std().item(), rel=0.3)
+        whole.load_state_dict(values, strict=False)
+        kw.set_temperature(whole, 0)
+        torch.testing.assert_close(network.eval()(images()), whole.eval()(images()))
+        release(network)
+
+
+def test_a_sharded_network_gets_its_values() -> None:
+    in_processes(check_materialised, 2)
 
 
 def test_one_process_shards_nothing(settings: dict[str, Any], tmp_path: Path) -> None:

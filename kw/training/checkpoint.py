@@ -31,9 +31,9 @@ from torch import nn
 
 from ..errors import one_line
 from ..models.weights import CheckpointError, find_damage, refuse_other, why_unread
+from ..warehouse.sharded import placed_like
 from ..warehouse.warehouse import with_names_now
 from .layout import layout_fault
-from .parallel import placed_like
 
 __all__ = [
     "CheckpointError",

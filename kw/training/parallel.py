@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.run_schema import DistributedConfig, RunConfig
@@ -40,7 +40,6 @@ __all__ = [
     "distribute",
     "gathered",
     "local",
-    "placed_like",
     "release",
     "shard",
     "sharded_modules",
@@ -220,12 +219,3 @@ def gathered(state: Any, keep: bool) -> Any:
     if isinstance(state, (list, tuple)):
         return [gathered(value, keep) for value in state]
     return state
-
-
-def placed_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, sharded as another of its shape is, if it is; a
-    collective call then."""
-    if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
-        return value
-    value = value.to(pattern.device, pattern.dtype)
-    return distribute_tensor(value, pattern.device_mesh, pattern.placements)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..data import FaultLog
 from ..errors import one_line
 from ..version import __version__
+from ..warehouse.sharded import placed_like
 from .checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -24,7 +25,7 @@ from .checkpoint import (
 from .distributed import batch_norm_buffers, from_all
 from .layout import number_as_now, resume_fault, settings_changed
 from .logs import logger
-from .parallel import gathered, placed_like
+from .parallel import gathered
 from .saving import copied
 from .task import Metrics
 

@@ -21,6 +21,7 @@ from ..registry import ATTENTION_FUNCTIONS
 from .ops.coefficients import EPS, annealed, contrasting, fused_coefficients, is_fused
 from .ops.precision import coefficient_type
 from .partition import CellSlice
+from .sharded import placed_like
 
 __all__ = [
     "ATTENTION_FUNCTIONS",
@@ -230,7 +231,7 @@ class KernelAttention(nn.Module):
         logits = LOGITS[self.function](alpha, scale).flatten()
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
         nn.init.zeros_(self.fc2.weight)
-        bias.copy_(logits)
+        bias.copy_(placed_like(logits, bias))
 
     @torch.no_grad()
     def hold_own(self, scale: float) -> None:

@@ -20,6 +20,7 @@ from .attention import KernelAttention
 from .conversion import Conversion
 from .ops.rounded import RoundedCells
 from .partition import KernelShape, partition_kernels
+from .sharded import is_sharded, placed_like, whole_like
 
 __all__ = [
     "STARTS",
@@ -168,9 +169,12 @@ class Warehouse(nn.Module):
         """Kaiming-normal (fan out, ReLU) on each layer's own cells, viewed as one kernel
         ``[cells * c_out, c_in, cell_kernel]``; temperature 0."""
         _, *rest = self.partition.cell_shape
+        values = whole_like(self.cells)
         for own in self.partition.slices:
-            kernel = self.cells.detach()[own.start : own.stop].view(-1, *rest)
+            kernel = values[own.start : own.stop].view(-1, *rest)
             nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        if is_sharded(self.cells):
+            self.cells.detach().copy_(placed_like(values, self.cells))
         if self.temperature is not None:
             nn.init.zeros_(self.temperature)
 
