@@ -17,7 +17,7 @@ from typing import IO
 
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.interruption import on_signals
-from .runs import Jobs, Run, RunError, State, find_state, locked, reason, record
+from .runs import Run, RunError, State, find_state, locked, note_jobs, reason, record
 from .settings import differences, read_settings, resolved_text
 
 __all__ = ["LAUNCHERS", "command_for", "run_all", "submit", "unfinished"]
@@ -63,9 +63,8 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
 
 def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
     """The runs that are not done, with their states."""
-    jobs: dict[Path, Jobs] = {}
     for run in runs:
-        state = find_state(run, jobs.setdefault(run.home, Jobs(run.home)))
+        state = find_state(run)
         if state.kind != "done":
             yield run, state
 
@@ -217,7 +216,7 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
             _say(f"{run.name}: {state}")
         else:
             chosen.setdefault(run.home, []).append(run)
-    for home, own in chosen.items():
+    for own in chosen.values():
         command = command_for(own, "slurm", gpus)
         for run in own:
             run.resolved.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +227,7 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
         array = done.stdout.strip().split(";")[0]  # --parsable: JOB[;CLUSTER]
         for run in own:
             run.file("json").unlink(missing_ok=True)
-        Jobs(home).add(array, [run.name for run in own])
+        note_jobs(own, array)
         _say(f"job {array}: {', '.join(run.name for run in own)}")
     if not chosen:
         _say("nothing to submit")

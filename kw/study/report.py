@@ -16,7 +16,7 @@ from ..pictures.coefficients import PictureError
 from ..pictures.style import check_matplotlib
 from .plots import Curve, Dot, plot_curves, plot_dots, run_curve
 from .published import CONFIGS, Reproduction
-from .runs import Jobs, Run, State, find_state
+from .runs import Run, State, find_state
 from .settings import differences, read_settings
 
 __all__ = ["RowReport", "collect", "overview", "write_report"]
@@ -120,8 +120,7 @@ def collect(task: Reproduction, rows: Sequence[PaperRow]) -> list[RowReport]:
 
 def _collect_row(task: Reproduction, row: PaperRow) -> RowReport:
     runs = task.runs(row, more=True)
-    jobs = Jobs(runs[0].home if runs else task.folder)
-    report = RowReport(row, [find_state(run, jobs) for run in runs])
+    report = RowReport(row, [find_state(run) for run in runs])
     report.curves = [curve for run in runs if (curve := _curve(task, row, run)) is not None]
     done = [run for run, state in zip(runs, report.states, strict=True) if state.kind == "done"]
     try:
