@@ -235,16 +235,15 @@ def _real_labels(root: Path | None) -> tuple[list[list[int]], str]:
 
 
 def _read_numbers(root: Path | None, classes: Sequence[str], _: Any) -> Content:
-    folders = _folders(root)
-    if wrong := [n for n in folders if not (n.isdecimal() and int(n) < len(wnids()))]:
+    folders, names = _folders(root), {str(i): name for i, name in enumerate(wnids())}
+    if wrong := [number for number in folders if number not in names]:
         raise DataError(f"{root}: folder {wrong[0]!r} is no number of a class, 0 to 999")
-    places = _places([wnids()[int(n)] for n in folders], classes)
-    return {"listing": _listing(folders.values(), places, classes)}
+    named = {names[number]: folder for number, folder in folders.items()}
+    return {"listing": _listing(named, classes)}
 
 
 def _read_names(root: Path | None, classes: Sequence[str], _: Any) -> Content:
-    folders = _folders(root)
-    return {"listing": _listing(folders.values(), _places(list(folders), classes), classes)}
+    return {"listing": _listing(_folders(root), classes)}
 
 
 def _read_subset(root: Path | None, classes: Sequence[str], _: Any) -> Content:
@@ -268,8 +267,7 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
     groups = [(name, int(level)) for name in found for level in _SEVERITIES]
     counts = []
     for name, level in groups:
-        folders = _folders(found[name][str(level)])
-        part = _listing(folders.values(), _places(list(folders), classes), classes)
+        part = _listing(_folders(found[name][str(level)]), classes)
         files += map(str, part.files)
         labels += part.labels
         counts.append(len(part.files))
@@ -310,21 +308,21 @@ def _folders(root: Path | None) -> dict[str, Path]:
     return {name: root / name for name in names}
 
 
-def _listing(folders: Any, labels: Sequence[int], classes: Sequence[str]) -> Listing:
-    """The images of folders, each of one class.
+def _listing(folders: Mapping[str, Path], classes: Sequence[str]) -> Listing:
+    """The images of folders by class.
 
     Raises:
-        DataError: a folder has no image.
+        DataError: a folder has no image, or the model lacks its class.
     """
     files: list[Path] = []
-    each: list[int] = []
-    for folder, label in zip(folders, labels, strict=True):
-        before = len(files)
-        files += walk_images(folder)
-        if len(files) == before:
+    labels: list[int] = []
+    for folder, label in zip(folders.values(), _places(list(folders), classes), strict=True):
+        found = list(walk_images(folder))
+        if not found:
             raise DataError(f"{folder} has no image")
-        each += [label] * (len(files) - before)
-    return Listing(files, each, list(classes))
+        files += found
+        labels += [label] * len(found)
+    return Listing(files, labels, list(classes))
 
 
 def _places(names: Sequence[str], classes: Sequence[str]) -> list[int]:
