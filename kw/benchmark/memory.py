@@ -89,12 +89,9 @@ def measure_step(step: TrainingStep) -> Memory:
         before = torch.cuda.memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS - 1):
-            step.backward(step.forward())
-            step.update()
-            step.clear()
+            step.run()
         with record_function(_WINDOW):
-            step.backward(step.forward())
-            step.update()
+            step.run(clear=False)
         if device.type == "cuda":
             torch.cuda.synchronize()
     if device.type == "cuda":

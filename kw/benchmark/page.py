@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import render_table
+from ..evaluation.report import ReportError, around, render_table
 from .cases import STATIC
 from .conditions import WORDS, BenchmarkError
 from .plot import plot_family
@@ -78,11 +78,10 @@ def render_page(folder: Path, results: Sequence[Result], page: Path) -> list[Pat
     Raises:
         BenchmarkError: the page is not there, or does not have each mark once and in order.
     """
-    text = page.read_text() if page.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise BenchmarkError(
-            f"{page}: expected once, in this order, the lines {BEGIN!r} and {END!r}"
-        )
+    try:
+        before, after = around(page.read_text() if page.is_file() else "", BEGIN, END)
+    except ReportError as error:
+        raise BenchmarkError(f"{page}: {error}") from error
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(plot_name(result), []).append(result)
@@ -91,9 +90,7 @@ def render_page(folder: Path, results: Sequence[Result], page: Path) -> list[Pat
         machines = " / ".join(dict.fromkeys(map(_machine, own)))
         plot_family(own, folder / name, f"{own[0].family} on {machines}")
         plots[name] = f"{folder.name}/{name}"
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{tables_of(results, plots)}\n\n{END}{after}")
+    page.write_text(f"{before}\n\n{tables_of(results, plots)}\n\n{after}")
     return [*(folder / name for name in plots), page]
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from .steps import InferenceStep, Step
+from .steps import Step
 
 __all__ = ["Slow", "interleave", "iterations_for", "time_step", "warm_up"]
 
@@ -59,7 +58,7 @@ def time_step(step: Step, iterations: int) -> list[float]:
     for _ in range(iterations):
         marks.append([])
         mark()
-        _run(step, mark)
+        step.run(mark)
     if on_gpu:
         torch.cuda.synchronize()
     spans = [[seconds(a, b) for a, b in pairwise(own)] for own in marks]
@@ -111,17 +110,3 @@ def interleave(steps: list[tuple[Step, int]], rounds: int) -> list[list[list[flo
     finally:
         (gc.enable if was_enabled else gc.disable)()
     return found
-
-
-def _run(step: Step, mark: Callable[[], None]) -> None:
-    if isinstance(step, InferenceStep):
-        step.forward()
-        mark()
-        return
-    loss = step.forward()
-    mark()
-    step.backward(loss)
-    mark()
-    step.update()
-    step.clear()
-    mark()
