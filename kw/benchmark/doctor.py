@@ -22,6 +22,7 @@ from ..warehouse.ops.device import DeviceProfile, estimated_profile
 from ..warehouse.ops.precision import as_convolutions_round
 from ..warehouse.ops.timing import draw_operands
 from ..warehouse.ops.trials import DeviceLostError, fault, tolerance
+from .timing import between, now
 
 __all__ = [
     "SHAPES",
@@ -269,11 +270,10 @@ def _seconds(run: Callable[[], object], device: str) -> float:
         torch.cuda.synchronize()
         repeat = run
     for _ in range(5):
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
+        began = now(on_gpu=True)
         for _ in range(4):
             repeat()
-        end_event.record()
+        ended = now(on_gpu=True)
         torch.cuda.synchronize()
-        times.append(start_event.elapsed_time(end_event) / 4e3)  # milliseconds
+        times.append(between(began, ended) / 4)
     return statistics.median(times)
