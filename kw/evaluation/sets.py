@@ -63,30 +63,20 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class TestSet:
-    """Images to evaluate, and what counts as right.
-
-    Attributes:
-        name: ``"val"``, or a key of :data:`SETS`.
-        title: for people.
-        listing: files, labels, and the classes of the model.
-        subset: classes whose logits count; ``None`` for all.
-        accepted: ``[N, K]``, the labels that are right for each image, where there may be several;
-            an image's fewer are repeated.
-        groups: ``(corruption, severity)`` in the order of the files; with ``group``.
-        group: ``[N]``, the group of each image.
-        complete: whether it has as many images as the authors'; ``None`` where there are none.
-    """
+    """Images to evaluate, and what counts as right."""
 
     __test__ = False  # no class of tests
 
-    name: str
-    title: str
-    listing: Listing
-    subset: Sequence[int] | None = None
+    name: str  # "val", or a key of SETS
+    title: str  # for people
+    listing: Listing  # files, labels, and the classes of the model
+    subset: Sequence[int] | None = None  # classes whose logits count; None for all
+    # [N, K], the labels that are right for each image, where there may be several; an image's fewer
+    # are repeated
     accepted: Any = None
-    groups: Sequence[tuple[str, int]] = ()
-    group: Any = None
-    complete: bool | None = None
+    groups: Sequence[tuple[str, int]] = ()  # (corruption, severity) in the order of the files
+    group: Any = None  # [N], the place in groups of each image
+    complete: bool | None = None  # whether it has as many images as the authors'; None for "val"
 
     def hits(self, best: Any) -> Any:
         """Which of an image's best classes, ``[N, 5]``, are right: a boolean array like it."""
