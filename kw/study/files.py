@@ -48,21 +48,13 @@ class _StudyFile:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a file.
+    """The runs of a file."""
 
-    Attributes:
-        name: the file's.
-        home: folder of the runs.
-        rows: names of the rows, in the file's order.
-        options: settings over every row's own, to be read; a run has those it is started with.
-        runs: seed by seed, so that a table is whole before it has a second seed.
-    """
-
-    name: str
-    home: Path
-    rows: tuple[str, ...]
-    options: tuple[str, ...]
-    runs: tuple[Run, ...]
+    name: str  # the file's
+    home: Path  # folder of the runs
+    rows: tuple[str, ...]  # names, in the file's order
+    options: tuple[str, ...]  # settings over the rows' own, for readers
+    runs: tuple[Run, ...]  # seed by seed, so that a table is whole before it has a second seed
 
 
 def load_study(

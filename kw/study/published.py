@@ -26,21 +26,13 @@ _WEIGHTS = "model.backbone.weights"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table, at a scale, in a folder.
-
-    Attributes:
-        table: the published one.
-        scale: how its recipes are scaled.
-        root: folder of all tables.
-        seeds: runs of every row.
-        options: ``--cfg-options`` for all of them.
-    """
+    """A table, at a scale, in a folder."""
 
     table: PaperTable
     scale: Scale
-    root: Path
-    seeds: int = 1
-    options: tuple[str, ...] = ()
+    root: Path  # folder of all tables
+    seeds: int = 1  # runs of every row
+    options: tuple[str, ...] = ()  # --cfg-options for all of them
 
     @property
     def base(self) -> Path:
@@ -72,9 +64,7 @@ class Reproduction:
     def runs(self, row: PaperRow, *, more: bool = False) -> list[Run]:
         """The runs of a row; none where it has no configuration, or is not a training.
 
-        Args:
-            row: of the table.
-            more: further seeds as well, of which there are work directories.
+        With ``more`` also further seeds, of which there are work directories.
         """
         if row.config is None or self.table.kind == "latency":
             return []
@@ -134,9 +124,7 @@ class Reproduction:
     def resolve(self, run: Run, data: Path | None = None) -> Run:
         """A run with its options: the scale's settings, then ``--cfg-options``.
 
-        Args:
-            run: one of this table's.
-            data: what :meth:`prepare_data` gave.
+        ``data`` is what :meth:`prepare_data` gave.
 
         Raises:
             ConfigError: they do not fit together; the message names the row.

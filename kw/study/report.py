@@ -30,32 +30,19 @@ Costs = tuple[int | None, int | None, int | None]
 
 @dataclass
 class RowReport:
-    """A row, published and measured.
+    """A row, published and measured."""
 
-    Attributes:
-        row: the published figures.
-        states: of its runs; empty where there is nothing to run.
-        costs: of the network, :data:`Costs`.
-        runs: how many are done.
-        figures: means over them by the figures' keys, in the table's units: of each run the best
-            epoch's.
-        spread: standard deviations over several, likewise.
-        hours: of training, the mean.
-        deviations: differences of their recipe from the shipped one.
-        curves: of all runs that have begun.
-        problem: why a run cannot be read.
-    """
-
-    row: PaperRow
-    states: Sequence[State]
+    row: PaperRow  # the published figures
+    states: Sequence[State]  # of its runs; empty where there is nothing to run
     costs: Costs = (None, None, None)
-    runs: int = 0
+    runs: int = 0  # how many are done
+    # means over them by the figures' keys, in the table's units: of each run the best epoch's
     figures: Mapping[str, float] = field(default_factory=dict)
-    spread: Mapping[str, float] = field(default_factory=dict)
-    hours: float = 0.0
-    deviations: Sequence[str] = ()
-    curves: Sequence[Curve] = ()
-    problem: str = ""
+    spread: Mapping[str, float] = field(default_factory=dict)  # standard deviations over several
+    hours: float = 0.0  # of training, the mean
+    deviations: Sequence[str] = ()  # of their recipe from the shipped one
+    curves: Sequence[Curve] = ()  # of all runs that have begun
+    problem: str = ""  # why a run cannot be read
 
     @property
     def state(self) -> str:

@@ -39,25 +39,15 @@ class RunError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row with a seed.
-
-    Attributes:
-        row: name of its row.
-        seed: which of the row's runs it is.
-        home: folder of the runs of its study or table.
-        name: of its work directory.
-        config: the configuration.
-        options: ``a.b=value`` settings over the configuration's.
-        needs: a file of another run's work directory that must exist first.
-    """
+    """One training: a row with a seed."""
 
     row: str
     seed: int
-    home: Path
-    name: str
+    home: Path  # folder of the runs of its study or table
+    name: str  # of its work directory
     config: Path
-    options: tuple[str, ...] = ()
-    needs: Path | None = None
+    options: tuple[str, ...] = ()  # a.b=value, over the configuration's settings
+    needs: Path | None = None  # a file of another run's work directory that must exist first
 
     @property
     def work_dir(self) -> Path:
@@ -86,20 +76,12 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run.
+    """The state of a run."""
 
-    Attributes:
-        kind: ``not run``, ``waits``, ``queued``, ``running``, ``interrupted``, ``failed``,
-            ``done``.
-        epoch: epochs evaluated.
-        epochs: of the whole run; 0 where nothing has begun.
-        why: of a failure, or what it waits for.
-    """
-
-    kind: str
-    epoch: int = 0
-    epochs: int = 0
-    why: str = ""
+    kind: str  # not run, waits, queued, running, interrupted, failed, done
+    epoch: int = 0  # epochs evaluated
+    epochs: int = 0  # of the whole run; 0 where nothing has begun
+    why: str = ""  # of a failure, or what it waits for
 
     def __str__(self) -> str:
         where = f" at epoch {self.epoch} of {self.epochs}" if self.epochs else ""
@@ -151,15 +133,10 @@ def record(run: Run, status: int, why: str = "") -> None:
 
 
 def reason(log: Path, start: int = 0) -> str:
-    """The reason why a process ended, read from its output.
+    """The reason why a process ended, from its output after ``start`` bytes of earlier attempts.
 
-    Args:
-        log: the output.
-        start: bytes of earlier attempts.
-
-    Returns:
-        The last line in which a tool names a mistake; else an exception's; else the last line that
-        is not empty.
+    It is the last line in which a tool names a mistake; else an exception's; else the last line
+    that is not empty.
     """
     try:
         with open(log, "rb") as file:
@@ -197,12 +174,7 @@ def _job(run: Run) -> tuple[str, Path | None]:
 
 
 def find_state(run: Run, *, ours: bool = False) -> State:
-    """The state of a run, from its files, its lock and slurm's queue.
-
-    Args:
-        run: the run.
-        ours: whether this process holds the run's lock.
-    """
+    """The state of a run, from its files, its lock (unless it is ``ours``) and slurm's queue."""
     epoch, epochs = _progress(run.work_dir)
     ended = _object(_text(run.file("json")))
     status, why = ended.get("status"), ended.get("why", "")

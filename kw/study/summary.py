@@ -283,7 +283,7 @@ def _conditions(part: Summary) -> str:
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     return (
         f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
-        f"{known}. Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
+        f"{known}. Commit {code['commit'] or 'unknown'}{' with changes' if code['dirty'] else ''}."
     )
 
 
