@@ -195,6 +195,12 @@ def test_settings_come_in_order(full: Callable[..., Reproduction], tmp_path: Pat
     other = full("imagenet_300ep", seeds=2, options=("seed=5",))
     assert "\nseed: 6\n" in text_of(other, "resnet18", 1)
     assert Path(config.data.root).is_absolute()
+    # An option may set a group; the data that a scale generates do not replace its root.
+    (tmp_path / "mine/train/a").mkdir(parents=True)
+    options = (f"data={{root: {tmp_path / 'mine'}}}",)
+    grouped = Reproduction(TABLES["imagenet_300ep"], TINY, tmp_path, options=options)
+    assert grouped.prepare_data() is None
+    assert f"\n  root: {tmp_path / 'mine'}\n" in text_of(grouped, "resnet18")
     assert epochs_scaled({"epochs": 100, "schedule.milestones": [30, 60]}, 50) == {
         "schedule.milestones": [15, 30]
     }
