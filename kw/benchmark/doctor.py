@@ -115,9 +115,9 @@ def measure_rates(device: str) -> DeviceProfile:
 
     dense = {torch.float32: product(torch.float32)}
     scale = dense[torch.float32] / estimate.dense[torch.float32]
-    for dtype, rate in estimate.dense.items():
-        is_slow = rate < estimate.dense[torch.float32] / _SLOW  # the large one would take a minute
-        dense[dtype] = product(dtype, large // 3 if device == "cpu" and is_slow else large)
+    for dtype in estimate.dense:
+        is_slow = device == "cpu" and _is_slow(dtype, estimate)  # the large one takes a minute
+        dense[dtype] = product(dtype, large // 3 if is_slow else large)
     tf32 = 0.0
     if device == "cuda":
         x = torch.empty(1, device=device)
