@@ -1,4 +1,4 @@
-"""What every back end does on this machine: errors against float64, times, rates of the device."""
+"""Every back end examined on this machine: errors against float64, times, rates of the device."""
 
 from __future__ import annotations
 

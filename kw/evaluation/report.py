@@ -1,4 +1,4 @@
-"""What finished runs say about themselves, and tables of it.
+"""Results of finished runs, and tables of them.
 
 Reads work directories as the engine writes them (``results.json``, ``log.jsonl``).
 """
@@ -25,7 +25,7 @@ _FIGURE = (int, float)
 
 
 class ReportError(UserError):
-    """A work directory or a family's metafile is not what was looked for."""
+    """A work directory, a summary or a file of tables is missing or wrong."""
 
 
 @dataclass(frozen=True)

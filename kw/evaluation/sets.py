@@ -1,19 +1,6 @@
-"""ImageNet's other test sets, as their authors lay them out: their files, and what counts as right.
+"""ImageNet's other test sets: files in their authors' layouts, and which predictions are right.
 
-========== ============================================== ==========================================
-name       layout                                         what counts
-========== ============================================== ==========================================
-``real``   ``real.json``, a list of labels for each of    any of an image's labels; images without
-           the original images, in the order of their     any are left out
-           names
-``v2``     folders ``0`` ... ``999``: *numbers* of        all logits
-           classes
-``a``      200 folders of classes, ``n01498041`` ...      logits of the folders' classes
-``r``      200 folders of classes, ``n01443537`` ...      logits of the folders' classes
-``sketch`` 1,000 folders of classes                       all logits
-``c``      ``[noise/]gaussian_noise/SEVERITY/CLASS``,     all logits; mean corruption error
-           severities 1 to 5
-========== ============================================== ==========================================
+:data:`SETS` has the layouts; docs/evaluation.md says what counts in each set.
 
 Sources: ReaL, Beyer et al., *Are we done with ImageNet?*, arXiv:2006.07159, and its repository
 google-research/reassessed-imagenet. V2, Recht et al., ICML 2019. A, Hendrycks et al., *Natural

@@ -81,16 +81,16 @@ def load_study(
     for name in file.rows:
         variant = file.variants.get(name) or _Variant(name)
         config = path.parent / variant.config
-        anneals = load_config(config, check_model_name=False).temperature_epochs > 0
         further = [as_option(*item) for item in variant.options.items()]
         row_options = [*shared, *further]
-        if file.temperature_epochs is not None and anneals:
+        own = load_config(config, check_model_name=False)
+        if file.temperature_epochs is not None and own.temperature_epochs > 0:
             row_options.insert(0, f"temperature_epochs={file.temperature_epochs}")
         load_config(config, row_options, check_model_name=False)
         row = name if name in file.variants else config.stem
         rows[row] = config, row_options, variant.continues
-        if further or variant.continues:
-            start = [f"continues {variant.continues}"] if variant.continues else []
+        start = [f"continues {variant.continues}"] if variant.continues else []
+        if start or further:
             said.append(f"{row}: {' '.join([*start, *further])}")
     runs = []
     for seed in file.seeds:

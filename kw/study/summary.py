@@ -41,7 +41,7 @@ Summary = Mapping[str, Any]
 _DIGITS = 4
 _CONDITIONS = ("command", "machine", "versions", "code")
 STARTED = "study.json"
-"""File in the folder of a study's runs: under what they were started."""
+"""File in the folder of a study's runs: command, machine, versions and code of their start."""
 
 
 def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
