@@ -177,14 +177,15 @@ def examine(device: str, rates: DeviceProfile, seconds: float) -> Iterator[Findi
             # Those that wait for a measurement get one.
             plain = replace(rates, factors=dict.fromkeys(CONTRACTIONS, (1.0, 1.0)))
             predicted = {each.name: each.seconds for each in selector.predict(problem, plain)}
+        dtype = str(problem.dtype).removeprefix("torch.")
         for name, contraction in CONTRACTIONS.items():
-            dtype = str(problem.dtype).removeprefix("torch.")
-            finding = Finding(name, shape, dtype, problem.training, {})
-            refusal = contraction.refusal(problem)
-            if refusal:
+            finding = Finding(
+                name, shape, dtype, problem.training, {}, predicted=predicted.get(name)
+            )
+            if refusal := contraction.refusal(problem):
                 yield replace(finding, refusal=refusal)
             else:
-                yield _examine_one(finding, contraction, problem, predicted.get(name))
+                yield _examine_one(finding, contraction, problem)
 
 
 def examine_attention(device: str) -> str:
@@ -208,14 +209,12 @@ def examine_attention(device: str) -> str:
     return ", ".join(said)
 
 
-def _examine_one(
-    finding: Finding, contraction: Contraction, problem: Problem, predicted: float | None
-) -> Finding:
+def _examine_one(finding: Finding, contraction: Contraction, problem: Problem) -> Finding:
     try:
         library = CONTRACTIONS[selector.fallback]
         found = deviations(contraction, library, problem, torch.float64)
         took = None
-        if predicted is not None:
+        if finding.predicted is not None:
             operands = draw_operands(problem)
             took = _seconds(lambda: operands.run(contraction), problem.device)
     except DeviceLostError:
@@ -225,7 +224,7 @@ def _examine_one(
     except Exception as error:  # what a compiler, a driver or a library raises
         return replace(finding, failure=one_line(error))
     failure = fault(found, tolerance(problem.dtype, problem.device))
-    return replace(finding, deviations=found, seconds=took, predicted=predicted, failure=failure)
+    return replace(finding, deviations=found, seconds=took, failure=failure)
 
 
 def calibrated(rates: DeviceProfile, findings: list[Finding]) -> DeviceProfile:
