@@ -51,6 +51,11 @@ class Run:
         return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
 
     @property
+    def judged_by(self) -> str:
+        """Prefix of its figures in the log: ``ema_`` where the average of weights stands for it."""
+        return "ema_" if self.results["weights"] == "ema" else ""
+
+    @property
     def hours(self) -> float:
         """Training time of the whole run, over all its pieces; evaluation not counted."""
         return sum(line["seconds"] for line in self.log if line["mode"] == "train") / 3600

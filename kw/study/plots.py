@@ -30,8 +30,7 @@ def run_curve(
 
     ``result`` is the score's key in ``log.jsonl``, ``scale`` leads from its unit to the picture's.
     """
-    key = ("ema_" if run.results["weights"] == "ema" else "") + result
-    score = [(epoch, value * scale) for epoch, value in run.curve("val", key)]
+    score = [(epoch, value * scale) for epoch, value in run.curve("val", run.judged_by + result)]
     return Curve(row, run.curve("train", "loss"), score, level)
 
 

@@ -49,9 +49,10 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
 
     Returns:
         ``row``, ``seed``, ``params``, ``epochs``, ``top1``, ``top5`` and ``loss`` of the last
-        evaluation, ``best_top1`` and ``best_epoch``, ``temperature`` at the last update (null where
-        there is none), ``hours`` of training without evaluation, and ``curve``: per epoch
-        ``train_loss`` (mean over the epoch) and the evaluation's ``top1``, ``top5``, ``loss``.
+        evaluation (of the average of weights, where there is one), ``best_top1`` and
+        ``best_epoch``, ``temperature`` at the last update (null where there is none), ``hours`` of
+        training without evaluation, and ``curve``: per epoch ``train_loss`` (mean over the epoch)
+        and the evaluation's ``top1``, ``top5``, ``loss``.
 
     Raises:
         ReportError: no such run, or one without an evaluation.
@@ -62,22 +63,21 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
     if not evaluations:
         raise ReportError(f"{folder / 'log.jsonl'} has no evaluation")
     losses = dict(run.curve("train", "loss"))
-    best, last = max(evaluations, key=lambda line: line["top1"]), evaluations[-1]
-    figures = ("top1", "top5", "loss")
     curve = [
         {"epoch": line["epoch"], "train_loss": _short(losses.get(line["epoch"]))}
-        | {key: _short(line[key]) for key in figures}
+        | {key: _short(line[run.judged_by + key]) for key in ("top1", "top5", "loss")}
         for line in evaluations
     ]
+    best, last = max(curve, key=lambda point: point["top1"]), curve[-1]
     return {
         "row": row,
         "seed": seed,
         "params": run.results["params"],
         "epochs": last["epoch"],
-        **{key: _short(last[key]) for key in figures},
-        "best_top1": _short(best["top1"]),
+        **{key: last[key] for key in ("top1", "top5", "loss")},
+        "best_top1": best["top1"],
         "best_epoch": best["epoch"],
-        "images": last["images"],
+        "images": evaluations[-1]["images"],
         "temperature": training[-1].get("temperature"),
         "hours": _short(run.hours),
         "curve": curve,
