@@ -1,15 +1,9 @@
 """The memory of a training step beyond parameters, gradients and optimizer state, in exact bytes.
 
 PyTorch's profiler records every block that PyTorch's allocators give and take back, on CPU and
-CUDA. The sum of the blocks that are alive follows from these events. Three steps are recorded and
-the peak of the third counts, so that buffers which earlier steps keep count too. Not counted are
-
-- parameters, buffers and the batch, which exist before the first step;
-- gradients and the optimizer's state, whose addresses are known after the third step;
-- what a library allocates without PyTorch's allocators.
-
-Activations kept for the backward pass, assembled kernels, temporary tensors and workspaces of
-PyTorch's and oneDNN's operators count.
+CUDA; the sum of the blocks that are alive follows. The peak of the third recorded step counts, so
+that buffers which earlier steps keep count too. Parameters, buffers and the batch exist before the
+first event; gradients and the optimizer's state are left out by their addresses, known at the end.
 
 Each network is measured in its own process, so that caches of other networks have no effect.
 """

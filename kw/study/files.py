@@ -83,8 +83,8 @@ def load_study(
         config = path.parent / variant.config
         further = [as_option(*item) for item in variant.options.items()]
         row_options = [*shared, *further]
-        own = load_config(config, check_model_name=False)
-        if file.temperature_epochs is not None and own.temperature_epochs > 0:
+        recipe = load_config(config, check_model_name=False)
+        if file.temperature_epochs is not None and recipe.temperature_epochs > 0:
             row_options.insert(0, f"temperature_epochs={file.temperature_epochs}")
         load_config(config, row_options, check_model_name=False)
         row = name if name in file.variants else config.stem
