@@ -169,7 +169,7 @@ def _job(run: Run) -> tuple[str, Path | None]:
     # -r: one line for each job of an array. squeue fails for jobs that slurm no longer knows.
     command = ["squeue", "-h", "-r", "-o", "%i %T", "-j", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(rf"^{job} (\w+)$", done.stdout, re.MULTILINE)
+    found = re.search(rf"^\s*{job}\s+(\w+)", done.stdout, re.MULTILINE)
     return found[1] if found else "", output
 
 
@@ -180,13 +180,13 @@ def find_state(run: Run, *, ours: bool = False) -> State:
     status, why = ended.get("status"), ended.get("why", "")
     if not ours and _is_held(run):
         return State("running", epoch, epochs)
-    job, output = _job(run)
-    if job:
-        return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
     whole = epochs and epoch == epochs and (run.work_dir / "results.json").is_file()
     saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
     if run.finished.exists() or (whole and (saved or status == 0)):
         return State("done", epoch, epochs)
+    job, output = _job(run)
+    if job:
+        return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
     if run.needs is not None and not run.needs.is_file() and not epochs:
         return State("waits", why=f"for {run.needs}")
     if status not in (None, 0, EXIT_INTERRUPTED):
