@@ -36,7 +36,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         gpus: processes of torchrun, or GPUs of a job's machine; None leaves it to the scripts.
 
     Raises:
-        RunError: slurm's script cannot use one of the paths.
+        RunError: the launcher's script is not here, or slurm's cannot use one of the paths.
     """
     python = f"PYTHON={sys.executable}"
     if launcher == "slurm":
@@ -51,15 +51,21 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
             words += ["--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
-        return [*words, str(ROOT / "scripts/train.slurm"), *configs]
+        return [*words, _script("train.slurm"), *configs]
     (run,) = runs
     rest = [str(run.config.absolute()), "--work-dir", str(run.work_dir.absolute())]
     options = ["--cfg-options", *run.options] if run.options else []
     if launcher == "torchrun":
         processes = [] if gpus is None else [f"PROCESSES={gpus}"]
-        script = str(ROOT / "scripts/train.sh")
-        return ["env", python, *processes, script, *rest, *options]
+        return ["env", python, *processes, _script("train.sh"), *rest, *options]
     return [sys.executable, "-m", "kw", "train", *rest, "--resume", *options]
+
+
+def _script(name: str) -> str:
+    path = ROOT / "scripts" / name
+    if not path.is_file():
+        raise RunError(f"no such file: {path}: a checkout has it; --launcher none needs none")
+    return str(path)
 
 
 def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
@@ -91,6 +97,8 @@ def run_all(
         An exit status: 0 if all are done, 1 if one failed or waits for another's, 75 if the rest
         was interrupted or is run by another process.
     """
+    if launcher == "torchrun":
+        _script("train.sh")  # or every run would look for it
     trainings = _Trainings(launcher, gpus, threads)
     with on_signals(trainings.stop), ThreadPoolExecutor(jobs) as pool:
         for number, run in enumerate(runs, 1):
