@@ -9,7 +9,6 @@ those of H100 nodes with 400 Gb/s InfiniBand unless they are given.
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kw.benchmark.timing import between, now
 from kw.cli import ToolParser, add_config_options, number, run_tool
 from kw.config import ConfigError, load_config
 from kw.evaluation import render_table
@@ -86,33 +86,24 @@ def profile(config: Any, batch: int, device: str) -> tuple[list[float], list[tup
     labels = torch.randint(config.model.num_classes, (batch,), device=device)
     parameters = [p for p in network.parameters() if p.requires_grad]
     done: dict[nn.Parameter, Any] = {}
-
-    def now() -> Any:
-        if device != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # no wait for the device: that would change what is measured
-        return event
-
-    def between(start: Any, end: Any) -> float:
-        return end - start if device != "cuda" else start.elapsed_time(end) / 1e3
+    on_gpu = device == "cuda"
 
     def note(parameter: Any) -> None:
-        done[parameter] = now()
+        done[parameter] = now(on_gpu)
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(note)
     parts, shares = [], []
     for _ in range(ROUNDS):
         optimizer.zero_grad()
-        marks = [now()]
+        marks = [now(on_gpu)]
         loss = nn.functional.cross_entropy(network(images), labels)
-        marks.append(now())
+        marks.append(now(on_gpu))
         loss.backward()
-        marks.append(now())
+        marks.append(now(on_gpu))
         optimizer.step()
-        marks.append(now())
-        if device == "cuda":
+        marks.append(now(on_gpu))
+        if on_gpu:
             torch.cuda.synchronize()
         parts.append([between(a, b) for a, b in pairwise(marks)])
         shares.append([between(marks[1], done[p]) / parts[-1][1] for p in parameters])

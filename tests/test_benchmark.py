@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from kw.benchmark import machine
 from kw.benchmark import memory as memory_of
 from kw.benchmark import run as run_of
 from kw.benchmark.cases import Case, LayerSource, load_cases, parse_layer
@@ -94,6 +96,20 @@ def test_file_names_carry_the_conditions() -> None:
     assert c.file_name("resnet18", "h200") == expected
     with pytest.raises(BenchmarkError, match="'a/b'"):
         c.file_name("a/b", "h200")
+
+
+def test_another_projects_commit_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment within somebody's repository, in which this project is installed."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.describe_code()["commit"]
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "site-packages")
+    assert machine.describe_code() == {"commit": None, "dirty": None}
 
 
 def test_spreads_and_ratios_are_taken_over_rounds() -> None:

@@ -53,7 +53,8 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         return dx, dalpha, None if dcells is None else 0.99 * dcells
 
     monkeypatch.setattr(CONTRACTIONS["assembled"], "backward", wrong)
-    found = deviations(compare(["assembled"], SHORT, torch.float64))["assembled"]
+    settings = CurveSettings(steps=3, batch=4, size=32)
+    found = deviations(compare(["assembled"], settings, torch.float64))["assembled"]
     assert found.first > 1e-7
     assert found.mean > 1e-5
 

@@ -23,7 +23,7 @@ from kills import free_port
 from kw.config import ConfigError, load_config
 from kw.evaluation import paper_tables
 from kw.models.build import build_network, check_network
-from kw.study.launch import command_for
+from kw.study.launch import command_for, run_all
 from kw.study.published import CONFIGS, Reproduction
 from kw.study.runs import Run, RunError, find_state, locked, reason, record
 from kw.study.scale import FULL, epochs_scaled, read_scale
@@ -195,6 +195,12 @@ def test_settings_come_in_order(full: Callable[..., Reproduction], tmp_path: Pat
     other = full("imagenet_300ep", seeds=2, options=("seed=5",))
     assert "\nseed: 6\n" in text_of(other, "resnet18", 1)
     assert Path(config.data.root).is_absolute()
+    # An option may set a group; the data that a scale generates do not replace its root.
+    (tmp_path / "mine/train/a").mkdir(parents=True)
+    options = (f"data={{root: {tmp_path / 'mine'}}}",)
+    grouped = Reproduction(TABLES["imagenet_300ep"], TINY, tmp_path, options=options)
+    assert grouped.prepare_data() is None
+    assert f"\n  root: {tmp_path / 'mine'}\n" in text_of(grouped, "resnet18")
     assert epochs_scaled({"epochs": 100, "schedule.milestones": [30, 60]}, 50) == {
         "schedule.milestones": [15, 30]
     }
@@ -398,6 +404,20 @@ def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
     spaced = Reproduction(task.table, FULL, tmp_path / "a b")
     with pytest.raises(RunError, match="no path with spaces"):
         command_for(spaced.runs(task.table.row("resnet50")), "slurm", None)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_an_installed_package_has_no_scripts(
+    launcher: str,
+    full: Callable[..., Reproduction],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = full("imagenet_300ep")
+    runs = task.runs(task.table.row("resnet50"))
+    monkeypatch.setattr("kw.study.launch.ROOT", tmp_path)
+    with pytest.raises(RunError, match=r"no such file: .*scripts/train\..*--launcher none"):
+        run_all(runs, launcher) if launcher == "torchrun" else command_for(runs, launcher)
 
 
 def test_a_detector_starts_from_its_classifier(full: Callable[..., Reproduction]) -> None:

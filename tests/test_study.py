@@ -368,5 +368,22 @@ def test_a_run_that_never_evaluated_is_refused(tmp_path: Path) -> None:
         summarise_run(tmp_path, "row", 0)
 
 
+def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for epoch, (own, average) in enumerate([(40.0, 10.0), (30.0, 50.0)], 1):
+        figures = {"top1": own, "top5": 90.0, "loss": 2.0}
+        figures |= {"ema_top1": average, "ema_top5": 80.0, "ema_loss": 1.5}
+        at = {"epoch": epoch, "iter": epoch}
+        lines.append({"mode": "train", **at, "seconds": 1.0, "loss": 3.0})
+        lines.append({"mode": "val", **at, **figures, "images": 10, "ema_images": 10})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    results = {"params": 7, "weights": "ema", "top1": 50.0, "model_top1": 30.0}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = summarise_run(tmp_path, "row", 0)
+    assert (found["top1"], found["top5"], found["loss"]) == (50.0, 80.0, 1.5)
+    assert (found["best_top1"], found["best_epoch"]) == (50.0, 2)
+    assert [point["top1"] for point in found["curve"]] == [10.0, 50.0]
+
+
 def test_the_page_of_results_is_up_to_date(tool: Tool) -> None:
     tool("scripts/render_results.py", "--check")

@@ -25,7 +25,6 @@ from ..warehouse.warehouse import Warehouse, WarehouseSettings
 from .conditions import BenchmarkError
 
 __all__ = [
-    "BenchmarkError",
     "Case",
     "LayerSource",
     "NetworkSource",
@@ -164,7 +163,7 @@ Source = NetworkSource | LayerSource
 class Variant:
     """One network of a run."""
 
-    source: int  # place among the case's sources; the static network is built from the first
+    source: Source  # what builds it
     model: str
     backend: str  # or "static"
 
@@ -201,10 +200,10 @@ class Case:
         them."""
         names = [GROUPED, *(name for name in dict.fromkeys(backends) if name != GROUPED)]
         return [
-            Variant(0, self.family, STATIC),
+            Variant(self.sources[0], self.family, STATIC),
             *(
-                Variant(i, source.name, backend)
-                for i, source in enumerate(self.sources)
+                Variant(source, source.name, backend)
+                for source in self.sources
                 for backend in (names if source.takes_backends else ["auto"])
             ),
         ]
@@ -235,14 +234,12 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BenchmarkError(f"{', '.join(twice)}: named twice; name each network once")
-    twins: list[tuple[Any, ...]] = []
     groups: list[list[Source]] = []
     for source in sources:
-        twin = source.twin()
-        if twin not in twins:
-            twins.append(twin)
-            groups.append([])
-        groups[twins.index(twin)].append(source)
+        group = next((own for own in groups if own[0].twin() == source.twin()), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(source)
     return [Case(tuple(group)) for group in groups]
 
 

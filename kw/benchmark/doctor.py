@@ -1,4 +1,4 @@
-"""What every back end does on this machine: errors against float64, times, rates of the device."""
+"""Every back end examined on this machine: errors against float64, times, rates of the device."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..warehouse.ops.device import DeviceProfile, estimated_profile
 from ..warehouse.ops.precision import as_convolutions_round
 from ..warehouse.ops.timing import draw_operands
 from ..warehouse.ops.trials import DeviceLostError, fault, tolerance
+from .timing import between, now
 
 __all__ = [
     "SHAPES",
@@ -114,9 +115,9 @@ def measure_rates(device: str) -> DeviceProfile:
 
     dense = {torch.float32: product(torch.float32)}
     scale = dense[torch.float32] / estimate.dense[torch.float32]
-    for dtype, rate in estimate.dense.items():
-        is_slow = rate < estimate.dense[torch.float32] / _SLOW  # the large one would take a minute
-        dense[dtype] = product(dtype, large // 3 if device == "cpu" and is_slow else large)
+    for dtype in estimate.dense:
+        is_slow = device == "cpu" and _is_slow(dtype, estimate)  # the large one takes a minute
+        dense[dtype] = product(dtype, large // 3 if is_slow else large)
     tf32 = 0.0
     if device == "cuda":
         x = torch.empty(1, device=device)
@@ -176,14 +177,15 @@ def examine(device: str, rates: DeviceProfile, seconds: float) -> Iterator[Findi
             # Those that wait for a measurement get one.
             plain = replace(rates, factors=dict.fromkeys(CONTRACTIONS, (1.0, 1.0)))
             predicted = {each.name: each.seconds for each in selector.predict(problem, plain)}
+        dtype = str(problem.dtype).removeprefix("torch.")
         for name, contraction in CONTRACTIONS.items():
-            dtype = str(problem.dtype).removeprefix("torch.")
-            finding = Finding(name, shape, dtype, problem.training, {})
-            refusal = contraction.refusal(problem)
-            if refusal:
+            finding = Finding(
+                name, shape, dtype, problem.training, {}, predicted=predicted.get(name)
+            )
+            if refusal := contraction.refusal(problem):
                 yield replace(finding, refusal=refusal)
             else:
-                yield _examine_one(finding, contraction, problem, predicted.get(name))
+                yield _examine_one(finding, contraction, problem)
 
 
 def examine_attention(device: str) -> str:
@@ -207,14 +209,12 @@ def examine_attention(device: str) -> str:
     return ", ".join(said)
 
 
-def _examine_one(
-    finding: Finding, contraction: Contraction, problem: Problem, predicted: float | None
-) -> Finding:
+def _examine_one(finding: Finding, contraction: Contraction, problem: Problem) -> Finding:
     try:
         library = CONTRACTIONS[selector.fallback]
         found = deviations(contraction, library, problem, torch.float64)
         took = None
-        if predicted is not None:
+        if finding.predicted is not None:
             operands = draw_operands(problem)
             took = _seconds(lambda: operands.run(contraction), problem.device)
     except DeviceLostError:
@@ -224,7 +224,7 @@ def _examine_one(
     except Exception as error:  # what a compiler, a driver or a library raises
         return replace(finding, failure=one_line(error))
     failure = fault(found, tolerance(problem.dtype, problem.device))
-    return replace(finding, deviations=found, seconds=took, predicted=predicted, failure=failure)
+    return replace(finding, deviations=found, seconds=took, failure=failure)
 
 
 def calibrated(rates: DeviceProfile, findings: list[Finding]) -> DeviceProfile:
@@ -269,11 +269,10 @@ def _seconds(run: Callable[[], object], device: str) -> float:
         torch.cuda.synchronize()
         repeat = run
     for _ in range(5):
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
+        began = now(on_gpu=True)
         for _ in range(4):
             repeat()
-        end_event.record()
+        ended = now(on_gpu=True)
         torch.cuda.synchronize()
-        times.append(start_event.elapsed_time(end_event) / 4e3)  # milliseconds
+        times.append(between(began, ended) / 4)
     return statistics.median(times)

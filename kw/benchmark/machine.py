@@ -71,7 +71,8 @@ def describe_versions(device: str) -> dict[str, str | None]:
 
 
 def describe_code() -> dict[str, Any]:
-    """The commit, and whether code or configurations differ from it; nulls outside of git."""
+    """The commit, and whether code or configurations differ from it; nulls outside of a
+    checkout."""
     commit = _git("describe", "--always", "--tags")
     changed = _git("status", "--porcelain", "--", "kw", "tools", "configs")
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
@@ -89,6 +90,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (ROOT / ".git").exists():  # installed; git would answer for a repository around it
+        return None
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30

@@ -1,15 +1,9 @@
 """The memory of a training step beyond parameters, gradients and optimizer state, in exact bytes.
 
 PyTorch's profiler records every block that PyTorch's allocators give and take back, on CPU and
-CUDA. The sum of the blocks that are alive follows from these events. Three steps are recorded and
-the peak of the third counts, so that buffers which earlier steps keep count too. Not counted are
-
-- parameters, buffers and the batch, which exist before the first step;
-- gradients and the optimizer's state, whose addresses are known after the third step;
-- what a library allocates without PyTorch's allocators.
-
-Activations kept for the backward pass, assembled kernels, temporary tensors and workspaces of
-PyTorch's and oneDNN's operators count.
+CUDA; the sum of the blocks that are alive follows. The peak of the third recorded step counts, so
+that buffers which earlier steps keep count too. Parameters, buffers and the batch exist before the
+first event; gradients and the optimizer's state are left out by their addresses, known at the end.
 
 Each network is measured in its own process, so that caches of other networks have no effect.
 """
@@ -89,12 +83,9 @@ def measure_step(step: TrainingStep) -> Memory:
         before = torch.cuda.memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS - 1):
-            step.backward(step.forward())
-            step.update()
-            step.clear()
+            step.run()
         with record_function(_WINDOW):
-            step.backward(step.forward())
-            step.update()
+            step.run(clear=False)
         if device.type == "cuda":
             torch.cuda.synchronize()
     if device.type == "cuda":

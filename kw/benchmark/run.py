@@ -63,9 +63,9 @@ def run_case(
     variants = case.variants(backends)
     try:
         if conditions.mode == "memory":
-            _measure_memory(case, variants, result)
+            _measure_memory(variants, result)
         else:
-            _measure_time(case, variants, result)
+            _measure_time(variants, result)
     finally:
         torch.set_num_threads(threads)
         if conditions.compile:
@@ -90,23 +90,23 @@ def _begin(variant: Variant, result: Result) -> Measured:
     return measured
 
 
-def _measure_memory(case: Case, variants: Sequence[Variant], result: Result) -> None:
+def _measure_memory(variants: Sequence[Variant], result: Result) -> None:
     for variant in variants:
-        measured, source = _begin(variant, result), case.sources[variant.source]
-        found = memory_of.measure_apart(source, variant.backend, result.conditions)
+        measured = _begin(variant, result)
+        found = memory_of.measure_apart(variant.source, variant.backend, result.conditions)
         if isinstance(found, str):
             measured.problem = found
         else:
             measured.memory = asdict(found)
 
 
-def _measure_time(case: Case, variants: Sequence[Variant], result: Result) -> None:
+def _measure_time(variants: Sequence[Variant], result: Result) -> None:
     conditions = result.conditions
     ready: list[tuple[Step, Measured]] = []
     for variant in variants:
         measured = _begin(variant, result)
         try:
-            step = build_step(case.sources[variant.source], variant.backend, conditions)
+            step = build_step(variant.source, variant.backend, conditions)
             measured.iterations = warm_up(step)
             ready.append((step, measured))
         except torch.OutOfMemoryError:

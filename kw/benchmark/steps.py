@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,11 +30,12 @@ class InferenceStep:
         self.inputs = inputs
         self.conditions = conditions
 
-    def forward(self) -> Tensor:
-        """The outputs."""
+    def run(self, mark: Callable[[], None]) -> None:
+        """One pass; ``mark`` is called at its end."""
         precision = DTYPES[self.conditions.dtype]
         with torch.no_grad(), autocast(precision, self.conditions.device):
-            return self.network(self.inputs)
+            self.network(self.inputs)
+        mark()
 
 
 class TrainingStep:
@@ -63,22 +66,17 @@ class TrainingStep:
             device_type=conditions.device,
         )
 
-    def forward(self) -> Tensor:
-        """The loss."""
+    def run(self, mark: Callable[[], None] = lambda: None, *, clear: bool = True) -> None:
+        """One step; ``mark`` is called after each part. Without ``clear`` gradients are kept."""
         with self.updater.forward(self.network):
-            return self.loss(self.network(self.inputs), self.targets)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of all parameters."""
+            loss = self.loss(self.network(self.inputs), self.targets)
+        mark()
         self.updater.backward(loss)
-
-    def update(self) -> None:
-        """The optimizer's step; the gradients are still there."""
+        mark()
         self.updater.step()
-
-    def clear(self) -> None:
-        """Gradients to ``None``."""
-        self.optimizer.zero_grad()
+        if clear:
+            self.optimizer.zero_grad()
+        mark()
 
 
 Step = InferenceStep | TrainingStep

@@ -9,15 +9,15 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .steps import InferenceStep, Step
+if TYPE_CHECKING:  # kw doctor needs no trainer
+    from .steps import Step
 
-__all__ = ["Slow", "interleave", "iterations_for", "time_step", "warm_up"]
+__all__ = ["Slow", "between", "interleave", "iterations_for", "now", "time_step", "warm_up"]
 
 # A CPU network takes longer for one iteration; what takes milliseconds is repeated.
 ROUND_SECONDS = 0.1
@@ -31,6 +31,20 @@ class Slow(RuntimeError):
     """A network that takes longer than :data:`LIMIT_SECONDS` for an iteration."""
 
 
+def now(on_gpu: bool) -> Any:
+    """A moment on the host's clock, or on the GPU's, which is not waited for."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds between two moments of :func:`now`, which a GPU must have come to."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
 def time_step(step: Step, iterations: int) -> list[float]:
     """Run a step several times.
 
@@ -42,27 +56,14 @@ def time_step(step: Step, iterations: int) -> list[float]:
     """
     on_gpu = step.inputs.is_cuda
     marks: list[list[Any]] = []
-
-    def mark() -> None:
-        if on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks[-1].append(event)
-        else:
-            marks[-1].append(time.perf_counter())
-
-    def seconds(start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1e3 if on_gpu else end - start  # events: milliseconds
-
     if on_gpu:
         torch.cuda.synchronize()
     for _ in range(iterations):
-        marks.append([])
-        mark()
-        _run(step, mark)
+        marks.append([now(on_gpu)])
+        step.run(lambda: marks[-1].append(now(on_gpu)))
     if on_gpu:
         torch.cuda.synchronize()
-    spans = [[seconds(a, b) for a, b in pairwise(own)] for own in marks]
+    spans = [[between(a, b) for a, b in pairwise(own)] for own in marks]
     means = [sum(part) / iterations for part in zip(*spans, strict=True)]
     return means if len(means) == 1 else [*means, sum(means)]
 
@@ -111,17 +112,3 @@ def interleave(steps: list[tuple[Step, int]], rounds: int) -> list[list[list[flo
     finally:
         (gc.enable if was_enabled else gc.disable)()
     return found
-
-
-def _run(step: Step, mark: Callable[[], None]) -> None:
-    if isinstance(step, InferenceStep):
-        step.forward()
-        mark()
-        return
-    loss = step.forward()
-    mark()
-    step.backward(loss)
-    mark()
-    step.update()
-    step.clear()
-    mark()

@@ -19,7 +19,7 @@ __all__ = ["Accuracy", "Metric"]
 
 
 class Metric(Protocol):
-    """Figures of a set that processes share out among them."""
+    """Figures of a set whose images are divided among processes."""
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: ``[B, C]`` of any floating type, and class indices ``[B]``, -1 for an
@@ -32,7 +32,7 @@ class Metric(Protocol):
 
 @METRICS.register("accuracy")
 class Accuracy:
-    """Top-1, top-5 and cross-entropy over a set that processes share out among them.
+    """Top-1, top-5 and cross-entropy over a set whose images are divided among processes.
 
     Batches may differ in size, and processes in their number of batches: nothing is averaged before
     the end. Sums stay on the device until :meth:`compute`.

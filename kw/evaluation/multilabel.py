@@ -1,4 +1,4 @@
-"""Exact figures of images that have any number of classes each.
+"""Exact metrics for images that have any number of classes each.
 
 Legend: N samples of the set, B of a batch, C classes.
 """

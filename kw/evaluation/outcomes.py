@@ -1,4 +1,4 @@
-"""What a classifier said of every image of a set, and what follows from it.
+"""A classifier's predictions for every image of a set, and statistics of them.
 
 Legend: N images of the set, B of a batch, C classes.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 __all__ = ["Calibration", "Outcomes", "calibration", "class_hits", "confusion", "worst"]
 
-_UNREADABLE, _FIRST = 1, 2  # as stored: 0 is an image that nobody has evaluated
+_UNREADABLE, _FIRST = 1, 2  # as stored: 0 is an image that no process has evaluated
 
 
 class Outcomes:
     """The five best classes of every image and the probability of the best.
 
-    Processes share the images out among them; each enters its own, and :meth:`gather` adds what
-    the others have, zeros elsewhere: exact on any number of processes.
+    Every process enters its share of the images; :meth:`gather` sums over processes, of which all
+    but one have zeros: exact on any number of processes.
 
     Args:
         images: N.
@@ -62,10 +62,10 @@ class Outcomes:
         self._confidence[places] = confidence
 
     def gather(self) -> None:
-        """Take in what other processes have: a collective call.
+        """Collect the entries of all processes: a collective call.
 
         Raises:
-            ValueError: an image was evaluated by nobody.
+            ValueError: an image was not evaluated.
         """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._best)

@@ -118,8 +118,8 @@ class PaperTable:
 class _Tables(dict[str, PaperTable]):
     """The tables by name; a wrong name is answered with the nearest."""
 
-    def __missing__(self, name: str) -> PaperTable:
-        raise ReportError(_unknown(name, self, "table"))
+    def __missing__(self, name: str) -> Any:
+        return _find(name, self, "table")
 
 
 @cache
@@ -160,13 +160,12 @@ def _table(name: str, content: dict[str, Any]) -> PaperTable:
 
 
 def _row(table: str, content: dict[str, Any], figures: tuple[Figure, ...]) -> PaperRow:
-    numbers = ("params_m", *(figure.key for figure in figures))
     texts = ("model", "source", "config", "weights", "same_run", "note")
+    numbers = ("params_m", *(figure.key for figure in figures))
+    kinds = dict.fromkeys(texts, (str,)) | dict.fromkeys(numbers, (int, float))
     where = f"{table}, model {content.get('model')!r}"
     for key, value in content.items():
-        expected: tuple[type, ...] = (str,) if key in texts else (int, float)
-        if key not in (*texts, *numbers):
-            raise ReportError(_unknown(key, (*texts, *numbers), f"{where}: key"))
+        expected = _find(key, kinds, f"{where}: key")
         if value is not None and type(value) not in expected:
             raise ReportError(f"{where}: {key} = {value!r}: expected {expected[-1].__name__}")
     if content.get("source") not in SOURCES:
@@ -180,9 +179,5 @@ def _row(table: str, content: dict[str, Any], figures: tuple[Figure, ...]) -> Pa
 
 def _find(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
-        raise ReportError(_unknown(name, known, what))
+        raise ReportError(f"{what} {name!r}: there is none of that name{valid_names(name, known)}")
     return known[name]
-
-
-def _unknown(name: str, known: Any, what: str) -> str:
-    return f"{what} {name!r}: there is none of that name{valid_names(name, known)}"

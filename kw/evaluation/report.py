@@ -1,4 +1,4 @@
-"""What finished runs say about themselves, and tables of it.
+"""Results of finished runs, and tables of them.
 
 Reads work directories as the engine writes them (``results.json``, ``log.jsonl``).
 """
@@ -25,7 +25,7 @@ _FIGURE = (int, float)
 
 
 class ReportError(UserError):
-    """A work directory or a family's metafile is not what was looked for."""
+    """A work directory, a summary or a file of tables is missing or wrong."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Run:
             if line["mode"] == mode and line[key] is not None:  # null: not one finite value
                 points.setdefault(line["epoch"], []).append(line[key])
         return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
+
+    @property
+    def judged_by(self) -> str:
+        """Prefix of its figures in the log: ``ema_`` where the average of weights stands for it."""
+        return "ema_" if self.results["weights"] == "ema" else ""
 
     @property
     def hours(self) -> float:

@@ -1,19 +1,6 @@
-"""ImageNet's other test sets, as their authors lay them out: their files, and what counts as right.
+"""ImageNet's other test sets: files in their authors' layouts, and which predictions are right.
 
-========== ============================================== ==========================================
-name       layout                                         what counts
-========== ============================================== ==========================================
-``real``   ``real.json``, a list of labels for each of    any of an image's labels; images without
-           the original images, in the order of their     any are left out
-           names
-``v2``     folders ``0`` ... ``999``: *numbers* of        all logits
-           classes
-``a``      200 folders of classes, ``n01498041`` ...      logits of the folders' classes
-``r``      200 folders of classes, ``n01443537`` ...      logits of the folders' classes
-``sketch`` 1,000 folders of classes                       all logits
-``c``      ``[noise/]gaussian_noise/SEVERITY/CLASS``,     all logits; mean corruption error
-           severities 1 to 5
-========== ============================================== ==========================================
+:data:`SETS` has the layouts; docs/evaluation.md says what counts in each set.
 
 Sources: ReaL, Beyer et al., *Are we done with ImageNet?*, arXiv:2006.07159, and its repository
 google-research/reassessed-imagenet. V2, Recht et al., ICML 2019. A, Hendrycks et al., *Natural
@@ -63,30 +50,20 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class TestSet:
-    """Images to evaluate, and what counts as right.
-
-    Attributes:
-        name: ``"val"``, or a key of :data:`SETS`.
-        title: for people.
-        listing: files, labels, and the classes of the model.
-        subset: classes whose logits count; ``None`` for all.
-        accepted: ``[N, K]``, the labels that are right for each image, where there may be several;
-            an image's fewer are repeated.
-        groups: ``(corruption, severity)`` in the order of the files; with ``group``.
-        group: ``[N]``, the group of each image.
-        complete: whether it has as many images as the authors'; ``None`` where there are none.
-    """
+    """Images to evaluate, and what counts as right."""
 
     __test__ = False  # no class of tests
 
-    name: str
-    title: str
-    listing: Listing
-    subset: Sequence[int] | None = None
+    name: str  # "val", or a key of SETS
+    title: str  # for people
+    listing: Listing  # files, labels, and the classes of the model
+    subset: Sequence[int] | None = None  # classes whose logits count; None for all
+    # [N, K], the labels that are right for each image, where there may be several; an image's fewer
+    # are repeated
     accepted: Any = None
-    groups: Sequence[tuple[str, int]] = ()
-    group: Any = None
-    complete: bool | None = None
+    groups: Sequence[tuple[str, int]] = ()  # (corruption, severity) in the order of the files
+    group: Any = None  # [N], the place in groups of each image
+    complete: bool | None = None  # whether it has as many images as the authors'; None for "val"
 
     def hits(self, best: Any) -> Any:
         """Which of an image's best classes, ``[N, 5]``, are right: a boolean array like it."""
@@ -235,16 +212,15 @@ def _real_labels(root: Path | None) -> tuple[list[list[int]], str]:
 
 
 def _read_numbers(root: Path | None, classes: Sequence[str], _: Any) -> Content:
-    folders = _folders(root)
-    if wrong := [n for n in folders if not (n.isdecimal() and int(n) < len(wnids()))]:
+    folders, names = _folders(root), {str(i): name for i, name in enumerate(wnids())}
+    if wrong := [number for number in folders if number not in names]:
         raise DataError(f"{root}: folder {wrong[0]!r} is no number of a class, 0 to 999")
-    places = _places([wnids()[int(n)] for n in folders], classes)
-    return {"listing": _listing(folders.values(), places, classes)}
+    named = {names[number]: folder for number, folder in folders.items()}
+    return {"listing": _listing(named, classes)}
 
 
 def _read_names(root: Path | None, classes: Sequence[str], _: Any) -> Content:
-    folders = _folders(root)
-    return {"listing": _listing(folders.values(), _places(list(folders), classes), classes)}
+    return {"listing": _listing(_folders(root), classes)}
 
 
 def _read_subset(root: Path | None, classes: Sequence[str], _: Any) -> Content:
@@ -268,8 +244,7 @@ def _read_corruptions(root: Path | None, classes: Sequence[str], _: Any) -> Cont
     groups = [(name, int(level)) for name in found for level in _SEVERITIES]
     counts = []
     for name, level in groups:
-        folders = _folders(found[name][str(level)])
-        part = _listing(folders.values(), _places(list(folders), classes), classes)
+        part = _listing(_folders(found[name][str(level)]), classes)
         files += map(str, part.files)
         labels += part.labels
         counts.append(len(part.files))
@@ -310,21 +285,21 @@ def _folders(root: Path | None) -> dict[str, Path]:
     return {name: root / name for name in names}
 
 
-def _listing(folders: Any, labels: Sequence[int], classes: Sequence[str]) -> Listing:
-    """The images of folders, each of one class.
+def _listing(folders: Mapping[str, Path], classes: Sequence[str]) -> Listing:
+    """The images of folders by class.
 
     Raises:
-        DataError: a folder has no image.
+        DataError: a folder has no image, or the model lacks its class.
     """
     files: list[Path] = []
-    each: list[int] = []
-    for folder, label in zip(folders, labels, strict=True):
-        before = len(files)
-        files += walk_images(folder)
-        if len(files) == before:
+    labels: list[int] = []
+    for folder, label in zip(folders.values(), _places(list(folders), classes), strict=True):
+        found = list(walk_images(folder))
+        if not found:
             raise DataError(f"{folder} has no image")
-        each += [label] * (len(files) - before)
-    return Listing(files, each, list(classes))
+        files += found
+        labels += [label] * len(found)
+    return Listing(files, labels, list(classes))
 
 
 def _places(names: Sequence[str], classes: Sequence[str]) -> list[int]:

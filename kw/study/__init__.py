@@ -1,4 +1,4 @@
-"""Many runs, and a table of them: studies, and published tables trained and measured again.
+"""Many runs and a table of them: studies, and reproductions of published tables.
 
 A study's file (:mod:`files`) and a published table (:mod:`published`, smaller by :mod:`scale`) say
 which :mod:`runs` there are. :mod:`launch` starts what is not done. :mod:`summary` tabulates a

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,13 @@ class _StudyFile:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a file.
+    """The runs of a file."""
 
-    Attributes:
-        name: the file's.
-        home: folder of the runs.
-        rows: names of the rows, in the file's order.
-        options: settings over every row's own, to be read; a run has those it is started with.
-        runs: seed by seed, so that a table is whole before it has a second seed.
-    """
-
-    name: str
-    home: Path
-    rows: tuple[str, ...]
-    options: tuple[str, ...]
-    runs: tuple[Run, ...]
+    name: str  # the file's
+    home: Path  # folder of the runs
+    rows: tuple[str, ...]  # names, in the file's order
+    options: tuple[str, ...]  # settings over the rows' own, for readers
+    runs: tuple[Run, ...]  # seed by seed, so that a table is whole before it has a second seed
 
 
 def load_study(
@@ -82,33 +75,32 @@ def load_study(
     home = Path("work_dirs", path.stem) if home is None else home
     file = check_tree(read_config(path), Schema(_StudyFile, _check_rows))
     shared = [as_option(*item) for item in file.options.items()] + [*options]
-    rows: dict[str, tuple[Path, list[str], str | None]] = {}
+    runs: dict[int, list[Run]] = {seed: [] for seed in file.seeds}
     said = list(shared)
     if file.temperature_epochs is not None:
         said.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
     for name in file.rows:
         variant = file.variants.get(name) or _Variant(name)
         config = path.parent / variant.config
-        anneals = load_config(config, check_model_name=False).temperature_epochs > 0
+        row = name if name in file.variants else config.stem
         further = [as_option(*item) for item in variant.options.items()]
         row_options = [*shared, *further]
-        if file.temperature_epochs is not None and anneals:
+        recipe = load_config(config, check_model_name=False)
+        if file.temperature_epochs is not None and recipe.temperature_epochs > 0:
             row_options.insert(0, f"temperature_epochs={file.temperature_epochs}")
         load_config(config, row_options, check_model_name=False)
-        row = name if name in file.variants else config.stem
-        rows[row] = config, row_options, variant.continues
-        if further or variant.continues:
-            start = [f"continues {variant.continues}"] if variant.continues else []
+        start = [f"continues {variant.continues}"] if variant.continues else []
+        if start or further:
             said.append(f"{row}: {' '.join([*start, *further])}")
-    runs = []
-    for seed in file.seeds:
-        for row, (config, row_options, continues) in rows.items():
+        for seed, of_seed in runs.items():
             own, needs = [*row_options, f"seed={seed}"], None
-            if continues is not None:
-                before = home / f"{continues}_seed{seed}"
+            if variant.continues is not None:
+                before = home / f"{variant.continues}_seed{seed}"
                 own, needs = [*own, f"model.weights={before / 'last.pth'}"], before / "finished"
-            runs.append(Run(row, seed, home, f"{row}_seed{seed}", config, tuple(own), needs))
-    return Study(path.stem, home, tuple(rows), tuple(said), tuple(runs))
+            of_seed.append(Run(row, seed, home, f"{row}_seed{seed}", config, tuple(own), needs))
+    every = tuple(chain.from_iterable(runs.values()))
+    rows = tuple(dict.fromkeys(run.row for run in every))
+    return Study(path.stem, home, rows, tuple(said), every)
 
 
 def _check_rows(file: _StudyFile, expect: Any) -> None:

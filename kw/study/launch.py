@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.interruption import on_signals
-from .runs import Jobs, Run, RunError, State, find_state, locked, reason, record
+from .runs import Run, RunError, State, find_state, locked, note_jobs, reason, record
 from .settings import differences, read_settings, resolved_text
 
 __all__ = ["LAUNCHERS", "command_for", "run_all", "submit", "unfinished"]
@@ -35,7 +36,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         gpus: processes of torchrun, or GPUs of a job's machine; None leaves it to the scripts.
 
     Raises:
-        RunError: slurm's script cannot use one of the paths.
+        RunError: the launcher's script is not here, or slurm's cannot use one of the paths.
     """
     python = f"PYTHON={sys.executable}"
     if launcher == "slurm":
@@ -50,58 +51,29 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
             words += ["--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
-        return [*words, str(ROOT / "scripts/train.slurm"), *configs]
+        return [*words, _script("train.slurm"), *configs]
     (run,) = runs
     rest = [str(run.config.absolute()), "--work-dir", str(run.work_dir.absolute())]
     options = ["--cfg-options", *run.options] if run.options else []
     if launcher == "torchrun":
         processes = [] if gpus is None else [f"PROCESSES={gpus}"]
-        script = str(ROOT / "scripts/train.sh")
-        return ["env", python, *processes, script, *rest, *options]
+        return ["env", python, *processes, _script("train.sh"), *rest, *options]
     return [sys.executable, "-m", "kw", "train", *rest, "--resume", *options]
+
+
+def _script(name: str) -> str:
+    path = ROOT / "scripts" / name
+    if not path.is_file():
+        raise RunError(f"no such file: {path}: a checkout has it; --launcher none needs none")
+    return str(path)
 
 
 def unfinished(runs: Iterable[Run]) -> Iterator[tuple[Run, State]]:
     """The runs that are not done, with their states."""
-    jobs: dict[Path, Jobs] = {}
     for run in runs:
-        state = find_state(run, jobs.setdefault(run.home, Jobs(run.home)))
+        state = find_state(run)
         if state.kind != "done":
             yield run, state
-
-
-class _Stop:
-    """Forwards a signal to end to the running trainings, and records it."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.children: set[subprocess.Popen[bytes]] = set()
-
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        for child in list(self.children):
-            child.send_signal(signal.SIGTERM)
-
-    def wait(
-        self, command: list[str], output: IO[bytes], descriptor: int, threads: int | None
-    ) -> int:
-        """Run a command to its end; it inherits the run's lock."""
-        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **own},
-            pass_fds=(descriptor,),
-        )
-        self.children.add(child)
-        if self.asked:  # between the question and the start
-            child.send_signal(signal.SIGTERM)
-        try:
-            return child.wait()
-        finally:
-            self.children.discard(child)
 
 
 def run_all(
@@ -125,31 +97,14 @@ def run_all(
         An exit status: 0 if all are done, 1 if one failed or waits for another's, 75 if the rest
         was interrupted or is run by another process.
     """
-    stop = _Stop()
-    started: dict[Path, Future[int]] = {}
-
-    def train(run: Run, label: str) -> int:
-        # Runs start in order, so that the one before has a thread already.
-        before = None if run.needs is None else started.get(run.needs.parent)
-        if before is not None and (status := before.result()) != 0 and not stop.asked:
-            assert run.needs is not None
-            how = "failed" if status == 1 else "is not done"
-            _say(f"{label}: left out, {run.needs.parent.name} {how}", status)
-            return status
-        if stop.asked:
-            return EXIT_INTERRUPTED
-        try:
-            status, said = _train(run, label, launcher, gpus, threads, stop)
-        except RunError as error:
-            status, said = EXIT_INTERRUPTED, str(error)
-        _say(f"{label}: {said}", status)
-        return status
-
-    with on_signals(stop.pass_on), ThreadPoolExecutor(jobs) as pool:
+    if launcher == "torchrun":
+        _script("train.sh")  # or every run would look for it
+    trainings = _Trainings(launcher, gpus, threads)
+    with on_signals(trainings.stop), ThreadPoolExecutor(jobs) as pool:
         for number, run in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {run.name}"
-            started[run.work_dir] = pool.submit(train, run, label)
-        ends = {path.name: future.result() for path, future in started.items()}
+            trainings.ends[run.work_dir] = pool.submit(trainings.train, run, label)
+        ends = {path.name: future.result() for path, future in trainings.ends.items()}
     if failed := [name for name, status in ends.items() if status == 1]:
         _say(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", 1)
     return 1 if failed else max(ends.values(), default=0)
@@ -160,39 +115,89 @@ def _say(text: str, status: int = 0) -> None:
     print(f"{text}\n", end="", flush=True, file=sys.stderr if status == 1 else sys.stdout)
 
 
-def _train(
-    run: Run, label: str, launcher: str, gpus: int | None, threads: int | None, stop: _Stop
-) -> tuple[int, str]:
-    """Train one run if it is not done; its exit status as :func:`run_all` counts it, and why."""
-    with locked(run) as descriptor:
-        other = _conflict(run)
-        if other is not None:
-            return 1, other
+class _Trainings:
+    """Trainings started by this process, in its threads; a signal to end is forwarded to them."""
+
+    def __init__(self, launcher: str, gpus: int | None, threads: int | None) -> None:
+        self.command = partial(command_for, launcher=launcher, gpus=gpus)
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        self.environment = {**os.environ, **own}
+        self.ends: dict[Path, Future[int]] = {}  # exit statuses by work directory
+        self.asked = False  # to end
+        self.children: set[subprocess.Popen[bytes]] = set()
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for child in list(self.children):
+            child.send_signal(signal.SIGTERM)
+
+    def train(self, run: Run, label: str) -> int:
+        """Train one run, after the one that it needs; its exit status as run_all counts it."""
+        # Runs start in order, so that the one before has a thread already.
+        before = None if run.needs is None else self.ends.get(run.needs.parent)
+        status = 0 if before is None else before.result()
+        if self.asked:
+            return EXIT_INTERRUPTED
+        if status != 0:
+            assert run.needs is not None
+            how = "failed" if status == 1 else "is not done"
+            said = f"left out, {run.needs.parent.name} {how}"
+        else:
+            try:
+                with locked(run) as descriptor:
+                    status, said = self._train(run, label, descriptor)
+            except RunError as error:
+                status, said = EXIT_INTERRUPTED, str(error)
+        _say(f"{label}: {said}", status)
+        return status
+
+    def _train(self, run: Run, label: str, descriptor: int) -> tuple[int, str]:
+        """Train one run if it is not done; its exit status, and how it ended."""
         state = find_state(run, ours=True)
+        if obstacle := _obstacle(run, state):
+            return 1, obstacle
         if state.kind == "done":
             run.finished.touch()  # a launcher that was killed may not have come to it
             return 0, "done already"
-        if state.kind in ("waits", "queued", "running"):
-            return 1 if state.kind == "waits" else EXIT_INTERRUPTED, str(state)
+        if state.kind in ("queued", "running"):
+            return EXIT_INTERRUPTED, str(state)
         run.work_dir.mkdir(parents=True, exist_ok=True)
         _say(f"{label}: {'goes on' if state.epochs else 'begins'}; output in {run.output}")
-        command = command_for([run], launcher, gpus)
+        command = self.command([run])
         began = time.monotonic()
         with open(run.output, "ab") as output:
             start = output.tell()
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
-            status = stop.wait(command, output, descriptor, threads)
-        if stop.asked and status != 0:
+            status = self._wait(command, output, descriptor)
+        if self.asked and status != 0:
             status = EXIT_INTERRUPTED
         why = reason(run.output, start) if status else ""
         record(run, status, why)
-    if status == 0:
-        return 0, f"finished in {(time.monotonic() - began) / 60:.1f} minutes"
-    if status == EXIT_INTERRUPTED:
-        return status, "interrupted; run the same command again"
-    ended = f"signal {-status}" if status < 0 else f"status {status}"
-    return 1, f"failed ({ended}): {why}"
+        if status == 0:
+            return 0, f"finished in {(time.monotonic() - began) / 60:.1f} minutes"
+        if status == EXIT_INTERRUPTED:
+            return status, "interrupted; run the same command again"
+        ended = f"signal {-status}" if status < 0 else f"status {status}"
+        return 1, f"failed ({ended}): {why}"
+
+    def _wait(self, command: list[str], output: IO[bytes], descriptor: int) -> int:
+        """Run a command to its end; it inherits the run's lock."""
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            pass_fds=(descriptor,),
+        )
+        self.children.add(child)
+        if self.asked:  # between the question and the start
+            child.send_signal(signal.SIGTERM)
+        try:
+            return child.wait()
+        finally:
+            self.children.discard(child)
 
 
 def submit(runs: Sequence[Run], gpus: int | None) -> int:
@@ -209,15 +214,14 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
     status = 0
     chosen: dict[Path, list[Run]] = {}
     for run, state in unfinished(runs):
-        other = _conflict(run)
-        if other is not None or state.kind == "waits":
-            _say(f"{run.name}: {other or state}", 1)
+        if obstacle := _obstacle(run, state):
+            _say(f"{run.name}: {obstacle}", 1)
             status = 1
         elif state.kind in ("queued", "running"):
             _say(f"{run.name}: {state}")
         else:
             chosen.setdefault(run.home, []).append(run)
-    for home, own in chosen.items():
+    for own in chosen.values():
         command = command_for(own, "slurm", gpus)
         for run in own:
             run.resolved.parent.mkdir(parents=True, exist_ok=True)
@@ -228,26 +232,25 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
         array = done.stdout.strip().split(";")[0]  # --parsable: JOB[;CLUSTER]
         for run in own:
             run.file("json").unlink(missing_ok=True)
-        Jobs(home).add(array, [run.name for run in own])
+        note_jobs(own, array)
         _say(f"job {array}: {', '.join(run.name for run in own)}")
     if not chosen:
         _say("nothing to submit")
     return status
 
 
-def _conflict(run: Run) -> str | None:
-    """Why a run cannot be continued: it was begun with other settings."""
+def _obstacle(run: Run, state: State) -> str | None:
+    """Why a run cannot be started: it was begun with other settings, or waits for another."""
     begun = run.work_dir / f"config{run.config.suffix}"
     # A run that ended before its first checkpoint starts again, with any settings.
-    if not begun.is_file() or not any(run.work_dir.glob("epoch_*.pth")):
-        return None
-    try:
-        different = differences(read_settings(begun), read_settings(run.config, run.options))
-    except UserError as error:
-        return f"{begun} cannot be read: {error}"
-    if not different:
-        return None
-    return (
-        f"{run.work_dir} was begun with other settings ({'; '.join(different)}): give those, "
-        "choose another --work-dir, or delete it"
-    )
+    if begun.is_file() and any(run.work_dir.glob("epoch_*.pth")):
+        try:
+            different = differences(read_settings(begun), read_settings(run.config, run.options))
+        except UserError as error:
+            return f"{begun} cannot be read: {error}"
+        if different:
+            return (
+                f"{run.work_dir} was begun with other settings ({'; '.join(different)}): give "
+                "those, choose another --work-dir, or delete it"
+            )
+    return str(state) if state.kind == "waits" else None

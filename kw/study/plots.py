@@ -15,19 +15,12 @@ __all__ = ["Curve", "Dot", "plot_curves", "plot_dots", "run_curve"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A run over its epochs, or the mean of several.
+    """A run over its epochs, or the mean of several."""
 
-    Attributes:
-        row: name of the line; those of one name share their colour.
-        loss: ``(epoch, value)`` of the training loss.
-        score: likewise of what is evaluated.
-        level: a published figure to compare the score with.
-    """
-
-    row: str
-    loss: Sequence[tuple[int, float]]
-    score: Sequence[tuple[int, float]]
-    level: float | None = None
+    row: str  # name of the line; those of one name share their colour
+    loss: Sequence[tuple[int, float]]  # epoch and value of the training loss
+    score: Sequence[tuple[int, float]]  # likewise of what is evaluated
+    level: float | None = None  # a published figure to compare the score with
 
 
 def run_curve(
@@ -35,15 +28,9 @@ def run_curve(
 ) -> Curve:
     """A run's curve, of the average of weights where that is what the run is judged by.
 
-    Args:
-        run: what it left.
-        row: name of the line.
-        result: the score's key in ``log.jsonl``.
-        scale: from its unit to that of the picture.
-        level: as of :class:`Curve`.
+    ``result`` is the score's key in ``log.jsonl``, ``scale`` leads from its unit to the picture's.
     """
-    key = ("ema_" if run.results["weights"] == "ema" else "") + result
-    score = [(epoch, value * scale) for epoch, value in run.curve("val", key)]
+    score = [(epoch, value * scale) for epoch, value in run.curve("val", run.judged_by + result)]
     return Curve(row, run.curve("train", "loss"), score, level)
 
 
@@ -65,10 +52,7 @@ _DOTS = {  # filled: measured here
 
 
 def plot_curves(curves: Sequence[Curve], score: str, path: Path) -> Path:
-    """Training loss and a score of this name over epochs, a line for every curve.
-
-    Returns:
-        The path.
+    """Training loss and a score of this name over epochs, a line for every curve; the path.
 
     Raises:
         PictureError: matplotlib is missing, or the file cannot be written.
@@ -100,15 +84,9 @@ def plot_curves(curves: Sequence[Curve], score: str, path: Path) -> Path:
 
 
 def plot_dots(panels: Mapping[str, Sequence[Dot]], score: str, path: Path) -> Path:
-    """A score of this name over what it costs, with names beside the dots.
+    """A score of this name over what it costs, with names beside the dots; the path.
 
-    Args:
-        panels: dots by the name of the horizontal axis, which is logarithmic.
-        score: its name.
-        path: of the picture.
-
-    Returns:
-        The path.
+    ``panels`` has the dots by the name of the horizontal axis, which is logarithmic.
 
     Raises:
         PictureError: matplotlib is missing, or the file cannot be written.

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError
+from ..config.loading import read_option
 from ..config.names import configs
 from ..config.tree import flat_settings
 from ..errors import UserError
@@ -24,21 +26,13 @@ _WEIGHTS = "model.backbone.weights"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table, at a scale, in a folder.
-
-    Attributes:
-        table: the published one.
-        scale: how its recipes are scaled.
-        root: folder of all tables.
-        seeds: runs of every row.
-        options: ``--cfg-options`` for all of them.
-    """
+    """A table, at a scale, in a folder."""
 
     table: PaperTable
     scale: Scale
-    root: Path
-    seeds: int = 1
-    options: tuple[str, ...] = ()
+    root: Path  # folder of all tables
+    seeds: int = 1  # runs of every row
+    options: tuple[str, ...] = ()  # --cfg-options for all of them
 
     @property
     def base(self) -> Path:
@@ -70,9 +64,7 @@ class Reproduction:
     def runs(self, row: PaperRow, *, more: bool = False) -> list[Run]:
         """The runs of a row; none where it has no configuration, or is not a training.
 
-        Args:
-            row: of the table.
-            more: further seeds as well, of which there are work directories.
+        With ``more`` also further seeds, of which there are work directories.
         """
         if row.config is None or self.table.kind == "latency":
             return []
@@ -94,10 +86,10 @@ class Reproduction:
         return Run(row.model, seed, home, name, CONFIGS / str(row.config), needs=needs)
 
     @property
-    def _given(self) -> dict[str, str]:
-        """The dotted keys of the options and their values as text."""
-        pairs = (option.partition("=") for option in self.options)
-        return {key.strip(): value for key, _, value in pairs}
+    def _given(self) -> dict[str, Any]:
+        """The settings of the options by dotted key."""
+        trees = (flat_settings(read_option(option).plain()) for option in self.options)
+        return {key: value for tree in trees for key, value in tree.items()}
 
     def prepare_data(self) -> Path | None:
         """Generate the scale's data set where ``--cfg-options`` names none.
@@ -132,41 +124,33 @@ class Reproduction:
     def resolve(self, run: Run, data: Path | None = None) -> Run:
         """A run with its options: the scale's settings, then ``--cfg-options``.
 
-        Args:
-            run: one of this table's.
-            data: what :meth:`prepare_data` gave.
+        ``data`` is what :meth:`prepare_data` gave.
 
         Raises:
             ConfigError: they do not fit together; the message names the row.
         """
-        own = flat_settings(read_settings(run.config))
-        given = self._given
+        own, given = flat_settings(read_settings(run.config)), self._given
         settings = self.scale.settings({**own, "task": self.table.kind})
-        epochs = int(_number(given.get("epochs")) or settings.get("epochs", own["epochs"]))
-        settings = {**epochs_scaled(own, epochs), **settings}
+        epochs = {**own, **settings, **given}["epochs"]
+        if type(epochs) is int and epochs > 0:  # what else it is, is told below
+            settings = {**epochs_scaled(own, epochs), **settings}
         if run.needs is not None:
             settings[_WEIGHTS] = str(run.needs)
-        root = Path(given["data.root"].strip("'\" ")) if "data.root" in given else data
         # Launchers start in other folders.
-        root = Path(root or own["data.root"]).expanduser().absolute()
+        root = Path(str(given.get("data.root") or data or own["data.root"])).expanduser().absolute()
         counts = self.scale.rules and self.table.kind == "classification"
         if counts and "model.num_classes" not in {**settings, **given}:
             settings["model.num_classes"] = _count_classes(root)
         chosen = [as_option(key, value) for key, value in settings.items() if key not in given]
         chosen += [*self.options, as_option("data.root", str(root))]
-        if run.seed:
-            first = _number(given.get("seed"))
-            chosen.append(as_option("seed", (own["seed"] if first is None else first) + run.seed))
+        first = {**own, **given}["seed"]
+        if run.seed and type(first) is int:
+            chosen.append(as_option("seed", first + run.seed))
         try:
             read_settings(run.config, chosen)
         except ConfigError as error:
             raise ConfigError(*(f"row {run.row}: {line}" for line in error.problems)) from error
         return replace(run, options=tuple(chosen))
-
-
-def _number(text: str | None) -> int | None:
-    """An option's value where it is a whole number; what else it is, is told elsewhere."""
-    return int(text) if text is not None and text.strip().isdecimal() else None
 
 
 def _count_classes(root: Path) -> int:

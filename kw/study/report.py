@@ -16,7 +16,7 @@ from ..pictures.coefficients import PictureError
 from ..pictures.style import check_matplotlib
 from .plots import Curve, Dot, plot_curves, plot_dots, run_curve
 from .published import CONFIGS, Reproduction
-from .runs import Jobs, Run, State, find_state
+from .runs import Run, State, find_state
 from .settings import differences, read_settings
 
 __all__ = ["RowReport", "collect", "overview", "write_report"]
@@ -30,32 +30,19 @@ Costs = tuple[int | None, int | None, int | None]
 
 @dataclass
 class RowReport:
-    """A row, published and measured.
+    """A row, published and measured."""
 
-    Attributes:
-        row: the published figures.
-        states: of its runs; empty where there is nothing to run.
-        costs: of the network, :data:`Costs`.
-        runs: how many are done.
-        figures: means over them by the figures' keys, in the table's units: of each run the best
-            epoch's.
-        spread: standard deviations over several, likewise.
-        hours: of training, the mean.
-        deviations: differences of their recipe from the shipped one.
-        curves: of all runs that have begun.
-        problem: why a run cannot be read.
-    """
-
-    row: PaperRow
-    states: Sequence[State]
+    row: PaperRow  # the published figures
+    states: Sequence[State]  # of its runs; empty where there is nothing to run
     costs: Costs = (None, None, None)
-    runs: int = 0
+    runs: int = 0  # how many are done
+    # means over them by the figures' keys, in the table's units: of each run the best epoch's
     figures: Mapping[str, float] = field(default_factory=dict)
-    spread: Mapping[str, float] = field(default_factory=dict)
-    hours: float = 0.0
-    deviations: Sequence[str] = ()
-    curves: Sequence[Curve] = ()
-    problem: str = ""
+    spread: Mapping[str, float] = field(default_factory=dict)  # standard deviations over several
+    hours: float = 0.0  # of training, the mean
+    deviations: Sequence[str] = ()  # of their recipe from the shipped one
+    curves: Sequence[Curve] = ()  # of all runs that have begun
+    problem: str = ""  # why a run cannot be read
 
     @property
     def state(self) -> str:
@@ -120,8 +107,7 @@ def collect(task: Reproduction, rows: Sequence[PaperRow]) -> list[RowReport]:
 
 def _collect_row(task: Reproduction, row: PaperRow) -> RowReport:
     runs = task.runs(row, more=True)
-    jobs = Jobs(runs[0].home if runs else task.folder)
-    report = RowReport(row, [find_state(run, jobs) for run in runs])
+    report = RowReport(row, [find_state(run) for run in runs])
     report.curves = [curve for run in runs if (curve := _curve(task, row, run)) is not None]
     done = [run for run, state in zip(runs, report.states, strict=True) if state.kind == "done"]
     try:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,16 @@ from typing import Any
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.saving import write_json
 
-__all__ = ["Jobs", "Run", "RunError", "State", "find_state", "locked", "reason", "record"]
+__all__ = [
+    "Run",
+    "RunError",
+    "State",
+    "find_state",
+    "locked",
+    "note_jobs",
+    "reason",
+    "record",
+]
 
 # A tool's message about a mistake, or an exception. torchrun adds one of its own after either.
 _ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
@@ -30,25 +39,15 @@ class RunError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row with a seed.
-
-    Attributes:
-        row: name of its row.
-        seed: which of the row's runs it is.
-        home: folder of the runs of its study or table.
-        name: of its work directory.
-        config: the configuration.
-        options: ``a.b=value`` settings over the configuration's.
-        needs: a file of another run's work directory that must exist first.
-    """
+    """One training: a row with a seed."""
 
     row: str
     seed: int
-    home: Path
-    name: str
+    home: Path  # folder of the runs of its study or table
+    name: str  # of its work directory
     config: Path
-    options: tuple[str, ...] = ()
-    needs: Path | None = None
+    options: tuple[str, ...] = ()  # a.b=value, over the configuration's settings
+    needs: Path | None = None  # a file of another run's work directory that must exist first
 
     @property
     def work_dir(self) -> Path:
@@ -77,20 +76,12 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run.
+    """The state of a run."""
 
-    Attributes:
-        kind: ``not run``, ``waits``, ``queued``, ``running``, ``interrupted``, ``failed``,
-            ``done``.
-        epoch: epochs evaluated.
-        epochs: of the whole run; 0 where nothing has begun.
-        why: of a failure, or what it waits for.
-    """
-
-    kind: str
-    epoch: int = 0
-    epochs: int = 0
-    why: str = ""
+    kind: str  # not run, waits, queued, running, interrupted, failed, done
+    epoch: int = 0  # epochs evaluated
+    epochs: int = 0  # of the whole run; 0 where nothing has begun
+    why: str = ""  # of a failure, or what it waits for
 
     def __str__(self) -> str:
         where = f" at epoch {self.epoch} of {self.epochs}" if self.epochs else ""
@@ -141,24 +132,11 @@ def record(run: Run, status: int, why: str = "") -> None:
         run.finished.touch()
 
 
-def _recorded(run: Run) -> tuple[int | None, str]:
-    try:
-        found = json.loads(run.file("json").read_text())
-        return int(found["status"]), str(found["why"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None, ""
-
-
 def reason(log: Path, start: int = 0) -> str:
-    """The reason why a process ended, read from its output.
+    """The reason why a process ended, from its output after ``start`` bytes of earlier attempts.
 
-    Args:
-        log: the output.
-        start: bytes of earlier attempts.
-
-    Returns:
-        The last line in which a tool names a mistake; else an exception's; else the last line that
-        is not empty.
+    It is the last line in which a tool names a mistake; else an exception's; else the last line
+    that is not empty.
     """
     try:
         with open(log, "rb") as file:
@@ -173,108 +151,76 @@ def reason(log: Path, start: int = 0) -> str:
     return said[-1][:300] if said else ""
 
 
-class Jobs:
-    """Jobs of a folder's runs in slurm's queue, which is asked once.
-
-    Args:
-        home: folder of the runs.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self._file = home / "launch" / "jobs.json"
-        try:
-            self._jobs: dict[str, str] = json.loads(self._file.read_text())
-        except (OSError, ValueError):
-            self._jobs = {}
-        self._states: dict[str, str] | None = None
-
-    def add(self, array: str, names: list[str]) -> None:
-        """Note that an array's job ``i`` trains ``names[i]``."""
-        self._jobs |= {name: f"{array}_{i}" for i, name in enumerate(names)}
-        self._states = None
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(self._jobs, indent=1) + "\n")
-
-    def output(self, run: Run) -> Path | None:
-        """The output of a run's last job."""
-        job = self._jobs.get(run.name)
-        return None if job is None else self._file.parent / f"slurm-{job}.out"
-
-    def state(self, run: Run) -> str:
-        """Slurm's state of a run's job; empty if it is not in the queue."""
-        job = self._jobs.get(run.name)
-        if job is None:
-            return ""
-        if self._states is None:
-            self._states = _queue({job.split("_")[0] for job in self._jobs.values()})
-        return self._states.get(job, "")
+def note_jobs(runs: Sequence[Run], array: str) -> None:
+    """Note that job ``i`` of an array of slurm trains ``runs[i]``; all are of one folder."""
+    path = runs[0].home / "launch" / "jobs.json"
+    jobs = _object(_text(path)) | {run.name: f"{array}_{i}" for i, run in enumerate(runs)}
+    path.write_text(json.dumps(jobs, indent=1) + "\n")
 
 
-def _queue(arrays: set[str]) -> dict[str, str]:
-    """State by job, of those that are queued or running; empty where there is no slurm."""
+def _job(run: Run) -> tuple[str, Path | None]:
+    """Slurm's state of a run's last job, empty if it is not in the queue; the job's output."""
+    job = _object(_text(run.home / "launch" / "jobs.json")).get(run.name)
+    if job is None:
+        return "", None
+    output = run.home / "launch" / f"slurm-{job}.out"
     if shutil.which("squeue") is None:
-        return {}
+        return "", output
     # -r: one line for each job of an array. squeue fails for jobs that slurm no longer knows.
-    command = ["squeue", "-h", "-r", "-o", "%i %T", "-j"]
-    found: dict[str, str] = {}
-    for array in arrays:
-        done = subprocess.run([*command, array], capture_output=True, text=True, check=False)
-        lines = [line.split() for line in done.stdout.splitlines()]
-        found |= {words[0]: words[1] for words in lines if len(words) == 2}
-    return found
+    command = ["squeue", "-h", "-r", "-o", "%i %T", "-j", job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(rf"^\s*{job}\s+(\w+)", done.stdout, re.MULTILINE)
+    return found[1] if found else "", output
 
 
-def find_state(run: Run, jobs: Jobs | None = None, *, ours: bool = False) -> State:
-    """The state of a run, from its files, its lock and the queue.
-
-    Args:
-        run: the run.
-        jobs: of its folder; left out, they are read.
-        ours: whether this process holds the run's lock.
-    """
-    jobs = Jobs(run.home) if jobs is None else jobs
+def find_state(run: Run, *, ours: bool = False) -> State:
+    """The state of a run, from its files, its lock (unless it is ``ours``) and slurm's queue."""
     epoch, epochs = _progress(run.work_dir)
-    status, why = _recorded(run)
+    ended = _object(_text(run.file("json")))
+    status, why = ended.get("status"), ended.get("why", "")
     if not ours and _is_held(run):
         return State("running", epoch, epochs)
-    if job := jobs.state(run):
-        return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
     whole = epochs and epoch == epochs and (run.work_dir / "results.json").is_file()
     saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
     if run.finished.exists() or (whole and (saved or status == 0)):
         return State("done", epoch, epochs)
+    job, output = _job(run)
+    if job:
+        return State("running" if job in ("RUNNING", "COMPLETING") else "queued", epoch, epochs)
     if run.needs is not None and not run.needs.is_file() and not epochs:
         return State("waits", why=f"for {run.needs}")
     if status not in (None, 0, EXIT_INTERRUPTED):
         return State("failed", epoch, epochs, why)
-    output = jobs.output(run) if status is None else None
+    if status is not None:
+        output = None  # of an earlier attempt
+    said = reason(output) if output else ""
     if epochs or status is not None:
-        return State("interrupted", epoch, epochs, reason(output) if output else "")
+        return State("interrupted", epoch, epochs, said)
     if output is not None:
-        return State("failed", why=reason(output) or f"job ended; see {output}")
+        return State("failed", why=said or f"job ended; see {output}")
     return State("not run")
 
 
 def _progress(work_dir: Path) -> tuple[int, int]:
     """Epochs evaluated, and of the whole run."""
-    epoch = epochs = 0
-    for name in ("config.yaml", "config.py"):
-        path = work_dir / name
-        if path.is_file() and (found := _EPOCHS.search(path.read_text(errors="replace"))):
-            epochs = int(found[1])
-    log = work_dir / "log.jsonl"
-    if log.is_file():
-        for line in log.read_text(errors="replace").splitlines():
-            if '"val"' in line:
-                entry = _parse(line)
-                epoch = int(entry.get("epoch", epoch)) if entry.get("mode") == "val" else epoch
-    return epoch, epochs
+    found = _EPOCHS.search(_text(work_dir / "config.yaml") or _text(work_dir / "config.py"))
+    lines = [line for line in _text(work_dir / "log.jsonl").splitlines() if '"val"' in line]
+    entries = [entry for entry in map(_object, lines) if entry.get("mode") == "val"]
+    return (entries[-1].get("epoch", 0) if entries else 0), (int(found[1]) if found else 0)
 
 
-def _parse(line: str) -> dict[str, Any]:
-    """A line of the log; empty if it was cut off while it was written."""
+def _text(path: Path) -> str:
+    """A file's text; empty if there is none."""
     try:
-        found = json.loads(line)
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object; empty if there is none, or it was cut off while it was written."""
+    try:
+        found = json.loads(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

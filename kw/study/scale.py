@@ -24,18 +24,11 @@ _IN_EPOCHS = ("schedule.warmup_epochs", "schedule.milestones", "temperature_epoc
 
 @dataclass(frozen=True)
 class Scale:
-    """How recipes are scaled.
+    """How recipes are scaled."""
 
-    Attributes:
-        name: of its file.
-        title: what it does, for readers of the results.
-        rules: in the order in which they set keys; each has ``when``, ``set`` and ``data`` of the
-            file.
-    """
-
-    name: str
-    title: str
-    rules: tuple[Mapping[str, Any], ...] = ()
+    name: str  # of its file
+    title: str  # what it does, for readers of the results
+    rules: tuple[Mapping[str, Any], ...] = ()  # as in the file, in their order
 
     def settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the rules, by dotted key.
@@ -96,14 +89,9 @@ def read_scale(name: str, folder: Path) -> Scale:
 
 
 def epochs_scaled(own: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """The settings that a recipe counts in epochs, for another number of epochs.
+    """Warm-up, annealing and milestones of a recipe at the same share of so many epochs.
 
-    Args:
-        own: the recipe by dotted key.
-        epochs: the new number.
-
-    Returns:
-        Warm-up, annealing and milestones at the same share of the run, by dotted key.
+    The recipe and the settings that change are by dotted key.
     """
     share = epochs / own["epochs"]
     scaled: dict[str, Any] = {}

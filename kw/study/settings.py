@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,14 @@ def differences(
     """
     # An empty mapping says no more than one that is not there.
     sides = [{k: v for k, v in flat_settings(side).items() if v != {}} for side in (one, other)]
-    return [text for key, text in _differences(*sides) if seed or key != "seed"]
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in dict.fromkeys((*before, *after)):
-        old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
-        if key in _WEIGHTS and (old in (None, _ABSENT)) == (new in (None, _ABSENT)):
-            continue  # from another folder
-        if key.startswith(_NEUTRAL) or _plain(old) == _plain(new):
-            continue
-        yield key, f"{key} {_shown(old)} -> {_shown(new)}"
+    found = []
+    for key in dict.fromkeys((*sides[0], *sides[1])):
+        old, new = (_plain(side.get(key, _ABSENT)) for side in sides)
+        is_moved = key in _WEIGHTS and (old in (None, _ABSENT)) == (new in (None, _ABSENT))
+        is_neutral = key.startswith(_NEUTRAL) or is_moved or (key == "seed" and not seed)
+        if old != new and not is_neutral:
+            found.append(f"{key} {_shown(old)} -> {_shown(new)}")
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -109,10 +106,10 @@ def _plain(value: Any) -> Any:
 def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "unset"
-    if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-        return f"{len(value)} steps"
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value):
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return f"{len(value)} steps"
+    if isinstance(value, list) and all(isinstance(item, float) for item in value):
         return f"[{', '.join(map(_shown, value))}]"
-    return show(_plain(value))
+    return show(value)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from ..evaluation import ReportError, read_run, render_table
@@ -41,7 +41,7 @@ Summary = Mapping[str, Any]
 _DIGITS = 4
 _CONDITIONS = ("command", "machine", "versions", "code")
 STARTED = "study.json"
-"""File in the folder of a study's runs: under what they were started."""
+"""File in the folder of a study's runs: command, machine, versions and code of their start."""
 
 
 def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
@@ -49,9 +49,10 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
 
     Returns:
         ``row``, ``seed``, ``params``, ``epochs``, ``top1``, ``top5`` and ``loss`` of the last
-        evaluation, ``best_top1`` and ``best_epoch``, ``temperature`` at the last update (null where
-        there is none), ``hours`` of training without evaluation, and ``curve``: per epoch
-        ``train_loss`` (mean over the epoch) and the evaluation's ``top1``, ``top5``, ``loss``.
+        evaluation (of the average of weights, where there is one), ``best_top1`` and
+        ``best_epoch``, ``temperature`` at the last update (null where there is none), ``hours`` of
+        training without evaluation, and ``curve``: per epoch ``train_loss`` (mean over the epoch)
+        and the evaluation's ``top1``, ``top5``, ``loss``.
 
     Raises:
         ReportError: no such run, or one without an evaluation.
@@ -62,25 +63,21 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
     if not evaluations:
         raise ReportError(f"{folder / 'log.jsonl'} has no evaluation")
     losses = dict(run.curve("train", "loss"))
-    best = max(evaluations, key=lambda line: line["top1"])
-    last = evaluations[-1]
     curve = [
-        {
-            "epoch": line["epoch"],
-            "train_loss": _short(losses.get(line["epoch"])),
-            **{key: _short(line[key]) for key in ("top1", "top5", "loss")},
-        }
+        {"epoch": line["epoch"], "train_loss": _short(losses.get(line["epoch"]))}
+        | {key: _short(line[run.judged_by + key]) for key in ("top1", "top5", "loss")}
         for line in evaluations
     ]
+    best, last = max(curve, key=lambda point: point["top1"]), curve[-1]
     return {
         "row": row,
         "seed": seed,
         "params": run.results["params"],
         "epochs": last["epoch"],
-        **{key: _short(last[key]) for key in ("top1", "top5", "loss")},
-        "best_top1": _short(best["top1"]),
+        **{key: last[key] for key in ("top1", "top5", "loss")},
+        "best_top1": best["top1"],
         "best_epoch": best["epoch"],
-        "images": last["images"],
+        "images": evaluations[-1]["images"],
         "temperature": training[-1].get("temperature"),
         "hours": _short(run.hours),
         "curve": curve,
@@ -136,16 +133,15 @@ def join_earlier(summary: dict[str, Any], earlier: Summary, study: Study) -> dic
         raise ReportError(
             f"{earlier['images']:,} and {summary['images']:,} images were tested on: other images"
         )
-    have = {name_of(run) for run in summary["runs"]}
+    have = {name_of(run): run for run in summary["runs"]}
     added = {name_of(run): run for run in earlier["runs"] if name_of(run) not in have}
-    noted = {name for part in earlier.get("earlier", ()) for name in part["runs"]}
-    last = {key: earlier[key] for key in _CONDITIONS} | {"runs": list(added.keys() - noted)}
-    parts = [*earlier.get("earlier", ()), last]
-    parts = [{**part, "runs": [n for n in part["runs"] if n in added]} for part in parts]
-    order = [run.name for run in study.runs]
-    for part in parts:
-        part["runs"].sort(key=order.index)
-    runs = {name_of(run): run for run in summary["runs"]} | added
+    parts = [*earlier.get("earlier", ())]
+    noted = {name for part in parts for name in part["runs"]}
+    parts.append({key: earlier[key] for key in _CONDITIONS} | {"runs": added.keys() - noted})
+    order, runs = [run.name for run in study.runs], have | added
+    for i, part in enumerate(parts):
+        kept = [name for name in order if name in added and name in part["runs"]]
+        parts[i] = {**part, "runs": kept}
     return summary | {
         "runs": [runs[name] for name in order if name in runs],
         "missing": [name for name in order if name not in runs],
@@ -177,39 +173,26 @@ def _standard_error(values: Sequence[float]) -> str:
     """ " ± " and the standard error of the mean, from the spread; "" for fewer than two values."""
     if len(values) < 2:
         return ""
-    return f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+    return f" ± {stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def study_table(summary: Summary) -> str:
     """The study's rows in Markdown. Figures of several seeds are their mean; top-1 has its standard
     error and all of them behind. Its difference to the first row is over the seeds of both rows."""
-    by_row: dict[str, list[Summary]] = {}
-    for run in summary["runs"]:
-        by_row.setdefault(run["row"], []).append(run)
+    by_row = _by_row(summary)
     base = next(iter(by_row.values()), [])  # the first row: what the others are compared with
-    header = (
-        "Row",
-        "Parameters",
-        "top-1",
-        "to the first row",
-        "top-5",
-        "best epoch's top-1",
-        "training loss",
-        "test loss",
-        "hours",
-    )
+    header = ("Row", "Parameters", "top-1", "to the first row", "top-5", "best epoch's top-1")
     rows = []
     for row, runs in by_row.items():
-        difference = "" if runs is base else _difference(runs, base)
         values = [run["top1"] for run in runs]
         each = f"{_standard_error(values)} ({', '.join(format(value, '.2f') for value in values)})"
-        train = sum(run["curve"][-1]["train_loss"] for run in runs) / len(runs)
+        train = fmean(run["curve"][-1]["train_loss"] for run in runs)
         rows.append(
             (
                 row,
                 _size(runs[0]["params"]),
-                f"{_mean(runs, 'top1'):.2f}" + (each if len(runs) > 1 else ""),
-                difference,
+                f"{fmean(values):.2f}" + (each if len(runs) > 1 else ""),
+                "" if runs is base else _difference(runs, base),
                 f"{_mean(runs, 'top5'):.2f}",
                 f"{_mean(runs, 'best_top1'):.2f}",
                 f"{train:.3f}",
@@ -217,7 +200,14 @@ def study_table(summary: Summary) -> str:
                 f"{sum(run['hours'] for run in runs):.2f}",
             )
         )
-    return render_table(header, rows)
+    return render_table((*header, "training loss", "test loss", "hours"), rows)
+
+
+def _by_row(summary: Summary) -> dict[str, list[Summary]]:
+    found: dict[str, list[Summary]] = {}
+    for run in summary["runs"]:
+        found.setdefault(run["row"], []).append(run)
+    return found
 
 
 def _size(parameters: int) -> str:
@@ -228,11 +218,11 @@ def _difference(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
     """Over the seeds that both rows have, with its standard error; "" where there is none."""
     others = {run["seed"]: run["top1"] for run in base}
     pairs = [run["top1"] - others[run["seed"]] for run in runs if run["seed"] in others]
-    return f"{sum(pairs) / len(pairs):+.2f}{_standard_error(pairs)}" if pairs else ""
+    return f"{fmean(pairs):+.2f}{_standard_error(pairs)}" if pairs else ""
 
 
 def _mean(runs: Sequence[Summary], key: str) -> float:
-    return sum(run[key] for run in runs) / len(runs)
+    return fmean(run[key] for run in runs)
 
 
 def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
@@ -271,23 +261,16 @@ def _render(summary: Summary) -> str:
     runs = summary["runs"]
     if not runs:
         return "No run has ended yet."
-    said = [
-        describe_study(summary),
-        study_table(summary),
-    ]
+    said = [describe_study(summary), study_table(summary)]
     if summary["missing"]:
         said.append(f"Without an end: {', '.join(summary['missing'])}.")
     annealed = [run["temperature"] for run in runs if run["temperature"] is not None]
     if annealed:
-        said.append(
-            f"Temperature at the last update: at most {max(annealed):g}, in "
-            f"{_counted(len(annealed), 'run')}."
-        )
+        count = _counted(len(annealed), "run")
+        said.append(f"Temperature at the last update: at most {max(annealed):g}, in {count}.")
     said.append(_conditions(summary))
-    said += [
-        f"Earlier, {', '.join(part['runs'])}: {_conditions(part)}"
-        for part in summary.get("earlier", ())
-    ]
+    for part in summary.get("earlier", ()):
+        said.append(f"Earlier, {', '.join(part['runs'])}: {_conditions(part)}")
     options = " ".join(summary["options"])
     # Earlier versions called it by its path.
     command = str(summary["command"]).replace("python tools/run_study.py", "kw study run")
@@ -300,7 +283,7 @@ def _conditions(part: Summary) -> str:
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     return (
         f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
-        f"{known}. Commit {code['commit']}{' with changes' if code['dirty'] else ''}."
+        f"{known}. Commit {code['commit'] or 'unknown'}{' with changes' if code['dirty'] else ''}."
     )
 
 
@@ -315,13 +298,10 @@ def plot_study(summary: Summary, path: Path) -> None:
         PictureError: matplotlib is missing, or the file cannot be written.
     """
     curves = []
-    for row in dict.fromkeys(run["row"] for run in summary["runs"]):
-        runs = [run["curve"] for run in summary["runs"] if run["row"] == row]
+    for row, runs in _by_row(summary).items():
+        epochs = [*zip(*(run["curve"] for run in runs), strict=True)]
         loss, score = (
-            [
-                (same[0]["epoch"], sum(point[key] for point in same) / len(same))
-                for same in zip(*runs, strict=True)
-            ]
+            [(same[0]["epoch"], fmean(point[key] for point in same)) for same in epochs]
             for key in ("train_loss", "top1")
         )
         curves.append(Curve(row, loss, score))
