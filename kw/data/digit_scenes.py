@@ -22,12 +22,7 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import command_parser, whole_folder, write_by_command
 
 __all__ = ["Scene", "compose_scene", "encode_mask", "write_digit_scenes"]
 
@@ -42,8 +37,6 @@ LEAST_VISIBLE = 0.7
 # Where a blurred edge counts as ink, of 255. Between the outer two, the digit is translucent.
 _INK = 112
 _INK_EDGES = (80, 144)
-
-_MARKER = "digit_scenes.json"
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,11 @@ def write_digit_scenes(
     root = Path(root).expanduser().absolute()
     sizes = {"train": train, "val": val}
     settings = {**sizes, "seed": seed}
-    if is_written(root, _MARKER, settings, "digit scenes"):
-        return _check_count(root, sizes)
-    scans, labels = load_scans()
-    held_out = choose_val(labels)
-    with whole_folder(root, _MARKER, settings) as partial:
+    with whole_folder(root, "digit_scenes.json", settings, "digit scenes") as partial:
+        if partial is None:
+            return _check_count(root, sizes)
+        scans, labels = load_scans()
+        held_out = choose_val(labels)
         (partial / "annotations").mkdir()
         for split, size in sizes.items():
             pool = [i for i in range(len(scans)) if (i in held_out) == (split == "val")]

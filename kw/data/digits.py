@@ -17,17 +17,11 @@ import numpy as np
 from PIL import Image
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import command_parser, whole_folder, write_by_command
 
 __all__ = ["choose_val", "load_scans", "write_digits"]
 
 VAL_FRACTION = 0.2
-_MARKER = "digits.json"
 
 
 def write_digits(root: str | os.PathLike[str], size: int = 32, seed: int = 0) -> dict[str, int]:
@@ -55,16 +49,15 @@ def write_digits(root: str | os.PathLike[str], size: int = 32, seed: int = 0) ->
         )
     root = Path(root).expanduser().absolute()
     settings = {"size": size, "val_fraction": VAL_FRACTION, "seed": seed}
-    if is_written(root, _MARKER, settings, "digits"):
-        return _count(root)
-    scans, labels = load_scans()
-    val = choose_val(labels, seed=seed)
-    with whole_folder(root, _MARKER, settings) as partial:
-        for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
-            folder = partial / ("val" if index in val else "train") / str(digit)
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
-            image.save(folder / f"{index:04d}.png")
+    with whole_folder(root, "digits.json", settings, "digits") as partial:
+        if partial is not None:
+            scans, labels = load_scans()
+            val = choose_val(labels, seed=seed)
+            for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
+                folder = partial / ("val" if index in val else "train") / str(digit)
+                folder.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
+                image.save(folder / f"{index:04d}.png")
     return _count(root)
 
 

@@ -22,19 +22,12 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import command_parser, whole_folder, write_by_command
 
 __all__ = ["choose_scans", "see", "write_two_inks"]
 
 TEST_FRACTION, SEARCH_FRACTION = 0.4, 0.2
 """Shares of the scans for test images, and for those on which settings are searched."""
-
-_MARKER = "two_inks.json"
 
 
 def write_two_inks(
@@ -75,14 +68,14 @@ def write_two_inks(
     root = Path(root).expanduser().absolute()
     sizes = {"train": train, "val": val}
     settings = {**sizes, "seed": seed, "size": size, "search": search}
-    if is_written(root, _MARKER, settings, "two inks"):
-        return sizes
-    scans, labels = load_scans()
-    members = {
-        split: [pool[labels[pool] == digit] for digit in range(10)]
-        for split, pool in choose_scans(labels, search).items()
-    }
-    with whole_folder(root, _MARKER, settings) as partial:
+    with whole_folder(root, "two_inks.json", settings, "two inks") as partial:
+        if partial is None:
+            return sizes
+        scans, labels = load_scans()
+        members = {
+            split: [pool[labels[pool] == digit] for digit in range(10)]
+            for split, pool in choose_scans(labels, search).items()
+        }
         for split, count in sizes.items():
             for digit in range(10):
                 (partial / split / str(digit)).mkdir(parents=True)

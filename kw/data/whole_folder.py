@@ -18,26 +18,43 @@ from pathlib import Path
 from kw.data.reading import DataError
 from kw.errors import answer
 
-__all__ = ["command_parser", "is_written", "whole_folder", "write_by_command"]
+__all__ = ["command_parser", "whole_folder", "write_by_command"]
 
 
-def is_written(root: Path, marker: str, settings: Mapping[str, float], what: str) -> bool:
-    """Whether ``root`` is already what would be written.
+@contextmanager
+def whole_folder(
+    root: Path, marker: str, settings: Mapping[str, float], what: str
+) -> Iterator[Path | None]:
+    """A folder to fill, which becomes ``root`` when the block ends without an error.
 
     Args:
-        root: the folder.
+        root: absolute path.
         marker: name of the file in it that holds the settings.
-        settings: the settings it should have been written with.
-        what: what it holds, for the message.
+        settings: what the content depends on.
+        what: the content, for the message.
 
-    Returns:
-        False if ``root`` is absent or empty.
+    Yields:
+        An empty folder beside ``root``; ``None`` where ``root`` was written with these settings.
 
     Raises:
-        DataError: it has other content, or was written with other settings.
+        DataError: ``root`` has other content, or was written with other settings.
     """
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        _check_written(root, marker, settings, what)
+        yield None
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as temporary:
+        partial = Path(temporary) / root.name
+        partial.mkdir()
+        yield partial
+        (partial / marker).write_text(json.dumps(settings) + "\n")
+        if root.exists():
+            root.rmdir()
+        shutil.move(partial, root)
+
+
+def _check_written(root: Path, marker: str, settings: Mapping[str, float], what: str) -> None:
     if not (root / marker).is_file():
         raise DataError(
             f"{root} exists and was not written by this program (it has no {marker}): "
@@ -49,30 +66,6 @@ def is_written(root: Path, marker: str, settings: Mapping[str, float], what: str
             f"{root} has the {what} with {found}, not {dict(settings)}: "
             "name another folder or delete it"
         )
-    return True
-
-
-@contextmanager
-def whole_folder(root: Path, marker: str, settings: Mapping[str, float]) -> Iterator[Path]:
-    """A folder to fill, which becomes ``root`` when the block ends without an error.
-
-    Args:
-        root: absolute path of a folder that is absent or empty.
-        marker: name of the file in it that will hold the settings.
-        settings: what the content depends on.
-
-    Yields:
-        An empty folder beside ``root``.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as temporary:
-        partial = Path(temporary) / root.name
-        partial.mkdir()
-        yield partial
-        (partial / marker).write_text(json.dumps(settings) + "\n")
-        if root.exists():
-            root.rmdir()
-        shutil.move(partial, root)
 
 
 def command_parser(module: str, description: str) -> argparse.ArgumentParser:

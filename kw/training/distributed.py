@@ -176,10 +176,7 @@ def host_barrier(place: str) -> None:
 
 def from_first(own: _T) -> _T:
     """The first process's value, on all of them: plain types; a collective call."""
-    found = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found, src=0, group=_hosts)
-    return found[0]
+    return from_all(own)[0]
 
 
 def from_all(own: _T) -> list[_T]:

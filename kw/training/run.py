@@ -32,6 +32,7 @@ from ..models.recompute import synchronised
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
+from ..warehouse.probe import evaluating
 from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
@@ -218,9 +219,9 @@ def build_hooks(config: RunConfig) -> list[Hook]:
     return [
         ProgressHook(),
         LoggerHook(config.loggers),
-        BadImageHook(config.log_interval),
-        LogHook(config.log_interval),
-        FiniteHook(config.non_finite, config.log_interval),
+        BadImageHook(),
+        LogHook(),
+        FiniteHook(),
         RatesHook(),
         *(HOOKS.find(name)(**args) for name, args in config.hooks.items()),
     ]
@@ -253,21 +254,19 @@ def evaluate(
     Raises:
         ConfigError: two metrics give a figure of one name.
     """
-    training = network.training
-    network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
     if "multilabel" not in (metrics or {}):
         counts.append(Accuracy(device))
-    for batch in loader:
-        images, labels = preprocess(batch, False)
-        with autocast(precision, device.type):
-            logits = network(images)
-        for metric in counts:
-            metric.update(logits, labels)
-        if outcomes is not None:
-            outcomes.update(logits, labels, batch["indices"])
-    network.train(training)
+    with evaluating(network):
+        for batch in loader:
+            images, labels = preprocess(batch, False)
+            with autocast(precision, device.type):
+                logits = network(images)
+            for metric in counts:
+                metric.update(logits, labels)
+            if outcomes is not None:
+                outcomes.update(logits, labels, batch["indices"])
     host_barrier("at the end of an evaluation")
     if outcomes is not None:
         outcomes.gather()

@@ -233,10 +233,12 @@ class Trainer:
         """Updates done of the epoch under way."""
         return self.update - self.epoch * self.updates_per_epoch
 
-    def is_due(self, interval: int) -> bool:
-        """Whether every ``interval``-th update of an epoch, or its last, was just done."""
+    @property
+    def line_is_due(self) -> bool:
+        """Whether a log line is due: after every ``log_interval``-th update of an epoch, and its
+        last."""
         done = self.updates_of_epoch
-        return done % interval == 0 or done == self.updates_per_epoch
+        return done % self.config.log_interval == 0 or done == self.updates_per_epoch
 
     # --- the run ------------------------------------------------------------------------------
 

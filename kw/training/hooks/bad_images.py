@@ -26,20 +26,14 @@ class BadImageHook(Hook):
     """Names every bad file in the log, in ``log.jsonl`` and in ``bad_images.txt``.
 
     Processes exchange names when a log line is due, where training waits for the device anyway.
-
-    Args:
-        interval: updates between tellings; an epoch's last update always gives one.
     """
-
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
             _write_list(trainer)  # of this run, not of one that was here before
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
-        if trainer.is_due(self.interval):
+        if trainer.line_is_due:
             epoch = trainer.epoch + 1
             place = f"in update {trainer.updates_of_epoch} of epoch {epoch}, naming bad images"
             self._exchange(trainer, "train", epoch, place)

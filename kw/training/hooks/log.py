@@ -32,13 +32,9 @@ class LogHook(Hook):
 
     Values that are not finite are left out of the means: such updates are skipped, and counted as
     ``skipped``.
-
-    Args:
-        interval: updates between lines; an epoch's last update always gives one.
     """
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of the finite values, and their number: [2]
         self._skipped: int | None = None  # updates skipped up to the last line
 
@@ -73,7 +69,7 @@ class LogHook(Hook):
             pair = torch.stack([torch.where(finite, value, 0).float(), finite.float()])
             self._sums[key] = pair + self._sums[key] if key in self._sums else pair
         self._updates += 1
-        if trainer.is_due(self.interval):
+        if trainer.line_is_due:
             self._write_training(trainer)
 
     def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
