@@ -22,7 +22,7 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import command_parser, whole_folder, write_by_command
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["Scene", "compose_scene", "encode_mask", "write_digit_scenes"]
 
@@ -271,18 +271,12 @@ def _check_count(root: Path, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.digit_scenes", "Write canvases of handwritten digits, annotated in COCO's format."
-    )
-    parser.add_argument("--train", type=int, default=1200, help="canvases to train on (1200)")
-    parser.add_argument("--val", type=int, default=120, help="canvases to validate on (120)")
-    return write_by_command(
-        parser,
-        arguments,
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
         write_digit_scenes,
         "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
         "in {root}",
+        arguments,
     )
 
 

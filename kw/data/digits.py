@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import command_parser, whole_folder, write_by_command
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["choose_val", "load_scans", "write_digits"]
 
@@ -113,16 +113,11 @@ def _count(root: Path) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.digits", "Write scikit-learn's handwritten digits as a folder of images."
-    )
-    parser.add_argument("--size", type=int, default=32, help="side of the images, pixels (32)")
-    return write_by_command(
-        parser,
-        arguments,
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
         write_digits,
         "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
+        arguments,
     )
 
 

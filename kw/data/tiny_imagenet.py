@@ -16,7 +16,6 @@ The images are ImageNet's: for non-commercial research and education, by its ter
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tarfile
@@ -29,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import whole_folder, write_by_command
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["CLASSES", "prepare"]
 
@@ -146,26 +145,12 @@ def _counts(root: Path, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kw.data.tiny_imagenet",
-        description="Lay out 100 classes of Tiny-ImageNet as a folder of images.",
-    )
-    parser.add_argument("archive", help="tiny-imagenet-200.zip, or an archive of the subset")
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=0,
-        metavar="N",
-        help="validate on N training images of every class, and leave the validation images out",
-    )
-    return write_by_command(
-        parser,
-        arguments,
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
         prepare,
         "tiny-imagenet-100: {train} training and {val} validation images of "
         f"{CLASSES} classes in {{root}}",
+        arguments,
     )
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import command_parser, whole_folder, write_by_command
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["choose_scans", "see", "write_two_inks"]
 
@@ -38,7 +38,7 @@ def write_two_inks(
     size: int = 16,
     search: bool = False,
 ) -> dict[str, int]:
-    """Write ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
+    """Write images of two digits, ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
 
     No scan is in both splits. Every digit and either light has the same number of images, up to
     one. The folder appears only when it is complete; one that is complete, with the same settings,
@@ -159,22 +159,12 @@ def _lay(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.two_inks", "Write images of two digits; the light determines which is the class."
-    )
-    parser.add_argument("--train", type=int, default=16_000, help="training images (16000)")
-    parser.add_argument("--val", type=int, default=6_000, help="held-out images (6000)")
-    parser.add_argument("--size", type=int, default=16, help="side of the images, pixels (16)")
-    parser.add_argument(
-        "--search", action="store_true", help="hold out training scans; test scans are not used"
-    )
-    return write_by_command(
-        parser,
-        arguments,
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
         write_two_inks,
         "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
         "{size}x{size}, in {root}",
+        arguments,
     )
 
 

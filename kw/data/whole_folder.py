@@ -7,7 +7,9 @@ program that is run again then keeps the folder. It never changes what it did no
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from pathlib import Path
 from kw.data.reading import DataError
 from kw.errors import answer
 
-__all__ = ["command_parser", "whole_folder", "write_by_command"]
+__all__ = ["run_writer", "whole_folder"]
 
 
 @contextmanager
@@ -68,31 +70,38 @@ def _check_written(root: Path, marker: str, settings: Mapping[str, float], what:
         )
 
 
-def command_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The command line of a module that writes such a folder: ``ROOT`` and ``--seed``."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data (0)")
-    return parser
-
-
-def write_by_command(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    write: Callable[..., Mapping[str, int]],
-    summary: str,
+def run_writer(
+    write: Callable[..., Mapping[str, int]], summary: str, arguments: Sequence[str] | None = None
 ) -> int:
-    """Write a folder with the settings of a command line; print one line.
+    """The command line of a function that writes such a folder: run it and print one line.
 
     Args:
-        parser: its arguments are named as those of ``write``.
-        arguments: the command line; left out, the process's.
-        write: returns the numbers of images by split.
+        write: what it needs is positional; whole numbers and switches that it has defaults for are
+            options. Their help is what its docstring says of them. It returns the numbers of
+            images by split.
         summary: what is printed, a format of the arguments and the numbers.
+        arguments: the command line; left out, the process's.
 
     Returns:
         The exit status: 0, or 2 for a mistake of the user.
     """
+    doc = (inspect.getdoc(write) or "").replace("``", "")
+    module = sys.modules[write.__module__].__spec__
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module.name if module else write.__module__}",
+        description=doc.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, parameter in inspect.signature(write).parameters.items():
+        found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", doc, re.MULTILINE)
+        text = " ".join(found[1].split()) if found else None
+        option, default = f"--{name.replace('_', '-')}", parameter.default
+        if default is parameter.empty:
+            parser.add_argument(name, help=text)
+        elif isinstance(default, bool):
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            parser.add_argument(option, type=int, default=default, metavar="N", help=text)
     options = vars(parser.parse_args(arguments))
     try:
         counts = write(**options)
