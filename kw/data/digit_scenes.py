@@ -37,6 +37,7 @@ LEAST_VISIBLE = 0.7
 # Where a blurred edge counts as ink, of 255. Between the outer two, the digit is translucent.
 _INK = 112
 _INK_EDGES = (80, 144)
+_FILE = "{:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def write_digit_scenes(
                 generator = np.random.RandomState([scene_seed & 0xFFFFFFFF, scene_seed >> 32])
                 scenes.append(compose_scene(scans, labels, pool, generator))
                 image = Image.fromarray(scenes[-1].image)
-                image.save(partial / split / _file_name(number))
+                image.save(partial / split / _FILE.format(number))
             text = json.dumps(_coco(scenes, split), separators=(",", ":"))
             (partial / "annotations" / f"instances_{split}.json").write_text(text + "\n")
     return sizes
@@ -133,7 +134,9 @@ def compose_scene(
     for _ in range(count):
         scan = pool[generator.randint(len(pool))]
         ink = _enlarge(scans[scan], generator)
-        colour = _bright_colour(generator)
+        # Between grey and a saturated colour, and never as dark as a background.
+        colour = generator.randint(90, 256, 3).astype(np.float64)
+        colour *= generator.randint(170, 256) / colour.max()
         total = int((ink >= _INK).sum())
         for _ in range(20):
             # Positions have the digit's centre on the canvas, so that some digits are cut.
@@ -197,12 +200,6 @@ def _place(ink: np.ndarray, shape: tuple[int, int], top: int, left: int) -> np.n
     return placed
 
 
-def _bright_colour(generator: np.random.RandomState) -> np.ndarray:
-    # Between grey and a saturated colour, and never as dark as a background.
-    colour = generator.randint(90, 256, 3).astype(np.float64)
-    return colour * (generator.randint(170, 256) / colour.max())
-
-
 def _background(shape: tuple[int, int], generator: np.random.RandomState) -> np.ndarray:
     """A dark colour that varies smoothly, and strokes of little contrast; floats around 20-90."""
     coarse = generator.randint(0, 256, (4, 4, 3)).astype(np.uint8)
@@ -222,16 +219,12 @@ def _background(shape: tuple[int, int], generator: np.random.RandomState) -> np.
     return canvas
 
 
-def _file_name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
 def _coco(scenes: Sequence[Scene], split: str) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, 1):
         height, width = scene.image.shape[:2]
-        name = _file_name(number)
+        name = _FILE.format(number)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for digit, scan, mask in zip(scene.digits, scene.scans, scene.masks, strict=True):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -193,7 +193,7 @@ def hold_in_memory(
     loader = Loader(
         MemoryImages(folder, held, rows, device, augment, bad),
         batch_sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=dict,  # the batch as it is
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
     loader.faults = FaultLog(len(folder), folder.bad_images)
@@ -204,10 +204,6 @@ def hold_in_memory(
 def as_stored(image: Image.Image | Tensor) -> Tensor:
     """An image as it is -> uint8 [C, H, W]; the transform of training images held unresized."""
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _check_room(count: int, shape: torch.Size, place: torch.device) -> None:

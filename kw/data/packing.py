@@ -82,15 +82,14 @@ def pack(
     items = _Items(listings, root, packing)
     settings = json.dumps({**packing._asdict(), "set": items.digest()}).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "a+b"):
-        pass  # it exists
+    part.touch()
     with open(part, "r+b") as file:
         whole, end = _whole_members(file)
         file.seek(0)
         head = file.read(_HEADER.size + len(SETTINGS))
         if len(head) == _HEADER.size + len(SETTINGS) and not head.endswith(SETTINGS.encode()):
             raise DataError(f"{part} is no packed set: name another file, or delete it")
-        if whole and _content_of(file, whole[0]) != settings:
+        if whole and file.read(whole[0].file_size) != settings:
             raise DataError(f"{part} was begun with another set or other settings: delete it")
         file.truncate(end)
         file.seek(end)
@@ -241,7 +240,7 @@ def _write_index(archive: zipfile.ZipFile, file: IO[bytes], items: _Items) -> No
         starts = [
             info.header_offset + _HEADER.size + len(info.filename.encode()) for info in members
         ]
-        arrays[f"{split}/text"], arrays[f"{split}/ends"] = names.arrays()
+        arrays[f"{split}/text"], arrays[f"{split}/ends"] = names.text, names.ends
         arrays[f"{split}/starts"] = np.array(starts, dtype=np.int64)
         arrays[f"{split}/sizes"] = np.array([i.file_size for i in members], dtype=np.int64)
         arrays[f"{split}/crcs"] = np.array([i.CRC for i in members], dtype=np.uint32)
@@ -296,12 +295,6 @@ def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
     if len(found) < 2:
         return [], 0
     return found[:-1], found[-1].header_offset
-
-
-def _content_of(file: IO[bytes], info: zipfile.ZipInfo) -> bytes:
-    """A stored member's content."""
-    file.seek(info.header_offset + _HEADER.size + len(info.filename.encode()))
-    return file.read(info.file_size)
 
 
 def check_packed(file: Path) -> str | None:

@@ -91,7 +91,8 @@ class FiniteGuard:
             fault = ~torch.isfinite(norm)
             step_unless(fault, optimizer)
         self._restore(fault)
-        self._count(fault)
+        self._counts = self._counts.to(fault.device) + fault.long()
+        self._counts[1] *= fault
 
     def begin_epoch(self) -> None:
         """Count the epoch's updates anew."""
@@ -142,12 +143,6 @@ class FiniteGuard:
             now = torch.cat([b.reshape(-1) for b in group])
             parts = torch.where(fault.to(now.device), kept, now).split([b.numel() for b in group])
             copy_all(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
-
-    def _count(self, fault: Tensor) -> None:
-        self._counts = self._counts.to(fault.device)
-        one = fault.long()
-        self._counts += one
-        self._counts[1] *= one
 
 
 def _buffers(model: nn.Module) -> list[list[Tensor]]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ from ..warehouse import get_temperature, has_temperature, set_temperature
 from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
-from .hooks import Hook, LoggerHook
 from .interruption import Agreement, Signals
-from .logs import close_log
 from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
@@ -38,6 +36,9 @@ from .saving import Checkpoints, checkpoint_name
 from .schedule import Schedule
 from .state import placed_state, resume, run_state
 from .task import Metrics, Task, headline
+
+if TYPE_CHECKING:
+    from .hooks import Hook, LoggerHook
 
 __all__ = ["Trainer", "Updater", "set_seed"]
 
@@ -256,7 +257,6 @@ class Trainer:
                 hook.close(self)
             stop_workers(self.train_loader)
             stop_workers(self.val_loader)
-            close_log()
 
     def train(self) -> dict[str, float | None]:
         """Train and evaluate epoch by epoch; returns the last metrics."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,11 +10,9 @@ from ..distributed import from_all, host_barrier
 from ..logs import logger
 from ..state import fault_logs
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["INSTEAD", "BadImageHook"]
 

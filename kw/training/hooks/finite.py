@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,11 +13,9 @@ from ..finite import NonFiniteError, Skipped
 from ..logs import logger
 from ..precision import autocast
 from ..saving import checkpoints
+from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["FiniteHook"]
 

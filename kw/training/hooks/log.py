@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,8 @@ from ...warehouse import has_temperature
 from ..distributed import host_barrier
 from ..logs import logger
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["LogHook", "write_line"]
 
