@@ -209,11 +209,7 @@ def list_tar(root: Path, split: str) -> Listing:
 
 @contextmanager
 def opened_tar(file: Path) -> Iterator[tarfile.TarFile]:
-    """A TAR file, not compressed.
-
-    Raises:
-        DataError: it is none.
-    """
+    """A TAR file, not compressed; a DataError for what is none."""
     with _explained(file), tarfile.open(file, "r:") as archive:
         yield archive
 

@@ -83,16 +83,8 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_val(labels: np.ndarray, fraction: float = VAL_FRACTION, seed: int = 0) -> set[int]:
-    """The scans of the val split; all that are written from the scans agree on its default.
-
-    Args:
-        labels: the digit of every scan, ``[N]``.
-        fraction: share of every class in the split.
-        seed: seed of the choice.
-
-    Returns:
-        Indices of scans.
-    """
+    """Indices of the scans of the val split, a fraction of every digit; all that are written from
+    the scans agree on its default. ``labels`` are the digits of the scans, ``[N]``."""
     # RandomState, because its stream is frozen: the demo's split is the same with every NumPy.
     generator = np.random.RandomState(seed)
     chosen: set[int] = set()

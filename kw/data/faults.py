@@ -52,11 +52,6 @@ class TolerantDataset(Dataset[Any]):
     image in its place, drawn from the seed and the key, so that neither the number of loader
     processes nor that of ranks matters; it is transformed by the random choices of the image that
     it stands for. Evaluation gets what :meth:`unreadable` gives.
-
-    Args:
-        seed: seed of the substitutes.
-        training: whether a bad image is replaced.
-        bad_images: the policy.
     """
 
     def __init__(self, seed: int, training: bool, bad_images: BadImagesConfig) -> None:
@@ -156,12 +151,7 @@ def collate_faults(collate: Callable[[list[Any]], Any], samples: list[Any]) -> A
 
 
 class FaultLog:
-    """The bad files of a data set that are known, each once.
-
-    Args:
-        size: images in the data set.
-        bad_images: the policy.
-    """
+    """The bad files that are known, each once, of a data set of ``size`` images."""
 
     def __init__(self, size: int, bad_images: BadImagesConfig) -> None:
         # Rounded up, so that one bad file does not stop a run on a small set.

@@ -86,15 +86,9 @@ def build_loader(
     workers: int,
     collate: Callable[[list[Any]], Any] = collate,
 ) -> Loader:
-    """The loader of one process.
+    """The loader of one process; 0 workers load in this process itself.
 
     Before each epoch of training call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
-
-    Args:
-        dataset: gives a sample for a key ``(epoch, index)``.
-        sampler: gives lists of keys.
-        workers: loader processes; 0 loads in this process.
-        collate: samples -> batch, a mapping.
     """
     dataset.note_for(workers)
     loader = Loader(

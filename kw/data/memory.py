@@ -50,16 +50,10 @@ class _Decoder(TolerantDataset):
         return len(self.folder)
 
     def path(self, index: int) -> os.PathLike[str] | str:
-        """The file of an image."""
         return self.folder.path(index)
 
     def read(self, index: int, key: Key) -> Sample:
-        """Decode an image.
-
-        Raises:
-            BadImageError: the file cannot be read.
-            DataError: it has another size than the first.
-        """
+        """Decode an image; a DataError if it has another size than the first."""
         sample = self.folder.read(index, key)
         if sample.image.shape != self.shape:
             raise DataError(
@@ -87,7 +81,7 @@ class MemoryImages(TolerantDataset):
         folder: the split.
         images: uint8 [held, C, H, W].
         rows: int64 [images of the split], the row of ``images`` that holds each.
-        device: device of the batches.
+        device: of the batches.
         augment: for training; left out, images are given as they are held.
         bad: the images that could not be read, by index. In training others stand in for them, by
             the rule of :class:`~kw.data.faults.TolerantDataset`; in evaluation they are black
@@ -119,15 +113,10 @@ class MemoryImages(TolerantDataset):
         return len(self.folder)
 
     def path(self, index: int) -> os.PathLike[str] | str:
-        """The file of an image."""
         return self.folder.path(index)
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Any]:
-        """The batch of these keys; torch's loader calls this method.
-
-        Raises:
-            DataError: no image can replace one that cannot be read.
-        """
+        """The batch of these keys; torch's loader calls this method."""
         chosen = torch.tensor([self._readable(key) for key in keys])
         images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
         images = images.to(self.device, non_blocking=True)  # [B, C, H, W]

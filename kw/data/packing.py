@@ -140,7 +140,7 @@ class _Items(Dataset[Any]):
         return int(self.ends[-1])
 
     def place(self, number: int) -> tuple[str, int]:
-        """Split, and place in it."""
+        """Split and place of an image."""
         which = int(np.searchsorted(self.ends, number, side="right"))
         return self.splits[which], number - (int(self.ends[which - 1]) if which else 0)
 
@@ -270,11 +270,8 @@ def _shape(file: IO[bytes], start: int) -> tuple[int, int]:
 
 
 def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
-    """The members that an interrupted run has written, and where the last of them ends.
-
-    The very last one is left out: it may be cut. ZIP files list their members at the end, which is
-    not written yet.
-    """
+    """The members that an interrupted run has written, and where they end; without the very last
+    one, which may be cut. ZIP files list their members at the end, which is not written yet."""
     end = file.seek(0, os.SEEK_END)
     found: list[zipfile.ZipInfo] = []
     at = 0
@@ -298,11 +295,8 @@ def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
 
 
 def check_packed(file: Path) -> str | None:
-    """The first member whose checksum is another one; ``None`` where all are right.
-
-    Raises:
-        DataError: it is no ZIP file.
-    """
+    """The first member whose checksum is another one; ``None`` where all are right. What is no ZIP
+    file raises a DataError."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip()

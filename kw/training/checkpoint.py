@@ -164,13 +164,10 @@ def named_classes(checkpoint: Mapping[str, Any], count: int, source: str) -> lis
 def refuse_other_classes(
     checkpoint: Mapping[str, Any], classes: Sequence[str], source: str, data: str
 ) -> None:
-    """Refuse data whose list of classes differs: a label is an index into it.
+    """A CheckpointError if the data have another list of classes: a label is an index into it.
 
     A checkpoint without names (``meta.classes``) is accepted. ``source`` and ``data`` are what
     messages call the two.
-
-    Raises:
-        CheckpointError: the lists differ.
     """
     trained = checkpoint.get("meta", {}).get("classes")
     if trained is None or list(trained) == list(classes):

@@ -44,13 +44,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Process:
-    """Rank, number of processes and device.
-
-    Attributes:
-        rank: from 0; rank 0 writes logs and checkpoints.
-        world_size: number of processes.
-        device: where this process computes.
-    """
+    """One of the ``world_size`` processes of a run, and the device that it computes on; rank 0
+    writes logs and checkpoints."""
 
     rank: int
     world_size: int

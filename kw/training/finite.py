@@ -76,13 +76,8 @@ class FiniteGuard:
         scaler: torch.amp.GradScaler,
         norm: Tensor | None,
     ) -> None:
-        """Update, or do nothing.
-
-        Args:
-            optimizer: gradients are reduced and, with a scaler, unscaled.
-            scaler: loss scaling; where enabled, it decides whether to step.
-            norm: the gradient's global norm; ``None`` with a scaler.
-        """
+        """Update, or do nothing: as the gradient's global norm says or, without it, the scaler.
+        Gradients are reduced and unscaled."""
         self._prime(optimizer)
         if norm is None:
             fault = self._fault_of(optimizer, scaler)

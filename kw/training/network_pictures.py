@@ -236,14 +236,10 @@ def picture_history(
     warehouse: str | None,
     images: int,
 ) -> None:
-    """Coefficients over training, from the checkpoints that a work directory has kept.
+    """Coefficients over training, from the checkpoints that a classifier's run has kept.
 
-    Args:
-        work_dir: of a classifier's run.
-        out: the picture.
-        options: settings in place of its configuration's.
-        warehouse: the one whose maps are drawn; ``None`` for the first.
-        images: of each checkpoint.
+    ``options`` are settings in place of its configuration's, ``warehouse`` the one whose maps are
+    drawn (``None``: the first).
     """
     files = [file for file in checkpoints(work_dir) if "_update_" not in file.name]
     if not files:

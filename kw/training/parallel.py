@@ -125,15 +125,11 @@ def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Mo
 
 
 def shard(network: nn.Module, process: Process) -> None:
-    """Shard a network over all processes, in place.
+    """Shard a network, the same on all processes and on their devices, over them, in place.
 
     Parameters become ``DTensor``; between updates each process holds its part of them. Whatever
-    uses parameters by themselves, optimizers above all, has to be made afterwards.
-
-    Args:
-        network: the same on all processes, on the process's device; its forward pass has to be run
-            by calling it.
-        process: this one.
+    uses parameters by themselves, optimizers above all, has to be made afterwards. The forward pass
+    has to be run by calling the network.
     """
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     warehouses: dict[Warehouse, None] = {}
@@ -204,12 +200,8 @@ def whole_norm(norm: Tensor) -> Tensor:
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """A state with all sharded tensors whole; a collective call where there are any.
-
-    Args:
-        state: tensors and plain types in mappings and lists.
-        keep: whether this process wants it; otherwise sharded tensors become ``None``.
-    """
+    """A state with all sharded tensors whole, or ``None`` on a process that does not keep them; a
+    collective call where there are any."""
     if isinstance(state, DTensor):
         # One at a time, off the device: together they may not fit there.
         whole = state.full_tensor().detach()

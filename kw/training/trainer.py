@@ -56,7 +56,7 @@ class Updater:
     An update whose loss or gradient is not finite has no effect (:mod:`kw.training.finite`).
 
     Args:
-        optimizer: the optimizer.
+        optimizer: of the parameters.
         accumulation: micro-batches per update; each contributes the same share.
         clip_grad: largest global L2 norm of the gradient, or ``None``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with dynamic loss scaling).

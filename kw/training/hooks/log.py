@@ -89,7 +89,9 @@ class LogHook(Hook):
         if "tensorboard" in trainer.config.loggers:
             written += ", tensorboard/"
         logger.info(f"done, {best}; in {trainer.work_dir}: {written}")
-        if temperature := _temperature_of_best(trainer.work_dir):
+        results = trainer.work_dir / "results.json"
+        of_best = json.loads(results.read_text()) if results.is_file() else {}
+        if temperature := of_best.get("temperature"):
             logger.warning(
                 f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
             )
@@ -141,11 +143,6 @@ class LogHook(Hook):
         trainer.board.scalars(named, trainer.update)
 
 
-def _temperature_of_best(work_dir: Path) -> float:
-    file = work_dir / "results.json"
-    return float(json.loads(file.read_text()).get("temperature", 0)) if file.is_file() else 0.0
-
-
 def _describe(trainer: Trainer) -> Iterator[str]:
     """What is about to be trained, and where it writes."""
     config, task = trainer.config, trainer.task
@@ -175,13 +172,8 @@ def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
-    """Drop what a resumed run makes again, and a line that was cut off in the writing.
-
-    Args:
-        path: the log.
-        update: updates done.
-        epoch: epochs done, evaluation and all.
-    """
+    """Drop what a resumed run makes again, and a line that was cut off in the writing; so many
+    updates are done, and so many epochs with their evaluations."""
     if not path.exists():
         return
     kept = []
