@@ -24,13 +24,7 @@ from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.errors import answer
 
-__all__ = [
-    "Loader",
-    "build_loader",
-    "collate",
-    "deaths_explained",
-    "stop_workers",
-]
+__all__ = ["Loader", "build_loader", "collate", "deaths_explained", "stop_workers"]
 
 
 class Loader(DataLoader[Any]):
@@ -131,7 +125,7 @@ def _end_with_run() -> None:
 
 @contextmanager
 def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
-    """Say which image a loader process was reading when it died.
+    """Say which image a loader process was reading when it died; processes end with the block.
 
     torch reports a death from a signal handler, so that it may surface at any line of the run.
 
@@ -146,6 +140,9 @@ def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
         if not deaths:
             raise
         raise DataError("; ".join(deaths)) from error
+    finally:
+        for loader in loaders:
+            stop_workers(loader)
 
 
 @contextmanager

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .parallel import local
+__all__ = ["MovingAverage", "local"]
 
-__all__ = ["MovingAverage"]
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MovingAverage:

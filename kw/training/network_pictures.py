@@ -42,12 +42,7 @@ from ..pictures.samples import few_of_each, read_images, spaced
 from ..pictures.style import check_matplotlib, save, to_pixels
 from ..warehouse import get_temperature, has_temperature
 from ..warehouse.plan import nearest
-from .checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_network,
-    refuse_other_classes,
-)
+from .checkpoint import CheckpointError, load_checkpoint, load_network, refuse_other_classes
 from .distributed import find_process
 from .precision import autocast
 from .run import build_preprocessor, set_contraction

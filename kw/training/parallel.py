@@ -31,6 +31,7 @@ from ..config.run_schema import DistributedConfig, RunConfig
 from ..torch_private import prepare_reduction
 from ..warehouse import KWLayer, Warehouse
 from ..warehouse.ops.summing import forget_anchor
+from .average import MovingAverage
 from .distributed import Process
 from .logs import logger
 
@@ -39,7 +40,6 @@ __all__ = [
     "backward_order",
     "distribute",
     "gathered",
-    "local",
     "release",
     "shard",
     "sharded_modules",
@@ -105,14 +105,16 @@ def _lay_out_buckets(ddp: DistributedDataParallel, order: list[nn.Parameter]) ->
         parameter.grad = None
 
 
-def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Module | None:
+def distribute(network: nn.Module, config: RunConfig, process: Process) -> MovingAverage | None:
     """Shard a network (:func:`shard`) where the configuration says so.
 
     Returns:
-        What is to hold the moving average, where there is one: a copy in evaluation mode, sharded
-        likewise.
+        Its moving average, where there is one, in a copy that is sharded likewise.
     """
-    average = None if config.ema is None else copy.deepcopy(network).eval().requires_grad_(False)
+    average: MovingAverage | None = None
+    if config.ema is not None:
+        holder = copy.deepcopy(network).eval().requires_grad_(False)
+        average = MovingAverage(holder, config.ema.decay, config.ema.warmup)
     if config.distributed.strategy != "fsdp":
         return average
     if process.world_size == 1:
@@ -120,7 +122,7 @@ def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Mo
         return average
     shard(network, process)
     if average is not None:
-        shard(average, process)
+        shard(average.network, process)
     return average
 
 
@@ -187,11 +189,6 @@ def release(network: nn.Module) -> None:
     """After a forward pass without backward: each process keeps its part alone."""
     for module in sharded_modules(network):
         module.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_norm(norm: Tensor) -> Tensor:

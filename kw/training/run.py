@@ -22,7 +22,6 @@ from ..data import (
     list_splits,
     open_training,
     open_validation,
-    stop_workers,
 )
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
@@ -304,24 +303,21 @@ def evaluate_weights(
         DataError: too many images cannot be read.
     """
     metrics: dict[str, float | None] = {}
-    try:
+    with deaths_explained(loader):
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
                 set_place("in the evaluation")
-                with deaths_explained(loader):
-                    try:
-                        found = measure()
-                    except ValueError as error:  # not one image can be read
-                        loader.faults.learn(loader.faults.take())
-                        loader.faults.check()
-                        raise DataError(str(error)) from error
+                try:
+                    found = measure()
+                except ValueError as error:  # not one image can be read
+                    loader.faults.learn(loader.faults.take())
+                    loader.faults.check()
+                    raise DataError(str(error)) from error
                 metrics.update({prefix + name: value for name, value in found.items()})
         for _, path, reason in loader.faults.learn(loader.faults.take()):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
         loader.faults.check()
-    finally:
-        stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..config.run_schema import RunConfig
 from ..config.schema import Config
-from ..data import list_splits, open_training, stop_workers
+from ..data import deaths_explained, list_splits, open_training
 from ..pictures.batches import draw_batch, label_mixture
 from ..pictures.schedules import Curves, draw_schedules
 from ..pictures.style import check_matplotlib, save, to_pixels
@@ -60,10 +60,8 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
         if value > most:
             raise ConfigError(f"{name} {value}: the run has {most}")
     sampler.set_epoch(epoch - 1, update - 1)
-    try:
+    with deaths_explained(loader):
         batch = next(iter(loader))
-    finally:
-        stop_workers(loader)
     with torch.no_grad():
         images, targets = build_preprocessor(config, device).to(device)(batch, True)
     return images, targets, list(listing.classes)

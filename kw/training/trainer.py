@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.run_schema import RunConfig
-from ..data import Loader, TrainBatchSampler, deaths_explained, stop_workers
+from ..data import Loader, TrainBatchSampler, deaths_explained
 from ..errors import Interrupted
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .average import MovingAverage
@@ -156,7 +156,7 @@ class Trainer:
         train_loader: the training images.
         val_loader: what the task's evaluation reads.
         optimizer: of the task's parameters.
-        average: a copy of the network that is to hold its moving average, where there is one.
+        average: of the network, where it has one (:func:`kw.training.parallel.distribute`).
         hooks: called around updates and epochs, in this order.
         resume_from: checkpoint to continue from.
 
@@ -181,7 +181,7 @@ class Trainer:
         train_loader: Loader,
         val_loader: Loader,
         optimizer: Optimizer,
-        average: nn.Module | None = None,
+        average: MovingAverage | None = None,
         hooks: Sequence[Hook] = (),
         resume_from: Path | None = None,
     ) -> None:
@@ -207,9 +207,7 @@ class Trainer:
             config.precision,
             process.device.type,
         )
-        self.average: MovingAverage | None = None
-        if average is not None and config.ema is not None:
-            self.average = MovingAverage(average, config.ema.decay, config.ema.warmup)
+        self.average = average
         self.checkpoints = Checkpoints(work_dir, config.checkpoint.keep)
         self.signals = Signals()
         self.epoch = 0
@@ -255,8 +253,6 @@ class Trainer:
         finally:
             for hook in self.hooks:
                 hook.close(self)
-            stop_workers(self.train_loader)
-            stop_workers(self.val_loader)
 
     def train(self) -> dict[str, float | None]:
         """Train and evaluate epoch by epoch; returns the last metrics."""
