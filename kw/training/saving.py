@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import CheckpointError, find_damage, save_checkpoint
+from .checkpoint import CheckpointError, find_damage, replacing, save_checkpoint
 from .logs import logger
 
 __all__ = [
@@ -69,16 +68,11 @@ def copied(state: Any) -> Any:
 
 def link(source: Path, target: Path) -> None:
     """A hard link to a file, or a copy where the file system has none; replaces atomically."""
-    with contextlib.suppress(FileNotFoundError):
-        if target.samefile(source):  # renaming one name of a file to another does nothing
-            return
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 class Checkpoints:
@@ -153,6 +147,5 @@ class Checkpoints:
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

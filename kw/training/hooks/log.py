@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...warehouse import has_temperature
+from ..checkpoint import replacing
 from ..distributed import host_barrier
 from ..logs import logger
 from ..task import Metrics
@@ -185,6 +185,5 @@ def _forget_after(path: Path, update: int, epoch: int) -> None:
         done = entry["epoch"] <= epoch if entry["mode"] == "val" else entry["iter"] <= update
         if done:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))
