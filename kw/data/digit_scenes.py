@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +264,12 @@ def _check_count(root: Path, sizes: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
-    return run_writer(
-        write_digit_scenes,
-        "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
-        "in {root}",
-        arguments,
-    )
+main = partial(
+    run_writer,
+    write_digit_scenes,
+    "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
+    "in {root}",
+)
 
 
 if __name__ == "__main__":

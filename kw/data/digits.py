@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +104,11 @@ def _count(root: Path) -> dict[str, int]:
     return counts
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
-    return run_writer(
-        write_digits,
-        "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
-        arguments,
-    )
+main = partial(
+    run_writer,
+    write_digits,
+    "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
+)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import colorsys
 import math
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,14 +158,12 @@ def _lay(
     return np.asarray(image).astype(np.float64) / 255
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
-    return run_writer(
-        write_two_inks,
-        "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
-        "{size}x{size}, in {root}",
-        arguments,
-    )
+main = partial(
+    run_writer,
+    write_two_inks,
+    "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
+    "{size}x{size}, in {root}",
+)
 
 
 if __name__ == "__main__":
