@@ -159,21 +159,21 @@ class FaultLog:
         self.size = size
         self.max_pixels = bad_images.max_pixels
         self.known: dict[str, BadImage] = {}  # by path
-        self._met: dict[str, BadImage] = {}
+        self._new: dict[str, BadImage] = {}  # of this process
 
-    def met(self, faults: Iterable[BadImage]) -> None:
-        """This process met bad files."""
+    def record(self, faults: Iterable[BadImage]) -> None:
+        """Add bad files that this process found."""
         for fault in faults:
             if fault.path not in self.known:
-                self._met[fault.path] = BadImage(*fault)
+                self._new[fault.path] = BadImage(*fault)
 
     def take(self) -> list[BadImage]:
-        """What this process met since the last call and was not known."""
-        met, self._met = self._met, {}
-        return list(met.values())
+        """What this process found since the last call and was not known."""
+        new, self._new = self._new, {}
+        return list(new.values())
 
-    def learn(self, faults: Iterable[BadImage]) -> list[BadImage]:
-        """Enter what any process met; returns those that are new, in the data set's order."""
+    def merge(self, faults: Iterable[BadImage]) -> list[BadImage]:
+        """Add what any process found; returns those that are new, in the data set's order."""
         new = {fault.path: fault for fault in faults if fault.path not in self.known}
         self.known.update(new)
         return sorted(new.values())
@@ -201,7 +201,7 @@ class FaultLog:
         self.known = {fault.path: fault for fault in known if self._is_bad(fault.path)}
 
     def _is_bad(self, path: str) -> bool:
-        # A file that was removed, or lies in an archive, will be met if it is still in the set.
+        # A file that was removed, or lies in an archive, is found again if it is still in the set.
         if not os.path.exists(path):
             return False
         try:

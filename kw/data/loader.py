@@ -43,7 +43,7 @@ class Loader(DataLoader[Any]):
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             for batch in batches:
-                self.faults.met(batch.pop("faults", ()))
+                self.faults.record(batch.pop("faults", ()))
                 if batch:
                     yield batch
         except DataError as error:  # torch's message is the traceback of the loader process

@@ -147,7 +147,7 @@ def hold_in_memory(
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
     loader.faults = FaultLog(len(folder), folder.bad_images)
-    loader.faults.met(bad.values())
+    loader.faults.record(bad.values())
     return loader
 
 

@@ -290,8 +290,7 @@ def evaluate_weights(
 
     Args:
         network: what they are loaded into.
-        state: the checkpoint.
-        checkpoint: its file.
+        state, checkpoint: the checkpoint, and its file.
         loader: of the images; its processes are stopped, whatever happens.
         measure: gives figures of the network as it is.
 
@@ -311,11 +310,11 @@ def evaluate_weights(
                 try:
                     found = measure()
                 except ValueError as error:  # not one image can be read
-                    loader.faults.learn(loader.faults.take())
+                    loader.faults.merge(loader.faults.take())
                     loader.faults.check()
                     raise DataError(str(error)) from error
                 metrics.update({prefix + name: value for name, value in found.items()})
-        for _, path, reason in loader.faults.learn(loader.faults.take()):
+        for _, path, reason in loader.faults.merge(loader.faults.take()):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
         loader.faults.check()
     epoch = state.get("meta", {}).get("epoch")

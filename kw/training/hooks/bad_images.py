@@ -39,14 +39,14 @@ class BadImageHook(Hook):
         self._exchange(trainer, "val", trainer.epoch, "in the evaluation, naming bad images")
 
     def _exchange(self, trainer: Trainer, split: str, epoch: int, place: str) -> None:
-        """Tell all processes what each met.
+        """Exchange what each process found.
 
         Raises:
             DataError: too many files are bad; on all processes.
         """
         host_barrier(place)
         log = fault_logs(trainer)[split]
-        new = log.learn(fault for share in from_all(log.take()) for fault in share)
+        new = log.merge(fault for share in from_all(log.take()) for fault in share)
         if not new:
             return
         if trainer.process.is_main:
