@@ -26,7 +26,6 @@ __all__ = [
     "dispatch_modes",
     "in_function_transform",
     "is_traced",
-    "lerp_all",
     "onednn_linear",
     "overflow",
     "prepare_reduction",
@@ -78,11 +77,6 @@ def dispatch_modes() -> Sequence[Any]:
 
 
 # --- updates ----------------------------------------------------------------------------------
-
-
-def lerp_all(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
-    """``average += weight * (value - average)``, in place, for all at once."""
-    torch._foreach_lerp_(averages, values, weight=weight)
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -318,15 +318,15 @@ def test_the_bound(tmp_path: Path) -> None:
     faults = [BadImage(n, str(tmp_path / f"{n}.png"), "why") for n in (7, 3, 7, 5)]
     for fault in faults:
         Path(fault.path).touch()
-    log.met(faults[:1])
-    assert log.learn(log.take()) == faults[:1]
-    log.met(faults[:2])
-    assert log.learn(log.take()) == faults[1:2]
+    log.record(faults[:1])
+    assert log.merge(log.take()) == faults[:1]
+    log.record(faults[:2])
+    assert log.merge(log.take()) == faults[1:2]
     log.check()
     state = json.loads(json.dumps(log.state_dict()))
     restored = FaultLog(2000, BadImagesConfig(max_fraction=0.001))
     restored.load_state_dict(state)
-    assert restored.learn(faults) == faults[3:]
+    assert restored.merge(faults) == faults[3:]
     with pytest.raises(DataError, match=r"3 of 2000 images.*the 2 that") as error:
         restored.check()
     assert all(f"{n}.png: why" in str(error.value) for n in (3, 5, 7))

@@ -23,10 +23,10 @@ import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.models import ImageClassifier
 from kw.training import load_checkpoint, train
+from kw.training.average import local
 from kw.training.distributed import Process
 from kw.training.parallel import (
     backward_order,
-    local,
     release,
     shard,
     sharded_modules,

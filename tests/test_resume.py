@@ -184,7 +184,7 @@ def test_training_does_not_wait_for_the_disk(
             assert torch.equal(value, other["state_dict"][key]), (path.name, key)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
     """The update under way is finished and saved; resumed, nothing is lost or done twice."""
     settings["epochs"] = 500
@@ -238,12 +238,12 @@ def test_the_exit_status_says_so(
     assert "Traceback" not in errors
 
 
-def test_a_run_of_an_earlier_version_goes_on(settings: dict[str, Any], run_dir: Path) -> None:
+def test_a_run_of_an_earlier_version_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
     """Which kept warehouses apart from layers: other names, and another order of parameters."""
     settings["epochs"] = 3
     settings["ema"] = {"decay": 0.5}
     settings["optimizer"] = {"name": "adamw", "lr": 0.002}
-    whole, earlier = run_dir / "whole", run_dir / "earlier"
+    whole, earlier = tmp_path / "whole", tmp_path / "earlier"
     train(config_from_mapping({**settings, "epochs": 2}), whole)
     network = build_network(config_from_mapping(settings).model)
     groups = build_optimizer(

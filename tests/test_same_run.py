@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from breadth import breadth
 from test_engine import CPU, changed, run
 
 from kw.config import ConfigError, config_from_mapping
@@ -91,12 +92,15 @@ ADAM = {"name": "adamw", "lr": 0.01, "weight_decay": 0.05, "betas": [0.9, 0.999]
 
 @pytest.mark.parametrize(
     ("optimizer", "key", "value"),
-    [
-        (SGD, "weight_decay", 0.01),
-        (SGD, "momentum", 0.5),
-        (ADAM, "betas", [0.5, 0.9]),
-        (ADAM, "eps", 1e-4),
-    ],
+    breadth(
+        [
+            (SGD, "weight_decay", 0.01),
+            (SGD, "momentum", 0.5),
+            (ADAM, "betas", [0.5, 0.9]),
+            (ADAM, "eps", 1e-4),
+        ],
+        [(SGD, "weight_decay", 0.01), (ADAM, "betas", [0.5, 0.9])],
+    ),
 )
 def test_an_optimizers_settings_are_those_of_the_configuration(
     settings: dict[str, Any], tmp_path: Path, optimizer: dict[str, Any], key: str, value: Any

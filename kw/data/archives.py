@@ -80,7 +80,7 @@ class Names(Sequence[str]):
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray, prefix: str = "") -> None:
-        self._text, self._ends, self._prefix = text, ends, prefix
+        self.text, self.ends, self._prefix = text, ends, prefix
 
     @classmethod
     def of(cls, names: Iterable[str], prefix: str = "") -> Names:
@@ -92,16 +92,12 @@ class Names(Sequence[str]):
             prefix,
         )
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """What :class:`Names` is made of."""
-        return self._text, self._ends
-
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, index: Any) -> Any:
-        start = self._ends[index - 1] if index else 0
-        text = self._text[start : self._ends[index]].tobytes()
+        start = self.ends[index - 1] if index else 0
+        text = self.text[start : self.ends[index]].tobytes()
         return self._prefix + text.decode("utf-8", "surrogateescape")
 
 
@@ -213,11 +209,7 @@ def list_tar(root: Path, split: str) -> Listing:
 
 @contextmanager
 def opened_tar(file: Path) -> Iterator[tarfile.TarFile]:
-    """A TAR file, not compressed.
-
-    Raises:
-        DataError: it is none.
-    """
+    """A TAR file, not compressed; a DataError for what is none."""
     with _explained(file), tarfile.open(file, "r:") as archive:
         yield archive
 

@@ -37,11 +37,7 @@ class Choices(NamedTuple):
 
 
 class BatchAugment:
-    """Augment batches of images that have one size.
-
-    Args:
-        config: the data settings, checked (:mod:`kw.config.rules`).
-    """
+    """Augment batches of images that have one size, as checked data settings say."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config

@@ -158,15 +158,18 @@ class ImageFolder(TolerantDataset):
         return self._sample(tensor if out is None else out.copy_(tensor), index, key)
 
     def _sample(self, image: Tensor, index: int, key: tuple[int, ...]) -> Sample:
-        label = self.labels[index]
-        return Sample(image, torch.from_numpy(label) if label.ndim else int(label), key)
+        return Sample(image, _item(self.labels[index]), key)
 
     def unreadable(self, key: tuple[int, ...]) -> Sample:
         """A black image that belongs to no class."""
         with seeded("image", self.seed, *key):
             tensor = self.transform(self.reader.black())
         unknown = np.full_like(self.labels[key[1]], UNREADABLE)  # of each class, if of several
-        return Sample(tensor, torch.from_numpy(unknown) if unknown.ndim else UNREADABLE, key)
+        return Sample(tensor, _item(unknown), key)
+
+
+def _item(label: Any) -> Any:
+    return torch.from_numpy(label) if label.ndim else int(label)
 
 
 class _Paths(Sequence[Path]):

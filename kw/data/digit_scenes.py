@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,7 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["Scene", "compose_scene", "encode_mask", "write_digit_scenes"]
 
@@ -42,8 +38,7 @@ LEAST_VISIBLE = 0.7
 # Where a blurred edge counts as ink, of 255. Between the outer two, the digit is translucent.
 _INK = 112
 _INK_EDGES = (80, 144)
-
-_MARKER = "digit_scenes.json"
+_FILE = "{:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,11 @@ def write_digit_scenes(
     root = Path(root).expanduser().absolute()
     sizes = {"train": train, "val": val}
     settings = {**sizes, "seed": seed}
-    if is_written(root, _MARKER, settings, "digit scenes"):
-        return _check_count(root, sizes)
-    scans, labels = load_scans()
-    held_out = choose_val(labels)
-    with whole_folder(root, _MARKER, settings) as partial:
+    with whole_folder(root, "digit_scenes.json", settings, "digit scenes") as partial:
+        if partial is None:
+            return _check_count(root, sizes)
+        scans, labels = load_scans()
+        held_out = choose_val(labels)
         (partial / "annotations").mkdir()
         for split, size in sizes.items():
             pool = [i for i in range(len(scans)) if (i in held_out) == (split == "val")]
@@ -108,7 +103,7 @@ def write_digit_scenes(
                 generator = np.random.RandomState([scene_seed & 0xFFFFFFFF, scene_seed >> 32])
                 scenes.append(compose_scene(scans, labels, pool, generator))
                 image = Image.fromarray(scenes[-1].image)
-                image.save(partial / split / _file_name(number))
+                image.save(partial / split / _FILE.format(number))
             text = json.dumps(_coco(scenes, split), separators=(",", ":"))
             (partial / "annotations" / f"instances_{split}.json").write_text(text + "\n")
     return sizes
@@ -140,7 +135,9 @@ def compose_scene(
     for _ in range(count):
         scan = pool[generator.randint(len(pool))]
         ink = _enlarge(scans[scan], generator)
-        colour = _bright_colour(generator)
+        # Between grey and a saturated colour, and never as dark as a background.
+        colour = generator.randint(90, 256, 3).astype(np.float64)
+        colour *= generator.randint(170, 256) / colour.max()
         total = int((ink >= _INK).sum())
         for _ in range(20):
             # Positions have the digit's centre on the canvas, so that some digits are cut.
@@ -204,12 +201,6 @@ def _place(ink: np.ndarray, shape: tuple[int, int], top: int, left: int) -> np.n
     return placed
 
 
-def _bright_colour(generator: np.random.RandomState) -> np.ndarray:
-    # Between grey and a saturated colour, and never as dark as a background.
-    colour = generator.randint(90, 256, 3).astype(np.float64)
-    return colour * (generator.randint(170, 256) / colour.max())
-
-
 def _background(shape: tuple[int, int], generator: np.random.RandomState) -> np.ndarray:
     """A dark colour that varies smoothly, and strokes of little contrast; floats around 20-90."""
     coarse = generator.randint(0, 256, (4, 4, 3)).astype(np.uint8)
@@ -229,16 +220,12 @@ def _background(shape: tuple[int, int], generator: np.random.RandomState) -> np.
     return canvas
 
 
-def _file_name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
 def _coco(scenes: Sequence[Scene], split: str) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, 1):
         height, width = scene.image.shape[:2]
-        name = _file_name(number)
+        name = _FILE.format(number)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for digit, scan, mask in zip(scene.digits, scene.scans, scene.masks, strict=True):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -277,20 +264,12 @@ def _check_count(root: Path, sizes: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.digit_scenes", "Write canvases of handwritten digits, annotated in COCO's format."
-    )
-    parser.add_argument("--train", type=int, default=1200, help="canvases to train on (1200)")
-    parser.add_argument("--val", type=int, default=120, help="canvases to validate on (120)")
-    return write_by_command(
-        parser,
-        arguments,
-        write_digit_scenes,
-        "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
-        "in {root}",
-    )
+main = partial(
+    run_writer,
+    write_digit_scenes,
+    "digit scenes: {train} training and {val} test images with boxes and masks of 10 classes, "
+    "in {root}",
+)
 
 
 if __name__ == "__main__":

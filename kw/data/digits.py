@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["choose_val", "load_scans", "write_digits"]
 
 VAL_FRACTION = 0.2
-_MARKER = "digits.json"
 
 
 def write_digits(root: str | os.PathLike[str], size: int = 32, seed: int = 0) -> dict[str, int]:
@@ -55,16 +49,15 @@ def write_digits(root: str | os.PathLike[str], size: int = 32, seed: int = 0) ->
         )
     root = Path(root).expanduser().absolute()
     settings = {"size": size, "val_fraction": VAL_FRACTION, "seed": seed}
-    if is_written(root, _MARKER, settings, "digits"):
-        return _count(root)
-    scans, labels = load_scans()
-    val = choose_val(labels, seed=seed)
-    with whole_folder(root, _MARKER, settings) as partial:
-        for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
-            folder = partial / ("val" if index in val else "train") / str(digit)
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
-            image.save(folder / f"{index:04d}.png")
+    with whole_folder(root, "digits.json", settings, "digits") as partial:
+        if partial is not None:
+            scans, labels = load_scans()
+            val = choose_val(labels, seed=seed)
+            for index, (scan, digit) in enumerate(zip(scans, labels, strict=True)):
+                folder = partial / ("val" if index in val else "train") / str(digit)
+                folder.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
+                image.save(folder / f"{index:04d}.png")
     return _count(root)
 
 
@@ -90,16 +83,8 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_val(labels: np.ndarray, fraction: float = VAL_FRACTION, seed: int = 0) -> set[int]:
-    """The scans of the val split; all that are written from the scans agree on its default.
-
-    Args:
-        labels: the digit of every scan, ``[N]``.
-        fraction: share of every class in the split.
-        seed: seed of the choice.
-
-    Returns:
-        Indices of scans.
-    """
+    """Indices of the scans of the val split, a fraction of every digit; all that are written from
+    the scans agree on its default. ``labels`` are the digits of the scans, ``[N]``."""
     # RandomState, because its stream is frozen: the demo's split is the same with every NumPy.
     generator = np.random.RandomState(seed)
     chosen: set[int] = set()
@@ -119,18 +104,11 @@ def _count(root: Path) -> dict[str, int]:
     return counts
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.digits", "Write scikit-learn's handwritten digits as a folder of images."
-    )
-    parser.add_argument("--size", type=int, default=32, help="side of the images, pixels (32)")
-    return write_by_command(
-        parser,
-        arguments,
-        write_digits,
-        "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
-    )
+main = partial(
+    run_writer,
+    write_digits,
+    "digits: {train} training and {val} test images of 10 classes, {size}x{size}, in {root}",
+)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class FastRandomCrop:
     """A random part of a picture, resized, mirrored and augmented.
 
     Args:
-        crop: timm's transform of Pillow images: draws the part, and has size, filter and ranges.
+        crop: timm's transform of Pillow images, which has size and ranges.
         interpolation: name of the filter.
         mirror: probability.
         policy: applied to the result, a Pillow image; draws from the global generators.

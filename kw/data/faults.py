@@ -52,11 +52,6 @@ class TolerantDataset(Dataset[Any]):
     image in its place, drawn from the seed and the key, so that neither the number of loader
     processes nor that of ranks matters; it is transformed by the random choices of the image that
     it stands for. Evaluation gets what :meth:`unreadable` gives.
-
-    Args:
-        seed: seed of the substitutes.
-        training: whether a bad image is replaced.
-        bad_images: the policy.
     """
 
     def __init__(self, seed: int, training: bool, bad_images: BadImagesConfig) -> None:
@@ -156,12 +151,7 @@ def collate_faults(collate: Callable[[list[Any]], Any], samples: list[Any]) -> A
 
 
 class FaultLog:
-    """The bad files of a data set that are known, each once.
-
-    Args:
-        size: images in the data set.
-        bad_images: the policy.
-    """
+    """The bad files that are known, each once, of a data set of ``size`` images."""
 
     def __init__(self, size: int, bad_images: BadImagesConfig) -> None:
         # Rounded up, so that one bad file does not stop a run on a small set.
@@ -169,21 +159,21 @@ class FaultLog:
         self.size = size
         self.max_pixels = bad_images.max_pixels
         self.known: dict[str, BadImage] = {}  # by path
-        self._met: dict[str, BadImage] = {}
+        self._new: dict[str, BadImage] = {}  # of this process
 
-    def met(self, faults: Iterable[BadImage]) -> None:
-        """This process met bad files."""
+    def record(self, faults: Iterable[BadImage]) -> None:
+        """Add bad files that this process found."""
         for fault in faults:
             if fault.path not in self.known:
-                self._met[fault.path] = BadImage(*fault)
+                self._new[fault.path] = BadImage(*fault)
 
     def take(self) -> list[BadImage]:
-        """What this process met since the last call and was not known."""
-        met, self._met = self._met, {}
-        return list(met.values())
+        """What this process found since the last call and was not known."""
+        new, self._new = self._new, {}
+        return list(new.values())
 
-    def learn(self, faults: Iterable[BadImage]) -> list[BadImage]:
-        """Enter what any process met; returns those that are new, in the data set's order."""
+    def merge(self, faults: Iterable[BadImage]) -> list[BadImage]:
+        """Add what any process found; returns those that are new, in the data set's order."""
         new = {fault.path: fault for fault in faults if fault.path not in self.known}
         self.known.update(new)
         return sorted(new.values())
@@ -211,7 +201,7 @@ class FaultLog:
         self.known = {fault.path: fault for fault in known if self._is_bad(fault.path)}
 
     def _is_bad(self, path: str) -> bool:
-        # A file that was removed, or lies in an archive, will be met if it is still in the set.
+        # A file that was removed, or lies in an archive, is found again if it is still in the set.
         if not os.path.exists(path):
             return False
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -61,8 +61,8 @@ def list_folders(
             to be divided.
     """
     folder = root.expanduser() if validation else root.expanduser() / split
-    classes = _find_classes(folder, bool(validation))
-    left_out = Counter(_beside(folder))
+    left_out: Counter[str] = Counter()
+    classes = _find_classes(folder, bool(validation), left_out)
     samples = [
         (path, label)
         for label, name in enumerate(classes)
@@ -74,7 +74,13 @@ def list_folders(
     if left_out:
         say(f"{folder}: left out: {describe(left_out)}")
     labels = np.array([label for _, label in samples])
-    _check_not_empty(folder, classes, set(labels.tolist()))
+    filled = set(labels.tolist())
+    if empty := [name for label, name in enumerate(classes) if label not in filled]:
+        raise DataError(
+            f"{len(empty)} of {len(classes)} class folders in {folder} have no image: "
+            f"{_some(empty)}; expected files named {', '.join('*' + e for e in IMAGE_EXTENSIONS)}; "
+            f"{_found(folder / empty[0])}"
+        )
     files = [path for path, _ in samples]
     if validation is not None:
         chosen = _chosen(labels, classes, validation, split_seed)
@@ -189,39 +195,27 @@ def list_splits(
     return listings
 
 
-def _find_classes(folder: Path, undivided: bool) -> list[str]:
-    """Names of the class folders of a split, or of an undivided set, sorted."""
+def _find_classes(folder: Path, undivided: bool, left_out: Counter[str]) -> list[str]:
+    """Names of the class folders of a split, or of an undivided set, sorted; what lies beside them
+    is counted by kind."""
     root = folder if undivided else folder.parent
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise DataError(f"data.root {root} {what}; {_LAYOUT}")
     if not folder.is_dir():
         raise DataError(f"data.root {root} has no {folder.name}/; {_LAYOUT}; {_found(root)}")
-    with os.scandir(folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
-    if not classes:
-        raise DataError(f"{folder} has no class folders; {_LAYOUT}; {_found(folder)}")
-    return classes
-
-
-def _check_not_empty(folder: Path, classes: list[str], filled: set[int]) -> None:
-    empty = [name for label, name in enumerate(classes) if label not in filled]
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(classes)} class folders in {folder} have no image: "
-            f"{_some(empty)}; expected files named {', '.join('*' + e for e in IMAGE_EXTENSIONS)}; "
-            f"{_found(folder / empty[0])}"
-        )
-
-
-def _beside(folder: Path) -> Iterator[str]:
-    """Other contents beside the class folders, by kind."""
+    classes = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir() and is_hidden(entry.name):
-                yield "hidden folders"
-            elif not entry.is_dir() and not is_hidden(entry.name):
-                yield "files beside the class folders"
+            if entry.is_dir() and not is_hidden(entry.name):
+                classes.append(entry.name)
+            elif entry.is_dir():
+                left_out["hidden folders"] += 1
+            elif not is_hidden(entry.name):
+                left_out["files beside the class folders"] += 1
+    if not classes:
+        raise DataError(f"{folder} has no class folders; {_LAYOUT}; {_found(folder)}")
+    return sorted(classes)
 
 
 def _found(folder: Path) -> str:
@@ -233,7 +227,7 @@ def _found(folder: Path) -> str:
     return f"{folder} holds {_some(names)}{flat}" if names else f"{folder} is empty"
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -24,13 +24,7 @@ from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.errors import answer
 
-__all__ = [
-    "Loader",
-    "build_loader",
-    "collate",
-    "deaths_explained",
-    "stop_workers",
-]
+__all__ = ["Loader", "build_loader", "collate", "deaths_explained", "stop_workers"]
 
 
 class Loader(DataLoader[Any]):
@@ -49,7 +43,7 @@ class Loader(DataLoader[Any]):
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             for batch in batches:
-                self.faults.met(batch.pop("faults", ()))
+                self.faults.record(batch.pop("faults", ()))
                 if batch:
                     yield batch
         except DataError as error:  # torch's message is the traceback of the loader process
@@ -86,15 +80,9 @@ def build_loader(
     workers: int,
     collate: Callable[[list[Any]], Any] = collate,
 ) -> Loader:
-    """The loader of one process.
+    """The loader of one process; 0 workers load in this process itself.
 
     Before each epoch of training call ``loader.batch_sampler.set_epoch(epoch, start_update)``.
-
-    Args:
-        dataset: gives a sample for a key ``(epoch, index)``.
-        sampler: gives lists of keys.
-        workers: loader processes; 0 loads in this process.
-        collate: samples -> batch, a mapping.
     """
     dataset.note_for(workers)
     loader = Loader(
@@ -137,7 +125,7 @@ def _end_with_run() -> None:
 
 @contextmanager
 def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
-    """Say which image a loader process was reading when it died.
+    """Say which image a loader process was reading when it died; processes end with the block.
 
     torch reports a death from a signal handler, so that it may surface at any line of the run.
 
@@ -152,6 +140,9 @@ def deaths_explained(*loaders: DataLoader[Any]) -> Iterator[None]:
         if not deaths:
             raise
         raise DataError("; ".join(deaths)) from error
+    finally:
+        for loader in loaders:
+            stop_workers(loader)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from kw.config.data_schema import MemoryConfig
 from kw.data.batch_augment import BatchAugment
 from kw.data.dataset import UNREADABLE, ImageFolder, Sample
 from kw.data.faults import BadImage, FaultLog, TolerantDataset
-from kw.data.loader import Loader, build_loader, deaths_explained, stop_workers
+from kw.data.loader import Loader, build_loader, collate, deaths_explained
 from kw.data.reading import BadImageError, DataError
 from kw.data.samplers import EvalBatchSampler, Key, TrainBatchSampler
 from kw.data.seeding import derive_seed
@@ -35,51 +36,6 @@ _ROOM = 0.9  # share of the free memory for images: the network must fit as well
 _DECODED_AT_ONCE = 64
 
 
-class _Decoder(TolerantDataset):
-    """The images of a folder as they are held, each checked to have the size of the first.
-
-    A file that cannot be read is left out, with a message.
-    """
-
-    def __init__(self, folder: ImageFolder, first: int) -> None:
-        super().__init__(folder.seed, False, folder.bad_images)
-        self.folder = folder
-        self.shape = self._shape_from(first)
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def path(self, index: int) -> os.PathLike[str] | str:
-        """The file of an image."""
-        return self.folder.path(index)
-
-    def read(self, index: int, key: Key) -> Sample:
-        """Decode an image.
-
-        Raises:
-            BadImageError: the file cannot be read.
-            DataError: it has another size than the first.
-        """
-        sample = self.folder.read(index, key)
-        if sample.image.shape != self.shape:
-            raise DataError(
-                f"data.memory: images have different sizes: {_size(self.shape)} pixels, but "
-                f"{self.path(index)} has {_size(sample.image.shape)}; set data.memory.size, e.g. "
-                f"{min(self.shape[1:])}, to hold squares, or data.memory to null"
-            )
-        return sample
-
-    def _shape_from(self, first: int) -> torch.Size:
-        """The shape of the first image that can be read."""
-        for index in [*range(first, len(self)), *range(first)]:
-            try:
-                return self.folder.read(index, (0, index)).image.shape
-            except BadImageError:
-                if self.bad_images.policy == "raise":
-                    raise
-        raise DataError(f"none of the {len(self)} images of {self.folder.folder} is readable")
-
-
 class MemoryImages(TolerantDataset):
     """The decoded images of one split; gives whole batches.
 
@@ -87,7 +43,7 @@ class MemoryImages(TolerantDataset):
         folder: the split.
         images: uint8 [held, C, H, W].
         rows: int64 [images of the split], the row of ``images`` that holds each.
-        device: device of the batches.
+        device: of the batches.
         augment: for training; left out, images are given as they are held.
         bad: the images that could not be read, by index. In training others stand in for them, by
             the rule of :class:`~kw.data.faults.TolerantDataset`; in evaluation they are black
@@ -119,15 +75,10 @@ class MemoryImages(TolerantDataset):
         return len(self.folder)
 
     def path(self, index: int) -> os.PathLike[str] | str:
-        """The file of an image."""
         return self.folder.path(index)
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Any]:
-        """The batch of these keys; torch's loader calls this method.
-
-        Raises:
-            DataError: no image can replace one that cannot be read.
-        """
+        """The batch of these keys; torch's loader calls this method."""
         chosen = torch.tensor([self._readable(key) for key in keys])
         images = self.images[self.rows[chosen].to(self.images.device, non_blocking=True)]
         images = images.to(self.device, non_blocking=True)  # [B, C, H, W]
@@ -178,36 +129,54 @@ def hold_in_memory(
     rows = torch.full((len(folder),), -1, dtype=torch.int64)
     rows[list(indices)] = torch.arange(len(indices))
     place = device if config.place == "device" else torch.device("cpu")
-    decoder = _Decoder(folder, indices[0] if len(indices) else 0)
-    _check_room(len(indices), decoder.shape, place)
-    held = torch.zeros((len(indices), *decoder.shape), dtype=torch.uint8, device=place)
+    shape = _first_shape(folder, indices[0] if len(indices) else 0)
+    _check_room(len(indices), shape, place)
+    held = torch.zeros((len(indices), *shape), dtype=torch.uint8, device=place)
     in_order = sampler
     if isinstance(sampler, TrainBatchSampler):
         in_order = EvalBatchSampler(len(folder), _DECODED_AT_ONCE)
-    decoding = build_loader(decoder, in_order, workers)
+    decoding = build_loader(folder, in_order, workers, partial(_alike, folder, shape))
     with deaths_explained(decoding):
         for batch in decoding:
             held[rows[batch["indices"]].to(place)] = batch["images"].to(place)
-    stop_workers(decoding)
     bad = {fault.image: fault for fault in decoding.faults.take()}
     loader = Loader(
         MemoryImages(folder, held, rows, device, augment, bad),
         batch_sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=dict,  # the batch as it is
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
     loader.faults = FaultLog(len(folder), folder.bad_images)
-    loader.faults.met(bad.values())
+    loader.faults.record(bad.values())
     return loader
+
+
+def _first_shape(folder: ImageFolder, first: int) -> torch.Size:
+    """The shape of the first image that can be read."""
+    for index in [*range(first, len(folder)), *range(first)]:
+        try:
+            return folder.read(index, (0, index)).image.shape
+        except BadImageError:
+            if folder.bad_images.policy == "raise":
+                raise
+    raise DataError(f"none of the {len(folder)} images of {folder.folder} is readable")
+
+
+def _alike(folder: ImageFolder, shape: torch.Size, samples: list[Sample]) -> dict[str, Any]:
+    """A batch of decoded images; a DataError if one has another shape than the first."""
+    for sample in samples:
+        if sample.image.shape != shape:
+            raise DataError(
+                f"data.memory: images have different sizes: {_size(shape)} pixels, but "
+                f"{folder.path(sample.key[1])} has {_size(sample.image.shape)}; set "
+                f"data.memory.size, e.g. {min(shape[1:])}, to hold squares, or data.memory to null"
+            )
+    return collate(samples)
 
 
 def as_stored(image: Image.Image | Tensor) -> Tensor:
     """An image as it is -> uint8 [C, H, W]; the transform of training images held unresized."""
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _check_room(count: int, shape: torch.Size, place: torch.device) -> None:

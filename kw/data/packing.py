@@ -17,13 +17,14 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from kw.data.archives import INDEX, SETTINGS, Names
@@ -79,18 +80,17 @@ def pack(
     if out.exists():
         raise DataError(f"{out} exists: name another file, or delete it")
     part = out.with_name(f"{out.name}.part")
-    items = _Items(listings, root, packing)
-    settings = json.dumps({**packing._asdict(), "set": items.digest()}).encode()
+    splits = [_Split(split, each, root, packing) for split, each in listings.items()]
+    settings = json.dumps({**packing._asdict(), "set": _digest(splits)}).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "a+b"):
-        pass  # it exists
+    part.touch()
     with open(part, "r+b") as file:
         whole, end = _whole_members(file)
         file.seek(0)
         head = file.read(_HEADER.size + len(SETTINGS))
         if len(head) == _HEADER.size + len(SETTINGS) and not head.endswith(SETTINGS.encode()):
             raise DataError(f"{part} is no packed set: name another file, or delete it")
-        if whole and _content_of(file, whole[0]) != settings:
+        if whole and file.read(whole[0].file_size) != settings:
             raise DataError(f"{part} was begun with another set or other settings: delete it")
         file.truncate(end)
         file.seek(end)
@@ -100,13 +100,25 @@ def pack(
                 archive.NameToInfo[info.filename] = info
             if not whole:
                 archive.writestr(zipfile.ZipInfo(SETTINGS, _DATE), settings)
-            bad = _write(archive, items, max(len(whole) - 1, 0), workers)
-            _write_index(archive, file, items)
+            bad = _write(archive, ConcatDataset(splits), max(len(whole) - 1, 0), workers)
+            _write_index(archive, file, splits)
     part.rename(out)
     return bad
 
 
-def _write(archive: zipfile.ZipFile, items: _Items, done: int, workers: int) -> int:
+def _digest(splits: Sequence[_Split]) -> str:
+    """Of all names, labels and classes."""
+    found = hashlib.blake2b(digest_size=16)
+    for each in splits:
+        found.update(repr((each.split, list(each.listing.classes))).encode())
+        found.update(np.asarray(each.listing.labels).astype(np.int64).tobytes())
+    for each in splits:
+        for index in range(len(each)):
+            found.update(each.name(index).encode() + b"\0")
+    return found.hexdigest()
+
+
+def _write(archive: zipfile.ZipFile, items: ConcatDataset[Any], done: int, workers: int) -> int:
     """Write the members from number ``done`` on; returns the number of unreadable images."""
     loader: DataLoader[Any] = DataLoader(
         items,
@@ -129,34 +141,25 @@ def _write(archive: zipfile.ZipFile, items: _Items, done: int, workers: int) -> 
     return bad
 
 
-class _Items(Dataset[Any]):
-    """The images of all splits, one after another: name, content and fault of each."""
+class _Split(Dataset[Any]):
+    """The images of a split: name, content and fault of each."""
 
-    def __init__(self, listings: Mapping[str, Listing], root: Path, packing: Packing) -> None:
-        self.listings, self.root, self.packing = dict(listings), root.expanduser(), packing
-        self.splits = list(self.listings)
-        self.ends = np.cumsum([len(each.files) for each in self.listings.values()])
+    def __init__(self, split: str, listing: Listing, root: Path, packing: Packing) -> None:
+        self.split, self.listing, self.packing = split, listing, packing
+        self.root = root.expanduser()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.listing.files)
 
-    def place(self, number: int) -> tuple[str, int]:
-        """Split, and place in it."""
-        which = int(np.searchsorted(self.ends, number, side="right"))
-        return self.splits[which], number - (int(self.ends[which - 1]) if which else 0)
-
-    def source(self, number: int) -> str:
+    def source(self, index: int) -> str:
         """What names an image in messages."""
-        split, index = self.place(number)
-        listing = self.listings[split]
+        listing = self.listing
         return str(listing.files[index] if listing.names is None else listing.names[index])
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Its name in the packed set, but for an ending that its format adds."""
-        split, index = self.place(number)
-        listing = self.listings[split]
-        name = self.source(number)
-        for folder in (self.root / split, self.root):
+        listing, name = self.listing, self.source(index)
+        for folder in (self.root / self.split, self.root):
             if name.startswith(f"{folder}{os.sep}"):
                 name = os.path.relpath(name, folder)
                 break
@@ -166,30 +169,19 @@ class _Items(Dataset[Any]):
                 name = f"{listing.classes[int(listing.labels[index])]}/{name}"
         # ZIP files have names in UTF-8.
         name = os.fsencode(Path(name).as_posix()).decode("utf-8", "backslashreplace")
-        return f"{split}/{name}"
+        return f"{self.split}/{name}"
 
-    def digest(self) -> str:
-        """Of all names, labels and classes."""
-        found = hashlib.blake2b(digest_size=16)
-        for split, listing in self.listings.items():
-            found.update(repr((split, list(listing.classes))).encode())
-            found.update(np.asarray(listing.labels).astype(np.int64).tobytes())
-        for number in range(len(self)):
-            found.update(self.name(number).encode() + b"\0")
-        return found.hexdigest()
-
-    def __getitem__(self, number: int) -> tuple[str, bytes, str]:
-        split, index = self.place(number)
-        name, kind = self.name(number), self.packing.format
+    def __getitem__(self, index: int) -> tuple[str, bytes, str]:
+        name, kind = self.name(index), self.packing.format
         try:
-            stored = self.listings[split].files[index]
+            stored = self.listing.files[index]
         except BadImageError as error:  # of an archive that is damaged
             return name, b"", str(error)
         if kind == "keep":
             is_named = not isinstance(stored, np.ndarray) or name.endswith(".npy")
-            return name if is_named else f"{name}.npy", *_content(stored, self.source(number))
+            return name if is_named else f"{name}.npy", *_content(stored, self.source(index))
         try:
-            image = read_image(stored, upright=self.packing.upright, name=self.source(number))
+            image = read_image(stored, upright=self.packing.upright, name=self.source(index))
         except BadImageError as error:
             return name, _content(stored, "")[0], str(error)
         side = self.packing.side
@@ -202,7 +194,7 @@ class _Items(Dataset[Any]):
             np.save(stream, np.asarray(image), allow_pickle=False)
             return f"{name}.npy", stream.getvalue(), ""
         if max(image.size) > _LONGEST:
-            fault = f"{self.source(number)}: JPEG files have {_LONGEST} pixels a side at most"
+            fault = f"{self.source(index)}: JPEG files have {_LONGEST} pixels a side at most"
             return name, _content(stored, "")[0], fault
         image.save(stream, "JPEG", quality=self.packing.quality)
         is_jpeg = name.lower().endswith((".jpg", ".jpeg"))
@@ -227,26 +219,23 @@ def _content(stored: Stored, name: str) -> tuple[bytes, str]:
         return b"", f"cannot read image {name or stored}: {error.strerror or error}"
 
 
-def _write_index(archive: zipfile.ZipFile, file: IO[bytes], items: _Items) -> None:
-    infos = archive.infolist()[1:]
-    arrays: dict[str, Any] = {
-        "meta": json.dumps({"splits": {s: list(x.classes) for s, x in items.listings.items()}})
-    }
-    first = 0
-    for split, listing in items.listings.items():
-        members = infos[first : first + len(listing.files)]
-        first += len(members)
+def _write_index(archive: zipfile.ZipFile, file: IO[bytes], splits: Sequence[_Split]) -> None:
+    infos = iter(archive.infolist()[1:])
+    classes = {each.split: list(each.listing.classes) for each in splits}
+    arrays: dict[str, Any] = {"meta": json.dumps({"splits": classes})}
+    for each in splits:
+        split, members = each.split, list(islice(infos, len(each)))
         names = Names.of(info.filename for info in members)
         # A name without ASCII is longer in UTF-8; members have no extra fields.
         starts = [
             info.header_offset + _HEADER.size + len(info.filename.encode()) for info in members
         ]
-        arrays[f"{split}/text"], arrays[f"{split}/ends"] = names.arrays()
+        arrays[f"{split}/text"], arrays[f"{split}/ends"] = names.text, names.ends
         arrays[f"{split}/starts"] = np.array(starts, dtype=np.int64)
         arrays[f"{split}/sizes"] = np.array([i.file_size for i in members], dtype=np.int64)
         arrays[f"{split}/crcs"] = np.array([i.CRC for i in members], dtype=np.uint32)
-        arrays[f"{split}/labels"] = np.asarray(listing.labels)
-        if items.packing.format == "raw" or any(i.filename.endswith(".npy") for i in members):
+        arrays[f"{split}/labels"] = np.asarray(each.listing.labels)
+        if each.packing.format == "raw" or any(i.filename.endswith(".npy") for i in members):
             shapes = [
                 _shape(file, at) if info.filename.endswith(".npy") else (0, 0)
                 for info, at in zip(members, starts, strict=True)
@@ -271,11 +260,8 @@ def _shape(file: IO[bytes], start: int) -> tuple[int, int]:
 
 
 def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
-    """The members that an interrupted run has written, and where the last of them ends.
-
-    The very last one is left out: it may be cut. ZIP files list their members at the end, which is
-    not written yet.
-    """
+    """The members that an interrupted run has written, and where they end; without the very last
+    one, which may be cut. ZIP files list their members at the end, which is not written yet."""
     end = file.seek(0, os.SEEK_END)
     found: list[zipfile.ZipInfo] = []
     at = 0
@@ -298,18 +284,9 @@ def _whole_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
     return found[:-1], found[-1].header_offset
 
 
-def _content_of(file: IO[bytes], info: zipfile.ZipInfo) -> bytes:
-    """A stored member's content."""
-    file.seek(info.header_offset + _HEADER.size + len(info.filename.encode()))
-    return file.read(info.file_size)
-
-
 def check_packed(file: Path) -> str | None:
-    """The first member whose checksum is another one; ``None`` where all are right.
-
-    Raises:
-        DataError: it is no ZIP file.
-    """
+    """The first member whose checksum is another one; ``None`` where all are right. What is no ZIP
+    file raises a DataError."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip()

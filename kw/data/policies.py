@@ -84,9 +84,6 @@ _MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 class BatchPolicy:
     """``data.auto_augment`` and ``data.color_jitter`` for batches of images of one size.
 
-    Args:
-        config: the data settings, checked (:mod:`kw.config.rules`).
-
     Raises:
         ConfigError: the installed timm's policy has an operation that is not among those here.
     """
@@ -129,12 +126,8 @@ class BatchPolicy:
         return chosen
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Augment.
-
-        Args:
-            images: uint8 [B, 3, H, W], or grey [B, 1, H, W], on any device; they are not changed.
-            seeds: one 64-bit seed per image.
-        """
+        """Augment uint8 [B, 3, H, W], or grey [B, 1, H, W], on any device, which is not changed;
+        one 64-bit seed per image."""
         if images.shape[1] == 1:
             return self(images.expand(-1, 3, -1, -1), seeds)[:, :1]
         return self.apply(images, self.choose(seeds))

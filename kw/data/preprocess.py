@@ -42,7 +42,7 @@ class BatchPreprocessor(nn.Module):
 
     Args:
         config: the data settings, checked (:mod:`kw.config.rules`).
-        num_classes: C, classes of the classifier.
+        num_classes: C.
         label_smoothing: probability mass spread evenly over all classes, in training; for images of
             several classes over "yes" and "no" of each class.
         seed: seed of policies, erasing and mixing.

@@ -68,16 +68,8 @@ def axis_weights(
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply the weights of both axes.
-
-    Args:
-        images: [B, 3, H, W], of any type.
-        rows: [B, S, H], from :func:`axis_weights`.
-        columns: [B, S, W].
-
-    Returns:
-        float32 [B, 3, S, S]; a filter with negative weights may leave the range of the input.
-    """
+    """Apply the weights of both axes, rows [B, S, H] and columns [B, S, W], to images [B, 3, H, W]
+    of any type: float32 [B, 3, S, S]. A filter with negative weights may leave their range."""
     channels, height = images.shape[1:3]
     wide = images.flatten(1, 2).float() @ columns.transpose(1, 2)  # [B, 3 H, S]
     wide = wide.unflatten(1, (channels, height)).transpose(1, 2).flatten(2)  # [B, H, 3 S]

@@ -50,8 +50,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         size: images in the dataset.
         batch_size: images per process and micro-batch.
         total_batch_size: images per update, over all processes and micro-batches.
-        rank: this process, from 0.
-        world_size: number of processes.
+        rank, world_size: this process, from 0, of so many.
         seed: seed of the permutations.
         groups: a number for every image; the images of an update are dealt out in its order, so
             that images of one number share a micro-batch where possible. The images of an update
@@ -177,13 +176,7 @@ class EvalBatchSampler(Sampler[list[Key]]):
     """Every image once over all processes, none twice: rank r reads r, r + W, r + 2W, ...
 
     Processes may differ by one image and by one batch; a process may have none. Reduce sums and
-    counts after the loop, never inside it.
-
-    Args:
-        size: images in the dataset.
-        batch_size: images per process and batch; the last batch may be smaller.
-        rank: this process, from 0.
-        world_size: number of processes W.
+    counts after the loop, never inside it. The last batch may have less than ``batch_size`` images.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:

@@ -22,6 +22,8 @@ from kw.data.transforms import build_fast_transform, build_transform
 
 __all__ = ["open_training", "open_validation", "read_files", "test_images"]
 
+Transform = Callable[[Image.Image], torch.Tensor]
+
 
 def open_training(
     config: Config,
@@ -37,8 +39,7 @@ def open_training(
     Args:
         config: the run.
         device: the device that trains, where ``data.memory`` has batches assembled.
-        rank: this process, from 0.
-        world_size: number of processes.
+        rank, world_size: this process, from 0, of so many.
         listing: the split's files (:func:`kw.data.list_splits`); left out, they are listed here.
 
     Raises:
@@ -47,7 +48,13 @@ def open_training(
         DataError: the data folder is not as expected, or ``data.memory`` cannot hold it.
     """
     data, memory = config.data, config.data.memory
-    transform = build_transform(data, True) if memory is None else _as_held(data, memory.size)
+    if memory is None:
+        transform: Transform = build_transform(data, True)
+    elif memory.size is None:
+        transform = as_stored
+    else:  # resized to a square
+        square = replace(data, input_size=memory.size, test_crop_ratio=1.0)
+        transform = build_transform(square, False)
     folder = _folder(config, "train", transform, listing, is_held=memory is not None)
     sampler = TrainBatchSampler(
         len(folder),
@@ -110,7 +117,7 @@ def read_files(
 def _folder(
     config: Config,
     split: str,
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: Transform,
     listing: Listing | None,
     is_held: bool = False,
 ) -> ImageFolder:
@@ -127,10 +134,3 @@ def _folder(
         fast=None if data.decoder == "pillow" else build_fast_transform(data, split == "train"),
         batch_shape=None if is_held or data.pixels != "uint8" else (data.channels, *data.shape),
     )
-
-
-def _as_held(data: DataConfig, size: int | None) -> Callable[[Image.Image], torch.Tensor]:
-    """The transform of training images before they are held: none, or a resize to a square."""
-    if size is None:
-        return as_stored
-    return build_transform(replace(data, input_size=size, test_crop_ratio=1.0), False)

@@ -16,24 +16,24 @@ The images are ImageNet's: for non-commercial research and education, by its ter
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from kw.data.reading import DataError
-from kw.data.whole_folder import is_written, whole_folder, write_by_command
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["CLASSES", "prepare"]
 
 CLASSES = 100
 _TRAIN_PER_CLASS, _VAL_PER_CLASS = 300, 50
-_MARKER = "tiny-imagenet.json"
 _LARGEST = 2**20  # bytes of a file: the images have a few thousand
 
 
@@ -63,65 +63,54 @@ def prepare(
         raise DataError(f"--hold-out {hold_out}: expected 0 to {_TRAIN_PER_CLASS - 1} images")
     sizes = {"train": _TRAIN_PER_CLASS - hold_out, "val": hold_out or _VAL_PER_CLASS}
     settings = {"classes": CLASSES, **sizes}
-    if is_written(root, _MARKER, settings, "images"):
-        return _counts(root, sizes)
     try:
-        with (
-            _opened(Path(archive)) as (names, read),
-            whole_folder(root, _MARKER, settings) as partial,
-        ):
-            for name, target in _chosen(names, read, hold_out):
-                path = partial / target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(read(name))
-            counts = _counts(partial, sizes)
+        with whole_folder(root, "tiny-imagenet.json", settings, "images") as folder:
+            if folder is None:
+                return _counts(root, sizes)
+            with _opened(Path(archive)) as files:
+                for name, target in _chosen(files, hold_out):
+                    path = folder / target
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(files[name]())
+            return _counts(folder, sizes)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{archive}: cannot be read as an archive: {error}") from error
-    return counts
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
-    """The names of an archive's files, and what reads one of them."""
+def _opened(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
+    """What reads each file of an archive; in its own order, since a compressed one cannot be read
+    backwards."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected tiny-imagenet-200.zip or a .tar.gz of it")
+
+    def read(name: str, size: int, begin: Callable[[Any], Any], member: Any) -> bytes:
+        if size > _LARGEST:
+            raise DataError(f"{path}: {name} has {size:,} bytes: that is no image of 64x64 pixels")
+        with begin(member) as stream:
+            return bytes(stream.read())
+
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-
-            def read_zip(name: str) -> bytes:
-                _check_size(name, sizes[name], path)
-                return file.read(name)
-
-            yield list(sizes), read_zip
+            yield {
+                m.filename: partial(read, m.filename, m.file_size, file.open, m)
+                for m in file.infolist()
+            }
         return
     with tarfile.open(path) as tar:
-        # In the archive's own order: a compressed one cannot be read backwards.
-        members = {member.name: member for member in tar if member.isfile()}
-
-        def read_tar(name: str) -> bytes:
-            _check_size(name, members[name].size, path)
-            found = tar.extractfile(members[name])
-            return found.read() if found is not None else b""
-
-        yield list(members), read_tar
+        members = [m for m in tar if m.isfile()]
+        yield {m.name: partial(read, m.name, m.size, tar.extractfile, m) for m in members}
 
 
-def _check_size(name: str, size: int, path: Path) -> None:
-    if size > _LARGEST:
-        raise DataError(f"{path}: {name} has {size:,} bytes: that is no image of 64x64 pixels")
-
-
-def _chosen(
-    names: list[str], read: Callable[[str], bytes], hold_out: int
-) -> Iterator[tuple[str, Path]]:
+def _chosen(files: Mapping[str, Callable[[], bytes]], hold_out: int) -> Iterator[tuple[str, Path]]:
     """The subset's files, each with its place: names of the archive are never taken as paths."""
+    names = list(files)
     parts = {name: PurePosixPath(name).parts[1:] for name in names if name.endswith(".JPEG")}
     train = {name: p[1] for name, p in parts.items() if p[:1] == ("train",) and len(p) > 2}
     val = {name: p[1] for name, p in parts.items() if p[:1] == ("val",) and len(p) == 3}
     labelled = [name for name in names if name.endswith("val_annotations.txt")]
     if labelled:  # the original, whose validation images lie in one folder
-        lines = [line.split("\t") for line in read(labelled[0]).decode().splitlines()]
+        lines = [line.split("\t") for line in files[labelled[0]]().decode().splitlines()]
         wnids = {line[0]: line[1] for line in lines if len(line) > 1}
         val = {name: wnids.get(Path(name).name, "") for name in val}
     kept = set(sorted({wnid for wnid in train.values() if wnid.isalnum()})[:: 2 if labelled else 1])
@@ -156,26 +145,12 @@ def _counts(root: Path, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kw.data.tiny_imagenet",
-        description="Lay out 100 classes of Tiny-ImageNet as a folder of images.",
-    )
-    parser.add_argument("archive", help="tiny-imagenet-200.zip, or an archive of the subset")
-    parser.add_argument("root", help="folder to write: absent, empty, or written before")
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=0,
-        metavar="N",
-        help="validate on N training images of every class, and leave the validation images out",
-    )
-    return write_by_command(
-        parser,
-        arguments,
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
         prepare,
         "tiny-imagenet-100: {train} training and {val} validation images of "
         f"{CLASSES} classes in {{root}}",
+        arguments,
     )
 
 

@@ -40,10 +40,6 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
     Where H and W differ, the image is resized until it just covers floor(H / ``test_crop_ratio``) x
     floor(W / ``test_crop_ratio``), as timm does.
 
-    Args:
-        config: the data settings, checked (:mod:`kw.config.rules`).
-        training: whether to augment.
-
     Returns:
         Image of any size -> uint8 tensor [C, H, W], or float32 with ``data.pixels: uint16``.
     """

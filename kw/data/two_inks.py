@@ -13,7 +13,7 @@ import colorsys
 import math
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,12 @@ from PIL import Image
 from kw.data.digits import choose_val, load_scans
 from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
-from kw.data.whole_folder import (
-    command_parser,
-    is_written,
-    whole_folder,
-    write_by_command,
-)
+from kw.data.whole_folder import run_writer, whole_folder
 
 __all__ = ["choose_scans", "see", "write_two_inks"]
 
 TEST_FRACTION, SEARCH_FRACTION = 0.4, 0.2
 """Shares of the scans for test images, and for those on which settings are searched."""
-
-_MARKER = "two_inks.json"
 
 
 def write_two_inks(
@@ -45,7 +38,7 @@ def write_two_inks(
     size: int = 16,
     search: bool = False,
 ) -> dict[str, int]:
-    """Write ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
+    """Write images of two digits, ``root/train/<digit>/*.png`` and ``root/val/<digit>/*.png``.
 
     No scan is in both splits. Every digit and either light has the same number of images, up to
     one. The folder appears only when it is complete; one that is complete, with the same settings,
@@ -75,14 +68,14 @@ def write_two_inks(
     root = Path(root).expanduser().absolute()
     sizes = {"train": train, "val": val}
     settings = {**sizes, "seed": seed, "size": size, "search": search}
-    if is_written(root, _MARKER, settings, "two inks"):
-        return sizes
-    scans, labels = load_scans()
-    members = {
-        split: [pool[labels[pool] == digit] for digit in range(10)]
-        for split, pool in choose_scans(labels, search).items()
-    }
-    with whole_folder(root, _MARKER, settings) as partial:
+    with whole_folder(root, "two_inks.json", settings, "two inks") as partial:
+        if partial is None:
+            return sizes
+        scans, labels = load_scans()
+        members = {
+            split: [pool[labels[pool] == digit] for digit in range(10)]
+            for split, pool in choose_scans(labels, search).items()
+        }
         for split, count in sizes.items():
             for digit in range(10):
                 (partial / split / str(digit)).mkdir(parents=True)
@@ -165,24 +158,12 @@ def _lay(
     return np.asarray(image).astype(np.float64) / 255
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see :func:`kw.data.whole_folder.write_by_command`."""
-    parser = command_parser(
-        "kw.data.two_inks", "Write images of two digits; the light determines which is the class."
-    )
-    parser.add_argument("--train", type=int, default=16_000, help="training images (16000)")
-    parser.add_argument("--val", type=int, default=6_000, help="held-out images (6000)")
-    parser.add_argument("--size", type=int, default=16, help="side of the images, pixels (16)")
-    parser.add_argument(
-        "--search", action="store_true", help="hold out training scans; test scans are not used"
-    )
-    return write_by_command(
-        parser,
-        arguments,
-        write_two_inks,
-        "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
-        "{size}x{size}, in {root}",
-    )
+main = partial(
+    run_writer,
+    write_two_inks,
+    "two inks: {train} training and {val} held-out images of 10 classes in 2 lights, "
+    "{size}x{size}, in {root}",
+)
 
 
 if __name__ == "__main__":

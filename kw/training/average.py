@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..torch_private import lerp_all
-from .parallel import local
+__all__ = ["MovingAverage", "local"]
 
-__all__ = ["MovingAverage"]
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MovingAverage:
@@ -32,7 +36,7 @@ class MovingAverage:
         """Take an update's weights in; ``updates_before``: updates of the run before it."""
         averages = [local(parameter) for parameter in self.network.parameters()]
         current = [local(parameter) for parameter in trained.parameters()]
-        lerp_all(averages, current, 1 - self.kept(updates_before))
+        get_ema_multi_avg_fn(self.kept(updates_before))(averages, current, None)
         for average, buffer in zip(self.network.buffers(), trained.buffers(), strict=True):
             average.copy_(buffer)
 

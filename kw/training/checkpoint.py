@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -42,28 +42,36 @@ __all__ = [
     "load_network",
     "named_classes",
     "refuse_other_classes",
+    "replacing",
     "restore_rng_state",
     "rng_state",
     "save_checkpoint",
 ]
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which replaces a file if the block ends without an error, so
+    that no partial file is seen."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint to a temporary name and rename it, so that no partial file is seen.
+    """Write a checkpoint as a whole.
 
     Raises:
         OSError: it could not be written; an earlier file is kept.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial, open(partial, "wb") as file:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        os.fsync(file.fileno())
     with suppress(OSError):  # so that the rename survives a power failure
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -164,13 +172,10 @@ def named_classes(checkpoint: Mapping[str, Any], count: int, source: str) -> lis
 def refuse_other_classes(
     checkpoint: Mapping[str, Any], classes: Sequence[str], source: str, data: str
 ) -> None:
-    """Refuse data whose list of classes differs: a label is an index into it.
+    """A CheckpointError if the data have another list of classes: a label is an index into it.
 
     A checkpoint without names (``meta.classes``) is accepted. ``source`` and ``data`` are what
     messages call the two.
-
-    Raises:
-        CheckpointError: the lists differ.
     """
     trained = checkpoint.get("meta", {}).get("classes")
     if trained is None or list(trained) == list(classes):

@@ -44,13 +44,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Process:
-    """Rank, number of processes and device.
-
-    Attributes:
-        rank: from 0; rank 0 writes logs and checkpoints.
-        world_size: number of processes.
-        device: where this process computes.
-    """
+    """One of the ``world_size`` processes of a run, and the device that it computes on; rank 0
+    writes logs and checkpoints."""
 
     rank: int
     world_size: int
@@ -176,10 +171,7 @@ def host_barrier(place: str) -> None:
 
 def from_first(own: _T) -> _T:
     """The first process's value, on all of them: plain types; a collective call."""
-    found = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found, src=0, group=_hosts)
-    return found[0]
+    return from_all(own)[0]
 
 
 def from_all(own: _T) -> list[_T]:

@@ -58,49 +58,49 @@ def write_figures(
     counts = class_hits(hits, test_set.accepted if several else labels, len(classes))
     # The classes that the set is about: its own, or all where all were possible.
     own = np.array(test_set.subset if test_set.subset is not None else range(len(classes)))
-    written = [folder / "per_class.csv"]
+    written: list[Path] = []
+
+    def file(name: str) -> Path:
+        written.append(folder / name)
+        return written[-1]
+
     rows = ([classes[c], names[c], counts[c, 0], *_percent(counts[c])] for c in own)
-    write_csv(written[0], ("class", "name", "images", "top1", "top5"), rows)
+    write_csv(file("per_class.csv"), ("class", "name", "images", "top1", "top5"), rows)
     if not several:
         matrix = confusion(predicted, labels, len(classes))[np.ix_(own, own)]
         heads = [classes[c] for c in own]
-        written.append(folder / "confusion.csv")
         lines = ([head, *row] for head, row in zip(heads, matrix.tolist(), strict=True))
-        write_csv(written[-1], ["true \\ predicted", *heads], lines)
-        written.append(folder / "confusion.png")
-        save(draw_confusion(matrix, [names[c] for c in own], title), written[-1])
+        write_csv(file("confusion.csv"), ["true \\ predicted", *heads], lines)
+        save(draw_confusion(matrix, [names[c] for c in own], title), file("confusion.png"))
     if test_set.groups:
-        written.append(folder / "corruptions.csv")
         errors = test_set.group_errors(outcomes.best)
         rows = ([*group, error] for group, error in errors.items())
-        write_csv(written[-1], ("corruption", "severity", "error"), rows)
+        write_csv(file("corruptions.csv"), ("corruption", "severity", "error"), rows)
 
     def truth(image: int) -> str:
         kept = test_set.accepted[image] if several else labels[image : image + 1]
         return " / ".join(dict.fromkeys(names[label] for label in kept))
 
     wrong = worst(outcomes.confidence, right, predicted, _LISTED)
-    written.append(folder / "mistakes.csv")
     rows = (
         [images.path(i), truth(i), names[predicted[i]], f"{outcomes.confidence[i]:.4f}"]
         for i in wrong
     )
-    write_csv(written[-1], ("file", "true", "predicted", "confidence"), rows)
+    write_csv(file("mistakes.csv"), ("file", "true", "predicted", "confidence"), rows)
     if len(wrong):
         pixels = read_images(images, wrong[:SHOWN].tolist())["images"]
         below = [
             f"is {truth(i)}\nsaid {names[predicted[i]]} {outcomes.confidence[i]:.2f}"
             for i in wrong[:SHOWN]
         ]
-        written.append(folder / "mistakes.png")
         head = f"{title}: the most confident of {int((~right).sum()):,} mistakes"
         shown = to_pixels(pixels, torch.zeros(1), torch.ones(1))
-        save(draw_batch(shown, below, head), written[-1])
+        save(draw_batch(shown, below, head), file("mistakes.png"))
     read = predicted >= 0
-    written.append(folder / "reliability.png")
     bins = calibration(outcomes.confidence[read], right[read])
     save(
-        draw_reliability(bins.counts, bins.confidence, bins.accuracy, bins.ece, title), written[-1]
+        draw_reliability(bins.counts, bins.confidence, bins.accuracy, bins.ece, title),
+        file("reliability.png"),
     )
     return written
 

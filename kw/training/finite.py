@@ -76,13 +76,8 @@ class FiniteGuard:
         scaler: torch.amp.GradScaler,
         norm: Tensor | None,
     ) -> None:
-        """Update, or do nothing.
-
-        Args:
-            optimizer: gradients are reduced and, with a scaler, unscaled.
-            scaler: loss scaling; where enabled, it decides whether to step.
-            norm: the gradient's global norm; ``None`` with a scaler.
-        """
+        """Update, or do nothing: as the gradient's global norm says or, without it, the scaler.
+        Gradients are reduced and unscaled."""
         self._prime(optimizer)
         if norm is None:
             fault = self._fault_of(optimizer, scaler)
@@ -91,7 +86,8 @@ class FiniteGuard:
             fault = ~torch.isfinite(norm)
             step_unless(fault, optimizer)
         self._restore(fault)
-        self._count(fault)
+        self._counts = self._counts.to(fault.device) + fault.long()
+        self._counts[1] *= fault
 
     def begin_epoch(self) -> None:
         """Count the epoch's updates anew."""
@@ -142,12 +138,6 @@ class FiniteGuard:
             now = torch.cat([b.reshape(-1) for b in group])
             parts = torch.where(fault.to(now.device), kept, now).split([b.numel() for b in group])
             copy_all(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
-
-    def _count(self, fault: Tensor) -> None:
-        self._counts = self._counts.to(fault.device)
-        one = fault.long()
-        self._counts += one
-        self._counts[1] *= one
 
 
 def _buffers(model: nn.Module) -> list[list[Tensor]]:

@@ -77,12 +77,8 @@ def _lock(work_dir: Path) -> int | None:
 
 
 def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process) -> Path | None:
-    """The checkpoint to continue from, the same on all processes.
-
-    Args:
-        resume: as for :func:`kw.training.train`.
-        work_dir: of the run.
-        process: this process.
+    """The checkpoint to continue from, the same on all processes; ``resume`` as for
+    :func:`kw.training.train`.
 
     Raises:
         ConfigError: ``work_dir`` holds a run that is not to be resumed.

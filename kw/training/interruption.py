@@ -39,14 +39,10 @@ def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class Signals:
-    """Remembers that the process was asked to end.
-
-    Attributes:
-        name: of the signal that came, or None.
-    """
+    """Remembers that the process was asked to end."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.name: str | None = None  # of the signal that came
 
     def watched(self) -> AbstractContextManager[None]:
         """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once."""

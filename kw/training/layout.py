@@ -119,9 +119,9 @@ def _optimizer_fault(state: Mapping[Any, Any], optimizer: Optimizer) -> str | No
             "attention_lr, head_lr or layer_decay, or model.freeze?)"
         )
     for theirs, ours in zip(groups, own, strict=True):
-        if {"betas", "momentum"} & set(theirs) != {"betas", "momentum"} & set(ours):
-            return "its optimizer is another one (optimizer.name)"
-        if theirs.get("algo") != ours.get("algo"):  # Muon and AdaMuon
+        kinds = [{"betas", "momentum"} & set(group) for group in (theirs, ours)]
+        # "algo": Muon and AdaMuon.
+        if kinds[0] != kinds[1] or theirs.get("algo") != ours.get("algo"):
             return "its optimizer is another one (optimizer.name)"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Other optimizers keep rows and columns, or a few values alone.

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import load_config
 from ..config.schema import Config
@@ -27,7 +26,6 @@ from ..data import read_files, test_images
 from ..pictures.cam import class_maps, draw_cam
 from ..pictures.cells import draw_cells
 from ..pictures.coefficients import (
-    CellUse,
     DynamicLayer,
     LayerMeasure,
     PictureError,
@@ -44,12 +42,7 @@ from ..pictures.samples import few_of_each, read_images, spaced
 from ..pictures.style import check_matplotlib, save, to_pixels
 from ..warehouse import get_temperature, has_temperature
 from ..warehouse.plan import nearest
-from .checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_network,
-    refuse_other_classes,
-)
+from .checkpoint import CheckpointError, load_checkpoint, load_network, refuse_other_classes
 from .distributed import find_process
 from .precision import autocast
 from .run import build_preprocessor, set_contraction
@@ -69,28 +62,49 @@ __all__ = [
 _CHUNK = 32  # images of a forward pass
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A network with a checkpoint's weights, its moving average's where it has one."""
+class _Shown:
+    """A network with a checkpoint's weights, its moving average's where it has one; ``title`` says
+    which, ``names`` are those of its classes, where the checkpoint has them."""
 
-    config: Config
-    network: nn.Module
-    preprocess: Any
-    names: list[str] | None  # of the classes, where the checkpoint has them
-    title: str
+    def __init__(self, config: Config, checkpoint: str | Path) -> None:
+        check_matplotlib()
+        self.config, self.device = config, find_process("none").device
+        found = load_trained(checkpoint, config, device=self.device)
+        self.network, self.names = found.network, found.classes
+        set_contraction(config.contraction, self.network)
+        self.preprocess = build_preprocessor(config, self.device).to(self.device)
+        epoch = found.meta.get("epoch")
+        self.title = (
+            f"{network_name(config)}, {found.file.absolute().parent.name}/{found.file.name}"
+        )
+        self.title += "" if epoch is None else f", epoch {epoch}"
+        if has_temperature(self.network):
+            self.title += f", temperature {get_temperature(self.network):.2f}"
 
     @property
     def classes(self) -> list[str]:
         return self.names or [str(i) for i in range(self.config.model.num_classes)]
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.preprocess.mean.device
-        return device
+    def layers(self, pattern: str | None) -> list[DynamicLayer]:
+        """The dynamic layers whose whole names a regular expression matches."""
+        layers = dynamic_layers(self.network)
+        if pattern is None:
+            return layers
+        try:
+            found = [layer for layer in layers if re.fullmatch(pattern, layer.name)]
+        except re.error as error:
+            raise PictureError(f"--layers {pattern!r}: no regular expression: {error}") from None
+        if not found:
+            names = [layer.name for layer in layers]
+            raise PictureError(
+                f"--layers {pattern!r}: matches the whole name of no dynamic layer; there are "
+                f"{len(names)}, {nearest(pattern, names)}"
+            )
+        return found
 
+    @torch.no_grad()
     def prepare(self, batch: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
-            images: Tensor = self.preprocess(batch, False)[0]
+        images: Tensor = self.preprocess(batch, False)[0]
         return images
 
     def coefficients(
@@ -104,52 +118,28 @@ class _Trained:
             with autocast(self.config.precision, self.device.type):
                 yield coefficients(self.network, self.prepare(batch), names), batch["labels"]
 
-    def use(self, layers: Sequence[DynamicLayer], images: int) -> dict[str, CellUse]:
-        indices = spaced(len(test_images(self.config)), images)
-        return cell_use(alpha for alpha, _ in self.coefficients(layers, indices))
+    def over_images(
+        self, layers: Sequence[DynamicLayer], count: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same of so many test images, without the labels."""
+        indices = spaced(len(test_images(self.config)), count)
+        return (alpha for alpha, _ in self.coefficients(layers, indices))
 
-
-def _load(config: Config, checkpoint: str | Path) -> _Trained:
-    check_matplotlib()
-    device = find_process("none").device
-    found = load_trained(checkpoint, config, device=device)
-    set_contraction(config.contraction, found.network)
-    epoch = found.meta.get("epoch")
-    title = f"{network_name(config)}, {found.file.absolute().parent.name}/{found.file.name}"
-    title += "" if epoch is None else f", epoch {epoch}"
-    if has_temperature(found.network):
-        title += f", temperature {get_temperature(found.network):.2f}"
-    preprocess = build_preprocessor(config, device).to(device)
-    return _Trained(config, found.network, preprocess, found.classes, title)
-
-
-def _chosen(network: nn.Module, pattern: str | None) -> list[DynamicLayer]:
-    """The dynamic layers whose whole names a regular expression matches."""
-    layers = dynamic_layers(network)
-    if pattern is None:
-        return layers
-    try:
-        found = [layer for layer in layers if re.fullmatch(pattern, layer.name)]
-    except re.error as error:
-        raise PictureError(f"--layers {pattern!r}: no regular expression: {error}") from None
-    if not found:
-        names = [layer.name for layer in layers]
-        raise PictureError(
-            f"--layers {pattern!r}: matches the whole name of no dynamic layer; there are "
-            f"{len(names)}, {nearest(pattern, names)}"
-        )
-    return found
+    def own_images(self, files: Sequence[str | Path]) -> tuple[Tensor, Tensor, list[str]]:
+        """Image files as a test would see them; the same as bytes; their names."""
+        images = self.prepare(read_files(files, self.config.data))
+        pixels = to_pixels(images, self.preprocess.mean, self.preprocess.std)
+        return images, pixels, ["/".join(Path(f).parts[-2:]) for f in files]
 
 
 def picture_attention(
     config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
 ) -> list[LayerMeasure]:
     """Mean coefficients over test images; returns those of the layers in numbers."""
-    trained = _load(config, checkpoint)
-    chosen = _chosen(trained.network, layers)
-    indices = spaced(len(test_images(config)), images)
-    parts = [alpha for alpha, _ in trained.coefficients(chosen, indices)]
-    title = f"mean coefficients: {trained.title}, {images} test images"
+    shown = _Shown(config, checkpoint)
+    chosen = shown.layers(layers)
+    parts = list(shown.over_images(chosen, images))
+    title = f"mean coefficients: {shown.title}, {images} test images"
     save(draw_attention(chosen, cell_use(parts), title), out)
     return [
         measure_layer(layer, torch.cat([alpha[layer.name].cpu() for alpha in parts]))
@@ -161,10 +151,10 @@ def picture_cells(
     config: Config, checkpoint: str | Path, out: Path, *, layers: str | None, images: int
 ) -> None:
     """Which cells the layers use."""
-    trained = _load(config, checkpoint)
-    chosen = _chosen(trained.network, layers)
-    use = trained.use(chosen, images)
-    save(draw_cells(chosen, use, f"use of cells: {trained.title}, {images} test images"), out)
+    shown = _Shown(config, checkpoint)
+    chosen = shown.layers(layers)
+    use = cell_use(shown.over_images(chosen, images))
+    save(draw_cells(chosen, use, f"use of cells: {shown.title}, {images} test images"), out)
 
 
 def picture_classes(
@@ -178,21 +168,21 @@ def picture_classes(
 ) -> None:
     """How coefficients differ between the first ``classes``; ``images`` are taken from these, as
     many of each."""
-    trained = _load(config, checkpoint)
-    chosen = _chosen(trained.network, layers)
+    shown = _Shown(config, checkpoint)
+    chosen = shown.layers(layers)
     count = min(classes, config.model.num_classes)
     dataset = test_images(config)
-    named = {"meta": {"classes": trained.names}}
+    named = {"meta": {"classes": shown.names}}
     refuse_other_classes(named, dataset.classes, str(checkpoint), config.data.root)
     indices = few_of_each(dataset.labels, count, images)
-    parts = list(trained.coefficients(chosen, indices))
+    parts = list(shown.coefficients(chosen, indices))
     labels = torch.cat([labels for _, labels in parts])
     effects = {}
     for layer in chosen:
         alpha = torch.cat([alpha.pop(layer.name).cpu() for alpha, _ in parts])
         effects[layer.name] = class_effect(alpha, labels)
-    title = f"coefficients by class, less the mean over classes: {trained.title}, {len(labels)} "
-    names = [trained.classes[i] for i in labels.unique()]
+    title = f"coefficients by class, less the mean over classes: {shown.title}, {len(labels)} "
+    names = [shown.classes[i] for i in labels.unique()]
     save(draw_classes(chosen, effects, names, title + "test images"), out)
 
 
@@ -209,17 +199,16 @@ def picture_kernels(
     At most eight layers are drawn; where ``layers`` is ``None``, the first of each warehouse, of
     four warehouses at most.
     """
-    trained = _load(config, checkpoint)
-    chosen = _chosen(trained.network, layers)
+    shown = _Shown(config, checkpoint)
+    chosen = shown.layers(layers)
     if layers is None:
         first = {layer.warehouse: layer for layer in reversed(chosen)}
         chosen = [layer for layer in chosen if first[layer.warehouse] is layer][:4]
     chosen = chosen[:8]
-    images, names = _own_images(trained, image_files)
-    with autocast(config.precision, trained.device.type):
-        kernels = assembled_kernels(trained.network, images, [layer.name for layer in chosen])
-    pictures = to_pixels(images, trained.preprocess.mean, trained.preprocess.std)
-    title = f"assembled kernels: {trained.title}"
+    images, pictures, names = shown.own_images(image_files)
+    with autocast(config.precision, shown.device.type):
+        kernels = assembled_kernels(shown.network, images, [layer.name for layer in chosen])
+    title = f"assembled kernels: {shown.title}"
     save(draw_kernels(kernels, pictures, names, title), out)
 
 
@@ -227,18 +216,11 @@ def picture_cam(
     config: Config, checkpoint: str | Path, image_files: Sequence[str | Path], out: Path
 ) -> None:
     """Class-activation maps on any number of images, shown in their order."""
-    trained = _load(config, checkpoint)
-    images, names = _own_images(trained, image_files)
-    found = class_maps(trained.network, images)
-    pictures = to_pixels(images, trained.preprocess.mean, trained.preprocess.std)
-    title = f"class-activation maps: {trained.title}"
-    save(draw_cam(pictures, found, names, trained.classes, title), out)
-
-
-def _own_images(trained: _Trained, files: Sequence[str | Path]) -> tuple[Tensor, list[str]]:
-    """Images as a test would see them, and their names."""
-    images = trained.prepare(read_files(files, trained.config.data))
-    return images, ["/".join(Path(f).parts[-2:]) for f in files]
+    shown = _Shown(config, checkpoint)
+    images, pictures, names = shown.own_images(image_files)
+    found = class_maps(shown.network, images)
+    title = f"class-activation maps: {shown.title}"
+    save(draw_cam(pictures, found, names, shown.classes, title), out)
 
 
 def picture_history(
@@ -249,14 +231,10 @@ def picture_history(
     warehouse: str | None,
     images: int,
 ) -> None:
-    """Coefficients over training, from the checkpoints that a work directory has kept.
+    """Coefficients over training, from the checkpoints that a classifier's run has kept.
 
-    Args:
-        work_dir: of a classifier's run.
-        out: the picture.
-        options: settings in place of its configuration's.
-        warehouse: the one whose maps are drawn; ``None`` for the first.
-        images: of each checkpoint.
+    ``options`` are settings in place of its configuration's, ``warehouse`` the one whose maps are
+    drawn (``None``: the first).
     """
     files = [file for file in checkpoints(work_dir) if "_update_" not in file.name]
     if not files:
@@ -265,20 +243,20 @@ def picture_history(
             "checkpoint.keep of them"
         )
     config = load_config(work_dir / "config.yaml", options)
-    trained = _load(config, files[0])
-    layers = dynamic_layers(trained.network)
+    shown = _Shown(config, files[0])
+    layers = dynamic_layers(shown.network)
     names = list(dict.fromkeys(layer.warehouse for layer in layers))
     if warehouse is not None and warehouse not in names:
         raise PictureError(f"--warehouse {warehouse!r}: expected one of {', '.join(names)}")
     snapshots = []
     for file in files:
         state = load_checkpoint(file)
-        network, meta = trained.network, state.get("meta", {})
+        network, meta = shown.network, state.get("meta", {})
         load_network(network, choose_weights(state, file)[1], str(file))
         tau = get_temperature(network) if has_temperature(network) else None
         if meta.get("epoch") is None:
             raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")
-        snapshots.append(Snapshot(meta["epoch"], tau, trained.use(layers, images)))
+        snapshots.append(Snapshot(meta["epoch"], tau, cell_use(shown.over_images(layers, images))))
     kept = f"{len(files)} checkpoints of {work_dir.absolute().name}"
     title = f"{network_name(config)}, {kept}, {images} test images"
     save(draw_history(layers, snapshots, warehouse or names[0], title), out)

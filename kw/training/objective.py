@@ -91,11 +91,8 @@ def build_loss(
 class Teacher:
     """A trained network whose logits a student learns; it is never changed.
 
-    No module: it has no part in the student's parameters, checkpoints, averages and reductions.
-
-    Args:
-        network: images -> logits, on the student's device.
-        config: how they are learned.
+    No module: it has no part in the student's parameters, checkpoints, averages and reductions. Its
+    network gives logits for images, on the student's device.
     """
 
     def __init__(self, network: nn.Module, config: DistillationConfig) -> None:
@@ -103,13 +100,8 @@ class Teacher:
         self.config = config
 
     def __call__(self, images: Tensor, logits: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """The losses of a student: ``loss`` = (1 - alpha) ``loss_labels`` + alpha ``loss_teacher``.
-
-        Args:
-            images: the batch, as the student saw it.
-            logits: the student's, ``[B, C]`` float32.
-            loss: of these with the labels.
-        """
+        """The losses of a student: ``loss`` = (1 - alpha) ``loss_labels`` + alpha ``loss_teacher``,
+        of the images that it saw, its logits ``[B, C]`` float32, and their loss with the labels."""
         with torch.no_grad():
             taught = self.network(images).float()
         if self.config.kind == "hard":

@@ -31,6 +31,7 @@ from ..config.run_schema import DistributedConfig, RunConfig
 from ..torch_private import prepare_reduction
 from ..warehouse import KWLayer, Warehouse
 from ..warehouse.ops.summing import forget_anchor
+from .average import MovingAverage
 from .distributed import Process
 from .logs import logger
 
@@ -39,7 +40,6 @@ __all__ = [
     "backward_order",
     "distribute",
     "gathered",
-    "local",
     "release",
     "shard",
     "sharded_modules",
@@ -105,14 +105,16 @@ def _lay_out_buckets(ddp: DistributedDataParallel, order: list[nn.Parameter]) ->
         parameter.grad = None
 
 
-def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Module | None:
+def distribute(network: nn.Module, config: RunConfig, process: Process) -> MovingAverage | None:
     """Shard a network (:func:`shard`) where the configuration says so.
 
     Returns:
-        What is to hold the moving average, where there is one: a copy in evaluation mode, sharded
-        likewise.
+        Its moving average, where there is one, in a copy that is sharded likewise.
     """
-    average = None if config.ema is None else copy.deepcopy(network).eval().requires_grad_(False)
+    average: MovingAverage | None = None
+    if config.ema is not None:
+        holder = copy.deepcopy(network).eval().requires_grad_(False)
+        average = MovingAverage(holder, config.ema.decay, config.ema.warmup)
     if config.distributed.strategy != "fsdp":
         return average
     if process.world_size == 1:
@@ -120,20 +122,16 @@ def distribute(network: nn.Module, config: RunConfig, process: Process) -> nn.Mo
         return average
     shard(network, process)
     if average is not None:
-        shard(average, process)
+        shard(average.network, process)
     return average
 
 
 def shard(network: nn.Module, process: Process) -> None:
-    """Shard a network over all processes, in place.
+    """Shard a network, the same on all processes and on their devices, over them, in place.
 
     Parameters become ``DTensor``; between updates each process holds its part of them. Whatever
-    uses parameters by themselves, optimizers above all, has to be made afterwards.
-
-    Args:
-        network: the same on all processes, on the process's device; its forward pass has to be run
-            by calling it.
-        process: this one.
+    uses parameters by themselves, optimizers above all, has to be made afterwards. The forward pass
+    has to be run by calling the network.
     """
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     warehouses: dict[Warehouse, None] = {}
@@ -193,23 +191,14 @@ def release(network: nn.Module) -> None:
         module.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole_norm(norm: Tensor) -> Tensor:
     """A norm over sharded tensors as a plain tensor; a collective call for these."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """A state with all sharded tensors whole; a collective call where there are any.
-
-    Args:
-        state: tensors and plain types in mappings and lists.
-        keep: whether this process wants it; otherwise sharded tensors become ``None``.
-    """
+    """A state with all sharded tensors whole, or ``None`` on a process that does not keep them; a
+    collective call where there are any."""
     if isinstance(state, DTensor):
         # One at a time, off the device: together they may not fit there.
         whole = state.full_tensor().detach()

@@ -39,25 +39,15 @@ _current: Presence | None = None
 
 @dataclass(frozen=True)
 class Beat:
-    """One heartbeat of a process.
+    """One heartbeat of a process."""
 
-    Attributes:
-        process: its rank, host and process id, as messages name it.
-        number: count of heartbeats.
-        clock: seconds since the processes joined.
-        step: count of places so far; equal on processes that do the same work.
-        place: what the process is doing.
-        since: seconds since it began that.
-        state: ``running``; ``waits``: a collective call failed; or the reason why it left.
-    """
-
-    process: str
-    number: int
-    clock: float
-    step: int
-    place: str
-    since: float
-    state: str
+    process: str  # its rank, host and process id, as messages name it
+    number: int  # count of heartbeats
+    clock: float  # seconds since the processes joined
+    step: int  # count of places so far; equal on processes that do the same work
+    place: str  # what the process is doing
+    since: float  # seconds since it began that
+    state: str  # running; waits: a collective call failed; or the reason why it left
 
     @property
     def has_left(self) -> bool:
@@ -156,7 +146,9 @@ class Presence:
         self._store = dist.PrefixStore("presence", store)
         self._line = line
         self._line.setblocking(False)
-        self._who = f"({socket.gethostname()}, pid {os.getpid()})"
+        who = f"({socket.gethostname()}, pid {os.getpid()})"
+        self._name = f"process {rank} of {world_size} {who}"
+        self._self = f"this process, {rank} {who},"
         self._start = time.monotonic()
         self.place = (0, "before the run began", self._start)
         self._state = _RUNNING
@@ -178,15 +170,22 @@ class Presence:
             self._reach().add("joined", 1)
             while (joined := self._reach().add("joined", 0)) < self.world_size:
                 if self._learns() or time.monotonic() > until:
-                    message = self._absent()
+                    everyone = range(self.world_size)
+                    absent = [r for r in everyone if not self._reach().check([f"beat/{r}"])]
+                    ranks = self._agree(dict.fromkeys(absent, "never joined the run"))
                     self._reach().add("informed", 1)
                     self._keep_store(joined)
-                    raise MissingProcess(message)
+                    which = f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                    raise MissingProcess(
+                        f"{which} of {self.world_size} never joined the run: {self._self} waited "
+                        f"{_seconds(self.timeout)} (distributed.timeout_minutes); check that every "
+                        "machine started its processes, and what they said"
+                    )
                 time.sleep(self.interval / 4)
         except (RuntimeError, OSError) as error:
             raise MissingProcess(
                 f"process {self.keeper}, which keeps the processes' store, left before all "
-                f"{self.world_size} had joined the run: {self._self()} waited for them"
+                f"{self.world_size} had joined the run: {self._self} waited for them"
             ) from error
         self._start = time.monotonic()  # about the same moment everywhere
         self._thread.start()
@@ -208,7 +207,7 @@ class Presence:
             return None  # a fault of the device, or of what it was asked
         return (
             f"the connection between the processes broke, though all {self.world_size} live: "
-            f"{self._self()}, {place}: {one_line(error)}; check the network; go on with --resume"
+            f"{self._self}, {place}: {one_line(error)}; check the network; go on with --resume"
         )
 
     def leave(self, how: str) -> None:
@@ -224,7 +223,10 @@ class Presence:
         try:
             while not (self._out.is_set() or self._learns()):
                 self._beat()
-                self._watch_keeper()
+                if self.keeper is not None and self.rank != self.keeper:
+                    last = self._read([self.keeper])[self.keeper]
+                    if self._kept is None or last.number != self._kept[0].number:
+                        self._kept = last, time.monotonic()
                 if self._state == _WAITS:
                     self._look()
                     self._known.set()
@@ -233,7 +235,12 @@ class Presence:
                 self._wake.clear()
             self._reach().add("informed", 1)
             if self._missing is not None and not self._known.is_set():
-                self._end_if_stuck()
+                # This process may be the missing one, or wait in a call that nothing interrupts.
+                place = self.place[1]
+                self._known.set()
+                if not self._out.wait(self.patience):
+                    self._keep_store(self.world_size)
+                    self._end(self._message(self._missing, place))
             self._out.wait()
             self._beat()
             self._keep_store(self.world_size)
@@ -260,20 +267,13 @@ class Presence:
         self._number += 1
         now = time.monotonic()
         step, place, came = self.place
-        who = f"process {self.rank} of {self.world_size} {self._who}"
         clock, since = now - self._start, now - came
-        beat = Beat(who, self._number, clock, step, place, since, self._state)
+        beat = Beat(self._name, self._number, clock, step, place, since, self._state)
         self._reach().set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def _read(self, ranks: list[int]) -> dict[int, Beat]:
         values = self._reach().multi_get([f"beat/{rank}" for rank in ranks])
         return {r: Beat(**json.loads(value)) for r, value in zip(ranks, values, strict=True)}
-
-    def _watch_keeper(self) -> None:
-        if self.keeper is not None and self.rank != self.keeper:
-            beat = self._read([self.keeper])[self.keeper]
-            if self._kept is None or beat.number != self._kept[0].number:
-                self._kept = beat, time.monotonic()
 
     def _learns(self) -> bool:
         """Whether some process has found the missing ranks."""
@@ -286,18 +286,6 @@ class Presence:
         answer = json.loads(self._reach().compare_set("missing", "", json.dumps(found)))
         self._missing = {int(rank): said for rank, said in answer.items()}
         return self._missing
-
-    def _absent(self) -> str:
-        """The message about the ranks that did not join, the same on all that did."""
-        everyone = range(self.world_size)
-        absent = [r for r in everyone if not self._reach().check([f"beat/{r}"])]
-        ranks = self._agree(dict.fromkeys(absent, "never joined the run"))
-        which = f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        return (
-            f"{which} of {self.world_size} never joined the run: {self._self()} waited "
-            f"{_seconds(self.timeout)} (distributed.timeout_minutes); check that every machine "
-            "started its processes, and what they said"
-        )
 
     def _look(self) -> None:
         """Find the missing ranks; takes as long as every live process needs for a heartbeat."""
@@ -339,17 +327,6 @@ class Presence:
                 return
             time.sleep(self.interval / 4)
 
-    def _end_if_stuck(self) -> None:
-        """End this process unless training ends it first.
-
-        It may be the missing one, or wait in a call that nothing interrupts.
-        """
-        place = self.place[1]
-        self._known.set()
-        if not self._out.wait(self.patience):
-            self._keep_store(self.world_size)
-            self._end(self._message(self._missing or {}, place))
-
     def _end(self, message: str) -> None:
         for thread in threading.enumerate():  # a checkpoint that is being written
             if not thread.daemon and thread is not threading.main_thread():
@@ -362,7 +339,7 @@ class Presence:
     def _message(self, missing: Mapping[int, str], place: str) -> str:
         """The error; also into the log, if this is the first of the processes that are left."""
         end = (
-            f"{self._self()} waited for it, {place} (distributed.timeout_minutes "
+            f"{self._self} waited for it, {place} (distributed.timeout_minutes "
             f"{self.timeout / 60:g}); go on with --resume"
         )
         if self.rank in missing:
@@ -380,9 +357,6 @@ class Presence:
         beat, heard = self._kept
         role = ", which keeps the processes' store,"
         return self._message({self.keeper: beat.fault(time.monotonic() - heard, role)}, place)
-
-    def _self(self) -> str:
-        return f"this process, {self.rank} {self._who},"
 
 
 def _seconds(seconds: float) -> str:

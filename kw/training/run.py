@@ -22,7 +22,6 @@ from ..data import (
     list_splits,
     open_training,
     open_validation,
-    stop_workers,
 )
 from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
@@ -32,6 +31,7 @@ from ..models.recompute import synchronised
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
+from ..warehouse.probe import evaluating
 from .checkpoint import load_network
 from .distributed import Process, host_barrier, process_group
 from .folder import find_checkpoint, held
@@ -218,9 +218,9 @@ def build_hooks(config: RunConfig) -> list[Hook]:
     return [
         ProgressHook(),
         LoggerHook(config.loggers),
-        BadImageHook(config.log_interval),
-        LogHook(config.log_interval),
-        FiniteHook(config.non_finite, config.log_interval),
+        BadImageHook(),
+        LogHook(),
+        FiniteHook(),
         RatesHook(),
         *(HOOKS.find(name)(**args) for name, args in config.hooks.items()),
     ]
@@ -253,21 +253,19 @@ def evaluate(
     Raises:
         ConfigError: two metrics give a figure of one name.
     """
-    training = network.training
-    network.eval()
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
     if "multilabel" not in (metrics or {}):
         counts.append(Accuracy(device))
-    for batch in loader:
-        images, labels = preprocess(batch, False)
-        with autocast(precision, device.type):
-            logits = network(images)
-        for metric in counts:
-            metric.update(logits, labels)
-        if outcomes is not None:
-            outcomes.update(logits, labels, batch["indices"])
-    network.train(training)
+    with evaluating(network):
+        for batch in loader:
+            images, labels = preprocess(batch, False)
+            with autocast(precision, device.type):
+                logits = network(images)
+            for metric in counts:
+                metric.update(logits, labels)
+            if outcomes is not None:
+                outcomes.update(logits, labels, batch["indices"])
     host_barrier("at the end of an evaluation")
     if outcomes is not None:
         outcomes.gather()
@@ -292,8 +290,7 @@ def evaluate_weights(
 
     Args:
         network: what they are loaded into.
-        state: the checkpoint.
-        checkpoint: its file.
+        state, checkpoint: the checkpoint, and its file.
         loader: of the images; its processes are stopped, whatever happens.
         measure: gives figures of the network as it is.
 
@@ -305,24 +302,21 @@ def evaluate_weights(
         DataError: too many images cannot be read.
     """
     metrics: dict[str, float | None] = {}
-    try:
+    with deaths_explained(loader):
         for prefix, key in (("", "state_dict"), ("ema_", "ema_state_dict")):
             if key in state:
                 load_network(network, state[key], str(checkpoint))
                 set_place("in the evaluation")
-                with deaths_explained(loader):
-                    try:
-                        found = measure()
-                    except ValueError as error:  # not one image can be read
-                        loader.faults.learn(loader.faults.take())
-                        loader.faults.check()
-                        raise DataError(str(error)) from error
+                try:
+                    found = measure()
+                except ValueError as error:  # not one image can be read
+                    loader.faults.merge(loader.faults.take())
+                    loader.faults.check()
+                    raise DataError(str(error)) from error
                 metrics.update({prefix + name: value for name, value in found.items()})
-        for _, path, reason in loader.faults.learn(loader.faults.take()):
+        for _, path, reason in loader.faults.merge(loader.faults.take()):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
         loader.faults.check()
-    finally:
-        stop_workers(loader)
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..config.run_schema import RunConfig
 from ..config.schema import Config
-from ..data import list_splits, open_training, stop_workers
+from ..data import deaths_explained, list_splits, open_training
 from ..pictures.batches import draw_batch, label_mixture
 from ..pictures.schedules import Curves, draw_schedules
 from ..pictures.style import check_matplotlib, save, to_pixels
@@ -38,12 +38,8 @@ def network_name(config: Config) -> str:
 
 
 def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Tensor, list[str]]:
-    """The first micro-batch that the first process trains on in an update.
-
-    Args:
-        config: the run.
-        epoch: from 1.
-        update: of the epoch, from 1.
+    """The first micro-batch that the first process trains on in an update (from 1) of an epoch
+    (from 1).
 
     Returns:
         Images, normalised ``[B, N, H, W]``; targets, labels ``[B]`` or probabilities ``[B, C]``;
@@ -64,10 +60,8 @@ def training_batch(config: Config, epoch: int, update: int) -> tuple[Tensor, Ten
         if value > most:
             raise ConfigError(f"{name} {value}: the run has {most}")
     sampler.set_epoch(epoch - 1, update - 1)
-    try:
+    with deaths_explained(loader):
         batch = next(iter(loader))
-    finally:
-        stop_workers(loader)
     with torch.no_grad():
         images, targets = build_preprocessor(config, device).to(device)(batch, True)
     return images, targets, list(listing.classes)
@@ -88,12 +82,8 @@ def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None
 
 
 def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
-    """What a run sets before each update, and when that changes its course.
-
-    Args:
-        config: the run; one that anneals no temperature has no curve of it.
-        updates: of an epoch. The curves over epochs hardly depend on it; no data are needed.
-    """
+    """What a run sets before each update, and when that changes its course. The curves over epochs
+    hardly depend on the number of updates in one, so that no data are needed."""
     schedule = Schedule(config, updates)
     # A long run needs no more points than a picture has.
     step = max(schedule.total_updates // 20_000, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import CheckpointError, find_damage, save_checkpoint
+from .checkpoint import CheckpointError, find_damage, replacing, save_checkpoint
 from .logs import logger
 
 __all__ = [
@@ -31,12 +30,8 @@ _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?\.pth")
 
 
 def checkpoint_name(epoch: int, update: int | None) -> str:
-    """File name of a checkpoint: ``epoch_3.pth``, or ``epoch_3_update_4100.pth`` within the next.
-
-    Args:
-        epoch: epochs done, their evaluations included.
-        update: updates done in the whole run, for a checkpoint within an epoch.
-    """
+    """File name of a checkpoint: ``epoch_3.pth`` after the third epoch and its evaluation, or
+    ``epoch_3_update_4100.pth`` within the next, after so many updates of the whole run."""
     return f"epoch_{epoch}.pth" if update is None else f"epoch_{epoch}_update_{update}.pth"
 
 
@@ -73,16 +68,11 @@ def copied(state: Any) -> Any:
 
 def link(source: Path, target: Path) -> None:
     """A hard link to a file, or a copy where the file system has none; replaces atomically."""
-    with contextlib.suppress(FileNotFoundError):
-        if target.samefile(source):  # renaming one name of a file to another does nothing
-            return
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 class Checkpoints:
@@ -98,16 +88,15 @@ class Checkpoints:
         self._failure: OSError | None = None  # of the last write
         self._thread: threading.Thread | None = None
 
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
     def write(
         self, state: Mapping[str, Any], path: Path, best: Mapping[str, Any] | None = None
     ) -> None:
-        """Copy a state and write it in a thread; waits for the previous write.
-
-        Args:
-            state: tensors and plain types.
-            path: its file (:func:`checkpoint_name`).
-            best: the run's results, if this is its best checkpoint so far.
-        """
+        """Copy a state of tensors and plain types, and write it in a thread; waits for the previous
+        write. ``best``: the run's results, if this is its best checkpoint so far."""
         self._wait()
         copy = copied(state)
 
@@ -120,10 +109,6 @@ class Checkpoints:
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
 
     def name(self, path: Path, best: Mapping[str, Any] | None) -> None:
         """``last.pth``, ``best.pth`` and ``results.json`` of a checkpoint that is written."""
@@ -162,6 +147,5 @@ class Checkpoints:
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -52,12 +52,7 @@ def step(moment: Moment) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedules of one run.
-
-    Attributes:
-        config: the run's configuration.
-        updates_per_epoch: optimizer updates in an epoch.
-    """
+    """The schedules of one run."""
 
     config: RunConfig
     updates_per_epoch: int

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +22,13 @@ from torch.optim import Optimizer
 
 from ..config import ConfigError
 from ..config.run_schema import RunConfig
-from ..data import Loader, TrainBatchSampler, deaths_explained, stop_workers
+from ..data import Loader, TrainBatchSampler, deaths_explained
 from ..errors import Interrupted
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
-from .hooks import Hook, LoggerHook
 from .interruption import Agreement, Signals
-from .logs import close_log
 from .parallel import across_processes, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
@@ -38,6 +36,9 @@ from .saving import Checkpoints, checkpoint_name
 from .schedule import Schedule
 from .state import placed_state, resume, run_state
 from .task import Metrics, Task, headline
+
+if TYPE_CHECKING:
+    from .hooks import Hook, LoggerHook
 
 __all__ = ["Trainer", "Updater", "set_seed"]
 
@@ -55,7 +56,7 @@ class Updater:
     An update whose loss or gradient is not finite has no effect (:mod:`kw.training.finite`).
 
     Args:
-        optimizer: the optimizer.
+        optimizer: of the parameters.
         accumulation: micro-batches per update; each contributes the same share.
         clip_grad: largest global L2 norm of the gradient, or ``None``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with dynamic loss scaling).
@@ -155,7 +156,7 @@ class Trainer:
         train_loader: the training images.
         val_loader: what the task's evaluation reads.
         optimizer: of the task's parameters.
-        average: a copy of the network that is to hold its moving average, where there is one.
+        average: of the network, where it has one (:func:`kw.training.parallel.distribute`).
         hooks: called around updates and epochs, in this order.
         resume_from: checkpoint to continue from.
 
@@ -180,7 +181,7 @@ class Trainer:
         train_loader: Loader,
         val_loader: Loader,
         optimizer: Optimizer,
-        average: nn.Module | None = None,
+        average: MovingAverage | None = None,
         hooks: Sequence[Hook] = (),
         resume_from: Path | None = None,
     ) -> None:
@@ -206,9 +207,7 @@ class Trainer:
             config.precision,
             process.device.type,
         )
-        self.average: MovingAverage | None = None
-        if average is not None and config.ema is not None:
-            self.average = MovingAverage(average, config.ema.decay, config.ema.warmup)
+        self.average = average
         self.checkpoints = Checkpoints(work_dir, config.checkpoint.keep)
         self.signals = Signals()
         self.epoch = 0
@@ -233,10 +232,12 @@ class Trainer:
         """Updates done of the epoch under way."""
         return self.update - self.epoch * self.updates_per_epoch
 
-    def is_due(self, interval: int) -> bool:
-        """Whether every ``interval``-th update of an epoch, or its last, was just done."""
+    @property
+    def line_is_due(self) -> bool:
+        """Whether a log line is due: after every ``log_interval``-th update of an epoch, and its
+        last."""
         done = self.updates_of_epoch
-        return done % interval == 0 or done == self.updates_per_epoch
+        return done % self.config.log_interval == 0 or done == self.updates_per_epoch
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -252,9 +253,6 @@ class Trainer:
         finally:
             for hook in self.hooks:
                 hook.close(self)
-            stop_workers(self.train_loader)
-            stop_workers(self.val_loader)
-            close_log()
 
     def train(self) -> dict[str, float | None]:
         """Train and evaluate epoch by epoch; returns the last metrics."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,11 +10,9 @@ from ..distributed import from_all, host_barrier
 from ..logs import logger
 from ..state import fault_logs
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["INSTEAD", "BadImageHook"]
 
@@ -26,20 +23,14 @@ class BadImageHook(Hook):
     """Names every bad file in the log, in ``log.jsonl`` and in ``bad_images.txt``.
 
     Processes exchange names when a log line is due, where training waits for the device anyway.
-
-    Args:
-        interval: updates between tellings; an epoch's last update always gives one.
     """
-
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
             _write_list(trainer)  # of this run, not of one that was here before
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
-        if trainer.is_due(self.interval):
+        if trainer.line_is_due:
             epoch = trainer.epoch + 1
             place = f"in update {trainer.updates_of_epoch} of epoch {epoch}, naming bad images"
             self._exchange(trainer, "train", epoch, place)
@@ -48,14 +39,14 @@ class BadImageHook(Hook):
         self._exchange(trainer, "val", trainer.epoch, "in the evaluation, naming bad images")
 
     def _exchange(self, trainer: Trainer, split: str, epoch: int, place: str) -> None:
-        """Tell all processes what each met.
+        """Exchange what each process found.
 
         Raises:
             DataError: too many files are bad; on all processes.
         """
         host_barrier(place)
         log = fault_logs(trainer)[split]
-        new = log.learn(fault for share in from_all(log.take()) for fault in share)
+        new = log.merge(fault for share in from_all(log.take()) for fault in share)
         if not new:
             return
         if trainer.process.is_main:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..task import Metrics
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
+from ..trainer import Trainer
 
 __all__ = ["Hook"]
 

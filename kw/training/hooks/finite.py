@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...config.run_schema import NonFiniteConfig
 from ..diagnosis import find_origin
 from ..distributed import from_all
 from ..finite import NonFiniteError, Skipped
 from ..logs import logger
 from ..precision import autocast
 from ..saving import checkpoints
+from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["FiniteHook"]
 
@@ -29,27 +25,21 @@ class FiniteHook(Hook):
 
     Between lines nothing is at risk: skipped updates leave the run as it was. The line itself says
     how many there were.
-
-    Args:
-        config: how many updates may be skipped.
-        interval: updates between readings; an epoch's last update always gives one.
     """
 
-    def __init__(self, config: NonFiniteConfig, interval: int) -> None:
-        self.config = config
-        self.interval = interval
+    def __init__(self) -> None:
         self._waits = False  # for the next update that is skipped, to have its images in hand
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
-        if not (self._waits or trainer.is_due(self.interval)):
+        if not (self._waits or trainer.line_is_due):
             return
-        skipped = trainer.updater.guard.read()
-        most = max(self.config.patience, int(self.config.max_fraction * trainer.updates_per_epoch))
-        self._waits = skipped.in_a_row >= self.config.patience or skipped.in_epoch > most
+        skipped, bounds = trainer.updater.guard.read(), trainer.config.non_finite
+        most = max(bounds.patience, int(bounds.max_fraction * trainer.updates_per_epoch))
+        self._waits = skipped.in_a_row >= bounds.patience or skipped.in_epoch > most
         if self._waits and skipped.in_a_row:
-            self._stop(trainer, skipped)
+            self._stop(trainer, skipped, bounds.patience)
 
-    def _stop(self, trainer: Trainer, skipped: Skipped) -> None:
+    def _stop(self, trainer: Trainer, skipped: Skipped, patience: int) -> None:
         """Look for the layer, in the update that was just skipped; all processes together."""
         origins = from_all(self._origin(trainer))
         found = {rank: each for rank, each in enumerate(origins) if each is not None}
@@ -75,7 +65,7 @@ class FiniteHook(Hook):
             "loss or gradient not finite: "
             f"stopped in epoch {trainer.epoch + 1} at update {trainer.update}, after "
             f"{skipped.in_a_row} skipped updates in a row and {skipped.in_epoch} in this epoch "
-            f"(non_finite.patience {self.config.patience}); {began}; the skipped updates "
+            f"(non_finite.patience {patience}); {began}; the skipped updates "
             f"changed nothing, {last}"
         )
 

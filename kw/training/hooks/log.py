@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...warehouse import has_temperature
+from ..checkpoint import replacing
 from ..distributed import host_barrier
 from ..logs import logger
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["LogHook", "write_line"]
 
@@ -32,13 +30,9 @@ class LogHook(Hook):
 
     Values that are not finite are left out of the means: such updates are skipped, and counted as
     ``skipped``.
-
-    Args:
-        interval: updates between lines; an epoch's last update always gives one.
     """
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of the finite values, and their number: [2]
         self._skipped: int | None = None  # updates skipped up to the last line
 
@@ -73,7 +67,7 @@ class LogHook(Hook):
             pair = torch.stack([torch.where(finite, value, 0).float(), finite.float()])
             self._sums[key] = pair + self._sums[key] if key in self._sums else pair
         self._updates += 1
-        if trainer.is_due(self.interval):
+        if trainer.line_is_due:
             self._write_training(trainer)
 
     def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
@@ -95,7 +89,9 @@ class LogHook(Hook):
         if "tensorboard" in trainer.config.loggers:
             written += ", tensorboard/"
         logger.info(f"done, {best}; in {trainer.work_dir}: {written}")
-        if temperature := _temperature_of_best(trainer.work_dir):
+        results = trainer.work_dir / "results.json"
+        of_best = json.loads(results.read_text()) if results.is_file() else {}
+        if temperature := of_best.get("temperature"):
             logger.warning(
                 f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
             )
@@ -147,11 +143,6 @@ class LogHook(Hook):
         trainer.board.scalars(named, trainer.update)
 
 
-def _temperature_of_best(work_dir: Path) -> float:
-    file = work_dir / "results.json"
-    return float(json.loads(file.read_text()).get("temperature", 0)) if file.is_file() else 0.0
-
-
 def _describe(trainer: Trainer) -> Iterator[str]:
     """What is about to be trained, and where it writes."""
     config, task = trainer.config, trainer.task
@@ -181,13 +172,8 @@ def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
-    """Drop what a resumed run makes again, and a line that was cut off in the writing.
-
-    Args:
-        path: the log.
-        update: updates done.
-        epoch: epochs done, evaluation and all.
-    """
+    """Drop what a resumed run makes again, and a line that was cut off in the writing; so many
+    updates are done, and so many epochs with their evaluations."""
     if not path.exists():
         return
     kept = []
@@ -199,6 +185,5 @@ def _forget_after(path: Path, update: int, epoch: int) -> None:
         done = entry["epoch"] <= epoch if entry["mode"] == "val" else entry["iter"] <= update
         if done:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from ...pictures.style import check_matplotlib, to_pixels, to_tensor
 from ...warehouse import KWLayer
 from ..precision import autocast
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["PictureHook"]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..task import Metrics
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["ProgressHook"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...warehouse import KWLayer
 from ...warehouse.ops import selector
@@ -11,10 +11,8 @@ from ...warehouse.ops.device import DeviceProfile
 from ...warehouse.ops.timing import machine_name
 from ..distributed import from_first
 from ..logs import logger
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["RatesHook"]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...registry import HOOKS
 from ..logs import logger
 from ..task import Metrics, headline
+from ..trainer import Trainer
 from .base import Hook
-
-if TYPE_CHECKING:
-    from ..trainer import Trainer
 
 __all__ = ["EarlyStopping"]
 
