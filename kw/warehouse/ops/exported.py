@@ -28,7 +28,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -163,8 +163,9 @@ def _conv_taps(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tenso
 def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """Only operators that XNNPACK computes, for one batch and size.
 
-    They have at most six axes, slices have no steps, products two or three axes. Stride 1: the
-    kernels of all taps times the input, then shifted sums. Other strides: a product a tap, summed.
+    They have at most six axes, slices have no steps, products two or three axes. Depthwise layers:
+    shifted inputs times kernels, summed. Stride 1: the kernels of all taps times the input, then
+    shifted sums. Other strides: a product a tap, summed.
     """
     part, batch, groups = spec.partition, x.shape[0], spec.groups
     taps, size = math.prod(part.kernel), spec.output_size(x.shape[2:])
@@ -175,9 +176,9 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
         kernels = kernels.permute(0, 5, 1, 3, 2, 4)  # [B S, k, GO, c_out, GI, c_in]
     if spec.is_depthwise:
         kernels = kernels.reshape(batch, taps, -1, *(1 for _ in size))
-        return _total(
-            kernels.narrow(1, k, 1).flatten(0, 1) * window
-            for k, window in enumerate(_windows(x, spec))
+        column = _columns(x, spec, size)
+        return _sum_of_taps(
+            lambda k, tap: kernels.narrow(1, k, 1).flatten(0, 1) * column(tap), spec, size
         )
     kernels = kernels.reshape(batch, taps, groups, -1, spec.in_channels // groups)
     if groups > 1:
@@ -187,10 +188,18 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
         products = torch.bmm(
             kernels.reshape(batch * groups, -1, in_), x.reshape(-1, in_, x[0, 0].numel())
         )
-        products = products.view(batch * groups, taps, -1, *x.shape[2:])
-        y = _total(_windows(products, spec, of_products=True))
+        products = _padded(products.view(batch * groups, taps, -1, *x.shape[2:]), spec)
+        last = len(size) - 1
+        y = _sum_of_taps(
+            lambda k, tap: _cut(products.narrow(1, k, 1), spec, size, last, tap[last]), spec, size
+        )
     else:
-        windows = [window.reshape(batch * groups, 1, in_, -1) for window in _windows(x, spec)]
+        column, windows = _columns(x, spec, size), []
+        for tap in _taps(spec):
+            window = column(tap)
+            for axis in range(len(size) - 1):
+                window = _cut(window, spec, size, axis, tap[axis])
+            windows.append(window.reshape(batch * groups, 1, in_, -1))
         columns = (torch.cat(windows, 1) if taps > 1 else windows[0]).flatten(0, 1)
         products = torch.bmm(kernels.reshape(len(columns), -1, in_), columns)
         products = products.unflatten(0, (-1, taps))
@@ -198,28 +207,70 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
     return y.reshape(batch, spec.out_channels, *size)
 
 
-def _windows(x: Tensor, spec: ConvSpec, of_products: bool = False) -> Iterator[Tensor]:
-    """The positions ``[B, C, *output size]`` that each tap reads of the input ``[B, C, *size]``, or
-    of its own products ``[B, K, C, *size]``. Strides become axes, which need no slices with steps.
+def _taps(spec: ConvSpec) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*map(range, spec.partition.kernel))
+
+
+def _padded(x: Tensor, spec: ConvSpec) -> Tensor:
+    """The input ``[.., *size]`` with its padding, to a multiple of the stride."""
+    sizes = zip(x.shape[-len(spec.stride) :], spec.padding, spec.stride, strict=True)
+    sides = [(p, p + -(n + 2 * p) % s) for n, p, s in sizes]
+    return (
+        F.pad(x, [side for pair in reversed(sides) for side in pair]) if any(map(any, sides)) else x
+    )
+
+
+def _columns(x: Tensor, spec: ConvSpec, size: Sequence[int]) -> Callable[[tuple[int, ...]], Tensor]:
+    """The padded input ``[B, C, *size]``, of which every tap reads each stride-th position, cut
+    along the last axis to what a tap reads: cut once for all taps that differ in other axes alone.
+
+    Strides become axes, which need no slices with steps.
     """
-    dims, stride = len(spec.stride), spec.stride
-    lead, size = x.dim() - dims, x.shape[-dims:]
-    sides = [(p, p + -(n + 2 * p) % s) for n, p, s in zip(size, spec.padding, stride, strict=True)]
-    if any(map(any, sides)):
-        x = F.pad(x, [side for pair in reversed(sides) for side in pair])
+    x, stride, dims = _padded(x, spec), spec.stride, len(spec.stride)
     if any(s > 1 for s in stride):
         for axis in range(dims):
-            x = x.unflatten(lead + 2 * axis, (-1, stride[axis]))
-        phases = range(lead + 1, x.dim(), 2)
-        x = x.permute(*range(lead), *phases, *(phase - 1 for phase in phases))
-    for k, tap in enumerate(itertools.product(*map(range, spec.partition.kernel))):
-        window = x.narrow(1, k, 1) if of_products else x
-        for axis, out in enumerate(spec.output_size(size)):
-            start, phase = divmod(tap[axis] * spec.dilation[axis], stride[axis])
-            if window.dim() > lead + dims:
-                window = window.narrow(lead + axis, phase, 1)
-            window = window.narrow(axis - dims, start, out)
-        yield window.reshape(*window.shape[:lead], *window.shape[-dims:])
+            x = x.unflatten(2 + 2 * axis, (-1, stride[axis]))
+        phases = range(3, x.dim(), 2)
+        x = x.permute(0, 1, *phases, *(phase - 1 for phase in phases))
+
+    @functools.cache
+    def phase(*offsets: int) -> Tensor:
+        part = x
+        for axis, offset in enumerate(offsets if x.dim() > 2 + dims else ()):
+            part = part.narrow(2 + axis, offset, 1)
+        return part.reshape(*x.shape[:2], *x.shape[-dims:])
+
+    @functools.cache
+    def column(last: int, *offsets: int) -> Tensor:
+        return _cut(phase(*offsets), spec, size, dims - 1, last)
+
+    def of(tap: tuple[int, ...]) -> Tensor:
+        return column(tap[-1], *map(operator.mod, map(operator.mul, tap, spec.dilation), stride))
+
+    return of
+
+
+def _cut(x: Tensor, spec: ConvSpec, size: Sequence[int], axis: int, tap: int) -> Tensor:
+    """The positions along an axis that a tap reads."""
+    return x.narrow(axis - len(size), tap * spec.dilation[axis] // spec.stride[axis], size[axis])
+
+
+def _sum_of_taps(
+    part: Callable[[int, tuple[int, ...]], Tensor], spec: ConvSpec, size: Sequence[int]
+) -> Tensor:
+    """The sum of every tap's part, which is cut along the last axis; along the others, sums are
+    cut, of which there are fewer."""
+    kernel = spec.partition.kernel
+    number = {tap: k for k, tap in enumerate(_taps(spec))}
+
+    def total(tap: tuple[int, ...]) -> Tensor:
+        axis = len(tap)
+        following = [(*tap, t) for t in range(kernel[axis])]
+        if axis == len(kernel) - 1:
+            return _total(part(number[each], each) for each in following)
+        return _total(_cut(total(each), spec, size, axis, each[axis]) for each in following)
+
+    return total(())
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
