@@ -28,9 +28,10 @@ from .origins import entry_with_origins, read_origins
 from .packages import packages_from_metadata
 from .schema import SCHEMA, DetectionConfig
 
-__all__ = ["DetectorConfig", "detection_limits", "load_detector_config"]
+__all__ = ["DetectorConfig", "detection_limits", "load_detector_config", "without_weights"]
 
 _LIMIT = "max_per_img"
+_OURS = "kw.Backbone"
 _OF_MMDET = ("model", "train_pipeline", "test_pipeline")
 _OF_RUN = tuple(field.name for field in dataclasses.fields(DetectionConfig))
 # mmdetection's keys, and what sets the same here.
@@ -78,24 +79,57 @@ class DetectorConfig:
         """A Python text with all settings; reading it gives an equal configuration.
 
         Args:
-            places: False leaves out the folders of absolute paths, and ``loggers``.
+            places: False leaves out what is of this machine: folders, files of weights to start
+                from, accounts of trackers. What builds the detector stays.
         """
         content = dataclasses.asdict(self.run)
         content.update({name: getattr(self, name) for name in _OF_MMDET})
-        if not places:
-            content = _without_folders({**content, "loggers": {}})
         if self.custom_imports is not None:
             content["custom_imports"] = self.custom_imports
-        return str(MMConfig(content).pretty_text)
+        return str(MMConfig(content if places else _without_places(content)).pretty_text)
 
 
-def _without_folders(value: Any) -> Any:
+def without_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """A detector's settings without start weights of any part, for one that loads a checkpoint."""
+    settings: dict[str, Any] = _without_files(model)
+    backbone = {k: v for k, v in settings["backbone"].items() if k not in ("weights", "init_cfg")}
+    if backbone.get("type") == _OURS:
+        backbone["resumes"] = True
+    return {**settings, "backbone": backbone}
+
+
+def _without_files(value: Any) -> Any:
+    """Settings without the files that mmengine initialises modules from."""
     if isinstance(value, dict):
-        return {key: _without_folders(each) for key, each in value.items()}
+        kept = {k: v for k, v in value.items() if k != "init_cfg" or "checkpoint" not in str(v)}
+        return {key: _without_files(each) for key, each in kept.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_without_folders, value))
-    is_path = isinstance(value, str) and os.path.isabs(value)
-    return os.path.basename(value.rstrip("/")) if is_path else value
+        return type(value)(map(_without_files, value))
+    return value
+
+
+def _without_places(content: dict[str, Any]) -> dict[str, Any]:
+    from ..models.build import without_sources
+    from .backbone import read_network
+
+    model, root = without_weights(content["model"]), Path(content["data"]["root"])
+    backbone = model["backbone"]
+    if backbone.pop("resumes", False):
+        network = without_sources(read_network(backbone["network"]))
+        backbone["network"] = _without_none(dataclasses.asdict(network))
+    data = {**content["data"], "root": root.name or "data"}
+    rest = {"model": model, "data": data, "load_from": None, "loggers": {}}
+    return {key: _names_alone(value) for key, value in {**content, **rest}.items()}
+
+
+def _names_alone(value: Any) -> Any:
+    """Settings with the name alone of every path that leads out of a folder."""
+    if isinstance(value, dict):
+        return {key: _names_alone(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_names_alone, value))
+    leads_out = isinstance(value, str) and value.startswith(("/", "~", ".."))
+    return Path(value).name if leads_out else value
 
 
 def load_detector_config(
@@ -272,7 +306,7 @@ def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) ->
     in place: the configuration that a run saves then needs no other file."""
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
-    if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":
+    if not isinstance(backbone, dict) or backbone.get("type") != _OURS:
         return
     if "network" not in backbone:
         raise ConfigError(f"{path}: model.backbone.network is missing: a classification YAML file")

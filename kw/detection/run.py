@@ -26,7 +26,7 @@ from ..training.run import build_hooks, check_devices, evaluate_weights, start
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
 from .annotations import Report, load_annotations
-from .config import DetectorConfig, detection_limits
+from .config import DetectorConfig, detection_limits, without_weights
 from .data import build_eval_loader, build_train_loader
 from .detector import (
     EpochInfo,
@@ -35,7 +35,6 @@ from .detector import (
     has_masks,
     keep_maps_exact,
     lr_scales,
-    without_weights,
 )
 from .evaluation import COCO_DETECTIONS, CocoEvaluator
 from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
