@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from kw.data.reading import DataError
 from kw.detection.findings import Findings, Report, some
@@ -27,6 +28,14 @@ _TABLES = ("images", "annotations", "categories")
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
+class _Content(dict[str, Any]):
+    """That of a file; a plain dict takes no weak references."""
+
+
+_in_use: WeakValueDictionary[tuple[str, int, int], _Content] = WeakValueDictionary()
+"""By the file's path, time and size."""
+
+
 class _Unusable(DataError):
     """A file that cannot be checked further; ``kind`` is that of the finding."""
 
@@ -39,7 +48,7 @@ def load_annotations(
     annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
 ) -> dict[str, Any]:
     """Read a file in COCO's format, with or without a byte-order mark; only the outer structure of
-    its content is checked.
+    its content is checked. A file is not read again while its content is in use: change none.
 
     Raises:
         DataError: it cannot be read, is not JSON, or lacks one of the lists ``tables``.
@@ -47,7 +56,9 @@ def load_annotations(
     file = os.fspath(annotations_file)
     try:
         with open(file, "rb") as stream:
-            content = json.load(stream)
+            status = os.fstat(stream.fileno())
+            key = os.path.realpath(file), status.st_mtime_ns, status.st_size
+            content = _in_use[key] if key in _in_use else json.load(stream)
     except OSError as error:
         raise _Unusable("file", f"{file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -69,7 +80,7 @@ def load_annotations(
         if wrong:
             what = f"entries of {table!r} of {file} must be objects"
             raise _Unusable("structure", f"{what}, not {_a(wrong[0])}")
-    return content
+    return _in_use.setdefault(key, _Content(content))
 
 
 def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
@@ -139,7 +150,6 @@ def check_annotations(
     training: bool = True,
     open_images: bool = True,
     settings: CocoDataConfig | None = None,
-    content: Mapping[str, Any] | None = None,
 ) -> Report:
     """Check a set and list all problems; problems are reported, not raised.
 
@@ -154,17 +164,15 @@ def check_annotations(
         training: whether the set is for training; otherwise it is for evaluation.
         open_images: whether to open the image files at all.
         settings: how images are read and which are left out. Default: a run's defaults.
-        content: content of the file, if it was read before.
     """
     file, folder = os.fspath(annotations_file), os.fspath(images_dir)
     findings = Findings()
     settings = settings or CocoDataConfig(root=folder)
-    if content is None:
-        try:
-            content = load_annotations(file)
-        except _Unusable as error:
-            findings.add(error.kind, str(error))
-            return Report(file, folder, 0, 0, (), tuple(findings.listed()))
+    try:
+        content = load_annotations(file)
+    except _Unusable as error:
+        findings.add(error.kind, str(error))
+        return Report(file, folder, 0, 0, (), tuple(findings.listed()))
     images, objects, categories = (_check_table(content, table, findings) for table in _TABLES)
     for table, rows in zip(_TABLES[:2], (images, objects), strict=True):
         if not content[table]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from .detector import (
     lr_scales,
 )
 from .evaluation import COCO_DETECTIONS, CocoEvaluator
-from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
+from .sets import check_sets, check_test_annotations, class_names, trained_classes
 from .start import start_detector
 
 __all__ = ["build_trainer", "evaluate_checkpoint", "evaluate_detector", "train"]
@@ -72,8 +72,9 @@ def build_trainer(
     check_devices(run, process)
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    contents = read_sets(run.data)
-    classes = class_names(run.data, contents[0])
+    files = run.data.train_annotations, run.data.val_annotations
+    held = [load_annotations(Path(run.data.root, file)) for file in files]  # read once for all
+    classes = class_names(run.data)
     set_seed(run.seed)
     if resume_from is not None:  # it has all weights
         detector = build_detector(without_weights(config.model), classes)
@@ -85,16 +86,17 @@ def build_trainer(
         keep_maps_exact(detector)
     masks = has_masks(detector)
     if run.data.check:
-        _check_data(lambda: check_sets(run.data, masks, contents=contents), process)
+        _check_data(lambda: check_sets(run.data, masks), process)
     set_contraction(run.contraction, detector)
     if run.sync_bn and process.world_size > 1:
         detector = synchronised(detector)
     detector.to(process.device)
     average = distribute(detector, run, process)
     place = process.rank, process.world_size
-    train_loader = build_train_loader(config, classes, *place, masks, contents[0])
-    val_loader = build_eval_loader(config, classes, *place, contents[1])
-    evaluator = _evaluator(config, classes, masks, contents[1])
+    train_loader = build_train_loader(config, classes, *place, masks)
+    val_loader = build_eval_loader(config, classes, *place)
+    evaluator = _evaluator(config, classes, masks)
+    del held
     task = Task(
         WithLosses(detector),
         detector,
@@ -173,8 +175,8 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
-        content = load_annotations(Path(run.data.root, run.data.val_annotations))
-        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}", content)
+        held = load_annotations(Path(run.data.root, run.data.val_annotations))  # read once for all
+        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}")
         detector = build_detector(without_weights(config.model), classes)
         if run.precision != "fp32":
             keep_maps_exact(detector)
@@ -182,10 +184,11 @@ def evaluate_checkpoint(
         detector.to(process.device)
         masks = has_masks(detector)
         if run.data.check:
-            look = partial(check_test_annotations, run.data, masks, classes, content)
+            look = partial(check_test_annotations, run.data, masks, classes)
             _check_data(lambda: [look()], process)
-        loader = build_eval_loader(config, classes, process.rank, process.world_size, content)
-        evaluator = _evaluator(config, classes, masks, content)
+        loader = build_eval_loader(config, classes, process.rank, process.world_size)
+        evaluator = _evaluator(config, classes, masks)
+        del held
         return evaluate_weights(
             detector,
             state,
@@ -195,14 +198,12 @@ def evaluate_checkpoint(
         )
 
 
-def _evaluator(
-    config: DetectorConfig, classes: list[str], masks: bool, content: Mapping[str, Any]
-) -> CocoEvaluator:
+def _evaluator(config: DetectorConfig, classes: list[str], masks: bool) -> CocoEvaluator:
     """The evaluator of the test images, or a DataError if they have no object."""
     data = config.run.data
     file = Path(data.root, data.val_annotations)
     most = data.max_detections or COCO_DETECTIONS
-    evaluator = CocoEvaluator(file, classes, masks, most, content)
+    evaluator = CocoEvaluator(file, classes, masks, most)
     if not (in_image := evaluator.objects):
         raise DataError(
             f"{file}: no object to evaluate against (of {', '.join(classes[:5])}; crowds do not "
