@@ -24,8 +24,7 @@ from ..config.checking import check_tree
 from ..config.loading import OPTIONS, read_option
 from ..config.tree import Entry, Origin, merge
 from ..errors import did_you_mean
-from .origins import entry_with_origins, read_origins
-from .packages import packages_from_metadata
+from .origins import entry_with_origins, packages_from_metadata, read_origins
 from .schema import SCHEMA, DetectionConfig
 
 __all__ = ["DetectorConfig", "detection_limits", "load_detector_config", "without_weights"]

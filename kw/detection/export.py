@@ -28,8 +28,7 @@ from ..errors import one_line
 from ..objects.found import Found
 from ..objects.run_lengths import import_evaluator
 from ..version import __version__
-from .exportable import check_detector, preprocessing
-from .graph import DetectorGraph
+from .graph import DetectorGraph, check_detector, preprocessing
 from .predictor import Predictor
 
 __all__ = ["Agreement", "Written", "describe", "export_detector"]
