@@ -54,10 +54,6 @@ class DyConv2d(MixtureConv2d):
     Args:
         kernels: number K of kernels; 4 in the paper.
         reduction: hidden units of the attention per input channel.
-        name: the layer's name, for messages.
-
-    Raises:
-        ValueError: settings that cannot be.
     """
 
     branch = SqueezeSoftmax

@@ -61,10 +61,8 @@ class Adapter(AxisAttention):
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> factors of channels and filters."""
-        hidden = self.hidden(pooled)
-        filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
-        alpha = hidden.new_ones(hidden.shape[0], 1, 1)
-        return Attentions(alpha, modulation(self.channel_fc(hidden)), filters)
+        alpha = pooled.new_ones(pooled.shape[0], 1, 1)
+        return Attentions(alpha, *self.factors(self.hidden(pooled), modulation))
 
     @torch.no_grad()
     def hold_factors(self, channel: Tensor, filters: Tensor, spatial: Tensor) -> None:

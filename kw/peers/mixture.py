@@ -20,7 +20,7 @@ Legend: B samples, I, O input and output channels, g groups, K kernels, S positi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -125,19 +125,39 @@ class Attentions(NamedTuple):
 
 
 class AxisAttention(MixtureAttention):
-    """A branch with factors of input channels and filters among others: linear maps of
+    """A branch with factors of input channels and filters: linear maps of
     ``h = relu(BatchNorm(fc(g)))``, g the pooled input; h has ``max(int(I * reduction), 16)`` units.
+
+    Args:
+        shape: the layer's kernel; a depthwise one has no factors of filters.
+        reduction: units of h per input channel.
+        kernels: outputs of another map, for kernels; 0: none.
+        spatial: whether positions have factors too, where there are several.
     """
 
-    def __init__(self, shape: KernelShape, reduction: float, **place: Any) -> None:
+    def __init__(
+        self,
+        shape: KernelShape,
+        reduction: float,
+        kernels: int = 0,
+        spatial: bool = False,
+        **place: Any,
+    ) -> None:
         super().__init__()
         channels, filters = shape.in_channels, shape.out_channels
-        self.units = max(int(channels * reduction), 16)
-        self.fc = BranchLinear(channels, self.units, bias=False, **place)
-        self.norm = nn.BatchNorm1d(self.units, **place)
-        self.channel_fc = BranchLinear(self.units, channels, **place)
+        positions = math.prod(shape.kernel) if spatial else 1
         is_depthwise = shape.groups == channels == filters
-        self.filter_fc = None if is_depthwise else BranchLinear(self.units, filters, **place)
+        units = max(int(channels * reduction), 16)
+
+        def head(outputs: int) -> Any:
+            return BranchLinear(units, outputs, **place) if outputs else None
+
+        self.fc = BranchLinear(channels, units, bias=False, **place)
+        self.norm = nn.BatchNorm1d(units, **place)
+        self.channel_fc = head(channels)
+        self.filter_fc = head(0 if is_depthwise else filters)
+        self.spatial_fc = head(positions if positions > 1 else 0)
+        self.kernel_fc = head(kernels)
 
     def heads(self) -> list[nn.Linear]:
         """The linear maps of the hidden units."""
@@ -146,6 +166,12 @@ class AxisAttention(MixtureAttention):
     def hidden(self, pooled: Tensor) -> Tensor:
         """``[B, I]`` -> ``[B, h]``."""
         return normalise(self.norm, self.fc(pooled)).relu()
+
+    def factors(self, hidden: Tensor, gate: Callable[[Tensor], Tensor]) -> list[Any]:
+        """``gate`` of the logits of channels, filters and positions, ``[B, ...]`` each, where the
+        branch has them."""
+        heads = self.channel_fc, self.filter_fc, self.spatial_fc
+        return [None if head is None else gate(head(hidden)) for head in heads]
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases."""
@@ -283,7 +309,12 @@ class MixtureLayer(KWLayer):
 
 
 class MixtureConv2d(MixtureLayer, KWConv2d):
-    """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then the method's."""
+    """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then keywords: the method's,
+    and the layer's ``name``, for messages.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
 
 
 def check_settings(kernels: int, reduction: float = 1.0) -> None:
