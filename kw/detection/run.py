@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..data import DataError, Loader
 from ..errors import memory_for, say
 from ..models.recompute import synchronised
 from ..training import load_checkpoint, set_contraction
-from ..training.distributed import Process, host_barrier, process_group
+from ..training.distributed import Process, from_all, from_first, host_barrier, process_group
 from ..training.folder import find_checkpoint
 from ..training.logs import open_log
 from ..training.optim import build_optimizer
@@ -151,10 +150,7 @@ def evaluate_detector(
     host_barrier("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
     sampler: Any = loader.batch_sampler
-    left_out = torch.tensor(len(sampler.indices) - seen, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(left_out)
-    if left_out:
+    if left_out := sum(from_all(len(sampler.indices) - seen)):
         figures["unreadable_images"] = float(left_out)
     return figures
 
@@ -223,18 +219,16 @@ def _evaluator(config: DetectorConfig, classes: list[str], masks: bool) -> CocoE
 def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
     """Check the data on one process; errors are raised on all, warnings are printed."""
     set_place("checking the data")
-    found: list[Any] = [None]
+    wrong = ""
     if process.is_main:
         try:
             reports = check()
-            found = ["\n".join(report.render() for report in reports if report.errors)]
+            wrong = "\n".join(report.render() for report in reports if report.errors)
             for report in reports:
                 if not report.errors and report.warnings:
                     told = [f"{each.count:,} {each.text}" for each in report.warnings]
                     say(f"{report.annotations_file} (tools/check_coco.py): {'; '.join(told)}")
         except DataError as error:
-            found = [str(error)]
-    if process.world_size > 1:
-        dist.broadcast_object_list(found)
-    if found[0]:
-        raise DataError(found[0])
+            wrong = str(error)
+    if wrong := from_first(wrong):
+        raise DataError(wrong)
