@@ -51,16 +51,8 @@ class Operands(NamedTuple):
 
 
 def assemble(operands: Operands, group: Tensor, spec: ConvSpec) -> Tensor:
-    """Samples' kernels, without the factors of channels and filters.
-
-    Args:
-        operands: of the samples.
-        group: the groups of the coefficients' parts (:func:`.spectrum.frequency_groups`).
-        spec: the layer.
-
-    Returns:
-        ``[B, O, I / g, k, k]``, in memory ``[B, O, k, k, I / g]``.
-    """
+    """Samples' kernels ``[B, O, I / g, k, k]``, in memory ``[B, O, k, k, I / g]``, without the
+    factors of channels and filters; ``group`` is of :func:`.spectrum.frequency_groups`."""
     pooled, alpha, spatial, parts, weight, bias = operands
     out, in_, height, width = spec.partition.kernel_shape
     lines = pooled.unflatten(1, (spec.groups, -1))  # a group's channels by themselves
@@ -83,14 +75,7 @@ def convolve_assembled(x: Tensor, operands: Operands, group: Tensor, spec: ConvS
     groups as samples; on CPUs, channels-last images are convolved one by one, in whose layout the
     kernels lie, unless torch would not give such an image to oneDNN.
 
-    Args:
-        x: ``[B, I, H, W]``.
-        operands: as for :func:`assemble`.
-        group: likewise.
-        spec: the layer.
-
-    Returns:
-        ``[B, O, H', W']``, of x's type.
+    Arguments as for :func:`assemble`; ``[B, I, H, W]`` -> ``[B, O, H', W']`` of x's type.
     """
     if is_exporting() or is_traced():
         kernels = assemble(operands, group, spec).to(x.dtype)

@@ -34,7 +34,6 @@ class SqueezeSoftmax(MixtureAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) weights, zero biases."""
         initialise(self.fc, self.kernel_fc)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:

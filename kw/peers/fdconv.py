@@ -75,8 +75,6 @@ class KernelModulation(AxisAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) weights and zero biases of the global branch; the local
-        one's are as ``nn.Conv1d`` draws them."""
         super().reset_parameters()
         self.local.reset_parameters()
 
@@ -99,11 +97,7 @@ def local_length(channels: int) -> int:
 
 
 class FrequencyBands(nn.Module):
-    """Frequency band modulation: weights the bands of an image at every place.
-
-    Args:
-        channels: channels I of the input.
-    """
+    """Frequency band modulation: weights the bands of an image at every place."""
 
     def __init__(
         self,

@@ -72,8 +72,7 @@ def scaled(x: Tensor, factors: Tensor | None) -> Tensor:
 class MixtureAttention(nn.Module):
     """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
 
-    Subclasses take the layer's kernel as ``shape``, the number of kernels as ``kernels``, settings
-    of their own, and device and dtype as keywords, and define :meth:`attend`.
+    Subclasses take ``shape``, ``kernels``, settings of their own, device and dtype.
     """
 
     has_temperature: ClassVar[bool] = True
@@ -85,13 +84,13 @@ class MixtureAttention(nn.Module):
     fc: nn.Linear
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Any:
-        """The result of :meth:`attend` for the pooled input ``[B, I]`` and tau."""
         with full_precision(pooled):
             pooled = pooled.to(self.fc.weight.dtype)
             # A copy, since the buffer may change before the backward pass reads it.
             return self.attend(pooled, None if temperature is None else temperature.clone())
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
+        """Coefficients and factors by the pooled input ``[B, I]``."""
         raise NotImplementedError
 
     def hold(self) -> float:
@@ -196,13 +195,7 @@ def silence(*heads: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
 
 
 class PrivateKernels(Warehouse):
-    """The K kernels of one layer, as a warehouse.
-
-    Args:
-        shape: the layer's kernel.
-        branch: class of the layer's attention.
-        kernels: K.
-        settings: the attention's own.
+    """The K kernels of one layer, as a warehouse; ``settings`` are the attention's own.
 
     Raises:
         ValueError: a setting that cannot be.
@@ -236,7 +229,6 @@ class PrivateKernels(Warehouse):
             nn.init.zeros_(self.temperature)
 
     def build_attention(self, slot: int) -> nn.Module:
-        """The layer's attention branch."""
         factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
         return self._branch(self.shapes[slot], self.kernels, **self._branch_settings, **factory)
 
@@ -318,11 +310,8 @@ class MixtureConv2d(MixtureLayer, KWConv2d):
 
 
 def check_settings(kernels: int, reduction: float = 1.0) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ValueError: ``kernels`` is no positive integer or ``reduction`` no positive number.
-    """
+    """Refuse ``kernels`` that is no positive integer, and ``reduction`` that is no positive number,
+    by a ValueError."""
     if not isinstance(kernels, int) or isinstance(kernels, bool) or kernels < 1:
         raise ValueError(f"kernels is {kernels!r}; expected an integer >= 1")
     is_number = isinstance(reduction, int | float) and not isinstance(reduction, bool)

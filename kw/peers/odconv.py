@@ -46,7 +46,6 @@ class OmniAttention(AxisAttention):
         self.reset_parameters()
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
-        """``[B, I]`` -> coefficients and factors."""
         hidden = self.hidden(pooled)
         scale = logit_scale(tau)
         channel, filters, space = self.factors(hidden, lambda z: (z / scale).sigmoid())
