@@ -18,44 +18,27 @@ from .widening import gradients, widen
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
 
 
-def ms_deform_attn_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_loc: Tensor,
-    attn_weight: Tensor,
-    im2col_step: int,
-) -> Tensor:
+def ms_deform_attn_forward(*tensors: Tensor, im2col_step: int) -> Tensor:
     """The sum of sampled values over the points in all maps, for each query and head.
 
     Args:
-        value: ``[B, K, M, D]``, the maps one after another.
-        spatial_shapes: int64 ``[L, 2]``, height and width of each map.
-        level_start_index: not used: the maps lie one after another.
-        sampling_loc: ``[B, Q, M, L, P, 2]``, x and y as fractions of a map; 0 outside of it.
-        attn_weight: ``[B, Q, M, L, P]``.
+        tensors: ``value`` ``[B, K, M, D]``, the maps one after another; height and width of each
+            map, int64 ``[L, 2]``; one that is not used; locations ``[B, Q, M, L, P, 2]``, x and y
+            as fractions of a map, 0 outside of it; weights ``[B, Q, M, L, P]``.
         im2col_step: not used.
 
     Returns:
         ``[B, Q, M * D]``, in the type of ``value``.
     """
-    attended = _attend(spatial_shapes)(*widen(value, sampling_loc, attn_weight))
+    value, spatial_shapes, _, locations, weights = tensors
+    attended = _attend(spatial_shapes)(*widen(value, locations, weights))
     return attended.to(value.dtype)
 
 
-def ms_deform_attn_backward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_loc: Tensor,
-    attn_weight: Tensor,
-    grad_output: Tensor,
-    *filled: Tensor,
-    im2col_step: int,
-) -> None:
+def ms_deform_attn_backward(*tensors: Tensor, im2col_step: int) -> None:
     """Fill the last three tensors with the derivatives by value, locations and weights."""
-    inputs = value, sampling_loc, attn_weight
-    found = gradients(_attend(spatial_shapes), inputs, grad_output)
+    value, spatial_shapes, _, locations, weights, grad_output, *filled = tensors
+    found = gradients(_attend(spatial_shapes), (value, locations, weights), grad_output)
     for into, gradient in zip(filled, found, strict=True):
         into.copy_(gradient)
 
