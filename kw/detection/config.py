@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class DetectorConfig:
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
     """A detector's settings without start weights of any part, for one that loads a checkpoint."""
-    settings: dict[str, Any] = _without_files(model)
+    settings: dict[str, Any] = _rebuilt(model, _without_files)
     backbone = {k: v for k, v in settings["backbone"].items() if k not in ("weights", "init_cfg")}
     if backbone.get("type") == _OURS:
         backbone["resumes"] = True
@@ -99,12 +99,18 @@ def without_weights(model: dict[str, Any]) -> dict[str, Any]:
 
 def _without_files(value: Any) -> Any:
     """Settings without the files that mmengine initialises modules from."""
+    if not isinstance(value, dict) or "checkpoint" not in str(value.get("init_cfg")):
+        return value
+    return {k: v for k, v in value.items() if k != "init_cfg"}
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Settings from the inside out: what ``change`` makes of each mapping and each value in it."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k != "init_cfg" or "checkpoint" not in str(v)}
-        return {key: _without_files(each) for key, each in kept.items()}
+        return change({key: _rebuilt(each, change) for key, each in value.items()})
     if isinstance(value, list | tuple):
-        return type(value)(map(_without_files, value))
-    return value
+        return type(value)(_rebuilt(each, change) for each in value)
+    return change(value)
 
 
 def _without_places(content: dict[str, Any]) -> dict[str, Any]:
@@ -118,15 +124,12 @@ def _without_places(content: dict[str, Any]) -> dict[str, Any]:
         backbone["network"] = _without_none(dataclasses.asdict(network))
     data = {**content["data"], "root": root.name or "data"}
     rest = {"model": model, "data": data, "load_from": None, "loggers": {}}
-    return {key: _names_alone(value) for key, value in {**content, **rest}.items()}
+    found: dict[str, Any] = _rebuilt({**content, **rest}, _name_alone)
+    return found
 
 
-def _names_alone(value: Any) -> Any:
-    """Settings with the name alone of every path that leads out of a folder."""
-    if isinstance(value, dict):
-        return {key: _names_alone(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_names_alone, value))
+def _name_alone(value: Any) -> Any:
+    """Of a path that leads out of a folder, the name."""
     leads_out = isinstance(value, str) and value.startswith(("/", "~", ".."))
     return Path(value).name if leads_out else value
 
@@ -245,7 +248,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> str | None:
         return f"{'.'.join(steps)} has no members"
     old = target.get(last) if isinstance(target, dict) else target[place]
     as_tuple = isinstance(old, tuple) and isinstance(value, list)
-    target[place] = _with_sizes(tuple(value) if as_tuple else value)
+    target[place] = _rebuilt(tuple(value) if as_tuple else value, _with_sizes)
     return None
 
 
@@ -287,17 +290,13 @@ def _test_settings(model: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _with_sizes(value: Any) -> Any:
     """Image sizes as tuples, which mmdetection expects and YAML does not have."""
-    if isinstance(value, list):
-        return [_with_sizes(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {name: _with_sizes(item) for name, item in value.items()}
-    for name in ("scale", "crop_size", "size"):
-        if isinstance(found.get(name), list):
+    found = dict(value) if isinstance(value, dict) else {}
+    for name in {"scale", "crop_size", "size"} & found.keys():
+        if isinstance(found[name], list):
             found[name] = tuple(found[name])
     if isinstance(found.get("scales"), list):
         found["scales"] = [tuple(s) if isinstance(s, list) else s for s in found["scales"]]
-    return found
+    return found or value
 
 
 def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:

@@ -69,7 +69,6 @@ class Samples(TolerantDataset):
         bad_images = bad_images or BadImagesConfig(policy="raise")
         super().__init__(seed, not dataset.test_mode, bad_images)
         self.dataset = dataset
-        self.metainfo = dataset.metainfo  # the runner asks for it
         steps = dataset.pipeline.transforms
         self._pipeline = "train_pipeline" if self.training else "test_pipeline"
         self._masks = masks
