@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mmengine.config import Config as MMConfig
 from ..config import ConfigError
 from ..config.checking import check_tree
 from ..config.loading import OPTIONS, read_option
-from ..config.tree import Entry, Origin, merge
+from ..config.tree import Entry, Origin, merge, rebuilt
 from ..errors import did_you_mean
 from .origins import entry_with_origins, packages_from_metadata, read_origins
 from .schema import SCHEMA, DetectionConfig
@@ -90,7 +90,7 @@ class DetectorConfig:
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
     """A detector's settings without start weights of any part, for one that loads a checkpoint."""
-    settings: dict[str, Any] = _rebuilt(model, _without_files)
+    settings: dict[str, Any] = rebuilt(model, _without_files)
     backbone = {k: v for k, v in settings["backbone"].items() if k not in ("weights", "init_cfg")}
     if backbone.get("type") == _OURS:
         backbone["resumes"] = True
@@ -104,16 +104,8 @@ def _without_files(value: Any) -> Any:
     return {k: v for k, v in value.items() if k != "init_cfg"}
 
 
-def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Settings from the inside out: what ``change`` makes of each mapping and each value in it."""
-    if isinstance(value, dict):
-        return change({key: _rebuilt(each, change) for key, each in value.items()})
-    if isinstance(value, list | tuple):
-        return type(value)(_rebuilt(each, change) for each in value)
-    return change(value)
-
-
 def _without_places(content: dict[str, Any]) -> dict[str, Any]:
+    from ..deploy.source import name_alone
     from ..models.build import without_sources
     from .backbone import read_network
 
@@ -124,14 +116,8 @@ def _without_places(content: dict[str, Any]) -> dict[str, Any]:
         backbone["network"] = _without_none(dataclasses.asdict(network))
     data = {**content["data"], "root": root.name or "data"}
     rest = {"model": model, "data": data, "load_from": None, "loggers": {}}
-    found: dict[str, Any] = _rebuilt({**content, **rest}, _name_alone)
+    found: dict[str, Any] = rebuilt({**content, **rest}, name_alone)
     return found
-
-
-def _name_alone(value: Any) -> Any:
-    """Of a path that leads out of a folder, the name."""
-    leads_out = isinstance(value, str) and value.startswith(("/", "~", ".."))
-    return Path(value).name if leads_out else value
 
 
 def load_detector_config(
@@ -248,7 +234,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> str | None:
         return f"{'.'.join(steps)} has no members"
     old = target.get(last) if isinstance(target, dict) else target[place]
     as_tuple = isinstance(old, tuple) and isinstance(value, list)
-    target[place] = _rebuilt(tuple(value) if as_tuple else value, _with_sizes)
+    target[place] = rebuilt(tuple(value) if as_tuple else value, _with_sizes)
     return None
 
 
