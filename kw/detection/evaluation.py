@@ -65,7 +65,6 @@ class CocoEvaluator:
 
     Attributes:
         classes: the category names; a label is an index into this list.
-        image_ids: the ids of the file's images.
         objects: number of objects by image id, without crowds.
 
     Raises:
@@ -90,7 +89,6 @@ class CocoEvaluator:
         self._sizes = {
             image["id"]: (image.get("height"), image.get("width")) for image in content["images"]
         }
-        self.image_ids = list(self._sizes)
         back = {number: image_id for image_id, number in self._numbers.items()}
         annotations = self._truth["annotations"]
         self.objects = Counter(

@@ -104,14 +104,12 @@ class Written:
 
     Attributes:
         path: the file.
-        card: its model card.
         agreement: with mmdetection's detector.
         seconds: that writing and verifying took.
         notes: what a user should know, a sentence each.
     """
 
     path: Path
-    card: Path
     agreement: Agreement
     seconds: float
     notes: tuple[str, ...]
@@ -169,8 +167,8 @@ def export_detector(
         partial.unlink(missing_ok=True)
     if agreement.alone:
         notes += (f"{agreement.alone} of {agreement.objects} detections have no partner",)
-    card = _write_card(target, description, agreement)
-    return Written(target, card, agreement, time.perf_counter() - begin, notes)
+    _write_card(target, description, agreement)
+    return Written(target, agreement, time.perf_counter() - begin, notes)
 
 
 def describe(
@@ -308,7 +306,7 @@ def _apart(expected: Found, found: Found, i: int, j: int) -> float:
     return 1 - float(import_evaluator().mask.iou([first], [second], [0])[0][0])
 
 
-def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> Path:
+def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> None:
     """Write ``<file>.md``."""
     output, weights = description.output, description.weights
     rows: dict[str, object] = {
@@ -330,7 +328,6 @@ def _write_card(path: Path, description: DetectorDescription, agreement: Agreeme
         f"picture; `scores` [N], falling, -1 where there is none; `labels` [N]{masks}",
         **{f"output: {key.replace('_', ' ')}": value for key, value in output.items()},
     }
-    card = path.with_name(path.name + ".md")
     use = f"""\
 ```python
 import kw
@@ -348,5 +345,5 @@ onnxruntime alone runs it too; classes, preprocessing and thresholds are in its 
         "Verification": f"After writing, the file was run beside PyTorch: {agreement}.",
         "Use": use,
     }
+    card = path.with_name(path.name + ".md")
     card.write_text(page(description.model, path.name, sections), encoding="utf-8")
-    return card
