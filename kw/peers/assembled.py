@@ -7,6 +7,7 @@ frequencies.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -92,12 +93,9 @@ def convolve_assembled(x: Tensor, operands: Operands, group: Tensor, spec: ConvS
         y = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
         return y + x.sum() + assemble(operands, group, spec).sum().to(x.dtype)
     each = _SCRATCH.get(x.device.type, 256 << 20) // (4 * math.prod(spec.partition.kernel_shape))
-    return join(
-        [
-            checkpoint(part, x[some], *operands.of(some), use_reentrant=False)
-            for some in even_chunks(len(x), max(each, 1))
-        ]
-    )
+    alone = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    chunks = even_chunks(len(x), max(each, 1))
+    return join([alone(x[some], *operands.of(some)) for some in chunks])
 
 
 _LEAST_ONEDNN = 20480
