@@ -69,25 +69,22 @@ class Agreement:
         """Compare the detections in a picture."""
         self.pictures += 1
         self.objects += len(expected.scores) + len(found.scores)
-        left = list(range(len(found.scores)))
-        side = max(expected.size)
+        left = torch.ones(len(found.scores), dtype=torch.bool)
         for i in range(len(expected.scores)):
-            best: Any = None
-            for j in left:
-                score = abs(float(found.scores[j] - expected.scores[i]))
-                if found.labels[j] != expected.labels[i] or score > TOLERANCE:
-                    continue
-                box = float((found.boxes[j] - expected.boxes[i]).abs().max()) / side
-                if box <= TOLERANCE and (best is None or box < best[1]):
-                    best = j, box, score
-            mask = 0.0 if best is None else _apart(expected, found, i, best[0])
+            score = (found.scores - expected.scores[i]).abs()
+            box = (found.boxes - expected.boxes[i]).abs().amax(1) / max(expected.size)
+            fits = left & (found.labels == expected.labels[i])
+            fits &= (score <= TOLERANCE) & (box <= TOLERANCE)
+            best = int(box.where(fits, torch.inf).argmin()) if fits.any() else None
+            mask = 0.0 if best is None else _apart(expected, found, i, best)
             if best is None or mask > MASKS:
                 self.alone += 1
                 continue
-            left.remove(best[0])
-            self.box, self.score = max(self.box, best[1]), max(self.score, best[2])
+            left[best] = False
+            self.box = max(self.box, float(box[best]))
+            self.score = max(self.score, float(score[best]))
             self.mask = max(self.mask, mask)
-        self.alone += len(left)
+        self.alone += int(left.sum())
 
     def __str__(self) -> str:
         masks = f", masks in {self.mask:.1e} of their pixels" if self.mask else ""
