@@ -88,6 +88,16 @@ def test_a_sound_set(folder: Path) -> None:
     report.raise_for_errors()
 
 
+def test_a_file_is_read_once_while_its_content_is_in_use(folder: Path) -> None:
+    file = folder / "annotations.json"
+    file.write_text(json.dumps(sound()))
+    held = load_annotations(file)
+    assert check_annotations(str(file), folder / "images").objects == 5
+    assert load_annotations(file) is held
+    file.write_text(json.dumps({**sound(), "annotations": []}))
+    assert load_annotations(file)["annotations"] == []
+
+
 def change(table: str, place: int, **values: Any) -> Fault:
     """A fault: a row with other values; a value of None takes the key away."""
 

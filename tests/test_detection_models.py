@@ -15,7 +15,7 @@ from detection_setup import DEVICES
 from mmengine import Config
 from torch import Tensor, nn
 
-from kw.detection.packages import installed_path
+from kw.detection.origins import installed_path
 
 DEVICE = DEVICES[-1]
 CONFIGS = Path(installed_path("mmdet"), ".mim", "configs")

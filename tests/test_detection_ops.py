@@ -17,7 +17,7 @@ from detection_setup import DEVICES, operators
 from torch import Tensor
 
 from kw.detection.ops import Binding, bind, binding
-from kw.detection.packages import installed_path, is_installed, packages_from_metadata
+from kw.detection.origins import installed_path, is_installed, packages_from_metadata
 
 
 def random_boxes(n: int, seed: int = 0, size: float = 40) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,27 @@ def call(tool: Callable[..., None], *arguments: Any, status: int = 0) -> None:
 
 
 def test_a_run_on_the_hub(run: Any, hub: Any, tool: Callable[..., None], tmp_path: Path) -> None:
-    """Its program goes there, and comes back where the user allows it."""
+    """What builds it goes there, nothing of the machine; it comes back where the user allows it."""
     coco, work_dir = run
-    tool("kw push", work_dir, "me/detector")
+    text = (work_dir / "config.py").read_text()
+    mine = {"weights": str(tmp_path / "w.pth"), "type": "kw.Backbone"}
+    head = "init_cfg=dict(type='Pretrained', checkpoint='mine/fpn.pth'), "
+    text = text.replace("type='kw.Backbone'", ", ".join(f"{k}={v!r}" for k, v in mine.items()))
+    text = text.replace("neck=dict(", f"neck=dict({head}").replace("load_from = None", "")
+    text = text.replace("loggers = dict()", "loggers = dict(tensorboard=dict(log_dir='/mine'))")
+    shutil.copytree(work_dir, tmp_path / "run")
+    (tmp_path / "run/config.py").write_text(f"{text}# mine\nload_from = '../mine/start.pth'\n")
+    tool("kw push", tmp_path / "run", "me/detector")
     files = hub.repositories["me/detector"].files("main")
     own = {"README.md", "config.json", "config.py", "model.safetensors", "results.json"}
     assert set(files) == own
     assert b"pipeline_tag: object-detection" in files["README.md"]
     assert b"kw pull me/detector FOLDER --allow-code" in files["README.md"]
+    published = files["config.py"].decode()
+    assert not [
+        word for word in (str(coco.parent), "mine", "'..", "Pretrained") if word in published
+    ]
+    assert f"root='{coco.name}'" in published
     tool("kw pull", "me/detector", tmp_path / "copy", "--allow-code")
     picture = next((coco / "val").glob("*.png"))
     (found, classes), (expected, _) = (

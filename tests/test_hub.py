@@ -29,6 +29,7 @@ import kw
 from kw.config import config_from_mapping
 from kw.deploy import read_source
 from kw.deploy.publish import Plan, publish, write_folder
+from kw.deploy.source import without_places
 from kw.deploy.weights import write_weights
 from kw.errors import UserError
 from kw.hub import is_hub_name, split_name
@@ -377,6 +378,17 @@ def test_places_of_first_weights_are_not_looked_for(run: Path, tmp_path: Path) -
     content = {**SETTINGS["model"], "timm_args": {**SETTINGS["model"]["timm_args"], **wrong}}
     network = timm.create_model("kernelwarehouse", model=content)
     assert network.state_dict().keys() == source.network.state_dict().keys()
+
+
+def test_paths_in_arguments_are_left_out() -> None:
+    """Of parts that take any arguments; what leads out of a folder alone."""
+    args = {"table": "/home/me/{split}.csv", "file": "image"}
+    data = {"root": "birds", "dataset": "csv", "dataset_args": args}
+    config = config_from_mapping(settings_with(data=data))
+    hooks = {"mine": {"folders": ["../me/pictures", "~/me"], "every": 3}}
+    without = without_places(replace(config, hooks=hooks))
+    assert without.data.dataset_args == {"table": "{split}.csv", "file": "image"}
+    assert without.hooks == {"mine": {"folders": ["pictures", "me"], "every": 3}}
 
 
 def test_names() -> None:

@@ -114,7 +114,10 @@ def test_training_on_nothing_is_refused(coco: Path, values: dict[str, Any], reas
     for options in ([], ["data.check=false"]):
         with pytest.raises(DataError, match=rf"0 of {number} objects are used; .*{reason}"):
             train(config_of(coco, *EPOCH, *options), coco.parent / "run")
-    config = config_of(write_coco_set(coco.parent / "other"), "data.min_size=90")
+
+
+def test_training_on_small_images_alone_is_refused(coco: Path) -> None:
+    config = config_of(coco, "data.min_size=90")
     with pytest.raises(DataError, match=r"data\.min_size"):
         train(config, coco.parent / "run")
 

@@ -15,6 +15,7 @@ hf = pytest.importorskip("transformers", reason="needs transformers")
 import kw  # noqa: E402
 from kw.integrations.core import Recipe, plans_of  # noqa: E402
 from kw.integrations.transformers import KernelWarehouse, convert  # noqa: E402
+from kw.warehouse import Plan  # noqa: E402
 
 IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 DATA = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(IMAGES)]
@@ -173,6 +174,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
     loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "whole/checkpoint-9")
     assert torch.equal(loaded(IMAGES).logits, whole.eval()(IMAGES).logits)
+
+
+@pytest.mark.parametrize(
+    ("anneal", "settings"), [(2, {"attention": "softmax"}), (0, {"start": "keep"})]
+)
+def test_a_run_is_not_resumed_with_another_conversion(tmp_path, anneal, settings):
+    """All tensors fit: only the plans tell them apart. One from before they were saved resumes."""
+    trained(tmp_path, num_train_epochs=2)
+    folder = tmp_path / "checkpoint-3"
+    other = convert(vit(), Recipe(PLAN, settings, anneal))
+    with pytest.raises(ValueError, match=r"by another plan.*take the recipe that it was trained"):
+        trained(tmp_path / "other", other, anneal, resume=str(folder))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"].pop("kernelwarehouse") == {"": [plan_of(PLAN)]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    _, watch = trained(tmp_path / "old", anneal=2, resume=str(folder), save_steps=4)
+    assert len(watch.seen) == 6
+    later = json.loads((tmp_path / "old/checkpoint-4/trainer_state.json").read_text())
+    assert later["stateful_callbacks"]["kernelwarehouse"] == {"": [plan_of(PLAN)]}
+
+
+def plan_of(plan):
+    return Plan.from_mapping({**plan, "start": "paper"}).to_mapping()
 
 
 def test_ways_of_training_change_nothing_else(tmp_path):

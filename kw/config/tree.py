@@ -6,7 +6,7 @@ it, so that every error can name the file and the line to change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,15 @@ def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
         return {key: settings}
     parts = (flat_settings(value, join(key, name)) for name, value in settings.items())
     return {name: value for part in parts for name, value in part.items()}
+
+
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Settings from the inside out: what ``change`` makes of each mapping and each value in it."""
+    if isinstance(value, dict):
+        return change({key: rebuilt(each, change) for key, each in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(rebuilt(each, change) for each in value)
+    return change(value)
 
 
 def join(key: str, name: object) -> str:

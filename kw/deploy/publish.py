@@ -101,15 +101,12 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     for name in there:
         (folder / name).unlink()
     about_results = _results(trained_file(run), folder)
-    program = detector_config(run)
-    if program is None:
+    if detector_config(run) is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
         from ..detection.publish import write_detector
 
-        content, text, notes = write_detector(
-            run, program, folder, plan, (folder / RESULTS).is_file()
-        )
+        content, text, notes = write_detector(run, folder, plan, (folder / RESULTS).is_file())
     own = {"version": __version__, "precision": plan.precision, "sha256": sha256(folder / WEIGHTS)}
     content["kernelwarehouse"] |= own
     (folder / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..config.tree import rebuilt
 from ..models.build import without_sources
 from ..training.trained import load_trained
 from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange
 
-__all__ = ["Source", "figures_of", "read_source", "ready", "without_places"]
+__all__ = ["Source", "figures_of", "name_alone", "read_source", "ready", "without_places"]
 
 _FIGURES = ("top1", "top5", "mAP", "f1", "loss")
 
@@ -75,13 +76,22 @@ def without_places(config: Config) -> Config:
     if teacher is not None:
         names = Path(teacher.teacher).name, Path(teacher.weights or "").name
         teacher = replace(teacher, teacher=names[0], weights=names[1] or None)
+    data, hooks = config.data, config.hooks
+    plain = {"dataset_args": data.dataset_args, "transforms": data.transforms}
     return replace(
         config,
         model=without_sources(config.model),
-        data=replace(config.data, root=Path(config.data.root).name or "data"),
+        data=replace(data, root=Path(data.root).name or "data", **rebuilt(plain, name_alone)),
         distillation=teacher,
+        hooks=rebuilt(hooks, name_alone),
         loggers={},
     )
+
+
+def name_alone(value: Any) -> Any:
+    """Of a path that leads out of a folder, the name; any other setting as it is."""
+    leads_out = isinstance(value, str) and value.startswith(("/", "~", ".."))
+    return Path(value).name if leads_out else value
 
 
 def ready(network: nn.Module) -> nn.Module:

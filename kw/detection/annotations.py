@@ -12,9 +12,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from kw.data.reading import DataError
-from kw.detection.findings import Findings, Report, some
+from kw.detection.findings import Report, some
 from kw.detection.image_checks import check_images, check_leak
 from kw.detection.object_checks import check_boxes, check_masks, is_box
 from kw.detection.schema import CocoDataConfig
@@ -25,6 +26,14 @@ __all__ = ["Report", "category_ids", "check_annotations", "ids_of", "load_annota
 _TABLES = ("images", "annotations", "categories")
 # LVIS's lists: categories that were searched for in an image, and those annotated incompletely.
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+class _Content(dict[str, Any]):
+    """That of a file; a plain dict takes no weak references."""
+
+
+_in_use: WeakValueDictionary[tuple[str, int, int], _Content] = WeakValueDictionary()
+"""By the file's path, time and size."""
 
 
 class _Unusable(DataError):
@@ -39,7 +48,7 @@ def load_annotations(
     annotations_file: str | os.PathLike[str], tables: Sequence[str] = _TABLES
 ) -> dict[str, Any]:
     """Read a file in COCO's format, with or without a byte-order mark; only the outer structure of
-    its content is checked.
+    its content is checked. A file is not read again while its content is in use: change none.
 
     Raises:
         DataError: it cannot be read, is not JSON, or lacks one of the lists ``tables``.
@@ -47,7 +56,9 @@ def load_annotations(
     file = os.fspath(annotations_file)
     try:
         with open(file, "rb") as stream:
-            content = json.load(stream)
+            status = os.fstat(stream.fileno())
+            key = os.path.realpath(file), status.st_mtime_ns, status.st_size
+            content = _in_use[key] if key in _in_use else json.load(stream)
     except OSError as error:
         raise _Unusable("file", f"{file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -69,7 +80,7 @@ def load_annotations(
         if wrong:
             what = f"entries of {table!r} of {file} must be objects"
             raise _Unusable("structure", f"{what}, not {_a(wrong[0])}")
-    return content
+    return _in_use.setdefault(key, _Content(content))
 
 
 def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
@@ -139,7 +150,6 @@ def check_annotations(
     training: bool = True,
     open_images: bool = True,
     settings: CocoDataConfig | None = None,
-    content: Mapping[str, Any] | None = None,
 ) -> Report:
     """Check a set and list all problems; problems are reported, not raised.
 
@@ -154,58 +164,50 @@ def check_annotations(
         training: whether the set is for training; otherwise it is for evaluation.
         open_images: whether to open the image files at all.
         settings: how images are read and which are left out. Default: a run's defaults.
-        content: content of the file, if it was read before.
     """
     file, folder = os.fspath(annotations_file), os.fspath(images_dir)
-    findings = Findings()
+    report = Report(file, folder)
     settings = settings or CocoDataConfig(root=folder)
-    if content is None:
-        try:
-            content = load_annotations(file)
-        except _Unusable as error:
-            findings.add(error.kind, str(error))
-            return Report(file, folder, 0, 0, (), tuple(findings.listed()))
-    images, objects, categories = (_check_table(content, table, findings) for table in _TABLES)
+    try:
+        content = load_annotations(file)
+    except _Unusable as error:
+        report.add(error.kind, str(error))
+        return report
+    report.images, report.objects = len(content["images"]), len(content["annotations"])
+    images, objects, categories = (_check_table(content, table, report) for table in _TABLES)
     for table, rows in zip(_TABLES[:2], (images, objects), strict=True):
         if not content[table]:
-            findings.add("no-images" if table == "images" else "no-objects", file)
-        _check_ids(table[:-1], rows, findings)
+            report.add("no-images" if table == "images" else "no-objects", file)
+        _check_ids(table[:-1], rows, report)
     kept = _without_doubles({**content, "categories": categories})
     for category in categories:
         if not any(category is each for each in kept):
-            findings.add("category-double", f"{category['name']} (category {category['id']})")
+            report.add("category-double", f"{category['name']} (category {category['id']})")
     categories = [dict(each) for each in kept]
-    _check_categories(categories, classes, findings)
-    _check_links(content, images, objects, categories, findings)
+    _check_categories(categories, classes, report)
+    _check_links(content, images, objects, categories, report)
 
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     placed = [each for each in objects if each["image_id"] in sizes]
-    check_boxes(placed, sizes, findings)
+    check_boxes(placed, sizes, report)
     if masks:
-        check_masks(placed, sizes, findings)
+        check_masks(placed, sizes, report)
     wanted = {c["id"]: c["name"] for c in categories if classes is None or c["name"] in classes}
-    _check_usage(placed, wanted, sizes, training, settings, findings)
+    _check_usage(placed, wanted, sizes, training, settings, report)
     if open_images:
         check_images(
             images,
             folder,
-            findings,
+            report,
             decode=read_images,
             upright=settings.exif_orientation == "apply",
             max_pixels=settings.bad_images.max_pixels,
         )
-    names = frozenset(image["file_name"] for image in images)
+    report.file_names = frozenset(image["file_name"] for image in images)
     if other is not None:
-        check_leak(names, folder, other, findings)
-    return Report(
-        annotations_file=file,
-        images_dir=folder,
-        images=len(content["images"]),
-        objects=len(content["annotations"]),
-        categories=tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"])),
-        findings=tuple(findings.listed()),
-        file_names=names,
-    )
+        check_leak(report, other)
+    report.categories = tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
+    return report
 
 
 def _is_integer(value: Any) -> bool:
@@ -243,9 +245,7 @@ _OPTIONAL: dict[str, _Expected] = {
 }
 
 
-def _check_table(
-    content: Mapping[str, Any], table: str, findings: Findings
-) -> list[dict[str, Any]]:
+def _check_table(content: Mapping[str, Any], table: str, report: Report) -> list[dict[str, Any]]:
     """The rows of a table that have all keys, with values of the right kind."""
     required, what = _REQUIRED[table], "category" if table == "categories" else table[:-1]
     expected = {**required, **_OPTIONAL} if table == "annotations" else required
@@ -253,12 +253,12 @@ def _check_table(
     for place, row in enumerate(content[table]):
         if missing := [key for key in required if key not in row]:
             name = row["id"] if "id" in row else f"number {place + 1} in the file"
-            findings.add("missing-key", f"{what} {name} lacks {', '.join(missing)}")
+            report.add("missing-key", f"{what} {name} lacks {', '.join(missing)}")
             continue
         for key, (is_right, kind) in expected.items():
             if key in row and not is_right(row[key]):
                 found = f"{what} {row['id']}: {key} is {row[key]!r}, not {kind}"
-                findings.add("bad-value", found)
+                report.add("bad-value", found)
                 break
         else:
             sound.append(row)
@@ -271,7 +271,7 @@ def _check_usage(
     sizes: Mapping[int, tuple[int, int]],
     training: bool,
     settings: CocoDataConfig,
-    findings: Findings,
+    report: Report,
 ) -> None:
     """Find the objects that are not used."""
     usage = Usage()
@@ -283,35 +283,35 @@ def _check_usage(
         # What is outside is reported by the check of boxes.
         if reason not in (None, OUTSIDE) and not each.get("iscrowd"):
             what = f"annotation {each['id']} of image {each['image_id']}: {reason}"
-            findings.add("left-out", what)
+            report.add("left-out", what)
     if usage.listed and not usage.used:
-        findings.add("nothing-left", str(usage))
+        report.add("nothing-left", str(usage))
     else:
-        findings.add_all("category-left-out", usage.without_any())
+        report.add("category-left-out", *usage.without_any())
 
 
-def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], findings: Findings) -> None:
+def _check_ids(what: str, rows: Iterable[Mapping[str, Any]], report: Report) -> None:
     seen: set[int] = set()
     for row in rows:
         if row["id"] in seen:
-            findings.add(f"{what}-id-twice", f"{what} {row['id']}")
+            report.add(f"{what}-id-twice", f"{what} {row['id']}")
         seen.add(row["id"])
 
 
 def _check_categories(
     categories: Sequence[Mapping[str, Any]],
     classes: Sequence[str] | None,
-    findings: Findings,
+    report: Report,
 ) -> None:
-    _check_ids("category", categories, findings)
+    _check_ids("category", categories, report)
     owner: dict[str, int] = {}
     for category in categories:
         name = category["name"]
         if not _is_name(name):
-            findings.add("category-name-empty", f"category {category['id']}")
+            report.add("category-name-empty", f"category {category['id']}")
         elif name in owner:
             twice = f"categories {owner[name]} and {category['id']} are both {name!r}"
-            findings.add("category-name-twice", twice)
+            report.add("category-name-twice", twice)
         else:
             owner[name] = category["id"]
     if classes is not None:
@@ -319,8 +319,8 @@ def _check_categories(
             if name not in owner:
                 near = difflib.get_close_matches(name, owner, 1)
                 hint = f"; the file has {near[0]!r}" if near else ""
-                findings.add("class-missing", name + hint)
-        findings.add_all("class-extra", [name for name in owner if name not in set(classes)])
+                report.add("class-missing", name + hint)
+        report.add("class-extra", *(name for name in owner if name not in classes))
 
 
 def _check_links(
@@ -328,7 +328,7 @@ def _check_links(
     images: Sequence[Mapping[str, Any]],
     objects: Sequence[Mapping[str, Any]],
     categories: Sequence[Mapping[str, Any]],
-    findings: Findings,
+    report: Report,
 ) -> None:
     """Check the ids that annotations refer to, and find images and categories without objects."""
     # The ids of all rows: a row that lacks something else is reported for that already.
@@ -342,21 +342,19 @@ def _check_links(
             ("unknown-category", "category_id", known),
         ):
             if each[key] not in ids:
-                findings.add(kind, f"annotation {each['id']}: {key} {each[key]}")
-    findings.add_all(
-        "category-unused",
-        [f"{c['name']} (category {c['id']})" for c in categories if c["id"] not in used],
-    )
+                report.add(kind, f"annotation {each['id']}: {key} {each[key]}")
+    unused = [f"{c['name']} (category {c['id']})" for c in categories if c["id"] not in used]
+    report.add("category-unused", *unused)
     owner: dict[str, int] = {}
     for image in images:
         if listed := [key for key in _FEDERATED if image.get(key)]:
-            findings.add("federated", f"image {image['id']} has {' and '.join(listed)}")
+            report.add("federated", f"image {image['id']} has {' and '.join(listed)}")
         if image["id"] not in shown:
-            findings.add("image-empty", f"{image['file_name']} (image {image['id']})")
+            report.add("image-empty", f"{image['file_name']} (image {image['id']})")
         if image["file_name"] in owner:
             first = owner[image["file_name"]]
             twice = f"images {first} and {image['id']} are both {image['file_name']}"
-            findings.add("file-name-twice", twice)
+            report.add("file-name-twice", twice)
         owner.setdefault(image["file_name"], image["id"])
 
 

@@ -22,15 +22,15 @@ from mmengine.config import Config as MMConfig
 from ..config import ConfigError
 from ..config.checking import check_tree
 from ..config.loading import OPTIONS, read_option
-from ..config.tree import Entry, Origin, merge
+from ..config.tree import Entry, Origin, merge, rebuilt
 from ..errors import did_you_mean
-from .origins import entry_with_origins, read_origins
-from .packages import packages_from_metadata
+from .origins import entry_with_origins, packages_from_metadata, read_origins
 from .schema import SCHEMA, DetectionConfig
 
-__all__ = ["DetectorConfig", "detection_limits", "load_detector_config"]
+__all__ = ["DetectorConfig", "detection_limits", "load_detector_config", "without_weights"]
 
 _LIMIT = "max_per_img"
+_OURS = "kw.Backbone"
 _OF_MMDET = ("model", "train_pipeline", "test_pipeline")
 _OF_RUN = tuple(field.name for field in dataclasses.fields(DetectionConfig))
 # mmdetection's keys, and what sets the same here.
@@ -78,24 +78,46 @@ class DetectorConfig:
         """A Python text with all settings; reading it gives an equal configuration.
 
         Args:
-            places: False leaves out the folders of absolute paths, and ``loggers``.
+            places: False leaves out what is of this machine: folders, files of weights to start
+                from, accounts of trackers. What builds the detector stays.
         """
         content = dataclasses.asdict(self.run)
         content.update({name: getattr(self, name) for name in _OF_MMDET})
-        if not places:
-            content = _without_folders({**content, "loggers": {}})
         if self.custom_imports is not None:
             content["custom_imports"] = self.custom_imports
-        return str(MMConfig(content).pretty_text)
+        return str(MMConfig(content if places else _without_places(content)).pretty_text)
 
 
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_without_folders, value))
-    is_path = isinstance(value, str) and os.path.isabs(value)
-    return os.path.basename(value.rstrip("/")) if is_path else value
+def without_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """A detector's settings without start weights of any part, for one that loads a checkpoint."""
+    settings: dict[str, Any] = rebuilt(model, _without_files)
+    backbone = {k: v for k, v in settings["backbone"].items() if k not in ("weights", "init_cfg")}
+    if backbone.get("type") == _OURS:
+        backbone["resumes"] = True
+    return {**settings, "backbone": backbone}
+
+
+def _without_files(value: Any) -> Any:
+    """Settings without the files that mmengine initialises modules from."""
+    if not isinstance(value, dict) or "checkpoint" not in str(value.get("init_cfg")):
+        return value
+    return {k: v for k, v in value.items() if k != "init_cfg"}
+
+
+def _without_places(content: dict[str, Any]) -> dict[str, Any]:
+    from ..deploy.source import name_alone
+    from ..models.build import without_sources
+    from .backbone import read_network
+
+    model, root = without_weights(content["model"]), Path(content["data"]["root"])
+    backbone = model["backbone"]
+    if backbone.pop("resumes", False):
+        network = without_sources(read_network(backbone["network"]))
+        backbone["network"] = _without_none(dataclasses.asdict(network))
+    data = {**content["data"], "root": root.name or "data"}
+    rest = {"model": model, "data": data, "load_from": None, "loggers": {}}
+    found: dict[str, Any] = rebuilt({**content, **rest}, name_alone)
+    return found
 
 
 def load_detector_config(
@@ -212,7 +234,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> str | None:
         return f"{'.'.join(steps)} has no members"
     old = target.get(last) if isinstance(target, dict) else target[place]
     as_tuple = isinstance(old, tuple) and isinstance(value, list)
-    target[place] = _with_sizes(tuple(value) if as_tuple else value)
+    target[place] = rebuilt(tuple(value) if as_tuple else value, _with_sizes)
     return None
 
 
@@ -254,17 +276,13 @@ def _test_settings(model: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _with_sizes(value: Any) -> Any:
     """Image sizes as tuples, which mmdetection expects and YAML does not have."""
-    if isinstance(value, list):
-        return [_with_sizes(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {name: _with_sizes(item) for name, item in value.items()}
-    for name in ("scale", "crop_size", "size"):
-        if isinstance(found.get(name), list):
+    found = dict(value) if isinstance(value, dict) else {}
+    for name in {"scale", "crop_size", "size"} & found.keys():
+        if isinstance(found[name], list):
             found[name] = tuple(found[name])
     if isinstance(found.get("scales"), list):
         found["scales"] = [tuple(s) if isinstance(s, list) else s for s in found["scales"]]
-    return found
+    return found or value
 
 
 def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) -> None:
@@ -272,7 +290,7 @@ def _resolve_network(content: dict[str, Any], path: str, folder: Path | None) ->
     in place: the configuration that a run saves then needs no other file."""
     model = content.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
-    if not isinstance(backbone, dict) or backbone.get("type") != "kw.Backbone":
+    if not isinstance(backbone, dict) or backbone.get("type") != _OURS:
         return
     if "network" not in backbone:
         raise ConfigError(f"{path}: model.backbone.network is missing: a classification YAML file")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class Samples(TolerantDataset):
         bad_images = bad_images or BadImagesConfig(policy="raise")
         super().__init__(seed, not dataset.test_mode, bad_images)
         self.dataset = dataset
-        self.metainfo = dataset.metainfo  # the runner asks for it
         steps = dataset.pipeline.transforms
         self._pipeline = "train_pipeline" if self.training else "test_pipeline"
         self._masks = masks
@@ -195,12 +194,10 @@ def build_train_loader(
     rank: int,
     world_size: int,
     masks: bool = False,
-    content: Mapping[str, Any] | None = None,
 ) -> Loader:
     """The training images of one process; epochs as in :class:`kw.data.TrainBatchSampler`.
 
-    A message counts the objects that are left out, by reason and category. ``content`` is that of
-    the annotation file, if it was read before.
+    A message counts the objects that are left out, by reason and category.
 
     Raises:
         ConfigError: the batch does not fit the processes or the images, or a transform of
@@ -209,15 +206,11 @@ def build_train_loader(
     """
     run, data = config.run, config.run.data
     file = Path(data.root, data.train_annotations)
-    if content is None:
-        content = load_annotations(file)
-    usage = _listed(content, file, classes, data)
+    usage = _listed(file, classes, data)
     if not usage.used:
         raise DataError(f"{file}: nothing to train on: {usage}; tools/check_coco.py lists them")
     filters = {"filter_empty_gt": not data.keep_empty, "min_size": data.min_size}
-    dataset = _build(
-        config.train_pipeline, "train_pipeline", data, True, classes, content, filter_cfg=filters
-    )
+    dataset = _build(config, True, classes, filter_cfg=filters)
     if usage.reasons:
         say(f"{file}: {usage}")
     infos = map(dataset.get_data_info, range(len(dataset)))
@@ -236,11 +229,7 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: DetectorConfig,
-    classes: Sequence[str],
-    rank: int,
-    world_size: int,
-    content: Mapping[str, Any] | None = None,
+    config: DetectorConfig, classes: Sequence[str], rank: int, world_size: int
 ) -> Loader:
     """The test images of one process; each image belongs to one process. Arguments as above.
 
@@ -249,18 +238,15 @@ def build_eval_loader(
         DataError: the annotation file cannot be read.
     """
     run, data = config.run, config.run.data
-    if content is None:
-        content = load_annotations(Path(data.root, data.val_annotations))
-    dataset = _build(config.test_pipeline, "test_pipeline", data, False, classes, content)
+    dataset = _build(config, False, classes)
     batch_size = run.eval_batch_size or run.batch_size
     sampler = EvalBatchSampler(len(dataset), batch_size, rank, world_size)
     samples = Samples(dataset, run.seed, data.bad_images, data.exif_orientation == "apply")
     return build_loader(samples, sampler, data.workers, pseudo_collate)
 
 
-def _listed(
-    content: Mapping[str, Any], file: Path, classes: Sequence[str], data: CocoDataConfig
-) -> Usage:
+def _listed(file: Path, classes: Sequence[str], data: CocoDataConfig) -> Usage:
+    content = load_annotations(file)
     names = dict(zip(ids_of(classes, content, str(file)), classes, strict=True))
     try:
         sizes = {each["id"]: (each["width"], each["height"]) for each in content["images"]}
@@ -271,26 +257,18 @@ def _listed(
         ) from error
 
 
-def _build(
-    pipeline: Sequence[Any],
-    key: str,
-    data: CocoDataConfig,
-    training: bool,
-    classes: Sequence[str],
-    content: Mapping[str, Any],
-    **settings: Any,
-) -> Any:
+def _build(config: DetectorConfig, training: bool, classes: Sequence[str], **settings: Any) -> Any:
     register_all_modules(init_default_scope=True)
+    data, key = config.run.data, "train_pipeline" if training else "test_pipeline"
     try:
         # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             return CocoDataset(
-                content,
                 data_root=data.root,
                 ann_file=data.train_annotations if training else data.val_annotations,
                 data_prefix={"img": data.train_images if training else data.val_images},
                 metainfo={"classes": tuple(classes)},
-                pipeline=list(pipeline),
+                pipeline=list(getattr(config, key)),
                 test_mode=not training,
                 **settings,
             )

@@ -26,7 +26,6 @@ __all__ = [
     "has_masks",
     "keep_maps_exact",
     "lr_scales",
-    "without_weights",
 ]
 
 COCO = 80  # categories
@@ -97,14 +96,6 @@ class EpochInfo(Hook):
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
         self._hub.update_info("iter", trainer.update)
-
-
-def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """A detector's settings without start weights, for a detector that loads a checkpoint."""
-    backbone = {k: v for k, v in model["backbone"].items() if k not in ("weights", "init_cfg")}
-    if backbone.get("type") == "kw.Backbone":
-        backbone["resumes"] = True
-    return {**model, "backbone": backbone}
 
 
 def keep_maps_exact(detector: Any) -> None:

@@ -62,11 +62,9 @@ class CocoEvaluator:
         masks: whether masks are evaluated too; every object then needs a segmentation.
         max_detections: detections of a category in an image that count, more than 10; the name of
             the figure ``AR_100`` then has this number.
-        content: content of the file, if it was read before.
 
     Attributes:
         classes: the category names; a label is an index into this list.
-        image_ids: the ids of the file's images.
         objects: number of objects by image id, without crowds.
 
     Raises:
@@ -79,13 +77,11 @@ class CocoEvaluator:
         classes: Sequence[str] | None = None,
         masks: bool = False,
         max_detections: int = COCO_DETECTIONS,
-        content: Mapping[str, Any] | None = None,
     ) -> None:
         self.file = os.fspath(annotations_file)
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
         self._most = [1, 10, max_detections]
-        if content is None:
-            content = load_annotations(self.file)
+        content = load_annotations(self.file)
         self.classes = list(category_ids(content, self.file) if classes is None else classes)
         wanted = ids_of(self.classes, content, self.file)
         self._truth, self._numbers, categories = _read_truth(content, self.file, wanted, masks)
@@ -93,7 +89,6 @@ class CocoEvaluator:
         self._sizes = {
             image["id"]: (image.get("height"), image.get("width")) for image in content["images"]
         }
-        self.image_ids = list(self._sizes)
         back = {number: image_id for image_id, number in self._numbers.items()}
         annotations = self._truth["annotations"]
         self.objects = Counter(

@@ -28,8 +28,7 @@ from ..errors import one_line
 from ..objects.found import Found
 from ..objects.run_lengths import import_evaluator
 from ..version import __version__
-from .exportable import check_detector, preprocessing
-from .graph import DetectorGraph
+from .graph import DetectorGraph, check_detector, preprocessing
 from .predictor import Predictor
 
 __all__ = ["Agreement", "Written", "describe", "export_detector"]
@@ -70,25 +69,22 @@ class Agreement:
         """Compare the detections in a picture."""
         self.pictures += 1
         self.objects += len(expected.scores) + len(found.scores)
-        left = list(range(len(found.scores)))
-        side = max(expected.size)
+        left = torch.ones(len(found.scores), dtype=torch.bool)
         for i in range(len(expected.scores)):
-            best: Any = None
-            for j in left:
-                score = abs(float(found.scores[j] - expected.scores[i]))
-                if found.labels[j] != expected.labels[i] or score > TOLERANCE:
-                    continue
-                box = float((found.boxes[j] - expected.boxes[i]).abs().max()) / side
-                if box <= TOLERANCE and (best is None or box < best[1]):
-                    best = j, box, score
-            mask = 0.0 if best is None else _apart(expected, found, i, best[0])
+            score = (found.scores - expected.scores[i]).abs()
+            box = (found.boxes - expected.boxes[i]).abs().amax(1) / max(expected.size)
+            fits = left & (found.labels == expected.labels[i])
+            fits &= (score <= TOLERANCE) & (box <= TOLERANCE)
+            best = int(box.where(fits, torch.inf).argmin()) if fits.any() else None
+            mask = 0.0 if best is None else _apart(expected, found, i, best)
             if best is None or mask > MASKS:
                 self.alone += 1
                 continue
-            left.remove(best[0])
-            self.box, self.score = max(self.box, best[1]), max(self.score, best[2])
+            left[best] = False
+            self.box = max(self.box, float(box[best]))
+            self.score = max(self.score, float(score[best]))
             self.mask = max(self.mask, mask)
-        self.alone += len(left)
+        self.alone += int(left.sum())
 
     def __str__(self) -> str:
         masks = f", masks in {self.mask:.1e} of their pixels" if self.mask else ""
@@ -105,14 +101,12 @@ class Written:
 
     Attributes:
         path: the file.
-        card: its model card.
         agreement: with mmdetection's detector.
         seconds: that writing and verifying took.
         notes: what a user should know, a sentence each.
     """
 
     path: Path
-    card: Path
     agreement: Agreement
     seconds: float
     notes: tuple[str, ...]
@@ -170,8 +164,8 @@ def export_detector(
         partial.unlink(missing_ok=True)
     if agreement.alone:
         notes += (f"{agreement.alone} of {agreement.objects} detections have no partner",)
-    card = _write_card(target, description, agreement)
-    return Written(target, card, agreement, time.perf_counter() - begin, notes)
+    _write_card(target, description, agreement)
+    return Written(target, agreement, time.perf_counter() - begin, notes)
 
 
 def describe(
@@ -309,7 +303,7 @@ def _apart(expected: Found, found: Found, i: int, j: int) -> float:
     return 1 - float(import_evaluator().mask.iou([first], [second], [0])[0][0])
 
 
-def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> Path:
+def _write_card(path: Path, description: DetectorDescription, agreement: Agreement) -> None:
     """Write ``<file>.md``."""
     output, weights = description.output, description.weights
     rows: dict[str, object] = {
@@ -331,7 +325,6 @@ def _write_card(path: Path, description: DetectorDescription, agreement: Agreeme
         f"picture; `scores` [N], falling, -1 where there is none; `labels` [N]{masks}",
         **{f"output: {key.replace('_', ' ')}": value for key, value in output.items()},
     }
-    card = path.with_name(path.name + ".md")
     use = f"""\
 ```python
 import kw
@@ -349,5 +342,5 @@ onnxruntime alone runs it too; classes, preprocessing and thresholds are in its 
         "Verification": f"After writing, the file was run beside PyTorch: {agreement}.",
         "Use": use,
     }
+    card = path.with_name(path.name + ".md")
     card.write_text(page(description.model, path.name, sections), encoding="utf-8")
-    return card

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kw.data.reading import DataError
 
-__all__ = ["KINDS", "Finding", "Findings", "Report", "some"]
+__all__ = ["KINDS", "Finding", "Report", "some"]
 
 _EXAMPLES = 5
 
@@ -73,7 +73,7 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finding:
     """All problems of one kind."""
 
@@ -81,52 +81,37 @@ class Finding:
     severity: str
     """``error``, ``warning`` or ``info``"""
     text: str
-    count: int
-    examples: tuple[str, ...]
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
     """the first few"""
 
 
-class Findings:
-    """Counts problems by kind and keeps the first few of each."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[str]] = {}
-
-    def add(self, kind: str, example: str) -> None:
-        """Count one problem."""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(example)
-
-    def add_all(self, kind: str, examples: Iterable[str]) -> None:
-        """Count one problem for each example."""
-        for example in examples:
-            self.add(kind, example)
-
-    def listed(self) -> list[Finding]:
-        """The findings in the order of ``KINDS``."""
-        return [
-            Finding(kind, severity, text, self._counts[kind], tuple(self._examples[kind]))
-            for kind, (severity, text) in KINDS.items()
-            if kind in self._counts
-        ]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """The problems of one annotation file and its images."""
 
     annotations_file: str
     images_dir: str
-    images: int
-    objects: int
-    categories: tuple[str, ...]
+    images: int = 0
+    objects: int = 0
+    categories: tuple[str, ...] = ()
     """names in the order of their ids, which is the order of the labels"""
-    findings: tuple[Finding, ...]
     file_names: frozenset[str] = field(default=frozenset(), repr=False)
     """file names of the images, for the comparison with another set"""
+    _found: dict[str, Finding] = field(default_factory=dict, repr=False)
+
+    def add(self, kind: str, *examples: str) -> None:
+        """Count a problem for each example."""
+        for example in examples:
+            finding = self._found.setdefault(kind, Finding(kind, *KINDS[kind]))
+            finding.count += 1
+            if len(finding.examples) < _EXAMPLES:
+                finding.examples.append(example)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The problems, in the order of ``KINDS``."""
+        return tuple(self._found[kind] for kind in KINDS if kind in self._found)
 
     @property
     def errors(self) -> list[Finding]:
@@ -157,9 +142,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        content = asdict(self)
-        del content["file_names"]
-        return content
+        names = ("annotations_file", "images_dir", "images", "objects", "categories")
+        findings = [asdict(finding) for finding in self.findings]
+        return {**{name: getattr(self, name) for name in names}, "findings": findings}
 
     def raise_for_errors(self) -> None:
         """Raise a DataError with the whole report if there are errors."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import filecmp
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kw.data.reading import BadImageError, Header, read_header, read_image
-from kw.detection.findings import Findings, Report
+from kw.detection.findings import Report
 
 __all__ = ["check_images", "check_leak"]
 
@@ -20,7 +20,7 @@ _MISSING = "no such file"
 def check_images(
     images: Sequence[Mapping[str, Any]],
     folder: str,
-    findings: Findings,
+    report: Report,
     decode: bool,
     upright: bool,
     max_pixels: int,
@@ -32,7 +32,7 @@ def check_images(
     try:
         os.scandir(folder).close()
     except OSError as error:
-        findings.add("images-dir", f"{folder}: {error.strerror}")
+        report.add("images-dir", f"{folder}: {error.strerror}")
         return
 
     def read(image: Mapping[str, Any]) -> Header | str:
@@ -45,27 +45,27 @@ def check_images(
     for image, header in zip(images, headers, strict=True):
         name = f"{image['file_name']} (image {image['id']})"
         if header == _MISSING:
-            findings.add("image-missing", name)
+            report.add("image-missing", name)
         elif isinstance(header, str):
-            findings.add("image-unreadable", f"{name}: {header}")
+            report.add("image-unreadable", f"{name}: {header}")
         else:
-            _compare(name, (image["width"], image["height"]), header, upright, findings)
+            _compare(name, (image["width"], image["height"]), header, upright, report)
 
 
-def check_leak(files: Iterable[str], folder: str, other: Report, findings: Findings) -> None:
+def check_leak(report: Report, other: Report) -> None:
     """Find images that another set has too.
 
     Two sets may number their files alike, so files of the same name are compared byte by byte.
     """
-    for name in sorted(other.file_names.intersection(files)):
-        here = os.path.join(folder, name)
+    for name in sorted(other.file_names & report.file_names):
+        here = os.path.join(report.images_dir, name)
         there = os.path.join(other.images_dir, name)
         try:
             same = os.path.samefile(here, there) or filecmp.cmp(here, there, shallow=False)
         except OSError:
             continue  # a missing file is a finding of its own
         if same:
-            findings.add("leak", f"{here} is {there}")
+            report.add("leak", f"{here} is {there}")
 
 
 def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
@@ -82,7 +82,7 @@ def _read(path: str, decode: bool, max_pixels: int) -> Header | str:
 
 
 def _compare(
-    name: str, said: tuple[int, int], header: Header, upright: bool, findings: Findings
+    name: str, said: tuple[int, int], header: Header, upright: bool, report: Report
 ) -> None:
     """Compare the size in the annotation file with the size that training sees."""
     seen = header.upright_size if upright else header.size
@@ -90,14 +90,14 @@ def _compare(
         # An orientation that keeps the size does not show whether the boxes were turned.
         if header.orientation > 1 and header.upright_size == header.size:
             does = "is" if upright else "is not"
-            findings.add(
+            report.add(
                 "image-turned", f"{name}: orientation {header.orientation}; it {does} turned"
             )
     elif said == seen[::-1] and header.orientation >= 5:
         when = f"{'before' if upright else 'after'} turning (orientation {header.orientation})"
-        findings.add("image-size-turned", f"{name}: {_times(said)} is its size {when}")
+        report.add("image-size-turned", f"{name}: {_times(said)} is its size {when}")
     else:
-        findings.add(
+        report.add(
             "image-size", f"{name} is {_times(seen)}, the annotation file says {_times(said)}"
         )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..data.reading import DataError
 from ..errors import one_line
-from .annotations import ids_of
+from .annotations import ids_of, load_annotations
 from .ops import bind
 
 bind()
@@ -21,11 +20,11 @@ __all__ = ["MODELS", "CocoDataset", "register_all_modules"]
 
 
 class _Loaded(COCO):
-    """mmdetection's index of an annotation file whose content is in memory."""
+    """mmdetection's index of an annotation file."""
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
+    def __init__(self, file: str) -> None:
         super().__init__()
-        self.dataset = content
+        self.dataset = load_annotations(file)
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
@@ -35,16 +34,13 @@ class _Loaded(COCO):
 
 
 class CocoDataset(_CocoDataset):
-    """mmdetection's data set, from the content of an annotation file.
+    """mmdetection's data set.
 
     A label is an index into ``metainfo.classes``, whatever the order of the file. If images without
     objects are left out, so are images whose objects are all left out.
     """
 
-    def __init__(self, content: Mapping[str, Any], **settings: Any) -> None:
-        self.COCOAPI = lambda _: _Loaded(content)
-        super().__init__(**settings)
-        del self.COCOAPI  # the content is not kept
+    COCOAPI = _Loaded
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Like mmdetection's.

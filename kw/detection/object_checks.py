@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kw.detection.findings import Findings
+from kw.detection.findings import Report
 from kw.objects.run_lengths import decompress, import_evaluator
 
 __all__ = ["check_boxes", "check_masks", "is_box"]
@@ -27,14 +27,14 @@ Sizes = Mapping[int, tuple[int, int]]
 _Shape = tuple[Mapping[str, Any], list[list[float]]]  # an object and its polygons
 
 
-def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
+def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, report: Report) -> None:
     """Check boxes, ``[left, top, width, height]``, and whether areas fit them."""
     good = []
     for each in objects:
         if is_box(each["bbox"]):
             good.append(each)
         else:
-            findings.add("box-format", _say(each, f"bbox {_short(each['bbox'])}"))
+            report.add("box-format", _say(each, f"bbox {_short(each['bbox'])}"))
     if not good:
         return
     boxes = np.array([each["bbox"] for each in good], dtype=np.float64)
@@ -58,71 +58,69 @@ def check_boxes(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Fi
     ):
         for i in np.flatnonzero(where).tolist():
             width, height = sizes[good[i]["image_id"]]
-            findings.add(kind, _say(good[i], f"bbox {good[i]['bbox']}, image {width} x {height}"))
+            report.add(kind, _say(good[i], f"bbox {good[i]['bbox']}, image {width} x {height}"))
     for i in np.flatnonzero(area).tolist():
-        findings.add("area", _say(good[i], f"area {areas[i]:g}, bbox {good[i]['bbox']}"))
+        report.add("area", _say(good[i], f"area {areas[i]:g}, bbox {good[i]['bbox']}"))
 
     small = ((start >= 0) & (end <= 1.001)).all(1) & (limits > 2).all(1)
     if small.mean() > 0.99 and (extent < 1).any():
-        findings.add("box-fractions", f"{small.sum():,} of {len(good):,} boxes end before (1, 1)")
+        report.add("box-fractions", f"{small.sum():,} of {len(good):,} boxes end before (1, 1)")
 
     # Read as corners nearly all boxes fit; read as left, top, width, height many do not.
     fit = ((extent >= start) & (extent <= limits + _BORDER) & (start >= -_BORDER)).all(1)
     beyond = (end > limits + _BORDER).any(1)
     if len(good) >= 10 and fit.mean() > 0.99 and beyond.mean() > 0.25:
-        findings.add(
+        report.add(
             "box-corners",
             f"{beyond.sum():,} of {len(good):,} boxes end outside of their image, but "
             f"{fit.sum():,} fit when their last two numbers are taken for right and bottom",
         )
 
 
-def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, findings: Findings) -> None:
+def check_masks(objects: Sequence[Mapping[str, Any]], sizes: Sizes, report: Report) -> None:
     """Check ``segmentation``: polygons ``[[x, y, x, y, ...], ...]`` or run lengths."""
     shapes: list[_Shape] = []
     for each in objects:
         mask = each.get("segmentation")
         if not mask:
-            findings.add("mask-missing", _say(each, f"segmentation {_short(mask)}"))
+            report.add("mask-missing", _say(each, f"segmentation {_short(mask)}"))
         elif isinstance(mask, dict):
-            _check_runs(each, mask, sizes[each["image_id"]], findings)
+            _check_runs(each, mask, sizes[each["image_id"]], report)
         elif isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
-            polygons = _usable(each, mask, findings)
+            polygons = _usable(each, mask, report)
             if polygons:
                 shapes.append((each, polygons))
         else:
-            findings.add("mask-format", _say(each, f"segmentation {_short(mask)}"))
+            report.add("mask-format", _say(each, f"segmentation {_short(mask)}"))
         if len(shapes) == _BATCH:
-            _check_polygons(shapes, sizes, findings)
+            _check_polygons(shapes, sizes, report)
             shapes = []
     if shapes:
-        _check_polygons(shapes, sizes, findings)
+        _check_polygons(shapes, sizes, report)
 
 
-def _usable(
-    each: Mapping[str, Any], mask: list[list[float]], findings: Findings
-) -> list[list[float]]:
+def _usable(each: Mapping[str, Any], mask: list[list[float]], report: Report) -> list[list[float]]:
     """The polygons of an object that can be used."""
     usable, short = [], []
     for polygon in mask:
         if not _are_finite(polygon):
-            findings.add("polygon-broken", _say(each, "a coordinate that is not a finite number"))
+            report.add("polygon-broken", _say(each, "a coordinate that is not a finite number"))
         elif len(polygon) % 2:
-            findings.add("polygon-broken", _say(each, f"{len(polygon)} coordinates, an odd number"))
+            report.add("polygon-broken", _say(each, f"{len(polygon)} coordinates, an odd number"))
         elif len(polygon) < 6:
             short.append(polygon)
         else:
             usable.append(polygon)
     for polygon in short:
         # Readers leave it out; without other polygons the object then has no mask.
-        findings.add(
+        report.add(
             "polygon-short" if usable else "polygon-broken",
             _say(each, f"{len(polygon)} coordinates, expected 6 or more"),
         )
     return usable
 
 
-def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) -> None:
+def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, report: Report) -> None:
     """Check positions and areas of polygons."""
     polygons = [polygon for _, those in shapes for polygon in those]
     of_shape = np.cumsum([0] + [len(those) for _, those in shapes])[:-1]  # its first polygon
@@ -147,28 +145,28 @@ def _check_polygons(shapes: Sequence[_Shape], sizes: Sizes, findings: Findings) 
         (left, top), (right, bottom) = low[i], high[i]
         width, height = sizes[each["image_id"]]
         what = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), image {width} x {height}"
-        findings.add("mask-outside", _say(each, what))
+        report.add("mask-outside", _say(each, what))
 
-    _compare_boxes([each for each, _ in shapes], np.concatenate([low, high], 1), findings)
+    _compare_boxes([each for each, _ in shapes], np.concatenate([low, high], 1), report)
 
     # Polygons may overlap and annotators round, so only large differences are reported.
     total = np.add.reduceat(areas, of_shape)
     stated = np.array([each["area"] for each, _ in shapes], dtype=np.float64)
     off = (stated > 0) & ((stated > 2 * total + 50) | (total > 2 * stated + 50))
     for i in np.flatnonzero(off).tolist():
-        findings.add("area", _say(shapes[i][0], f"area {stated[i]:g}, polygons {total[i]:g}"))
+        report.add("area", _say(shapes[i][0], f"area {stated[i]:g}, polygons {total[i]:g}"))
 
 
 def _check_runs(
-    each: Mapping[str, Any], mask: Mapping[str, Any], size: tuple[int, int], findings: Findings
+    each: Mapping[str, Any], mask: Mapping[str, Any], size: tuple[int, int], report: Report
 ) -> None:
     width, height = size
     counts = mask.get("counts")
     if not isinstance(counts, (str, list)) or "size" not in mask:
-        findings.add("mask-format", _say(each, f"run lengths with {_short(dict(mask))}"))
+        report.add("mask-format", _say(each, f"run lengths with {_short(dict(mask))}"))
         return
     if mask["size"] != [height, width]:
-        findings.add(
+        report.add(
             "run-length-size",
             _say(each, f"size {_short(mask['size'])}, image [{height}, {width}] (height, width)"),
         )
@@ -176,9 +174,9 @@ def _check_runs(
     if isinstance(counts, str):
         counts = decompress(counts)
     if counts is None or not all(type(count) is int and count >= 0 for count in counts):
-        findings.add("run-length-broken", _say(each, "counts are not run lengths"))
+        report.add("run-length-broken", _say(each, "counts are not run lengths"))
     elif sum(counts) != width * height:
-        findings.add(
+        report.add(
             "run-length-broken",
             _say(each, f"{sum(counts):,} pixels, the image has {width * height:,}"),
         )
@@ -188,11 +186,11 @@ def _check_runs(
         runs = mask if as_text else mask_api.frPyObjects(mask, height, width)
         left, top, wide, high = mask_api.toBbox(runs)
         if wide:
-            _compare_boxes([each], np.array([[left, top, left + wide, top + high]]), findings)
+            _compare_boxes([each], np.array([[left, top, left + wide, top + high]]), report)
 
 
 def _compare_boxes(
-    objects: Sequence[Mapping[str, Any]], extents: np.ndarray, findings: Findings
+    objects: Sequence[Mapping[str, Any]], extents: np.ndarray, report: Report
 ) -> None:
     """Compare N boxes with the extents ``[N, 4]`` of their masks: left, top, right, bottom."""
     pairs = [
@@ -214,7 +212,7 @@ def _compare_boxes(
             ends = ", ".join(f"{value:g}" for value in masks[i])
             box = objects[pairs[i]]["bbox"]
             what = f"bbox {box} (left, top, width, height), its mask from corner to corner: {ends}"
-            findings.add(kind, _say(objects[pairs[i]], what))
+            report.add(kind, _say(objects[pairs[i]], what))
 
 
 def is_box(box: Any) -> bool:

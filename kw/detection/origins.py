@@ -1,20 +1,32 @@
-"""File and line that set each key of a Python configuration, for error messages.
+"""What mmengine's reading of Python files lacks: the line that set each key, and packages' folders.
 
-mmengine merges the values of all files without their origins, so the syntax trees are read too.
+mmengine merges the values of all files without their origins, so the syntax trees are read too. For
+a base file of another package, ``mmdet::_base_/models/mask-rcnn_r50_fpn.py``, it imports
+``pkg_resources``, which current setuptools no longer has.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ..config import ConfigError
 from ..config.tree import Entry, Origin, join
 
-__all__ = ["entry_with_origins", "read_origins"]
+__all__ = [
+    "entry_with_origins",
+    "installed_path",
+    "is_installed",
+    "packages_from_metadata",
+    "read_origins",
+]
 
 BASE = "_base_"
 
@@ -110,3 +122,40 @@ def _base_names(node: ast.expr, path: str) -> list[str]:
             f"{path}:{node.lineno}: {BASE} = {value!r}: expected a file name or a list of them"
         )
     return [n for n in names if isinstance(n, str) and "::" not in n and "{{" not in n]
+
+
+@contextlib.contextmanager
+def packages_from_metadata() -> Iterator[None]:
+    """Inside it, mmengine's ``Config.fromfile`` finds packages without ``pkg_resources``.
+
+    It replaces two functions of mmengine's module for a while, in all threads.
+    """
+    import mmengine.config.config as module
+
+    with (
+        patch.object(module, "is_installed", is_installed),
+        patch.object(module, "get_installed_path", installed_path),
+    ):
+        yield
+
+
+def is_installed(package: str) -> bool:
+    """Whether :func:`installed_path` finds a package."""
+    try:
+        installed_path(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def installed_path(package: str) -> str:
+    """The folder of a package, by its name, ``mmcv``, or that of its distribution, ``mmcv-lite``;
+    it is not imported. A PackageNotFoundError: there is none."""
+    owners = packages_distributions()
+    names = [package, *(name for name in owners if package in owners[name])]
+    for name in names:
+        # With a dot in the name, find_spec would import the parent.
+        spec = None if "." in name else importlib.util.find_spec(name)
+        if spec is not None and spec.origin:
+            return str(Path(spec.origin).parent)
+    raise PackageNotFoundError(package)

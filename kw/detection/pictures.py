@@ -57,9 +57,9 @@ def write_pictures(
     truth = load_annotations(Path(data.root, data.val_annotations))
     predictor = Predictor(config, checkpoint)
     trained = {"meta": {"classes": predictor.classes}}
-    classes = trained_classes(trained, data, f"checkpoint {checkpoint}", truth)
+    classes = trained_classes(trained, data, f"checkpoint {checkpoint}")
     if data.check:
-        check_test_annotations(data, predictor.has_masks, classes, truth).raise_for_errors()
+        check_test_annotations(data, predictor.has_masks, classes).raise_for_errors()
     names_of = dict(zip(ids_of(classes, truth, data.val_annotations), classes, strict=True))
     objects = defaultdict(list)
     for each in truth["annotations"]:

@@ -16,9 +16,9 @@ from ..objects.run_lengths import encode_masks
 from ..training import load_checkpoint, load_network, set_contraction
 from ..training.checkpoint import CheckpointError
 from ..training.trained import choose_weights, detector_config, trained_file
-from .config import DetectorConfig, load_detector_config
+from .config import DetectorConfig, load_detector_config, without_weights
 from .data import check_sample, with_our_reading
-from .detector import build_detector, has_masks, without_weights
+from .detector import build_detector, has_masks
 from .mmdet import register_all_modules
 from .sets import class_names
 

@@ -1,13 +1,12 @@
 """A detector's run as a repository of the Hugging Face Hub.
 
-Its ``config.py`` is a program. It is published as it is, and brought back by
-``kw pull --allow-code`` alone.
+Its ``config.py``, a program, is written anew: what a reader needs to build the detector, nothing of
+this machine. ``kw pull --allow-code`` alone brings it back.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ __all__ = ["write_detector"]
 
 
 def write_detector(
-    run: str | Path, program: Path, folder: Path, plan: Any, has_results: bool
+    run: str | Path, folder: Path, plan: Any, has_results: bool
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Write a detector's weights and configuration ``program`` for a
-    :class:`kw.deploy.publish.Plan`, and read both back.
+    """Write a detector's weights and configuration for a :class:`kw.deploy.publish.Plan`, and read
+    both back.
 
     Returns:
         Its config.json, its card, which says whether the folder has results, and notes.
@@ -48,7 +47,7 @@ def write_detector(
     header = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
     header["task"] = DETECTION
     save_file(tensors, folder / WEIGHTS, header)
-    shutil.copyfile(program, folder / PROGRAM)
+    (folder / PROGRAM).write_text(trained.config.to_python(places=False), encoding="utf-8")
     detector = load(folder).detector  # refuses weights that do not fit
     warehouses = find_warehouses(detector)
     cells = sum(warehouse.partition.cells for warehouse in warehouses)
@@ -68,5 +67,7 @@ def write_detector(
     kw predict FOLDER photos/"""
     text = page(title, WEIGHTS, {"Detector": table(rows), "Use": use})
     own = {"task": "detection", "weights": chosen}
-    note = f"{PROGRAM} is published as it is: look through it for paths and names"
-    return {"label_names": trained.classes, "kernelwarehouse": own}, text, [note]
+    imports = (trained.config.custom_imports or {}).get("imports", [])
+    modules = [imports] if isinstance(imports, str) else imports
+    notes = [f"{PROGRAM} imports {', '.join(modules)}, which readers need too"] if modules else []
+    return {"label_names": trained.classes, "kernelwarehouse": own}, text, notes

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..data import DataError, Loader
 from ..errors import memory_for, say
 from ..models.recompute import synchronised
 from ..training import load_checkpoint, set_contraction
-from ..training.distributed import Process, host_barrier, process_group
+from ..training.distributed import Process, from_all, from_first, host_barrier, process_group
 from ..training.folder import find_checkpoint
 from ..training.logs import open_log
 from ..training.optim import build_optimizer
@@ -26,7 +25,7 @@ from ..training.run import build_hooks, check_devices, evaluate_weights, start
 from ..training.task import Task
 from ..training.trainer import Trainer, set_seed
 from .annotations import Report, load_annotations
-from .config import DetectorConfig, detection_limits
+from .config import DetectorConfig, detection_limits, without_weights
 from .data import build_eval_loader, build_train_loader
 from .detector import (
     EpochInfo,
@@ -35,10 +34,9 @@ from .detector import (
     has_masks,
     keep_maps_exact,
     lr_scales,
-    without_weights,
 )
 from .evaluation import COCO_DETECTIONS, CocoEvaluator
-from .sets import check_sets, check_test_annotations, class_names, read_sets, trained_classes
+from .sets import check_sets, check_test_annotations, class_names, trained_classes
 from .start import start_detector
 
 __all__ = ["build_trainer", "evaluate_checkpoint", "evaluate_detector", "train"]
@@ -73,8 +71,9 @@ def build_trainer(
     check_devices(run, process)
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    contents = read_sets(run.data)
-    classes = class_names(run.data, contents[0])
+    files = run.data.train_annotations, run.data.val_annotations
+    held = [load_annotations(Path(run.data.root, file)) for file in files]  # read once for all
+    classes = class_names(run.data)
     set_seed(run.seed)
     if resume_from is not None:  # it has all weights
         detector = build_detector(without_weights(config.model), classes)
@@ -86,16 +85,17 @@ def build_trainer(
         keep_maps_exact(detector)
     masks = has_masks(detector)
     if run.data.check:
-        _check_data(lambda: check_sets(run.data, masks, contents=contents), process)
+        _check_data(lambda: check_sets(run.data, masks), process)
     set_contraction(run.contraction, detector)
     if run.sync_bn and process.world_size > 1:
         detector = synchronised(detector)
     detector.to(process.device)
     average = distribute(detector, run, process)
     place = process.rank, process.world_size
-    train_loader = build_train_loader(config, classes, *place, masks, contents[0])
-    val_loader = build_eval_loader(config, classes, *place, contents[1])
-    evaluator = _evaluator(config, classes, masks, contents[1])
+    train_loader = build_train_loader(config, classes, *place, masks)
+    val_loader = build_eval_loader(config, classes, *place)
+    evaluator = _evaluator(config, classes, masks)
+    del held
     task = Task(
         WithLosses(detector),
         detector,
@@ -150,10 +150,7 @@ def evaluate_detector(
     host_barrier("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
     sampler: Any = loader.batch_sampler
-    left_out = torch.tensor(len(sampler.indices) - seen, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(left_out)
-    if left_out:
+    if left_out := sum(from_all(len(sampler.indices) - seen)):
         figures["unreadable_images"] = float(left_out)
     return figures
 
@@ -174,8 +171,8 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
-        content = load_annotations(Path(run.data.root, run.data.val_annotations))
-        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}", content)
+        held = load_annotations(Path(run.data.root, run.data.val_annotations))  # read once for all
+        classes = trained_classes(state, run.data, f"checkpoint {checkpoint}")
         detector = build_detector(without_weights(config.model), classes)
         if run.precision != "fp32":
             keep_maps_exact(detector)
@@ -183,10 +180,11 @@ def evaluate_checkpoint(
         detector.to(process.device)
         masks = has_masks(detector)
         if run.data.check:
-            look = partial(check_test_annotations, run.data, masks, classes, content)
+            look = partial(check_test_annotations, run.data, masks, classes)
             _check_data(lambda: [look()], process)
-        loader = build_eval_loader(config, classes, process.rank, process.world_size, content)
-        evaluator = _evaluator(config, classes, masks, content)
+        loader = build_eval_loader(config, classes, process.rank, process.world_size)
+        evaluator = _evaluator(config, classes, masks)
+        del held
         return evaluate_weights(
             detector,
             state,
@@ -196,14 +194,12 @@ def evaluate_checkpoint(
         )
 
 
-def _evaluator(
-    config: DetectorConfig, classes: list[str], masks: bool, content: Mapping[str, Any]
-) -> CocoEvaluator:
+def _evaluator(config: DetectorConfig, classes: list[str], masks: bool) -> CocoEvaluator:
     """The evaluator of the test images, or a DataError if they have no object."""
     data = config.run.data
     file = Path(data.root, data.val_annotations)
     most = data.max_detections or COCO_DETECTIONS
-    evaluator = CocoEvaluator(file, classes, masks, most, content)
+    evaluator = CocoEvaluator(file, classes, masks, most)
     if not (in_image := evaluator.objects):
         raise DataError(
             f"{file}: no object to evaluate against (of {', '.join(classes[:5])}; crowds do not "
@@ -223,18 +219,16 @@ def _evaluator(
 def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
     """Check the data on one process; errors are raised on all, warnings are printed."""
     set_place("checking the data")
-    found: list[Any] = [None]
+    wrong = ""
     if process.is_main:
         try:
             reports = check()
-            found = ["\n".join(report.render() for report in reports if report.errors)]
+            wrong = "\n".join(report.render() for report in reports if report.errors)
             for report in reports:
                 if not report.errors and report.warnings:
                     told = [f"{each.count:,} {each.text}" for each in report.warnings]
                     say(f"{report.annotations_file} (tools/check_coco.py): {'; '.join(told)}")
         except DataError as error:
-            found = [str(error)]
-    if process.world_size > 1:
-        dist.broadcast_object_list(found)
-    if found[0]:
-        raise DataError(found[0])
+            wrong = str(error)
+    if wrong := from_first(wrong):
+        raise DataError(wrong)

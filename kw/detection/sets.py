@@ -18,39 +18,20 @@ __all__ = [
     "check_sets",
     "check_test_annotations",
     "class_names",
-    "read_sets",
     "result_ids",
     "trained_classes",
     "write_subset",
 ]
 
-Content = Mapping[str, Any]
 
-
-def read_sets(config: CocoDataConfig) -> tuple[Content, Content]:
-    """The training and the test annotations; if both are one file, it is read once.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    train, val = (
-        Path(config.root, name) for name in (config.train_annotations, config.val_annotations)
-    )
-    content = load_annotations(train)
-    return content, content if train == val else load_annotations(val)
-
-
-def class_names(config: CocoDataConfig, content: Content | None = None) -> list[str]:
+def class_names(config: CocoDataConfig) -> list[str]:
     """The categories to detect: ``data.classes``, or all of the training file.
-
-    ``content`` is that of the training file, if it was read before.
 
     Raises:
         DataError: the file cannot be read, or lacks a category that the configuration names.
     """
     file = Path(config.root, config.train_annotations)
-    if content is None:
-        content = load_annotations(file)
+    content = load_annotations(file)
     if config.classes is None:
         return list(category_ids(content, str(file)))
     ids_of(config.classes, content, str(file), " (data.classes)")
@@ -58,25 +39,20 @@ def class_names(config: CocoDataConfig, content: Content | None = None) -> list[
 
 
 def trained_classes(
-    checkpoint: Mapping[str, Any],
-    config: CocoDataConfig,
-    source: str,
-    content: Content | None = None,
+    checkpoint: Mapping[str, Any], config: CocoDataConfig, source: str
 ) -> list[str]:
     """The categories that a checkpoint detects, in the order of its labels; without names in it,
     those of the configuration.
 
     A message, which calls the checkpoint ``source``, names categories of the test annotations that
-    it does not detect, and ``data.classes`` if they differ; neither is used. ``content`` is that of
-    the test annotations, if they were read before.
+    it does not detect, and ``data.classes`` if they differ; neither is used.
 
     Raises:
         DataError: the test annotations cannot be read, or lack a category.
     """
     trained = list(checkpoint.get("meta", {}).get("classes") or class_names(config))
     file = Path(config.root, config.val_annotations)
-    if content is None:
-        content = load_annotations(file)
+    content = load_annotations(file)
     hint = f", which {source} detects (name its categories as in training)"
     ids_of(trained, content, str(file), hint)
     if other := [name for name in category_ids(content, str(file)) if name not in trained]:
@@ -105,33 +81,24 @@ def result_ids(classes: Sequence[str], content: Mapping[str, Any], file: str) ->
     return ids
 
 
-def check_sets(
-    config: CocoDataConfig,
-    masks: bool,
-    read_images: bool = False,
-    contents: tuple[Content, Content] | None = None,
-) -> list[Report]:
+def check_sets(config: CocoDataConfig, masks: bool, read_images: bool = False) -> list[Report]:
     """Check the training and the test annotations, and their images.
 
-    See :func:`kw.detection.annotations.check_annotations`; ``contents`` are those of the two files,
-    if they were read before.
+    See :func:`kw.detection.annotations.check_annotations`.
     """
-    train_content, val_content = contents or (None, None)
     classes: list[str] | None
     try:
-        classes = class_names(config, train_content)
+        classes = class_names(config)
     except DataError:  # the check reports it with all other problems
         classes = config.classes
     same: dict[str, Any] = {"classes": classes, "masks": masks, "read_images": read_images}
-    train = _check(config, True, content=train_content, **same)
-    return [train, _check(config, False, content=val_content, other=train, **same)]
+    train = _check(config, True, **same)
+    return [train, _check(config, False, other=train, **same)]
 
 
-def check_test_annotations(
-    config: CocoDataConfig, masks: bool, classes: list[str], content: Content
-) -> Report:
+def check_test_annotations(config: CocoDataConfig, masks: bool, classes: list[str]) -> Report:
     """Check the test annotations without the image files: evaluation counts bad ones as missed."""
-    return _check(config, False, open_images=False, classes=classes, masks=masks, content=content)
+    return _check(config, False, open_images=False, classes=classes, masks=masks)
 
 
 def _check(config: CocoDataConfig, training: bool, **settings: Any) -> Report:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import say
 from ..models.weights import CheckpointError, refuse_other
 from .backbone import Backbone
-from .detector import build_detector, without_weights
+from .config import without_weights
+from .detector import build_detector
 from .weights import StartWeights, count_parts, part_of, read_detector
 
 __all__ = ["start_detector"]
@@ -41,7 +42,7 @@ def start_detector(model: dict[str, Any], classes: Sequence[str], load_from: str
         CheckpointError: the file cannot be read, or does not fit.
     """
     start = read_detector(load_from)
-    settings = without_weights(model)
+    settings = {**model, "backbone": without_weights(model)["backbone"]}
     if settings["backbone"].pop("resumes", False):  # a backbone of this project
         settings["backbone"]["weights"] = start
         if (replaced := model["backbone"].get("weights")) is not None:

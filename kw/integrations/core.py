@@ -26,7 +26,7 @@ from ..warehouse.temperature import (
 )
 from ..warehouse.warehouse import WarehouseDict
 
-__all__ = ["Recipe", "host", "plans_by_part", "plans_of", "repeat"]
+__all__ = ["Recipe", "host", "plans_by_part", "plans_of", "refuse_other", "repeat"]
 
 
 def host(package: str, oldest: str, module: str | None = None) -> Any:
@@ -133,6 +133,20 @@ def plans_by_part(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
     """:func:`plans_of` of a model and its parts, by the name of the part; ``""``: the model."""
     found = {name: plans_of(part) for name, part in model.named_modules()}
     return {name: plans for name, plans in found.items() if plans}
+
+
+def refuse_other(trained: Any, configured: Any, what: str = "the checkpoint") -> None:
+    """Refuse plans that are not those of ``what``: another attention function or start has the same
+    tensors, and would go on without a word.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if trained != configured:
+        raise ValueError(
+            f"{what} was converted by another plan or with other settings; take the recipe that it "
+            "was trained with"
+        )
 
 
 def repeat(model: nn.Module, plans: Iterable[Mapping[str, Any]]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..warehouse.temperature import has_temperature, set_temperature
-from .core import Recipe, host, plans_by_part, plans_of, repeat
+from .core import Recipe, host, plans_by_part, plans_of, refuse_other, repeat
 
 __all__ = ["ConvertedModule", "KernelWarehouse"]
 
@@ -140,11 +140,8 @@ def _apply_plans(module: Any, checkpoint: dict[str, Any]) -> None:
         network = module.get_submodule(name)
         if not has_temperature(network):
             repeat(network, plans)
-        elif plans_of(network) != plans:
-            raise ValueError(
-                f"the checkpoint's {name or 'network'} was converted by another plan or with other "
-                "settings; take the recipe that it was trained with"
-            )
+        else:
+            refuse_other(plans, plans_of(network), f"the checkpoint's {name or 'network'}")
 
 
 def _averages(trainer: Any, module: Any) -> list[nn.Module]:

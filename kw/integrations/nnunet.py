@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core import Recipe, host, plans_of, repeat
+from .core import Recipe, host, plans_of, refuse_other, repeat
 
 _KEY = "kernelwarehouse"
 host("nnunetv2", "2.8")
@@ -93,15 +93,11 @@ class KernelWarehouse:
         """As nnU-Net.
 
         Raises:
-            ValueError: of another conversion. Some, as by other attention, fit all the same.
+            ValueError: of another conversion.
         """
         me: Any = self
         super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
-        if me.my_init_kwargs["plans"].get(_KEY) != me.plans_manager.plans[_KEY]:
-            raise ValueError(
-                "the checkpoint was converted by another plan or with other settings; take the "
-                "recipe that it was trained with"
-            )
+        refuse_other(me.my_init_kwargs["plans"].get(_KEY), me.plans_manager.plans[_KEY])
 
     def on_train_start(self) -> None:
         super().on_train_start()  # type: ignore[misc]

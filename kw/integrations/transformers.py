@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..errors import say
 from ..warehouse.attention import KernelAttention, _restore_one_hot
 from ..warehouse.temperature import find_warehouses, has_temperature
-from .core import Recipe, host, plans_by_part, repeat
+from .core import Recipe, host, plans_by_part, refuse_other, repeat
 
 __all__ = ["KernelWarehouse", "convert"]
 
@@ -69,7 +70,15 @@ class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
             )
         if self.recipe.anneal and not hasattr(given["train_dataloader"].dataset, "__len__"):
             raise ValueError("anneal is in epochs, but the training data has no length")
+        plans = plans_by_part(model)
+        if (
+            _TYPE in state.stateful_callbacks
+        ):  # of a checkpoint: the part of its state for callbacks
+            refuse_other(state.stateful_callbacks[_TYPE], plans)
+        elif state.global_step:
+            say("the checkpoint does not say how its model was converted: it is not compared")
         self.recipe.check(state.num_train_epochs, None if state.global_step else model)
+        state.stateful_callbacks[_TYPE] = plans
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.recipe.set_temperature(state.epoch or 0, given["model"])

@@ -47,10 +47,6 @@ class CondConv2d(MixtureConv2d):
 
     Args:
         kernels: number K of kernels; 8 in the paper.
-        name: the layer's name, for messages.
-
-    Raises:
-        ValueError: settings that cannot be.
     """
 
     branch = Routing
@@ -62,10 +58,6 @@ class CondLinear(MixtureLayer, KWLinear):
 
     Args:
         kernels: number K of weights; 8 in the paper.
-        name: the layer's name, for messages.
-
-    Raises:
-        ValueError: settings that cannot be.
     """
 
     branch = Routing

@@ -57,6 +57,7 @@ __all__ = ["Method", "convert"]
 
 Layers = dict[str, nn.Module]
 PeerLayer = MixtureLayer | DNAConv2d
+Makers = dict[str, type[PeerLayer]]
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,18 @@ def convert(
             f"{method}: {type(model).__name__} has no convolution besides its first; nothing to "
             "convert"
         )
-    made: dict[str, PeerLayer]
+    twice = shared_places(candidates)
+    for name in names:
+        if name in twice:
+            raise ValueError(
+                f"{method}: layer {name!r} {twice[name]}; leave both static by 'layers'"
+            )
+    makers = {name: _counterpart(name, candidates[name], chosen, method) for name in names}
     if chosen.shares:
-        made = _sharing(names, candidates, chosen, method, settings, layers is not None)
+        settings = {**chosen.conv.defaults, **settings}
+        made = _sharing(makers, candidates, method, settings, layers is not None)
     else:
-        made = {name: _dynamic(name, candidates, chosen, method, settings) for name in names}
+        made = {n: _dynamic(n, candidates[n], make, settings) for n, make in makers.items()}
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
@@ -180,19 +188,11 @@ def _matching(layers: str, model: nn.Module, candidates: Layers) -> list[str]:
 
 
 def _sharing(
-    names: list[str],
-    candidates: Layers,
-    method: Method,
-    title: str,
-    settings: dict[str, Any],
-    is_chosen: bool,
+    makers: Makers, candidates: Layers, title: str, settings: dict[str, Any], is_chosen: bool
 ) -> dict[str, PeerLayer]:
     """The layers that share a kernel; those without another one to share with stay static, or are
     refused where the user has chosen them."""
-    settings = {**method.conv.defaults, **settings}
-    for name in names:
-        _counterpart(name, candidates, method, title)  # refuses
-    shapes = [kernel_shape(name, candidates[name]) for name in names]
+    shapes = [kernel_shape(name, candidates[name]) for name in makers]
     runs = share_kernels(shapes, settings["kernels"])
     made: dict[str, PeerLayer] = {}
     for run in runs:
@@ -213,22 +213,15 @@ def _sharing(
         device, dtype = places.pop()
         shared = SharedKernel(run, settings["reduction"], device=device, dtype=dtype)
         for slot, shape in enumerate(run):
-            given = {"warehouse": shared, "slot": slot}
-            made[shape.name] = _dynamic(shape.name, candidates, method, title, given)
+            name, given = shape.name, {"warehouse": shared, "slot": slot}
+            made[name] = _dynamic(name, candidates[name], makers[name], given)
     if not made:
         raise ValueError(f"{title}: no two layers of one shape share a kernel; nothing to convert")
-    return {name: made[name] for name in names if name in made}
+    return {name: made[name] for name in makers if name in made}
 
 
-def _counterpart(name: str, candidates: Layers, method: Method, title: str) -> type[PeerLayer]:
-    """The class of the layer that replaces this one.
-
-    Raises:
-        ValueError: the layer cannot be converted.
-    """
-    module = candidates[name]
-    if how := shared_places(candidates).get(name):
-        raise ValueError(f"{title}: layer {name!r} {how}; leave both static by 'layers'")
+def _counterpart(name: str, module: nn.Module, method: Method, title: str) -> type[PeerLayer]:
+    """The class of the layer that replaces this one; a ValueError: it cannot be converted."""
     weight = module._parameters.get("weight")
     computed = is_parametrized(module) or not isinstance(weight, nn.Parameter)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
@@ -242,12 +235,7 @@ def _counterpart(name: str, candidates: Layers, method: Method, title: str) -> t
     return cls
 
 
-def _dynamic(
-    name: str, candidates: Layers, method: Method, title: str, settings: dict[str, Any]
-) -> Any:
-    # The signatures of convolutions and linear layers differ.
-    make: Any = _counterpart(name, candidates, method, title)
-    module = candidates[name]
+def _dynamic(name: str, module: nn.Module, make: Any, settings: dict[str, Any]) -> PeerLayer:
     weight = module.get_parameter("weight")
     place = {"name": name, "device": weight.device, "dtype": weight.dtype}
     layer: PeerLayer = make(*arguments_of(module), **settings, **place)

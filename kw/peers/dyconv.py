@@ -34,7 +34,6 @@ class SqueezeSoftmax(MixtureAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) weights, zero biases."""
         initialise(self.fc, self.kernel_fc)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Tensor:
@@ -54,10 +53,6 @@ class DyConv2d(MixtureConv2d):
     Args:
         kernels: number K of kernels; 4 in the paper.
         reduction: hidden units of the attention per input channel.
-        name: the layer's name, for messages.
-
-    Raises:
-        ValueError: settings that cannot be.
     """
 
     branch = SqueezeSoftmax

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from ..warehouse import KernelShape
-from ..warehouse.attention import BranchLinear, full_precision
+from ..warehouse.attention import full_precision
 from ..warehouse.ops.precision import compute_types
 from ..warehouse.start import exact_kernel
 from .assembled import Operands, convolve_assembled
@@ -61,15 +61,12 @@ class KernelModulation(AxisAttention):
     divides = True
 
     def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
-        super().__init__(shape, reduction, **place)
-        positions = math.prod(shape.kernel)
-        self.spatial_fc = BranchLinear(self.units, positions, **place) if positions > 1 else None
-        self.kernel_fc = BranchLinear(self.units, kernels, **place)
+        super().__init__(shape, reduction, kernels, spatial=True, **place)
         length = local_length(shape.in_channels)
         # A group's channels are convolved by themselves, as its filters read them.
         self.local = nn.Conv1d(
             shape.groups,
-            shape.out_channels * positions,
+            shape.out_channels * math.prod(shape.kernel),
             length,
             padding=length // 2,
             groups=shape.groups,
@@ -78,18 +75,14 @@ class KernelModulation(AxisAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out, ReLU) weights and zero biases of the global branch; the local
-        one's are as ``nn.Conv1d`` draws them."""
         super().reset_parameters()
         self.local.reset_parameters()
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
         """``[B, I]`` -> the global branch's factors; kernels are assembled with the local one's."""
         hidden = self.hidden(pooled)
-        filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
-        spatial = None if self.spatial_fc is None else modulation(self.spatial_fc(hidden))
         alpha = modulation(self.kernel_fc(hidden)).unsqueeze(1)
-        return Attentions(alpha, modulation(self.channel_fc(hidden)), filters, spatial)
+        return Attentions(alpha, *self.factors(hidden, modulation))
 
     def hold(self) -> float:
         """All factors at 1."""
@@ -104,11 +97,7 @@ def local_length(channels: int) -> int:
 
 
 class FrequencyBands(nn.Module):
-    """Frequency band modulation: weights the bands of an image at every place.
-
-    Args:
-        channels: channels I of the input.
-    """
+    """Frequency band modulation: weights the bands of an image at every place."""
 
     def __init__(
         self,
@@ -136,10 +125,9 @@ class FDConv2d(MixtureConv2d):
     Args:
         kernels: number n of groups of frequencies; 64 in the paper.
         reduction: hidden units of the global branch per input channel, at least 16 units.
-        name: the layer's name, for messages.
 
     Raises:
-        ValueError: settings that cannot be; more groups than the kernel has frequencies.
+        ValueError: more groups than the kernel has frequencies; or as for its base.
     """
 
     is_mixture = False

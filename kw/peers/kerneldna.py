@@ -60,11 +60,8 @@ class Adapter(AxisAttention):
         nn.init.ones_(self.spatial)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
-        """``[B, I]`` -> factors of channels and filters."""
-        hidden = self.hidden(pooled)
-        filters = None if self.filter_fc is None else modulation(self.filter_fc(hidden))
-        alpha = hidden.new_ones(hidden.shape[0], 1, 1)
-        return Attentions(alpha, modulation(self.channel_fc(hidden)), filters)
+        alpha = pooled.new_ones(pooled.shape[0], 1, 1)
+        return Attentions(alpha, *self.factors(self.hidden(pooled), modulation))
 
     @torch.no_grad()
     def hold_factors(self, channel: Tensor, filters: Tensor, spatial: Tensor) -> None:
@@ -119,18 +116,13 @@ class SharedKernel(Warehouse):
         self.temperature = None
 
     def build_attention(self, slot: int) -> nn.Module:
-        """The adapter of a child; a parent has none."""
         factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
         return Adapter(self.shapes[slot], self._reduction, **factory) if slot else Whole()
 
 
 class DNAConv2d(KWConv2d):
-    """``nn.Conv2d`` with a kernel that it shares; the same arguments, then keywords:
-
-    Args:
-        warehouse: the :class:`SharedKernel`.
-        slot: the layer's place in it; 0 is the parent.
-        name: the layer's name, for messages.
+    """``nn.Conv2d`` with a kernel of a :class:`SharedKernel`, its keyword ``warehouse``; its place
+    there is ``slot``, 0 for the parent.
 
     Raises:
         ValueError: no warehouse, or one for other kernels.
@@ -168,21 +160,14 @@ class DNAConv2d(KWConv2d):
 
     @torch.no_grad()
     def keep(self, kernel: Tensor) -> float:
-        """Compute what a static layer with this kernel computes, as far as that can be; the parent
-        first.
+        """As :meth:`.mixture.MixtureLayer.keep`, as far as that can be; the parent first.
 
         A parent takes the kernel. A child's factors become constant: those that, on its parent's
         kernel, come nearest to this one (least squares by alternation, in which the factors of
         channels and filters are not negative).
 
-        Args:
-            kernel: ``[O, I / g, k, k]``.
-
         Returns:
             How much is kept: 1 - (squared error / squared norm).
-
-        Raises:
-            ValueError: the kernel is not finite.
         """
         wanted = exact_kernel(kernel, self.shape.name)
         cells = self.warehouse.cells
@@ -243,15 +228,8 @@ def _bounded(factors: Tensor) -> Tensor:
 
 
 def share_kernels(shapes: Sequence[KernelShape], kernels: int) -> list[list[KernelShape]]:
-    """Which layers share a kernel: those of one shape, in ``kernels`` runs of about equal length.
-
-    Args:
-        shapes: in module order.
-        kernels: parents of one shape.
-
-    Returns:
-        Runs, each of which begins with its parent.
-    """
+    """Which layers share a kernel: those of one shape, in module order, in ``kernels`` runs of
+    about equal length, each of which begins with its parent."""
     check_settings(kernels)
     alike: dict[KernelShape, list[KernelShape]] = {}
     for shape in shapes:

@@ -20,7 +20,7 @@ Legend: B samples, I, O input and output channels, g groups, K kernels, S positi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -72,8 +72,7 @@ def scaled(x: Tensor, factors: Tensor | None) -> Tensor:
 class MixtureAttention(nn.Module):
     """A branch from a layer's pooled input to the coefficients of its kernels, in float32.
 
-    Subclasses take the layer's kernel as ``shape``, the number of kernels as ``kernels``, settings
-    of their own, and device and dtype as keywords, and define :meth:`attend`.
+    Subclasses take ``shape``, ``kernels``, settings of their own, device and dtype.
     """
 
     has_temperature: ClassVar[bool] = True
@@ -85,13 +84,13 @@ class MixtureAttention(nn.Module):
     fc: nn.Linear
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Any:
-        """The result of :meth:`attend` for the pooled input ``[B, I]`` and tau."""
         with full_precision(pooled):
             pooled = pooled.to(self.fc.weight.dtype)
             # A copy, since the buffer may change before the backward pass reads it.
             return self.attend(pooled, None if temperature is None else temperature.clone())
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
+        """Coefficients and factors by the pooled input ``[B, I]``."""
         raise NotImplementedError
 
     def hold(self) -> float:
@@ -125,19 +124,39 @@ class Attentions(NamedTuple):
 
 
 class AxisAttention(MixtureAttention):
-    """A branch with factors of input channels and filters among others: linear maps of
+    """A branch with factors of input channels and filters: linear maps of
     ``h = relu(BatchNorm(fc(g)))``, g the pooled input; h has ``max(int(I * reduction), 16)`` units.
+
+    Args:
+        shape: the layer's kernel; a depthwise one has no factors of filters.
+        reduction: units of h per input channel.
+        kernels: outputs of another map, for kernels; 0: none.
+        spatial: whether positions have factors too, where there are several.
     """
 
-    def __init__(self, shape: KernelShape, reduction: float, **place: Any) -> None:
+    def __init__(
+        self,
+        shape: KernelShape,
+        reduction: float,
+        kernels: int = 0,
+        spatial: bool = False,
+        **place: Any,
+    ) -> None:
         super().__init__()
         channels, filters = shape.in_channels, shape.out_channels
-        self.units = max(int(channels * reduction), 16)
-        self.fc = BranchLinear(channels, self.units, bias=False, **place)
-        self.norm = nn.BatchNorm1d(self.units, **place)
-        self.channel_fc = BranchLinear(self.units, channels, **place)
+        positions = math.prod(shape.kernel) if spatial else 1
         is_depthwise = shape.groups == channels == filters
-        self.filter_fc = None if is_depthwise else BranchLinear(self.units, filters, **place)
+        units = max(int(channels * reduction), 16)
+
+        def head(outputs: int) -> Any:
+            return BranchLinear(units, outputs, **place) if outputs else None
+
+        self.fc = BranchLinear(channels, units, bias=False, **place)
+        self.norm = nn.BatchNorm1d(units, **place)
+        self.channel_fc = head(channels)
+        self.filter_fc = head(0 if is_depthwise else filters)
+        self.spatial_fc = head(positions if positions > 1 else 0)
+        self.kernel_fc = head(kernels)
 
     def heads(self) -> list[nn.Linear]:
         """The linear maps of the hidden units."""
@@ -146,6 +165,12 @@ class AxisAttention(MixtureAttention):
     def hidden(self, pooled: Tensor) -> Tensor:
         """``[B, I]`` -> ``[B, h]``."""
         return normalise(self.norm, self.fc(pooled)).relu()
+
+    def factors(self, hidden: Tensor, gate: Callable[[Tensor], Tensor]) -> list[Any]:
+        """``gate`` of the logits of channels, filters and positions, ``[B, ...]`` each, where the
+        branch has them."""
+        heads = self.channel_fc, self.filter_fc, self.spatial_fc
+        return [None if head is None else gate(head(hidden)) for head in heads]
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out, ReLU) weights, zero biases."""
@@ -170,13 +195,7 @@ def silence(*heads: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
 
 
 class PrivateKernels(Warehouse):
-    """The K kernels of one layer, as a warehouse.
-
-    Args:
-        shape: the layer's kernel.
-        branch: class of the layer's attention.
-        kernels: K.
-        settings: the attention's own.
+    """The K kernels of one layer, as a warehouse; ``settings`` are the attention's own.
 
     Raises:
         ValueError: a setting that cannot be.
@@ -210,7 +229,6 @@ class PrivateKernels(Warehouse):
             nn.init.zeros_(self.temperature)
 
     def build_attention(self, slot: int) -> nn.Module:
-        """The layer's attention branch."""
         factory: dict[str, Any] = {"device": self.cells.device, "dtype": self.cells.dtype}
         return self._branch(self.shapes[slot], self.kernels, **self._branch_settings, **factory)
 
@@ -283,15 +301,17 @@ class MixtureLayer(KWLayer):
 
 
 class MixtureConv2d(MixtureLayer, KWConv2d):
-    """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then the method's."""
+    """``nn.Conv2d`` with a method's mixture of kernels; its arguments, then keywords: the method's,
+    and the layer's ``name``, for messages.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
 
 
 def check_settings(kernels: int, reduction: float = 1.0) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ValueError: ``kernels`` is no positive integer or ``reduction`` no positive number.
-    """
+    """Refuse ``kernels`` that is no positive integer, and ``reduction`` that is no positive number,
+    by a ValueError."""
     if not isinstance(kernels, int) or isinstance(kernels, bool) or kernels < 1:
         raise ValueError(f"kernels is {kernels!r}; expected an integer >= 1")
     is_number = isinstance(reduction, int | float) and not isinstance(reduction, bool)

@@ -13,21 +13,18 @@ every output channel (filter), ``a_k`` for every kernel. Multiplying input and o
 All four come from ``h = relu(BatchNorm(fc(GlobalAveragePool(x))))`` by one linear map each:
 ``a_c, a_f, a_s = sigmoid(z / T)``, ``a_k = softmax(z / T)``. Attentions of one element are left
 out: ``a_s`` of pointwise kernels and ``a_k`` for K = 1; so is ``a_f`` of depthwise layers, where
-    ``a_c``
-does the same. T falls linearly from 30 to 1 over the first 10 epochs: ``T = 1 + 29 tau``
+``a_c`` does the same. T falls linearly from 30 to 1 over the first 10 epochs: ``T = 1 + 29 tau``
 (:mod:`kw.peers.mixture`).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..warehouse import KernelShape
-from ..warehouse.attention import BranchLinear
 from .mixture import Attentions, AxisAttention, MixtureConv2d, logit_scale, scaled, silence
 
 __all__ = ["ODConv2d", "OmniAttention"]
@@ -45,29 +42,20 @@ class OmniAttention(AxisAttention):
     by_position = True
 
     def __init__(self, shape: KernelShape, kernels: int, reduction: float, **place: Any) -> None:
-        super().__init__(shape, reduction, **place)
-        positions = math.prod(shape.kernel)
-        self.spatial_fc = BranchLinear(self.units, positions, **place) if positions > 1 else None
-        self.kernel_fc = BranchLinear(self.units, kernels, **place) if kernels > 1 else None
+        super().__init__(shape, reduction, kernels if kernels > 1 else 0, spatial=True, **place)
         self.reset_parameters()
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Attentions:
-        """``[B, I]`` -> coefficients and factors."""
         hidden = self.hidden(pooled)
         scale = logit_scale(tau)
-        one = hidden.new_ones(hidden.shape[0], 1)
-        space = kernel = one
-        if self.spatial_fc is not None:
-            space = (self.spatial_fc(hidden) / scale).sigmoid()  # [B, S]
+        channel, filters, space = self.factors(hidden, lambda z: (z / scale).sigmoid())
+        kernel = one = hidden.new_ones(hidden.shape[0], 1)
         if self.kernel_fc is not None:
             kernel = (self.kernel_fc(hidden) / scale).softmax(-1)  # [B, K]
+        space = one if space is None else space  # [B, S]
         # Cell s * K + k is position s of kernel k.
         own = torch.eye(space.shape[1], dtype=space.dtype, device=space.device)
         alpha = (space.unsqueeze(2) * own).unsqueeze(3) * kernel[:, None, None]  # [B, S, S, K]
-        channel = (self.channel_fc(hidden) / scale).sigmoid()
-        filters = None
-        if self.filter_fc is not None:
-            filters = (self.filter_fc(hidden) / scale).sigmoid()
         return Attentions(alpha.flatten(2), channel, filters)
 
     def hold(self) -> float:
@@ -82,10 +70,6 @@ class ODConv2d(MixtureConv2d):
     Args:
         kernels: number K of kernels; 1 and 4 in the paper.
         reduction: hidden units of the attention per input channel, at least 16 units.
-        name: the layer's name, for messages.
-
-    Raises:
-        ValueError: settings that cannot be.
     """
 
     branch = OmniAttention

@@ -26,134 +26,80 @@ __all__ = [
 ]
 
 
-# Of strides, padding and dilations, in the two versions.
+# Of strides, padding and dilations, in the two versions; both also give groups and kernel size.
 _FIRST = ("dH", "dW", "padH", "padW", "dilationH", "dilationW")
 _SECOND = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
 
 
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    **settings: int,
-) -> None:
-    """Fill ``output`` ``[B, C_out, H_out, W_out]``; ``columns`` and ``ones`` are scratch space that
-    is not used.
+def deform_conv_forward(*tensors: Tensor, **settings: int) -> None:
+    """Fill ``output`` ``[B, C_out, H_out, W_out]``.
 
     Args:
-        input: ``[B, C, H, W]``.
-        weight: ``[C_out, C / group, kH, kW]``.
-        offset: ``[B, deformable_group * K * 2, H_out, W_out]``.
-        settings: ``dW, dH`` (strides), ``padW, padH, dilationW, dilationH, group,
-            deformable_group``, kernel size and ``im2col_step``; only the first six are used.
+        tensors: ``input`` ``[B, C, H, W]``, ``weight`` ``[C_out, C / group, kH, kW]``, ``offset``
+            ``[B, G * K * 2, H_out, W_out]``, ``output``, and two for scratch, not used.
+        settings: of :data:`_FIRST`, and others that the shapes say.
     """
+    input, weight, offset, output, _, _ = tensors
     output.copy_(_convolution(_FIRST, settings)(*widen(input, weight, offset)))
 
 
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradInput: Tensor,
-    gradOffset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    **settings: int,
-) -> None:
-    """Fill ``gradInput`` and ``gradOffset``, and store the gradient of the weight in ``columns``:
-    mmcv calls :func:`deform_conv_backward_parameters` next, with the same scratch space."""
-    convolve = _convolution(_FIRST, settings)
-    by_input, by_weight, by_offset = gradients(convolve, (input, weight, offset), gradOutput)
-    gradInput.copy_(by_input)
-    gradOffset.copy_(by_offset)
-    columns.resize_(by_weight.shape).copy_(by_weight)
+def deform_conv_backward_input(*tensors: Tensor, **settings: int) -> None:
+    """Fill the gradients of input and offset, and store that of the weight in the scratch space:
+    mmcv calls :func:`deform_conv_backward_parameters` next, with the same."""
+    input, offset, grad, grad_input, grad_offset, weight, scratch = tensors
+    found = gradients(_convolution(_FIRST, settings), (input, weight, offset), grad)
+    grad_input.copy_(found[0])
+    grad_offset.copy_(found[2])
+    scratch.resize_(found[1].shape).copy_(found[1])
 
 
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradWeight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    scale: float = 1.0,
-    **settings: int,
-) -> None:
-    """Add the gradient of the weight, times ``scale``, to ``gradWeight``. ``columns`` has it, or is
-    empty if neither input nor offset needs a gradient."""
-    if columns.numel():
-        gradient = columns
+def deform_conv_backward_parameters(*tensors: Tensor, scale: float = 1.0, **settings: int) -> None:
+    """Add the gradient of the weight, times ``scale``, to ``grad_weight``. The scratch space has
+    it, or is empty if neither input nor offset needs a gradient."""
+    input, offset, grad, grad_weight, scratch, _ = tensors
+    if scratch.numel():
+        gradient = scratch
     else:
         # The gradient does not depend on the weight.
-        convolve = _convolution(_FIRST, settings)
-        gradient = gradients(convolve, (input, gradWeight, offset), gradOutput)[1]
-    gradWeight.add_(gradient, alpha=scale)
+        inputs = input, grad_weight, offset
+        gradient = gradients(_convolution(_FIRST, settings), inputs, grad)[1]
+    grad_weight.add_(gradient, alpha=scale)
 
 
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    **settings: int,
-) -> None:
-    """Fill ``output``; ``ones`` and ``columns`` are scratch space that is not used.
+def modulated_deform_conv_forward(*tensors: Tensor, **settings: int) -> None:
+    """Fill ``output``.
 
     Args:
-        input, weight, offset, output: as in :func:`deform_conv_forward`.
-        bias: ``[C_out]``; empty, and not used, without ``with_bias``.
-        mask: ``[B, deformable_group * K, H_out, W_out]``, multiplies the samples.
-        settings: ``stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
-            deformable_group, with_bias`` and kernel size; groups and size are not used.
+        tensors: ``input``, ``weight``, ``bias`` (``[C_out]``; empty without ``with_bias``),
+            scratch, ``offset``, ``mask`` (``[B, G * K, H_out, W_out]``, multiplies the samples),
+            ``output``, scratch.
+        settings: of :data:`_SECOND`, ``with_bias``, and others that the shapes say.
     """
+    input, weight, bias, _, offset, mask, output, _ = tensors
     inputs = [input, weight, offset, mask, *([bias] if settings["with_bias"] else [])]
     output.copy_(_convolution(_SECOND, settings)(*widen(*inputs)))
 
 
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    **settings: int,
-) -> None:
+def modulated_deform_conv_backward(*tensors: Tensor, **settings: int) -> None:
     """Fill the five gradients; that of the bias only ``with_bias``."""
-    inputs = [input, weight, offset, mask]
-    filled = [grad_input, grad_weight, grad_offset, grad_mask]
+    input, weight, bias, _, offset, mask, _, *filled, grad = tensors
+    grad_input, grad_weight, grad_bias, grad_offset, grad_mask = filled
+    pairs = [(input, grad_input), (weight, grad_weight), (offset, grad_offset), (mask, grad_mask)]
     if settings["with_bias"]:
-        inputs, filled = [*inputs, bias], [*filled, grad_bias]
-    found = gradients(_convolution(_SECOND, settings), inputs, grad_output)
-    for into, gradient in zip(filled, found, strict=True):
+        pairs.append((bias, grad_bias))
+    inputs = [given for given, _ in pairs]
+    found = gradients(_convolution(_SECOND, settings), inputs, grad)
+    for (_, into), gradient in zip(pairs, found, strict=True):
         into.copy_(gradient)
 
 
 def _convolution(names: tuple[str, ...], settings: dict[str, int]) -> Callable[..., Tensor]:
     sides = [settings[name] for name in names]
-    geometry = {
-        "stride": (sides[0], sides[1]),
-        "padding": (sides[2], sides[3]),
-        "dilation": (sides[4], sides[5]),
-    }
+    stride, padding, dilation = (tuple(sides[i : i + 2]) for i in (0, 2, 4))
 
     def convolve(
         input: Tensor, weight: Tensor, offset: Tensor, mask: Any = None, bias: Any = None
     ) -> Tensor:
-        return deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
+        return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
     return convolve

@@ -16,24 +16,9 @@ from . import attention, deform_conv, focal_loss, nms, roi_align
 
 __all__ = ["OPERATORS", "is_standin", "make_standin"]
 
+_MODULES = (attention, deform_conv, focal_loss, nms, roi_align)
 OPERATORS: dict[str, Callable[..., Any]] = {
-    operator.__name__: operator
-    for operator in (
-        attention.ms_deform_attn_forward,
-        attention.ms_deform_attn_backward,
-        deform_conv.deform_conv_forward,
-        deform_conv.deform_conv_backward_input,
-        deform_conv.deform_conv_backward_parameters,
-        deform_conv.modulated_deform_conv_forward,
-        deform_conv.modulated_deform_conv_backward,
-        focal_loss.sigmoid_focal_loss_forward,
-        focal_loss.sigmoid_focal_loss_backward,
-        nms.nms,
-        nms.softnms,
-        nms.nms_match,
-        roi_align.roi_align_forward,
-        roi_align.roi_align_backward,
-    )
+    name: getattr(module, name) for module in _MODULES for name in module.__all__
 }
 
 
