@@ -30,12 +30,7 @@ __all__ = ["Schema", "check", "check_tree"]
 C = TypeVar("C")
 
 _BAD = object()
-_TESTS = {
-    "minimum": operator.ge,
-    "above": operator.gt,
-    "maximum": operator.le,
-    "below": operator.lt,
-}
+_TESTS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,8 +247,7 @@ def _is_plain(value: Any) -> bool:
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
     if isinstance(value, str):
         return metadata.get("choices") is None or value in metadata["choices"]
-    bounds = ((test, metadata.get(name)) for name, test in _TESTS.items())
-    return all(bound is None or test(value, bound) for test, bound in bounds)
+    return all(_TESTS[sign](value, limit) for sign, limit in metadata.get("bounds", ()))
 
 
 def _stand_in(hint: Any, field: dataclasses.Field[Any]) -> Any:

@@ -16,7 +16,6 @@ __all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "membe
 UNIONS = (typing.Union, types.UnionType)
 _type_hints = functools.cache(typing.get_type_hints)  # they are compiled from texts
 _NUMBERS = {int: "an integer", float: "a number"}
-_BOUNDS = (("minimum", ">="), ("above", ">"), ("maximum", "<="), ("below", "<"))
 
 
 def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
@@ -25,11 +24,7 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         options = [h for h in typing.get_args(hint) if h is not type(None)]
         null = ["null"] if len(options) < len(typing.get_args(hint)) else []
         return " or ".join([allowed(option, metadata) for option in options] + null)
-    bounds = [
-        f"{sign} {_plain(metadata[name])}"
-        for name, sign in _BOUNDS
-        if metadata.get(name) is not None
-    ]
+    bounds = [f"{sign} {_plain(limit)}" for sign, limit in metadata.get("bounds", ())]
     limits = " " + " and ".join(bounds) if bounds else ""
     if hint in _NUMBERS:
         return _NUMBERS[hint] + limits
