@@ -21,11 +21,10 @@ from kw.errors import UserError, answer
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-MODULES = {module for group in COMMANDS.values() for module, _ in group.values()}
+MODULES = {module for module, _ in COMMANDS.values()}
 ALONE = {  # commands that no tool is the same as
-    f"kw_{name}_{sub}".rstrip("_")
-    for name, group in COMMANDS.items()
-    for sub, (module, _) in group.items()
+    f"kw_{name.replace(' ', '_')}"
+    for name, (module, _) in COMMANDS.items()
     if f"{module}.py" not in TOOLS
 }
 R18 = "configs/demo/kw_resnet18_1x.yaml"

@@ -9,8 +9,10 @@ budget of 1 kernels are kept in part; every other one of --images then says whic
 the rest measure the difference. The start is "keep", whatever the configuration says.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +21,14 @@ from ..config import ConfigError, load_config, to_yaml
 from ..config.schema import Config
 from ..data import BatchPreprocessor, read_files
 from ..deploy import find_images
+from ..errors import writing
 from ..evaluation import render_table
 from ..models import check_network, start_network
 from ..models.build import read_start, with_start
-from ..models.weights import is_converted
+from ..models.weights import CheckpointError, is_converted
+from ..pictures.samples import spaced
 from ..training.checkpoint import save_checkpoint
 from .tool import ToolParser, add_config_options, number, output_file
-
-__all__ = ["main"]
 
 
 def main() -> None:
@@ -78,14 +80,19 @@ def main() -> None:
         f"outputs on {len(unseen)} {what}: largest difference {difference:.2e} of the largest "
         f"logit, the same class for {same}"
     )
-    meta = {
-        "config": to_yaml(replace(config, model=converted)),
-        "source": Path(source).name,
-        "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
-    }
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"meta": meta, "state_dict": network.state_dict()}, args.target)
-    print(f"wrote {args.target}")
+    states = {"state_dict": network.state_dict()}
+    save_converted(args.target, replace(config, model=converted), Path(source).name, states)
+
+
+def save_converted(
+    target: Path, config: Config, source: str, states: Mapping[str, Any], **meta: Any
+) -> None:
+    """Write weights that no run of this project trained, with the network's configuration."""
+    versions = {"kernelwarehouse": __version__, "torch": str(torch.__version__)}
+    meta |= {"config": to_yaml(config), "source": source, "versions": versions}
+    with writing(target, CheckpointError):
+        save_checkpoint({"meta": meta, **states}, target)
+    print(f"wrote {target}")
 
 
 def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
@@ -94,8 +101,7 @@ def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
     if folder is None:
         return torch.randn(count, data.channels, *data.shape)
     files = find_images([folder])
-    count = min(count, len(files))
-    chosen = [files[place * len(files) // count] for place in range(count)]
+    chosen = [files[place] for place in spaced(len(files), count)]
     return BatchPreprocessor(data, config.model.num_classes)(read_files(chosen, data), False)[0]
 
 

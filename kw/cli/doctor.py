@@ -32,8 +32,6 @@ from ..warehouse.ops.device import DeviceProfile
 from ..warehouse.ops.trials import DeviceLostError
 from .tool import ToolParser, number, output_file, save_json
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

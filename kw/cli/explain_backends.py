@@ -19,8 +19,6 @@ from ..warehouse.ops.gpus import GPUS
 from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, device, number
 
-__all__ = ["main"]
-
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

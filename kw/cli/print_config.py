@@ -14,8 +14,6 @@ from ..config.names import config_names
 from ..runs import load_run
 from .tool import ToolParser, add_config_options
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -20,14 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import (
-    EXIT_INTERRUPTED,
-    EXIT_MISSING,
-    Interrupted,
-    MissingProcess,
-    UserError,
-    answer,
-)
+from ..errors import EXIT_INTERRUPTED, EXIT_MISSING, Interrupted, MissingProcess, answer, writing
 from ..version import __version__
 
 __all__ = [
@@ -193,18 +186,11 @@ def _expect_room_for(folder: Path, text: str) -> None:
 
 
 def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
-    """Write a tool's results, into a folder that is made if need be.
-
-    Raises:
-        UserError: it cannot be written; the message names the file.
-    """
+    """Write a tool's results; a UserError names a file that cannot be written."""
     from ..training.saving import write_json
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         write_json(content, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def run_tool(main: Callable[[], None]) -> None:

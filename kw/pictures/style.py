@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import writing
 from .coefficients import PictureError
 
 if TYPE_CHECKING:
@@ -143,12 +144,8 @@ def save(figure: Figure, path: Path) -> None:
     check_output(path)
     # No date, no version, fixed identifiers.
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context({"svg.hashsalt": "kw.pictures"}):
-            figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be written: {error.strerror}") from error
+    with writing(path, PictureError), mpl.rc_context({"svg.hashsalt": "kw.pictures"}):
+        figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
 
 
 def to_tensor(figure: Figure) -> Tensor:
