@@ -79,9 +79,6 @@ def start_network(
         keep_head: whether to load the weights of the classifier.
         batches: images ``[B, 3, H, W]``, as for :func:`kw.convert`.
 
-    Returns:
-        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
-
     Raises:
         ConfigError: as for :func:`build_network`.
         CheckpointError: the weights cannot be read or do not fit the network.
@@ -92,19 +89,17 @@ def start_network(
         source = f"model.weights {config.weights}"
         state = read_start(config)
     network = _static_network(config)
-    if state is None:
-        network = _convert(network, config, batches=batches)
-    elif not is_converted(state):
+    converted = state is not None and is_converted(state)
+    if converted and config.kernel_warehouse is None and config.peer is None:
+        raise ConfigError(
+            f"{source} are those of a converted network, and this one is static; set "
+            "model.kernel_warehouse (or model.peer) as it was converted"
+        )
+    if state is not None and not converted:
         load_start(network, state, source, keep_head)
-        network = _convert(network, config, batches=batches)
-    else:
-        if config.kernel_warehouse is None and config.peer is None:
-            raise ConfigError(
-                f"{source} are those of a converted network, and this one is static; set "
-                "model.kernel_warehouse (or model.peer) as it was converted"
-            )
-        # A classifier of other classes begins as the configuration says.
-        network = _convert(network, config, announce=False)
+    # Where the weights have another classifier, that begins as the configuration says.
+    network = _convert(network, config, announce=not converted, batches=batches)
+    if state is not None and converted:
         load_start(network, state, source, keep_head)
     return _for_training(network, config)
 
@@ -135,15 +130,9 @@ def without_sources(config: ModelConfig) -> ModelConfig:
 
 
 def build_network(config: ModelConfig) -> nn.Module:
-    """Build the classifier that a configuration's ``model`` describes, for a checkpoint's weights.
-
-    Args:
-        config: the network's settings; ``weights``, ``freeze`` and ``gradient_checkpointing`` are
-            for training (:func:`start_network`).
-
-    Returns:
-        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``, initialised at
-        random.
+    """Build the classifier that a configuration's ``model`` describes, initialised at random: for a
+    checkpoint's weights. ``weights``, ``freeze`` and ``gradient_checkpointing`` are for training
+    (:func:`start_network`).
 
     Raises:
         ConfigError: timm refuses its arguments, or the conversion does not fit the network.
@@ -152,11 +141,7 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 
 def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, Tensor]:
-    """The weights that ``config.weights`` names.
-
-    Args:
-        config: the network's settings, with weights.
-        key: name of the setting in messages.
+    """The weights that ``config.weights`` names; ``key`` is that setting's name in messages.
 
     Raises:
         ConfigError: timm cannot load them.
