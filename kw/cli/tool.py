@@ -23,19 +23,6 @@ from typing import Any, NoReturn
 from ..errors import EXIT_INTERRUPTED, EXIT_MISSING, Interrupted, MissingProcess, answer, writing
 from ..version import __version__
 
-__all__ = [
-    "ToolParser",
-    "add_config_options",
-    "add_options",
-    "device",
-    "number",
-    "output_file",
-    "output_folder",
-    "precision",
-    "run_tool",
-    "save_json",
-]
-
 _BUG = 1
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells have it
 

@@ -25,8 +25,6 @@ from .rules import Expect, check_rules, ignored_settings
 from .schema import Config
 from .tree import ConfigError, Entry, join, show
 
-__all__ = ["Schema", "check", "check_tree"]
-
 C = TypeVar("C")
 
 _BAD = object()

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from .schema import Config
 
-__all__ = ["check_data_rules"]
-
 _NUMBER = r"\d+(\.\d+)?"
 # timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
 _POLICIES = re.compile(

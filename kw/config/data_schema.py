@@ -10,8 +10,6 @@ from ..registry import DATASETS
 from .fields import setting, table
 from .run_schema import BadImagesConfig
 
-__all__ = ["DataConfig", "MemoryConfig", "ProgressiveConfig", "RandomErasingConfig"]
-
 
 @dataclass
 class RandomErasingConfig:

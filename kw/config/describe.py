@@ -11,8 +11,6 @@ from typing import Any
 
 from .tree import join
 
-__all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "members"]
-
 UNIONS = (typing.Union, types.UnionType)
 _type_hints = functools.cache(typing.get_type_hints)  # they are compiled from texts
 _NUMBERS = {int: "an integer", float: "a number"}

@@ -10,8 +10,6 @@ from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
-__all__ = ["setting", "table"]
-
 _REQUIRED = object()
 
 

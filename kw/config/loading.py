@@ -27,8 +27,6 @@ import yaml
 from ..errors import did_you_mean
 from .tree import ConfigError, Entry, Origin, join, merge, show
 
-__all__ = ["OPTIONS", "SCALARS", "parse_config", "read_config", "read_option"]
-
 OPTIONS = "--cfg-options"
 BASE = "_base_"
 DELETE = "_delete_"

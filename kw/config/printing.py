@@ -14,8 +14,6 @@ from .run_schema import RunConfig
 from .schema import Config
 from .tree import show
 
-__all__ = ["reference", "to_dict", "to_yaml"]
-
 
 class _Dumper(yaml.SafeDumper):
     # The reader refuses aliases.

@@ -24,8 +24,6 @@ from .data_rules import check_data_rules
 from .run_schema import RunConfig
 from .schema import Config
 
-__all__ = ["Expect", "check_rules", "check_run_rules", "ignored_run_settings", "ignored_settings"]
-
 Expect = Callable[..., None]
 """``(is right, what was expected, *keys)``: a rule; the first key is the one to look at."""
 

@@ -13,18 +13,6 @@ from typing import Any
 from ..registry import SCHEDULES
 from .fields import setting, table
 
-__all__ = [
-    "BadImagesConfig",
-    "CheckpointConfig",
-    "ContractionConfig",
-    "DistributedConfig",
-    "EmaConfig",
-    "NonFiniteConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ScheduleConfig",
-]
-
 
 @dataclass(kw_only=True)
 class OptimizerConfig:

@@ -18,19 +18,6 @@ from .data_schema import DataConfig
 from .fields import setting, table
 from .run_schema import OptimizerConfig, RunConfig
 
-__all__ = [
-    "Config",
-    "DistillationConfig",
-    "KernelWarehouseConfig",
-    "LossConfig",
-    "ModelConfig",
-    "PeerConfig",
-    "PicturesConfig",
-    "StemConfig",
-    "WarehouseConfig",
-]
-
-
 _STARTS = ("keep", "paper")
 
 

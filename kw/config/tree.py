@@ -12,9 +12,6 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
-
-
 MOST = 12  # problems that a message lists
 
 

@@ -28,15 +28,6 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..warehouse import find_warehouses
 
-__all__ = [
-    "FAMILIES",
-    "AuthorsFileError",
-    "Family",
-    "Weights",
-    "read_authors_file",
-    "translate",
-]
-
 MODEL_KEYS = ("model", "state_dict")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema")
 _CELLS = re.compile(r"warehouse_manager\.weights\.(\d+)")

@@ -26,17 +26,6 @@ from .recompute import recompute_blocks
 from .stem import set_small_stem
 from .weights import is_converted, load_start, read_weights, say_adapted
 
-__all__ = [
-    "build_model",
-    "build_network",
-    "check_network",
-    "in_channels",
-    "read_start",
-    "start_network",
-    "with_start",
-    "without_sources",
-]
-
 _SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 

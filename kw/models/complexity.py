@@ -26,8 +26,6 @@ from ..config.schema import Config, ModelConfig
 from ..warehouse import KWLayer, find_warehouses
 from .build import build_network, check_network
 
-__all__ = ["Complexity", "WarehouseSize", "analyze"]
-
 
 @dataclass(frozen=True)
 class WarehouseSize:

@@ -16,8 +16,6 @@ from torch import nn
 
 from ..warehouse import KWLayer
 
-__all__ = ["Place", "decayed_rates", "frozen_parameters", "layer_rates", "parameter_places"]
-
 _LAST = 1 << 30
 _Depth = TypeVar("_Depth", int, "Place")
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ..registry import LOSSES
 
-__all__ = ["balanced_weights", "bce", "cross_entropy", "hard_distillation", "soft_distillation"]
-
 
 def balanced_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> Tensor:
     """Class weights N / (C n_c) of a set of N images, n_c of them of class c, as scikit-learn's

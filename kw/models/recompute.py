@@ -15,8 +15,6 @@ from torch import nn
 
 from ..torch_private import BatchNorm, backward_pass
 
-__all__ = ["recompute_blocks", "synchronised"]
-
 
 def recompute_blocks(network: nn.Module) -> None:
     """Turn gradient checkpointing on.

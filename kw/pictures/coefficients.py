@@ -24,21 +24,6 @@ from ..warehouse import KWLayer
 from ..warehouse.partition import CellSlice
 from ..warehouse.probe import evaluating
 
-__all__ = [
-    "CellShares",
-    "CellUse",
-    "DynamicLayer",
-    "LayerMeasure",
-    "PictureError",
-    "cell_shares",
-    "cell_use",
-    "class_effect",
-    "coefficients",
-    "dynamic_layers",
-    "measure_layer",
-    "outputs",
-]
-
 
 class PictureError(UserError):
     """There is nothing of this kind to draw."""

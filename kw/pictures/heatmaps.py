@@ -22,8 +22,6 @@ from .style import INK, SIGNED, add_bar, new_figure, signed_limit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes"]
-
 _LEAST, _MOST = 7, 36  # height of a band, rows: names must fit beside it
 _INCHES = 0.024  # of a row
 _BOXES = 300  # cells that are still wider than a pixel

@@ -15,8 +15,6 @@ from .style import AMOUNT, INK, add_bar, new_figure, signed_limit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Snapshot", "draw_history", "spread"]
-
 _PANELS = 4
 _PARTS = {
     "own": "to a mixture's own cell",

@@ -20,8 +20,6 @@ from .style import SIGNED, add_bar, new_figure, shorten, show_image, signed_limi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["assembled_kernels", "difference", "draw_kernels", "mosaic"]
-
 _MOSAIC, _MATRIX = 10, 96  # channels shown along an axis: of spatial kernels, of pointwise ones
 
 

@@ -22,8 +22,6 @@ from .style import FOREIGN, INK, LAYER, OWN, SIGNED, add_bar, new_figure, signed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["block_corner", "draw_mixing", "draw_partition", "example", "example_coefficients"]
-
 _SHAPES = (
     KernelShape(16, 16, (3, 3), name="A"),
     KernelShape(32, 16, (3, 3), name="B"),

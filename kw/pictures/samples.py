@@ -10,8 +10,6 @@ import numpy as np
 from ..data import BadImageError, DataError, ImageFolder
 from ..data.loader import collate
 
-__all__ = ["few_of_each", "read_images", "spaced"]
-
 
 def spaced(total: int, count: int) -> list[int]:
     """At most ``count`` of ``total`` places, evenly over all: of every class, since files are in

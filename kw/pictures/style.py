@@ -21,28 +21,6 @@ from .coefficients import PictureError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "AMOUNT",
-    "FOREIGN",
-    "INK",
-    "LAYER",
-    "OWN",
-    "SIGNED",
-    "SUFFIXES",
-    "add_bar",
-    "check_matplotlib",
-    "check_output",
-    "new_figure",
-    "save",
-    "shorten",
-    "show_image",
-    "signed_limit",
-    "to_pixels",
-    "to_tensor",
-    "wrap",
-    "wrap_label",
-]
-
 SIGNED, AMOUNT = "RdBu_r", "viridis"
 OWN, LAYER, FOREIGN = "#0072b2", "#56b4e9", "#e69f00"
 INK = "#303030"
