@@ -20,10 +20,9 @@ from typing import Any, Generic, TypeVar
 from ..errors import did_you_mean
 from .describe import UNIONS, allowed, default_of, is_required, key_hints
 from .imports import import_custom
-from .loading import OPTIONS
 from .rules import Expect, check_rules, ignored_settings
 from .schema import Config
-from .tree import ConfigError, Entry, join, show
+from .tree import OPTIONS, ConfigError, Entry, join, show
 
 C = TypeVar("C")
 
@@ -207,8 +206,6 @@ class _Checker:
     def _missing(self, entry: Entry, key: str, hint: Any, metadata: Mapping[str, Any]) -> None:
         example = f"{key}: {metadata['example']}"
         expected = f"expected {allowed(hint, metadata)} ({metadata['doc']}), e.g. {example}"
-        if entry.origin.source == OPTIONS:
-            entry = self.root
         self.problem(entry, key, f" is missing: {expected}")
 
 
@@ -271,7 +268,7 @@ def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
     if entry.origin.source == OPTIONS:
         return True
     is_resolved = all(field.name in root.value for field in dataclasses.fields(cls))
-    return not entry.origin.inherited and not is_resolved
+    return entry.origin.source == root.origin.source and not is_resolved
 
 
 def _plain(value: Any) -> Any:

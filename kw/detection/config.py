@@ -21,8 +21,8 @@ from mmengine.config import Config as MMConfig
 
 from ..config import ConfigError
 from ..config.checking import check_tree
-from ..config.loading import OPTIONS, read_option
-from ..config.tree import Entry, Origin, merge
+from ..config.loading import read_option
+from ..config.tree import OPTIONS, Entry, Origin, merge
 from ..errors import did_you_mean
 from .origins import entry_with_origins, read_origins
 from .packages import packages_from_metadata
