@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study summarize": ("summarize_study", "a study's finished runs in one file and plot"),
     "study compare": ("compare_runs", "a table and a plot of single runs"),
     "study reproduce": ("reproduce", "a published table: list, train, show both figures"),
-    "doctor": ("doctor", "what of this installation and machine works; for reports"),
+    "doctor": ("doctor", "check this installation and machine; for bug reports"),
     "config": ("print_config", "list configurations, print one resolved, explain the keys"),
 }
 """The module of a command, and when to use it."""

@@ -1,4 +1,4 @@
-"""Say in a minute what of this installation and machine works, and measure it for the selector.
+"""Check in a minute what works on this machine, and measure its rates for the selector.
 
 kw doctor
 kw doctor --json report.json

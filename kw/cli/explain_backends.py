@@ -1,4 +1,4 @@
-"""Print which back end does each layer of a network, and what the selector expects of it.
+"""Print which back end computes each layer of a network, and its predicted time.
 
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200

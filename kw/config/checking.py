@@ -106,7 +106,7 @@ class _Checker:
         if right or any(f"{key}.".startswith(f"{bad}.") for key in keys for bad in self.wrong):
             return
         entries = [self.root.find(key) for key in keys]
-        values = [f"{key} = {show(_plain(_get(config, key)))}" for key in keys]
+        values = [f"{key} = {show(_get(config, key))}" for key in keys]
         message = f"{entries[0][0].origin}: {values[0]}: expected {expected}"
         for value, (entry, own) in zip(values[1:], entries[1:], strict=True):
             message += f"{',' if value is not values[1] else ';'} {value}"
@@ -269,9 +269,3 @@ def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
         return True
     is_resolved = all(field.name in root.value for field in dataclasses.fields(cls))
     return entry.origin.source == root.origin.source and not is_resolved
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value

@@ -55,8 +55,6 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
 
     The scale ends at ``limit``; it begins at ``-limit``, with colours other than ``SIGNED`` at 0.
     """
-    from matplotlib.patches import Rectangle
-
     cells = bands[0].values.shape[1]
     top, ticks, image = 0, [], None
     for band in bands:
@@ -73,8 +71,7 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
         )
         own = band.own.stop - band.own.start
         if own:
-            box = (band.own.start, top), own, band.height
-            axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=0.9))
+            frame(axes, (band.own.start, top), own, band.height, edgecolor=INK, linewidth=0.9)
         ticks.append(top + band.height / 2)
         top += band.height
         if band is not bands[-1]:
@@ -85,6 +82,13 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
     axes.tick_params(axis="x", labelsize=7)
     axes.set_xlabel("cell of the warehouse", fontsize=8)
     return image
+
+
+def frame(axes: Any, corner: tuple[float, float], width: float, height: float, **line: Any) -> None:
+    """An empty rectangle."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle(corner, width, height, fill=False, **line))
 
 
 def draw_panels(panels: Mapping[str, Sequence[Band]], *title: str) -> Figure:

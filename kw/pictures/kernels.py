@@ -106,8 +106,7 @@ def draw_kernels(
         ):
             image = axes.imshow(mosaic(kernel).numpy(), cmap=SIGNED, vmin=-end, vmax=end)
             axes.set_title(label, fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             add_bar(figure, image, axes)
         row[0].set_ylabel("output channels", fontsize=8)
         row[0].set_xlabel("input channels", fontsize=8)
