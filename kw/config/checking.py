@@ -141,22 +141,21 @@ class _Checker:
     def value(self, hint: Any, entry: Entry, key: str, metadata: Mapping[str, Any]) -> Any:
         """A value converted to its type hint, or _BAD once its problem is noted."""
         expected = allowed(hint, metadata)
-        if typing.get_origin(hint) in UNIONS:
-            options = typing.get_args(hint)
-            if entry.value is None and type(None) in options:
-                return None
-            options = tuple(option for option in options if option is not type(None))
-            # No union in the schema has two members for one kind of YAML node.
-            kind = next((k for k in (dict, list) if isinstance(entry.value, k)), None)
-            hint = next((o for o in options if _kind(o) == kind), options[0])
-        if _is_mapping(hint):
-            if not isinstance(entry.value, dict):
+        options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+        if entry.value is None and type(None) in options:
+            return None
+        # No union in the schema has two members for one kind of YAML node.
+        by_node = {_node(option): option for option in options if option is not type(None)}
+        given = next((node for node in (dict, list) if isinstance(entry.value, node)), None)
+        hint = by_node.get(given, next(iter(by_node.values())))
+        if _node(hint) is list:
+            return self._list(hint, entry, key, metadata, expected)
+        if _node(hint) is dict:
+            if given is not dict:
                 return self.expect(entry, key, expected)
             if dataclasses.is_dataclass(hint):
                 return self.table(hint, entry, key)
             return self._mapping(typing.get_args(hint)[1], entry, key)
-        if typing.get_origin(hint) is list:
-            return self._list(hint, entry, key, metadata, expected)
         value = _scalar(hint, entry.value)
         if value is not _BAD and _within(value, metadata):
             return value
@@ -209,13 +208,12 @@ class _Checker:
         self.problem(entry, key, f" is missing: {expected}")
 
 
-def _is_mapping(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
-
-
-def _kind(hint: Any) -> type | None:
+def _node(hint: Any) -> type | None:
     """The YAML node of a type hint: a mapping, a list, or None for a scalar."""
-    return dict if _is_mapping(hint) else list if typing.get_origin(hint) is list else None
+    if dataclasses.is_dataclass(hint):
+        return dict
+    origin = typing.get_origin(hint)
+    return origin if origin in (dict, list) else None
 
 
 def _scalar(hint: Any, value: Any) -> Any:
