@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ..errors import did_you_mean
-from .describe import UNIONS, allowed, default_of, is_required, key_hints
+from .describe import UNIONS, allowed, default_of, is_required, key_hints, type_hints
 from .imports import import_custom
 from .rules import Expect, check_rules, ignored_settings
 from .schema import Config
@@ -69,7 +69,7 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
     Raises:
         ConfigError: with one line for every problem.
     """
-    if "custom_imports" in typing.get_type_hints(schema.cls):
+    if "custom_imports" in type_hints(schema.cls):
         import_custom(root)  # before the choices are looked up
     checker = _Checker(root, schema.cls)
     config: C = checker.table(schema.cls, root, "")
@@ -78,7 +78,7 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
         raise ConfigError(*checker.problems)
     for key, reason in schema.ignored(config):
         entry, _ = root.find(key)
-        chosen = _get(config, key) != default_of(schema.cls, key)
+        chosen = _get(config, key) != default_of(checker.hints[key][1])
         if chosen and _is_deliberate(entry, root, schema.cls):
             message = f"{entry.origin}: {key} = {show(entry.plain())} has no effect: {reason}"
             warnings.warn(message, stacklevel=stacklevel)
@@ -88,10 +88,9 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
 class _Checker:
     def __init__(self, root: Entry, cls: Any) -> None:
         self.root = root
-        self.cls = cls
         self.problems: list[str] = []
         self.wrong: set[str] = set()
-        self.keys = list(key_hints(cls))
+        self.hints = key_hints(cls)
 
     def problem(self, entry: Entry, key: str, message: str) -> Any:
         self.wrong.add(key)
@@ -115,7 +114,7 @@ class _Checker:
 
     def table(self, cls: Any, entry: Entry, key: str) -> Any:
         """An instance of a dataclass from a mapping."""
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         for name, child in entry.value.items():
             if name not in hints:
                 self._unknown(child, key, name, list(hints))
@@ -190,7 +189,7 @@ class _Checker:
         return values
 
     def _unknown(self, entry: Entry, key: str, name: str, known: list[str]) -> None:
-        wrong, keys = join(key, name if len(name) <= 80 else name[:77] + "..."), self.keys
+        wrong, keys = join(key, name if len(name) <= 80 else name[:77] + "..."), self.hints
         siblings = difflib.get_close_matches(name, known, 1)
         siblings = siblings or [other for other in known if other.startswith(name)]
         near = [join(key, other) for other in siblings]
@@ -246,7 +245,7 @@ def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
 def _stand_in(hint: Any, field: dataclasses.Field[Any]) -> Any:
     if not dataclasses.is_dataclass(hint):
         return field.metadata["example"]
-    hints = typing.get_type_hints(hint)
+    hints = type_hints(hint)
     required = [f for f in dataclasses.fields(hint) if is_required(f)]
     return typing.cast(Any, hint)(**{f.name: _stand_in(hints[f.name], f) for f in required})
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .tree import join
 
 UNIONS = (typing.Union, types.UnionType)
-_type_hints = functools.cache(typing.get_type_hints)  # they are compiled from texts
+# Kept, because they are compiled from texts.
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _NUMBERS = {int: "an integer", float: "a number"}
 
 
@@ -61,7 +62,7 @@ def members(hint: Any) -> tuple[str, Any] | None:
 def key_hints(cls: Any, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type hint and field of every setting, by dotted key; groups come before their members."""
     found = {}
-    hints = _type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         child_key = join(key, field.name)
         found[child_key] = (hints[field.name], field)
@@ -77,9 +78,8 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def default_of(cls: Any, key: str) -> Any:
-    """The default of the setting at a dotted key of a dataclass."""
-    _, field = key_hints(cls)[key]
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value of a setting that a file leaves out."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
