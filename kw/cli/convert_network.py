@@ -51,23 +51,17 @@ def main() -> None:
         raise ConfigError("expected the static network's weights: --weights or model.weights")
     if model.kernel_warehouse is None and model.peer is None:
         raise ConfigError(f"{args.config} is a static network; expected model.kernel_warehouse")
-    converted = replace(
-        model,
-        kernel_warehouse=model.kernel_warehouse and with_start(model.kernel_warehouse, "keep"),
-        peer=model.peer and replace(model.peer, start="keep"),
-    )
+    converted = with_start(model, "keep")
 
     torch.manual_seed(config.seed)
     state, plain = read_start(model), replace(model, kernel_warehouse=None, peer=None)
     if is_converted(state):
         raise ConfigError(f"{model.weights} holds a converted network already")
-    static = start_network(plain, state, str(model.weights)).eval()
+    static = start_network(plain, state, model.weights).eval()
     check_network(static, model, config.data.shape)
     images = _images(config, args.images, args.count)
-    source, fit = f"{model.weights}", images[::2].split(32)
-    network = start_network(
-        converted, static.state_dict(), source, batches=fit if args.images else None
-    )
+    fit = images[::2].split(32) if args.images else None
+    network = start_network(converted, static.state_dict(), model.weights, batches=fit)
     kept = getattr(network, "warehouses", None)
     whole = kept is None or all(w.kept == 1 for w in kept.conversion.warehouses.values())
     unseen = images if whole else images[1::2]
@@ -81,7 +75,7 @@ def main() -> None:
         f"logit, the same class for {same}"
     )
     states = {"state_dict": network.state_dict()}
-    save_converted(args.target, replace(config, model=converted), Path(source).name, states)
+    save_converted(args.target, replace(config, model=converted), Path(model.weights).name, states)
 
 
 def save_converted(

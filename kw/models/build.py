@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
-from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
+from ..config.schema import ModelConfig, WarehouseConfig
 from ..errors import one_line
 from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
@@ -103,12 +103,16 @@ def _for_training(network: nn.Module, config: ModelConfig) -> nn.Module:
     return network
 
 
-def with_start(config: KernelWarehouseConfig, start: str) -> KernelWarehouseConfig:
-    """A conversion with this start for every warehouse, whatever plan and settings say."""
-    planned = config.plan.get("warehouses") if isinstance(config.plan, Mapping) else None
-    own = {name: config.warehouses.get(name, WarehouseConfig()) for name in planned or ()}
-    own = {name: replace(one, start=start) for name, one in {**own, **config.warehouses}.items()}
-    return replace(config, start=start, warehouses=own)
+def with_start(config: ModelConfig, start: str) -> ModelConfig:
+    """A network with this start of every layer, whatever plan and settings say."""
+    warehouse, peer = config.kernel_warehouse, config.peer
+    if warehouse is not None:
+        planned = warehouse.plan.get("warehouses") if isinstance(warehouse.plan, Mapping) else None
+        own = {**{name: WarehouseConfig() for name in planned or ()}, **warehouse.warehouses}
+        own = {name: replace(settings, start=start) for name, settings in own.items()}
+        warehouse = replace(warehouse, start=start, warehouses=own)
+    peer = peer and replace(peer, start=start)
+    return replace(config, kernel_warehouse=warehouse, peer=peer)
 
 
 def without_sources(config: ModelConfig) -> ModelConfig:
@@ -191,17 +195,15 @@ def _convert(
 ) -> nn.Module:
     """The network in the dynamic form that the configuration asks for, if any; without ``begin`` a
     checkpoint's weights are loaded next: static kernels are not kept, and nothing is logged."""
+    if not begin:
+        config, announce = with_start(config, "paper"), False
     warehouse, peer = config.kernel_warehouse, config.peer
-    settings: dict[str, Any] = {"announce": announce and begin}
     try:
         if warehouse is not None:
-            if not begin:
-                warehouse = with_start(warehouse, "paper")
-            settings |= {**warehouse.overrides(), "batches": batches}
-            return convert(network, warehouse.plan, **settings)
+            settings = {**warehouse.overrides(), "batches": batches}
+            return convert(network, warehouse.plan, announce=announce, **settings)
         if peer is not None:
-            settings |= {**peer.settings(), **({} if begin else {"start": "paper"})}
-            return peers.convert(network, peer.method, **settings)
+            return peers.convert(network, peer.method, announce=announce, **peer.settings())
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
         # timm's arguments may change the network so that the plan does not fit.
