@@ -35,7 +35,7 @@ def few_of_each(labels: Any, classes: int, count: int) -> list[int]:
     found = []
     for label in range(classes):
         places = np.flatnonzero(np.asarray(labels) == label)
-        found += [int(places[i]) for i in spaced(len(places), each)] if len(places) else []
+        found += [int(places[i]) for i in spaced(len(places), each)]
     return found
 
 
