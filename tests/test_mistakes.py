@@ -90,6 +90,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     (f"kw_inspect_backends {R18} --threads 0", ["--threads: '0': expected an integer >= 1"]),
     (f"kw_inspect_backends {R18} --batch-size -4", ["--batch-size", "'-4': expected an integer"]),
     (f"kw_inspect_backends {R18} --batch-size 1e3", ["'1e3': expected an integer >= 1"]),
+    (f"kw_inspect_backends {R18} --set epochs=0", ["epochs = 0: expected an integer >= 1"]),
     (f"kw_inspect_backends {R18} --device tpu", ["'tpu': expected cpu, cuda or cuda:N"]),
     (f"kw_inspect_backends {R18} --device cuda:99", ["'cuda:99': PyTorch sees"]),
     ("compare_decoders.py {place}/folder", ["folder: no *.jpg and no *.jpeg in it"]),
@@ -318,13 +319,14 @@ def test_a_full_disk_names_the_file(
     assert said == f"error: {tmp_path}/costs.json: cannot be written: No space left on device\n"
 
 
-def test_nobody_reads() -> None:
+@pytest.mark.parametrize("words", [["tools/print_config.py", R18], ["-m", "kw", "--help"]])
+def test_nobody_reads(words: list[str]) -> None:
     """As after ``| head -1``."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as closed:
         done = subprocess.run(
-            [sys.executable, "tools/print_config.py", R18],
+            [sys.executable, *words],
             cwd=ROOT,
             stdout=closed,
             stderr=subprocess.PIPE,
