@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -28,6 +29,7 @@ __all__ = [
     "one_line",
     "say",
     "valid_names",
+    "writing",
 ]
 
 _logger = logging.getLogger("kw")
@@ -118,6 +120,20 @@ def one_line(error: BaseException) -> str:
     """The message of another library's error in one line, after the name of its class."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def writing(path: Path, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Write a file inside it: its folder is made, and what prevents either names the file.
+
+    Raises:
+        UserError: of this kind, in place of an OSError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise kind(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def answer(error: BaseException) -> str | None:

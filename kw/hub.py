@@ -18,22 +18,6 @@ from typing import Any
 from .errors import UserError, one_line
 from .version import __version__
 
-__all__ = [
-    "CONFIG",
-    "PREFIX",
-    "PROGRAM",
-    "RESULTS",
-    "SETTINGS",
-    "WEIGHTS",
-    "HubError",
-    "fetch",
-    "hub_errors",
-    "is_hub_name",
-    "sha256",
-    "split_name",
-    "weights_file",
-]
-
 PREFIX = "hf-hub:"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 SETTINGS, RESULTS = "config.yaml", "results.json"

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["lazily"]
-
 
 def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """A ``__getattr__`` for a package's ``__init__.py``.

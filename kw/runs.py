@@ -12,8 +12,6 @@ from .config.names import config_file
 from .config.tree import ConfigError, flat_settings
 from .hub import is_hub_name
 
-__all__ = ["is_run", "load_run", "run_of", "runs_of", "train"]
-
 
 def load_run(path: str | Path, options: Iterable[str] = ()) -> tuple[Any, ModuleType]:
     """A configuration, and the package that can ``train`` and ``evaluate_checkpoint`` it.

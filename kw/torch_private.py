@@ -17,27 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = [
-    "BatchNorm",
-    "BatchOrInstanceNorm",
-    "backward_pass",
-    "clear_compiled",
-    "copy_all",
-    "dispatch_modes",
-    "in_function_transform",
-    "is_traced",
-    "onednn_linear",
-    "overflow",
-    "prepare_reduction",
-    "resize_bytes",
-    "runs_in_this_pass",
-    "scan",
-    "shared_bytes",
-    "step_unless",
-    "trace_errors",
-    "uncompiled",
-]
-
 BatchNorm = _BatchNorm
 """Base class of BatchNorm1d, 2d, 3d and SyncBatchNorm."""
 

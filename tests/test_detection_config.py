@@ -125,6 +125,7 @@ def test_the_backbone_is_read_from_its_file(file: Path) -> None:
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("\nepoch = 3\n", [], r"detector\.py:\d+: epoch: expected a known key; did you mean epochs\?"),
     ("\nepochs = 0\n", [], r"detector\.py:\d+: epochs = 0: expected an integer >= 1"),
+    ("\ndel epochs\n", ["seed=1"], r"detector\.py: epochs is missing: expected an integer >= 1"),
     ("\nepochs = '3'\n", [], r"epochs = '3': expected an integer"),
     ("\ndata = dict(root='x',\n  worker=1)\n", [], r"detector\.py:\d+: data\.worker = 1.*workers"),
     ("\noptim_wrapper = dict()\n", [], r"optim_wrapper is mmdetection's .* set optimizer, ema"),

@@ -21,11 +21,10 @@ from kw.errors import UserError, answer
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-MODULES = {module for group in COMMANDS.values() for module, _ in group.values()}
+MODULES = {module for module, _ in COMMANDS.values()}
 ALONE = {  # commands that no tool is the same as
-    f"kw_{name}_{sub}".rstrip("_")
-    for name, group in COMMANDS.items()
-    for sub, (module, _) in group.items()
+    f"kw_{name.replace(' ', '_')}"
+    for name, (module, _) in COMMANDS.items()
     if f"{module}.py" not in TOOLS
 }
 R18 = "configs/demo/kw_resnet18_1x.yaml"
@@ -91,6 +90,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     (f"kw_inspect_backends {R18} --threads 0", ["--threads: '0': expected an integer >= 1"]),
     (f"kw_inspect_backends {R18} --batch-size -4", ["--batch-size", "'-4': expected an integer"]),
     (f"kw_inspect_backends {R18} --batch-size 1e3", ["'1e3': expected an integer >= 1"]),
+    (f"kw_inspect_backends {R18} --set epochs=0", ["epochs = 0: expected an integer >= 1"]),
     (f"kw_inspect_backends {R18} --device tpu", ["'tpu': expected cpu, cuda or cuda:N"]),
     (f"kw_inspect_backends {R18} --device cuda:99", ["'cuda:99': PyTorch sees"]),
     ("compare_decoders.py {place}/folder", ["folder: no *.jpg and no *.jpeg in it"]),
@@ -319,13 +319,14 @@ def test_a_full_disk_names_the_file(
     assert said == f"error: {tmp_path}/costs.json: cannot be written: No space left on device\n"
 
 
-def test_nobody_reads() -> None:
+@pytest.mark.parametrize("words", [["tools/print_config.py", R18], ["-m", "kw", "--help"]])
+def test_nobody_reads(words: list[str]) -> None:
     """As after ``| head -1``."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as closed:
         done = subprocess.run(
-            [sys.executable, "tools/print_config.py", R18],
+            [sys.executable, *words],
             cwd=ROOT,
             stdout=closed,
             stderr=subprocess.PIPE,

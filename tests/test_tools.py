@@ -49,6 +49,15 @@ def test_two_processes_follow_the_recipe_of_one(config: Path, tmp_path: Path) ->
             assert results[key] == found[0][key]
         assert results["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
 
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "curves.png"
+    table = call("kw study compare", one, two, "--plot", plot).stdout
+    for run in (one, two):
+        results = json.loads((run / "results.json").read_text())
+        assert f"| {run.name}" in table
+        assert f"{results['top1']:.2f}" in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
 
 def test_batch_norm_agrees_across_processes(config: Path, tmp_path: Path) -> None:
     """Statistics are averaged before anything is saved or evaluated; resuming works with two."""
@@ -85,14 +94,3 @@ def test_mistakes_are_one_message(
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
     assert all(words in done.stderr for words in expected)
-
-
-def test_compare_runs(config: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    call("tools/train.py", config, "--work-dir", tmp_path / "run")
-    plot = tmp_path / "curves.png"
-    table = call("kw study compare", tmp_path / "run", "--plot", plot).stdout
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "| run" in table
-    assert f"{results['top1']:.2f}" in table
-    assert plot.read_bytes().startswith(b"\x89PNG")

@@ -26,39 +26,34 @@ __all__ = [
     "run_tool",
 ]
 
-COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
-    "train": {"": ("train", "train and evaluate a classifier or a detector")},
-    "test": {"": ("test", "evaluate a run, or a checkpoint with a configuration")},
-    "pack": {"": ("pack", "put a data set into one file that is read fast")},
-    "predict": {"": ("predict", "classify images, or find objects in them")},
-    "export": {"": ("export", "write ONNX, OpenVINO, ExecuTorch and others, verified")},
-    "push": {"": ("push", "publish a model on the Hugging Face Hub, with its card")},
-    "pull": {"": ("pull", "bring a model of the hub into a folder")},
-    "convert": {
-        "network": ("convert_network", "a trained static network's checkpoint to a dynamic one's"),
-        "released": ("convert_checkpoint", "the authors' released checkpoint to this project's"),
-    },
-    "inspect": {
-        "costs": ("analyze", "parameters, multiply-adds and warehouses of networks"),
-        "backends": ("explain_backends", "which back end computes each layer, and why"),
-        "annotations": ("check_coco", "all that is wrong with a set in COCO's format"),
-    },
-    "benchmark": {
-        "networks": ("benchmark", "time and memory of dynamic beside static networks"),
-        "loading": ("measure_loading", "how fast training batches come"),
-        "exports": ("compare_exports", "accuracy and speed of exported files"),
-    },
-    "visualize": {"": ("visualize", "pictures of cells, coefficients, batches, detections")},
-    "study": {
-        "run": ("run_study", "train every row of a study; goes on where it stopped"),
-        "summarize": ("summarize_study", "a study's finished runs in one file and plot"),
-        "compare": ("compare_runs", "a table and a plot of single runs"),
-        "reproduce": ("reproduce", "a published table: list, train, show both figures"),
-    },
-    "doctor": {"": ("doctor", "what of this installation and machine works; for reports")},
-    "config": {"": ("print_config", "list configurations, print one resolved, explain the keys")},
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train", "train and evaluate a classifier or a detector"),
+    "test": ("test", "evaluate a run, or a checkpoint with a configuration"),
+    "pack": ("pack", "put a data set into one file that is read fast"),
+    "predict": ("predict", "classify images, or find objects in them"),
+    "export": ("export", "write ONNX, OpenVINO, ExecuTorch and others, verified"),
+    "push": ("push", "publish a model on the Hugging Face Hub, with its card"),
+    "pull": ("pull", "bring a model of the hub into a folder"),
+    "convert network": ("convert_network", "a static network's checkpoint to a dynamic one's"),
+    "convert released": (
+        "convert_checkpoint",
+        "the authors' released checkpoint to this project's",
+    ),
+    "inspect costs": ("analyze", "parameters, multiply-adds and warehouses of networks"),
+    "inspect backends": ("explain_backends", "which back end computes each layer, and why"),
+    "inspect annotations": ("check_coco", "all that is wrong with a set in COCO's format"),
+    "benchmark networks": ("benchmark", "time and memory of dynamic beside static networks"),
+    "benchmark loading": ("measure_loading", "how fast training batches come"),
+    "benchmark exports": ("compare_exports", "accuracy and speed of exported files"),
+    "visualize": ("visualize", "pictures of cells, coefficients, batches, detections"),
+    "study run": ("run_study", "train every row of a study; goes on where it stopped"),
+    "study summarize": ("summarize_study", "a study's finished runs in one file and plot"),
+    "study compare": ("compare_runs", "a table and a plot of single runs"),
+    "study reproduce": ("reproduce", "a published table: list, train, show both figures"),
+    "doctor": ("doctor", "check this installation and machine; for bug reports"),
+    "config": ("print_config", "list configurations, print one resolved, explain the keys"),
 }
-"""By command and subcommand: the module, and when to use it."""
+"""The module of a command, and when to use it."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -67,8 +62,12 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the command line without the program's name; left out, the process's.
     """
-    words = list(sys.argv[1:] if words is None else words)
-    if not words or words[0] in ("-h", "--help"):
+    words = list(sys.argv[1:] if words is None else words) or ["--help"]
+    run_tool(lambda: _run(words))
+
+
+def _run(words: Sequence[str]) -> None:
+    if words[0] in ("-h", "--help"):
         print(_help())
         return
     if words[0] == "--version":
@@ -76,10 +75,10 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     name, module, rest = command_of(words)
     if module is None:
-        print(_help(words[0]))
+        print(_help(f"{words[0]} "))
         return
     sys.argv = [name, *rest]
-    run_tool(lambda: importlib.import_module(f".{module}", __name__).main())
+    importlib.import_module(f".{module}", __name__).main()
 
 
 def command_of(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
@@ -89,16 +88,16 @@ def command_of(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     there is no such command.
     """
     first, *rest = words
-    group = COMMANDS.get(first)
-    if group is None:
-        _refuse("command", first, COMMANDS)
-    if "" in group:
-        return f"kw {first}", group[""][0], rest
+    if first in COMMANDS:
+        return f"kw {first}", COMMANDS[first][0], rest
+    group = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    if not group:
+        _refuse("command", first, dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
     if not rest or rest[0] in ("-h", "--help"):
         return f"kw {first}", None, []
     if rest[0] not in group:
         _refuse(f"{first} command", rest[0], group)
-    return f"kw {first} {rest[0]}", group[rest[0]][0], rest[1:]
+    return f"kw {first} {rest[0]}", COMMANDS[f"{first} {rest[0]}"][0], rest[1:]
 
 
 def _refuse(kind: str, word: str, known: Collection[str]) -> NoReturn:
@@ -107,11 +106,9 @@ def _refuse(kind: str, word: str, known: Collection[str]) -> NoReturn:
     sys.exit(2)
 
 
-def _help(only: str | None = None) -> str:
+def _help(group: str = "") -> str:
     lines = ["usage: kw COMMAND [ARGUMENTS]; kw COMMAND --help says more", ""]
-    for name, group in COMMANDS.items():
-        if only not in (None, name):
-            continue
-        for sub, (_, use) in group.items():
-            lines.append(f"  {f'kw {name} {sub}'.rstrip():26s} {use}")
+    for name, (_, use) in COMMANDS.items():
+        if name.startswith(group):
+            lines.append(f"  {f'kw {name}':26s} {use}")
     return "\n".join(lines)

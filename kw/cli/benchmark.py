@@ -21,8 +21,6 @@ from ..benchmark.results import read_results, write_result
 from ..benchmark.run import run_case
 from .tool import ToolParser, number, output_folder, precision
 
-__all__ = ["main"]
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(__doc__)

@@ -19,8 +19,6 @@ from ..detection.sets import check_sets
 from ..runs import load_run
 from .tool import ToolParser, add_options, output_file, save_json
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

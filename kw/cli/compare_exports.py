@@ -9,8 +9,6 @@ from ..deploy.comparison import compare_files
 from ..evaluation import render_table
 from .tool import ToolParser, number, output_file, save_json
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

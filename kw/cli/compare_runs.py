@@ -9,8 +9,6 @@ from ..evaluation import read_run, summary_table
 from ..study.plots import plot_curves, run_curve
 from .tool import ToolParser, output_file
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
-from ..config import load_config, to_yaml
+from ..config import load_config
 from ..models import build_network
 from ..models.authors_checkpoints import AuthorsFileError, read_authors_file, translate
 from ..training import CheckpointError
-from ..training.checkpoint import save_checkpoint
+from .convert_network import save_converted
 from .tool import ToolParser, add_config_options, output_file
-
-__all__ = ["main"]
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("all", "model", "ema"), default="all")
     args = parser.parse_args()
     source, target = args.source, args.target
-    if target.is_dir() or target.resolve() == source.resolve():
+    if target.resolve() == source.resolve():
         raise CheckpointError(f"{target}: expected the name of a new file as TARGET")
     config = load_config(args.config, args.cfg_options)
     with torch.device("meta"):
@@ -52,17 +49,4 @@ def main() -> None:
         key = "ema_state_dict" if name == "ema" and len(chosen) > 1 else "state_dict"
         states[key] = translate(state, network, config.model.name, f"{source} ({name})")
         print(f"{source}: {name}, {len(state)} tensors -> {key}")
-
-    meta = {
-        "epoch": weights.epoch,
-        "config": to_yaml(config),
-        "source": source.name,
-        "weights": chosen,
-        "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
-    }
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({"meta": meta, **states}, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from error
-    print(f"wrote {target}")
+    save_converted(target, config, source.name, states, epoch=weights.epoch, weights=chosen)

@@ -9,8 +9,10 @@ budget of 1 kernels are kept in part; every other one of --images then says whic
 the rest measure the difference. The start is "keep", whatever the configuration says.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +21,14 @@ from ..config import ConfigError, load_config, to_yaml
 from ..config.schema import Config
 from ..data import BatchPreprocessor, read_files
 from ..deploy import find_images
+from ..errors import writing
 from ..evaluation import render_table
 from ..models import check_network, start_network
 from ..models.build import read_start, with_start
-from ..models.weights import is_converted
+from ..models.weights import CheckpointError, is_converted
+from ..pictures.samples import spaced
 from ..training.checkpoint import save_checkpoint
 from .tool import ToolParser, add_config_options, number, output_file
-
-__all__ = ["main"]
 
 
 def main() -> None:
@@ -49,23 +51,17 @@ def main() -> None:
         raise ConfigError("expected the static network's weights: --weights or model.weights")
     if model.kernel_warehouse is None and model.peer is None:
         raise ConfigError(f"{args.config} is a static network; expected model.kernel_warehouse")
-    converted = replace(
-        model,
-        kernel_warehouse=model.kernel_warehouse and with_start(model.kernel_warehouse, "keep"),
-        peer=model.peer and replace(model.peer, start="keep"),
-    )
+    converted = with_start(model, "keep")
 
     torch.manual_seed(config.seed)
     state, plain = read_start(model), replace(model, kernel_warehouse=None, peer=None)
     if is_converted(state):
         raise ConfigError(f"{model.weights} holds a converted network already")
-    static = start_network(plain, state, str(model.weights)).eval()
+    static = start_network(plain, state, model.weights).eval()
     check_network(static, model, config.data.shape)
     images = _images(config, args.images, args.count)
-    source, fit = f"{model.weights}", images[::2].split(32)
-    network = start_network(
-        converted, static.state_dict(), source, batches=fit if args.images else None
-    )
+    fit = images[::2].split(32) if args.images else None
+    network = start_network(converted, static.state_dict(), model.weights, batches=fit)
     kept = getattr(network, "warehouses", None)
     whole = kept is None or all(w.kept == 1 for w in kept.conversion.warehouses.values())
     unseen = images if whole else images[1::2]
@@ -78,14 +74,19 @@ def main() -> None:
         f"outputs on {len(unseen)} {what}: largest difference {difference:.2e} of the largest "
         f"logit, the same class for {same}"
     )
-    meta = {
-        "config": to_yaml(replace(config, model=converted)),
-        "source": Path(source).name,
-        "versions": {"kernelwarehouse": __version__, "torch": str(torch.__version__)},
-    }
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"meta": meta, "state_dict": network.state_dict()}, args.target)
-    print(f"wrote {args.target}")
+    states = {"state_dict": network.state_dict()}
+    save_converted(args.target, replace(config, model=converted), Path(model.weights).name, states)
+
+
+def save_converted(
+    target: Path, config: Config, source: str, states: Mapping[str, Any], **meta: Any
+) -> None:
+    """Write weights that no run of this project trained, with the network's configuration."""
+    versions = {"kernelwarehouse": __version__, "torch": str(torch.__version__)}
+    meta |= {"config": to_yaml(config), "source": source, "versions": versions}
+    with writing(target, CheckpointError):
+        save_checkpoint({"meta": meta, **states}, target)
+    print(f"wrote {target}")
 
 
 def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
@@ -94,8 +95,7 @@ def _images(config: Config, folder: str | None, count: int) -> torch.Tensor:
     if folder is None:
         return torch.randn(count, data.channels, *data.shape)
     files = find_images([folder])
-    count = min(count, len(files))
-    chosen = [files[place * len(files) // count] for place in range(count)]
+    chosen = [files[place] for place in spaced(len(files), count)]
     return BatchPreprocessor(data, config.model.num_classes)(read_files(chosen, data), False)[0]
 
 

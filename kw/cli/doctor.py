@@ -1,4 +1,4 @@
-"""Say in a minute what of this installation and machine works, and measure it for the selector.
+"""Check in a minute what works on this machine, and measure its rates for the selector.
 
 kw doctor
 kw doctor --json report.json
@@ -31,8 +31,6 @@ from ..warehouse.ops.calibration import write_calibration
 from ..warehouse.ops.device import DeviceProfile
 from ..warehouse.ops.trials import DeviceLostError
 from .tool import ToolParser, number, output_file, save_json
-
-__all__ = ["main"]
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""Print which back end does each layer of a network, and what the selector expects of it.
+"""Print which back end computes each layer of a network, and its predicted time.
 
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch-size 8
 kw inspect backends configs/imagenet/resnet18/kw_resnet18_1x.yaml --gpu h200
 
 Times are predictions of a cost model, forward and backward pass apart (docs/benchmarks.md).
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -17,23 +19,15 @@ from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
 from ..warehouse.ops.gpus import GPUS
 from ..warehouse.ops.selection import Prediction
-from .tool import ToolParser, device, number
-
-__all__ = ["main"]
+from .tool import ToolParser, add_config_options, device, number
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def milliseconds(costs: tuple[Prediction, ...], name: str) -> str:
-    """The predicted time of one back end."""
-    seconds = next((cost.seconds for cost in costs if cost.name == name), None)
-    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
-
-
-def others(costs: tuple[Prediction, ...], name: str) -> str:
-    """The next two, with their times."""
-    rest = [cost for cost in costs if cost.name != name and cost.seconds is not None][:2]
-    return ", ".join(f"{cost.name} {milliseconds(costs, cost.name)}" for cost in rest)
+def milliseconds(costs: Sequence[Prediction]) -> dict[str, str]:
+    """The predicted times by back end, the fastest first."""
+    known = {cost.name: cost.seconds for cost in costs if cost.seconds is not None}
+    return {name: f"{seconds * 1e3:.2f}" for name, seconds in known.items()}
 
 
 def row(choice: LayerChoice) -> tuple[str, ...]:
@@ -42,21 +36,22 @@ def row(choice: LayerChoice) -> tuple[str, ...]:
         return (choice.layer, "", choice.forward, "-", choice.backward, "-", "")
     spec = choice.problem.spec
     kernel = "x".join(map(str, spec.partition.kernel))
-    shape = f"{spec.in_channels}->{spec.out_channels} {kernel} @{choice.problem.size[0]}"
+    forward, backward = map(milliseconds, (choice.forward_costs, choice.backward_costs))
+    others = [f"{name} {time}" for name, time in forward.items() if name != choice.forward]
     return (
         choice.layer,
-        shape,
+        f"{spec.in_channels}->{spec.out_channels} {kernel} @{choice.problem.size[0]}",
         choice.forward,
-        milliseconds(choice.forward_costs, choice.forward),
+        forward.get(choice.forward, "-"),
         choice.backward,
-        milliseconds(choice.backward_costs, choice.backward),
-        others(choice.forward_costs, choice.forward),
+        backward.get(choice.backward, "-"),
+        ", ".join(others[:2]),
     )
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="configuration file (YAML)")
+    add_config_options(parser)
     parser.add_argument("--batch-size", type=number(int, 1), help="default: the configuration's")
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +65,7 @@ def main() -> None:
     if args.gpu:
         args.device = "cpu"
 
-    config = load_config(args.config)
+    config = load_config(args.config, args.cfg_options)
     if args.threads:
         torch.set_num_threads(args.threads)
     network = build_network(config.model)

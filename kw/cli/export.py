@@ -22,8 +22,6 @@ from ..runs import is_run, run_of
 from ..training.trained import WEIGHTS
 from .tool import ToolParser, add_config_options, number, output_file
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -17,8 +17,6 @@ from ..data import BatchPreprocessor, Loader, open_training, stop_workers
 from ..evaluation import render_table
 from .tool import ToolParser, add_config_options, device, number
 
-__all__ = ["endless", "main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -18,8 +18,6 @@ from ..data.reading import DataError
 from ..registry import DATASETS
 from .tool import ToolParser, number
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -25,19 +25,10 @@ from ..deploy import Classifier, find_images, load, predict_files
 from ..errors import OutOfMemory
 from ..evaluation import render_table
 from ..training.trained import WEIGHTS
-from .tool import (
-    ToolParser,
-    device,
-    number,
-    output_file,
-    output_folder,
-    save_json,
-)
+from .tool import ToolParser, device, number, output_file, output_folder, save_json
 
 if TYPE_CHECKING:
     from ..objects.found import Detector
-
-__all__ = ["main"]
 
 
 def main() -> None:

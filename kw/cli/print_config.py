@@ -1,4 +1,4 @@
-"""Print a configuration resolved, with every setting; list those that are here; explain the keys.
+"""Print a resolved configuration, list the configurations of this project, explain the keys.
 
 kw config configs/imagenet/resnet18/kw_resnet18_1x.yaml --cfg-options seed=1
 kw config configs/coco/mask_rcnn_kw_resnet50_1x.py
@@ -13,8 +13,6 @@ from ..config import Config, reference, to_yaml
 from ..config.names import config_names
 from ..runs import load_run
 from .tool import ToolParser, add_config_options
-
-__all__ = ["main"]
 
 
 def main() -> None:

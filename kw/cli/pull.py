@@ -15,8 +15,6 @@ from pathlib import Path
 from ..hub import DATA, PROGRAM, WEIGHTS, HubError, fetch, split_name
 from .tool import ToolParser, output_folder
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from .tool import ToolParser, output_folder
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

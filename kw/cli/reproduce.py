@@ -20,8 +20,6 @@ from ..study.runs import RunError
 from ..study.scale import read_scale
 from .tool import ToolParser, add_options, number, output_folder
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

@@ -17,8 +17,6 @@ from ..study.launch import run_all
 from ..study.summary import STARTED, name_of, read_earlier
 from .tool import ToolParser, add_options, number, output_folder, save_json
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

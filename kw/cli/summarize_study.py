@@ -23,9 +23,6 @@ from .tool import ToolParser, output_file, save_json
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
-__all__ = ["main"]
-
-
 def main() -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("study", metavar="STUDY", help="a study, see configs/tiny_imagenet")

@@ -23,16 +23,7 @@ from ..config import ConfigError
 from ..errors import valid_names
 from ..runs import load_run, runs_of
 from ..training.distributed import LAUNCHERS
-from .tool import (
-    ToolParser,
-    add_config_options,
-    number,
-    output_file,
-    output_folder,
-    save_json,
-)
-
-__all__ = ["main"]
+from .tool import ToolParser, add_config_options, number, output_file, output_folder, save_json
 
 SETS = ("real", "v2", "a", "r", "sketch", "c")
 TTA = ("flip", "five", "ten")

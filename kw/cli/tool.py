@@ -20,28 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import (
-    EXIT_INTERRUPTED,
-    EXIT_MISSING,
-    Interrupted,
-    MissingProcess,
-    UserError,
-    answer,
-)
+from ..errors import EXIT_INTERRUPTED, EXIT_MISSING, Interrupted, MissingProcess, answer, writing
 from ..version import __version__
-
-__all__ = [
-    "ToolParser",
-    "add_config_options",
-    "add_options",
-    "device",
-    "number",
-    "output_file",
-    "output_folder",
-    "precision",
-    "run_tool",
-    "save_json",
-]
 
 _BUG = 1
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells have it
@@ -193,18 +173,11 @@ def _expect_room_for(folder: Path, text: str) -> None:
 
 
 def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
-    """Write a tool's results, into a folder that is made if need be.
-
-    Raises:
-        UserError: it cannot be written; the message names the file.
-    """
+    """Write a tool's results; a UserError names a file that cannot be written."""
     from ..training.saving import write_json
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         write_json(content, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def run_tool(main: Callable[[], None]) -> None:

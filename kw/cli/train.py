@@ -11,8 +11,6 @@ from ..runs import load_run
 from ..training.distributed import LAUNCHERS
 from .tool import ToolParser, add_config_options, output_folder
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = ToolParser(__doc__)

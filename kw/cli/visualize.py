@@ -7,6 +7,7 @@ kw visualize attention configs/imagenet/resnet18/kw_resnet18_1x.yaml best.pth --
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,32 @@ from ..config import ConfigError
 from ..evaluation import render_table
 from ..pictures.method import draw_mixing, draw_partition
 from ..pictures.style import check_output, save
+from ..registry import takes
 from ..runs import is_run, load_run, run_of
 from ..training import network_pictures, run_pictures
-from .tool import (
-    ToolParser,
-    add_config_options,
-    add_options,
-    number,
-    output_file,
-    output_folder,
-)
+from .tool import ToolParser, add_config_options, add_options, number, output_file, output_folder
 
-__all__ = ["main"]
+NETWORK: dict[str, tuple[Callable[..., Any], str]] = {
+    "attention": (network_pictures.picture_attention, "coefficients per layer as heat maps"),
+    "cells": (network_pictures.picture_cells, "which cells the layers use, their own or others'"),
+    "kernels": (network_pictures.picture_kernels, "the kernels that two images get"),
+    "cam": (network_pictures.picture_cam, "class-activation maps on images"),
+}
+"""Pictures of a trained classifier: who draws them, from the options that it has arguments for."""
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
 
-    def kind(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
-        added = kinds.add_parser(name, help=text, description=text)
+    def kind(name: str, draw: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text)
         added.set_defaults(draw=draw)
         return added
 
-    def of_config(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
+    def of_run(name: str, draw: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
         added = kind(name, draw, text)
         add_config_options(added)
-        return added
-
-    def of_run(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
-        added = of_config(name, draw, text)
         added.add_argument(
             "checkpoint",
             nargs="?",
@@ -52,55 +49,44 @@ def main() -> None:
         )
         return added
 
-    def layers(to: argparse.ArgumentParser) -> None:
-        to.add_argument(
-            "--layers",
-            metavar="REGEX",
-            help="only layers whose whole name it matches, e.g. 'layer1.*conv2'",
-        )
-
-    def images(to: argparse.ArgumentParser, count: int) -> None:
-        to.add_argument(
-            "--images",
-            type=number(int, 1, 10**5),
-            default=count,
-            help=f"test images, evenly over the set ({count})",
-        )
-
-    attention = of_run("attention", draw_attention, "coefficients per layer as heat maps")
-    layers(attention)
-    images(attention, 64)
-    attention.add_argument(
-        "--over",
-        choices=("images", "classes"),
-        default="images",
-        help="the mean over images, or how classes differ from it (images)",
-    )
-    attention.add_argument(
-        "--classes",
-        type=number(int, 2, 100),
-        default=10,
-        help="with --over classes: the first so many (10)",
-    )
-    cells = of_run("cells", draw_cells, "which cells the layers use, their own or others'")
-    layers(cells)
-    images(cells, 64)
-    kernels = of_run("kernels", draw_kernels, "the kernels that two images get")
-    kernels.add_argument("image", nargs="*", metavar="IMAGE", help="two")
-    layers(kernels)
-    cam = of_run("cam", draw_cam, "class-activation maps on images")
-    cam.add_argument("image", nargs="*", metavar="IMAGE", help="one or more")
+    network = {name: of_run(name, draw_network, text) for name, (_, text) in NETWORK.items()}
     history = kind("history", draw_history, "coefficients over training")
     history.add_argument("work_dir", type=Path, metavar="WORK_DIR")
     add_options(history)
     history.add_argument(
         "--warehouse", metavar="NAME", help="the one whose maps are drawn (the first)"
     )
-    images(history, 32)
-    batches = of_config("batches", draw_batch, "a batch as training sees it")
+    for name, expected in (("kernels", "two"), ("cam", "one or more")):
+        network[name].add_argument("image_files", nargs="*", metavar="IMAGE", help=expected)
+    for name in ("attention", "cells", "kernels"):
+        network[name].add_argument(
+            "--layers",
+            metavar="REGEX",
+            help="only layers whose whole name it matches, e.g. 'layer1.*conv2'",
+        )
+    for name, count in (("attention", 64), ("cells", 64), ("history", 32)):
+        said = f"test images, evenly over the set ({count})"
+        kinds.choices[name].add_argument(
+            "--images", type=number(int, 1, 10**5), default=count, help=said
+        )
+    network["attention"].add_argument(
+        "--over",
+        choices=("images", "classes"),
+        default="images",
+        help="the mean over images, or how classes differ from it (images)",
+    )
+    network["attention"].add_argument(
+        "--classes",
+        type=number(int, 2, 100),
+        default=10,
+        help="with --over classes: the first so many (10)",
+    )
+    batches = kind("batches", draw_batch, "a batch as training sees it")
+    add_config_options(batches)
     for name, text in (("epoch", "epoch, from 1 (1)"), ("update", "update of the epoch (1)")):
         batches.add_argument(f"--{name}", type=number(int, 1, 10**9), default=1, help=text)
-    of_config("schedules", draw_schedules, "learning rate, decay and temperature, before a run")
+    schedules = "learning rate, decay and temperature, before a run"
+    add_config_options(kind("schedules", draw_schedules, schedules))
     kind("partition", draw_method, "the method: kernels, blocks, cells")
     kind("mixing", draw_method, "the method: coefficients, temperature, a kernel")
     for name, added in kinds.choices.items():
@@ -125,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     if "config" in args:
         find_run(args)
-    count = len(getattr(args, "image", ()))
+    count = len(getattr(args, "image_files", ()))
     if (args.kind == "kernels" and count != 2) or (args.kind == "cam" and not count):
         expected = "IMAGE IMAGE" if args.kind == "kernels" else "IMAGE"
         parser.error(f"the following arguments are required: {expected} (got {count})")
@@ -141,8 +127,8 @@ def find_run(args: argparse.Namespace) -> None:
     """Put configuration and checkpoint in the place of a run, which is named alone."""
     checkpoint = getattr(args, "checkpoint", None)
     alone = is_run(args.config)
-    if alone and checkpoint is not None and "image" in args:
-        args.image.insert(0, checkpoint)
+    if alone and checkpoint is not None and "image_files" in args:
+        args.image_files.insert(0, checkpoint)
         checkpoint = None
     if alone or "checkpoint" in args:
         args.config, args.checkpoint = run_of(args.config, checkpoint)
@@ -156,32 +142,16 @@ def classifier(args: argparse.Namespace) -> Any:
     return config
 
 
-def draw_attention(args: argparse.Namespace) -> None:
-    config, options = classifier(args), {"layers": args.layers, "images": args.images}
-    if args.over == "classes":
-        options["classes"] = args.classes
-        network_pictures.picture_classes(config, args.checkpoint, args.out, **options)
-        return
-    found = network_pictures.picture_attention(config, args.checkpoint, args.out, **options)
-    header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
-    rows = [(each.layer, *map(str, each[1:3]), *(f"{x:.3f}" for x in each[3:])) for each in found]
-    print(render_table(header, rows))
-
-
-def draw_cells(args: argparse.Namespace) -> None:
-    network_pictures.picture_cells(
-        classifier(args), args.checkpoint, args.out, layers=args.layers, images=args.images
-    )
-
-
-def draw_kernels(args: argparse.Namespace) -> None:
-    network_pictures.picture_kernels(
-        classifier(args), args.checkpoint, args.image, args.out, layers=args.layers
-    )
-
-
-def draw_cam(args: argparse.Namespace) -> None:
-    network_pictures.picture_cam(classifier(args), args.checkpoint, args.image, args.out)
+def draw_network(args: argparse.Namespace) -> None:
+    picture, _ = NETWORK[args.kind]
+    if getattr(args, "over", None) == "classes":
+        picture = network_pictures.picture_classes
+    given = {**vars(args), "config": classifier(args)}
+    found = picture(**{name: value for name, value in given.items() if takes(picture, name)})
+    if found is not None:
+        header = ("layer", "mixtures", "cells", "own", "others", "negative", "variation")
+        rows = [(x.layer, *map(str, x[1:3]), *(f"{value:.3f}" for value in x[3:])) for x in found]
+        print(render_table(header, rows))
 
 
 def draw_history(args: argparse.Namespace) -> None:

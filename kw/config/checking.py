@@ -18,24 +18,16 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ..errors import did_you_mean
-from .describe import UNIONS, allowed, default_of, is_required, key_hints
+from .describe import UNIONS, allowed, default_of, is_required, key_hints, type_hints
 from .imports import import_custom
-from .loading import OPTIONS
 from .rules import Expect, check_rules, ignored_settings
 from .schema import Config
-from .tree import ConfigError, Entry, join, show
-
-__all__ = ["Schema", "check", "check_tree"]
+from .tree import OPTIONS, ConfigError, Entry, join, show
 
 C = TypeVar("C")
 
 _BAD = object()
-_TESTS = {
-    "minimum": operator.ge,
-    "above": operator.gt,
-    "maximum": operator.le,
-    "below": operator.lt,
-}
+_TESTS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +69,7 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
     Raises:
         ConfigError: with one line for every problem.
     """
-    if "custom_imports" in typing.get_type_hints(schema.cls):
+    if "custom_imports" in type_hints(schema.cls):
         import_custom(root)  # before the choices are looked up
     checker = _Checker(root, schema.cls)
     config: C = checker.table(schema.cls, root, "")
@@ -86,7 +78,7 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
         raise ConfigError(*checker.problems)
     for key, reason in schema.ignored(config):
         entry, _ = root.find(key)
-        chosen = _get(config, key) != default_of(schema.cls, key)
+        chosen = _get(config, key) != default_of(checker.hints[key][1])
         if chosen and _is_deliberate(entry, root, schema.cls):
             message = f"{entry.origin}: {key} = {show(entry.plain())} has no effect: {reason}"
             warnings.warn(message, stacklevel=stacklevel)
@@ -96,10 +88,9 @@ def check_tree(root: Entry, schema: Schema[C], stacklevel: int = 3) -> C:
 class _Checker:
     def __init__(self, root: Entry, cls: Any) -> None:
         self.root = root
-        self.cls = cls
         self.problems: list[str] = []
         self.wrong: set[str] = set()
-        self.keys = list(key_hints(cls))
+        self.hints = key_hints(cls)
 
     def problem(self, entry: Entry, key: str, message: str) -> Any:
         self.wrong.add(key)
@@ -114,7 +105,7 @@ class _Checker:
         if right or any(f"{key}.".startswith(f"{bad}.") for key in keys for bad in self.wrong):
             return
         entries = [self.root.find(key) for key in keys]
-        values = [f"{key} = {show(_plain(_get(config, key)))}" for key in keys]
+        values = [f"{key} = {show(_get(config, key))}" for key in keys]
         message = f"{entries[0][0].origin}: {values[0]}: expected {expected}"
         for value, (entry, own) in zip(values[1:], entries[1:], strict=True):
             message += f"{',' if value is not values[1] else ';'} {value}"
@@ -123,7 +114,7 @@ class _Checker:
 
     def table(self, cls: Any, entry: Entry, key: str) -> Any:
         """An instance of a dataclass from a mapping."""
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         for name, child in entry.value.items():
             if name not in hints:
                 self._unknown(child, key, name, list(hints))
@@ -149,22 +140,21 @@ class _Checker:
     def value(self, hint: Any, entry: Entry, key: str, metadata: Mapping[str, Any]) -> Any:
         """A value converted to its type hint, or _BAD once its problem is noted."""
         expected = allowed(hint, metadata)
-        if typing.get_origin(hint) in UNIONS:
-            options = typing.get_args(hint)
-            if entry.value is None and type(None) in options:
-                return None
-            options = tuple(option for option in options if option is not type(None))
-            # No union in the schema has two members for one kind of YAML node.
-            kind = next((k for k in (dict, list) if isinstance(entry.value, k)), None)
-            hint = next((o for o in options if _kind(o) == kind), options[0])
-        if _is_mapping(hint):
-            if not isinstance(entry.value, dict):
+        options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+        if entry.value is None and type(None) in options:
+            return None
+        # No union in the schema has two members for one kind of YAML node.
+        by_node = {_node(option): option for option in options if option is not type(None)}
+        given = next((node for node in (dict, list) if isinstance(entry.value, node)), None)
+        hint = by_node.get(given, next(iter(by_node.values())))
+        if _node(hint) is list:
+            return self._list(hint, entry, key, metadata, expected)
+        if _node(hint) is dict:
+            if given is not dict:
                 return self.expect(entry, key, expected)
             if dataclasses.is_dataclass(hint):
                 return self.table(hint, entry, key)
             return self._mapping(typing.get_args(hint)[1], entry, key)
-        if typing.get_origin(hint) is list:
-            return self._list(hint, entry, key, metadata, expected)
         value = _scalar(hint, entry.value)
         if value is not _BAD and _within(value, metadata):
             return value
@@ -199,7 +189,7 @@ class _Checker:
         return values
 
     def _unknown(self, entry: Entry, key: str, name: str, known: list[str]) -> None:
-        wrong, keys = join(key, name if len(name) <= 80 else name[:77] + "..."), self.keys
+        wrong, keys = join(key, name if len(name) <= 80 else name[:77] + "..."), self.hints
         siblings = difflib.get_close_matches(name, known, 1)
         siblings = siblings or [other for other in known if other.startswith(name)]
         near = [join(key, other) for other in siblings]
@@ -214,18 +204,15 @@ class _Checker:
     def _missing(self, entry: Entry, key: str, hint: Any, metadata: Mapping[str, Any]) -> None:
         example = f"{key}: {metadata['example']}"
         expected = f"expected {allowed(hint, metadata)} ({metadata['doc']}), e.g. {example}"
-        if entry.origin.source == OPTIONS:
-            entry = self.root
         self.problem(entry, key, f" is missing: {expected}")
 
 
-def _is_mapping(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
-
-
-def _kind(hint: Any) -> type | None:
+def _node(hint: Any) -> type | None:
     """The YAML node of a type hint: a mapping, a list, or None for a scalar."""
-    return dict if _is_mapping(hint) else list if typing.get_origin(hint) is list else None
+    if dataclasses.is_dataclass(hint):
+        return dict
+    origin = typing.get_origin(hint)
+    return origin if origin in (dict, list) else None
 
 
 def _scalar(hint: Any, value: Any) -> Any:
@@ -252,14 +239,13 @@ def _is_plain(value: Any) -> bool:
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
     if isinstance(value, str):
         return metadata.get("choices") is None or value in metadata["choices"]
-    bounds = ((test, metadata.get(name)) for name, test in _TESTS.items())
-    return all(bound is None or test(value, bound) for test, bound in bounds)
+    return all(_TESTS[sign](value, limit) for sign, limit in metadata.get("bounds", ()))
 
 
 def _stand_in(hint: Any, field: dataclasses.Field[Any]) -> Any:
     if not dataclasses.is_dataclass(hint):
         return field.metadata["example"]
-    hints = typing.get_type_hints(hint)
+    hints = type_hints(hint)
     required = [f for f in dataclasses.fields(hint) if is_required(f)]
     return typing.cast(Any, hint)(**{f.name: _stand_in(hints[f.name], f) for f in required})
 
@@ -279,10 +265,4 @@ def _is_deliberate(entry: Entry, root: Entry, cls: Any) -> bool:
     if entry.origin.source == OPTIONS:
         return True
     is_resolved = all(field.name in root.value for field in dataclasses.fields(cls))
-    return not entry.origin.inherited and not is_resolved
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
+    return entry.origin.source == root.origin.source and not is_resolved

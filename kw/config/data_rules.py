@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from .schema import Config
 
-__all__ = ["check_data_rules"]
-
 _NUMBER = r"\d+(\.\d+)?"
 # timm reads a policy leniently: options that it does not know are ignored or fail an assertion.
 _POLICIES = re.compile(
@@ -31,51 +29,29 @@ def check_data_rules(config: Config, expect: Callable[..., None]) -> None:
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(data, name)
         expect(low <= high, "[low, high] with low <= high", f"data.{name}")
-    expect(
-        data.auto_augment is None or _POLICIES.fullmatch(data.auto_augment) is not None,
-        "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null",
-        "data.auto_augment",
+    policy, smooth = data.auto_augment, data.interpolation in ("bilinear", "bicubic")
+    expected = (
+        "a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', '3a', or null"
     )
-    if data.auto_augment is not None and data.augments_on_device:
+    expect(policy is None or bool(_POLICIES.fullmatch(policy)), expected, "data.auto_augment")
+    if policy is not None and data.augments_on_device:
         where = "data.augment_on" if data.memory is None else "data.memory"
-        expect(
-            not data.auto_augment.startswith("augmix"),
-            f"another policy or null beside {where}: AugMix works on one image at a time, not on "
-            "batches of tensors",
-            "data.auto_augment",
-            where,
-        )
-        expect(
-            data.interpolation in ("bilinear", "bicubic"),
-            f"bilinear or bicubic beside data.auto_augment and {where}",
-            "data.interpolation",
-            where,
-        )
-    expect(
-        data.memory is None or not data.transforms,
-        "empty beside data.memory: they work on one image at a time, not on batches of tensors",
-        "data.transforms",
-        "data.memory",
-    )
-    pillow = data.decoder == "pillow"
-    expect(
-        pillow or data.memory is None,
-        "pillow beside data.memory, which decodes every image once",
-        "data.decoder",
-        "data.memory",
-    )
-    expect(
-        pillow or not data.transforms,
-        "pillow beside data.transforms, which take Pillow images",
-        "data.decoder",
-        "data.transforms",
-    )
-    expect(
-        pillow or data.interpolation != "lanczos",
-        "bicubic, bilinear or nearest beside data.decoder fast",
-        "data.interpolation",
-        "data.decoder",
-    )
+        why = "AugMix works on one image at a time, not on batches of tensors"
+        expected = f"another policy or null beside {where}: {why}"
+        expect(not policy.startswith("augmix"), expected, "data.auto_augment", where)
+        expected = f"bilinear or bicubic beside data.auto_augment and {where}"
+        expect(smooth, expected, "data.interpolation", where)
+    if data.memory is not None:
+        why = "they work on one image at a time, not on batches of tensors"
+        expected = f"empty beside data.memory: {why}"
+        expect(not data.transforms, expected, "data.transforms", "data.memory")
+    if data.decoder == "fast":
+        expected = "pillow beside data.memory, which decodes every image once"
+        expect(data.memory is None, expected, "data.decoder", "data.memory")
+        expected = "pillow beside data.transforms, which take Pillow images"
+        expect(not data.transforms, expected, "data.decoder", "data.transforms")
+        expected = "bicubic, bilinear or nearest beside data.decoder fast"
+        expect(data.interpolation != "lanczos", expected, "data.interpolation", "data.decoder")
     _check_channels(config, expect)
 
 
@@ -89,27 +65,17 @@ def _check_channels(config: Config, expect: Callable[..., None]) -> None:
         count = len(getattr(data, name))
         expected = f"a list of {data.channels} numbers, one a channel (docs/data.md measures them)"
         expect(count == data.channels, expected, f"data.{name}", key)
-    expect(
-        data.decoder == "pillow" or (data.channels == 3 and data.pixels == "uint8"),
-        "pillow: the fast decoder gives RGB in bytes",
-        "data.decoder",
-        key,
-        "data.pixels",
-    )
+    keys = (key, "data.pixels")
+    if data.decoder == "fast":
+        right = data.channels == 3 and data.pixels == "uint8"
+        expect(right, "pillow: the fast decoder gives RGB in bytes", "data.decoder", *keys)
     if data.are_pictures:
         return
-    keys, why = (key, "data.pixels"), "it works on grey and RGB images in bytes"
+    why = "it works on grey and RGB images in bytes"
     for name, none in (("auto_augment", "null"), ("color_jitter", "null"), ("transforms", "{}")):
         expect(not getattr(data, name), f"{none}: {why}", f"data.{name}", *keys)
-    expect(
-        data.interpolation in ("bilinear", "bicubic"),
-        "bilinear or bicubic: these images are resized as tensors",
-        "data.interpolation",
-        *keys,
-    )
-    expect(
-        data.memory is None or data.pixels == "uint8",
-        "null beside data.pixels uint16: images are held as bytes",
-        "data.memory",
-        "data.pixels",
-    )
+    expected = "bilinear or bicubic: these images are resized as tensors"
+    smooth = data.interpolation in ("bilinear", "bicubic")
+    expect(smooth, expected, "data.interpolation", *keys)
+    expected = "null beside data.pixels uint16: images are held as bytes"
+    expect(data.memory is None or data.pixels == "uint8", expected, "data.memory", "data.pixels")

@@ -10,20 +10,18 @@ from ..registry import DATASETS
 from .fields import setting, table
 from .run_schema import BadImagesConfig
 
-__all__ = ["DataConfig", "MemoryConfig", "ProgressiveConfig", "RandomErasingConfig"]
-
 
 @dataclass
 class RandomErasingConfig:
     """Random erasing (Zhong et al., 2020), on the device, after normalisation."""
 
-    probability: float = setting(0.25, "probability per image", minimum=0, maximum=1)
+    probability: float = setting(0.25, "probability per image", "[0, 1]")
     mode: str = setting(
         "pixel",
         "what a rectangle is filled with: noise per pixel, one random colour, or zeros",
         choices=("pixel", "rand", "const"),
     )
-    count: int = setting(1, "largest number of rectangles per erased image", minimum=1, maximum=100)
+    count: int = setting(1, "largest number of rectangles per erased image", "[1, 100]")
 
 
 @dataclass
@@ -32,16 +30,13 @@ class MemoryConfig:
     device that trains (docs/data.md)."""
 
     place: str = setting(
-        "device",
-        "memory of the training device, or of its host",
-        choices=("device", "host"),
+        "device", "memory of the training device, or of its host", choices=("device", "host")
     )
     size: int | None = setting(
         None,
         "side of the stored training images, pixels: the shorter side is resized to it, then the "
         "centre is cropped; null = unchanged, all images of one size",
-        minimum=1,
-        maximum=8192,
+        "[1, 8192]",
     )
 
 
@@ -50,17 +45,14 @@ class ProgressiveConfig:
     """Training images that grow with the epochs, resized on the device; test images do not
     (EfficientNetV2, Tan and Le, ICML 2021)."""
 
-    start: int = setting(
-        doc="side in the first epoch, pixels", minimum=1, maximum=8192, example=128
-    )
+    start: int = setting(doc="side in the first epoch, pixels", bounds="[1, 8192]", example=128)
     epochs: int = setting(
         doc="epochs over which the side grows linearly to input_size, which the rest have",
-        minimum=1,
-        maximum=10**6,
+        bounds="[1, 1_000_000]",
         example=60,
     )
     multiple: int = setting(
-        32, "sides in between are rounded down to a multiple of this", minimum=1, maximum=8192
+        32, "sides in between are rounded down to a multiple of this", "[1, 8192]"
     )
 
 
@@ -72,18 +64,13 @@ class DataConfig:
         doc="a folder with train/ and val/, each with one folder per class", example="data/imagenet"
     )
     input_size: int | list[int] = setting(
-        224,
-        "side of the square network input, or [height, width], pixels",
-        minimum=1,
-        maximum=8192,
-        length=2,
+        224, "side of the square network input, or [height, width], pixels", "[1, 8192]", length=2
     )
     channels: int = setting(
         3,
         "channels of the images and of the network's input: 1 = grey, 3 = RGB; others as stored, "
         "e.g. 4 of RGBA files or the bands of a TIFF file (docs/data.md)",
-        minimum=1,
-        maximum=1024,
+        "[1, 1024]",
     )
     pixels: str = setting(
         "uint8",
@@ -97,7 +84,7 @@ class DataConfig:
         "every epoch",
     )
     workers: int = setting(
-        4, "loader processes per device; 0 = load in the training process", minimum=0, maximum=512
+        4, "loader processes per device; 0 = load in the training process", "[0, 512]"
     )
     memory: MemoryConfig | None = setting(
         None,
@@ -107,8 +94,7 @@ class DataConfig:
         1,
         "repeated augmentation: times that an image is trained on in a row, augmented anew each "
         "time; an epoch keeps its updates and has 1 / repeats of the images",
-        minimum=1,
-        maximum=1024,
+        "[1, 1024]",
     )
     sampling: str = setting(
         "shuffle",
@@ -130,16 +116,12 @@ class DataConfig:
         choices=("pillow", "fast"),
     )
     mean: list[float] = setting(
-        [0.485, 0.456, 0.406],
-        "means of inputs in [0, 1], one a channel",
-        minimum=0,
-        maximum=1,
+        [0.485, 0.456, 0.406], "means of inputs in [0, 1], one a channel", "[0, 1]"
     )
     std: list[float] = setting(
         [0.229, 0.224, 0.225],
         "standard deviations of inputs in [0, 1], one a channel",
-        minimum=1e-6,
-        maximum=1e6,
+        "[1e-6, 1e6]",
     )
     interpolation: str = setting(
         "bicubic",
@@ -147,25 +129,20 @@ class DataConfig:
         choices=("bilinear", "bicubic", "nearest", "lanczos"),
     )
     test_crop_ratio: float = setting(
-        0.875, "test images are resized to input_size / ratio, then cropped", minimum=0.1, maximum=1
+        0.875, "test images are resized to input_size / ratio, then cropped", "[0.1, 1]"
     )
     crop_scale: list[float] = setting(
-        [0.08, 1.0],
-        "area range of the random resized crop, fractions",
-        above=0,
-        maximum=1,
-        length=2,
+        [0.08, 1.0], "area range of the random resized crop, fractions", "(0, 1]", length=2
     )
     crop_ratio: list[float] = setting(
         [0.75, 1.3333],
         "aspect range of the random resized crop, width / height",
-        minimum=1e-3,
-        maximum=1e3,
+        "[1e-3, 1e3]",
         length=2,
     )
-    horizontal_flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    horizontal_flip: float = setting(0.5, "probability of a horizontal flip", "[0, 1]")
     color_jitter: float | None = setting(
-        None, "strength of brightness, contrast and saturation jitter", minimum=0, maximum=10
+        None, "strength of brightness, contrast and saturation jitter", "[0, 10]"
     )
     auto_augment: str | None = setting(
         None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (where given, it replaces color_jitter)"
@@ -182,17 +159,13 @@ class DataConfig:
         "arguments",
     )
     random_erasing: RandomErasingConfig | None = setting(None, "random erasing")
-    mixup: float = setting(
-        0.0, "alpha of mixup's Beta distribution; 0 = off", minimum=0, maximum=1000
-    )
-    cutmix: float = setting(
-        0.0, "alpha of cutmix's Beta distribution; 0 = off", minimum=0, maximum=1000
-    )
+    mixup: float = setting(0.0, "alpha of mixup's Beta distribution; 0 = off", "[0, 1000]")
+    cutmix: float = setting(0.0, "alpha of cutmix's Beta distribution; 0 = off", "[0, 1000]")
     mix_probability: float = setting(
-        1.0, "probability that mixup or cutmix is applied to a batch", minimum=0, maximum=1
+        1.0, "probability that mixup or cutmix is applied to a batch", "[0, 1]"
     )
     mix_switch_probability: float = setting(
-        0.5, "probability of cutmix instead of mixup if both are on", minimum=0, maximum=1
+        0.5, "probability of cutmix instead of mixup if both are on", "[0, 1]"
     )
     dataset: str = setting(
         "folder", "how a split's files, labels and classes are found", choices=DATASETS

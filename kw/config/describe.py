@@ -6,17 +6,15 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .tree import join
 
-__all__ = ["UNIONS", "allowed", "default_of", "is_required", "key_hints", "members"]
-
 UNIONS = (typing.Union, types.UnionType)
-_type_hints = functools.cache(typing.get_type_hints)  # they are compiled from texts
+# Kept, because they are compiled from texts.
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _NUMBERS = {int: "an integer", float: "a number"}
-_BOUNDS = (("minimum", ">="), ("above", ">"), ("maximum", "<="), ("below", "<"))
 
 
 def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
@@ -25,11 +23,7 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         options = [h for h in typing.get_args(hint) if h is not type(None)]
         null = ["null"] if len(options) < len(typing.get_args(hint)) else []
         return " or ".join([allowed(option, metadata) for option in options] + null)
-    bounds = [
-        f"{sign} {_plain(metadata[name])}"
-        for name, sign in _BOUNDS
-        if metadata.get(name) is not None
-    ]
+    bounds = [f"{sign} {_plain(limit)}" for sign, limit in metadata.get("bounds", ())]
     limits = " " + " and ".join(bounds) if bounds else ""
     if hint in _NUMBERS:
         return _NUMBERS[hint] + limits
@@ -68,7 +62,7 @@ def members(hint: Any) -> tuple[str, Any] | None:
 def key_hints(cls: Any, key: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type hint and field of every setting, by dotted key; groups come before their members."""
     found = {}
-    hints = _type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         child_key = join(key, field.name)
         found[child_key] = (hints[field.name], field)
@@ -84,9 +78,8 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def default_of(cls: Any, key: str) -> Any:
-    """The default of the setting at a dotted key of a dataclass."""
-    _, field = key_hints(cls)[key]
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value of a setting that a file leaves out."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from ..errors import one_line
 from .tree import ConfigError, Entry, show
 
-__all__ = ["ALLOW", "import_custom", "import_modules"]
-
 ALLOW = "KW_CUSTOM_IMPORTS"
 
 

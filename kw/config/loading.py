@@ -25,11 +25,8 @@ from typing import Any
 import yaml
 
 from ..errors import did_you_mean
-from .tree import ConfigError, Entry, Origin, join, merge, show
+from .tree import OPTIONS, ConfigError, Entry, Origin, join, merge, show
 
-__all__ = ["OPTIONS", "SCALARS", "parse_config", "read_config", "read_option"]
-
-OPTIONS = "--cfg-options"
 BASE = "_base_"
 DELETE = "_delete_"
 DEPTH = 20  # of inheritance
@@ -79,14 +76,13 @@ for _tag, _pattern in SCALARS:
 class _Reader:
     """One YAML text turned into a tree of entries; its problems are collected, not raised."""
 
-    def __init__(self, source: str, inherited: bool = False, numbered: bool = True) -> None:
+    def __init__(self, source: str) -> None:
         self.source = source
-        self.inherited = inherited
-        self.numbered = numbered
+        self.is_file = source != OPTIONS
         self.problems: list[str] = []
 
     def read(self, text: str, key: str = "") -> Entry:
-        """The tree of ``text``, which is the value of ``key``; an empty text is null.
+        """The tree of ``text``, which is the value of ``key``; an empty file is an empty mapping.
 
         Raises:
             ConfigError: the text is not YAML, or uses refused features.
@@ -94,32 +90,23 @@ class _Reader:
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
-            if not self.numbered and (node is None or node.end_mark.index < len(text.rstrip())):
+            if not self.is_file and (node is None or node.end_mark.index < len(text.rstrip())):
                 # A "#" is part of the value: options have no comments.
-                return Entry(text.strip(), self._origin(None))
+                return Entry(text.strip(), Origin(self.source))
             entry = (
-                Entry(None, self._origin(None)) if node is None else self._entry(loader, node, key)
+                Entry({}, Origin(self.source)) if node is None else self._entry(loader, node, key)
             )
-        except yaml.MarkedYAMLError as error:
-            where = self._origin(error.problem_mark or error.context_mark)
-            raise ConfigError(
-                f"{where}: {self._quote(key, text)}not valid: {error.problem}"
-            ) from None
         except (yaml.YAMLError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{self.source}: {self._quote(key, text)}not valid: {reason}"
-            ) from None
+            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            quoted = f"{key} = {text}: " if key else ""
+            raise ConfigError(f"{self._origin(mark)}: {quoted}not valid: {reason}") from None
         if self.problems:
             raise ConfigError(*self.problems)
         return entry
 
-    def _quote(self, key: str, text: str) -> str:
-        return f"{key} = {text}: " if key else ""
-
     def _origin(self, mark: yaml.Mark | None) -> Origin:
-        line = mark.line + 1 if self.numbered and mark is not None else None
-        return Origin(self.source, line, self.inherited)
+        return Origin(self.source, mark.line + 1 if self.is_file and mark is not None else None)
 
     def _problem(self, node: yaml.Node, key: str, message: str) -> None:
         where = self._origin(node.start_mark)
@@ -158,7 +145,7 @@ class _Reader:
                 continue
             lines[name] = name_node.start_mark.line + 1
             child = self._entry(loader, value_node, child_key)
-            if name == BASE and (key or not self.numbered):
+            if name == BASE and (key or not self.is_file):
                 self._problem(name_node, child_key, f"{BASE} belongs at the top of a file")
             elif name == DELETE:
                 complete = True
@@ -194,8 +181,7 @@ def read_config(path: str | os.PathLike[str], options: Iterable[str] = ()) -> En
             problems.extend(error.problems)
     if problems:
         raise ConfigError(*problems)
-    # Missing keys are reported for the file, also if there are options.
-    return Entry(tree.value, Origin(os.fspath(path)), tree.complete)
+    return tree
 
 
 def parse_config(text: str, source: str) -> Entry:
@@ -228,22 +214,17 @@ def _read_file(
         raise ConfigError(f"{where}: more than {DEPTH} files inherit from one another")
     if chain and os.path.realpath(path) in known:
         return known[os.path.realpath(path)]
-    text = _read_text(path, where)
-    tree = _Reader(path, inherited=bool(chain)).read(text)
-    if tree.value is None:
-        tree = Entry({}, tree.origin)
+    tree = _Reader(path).read(_read_text(path, where))
     if not isinstance(tree.value, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {show(tree.value)}")
     own = dict(tree.value)
-    merged = Entry({}, Origin(path, None, bool(chain)))
+    merged = Entry({}, Origin(path))
     if BASE in own:
         base = own.pop(BASE)
         for name in _base_names(base):
             base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
             merged = merge(merged, _read_file(base_path, base.origin, (*chain, path), known))
-    merged = merge(merged, Entry(own, tree.origin, tree.complete))
-    # Missing keys are reported for the file, without a line.
-    merged = Entry(merged.value, Origin(path, None, bool(chain)))
+    merged = merge(merged, Entry(own, Origin(path), tree.complete))
     known[os.path.realpath(path)] = merged
     return merged
 
@@ -297,7 +278,7 @@ def read_option(option: str) -> Entry:
     key = ".".join(names)
     if not text.strip():
         raise ConfigError(f"{OPTIONS}: {key}: no value after '='; for none write {key}=null")
-    entry = _Reader(OPTIONS, numbered=False).read(text, key)
+    entry = _Reader(OPTIONS).read(text, key)
     for name in reversed(names):
         entry = Entry({name: entry}, entry.origin)
     return entry

@@ -10,8 +10,6 @@ from pathlib import Path
 from ..errors import did_you_mean
 from .tree import ConfigError
 
-__all__ = ["config_file", "config_names", "configs"]
-
 # Folders of configurations, and prefixes of their names: several have a kw_resnet18_1x.
 _RUNS = {
     "imagenet": "",

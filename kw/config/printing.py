@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
-from .describe import allowed, key_hints, members
+from .describe import allowed, default_of, is_required, key_hints, members
 from .loading import SCALARS
 from .run_schema import RunConfig
 from .schema import Config
 from .tree import show
-
-__all__ = ["reference", "to_dict", "to_yaml"]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,9 +55,10 @@ def reference(cls: type[RunConfig] = Config) -> str:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        made = field.default_factory()
-        return "as below" if dataclasses.is_dataclass(made) else f"`{show(made)}`"
-    if field.default is dataclasses.MISSING:
+    if is_required(field):
         return "required"
-    return f"`{yaml.dump(field.default, Dumper=_Dumper).splitlines()[0]}`"
+    value = default_of(field)
+    if dataclasses.is_dataclass(value):
+        return "as below"
+    as_yaml = yaml.dump(value, Dumper=_Dumper).splitlines()[0]
+    return f"`{show(value) if isinstance(value, (list, dict)) else as_yaml}`"

@@ -13,54 +13,40 @@ from typing import Any
 from ..registry import SCHEDULES
 from .fields import setting, table
 
-__all__ = [
-    "BadImagesConfig",
-    "CheckpointConfig",
-    "ContractionConfig",
-    "DistributedConfig",
-    "EmaConfig",
-    "NonFiniteConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ScheduleConfig",
-]
-
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """The optimizer. The learning rate is that of ``total_batch_size``: it is not rescaled."""
 
     name: str = setting(
-        "adamw",
-        "adamw, sgd, another optimizer of torch or timm (name in lower case), or your own",
+        "adamw", "adamw, sgd, another optimizer of torch or timm (name in lower case), or your own"
     )
-    lr: float = setting(doc="learning rate after warm-up", above=0, maximum=1e6, example=0.1)
-    weight_decay: float = setting(
-        0.0, "decoupled (adamw) or L2 (sgd) decay", minimum=0, maximum=1e6
-    )
+    lr: float = setting(doc="learning rate after warm-up", bounds="(0, 1e6]", example=0.1)
+    weight_decay: float = setting(0.0, "decoupled (adamw) or L2 (sgd) decay", "[0, 1e6]")
     exempt_from_decay: str = setting(
         "norm_and_bias",
         "parameters without decay: 1-D ones and biases; those of normalisation layers; or none",
         choices=("norm_and_bias", "norm", "none"),
     )
     betas: list[float] = setting(
-        [0.9, 0.999], "adamw: decay of the moment estimates", minimum=0, below=1, length=2
+        [0.9, 0.999], "adamw: decay of the moment estimates", "[0, 1)", length=2
     )
-    eps: float = setting(1e-8, "adamw: added to the denominator", above=0, maximum=1)
-    momentum: float = setting(0.9, "sgd: momentum", minimum=0, below=1)
+    eps: float = setting(1e-8, "adamw: added to the denominator", "(0, 1]")
+    momentum: float = setting(0.9, "sgd: momentum", "[0, 1)")
     nesterov: bool = setting(False, "sgd: Nesterov's form")
     args: dict[str, Any] = setting({}, "further keyword arguments of the optimizer")
     attention_lr: float = setting(
-        1.0, "factor on the learning rate of attention branches", above=0, maximum=1e6
+        1.0, "factor on the learning rate of attention branches", "(0, 1e6]"
     )
     head_lr: float = setting(
         1.0,
         "factor on the learning rate of the classifier; above 1 for a new classifier on a "
         "pretrained network",
-        above=0,
-        maximum=1e6,
+        "(0, 1e6]",
     )
-    clip_grad: float | None = setting(None, "clip the gradient's global L2 norm to this", above=0)
+    clip_grad: float | None = setting(
+        None, "clip the gradient's global L2 norm to this", "(0, inf)"
+    )
 
 
 @dataclass
@@ -68,18 +54,17 @@ class ScheduleConfig:
     """The learning rate over time; it changes with every optimizer update."""
 
     name: str = setting("cosine", "shape after warm-up", choices=SCHEDULES)
-    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", minimum=0, maximum=10**6)
+    warmup_epochs: float = setting(0.0, "linear warm-up from 0, epochs", "[0, 1_000_000]")
     warmup_updates: int = setting(
         0,
         "minimum length of the warm-up, updates (for small data sets); at most a tenth of the run",
-        minimum=0,
-        maximum=10**6,
+        "[0, 1_000_000]",
     )
-    final_lr: float = setting(1e-6, "cosine: learning rate at the end", minimum=0, maximum=1e6)
+    final_lr: float = setting(1e-6, "cosine: learning rate at the end", "[0, 1e6]")
     milestones: list[float] = setting(
-        [], "step: epochs at which the rate is multiplied", above=0, maximum=10**6
+        [], "step: epochs at which the rate is multiplied", "(0, 1_000_000]"
     )
-    gamma: float = setting(0.1, "step: the factor", above=0, maximum=1)
+    gamma: float = setting(0.1, "step: the factor", "(0, 1]")
     args: dict[str, Any] = setting({}, "keyword arguments of another schedule")
 
 
@@ -87,7 +72,7 @@ class ScheduleConfig:
 class EmaConfig:
     """Exponential moving average of the weights, evaluated beside the model."""
 
-    decay: float = setting(0.9999, "share of the old average kept per update", above=0, below=1)
+    decay: float = setting(0.9999, "share of the old average kept per update", "(0, 1)")
     warmup: bool = setting(
         False,
         "keep min(decay, (1 + t) / (10 + t)) after t updates, so that the average follows the "
@@ -99,17 +84,16 @@ class EmaConfig:
 class CheckpointConfig:
     """When checkpoints are written. The last epoch's always is, and the best is always kept."""
 
-    interval: int = setting(1, "epochs between checkpoints", minimum=1, maximum=10**6)
+    interval: int = setting(1, "epochs between checkpoints", "[1, 1_000_000]")
     updates: int | None = setting(
         None,
         "updates between checkpoints within an epoch; null = none within epochs",
-        minimum=1,
-        maximum=10**9,
+        "[1, 1_000_000_000]",
     )
     minutes: float | None = setting(
-        None, "minutes between checkpoints within an epoch; null = none", above=0, maximum=10**6
+        None, "minutes between checkpoints within an epoch; null = none", "(0, 1_000_000]"
     )
-    keep: int = setting(2, "newest checkpoints kept", minimum=1, maximum=10**6)
+    keep: int = setting(2, "newest checkpoints kept", "[1, 1_000_000]")
 
 
 @dataclass
@@ -151,14 +135,12 @@ class DistributedConfig:
     bucket_mb: float = setting(
         25.0,
         "ddp: approximate size of the buckets in which gradients are reduced, MiB",
-        above=0,
-        maximum=10**5,
+        "(0, 100_000]",
     )
     timeout_minutes: float = setting(
         10.0,
         "the run ends with an error if a process waits longer than this for another",
-        above=0,
-        maximum=10**5,
+        "(0, 100_000]",
     )
 
 
@@ -175,14 +157,12 @@ class BadImagesConfig:
         0.001,
         "skip: the run stops if a larger fraction of a data set's files is bad, rounded up to "
         "whole files",
-        minimum=0,
-        maximum=1,
+        "[0, 1]",
     )
     max_pixels: int = setting(
         178_956_970,
         "larger images are not decoded and count as bad; the default is Pillow's limit",
-        minimum=1,
-        maximum=178_956_970,
+        "[1, 178_956_970]",
     )
 
 
@@ -191,14 +171,13 @@ class NonFiniteConfig:
     """Updates whose loss or gradient is not finite are skipped; when the run stops."""
 
     patience: int = setting(
-        20, "the run stops after this many skipped updates in a row", minimum=1, maximum=10**9
+        20, "the run stops after this many skipped updates in a row", "[1, 1_000_000_000]"
     )
     max_fraction: float = setting(
         0.1,
         "the run stops if a larger fraction of an epoch's updates (and more than patience) is "
         "skipped",
-        minimum=0,
-        maximum=1,
+        "[0, 1]",
     )
 
 
@@ -208,24 +187,20 @@ class RunConfig:
 
     optimizer: OptimizerConfig = field(metadata={"doc": "the optimizer"})
     epochs: int = setting(
-        doc="passes over the training images", minimum=1, maximum=10**6, example=100
+        doc="passes over the training images", bounds="[1, 1_000_000]", example=100
     )
     total_batch_size: int = setting(
         doc="images per optimizer update, over all devices and accumulation steps",
-        minimum=1,
-        maximum=2**24,
+        bounds="[1, 16_777_216]",
         example=256,
     )
     batch_size: int = setting(
-        doc="images per device and forward pass", minimum=1, maximum=2**16, example=32
+        doc="images per device and forward pass", bounds="[1, 65_536]", example=32
     )
-    seed: int = setting(0, "seed of every random choice", minimum=0, maximum=2**31 - 1)
+    seed: int = setting(0, "seed of every random choice", "[0, 2_147_483_647]")
     schedule: ScheduleConfig = table(ScheduleConfig, "the learning rate over time")
     temperature_epochs: float = setting(
-        0.0,
-        "epochs over which the attention temperature falls from 1 to 0",
-        minimum=0,
-        maximum=10**6,
+        0.0, "epochs over which the attention temperature falls from 1 to 0", "[0, 1_000_000]"
     )
     ema: EmaConfig | None = setting(None, "moving average of the weights; null = none")
     precision: str = setting(
@@ -239,16 +214,16 @@ class RunConfig:
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes")
     distributed: DistributedConfig = table(DistributedConfig, "training on several processes")
     contraction: ContractionConfig = table(ContractionConfig, "how dynamic layers compute")
-    eval_interval: int = setting(1, "epochs between evaluations", minimum=1, maximum=10**6)
+    eval_interval: int = setting(1, "epochs between evaluations", "[1, 1_000_000]")
     eval_batch_size: int | None = setting(
-        None, "images per device in evaluation; null = batch_size", minimum=1, maximum=2**16
+        None, "images per device in evaluation; null = batch_size", "[1, 65_536]"
     )
     loggers: dict[str, dict[str, Any]] = setting(
         {"tensorboard": {}},
         "where figures and pictures go besides log.jsonl: tensorboard, wandb, mlflow, trackio or "
         "your own, with their arguments, e.g. {tensorboard: {}, wandb: {project: mine}}",
     )
-    log_interval: int = setting(50, "updates between log lines", minimum=1, maximum=10**9)
+    log_interval: int = setting(50, "updates between log lines", "[1, 1_000_000_000]")
     checkpoint: CheckpointConfig = table(CheckpointConfig, "checkpoints")
     hooks: dict[str, dict[str, Any]] = setting(
         {},

@@ -18,19 +18,6 @@ from .data_schema import DataConfig
 from .fields import setting, table
 from .run_schema import OptimizerConfig, RunConfig
 
-__all__ = [
-    "Config",
-    "DistillationConfig",
-    "KernelWarehouseConfig",
-    "LossConfig",
-    "ModelConfig",
-    "PeerConfig",
-    "PicturesConfig",
-    "StemConfig",
-    "WarehouseConfig",
-]
-
-
 _STARTS = ("keep", "paper")
 
 
@@ -48,36 +35,25 @@ class WarehouseConfig:
     """Settings of one warehouse; null leaves the plan's own value."""
 
     cell_num_ratio: float | None = setting(
-        None, "b: cells per mixture, the convolutional parameter budget", above=0, maximum=1000
+        None, "b: cells per mixture, the convolutional parameter budget", "(0, 1000]"
     )
     cell_inplane_ratio: float | None = setting(
-        None,
-        "input channels of a cell / greatest common divisor of the layers'",
-        above=0,
-        maximum=1000,
+        None, "input channels of a cell / greatest common divisor of the layers'", "(0, 1000]"
     )
     cell_outplane_ratio: float | None = setting(
-        None,
-        "output channels of a cell / greatest common divisor of the layers'",
-        above=0,
-        maximum=1000,
+        None, "output channels of a cell / greatest common divisor of the layers'", "(0, 1000]"
     )
     nonlocal_basis_ratio: float | None = setting(
-        None,
-        "rank / number of the cells that are not a layer's own; 1 = full attention",
-        above=0,
-        maximum=1,
+        None, "rank / number of the cells that are not a layer's own; 1 = full attention", "(0, 1]"
     )
     reduction: float | None = setting(
-        None, "hidden width of the attention / input channels", above=0, maximum=64
+        None, "hidden width of the attention / input channels", "(0, 64]"
     )
     norm: str | None = setting(
         None, "normalisation inside the attention", choices=("batch", "layer")
     )
     attention: str | None = setting(
-        None,
-        "attention function; contrasting is the papers'",
-        choices=ATTENTION_FUNCTIONS,
+        None, "attention function; contrasting is the papers'", choices=ATTENTION_FUNCTIONS
     )
     spatial_partition: bool | None = setting(
         None, "true: cells are 1 x 1; false: cells keep the kernel's spatial size"
@@ -92,8 +68,7 @@ class WarehouseConfig:
         None,
         "start keep: scale of the logits / number of cells; with larger values coefficients change "
         "more slowly",
-        minimum=0.001,
-        maximum=1e6,
+        "[0.001, 1e6]",
     )
 
 
@@ -123,14 +98,10 @@ class PeerConfig:
         None,
         "kernels per converted layer; fdconv: groups of frequencies; kerneldna: parents among "
         "the layers of a shape",
-        minimum=1,
-        maximum=1024,
+        "[1, 1024]",
     )
     reduction: float | None = setting(
-        None,
-        "all but condconv: hidden width of the attention / input channels",
-        above=0,
-        maximum=64,
+        None, "all but condconv: hidden width of the attention / input channels", "(0, 64]"
     )
     layers: str | None = setting(
         None, "layers to convert: a regular expression that matches the whole name"
@@ -153,7 +124,7 @@ class PeerConfig:
 class StemConfig:
     """A stem for small images, in place of a ResNet's 7x7 convolution of stride 2 and pooling."""
 
-    stride: int = setting(1, "stride of its 3x3 convolution", minimum=1, maximum=4)
+    stride: int = setting(1, "stride of its 3x3 convolution", "[1, 4]")
     pool: bool = setting(False, "keep the max-pooling of stride 2 after it")
 
 
@@ -162,10 +133,10 @@ class ModelConfig:
     """The network: a timm backbone, and how it is converted."""
 
     name: str = setting(doc="timm model name of the static network", example="resnet18")
-    num_classes: int = setting(1000, "classes of the classifier", minimum=1, maximum=10**6)
-    drop_rate: float = setting(0.0, "dropout before the classifier", minimum=0, maximum=0.99)
+    num_classes: int = setting(1000, "classes of the classifier", "[1, 1_000_000]")
+    drop_rate: float = setting(0.0, "dropout before the classifier", "[0, 0.99]")
     drop_path_rate: float = setting(
-        0.0, "probability that a residual branch is dropped", minimum=0, maximum=0.99
+        0.0, "probability that a residual branch is dropped", "[0, 0.99]"
     )
     drop_path_decay: str = setting(
         "linear",
@@ -203,17 +174,15 @@ class LossConfig:
     """The training loss; evaluations report the cross-entropy, of several classes an image bce."""
 
     name: str = setting(
-        "cross_entropy",
-        "cross_entropy; bce: binary cross-entropy of each class",
-        choices=LOSSES,
+        "cross_entropy", "cross_entropy; bce: binary cross-entropy of each class", choices=LOSSES
     )
     args: dict[str, Any] = setting({}, "keyword arguments of the loss")
     class_weights: str | list[float] | None = setting(
         None,
         "factors on the loss of each class, in the order of the classes; balanced: images / "
         "(classes x the class's images), of the training set",
+        "[0, inf)",
         choices=("balanced",),
-        minimum=0,
     )
 
 
@@ -237,10 +206,10 @@ class DistillationConfig:
         choices=("soft", "hard"),
     )
     temperature: float = setting(
-        1.0, "soft: T, by which both networks' logits are divided", above=0, maximum=1000
+        1.0, "soft: T, by which both networks' logits are divided", "(0, 1000]"
     )
     alpha: float = setting(
-        0.5, "the teacher's share: (1 - alpha) loss + alpha distillation", above=0, maximum=1
+        0.5, "the teacher's share: (1 - alpha) loss + alpha distillation", "(0, 1]"
     )
 
 
@@ -248,10 +217,8 @@ class DistillationConfig:
 class PicturesConfig:
     """Pictures for TensorBoard during training; they need matplotlib (docs/visualizing.md)."""
 
-    interval: int = setting(1, "epochs between pictures", minimum=1, maximum=10**6)
-    images: int = setting(
-        16, "test images over which coefficients are averaged", minimum=1, maximum=1024
-    )
+    interval: int = setting(1, "epochs between pictures", "[1, 1_000_000]")
+    images: int = setting(16, "test images over which coefficients are averaged", "[1, 1024]")
 
 
 @dataclass
@@ -273,8 +240,7 @@ class ClassifierOptimizerConfig(OptimizerConfig):
         1.0,
         "factor on the learning rate from layer to layer, from the classifier to the stem; cells "
         "have the rate of the deepest layer that uses them. 1 = the same rate for all",
-        above=0,
-        maximum=1,
+        "(0, 1]",
     )
 
 
@@ -297,9 +263,7 @@ class Config(RunConfig, _Classification):
     metrics: dict[str, dict[str, Any]] = setting(
         {}, "metrics besides the accuracy: registered names, with their arguments"
     )
-    label_smoothing: float = setting(
-        0.0, "probability mass spread over all classes", minimum=0, maximum=0.99
-    )
+    label_smoothing: float = setting(0.0, "probability mass spread over all classes", "[0, 0.99]")
     channels_last: bool | None = setting(
         None, "NHWC memory layout of images and 4-D weights; null = on GPUs"
     )

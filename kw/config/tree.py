@@ -7,15 +7,13 @@ it, so that every error can name the file and the line to change.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["ConfigError", "Entry", "Origin", "entry_from_plain", "join", "merge", "show"]
-
-
 MOST = 12  # problems that a message lists
+OPTIONS = "--cfg-options"
 
 
 class ConfigError(UserError):
@@ -43,12 +41,10 @@ class Origin:
     Attributes:
         source: file name as the user would write it, or ``--cfg-options``.
         line: line in that file, from 1; None where there are no lines.
-        inherited: the value comes from a ``_base_`` file, not from the file that the user named.
     """
 
     source: str
     line: int | None = None
-    inherited: bool = False
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -60,7 +56,8 @@ class Entry:
 
     Attributes:
         value: ``dict[str, Entry]`` for a mapping, else a scalar or a list of plain values.
-        origin: where it was written; for a merged mapping, the latest file that wrote into it.
+        origin: where it was written; for a merged mapping, the latest file that wrote into it,
+            options left out.
         complete: the mapping said ``_delete_: true``: it replaces what it inherits.
     """
 
@@ -112,7 +109,8 @@ def merge(under: Entry, over: Entry) -> Entry:
     children = dict(under.value)
     for name, child in over.value.items():
         children[name] = merge(children[name], child) if name in children else child
-    return Entry(children, over.origin, under.complete)
+    origin = under.origin if over.origin.source == OPTIONS else over.origin
+    return Entry(children, origin, under.complete)
 
 
 def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
@@ -144,6 +142,8 @@ def show(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):

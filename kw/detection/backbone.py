@@ -286,10 +286,7 @@ def _keeping(config: ModelConfig, source: str) -> ModelConfig:
     if all(own is None or own.start != "paper" for own in settings):
         return config
     say(f"{source} are kept: the network's start 'paper', which replaces them, is not used")
-    if peer is not None:
-        return replace(config, peer=replace(peer, start="keep"))
-    assert warehouse is not None
-    return replace(config, kernel_warehouse=with_start(warehouse, "keep"))
+    return with_start(config, "keep")
 
 
 def _with_unused(

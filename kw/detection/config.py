@@ -21,8 +21,8 @@ from mmengine.config import Config as MMConfig
 
 from ..config import ConfigError
 from ..config.checking import check_tree
-from ..config.loading import OPTIONS, read_option
-from ..config.tree import Entry, Origin, merge, rebuilt
+from ..config.loading import read_option
+from ..config.tree import OPTIONS, Entry, Origin, merge, rebuilt
 from ..errors import did_you_mean
 from .origins import entry_with_origins, packages_from_metadata, read_origins
 from .schema import SCHEMA, DetectionConfig

@@ -50,7 +50,7 @@ def read_origins(path: str, chain: tuple[str, ...] = ()) -> dict[str, Origin]:
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
                 if isinstance(target, ast.Name):
-                    own.update(_keys(target.id, statement.value, target.lineno, path, bool(chain)))
+                    own.update(_keys(target.id, statement.value, target.lineno, path))
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == BASE for target in statement.targets
@@ -95,19 +95,17 @@ def _parse(path: str, chain: tuple[str, ...]) -> ast.Module:
         raise ConfigError(f"{path}{line}: not valid Python: {error}") from None
 
 
-def _keys(
-    key: str, node: ast.expr, line: int, path: str, inherited: bool
-) -> Iterator[tuple[str, Origin]]:
-    yield key, Origin(path, line, inherited)
+def _keys(key: str, node: ast.expr, line: int, path: str) -> Iterator[tuple[str, Origin]]:
+    yield key, Origin(path, line)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         for keyword in node.keywords:
             if keyword.arg is not None:
                 child = join(key, keyword.arg)
-                yield from _keys(child, keyword.value, keyword.lineno, path, inherited)
+                yield from _keys(child, keyword.value, keyword.lineno, path)
     if isinstance(node, ast.Dict):
         for name, value in zip(node.keys, node.values, strict=True):
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                yield from _keys(join(key, name.value), value, name.lineno, path, inherited)
+                yield from _keys(join(key, name.value), value, name.lineno, path)
 
 
 def _base_names(node: ast.expr, path: str) -> list[str]:

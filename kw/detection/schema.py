@@ -33,12 +33,10 @@ class CocoDataConfig:
     classes: list[str] | None = setting(
         None, "category names to detect; null = all of the training file, in the order of their ids"
     )
-    workers: int = setting(
-        4, "loader processes per device; 0 loads in the process", minimum=0, maximum=512
-    )
+    workers: int = setting(4, "loader processes per device; 0 loads in the process", "[0, 512]")
     keep_empty: bool = setting(False, "train on images without objects as well")
     min_size: int = setting(
-        32, "training images with a shorter side are left out, pixels", minimum=0, maximum=10**5
+        32, "training images with a shorter side are left out, pixels", "[0, 100_000]"
     )
     group_by_aspect: bool = setting(
         True, "put wide images of an update into the same batches, which needs less padding"
@@ -52,8 +50,7 @@ class CocoDataConfig:
         None,
         "detections of an image that the detector gives, and of a category in it that evaluation "
         "counts; null = the detector's own number, and COCO's 100",
-        minimum=100,
-        maximum=10**5,
+        "[100, 100_000]",
     )
     bad_images: BadImagesConfig = table(BadImagesConfig, "files that cannot be read")
     check: bool = setting(True, "check annotations before training, and before they are tested on")
@@ -63,8 +60,8 @@ class CocoDataConfig:
 class LayerDecayConfig:
     """Learning rates that fall from the backbone's last blocks to its stem."""
 
-    rate: float = setting(doc="factor from group to group", above=0, maximum=1, example=0.95)
-    blocks: int = setting(3, "blocks of a stage that make a group", minimum=1, maximum=1000)
+    rate: float = setting(doc="factor from group to group", bounds="(0, 1]", example=0.95)
+    blocks: int = setting(3, "blocks of a stage that make a group", "[1, 1000]")
 
 
 @dataclass(kw_only=True)

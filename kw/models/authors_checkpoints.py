@@ -25,17 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..warehouse import find_warehouses
-
-__all__ = [
-    "FAMILIES",
-    "AuthorsFileError",
-    "Family",
-    "Weights",
-    "read_authors_file",
-    "translate",
-]
 
 MODEL_KEYS = ("model", "state_dict")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema")
@@ -143,8 +134,7 @@ def read_authors_file(path: str | Path) -> Weights:
                 f"{path}: holds {refused[1]}, which is neither a tensor nor a plain type nor "
                 "argparse.Namespace; nothing was loaded"
             ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AuthorsFileError(f"{path}: cannot be read: {reason}") from error
+        raise AuthorsFileError(f"{path}: cannot be read: {one_line(error)}") from error
     model, average = _find_state(content, MODEL_KEYS), None
     if isinstance(content, Mapping):
         average = next((s for key in AVERAGE_KEYS if (s := _find_state(content.get(key)))), None)

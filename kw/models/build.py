@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
-from ..config.schema import KernelWarehouseConfig, ModelConfig, WarehouseConfig
+from ..config.schema import ModelConfig, WarehouseConfig
 from ..errors import one_line
 from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
@@ -25,17 +25,6 @@ from .freezing import freeze
 from .recompute import recompute_blocks
 from .stem import set_small_stem
 from .weights import is_converted, load_start, read_weights, say_adapted
-
-__all__ = [
-    "build_model",
-    "build_network",
-    "check_network",
-    "in_channels",
-    "read_start",
-    "start_network",
-    "with_start",
-    "without_sources",
-]
 
 _SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
@@ -79,9 +68,6 @@ def start_network(
         keep_head: whether to load the weights of the classifier.
         batches: images ``[B, 3, H, W]``, as for :func:`kw.convert`.
 
-    Returns:
-        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
-
     Raises:
         ConfigError: as for :func:`build_network`.
         CheckpointError: the weights cannot be read or do not fit the network.
@@ -92,19 +78,17 @@ def start_network(
         source = f"model.weights {config.weights}"
         state = read_start(config)
     network = _static_network(config)
-    if state is None:
-        network = _convert(network, config, batches=batches)
-    elif not is_converted(state):
+    converted = state is not None and is_converted(state)
+    if converted and config.kernel_warehouse is None and config.peer is None:
+        raise ConfigError(
+            f"{source} are those of a converted network, and this one is static; set "
+            "model.kernel_warehouse (or model.peer) as it was converted"
+        )
+    if state is not None and not converted:
         load_start(network, state, source, keep_head)
-        network = _convert(network, config, batches=batches)
-    else:
-        if config.kernel_warehouse is None and config.peer is None:
-            raise ConfigError(
-                f"{source} are those of a converted network, and this one is static; set "
-                "model.kernel_warehouse (or model.peer) as it was converted"
-            )
-        # A classifier of other classes begins as the configuration says.
-        network = _convert(network, config, announce=False)
+    # Where the weights have another classifier, that begins as the configuration says.
+    network = _convert(network, config, announce=not converted, batches=batches)
+    if state is not None and converted:
         load_start(network, state, source, keep_head)
     return _for_training(network, config)
 
@@ -119,12 +103,16 @@ def _for_training(network: nn.Module, config: ModelConfig) -> nn.Module:
     return network
 
 
-def with_start(config: KernelWarehouseConfig, start: str) -> KernelWarehouseConfig:
-    """A conversion with this start for every warehouse, whatever plan and settings say."""
-    planned = config.plan.get("warehouses") if isinstance(config.plan, Mapping) else None
-    own = {name: config.warehouses.get(name, WarehouseConfig()) for name in planned or ()}
-    own = {name: replace(one, start=start) for name, one in {**own, **config.warehouses}.items()}
-    return replace(config, start=start, warehouses=own)
+def with_start(config: ModelConfig, start: str) -> ModelConfig:
+    """A network with this start of every layer, whatever plan and settings say."""
+    warehouse, peer = config.kernel_warehouse, config.peer
+    if warehouse is not None:
+        planned = warehouse.plan.get("warehouses") if isinstance(warehouse.plan, Mapping) else None
+        own = {**{name: WarehouseConfig() for name in planned or ()}, **warehouse.warehouses}
+        own = {name: replace(settings, start=start) for name, settings in own.items()}
+        warehouse = replace(warehouse, start=start, warehouses=own)
+    peer = peer and replace(peer, start=start)
+    return replace(config, kernel_warehouse=warehouse, peer=peer)
 
 
 def without_sources(config: ModelConfig) -> ModelConfig:
@@ -135,15 +123,9 @@ def without_sources(config: ModelConfig) -> ModelConfig:
 
 
 def build_network(config: ModelConfig) -> nn.Module:
-    """Build the classifier that a configuration's ``model`` describes, for a checkpoint's weights.
-
-    Args:
-        config: the network's settings; ``weights``, ``freeze`` and ``gradient_checkpointing`` are
-            for training (:func:`start_network`).
-
-    Returns:
-        A network from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``, initialised at
-        random.
+    """Build the classifier that a configuration's ``model`` describes, initialised at random: for a
+    checkpoint's weights. ``weights``, ``freeze`` and ``gradient_checkpointing`` are for training
+    (:func:`start_network`).
 
     Raises:
         ConfigError: timm refuses its arguments, or the conversion does not fit the network.
@@ -152,11 +134,7 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 
 def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, Tensor]:
-    """The weights that ``config.weights`` names.
-
-    Args:
-        config: the network's settings, with weights.
-        key: name of the setting in messages.
+    """The weights that ``config.weights`` names; ``key`` is that setting's name in messages.
 
     Raises:
         ConfigError: timm cannot load them.
@@ -217,17 +195,15 @@ def _convert(
 ) -> nn.Module:
     """The network in the dynamic form that the configuration asks for, if any; without ``begin`` a
     checkpoint's weights are loaded next: static kernels are not kept, and nothing is logged."""
+    if not begin:
+        config, announce = with_start(config, "paper"), False
     warehouse, peer = config.kernel_warehouse, config.peer
-    settings: dict[str, Any] = {"announce": announce and begin}
     try:
         if warehouse is not None:
-            if not begin:
-                warehouse = with_start(warehouse, "paper")
-            settings |= {**warehouse.overrides(), "batches": batches}
-            return convert(network, warehouse.plan, **settings)
+            settings = {**warehouse.overrides(), "batches": batches}
+            return convert(network, warehouse.plan, announce=announce, **settings)
         if peer is not None:
-            settings |= {**peer.settings(), **({} if begin else {"start": "paper"})}
-            return peers.convert(network, peer.method, **settings)
+            return peers.convert(network, peer.method, announce=announce, **peer.settings())
     except ValueError as error:
         key = "model.peer" if warehouse is None else "model.kernel_warehouse"
         # timm's arguments may change the network so that the plan does not fit.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from .freezing import hold_frozen
 from .losses import cross_entropy
 
-__all__ = ["ImageClassifier"]
-
 
 class ImageClassifier(nn.Module):
     """A network with its loss.

@@ -23,12 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ConfigError
 from ..config.schema import Config, ModelConfig
-from ..warehouse import KWLayer, Warehouse, find_warehouses
+from ..warehouse import KWLayer, find_warehouses
 from .build import build_network, check_network
-
-__all__ = ["Complexity", "WarehouseSize", "analyze"]
-
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,6 @@ class Complexity:
 def analyze(config: Config) -> Complexity:
     """Count what the network of a configuration costs at its ``data.input_size``.
 
-    Args:
-        config: a checked configuration, of a static or a converted network.
-
     Raises:
         ConfigError: the network cannot be built, or refuses images of this size.
     """
@@ -84,18 +77,22 @@ def analyze(config: Config) -> Complexity:
         macs_static=macs_static,
         macs_assembly=sum(layer.assembly_macs for layer in layers),
         macs_attention=sum(map(_attention_macs, layers)),
-        kernel_bytes=FLOAT32_BYTES * sum(kernels),
-        warehouses=[_size_of(warehouse) for warehouse in find_warehouses(network)],
+        kernel_bytes=4 * sum(kernels),  # float32
+        warehouses=[
+            WarehouseSize(
+                name=warehouse.name,
+                cells=warehouse.partition.cells,
+                cell_shape=list(warehouse.partition.cell_shape),
+                mixtures=sum(layer.mixtures for layer in warehouse.partition.layers),
+                layers=[shape.name for shape in warehouse.shapes],
+            )
+            for warehouse in find_warehouses(network)
+        ],
     )
 
 
 def count_macs(module: nn.Module, *inputs: torch.Tensor | None) -> int:
-    """Multiply-adds of one forward pass: of its convolutions and matrix products.
-
-    Args:
-        module: any module, on the device of its inputs.
-        *inputs: what its forward pass takes; their data are not read on the meta device.
-    """
+    """Multiply-adds of one forward pass, on any device: of its convolutions and matrix products."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module(*inputs)
@@ -112,14 +109,3 @@ def _build(config: ModelConfig) -> nn.Module:
 def _attention_macs(layer: KWLayer) -> int:
     pooled = torch.empty(1, layer.shape.in_channels, device="meta")
     return count_macs(layer.attention, pooled, layer.warehouse.temperature)
-
-
-def _size_of(warehouse: Warehouse) -> WarehouseSize:
-    partition = warehouse.partition
-    return WarehouseSize(
-        name=warehouse.name,
-        cells=partition.cells,
-        cell_shape=list(partition.cell_shape),
-        mixtures=sum(layer.mixtures for layer in partition.layers),
-        layers=[shape.name for shape in warehouse.shapes],
-    )

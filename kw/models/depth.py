@@ -16,8 +16,6 @@ from torch import nn
 
 from ..warehouse import KWLayer
 
-__all__ = ["Place", "decayed_rates", "frozen_parameters", "layer_rates", "parameter_places"]
-
 _LAST = 1 << 30
 _Depth = TypeVar("_Depth", int, "Place")
 
@@ -52,13 +50,8 @@ def layer_rates(network: nn.Module, rate: float) -> dict[str, float]:
     (arXiv:2106.08254): groups and values are timm's (``timm.optim.param_groups_layer_decay``).
     What follows the last block and is not the classifier belongs to that block.
 
-    Args:
-        network: a timm network, converted or not.
-        rate: factor from layer to layer.
-
-    Returns:
-        The factors by name of the parameter. Attention branches have that of their layer, cells
-        that of the deepest layer that uses them.
+    Attention branches have the factor of their layer, cells that of the deepest layer that uses
+    them.
 
     Raises:
         ValueError: the network's layers are not known.
@@ -72,12 +65,8 @@ def layer_rates(network: nn.Module, rate: float) -> dict[str, float]:
 
 
 def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
-    """Names of the parameters that are frozen with the first stages.
-
-    Args:
-        network: the backbone.
-        stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. A
-            warehouse is frozen if all layers that use it are.
+    """Names of the parameters of the first stages: -1 gives none, 0 the stem, 1 the stem and the
+    first stage, and so on. A warehouse is among them if all layers that use it are.
 
     Raises:
         ValueError: the network's stages are not known, or there are fewer of them.
@@ -94,28 +83,18 @@ def frozen_parameters(network: nn.Module, stages: int) -> set[str]:
 def decayed_rates(network: nn.Module, rate: float, blocks: int) -> dict[str, float]:
     """Factors on the learning rate, which fall by ``rate`` with every group of blocks to the stem.
 
-    Neck and heads have the factor 1, the last group of the network has ``rate``. With ``blocks=3``
-    ConvNeXt-Tiny has seven groups: the stem, three stages, and three groups of the third stage,
-    which has nine blocks. The published detectors were trained this way (ConvNeXt,
-    arXiv:2201.03545, appendix A.3: layer-wise decay over 6 layers).
-
-    Args:
-        network: the backbone.
-        rate: factor from group to group.
-        blocks: blocks of a stage in a group.
-
-    Returns:
-        The factors by name of the parameter. A warehouse has the factor of its deepest user.
+    Neck and heads have the factor 1, the last group of the network has ``rate``. A group has
+    ``blocks`` blocks of a stage: with 3, ConvNeXt-Tiny has seven groups, the stem, three stages and
+    three groups of the third stage, which has nine blocks. The published detectors were trained
+    this way (ConvNeXt, arXiv:2201.03545, appendix A.3: layer-wise decay over 6 layers).
 
     Raises:
         ValueError: the network's stages are not known.
     """
     places = parameter_places(network)
     if all(place.block == 0 for place in places.values()):  # a transformer: one stage of blocks
-        grouped = {n: Place(min(p.stage, 1), max(p.stage - 1, 0)) for n, p in places.items()}
-    else:
-        grouped = places
-    groups = {name: Place(p.stage, p.block // blocks) for name, p in grouped.items()}
+        places = {n: Place(min(p.stage, 1), max(p.stage - 1, 0)) for n, p in places.items()}
+    groups = {name: Place(p.stage, p.block // blocks) for name, p in places.items()}
     depth = {group: i for i, group in enumerate(sorted(set(groups.values())))}
     return {name: rate ** (len(depth) - depth[group]) for name, group in groups.items()}
 

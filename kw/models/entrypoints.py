@@ -44,8 +44,6 @@ from .weights import is_converted, load_start, read_weights
 
 # Backbones whose feature maps are not timm's usual five: ConvNeXt's four, DeiT's last three blocks.
 _OUT_INDICES: dict[str, Any] = {"convnext_tiny": (0, 1, 2, 3), "deit": 3}
-
-
 _OWN = ("drop_rate", "drop_path_rate")
 
 
@@ -84,14 +82,12 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
             network: Any = timm.create_model(released.backbone, pretrained=from_hub, **arguments)
             if from_hub and network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
                 say(f"{name}: the classifier of {network.num_classes} classes starts afresh")
-            if state is None:
-                return convert(network, released.plan, **settings)
-            if has_all:
-                convert(network, released.plan, announce=False, **settings)
+            if state is not None and not has_all:
                 load_start(network, state, str(file))
-                return network
-            load_start(network, state, str(file))
-            return convert(network, released.plan, **settings)
+            network = convert(network, released.plan, announce=not has_all, **settings)
+            if state is not None and has_all:
+                load_start(network, state, str(file))
+            return network
 
         feature_cfg: dict[str, Any] = {"feature_cls": kwargs.pop("feature_cls", "getter")}
         if released.plan in _OUT_INDICES:

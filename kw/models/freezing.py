@@ -13,8 +13,6 @@ from ..errors import say
 from ..warehouse import KWLayer, find_warehouses
 from ..warehouse.plan import nearest
 
-__all__ = ["freeze", "frozen_modules", "hold_frozen"]
-
 
 def freeze(network: nn.Module, patterns: Sequence[str], part: str | None = None) -> None:
     """Freeze the parameters whose whole name, or that of a module around them, matches a pattern.

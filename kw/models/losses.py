@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ..registry import LOSSES
 
-__all__ = ["balanced_weights", "bce", "cross_entropy", "hard_distillation", "soft_distillation"]
-
 
 def balanced_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> Tensor:
     """Class weights N / (C n_c) of a set of N images, n_c of them of class c, as scikit-learn's
@@ -62,11 +60,9 @@ def bce(
     ``threshold`` makes every class that is in the mixed image present.
 
     Args:
-        logits: ``[B, C]``.
-        targets: see the head of this module.
+        logits, targets, class_weights: see the head of this module.
         threshold: targets above it become 1, the others 0; None leaves them.
         sum_classes: the loss of an image is the sum over the classes, not their mean.
-        class_weights: ``[C]``; see the head of this module.
     """
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
@@ -80,10 +76,7 @@ def soft_distillation(logits: Tensor, taught: Tensor, temperature: float = 1.0) 
 
     Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; T^2 keeps the gradient's size.
 
-    Args:
-        logits: the student's, ``[B, C]`` float32.
-        taught: the teacher's, alike.
-        temperature: T.
+    ``logits`` are the student's, ``[B, C]`` float32, ``taught`` the teacher's.
     """
     wanted, found = (F.log_softmax(each / temperature, dim=1) for each in (taught, logits))
     divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True)

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
-__all__ = ["PAPER_MODELS", "PaperModel", "list_models"]
-
 
 @dataclass(frozen=True)
 class PaperModel:

@@ -15,8 +15,6 @@ from torch import nn
 
 from ..torch_private import BatchNorm, backward_pass
 
-__all__ = ["recompute_blocks", "synchronised"]
-
 
 def recompute_blocks(network: nn.Module) -> None:
     """Turn gradient checkpointing on.
@@ -35,9 +33,7 @@ def recompute_blocks(network: nn.Module) -> None:
     except AssertionError as error:  # timm's way to say so
         name = type(network).__name__
         raise ValueError(f"{name} cannot compute its blocks again: {error}") from error
-    for module in network.modules():
-        if isinstance(module, BatchNorm) and module.track_running_stats:
-            _count_once(module)
+    _count_once(network)
 
 
 def synchronised(network: nn.Module) -> nn.Module:
@@ -49,22 +45,19 @@ def synchronised(network: nn.Module) -> nn.Module:
     Args:
         network: changed in place; parameters and statistics stay the same tensors.
     """
-    hooked = {
-        name
-        for name, module in network.named_modules()
-        if _take_statistics in module._forward_hooks.values()
-    }
+    recomputes = any(_take_statistics in m._forward_hooks.values() for m in network.modules())
     network = convert_sync_batchnorm(network)
-    for name, module in network.named_modules():
-        if name in hooked:
-            _count_once(module)
+    if recomputes:
+        _count_once(network)
     return network
 
 
-def _count_once(module: nn.Module) -> None:
-    module.register_forward_pre_hook(_leave_statistics)
-    # Also where the pass is cut short, once all that was asked for is there.
-    module.register_forward_hook(_take_statistics, always_call=True)
+def _count_once(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, BatchNorm) and module.track_running_stats:
+            module.register_forward_pre_hook(_leave_statistics)
+            # Also where the pass is cut short, once all that was asked for is there.
+            module.register_forward_hook(_take_statistics, always_call=True)
 
 
 def _leave_statistics(module: Any, _: Any) -> None:

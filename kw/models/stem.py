@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["set_small_stem"]
-
 
 def set_small_stem(network: nn.Module, stride: int = 1, pool: bool = False) -> None:
     """Give a timm ResNet a stem of one 3x3 convolution; its channels stay.

@@ -13,8 +13,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["register_with_timm"]
-
 
 def register_with_timm() -> None:
     """Make ``timm.create_model("kw_...")`` work: now, or as soon as timm is imported."""

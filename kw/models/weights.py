@@ -25,18 +25,6 @@ from torch import Tensor, nn
 from ..errors import UserError, one_line, say
 from ..warehouse.warehouse import with_names_now
 
-__all__ = [
-    "CheckpointError",
-    "classifier_names",
-    "find_damage",
-    "is_converted",
-    "load_start",
-    "read_weights",
-    "refuse_other",
-    "say_adapted",
-    "why_unread",
-]
-
 State = Mapping[str, Tensor]
 
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema")

@@ -13,8 +13,6 @@ from .style import new_figure, show_image, wrap_label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MOST", "draw_batch", "label_mixture"]
-
 MOST = 32
 """Images of a batch that are drawn."""
 

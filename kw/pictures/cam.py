@@ -25,8 +25,6 @@ from .style import new_figure, shorten, show_image, wrap_label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ClassMaps", "class_maps", "draw_cam"]
-
 LEAST = 7
 """Positions along a side that a map should have: those of the last one of 224 pixels."""
 

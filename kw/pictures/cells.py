@@ -12,8 +12,6 @@ from .style import AMOUNT, FOREIGN, INK, LAYER, OWN, add_bar, new_figure, signed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_cells"]
-
 _PARTS = {
     "own": ("a mixture's own cell", OWN),
     "layer": ("other cells of the layer", LAYER),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,21 +23,6 @@ from ..errors import UserError
 from ..warehouse import KWLayer
 from ..warehouse.partition import CellSlice
 from ..warehouse.probe import evaluating
-
-__all__ = [
-    "CellShares",
-    "CellUse",
-    "DynamicLayer",
-    "LayerMeasure",
-    "PictureError",
-    "cell_shares",
-    "cell_use",
-    "class_effect",
-    "coefficients",
-    "dynamic_layers",
-    "measure_layer",
-    "outputs",
-]
 
 
 class PictureError(UserError):
@@ -98,13 +84,11 @@ def dynamic_layers(network: nn.Module) -> list[DynamicLayer]:
 def outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
     """Inside it, the outputs of modules in a forward pass are recorded, by their names."""
     seen: dict[str, Any] = {}
-    handles = []
-    for name, module in modules.items():
 
-        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-            seen[name] = output
+    def keep(name: str, _module: Any, _inputs: Any, output: Any) -> None:
+        seen[name] = output
 
-        handles.append(module.register_forward_hook(keep))
+    handles = [m.register_forward_hook(partial(keep, name)) for name, m in modules.items()]
     try:
         yield seen
     finally:
@@ -146,9 +130,13 @@ def coefficients(
 class CellUse:
     """How a layer's mixtures use the cells, over images."""
 
-    mean: Tensor  # mean coefficient, [m, n]
     positive: Tensor  # mean of max(alpha, 0), [m, n]
     negative: Tensor  # mean of max(-alpha, 0), [m, n]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean coefficient, ``[m, n]``."""
+        return self.positive - self.negative
 
     @property
     def absolute(self) -> Tensor:
@@ -159,20 +147,14 @@ class CellUse:
 def cell_use(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, CellUse]:
     """Averages over images, of what :func:`coefficients` gives for at least one batch; batches are
     taken one at a time."""
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}  # [2, m, n]: positive, negative
     count = 0
     for batch in batches:
         count += len(next(iter(batch.values())))
         for name, alpha in batch.items():
-            signs = [alpha.clamp(min=0).sum(0), (-alpha).clamp(min=0).sum(0)]
-            new = [sign.double().cpu() for sign in signs]
-            sums[name] = (
-                [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
-            )
-    return {
-        name: CellUse((positive - negative) / count, positive / count, negative / count)
-        for name, (positive, negative) in sums.items()
-    }
+            signs = torch.stack([alpha.clamp(min=0).sum(0), (-alpha).clamp(min=0).sum(0)])
+            sums[name] = sums.get(name, 0) + signs.double().cpu()
+    return {name: CellUse(*(signs / count)) for name, signs in sums.items()}
 
 
 @dataclass(frozen=True)

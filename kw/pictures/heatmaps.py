@@ -22,8 +22,6 @@ from .style import INK, SIGNED, add_bar, new_figure, signed_limit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "by_warehouse", "draw_attention", "draw_bands", "draw_classes"]
-
 _LEAST, _MOST = 7, 36  # height of a band, rows: names must fit beside it
 _INCHES = 0.024  # of a row
 _BOXES = 300  # cells that are still wider than a pixel
@@ -57,8 +55,6 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
 
     The scale ends at ``limit``; it begins at ``-limit``, with colours other than ``SIGNED`` at 0.
     """
-    from matplotlib.patches import Rectangle
-
     cells = bands[0].values.shape[1]
     top, ticks, image = 0, [], None
     for band in bands:
@@ -75,8 +71,7 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
         )
         own = band.own.stop - band.own.start
         if own:
-            box = (band.own.start, top), own, band.height
-            axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=0.9))
+            frame(axes, (band.own.start, top), own, band.height, edgecolor=INK, linewidth=0.9)
         ticks.append(top + band.height / 2)
         top += band.height
         if band is not bands[-1]:
@@ -87,6 +82,13 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
     axes.tick_params(axis="x", labelsize=7)
     axes.set_xlabel("cell of the warehouse", fontsize=8)
     return image
+
+
+def frame(axes: Any, corner: tuple[float, float], width: float, height: float, **line: Any) -> None:
+    """An empty rectangle."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle(corner, width, height, fill=False, **line))
 
 
 def draw_panels(panels: Mapping[str, Sequence[Band]], *title: str) -> Figure:

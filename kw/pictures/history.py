@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .coefficients import CellUse, DynamicLayer, cell_shares
@@ -14,8 +15,6 @@ from .style import AMOUNT, INK, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["Snapshot", "draw_history", "spread"]
 
 _PANELS = 4
 _PARTS = {
@@ -34,13 +33,6 @@ class Snapshot:
     use: Mapping[str, CellUse]  # by name of the layer
 
 
-def spread(count: int, most: int = _PANELS) -> list[int]:
-    """At most so many places of a list, the first and the last among them, evenly between."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
 def draw_history(
     layers: Sequence[DynamicLayer], snapshots: Sequence[Snapshot], warehouse: str, title: str
 ) -> Figure:
@@ -48,7 +40,9 @@ def draw_history(
 
     ``layers`` are all of the network, ``snapshots`` in the order of training.
     """
-    chosen = [snapshots[i] for i in spread(len(snapshots))]
+    count = len(snapshots)
+    places = np.linspace(0, count - 1, min(count, _PANELS)).round()  # the first and the last, too
+    chosen = [snapshots[int(place)] for place in places]
     group = [layer for layer in layers if layer.warehouse == warehouse]
     lower = 0.8 + 0.16 * len(layers)
     said = f"warehouse {warehouse}: mean coefficients, each map on its own scale"

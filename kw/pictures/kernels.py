@@ -20,8 +20,6 @@ from .style import SIGNED, add_bar, new_figure, shorten, show_image, signed_limi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["assembled_kernels", "difference", "draw_kernels", "mosaic"]
-
 _MOSAIC, _MATRIX = 10, 96  # channels shown along an axis: of spatial kernels, of pointwise ones
 
 
@@ -108,8 +106,7 @@ def draw_kernels(
         ):
             image = axes.imshow(mosaic(kernel).numpy(), cmap=SIGNED, vmin=-end, vmax=end)
             axes.set_title(label, fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             add_bar(figure, image, axes)
         row[0].set_ylabel("output channels", fontsize=8)
         row[0].set_xlabel("input channels", fontsize=8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +17,11 @@ from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
 from ..warehouse.ops.assembly import assemble
 from ..warehouse.partition import Partition
 from .coefficients import dynamic_layers
-from .heatmaps import Band, draw_bands
+from .heatmaps import Band, draw_bands, frame
 from .style import FOREIGN, INK, LAYER, OWN, SIGNED, add_bar, new_figure, signed_limit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["block_corner", "draw_mixing", "draw_partition", "example", "example_coefficients"]
 
 _SHAPES = (
     KernelShape(16, 16, (3, 3), name="A"),
@@ -62,9 +61,7 @@ def block_corner(partition: Partition, mixture: int) -> tuple[int, int, int]:
 
     The inverse of ``i = (s * GO + go) * GI + gi``.
     """
-    _, out_blocks, in_blocks = partition.grid
-    rest, block_in = divmod(mixture, in_blocks)
-    position, block_out = divmod(rest, out_blocks)
+    position, block_out, block_in = map(int, np.unravel_index(mixture, partition.grid))
     return position, block_out * partition.cell_out, block_in * partition.cell_in
 
 
@@ -193,7 +190,8 @@ def _draw_sum(part: Any, layer: KWConv2d, alpha: Tensor) -> None:
         axes.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
         axes.set_title(title, fontsize=9)
         axes.set(xticks=[], yticks=[])
-    _frame(all_axes[-1], (x * (wide + 2) - 0.5, y * (high + 2) - 0.5), wide + 2, high + 2)
+    corner = x * (wide + 2) - 0.5, y * (high + 2) - 0.5
+    frame(all_axes[-1], corner, wide + 2, high + 2, edgecolor=OWN, linewidth=1.8)
 
 
 def _draw_coefficients(axes: Any, row: Tensor, own: int, mixture: int) -> None:
@@ -207,9 +205,3 @@ def _draw_coefficients(axes: Any, row: Tensor, own: int, mixture: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     title = f"one mixture at temperature 0: signed coefficients of all {len(row)} cells"
     axes.set_title(f"{title} (A's own coloured)", fontsize=9, loc="left")
-
-
-def _frame(axes: Any, corner: tuple[float, float], width: float, height: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=OWN, linewidth=1.8))

@@ -12,8 +12,6 @@ from .style import AMOUNT, FOREIGN, INK, OWN, add_bar, new_figure, shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MOST_CLASSES", "draw_confusion", "draw_reliability", "most_confused"]
-
 MOST_CLASSES = 20
 """Classes of a confusion matrix that can be read."""
 

@@ -10,8 +10,6 @@ import numpy as np
 from ..data import BadImageError, DataError, ImageFolder
 from ..data.loader import collate
 
-__all__ = ["few_of_each", "read_images", "spaced"]
-
 
 def spaced(total: int, count: int) -> list[int]:
     """At most ``count`` of ``total`` places, evenly over all: of every class, since files are in
@@ -37,7 +35,7 @@ def few_of_each(labels: Any, classes: int, count: int) -> list[int]:
     found = []
     for label in range(classes):
         places = np.flatnonzero(np.asarray(labels) == label)
-        found += [int(places[i]) for i in spaced(len(places), each)] if len(places) else []
+        found += [int(places[i]) for i in spaced(len(places), each)]
     return found
 
 

@@ -11,8 +11,6 @@ from .style import INK, OWN, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curves", "draw_schedules"]
-
 
 @dataclass(frozen=True)
 class Curves:

@@ -15,32 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import writing
 from .coefficients import PictureError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "AMOUNT",
-    "FOREIGN",
-    "INK",
-    "LAYER",
-    "OWN",
-    "SIGNED",
-    "SUFFIXES",
-    "add_bar",
-    "check_matplotlib",
-    "check_output",
-    "new_figure",
-    "save",
-    "shorten",
-    "show_image",
-    "signed_limit",
-    "to_pixels",
-    "to_tensor",
-    "wrap",
-    "wrap_label",
-]
 
 SIGNED, AMOUNT = "RdBu_r", "viridis"
 OWN, LAYER, FOREIGN = "#0072b2", "#56b4e9", "#e69f00"
@@ -143,12 +122,8 @@ def save(figure: Figure, path: Path) -> None:
     check_output(path)
     # No date, no version, fixed identifiers.
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context({"svg.hashsalt": "kw.pictures"}):
-            figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be written: {error.strerror}") from error
+    with writing(path, PictureError), mpl.rc_context({"svg.hashsalt": "kw.pictures"}):
+        figure.savefig(path, dpi=_DPI, metadata=metadata[path.suffix.lower()])
 
 
 def to_tensor(figure: Figure) -> Tensor:

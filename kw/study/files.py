@@ -37,13 +37,10 @@ class _StudyFile:
         example="[resnet18/resnet18.yaml]",
     )
     variants: dict[str, _Variant] = setting({}, "rows with settings of their own, by name")
-    seeds: list[int] = setting([0], "a run of every row for each", minimum=0, maximum=2**31 - 1)
+    seeds: list[int] = setting([0], "a run of every row for each", "[0, 2_147_483_647]")
     options: dict[str, Any] = setting({}, "settings by dotted key, over every row's own")
     temperature_epochs: float | None = setting(
-        None,
-        "temperature_epochs of the rows that anneal; null = the rows' own",
-        above=0,
-        maximum=10**6,
+        None, "temperature_epochs of the rows that anneal; null = the rows' own", "(0, 1_000_000]"
     )
 
 
