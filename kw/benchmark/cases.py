@@ -24,17 +24,6 @@ from ..warehouse.partition import KernelShape
 from ..warehouse.warehouse import Warehouse, WarehouseSettings
 from .conditions import BenchmarkError
 
-__all__ = [
-    "Case",
-    "LayerSource",
-    "NetworkSource",
-    "Source",
-    "Variant",
-    "check_backends",
-    "load_cases",
-    "parse_layer",
-]
-
 STATIC, GROUPED = "static", "grouped"
 
 

@@ -9,8 +9,6 @@ import torch
 
 from ..errors import UserError
 
-__all__ = ["DTYPES", "MODES", "BenchmarkError", "Conditions", "device_slug"]
-
 # The values stand in file names.
 MODES = {"inference": "infer", "train": "train", "memory": "memory"}
 WORDS = {"inference": "inference", "train": "training step", "memory": "training memory"}

@@ -24,16 +24,6 @@ from ..warehouse.ops.timing import draw_operands
 from ..warehouse.ops.trials import DeviceLostError, fault, tolerance
 from .timing import between, now
 
-__all__ = [
-    "SHAPES",
-    "Finding",
-    "calibrated",
-    "describe_tools",
-    "examine",
-    "examine_attention",
-    "measure_rates",
-]
-
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),

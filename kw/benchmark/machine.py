@@ -15,8 +15,6 @@ import torch
 from ..warehouse.ops.precision import matmul_precision
 from .conditions import device_slug
 
-__all__ = ["describe_code", "describe_machine", "describe_versions"]
-
 ROOT = Path(__file__).parents[2]
 _VARIABLES = (
     "GLIBC_TUNABLES",

@@ -31,8 +31,6 @@ from .cases import Source
 from .conditions import Conditions
 from .steps import TrainingStep, build_step
 
-__all__ = ["Event", "Memory", "measure_apart", "measure_here", "measure_step", "peak_beyond"]
-
 STEPS = 3
 # glibc then gives freed tensors back to the system at once, so that the size of the process, which
 # checks the profiler's figure, follows what is alive. It is slower, which does not matter here.

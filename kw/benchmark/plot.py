@@ -9,8 +9,6 @@ from ..pictures.style import new_figure, save
 from .conditions import WORDS
 from .results import Result
 
-__all__ = ["plot_family"]
-
 _MARKERS = "soD^vP*X"  # readable in grey as well
 
 

@@ -16,8 +16,6 @@ from .cases import GROUPED, STATIC
 from .conditions import BenchmarkError, Conditions
 from .steps import PARTS
 
-__all__ = ["Measured", "Result", "Spread", "read_results", "spread_of", "write_result"]
-
 
 @dataclass(frozen=True)
 class Spread:

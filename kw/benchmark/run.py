@@ -18,8 +18,6 @@ from .results import Measured, Result
 from .steps import PARTS, Step, build_step
 from .timing import Slow, interleave, warm_up
 
-__all__ = ["run_case"]
-
 
 def run_case(
     case: Case,

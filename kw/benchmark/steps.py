@@ -15,8 +15,6 @@ from ..training.trainer import Updater
 from .cases import Source
 from .conditions import DTYPES, Conditions
 
-__all__ = ["PARTS", "InferenceStep", "Step", "TrainingStep", "build_step"]
-
 PARTS = {"inference": ("total",), "train": ("forward", "backward", "optimizer", "total")}
 # So small that all rounds measure the same network; the update takes as long as any other.
 LEARNING_RATE = 1e-8

@@ -17,8 +17,6 @@ import torch
 if TYPE_CHECKING:  # kw doctor needs no trainer
     from .steps import Step
 
-__all__ = ["Slow", "between", "interleave", "iterations_for", "now", "time_step", "warm_up"]
-
 # A CPU network takes longer for one iteration; what takes milliseconds is repeated.
 ROUND_SECONDS = 0.1
 MAX_ITERATIONS = 50

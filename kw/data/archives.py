@@ -31,19 +31,6 @@ from kw.data.walk import describe, is_hidden, is_image
 from kw.errors import say
 from kw.registry import DATASETS
 
-__all__ = [
-    "INDEX",
-    "SETTINGS",
-    "Member",
-    "Members",
-    "Names",
-    "list_archived",
-    "list_tar",
-    "list_zip",
-    "opened_tar",
-    "tar_files",
-]
-
 INDEX = re.compile(rb"kw-pack 1 (\d+) (\d+) (\d+)")
 """A packed set's comment: where its index begins, its bytes, its CRC-32."""
 

@@ -20,8 +20,6 @@ from kw.config.data_schema import DataConfig
 from kw.data.resample import axis_weights, resample
 from kw.data.seeding import uniform_draws
 
-__all__ = ["BatchAugment", "Choices"]
-
 _ATTEMPTS = 10  # at a rectangle that fits, as in torchvision and timm
 
 

@@ -33,8 +33,6 @@ from kw.data.reading import (
     white_of,
 )
 
-__all__ = ["Reader"]
-
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
 _OF_8_BITS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "WEBP")

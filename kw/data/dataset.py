@@ -25,8 +25,6 @@ from kw.data.reading import DataError
 from kw.data.seeding import seeded
 from kw.torch_private import shared_bytes
 
-__all__ = ["UNREADABLE", "ImageFolder", "Sample", "Samples"]
-
 UNREADABLE = -1
 """Label of a test image that cannot be read: no prediction is right."""
 

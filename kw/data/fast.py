@@ -26,16 +26,6 @@ from kw.data.reading import orientation_of
 from kw.data.seeding import derive_seed, seeded
 from kw.torch_private import resize_bytes
 
-__all__ = [
-    "DecodeError",
-    "FastMiddle",
-    "FastRandomCrop",
-    "FastTransform",
-    "Picture",
-    "draw_box",
-    "open_fast",
-]
-
 _COLOURS = ("RGB", "YCbCr", "Gray")
 _GAP = 4  # times the size needed: less costs accuracy (docs/loading.md)
 

@@ -23,8 +23,6 @@ from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.seeding import derive_seed
 from kw.errors import memory_for
 
-__all__ = ["BadImage", "Delivered", "FaultLog", "TolerantDataset", "collate_faults"]
-
 _TRIES = 16  # of so many images one is readable, unless the disk is gone
 _SHOWN = 20
 

@@ -19,8 +19,6 @@ from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_i
 from kw.errors import say
 from kw.registry import DATASETS
 
-__all__ = ["Listing", "Stored", "list_folders", "list_split", "list_splits"]
-
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
 _ARCHIVES = {".zip": "zip", ".tar": "tar"}
 

@@ -24,8 +24,6 @@ from kw.data.reading import DataError
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.errors import answer
 
-__all__ = ["Loader", "build_loader", "collate", "deaths_explained", "stop_workers"]
-
 
 class Loader(DataLoader[Any]):
     """torch's loader; bad files that a batch names go to :attr:`faults`, not to the model.

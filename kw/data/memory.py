@@ -30,8 +30,6 @@ from kw.data.reading import BadImageError, DataError
 from kw.data.samplers import EvalBatchSampler, Key, TrainBatchSampler
 from kw.data.seeding import derive_seed
 
-__all__ = ["MemoryImages", "as_stored", "hold_in_memory"]
-
 _ROOM = 0.9  # share of the free memory for images: the network must fit as well
 _DECODED_AT_ONCE = 64
 

@@ -32,8 +32,6 @@ from kw.data.listing import Listing, Stored
 from kw.data.reading import BadImageError, DataError, read_image
 from kw.errors import say
 
-__all__ = ["FORMATS", "Packing", "check_packed", "pack"]
-
 FORMATS = ("jpeg", "raw", "keep")
 _INDEX_NAME = "index.npz"
 _LONGEST = 65500  # pixels, of libjpeg

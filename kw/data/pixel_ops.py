@@ -15,18 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "adjust_colour",
-    "adjust_contrast",
-    "adjust_sharpness",
-    "affine",
-    "auto_contrast",
-    "blur",
-    "box_weights",
-    "look_up",
-    "rotation",
-]
-
 # Pillow's Gaussian: so many box filters in a row, with weights of so many bits.
 _BOXES, _BITS = 3, 24
 _ONE = 1 << _BITS

@@ -30,8 +30,6 @@ from kw.config.data_schema import DataConfig
 from kw.data import pixel_ops
 from kw.data.transforms import policy_operations, training_steps
 
-__all__ = ["BatchPolicy", "Step"]
-
 
 class Step(NamedTuple):
     """An operation on one image."""

@@ -22,8 +22,6 @@ from kw.config.data_schema import DataConfig
 from kw.data.policies import BatchPolicy
 from kw.data.seeding import derive_seed, seeded
 
-__all__ = ["BatchPreprocessor", "training_size"]
-
 
 def training_size(config: DataConfig, epoch: int) -> int:
     """Side of the training images of an epoch (from 0), pixels."""

@@ -20,17 +20,6 @@ from PIL import Image, UnidentifiedImageError
 
 from kw.errors import UserError
 
-__all__ = [
-    "MAX_PIXELS",
-    "BadImageError",
-    "DataError",
-    "Header",
-    "Picture",
-    "orientation_of",
-    "read_header",
-    "read_image",
-]
-
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 MAX_PIXELS = 178_956_970

@@ -14,8 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["axis_weights", "resample"]
-
 
 def _triangle(x: Tensor) -> Tensor:
     return (1 - x.abs()).clamp(min=0)

@@ -24,8 +24,6 @@ from torch.utils.data import Sampler
 from kw.config import ConfigError
 from kw.data.seeding import derive_seed
 
-__all__ = ["EvalBatchSampler", "TrainBatchSampler"]
-
 Key = tuple[int, ...]
 """``(epoch, index)``, or ``(epoch, index, place in the epoch's order)``."""
 

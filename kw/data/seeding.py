@@ -16,8 +16,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seeded", "uniform_draws"]
-
 
 def derive_seed(*key: int | str) -> int:
     """A 64-bit seed from a key; keys that differ in any part or in length give unrelated seeds.

@@ -20,8 +20,6 @@ from kw.data.memory import as_stored, hold_in_memory
 from kw.data.samplers import EvalBatchSampler, TrainBatchSampler
 from kw.data.transforms import build_fast_transform, build_transform
 
-__all__ = ["open_training", "open_validation", "read_files", "test_images"]
-
 Transform = Callable[[Image.Image], torch.Tensor]
 
 

@@ -17,8 +17,6 @@ from kw.data.reading import BadImageError, DataError
 from kw.data.walk import is_hidden, is_image
 from kw.registry import DATASETS
 
-__all__ = ["list_csv", "list_hub", "list_webdataset"]
-
 
 @DATASETS.register("webdataset")
 def list_webdataset(

@@ -30,8 +30,6 @@ from typing import Any
 from kw.data.reading import DataError
 from kw.data.whole_folder import run_writer, whole_folder
 
-__all__ = ["CLASSES", "prepare"]
-
 CLASSES = 100
 _TRAIN_PER_CLASS, _VAL_PER_CLASS = 300, 50
 _LARGEST = 2**20  # bytes of a file: the images have a few thousand

@@ -25,8 +25,6 @@ from kw.config.data_schema import DataConfig
 from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
 from kw.registry import TRANSFORMS
 
-__all__ = ["build_fast_transform", "build_transform", "policy_operations", "training_steps"]
-
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 

@@ -20,8 +20,6 @@ from pathlib import Path
 from kw.data.reading import DataError
 from kw.errors import answer
 
-__all__ = ["run_writer", "whole_folder"]
-
 
 @contextmanager
 def whole_folder(

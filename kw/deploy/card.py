@@ -16,8 +16,6 @@ from .description import Description, InputRange, preprocessing
 from .source import Source
 from .verify import Difference
 
-__all__ = ["card", "page", "table", "write_card"]
-
 _END = f"""\
 ## Licence, citation, versions
 

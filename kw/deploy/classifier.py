@@ -33,8 +33,6 @@ from .weights import cast, read_weights
 if TYPE_CHECKING:
     from ..objects.found import Detector
 
-__all__ = ["Classifier", "Prediction", "load"]
-
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2", ".xml", ".pte")
 _EXPECTED = f"a work directory of tools/train.py, a file {', '.join(FORMATS)}, or hf-hub:user/model"
 

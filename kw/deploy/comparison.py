@@ -18,8 +18,6 @@ from .classifier import Classifier, load
 from .description import ExportError
 from .verify import Difference
 
-__all__ = ["compare_files"]
-
 
 def compare_files(
     paths: Sequence[str | Path], root: str | Path, split: str = "val", batch_size: int = 32

@@ -17,8 +17,6 @@ from ..config import Config, ConfigError, config_from_mapping, to_dict
 from ..config.data_schema import DataConfig
 from ..errors import UserError
 
-__all__ = ["Description", "ExportError", "InputRange", "preprocessing"]
-
 MARK = "kernelwarehouse"
 """The part that marks files of this project; its value is the version of the layout."""
 VERSION = "1"

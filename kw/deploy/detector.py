@@ -26,8 +26,6 @@ from ..objects.run_lengths import encode_masks
 from .description import DETECTION, MARK, VERSION, ExportError
 from .onnx_file import OnnxNetwork
 
-__all__ = ["DetectorDescription", "ExportedDetector"]
-
 
 @dataclass(frozen=True)
 class DetectorDescription:

@@ -36,8 +36,6 @@ from .verify import (
 )
 from .weights import cast, write_weights
 
-__all__ = ["Exporter", "Job", "Options", "Written", "check_target", "export", "read_some"]
-
 
 class Different(ExportError):
     """A written file computes something else than the network, or finds something else."""

@@ -30,8 +30,6 @@ from ..torch_private import trace_errors
 from ..warehouse import KWLayer, fold_temperature, ops
 from .description import Description, ExportError, InputRange
 
-__all__ = ["DTYPES", "Graph", "input_range", "load_graph", "save_graph", "trace"]
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FILE = "kernelwarehouse.json"
 _EXAMPLES = 3  # images of the example: neither 0 nor 1, which tracing takes for constants

@@ -14,8 +14,6 @@ from ..version import __version__
 from .description import Description, ExportError
 from .graph import quiet
 
-__all__ = ["OnnxNetwork", "add_description", "needs", "write_onnx", "write_program"]
-
 _EXTRAS = {"openvino": "openvino>=2025.1", "executorch": "executorch>=1.0"}
 
 

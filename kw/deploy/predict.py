@@ -14,8 +14,6 @@ from ..data.walk import IMAGE_EXTENSIONS, describe, walk_images
 from ..errors import say
 from .classifier import Classifier, Prediction
 
-__all__ = ["Result", "find_images", "predict_files"]
-
 
 @dataclass(frozen=True)
 class Result:

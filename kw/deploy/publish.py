@@ -44,8 +44,6 @@ from .export import Options, export
 from .source import Source, read_source, without_places
 from .verify import TOLERANCE, compare, random_images
 
-__all__ = ["Plan", "publish", "write_folder"]
-
 _PRIVATE = ("weights", "freeze", "gradient_checkpointing", "drop_rate", "drop_path_rate")
 _USE = """\
 ```python

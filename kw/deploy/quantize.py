@@ -22,8 +22,6 @@ from .description import Description, ExportError
 from .graph import quiet
 from .onnx_file import add_description
 
-__all__ = ["CALIBRATION", "quantize"]
-
 CALIBRATION = 64
 """Images to calibrate on, at most."""
 

@@ -16,8 +16,6 @@ from .description import MARK, Description, ExportError
 from .graph import quiet
 from .onnx_file import needs
 
-__all__ = ["RUNTIMES", "ExecutorchNetwork", "OpenvinoNetwork", "write_executorch", "write_openvino"]
-
 
 def write_openvino(graph: Path, description: Description, path: Path) -> Path:
     """Write an ONNX file as OpenVINO's, with the weights beside it in ``NAME.bin``; fp16 stores

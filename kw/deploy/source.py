@@ -18,8 +18,6 @@ from ..version import __version__
 from ..warehouse import get_temperature, has_temperature, set_temperature
 from .description import Description, InputRange
 
-__all__ = ["Source", "figures_of", "name_alone", "read_source", "ready", "without_places"]
-
 _FIGURES = ("top1", "top5", "mAP", "f1", "loss")
 
 

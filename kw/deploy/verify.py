@@ -13,16 +13,6 @@ from torch import Tensor, nn
 from ..errors import one_line
 from .description import ExportError, InputRange
 
-__all__ = [
-    "RUINED",
-    "TOLERANCE",
-    "Difference",
-    "compare",
-    "judge_by_float64",
-    "random_images",
-    "real_batches",
-]
-
 Network = Callable[[Tensor], Tensor]
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4

@@ -17,8 +17,6 @@ from ..errors import one_line
 from ..hub import sha256
 from .description import Description, ExportError
 
-__all__ = ["cast", "read_weights", "write_weights"]
-
 DIGITS = 8
 _HASHED = re.compile(rf"-([0-9a-f]{{{DIGITS}}})\.safetensors$")
 

@@ -21,8 +21,6 @@ from kw.detection.object_checks import check_boxes, check_masks, is_box
 from kw.detection.schema import CocoDataConfig
 from kw.detection.usage import OUTSIDE, Usage, why_unused
 
-__all__ = ["Report", "category_ids", "check_annotations", "ids_of", "load_annotations"]
-
 _TABLES = ("images", "annotations", "categories")
 # LVIS's lists: categories that were searched for in an image, and those annotated incompletely.
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")

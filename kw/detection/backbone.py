@@ -50,8 +50,6 @@ from ..warehouse import (
 from ..warehouse.warehouse import with_names_now
 from .weights import StartWeights, read_backbone
 
-__all__ = ["Backbone", "read_network"]
-
 # mmdetection's configurations name its entries kw.NAME.
 _MODELS = Registry("model", parent=MODELS, scope="kw", locations=["kw.detection.backbone"])
 

@@ -27,8 +27,6 @@ from ..errors import did_you_mean
 from .origins import entry_with_origins, packages_from_metadata, read_origins
 from .schema import SCHEMA, DetectionConfig
 
-__all__ = ["DetectorConfig", "detection_limits", "load_detector_config", "without_weights"]
-
 _LIMIT = "max_per_img"
 _OURS = "kw.Backbone"
 _OF_MMDET = ("model", "train_pipeline", "test_pipeline")

@@ -36,8 +36,6 @@ from .mmdet import CocoDataset, register_all_modules
 from .schema import CocoDataConfig
 from .usage import Usage
 
-__all__ = ["Samples", "build_eval_loader", "build_train_loader"]
-
 _TRIES = 20
 
 

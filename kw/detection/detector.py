@@ -19,15 +19,6 @@ from .backbone import Backbone
 from .mmdet import MODELS, register_all_modules
 from .schema import LayerDecayConfig
 
-__all__ = [
-    "EpochInfo",
-    "WithLosses",
-    "build_detector",
-    "has_masks",
-    "keep_maps_exact",
-    "lr_scales",
-]
-
 COCO = 80  # categories
 
 

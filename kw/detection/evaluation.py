@@ -25,8 +25,6 @@ from kw.detection.annotations import category_ids, ids_of, load_annotations
 from kw.detection.findings import some
 from kw.objects.run_lengths import encode_masks, import_evaluator, mask_areas
 
-__all__ = ["FIGURES", "CocoEvaluator"]
-
 FIGURES = (
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l"),

@@ -31,8 +31,6 @@ from ..version import __version__
 from .graph import DetectorGraph, check_detector, preprocessing
 from .predictor import Predictor
 
-__all__ = ["Agreement", "Written", "describe", "export_detector"]
-
 PICTURES = 8
 """With detections, which a file is verified on."""
 TOLERANCE = 1e-4

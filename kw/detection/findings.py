@@ -8,8 +8,6 @@ from typing import Any
 
 from kw.data.reading import DataError
 
-__all__ = ["KINDS", "Finding", "Report", "some"]
-
 _EXAMPLES = 5
 
 # An error would stop training or evaluation, or make it silently wrong. Data with warnings can be

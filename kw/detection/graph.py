@@ -32,8 +32,6 @@ from ..warehouse import fold_temperature
 from .data import LoadImage
 from .predictor import Predictor
 
-__all__ = ["DetectorGraph", "check_detector", "preprocessing"]
-
 _BY_FEAT = ("predict_by_feat", "_predict_by_feat_single")
 _DENSE = ("predict", *_BY_FEAT, "_bbox_post_process")
 _EXTRACTOR = ("forward", "map_roi_levels")

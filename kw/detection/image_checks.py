@@ -12,8 +12,6 @@ from typing import Any
 from kw.data.reading import BadImageError, Header, read_header, read_image
 from kw.detection.findings import Report
 
-__all__ = ["check_images", "check_leak"]
-
 _MISSING = "no such file"
 
 

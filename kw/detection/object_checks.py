@@ -15,8 +15,6 @@ import numpy as np
 from kw.detection.findings import Report
 from kw.objects.run_lengths import decompress, import_evaluator
 
-__all__ = ["check_boxes", "check_masks", "is_box"]
-
 # COCO's own boxes and polygons exceed the border by fractions of a pixel.
 _BORDER = 1.0
 _NUMBERS = {int, float}

@@ -20,14 +20,6 @@ from unittest.mock import patch
 from ..config import ConfigError
 from ..config.tree import Entry, Origin, join
 
-__all__ = [
-    "entry_with_origins",
-    "installed_path",
-    "is_installed",
-    "packages_from_metadata",
-    "read_origins",
-]
-
 BASE = "_base_"
 
 

@@ -19,8 +19,6 @@ from .sets import check_test_annotations, trained_classes
 if TYPE_CHECKING:
     from .config import DetectorConfig
 
-__all__ = ["picture_names", "refuse_overwriting", "save_picture", "write_pictures"]
-
 TITLES = ("predicted", "annotated")
 _SHEET_WIDTH = 640  # of a pair of pictures on the sheet, pixels: a thousand pairs fit in memory
 

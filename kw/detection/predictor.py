@@ -22,8 +22,6 @@ from .detector import build_detector, has_masks
 from .mmdet import register_all_modules
 from .sets import class_names
 
-__all__ = ["Predictor", "load"]
-
 _PIPELINE = "test_pipeline"
 
 

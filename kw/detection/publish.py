@@ -23,8 +23,6 @@ from ..training.trained import choose_weights, trained_file
 from ..warehouse import find_warehouses
 from .predictor import load
 
-__all__ = ["write_detector"]
-
 
 def write_detector(
     run: str | Path, folder: Path, plan: Any, has_results: bool

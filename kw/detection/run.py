@@ -39,8 +39,6 @@ from .evaluation import COCO_DETECTIONS, CocoEvaluator
 from .sets import check_sets, check_test_annotations, class_names, trained_classes
 from .start import start_detector
 
-__all__ = ["build_trainer", "evaluate_checkpoint", "evaluate_detector", "train"]
-
 
 def train(
     config: DetectorConfig,

@@ -14,8 +14,6 @@ from ..config.fields import setting, table
 from ..config.rules import Expect, check_run_rules, ignored_run_settings
 from ..config.run_schema import BadImagesConfig, OptimizerConfig, RunConfig
 
-__all__ = ["SCHEMA", "CocoDataConfig", "DetectionConfig", "LayerDecayConfig"]
-
 
 @dataclass
 class CocoDataConfig:

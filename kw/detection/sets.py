@@ -14,15 +14,6 @@ from ..errors import say
 from .annotations import Report, category_ids, check_annotations, ids_of, load_annotations
 from .schema import CocoDataConfig
 
-__all__ = [
-    "check_sets",
-    "check_test_annotations",
-    "class_names",
-    "result_ids",
-    "trained_classes",
-    "write_subset",
-]
-
 
 def class_names(config: CocoDataConfig) -> list[str]:
     """The categories to detect: ``data.classes``, or all of the training file.

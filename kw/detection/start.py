@@ -19,8 +19,6 @@ from .config import without_weights
 from .detector import build_detector
 from .weights import StartWeights, count_parts, part_of, read_detector
 
-__all__ = ["start_detector"]
-
 _SHOWN = 20
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from kw.detection.findings import some
 
-__all__ = ["OUTSIDE", "Usage", "why_unused"]
-
 OUTSIDE = "outside of its image, or of no width or height"
 
 _CROWD = "iscrowd 1, a region to ignore; an object has 0"

@@ -23,8 +23,6 @@ from ..errors import say
 from ..models.build import read_start
 from ..models.weights import CheckpointError, read_weights
 
-__all__ = ["StartWeights", "count_parts", "part_of", "read_backbone", "read_detector"]
-
 _BACKBONE = "backbone."
 _OURS = ("backbone.network.", "backbone.output_norms.")
 # A setting of mmdetection's ResNets, in the text of the configuration in a file.

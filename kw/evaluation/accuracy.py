@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..registry import METRICS
 
-__all__ = ["Accuracy", "Metric"]
-
 
 class Metric(Protocol):
     """Figures of a set whose images are divided among processes."""

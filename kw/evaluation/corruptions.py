@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ALEXNET_ERRORS", "corruption_errors"]
-
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..registry import METRICS
 
-__all__ = ["MultiLabel", "average_precision"]
-
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     """Average precision of each class: the sum over thresholds of precision times gain in recall.

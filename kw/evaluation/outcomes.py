@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Calibration", "Outcomes", "calibration", "class_hits", "confusion", "worst"]
-
 _UNREADABLE, _FIRST = 1, 2  # as stored: 0 is an image that no process has evaluated
 
 

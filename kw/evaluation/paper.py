@@ -16,8 +16,6 @@ import yaml
 from ..errors import valid_names
 from .report import ReportError
 
-__all__ = ["FIGURES", "PAPER_TABLES", "SOURCES", "Figure", "PaperRow", "PaperTable", "paper_tables"]
-
 PAPER_TABLES = Path(__file__).with_name("paper_tables.yaml")
 SOURCES = {
     "repo": "authors' results page",

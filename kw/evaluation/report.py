@@ -13,9 +13,6 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["ReportError", "Run", "around", "read_run", "render_table", "summary_table"]
-
-
 # What is read here of a run's two files, each with its types.
 _Keys = Mapping[str, tuple[type, ...]]
 _RESULTS: _Keys = {"params": (int,), "weights": (str,)}

@@ -30,16 +30,6 @@ from ..data.walk import is_hidden, walk_images
 from ..errors import say
 from .corruptions import ALEXNET_ERRORS, corruption_errors
 
-__all__ = [
-    "ALEXNET_ERRORS",
-    "SETS",
-    "TestSet",
-    "corruption_errors",
-    "open_set",
-    "readable",
-    "wnids",
-]
-
 _SEVERITIES = ("1", "2", "3", "4", "5")
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 _REMEDY = (

@@ -25,8 +25,6 @@ import yaml
 from .paper import SOURCES, paper_tables
 from .report import ReportError, around, render_table
 
-__all__ = ["BEGIN", "END", "read_metafile", "render_readme", "render_tables"]
-
 BEGIN = "<!-- tables: begin; generated from metafile.yml by scripts/render_tables.py -->"
 END = "<!-- tables: end -->"
 _HEADER = (

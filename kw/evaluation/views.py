@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import five_crop, hflip
 
-__all__ = ["TTA", "Views"]
-
 TTA = {"flip": (False, True), "five": (True, False), "ten": (True, True)}
 """Test-time augmentation by name: whether five crops are taken, whether each view is mirrored."""
 

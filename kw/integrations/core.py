@@ -26,8 +26,6 @@ from ..warehouse.temperature import (
 )
 from ..warehouse.warehouse import WarehouseDict
 
-__all__ = ["Recipe", "host", "plans_by_part", "plans_of", "refuse_other", "repeat"]
-
 
 def host(package: str, oldest: str, module: str | None = None) -> Any:
     """Import an adapter's host: a package in a version from ``oldest`` on, as ``"2.6"``, or its

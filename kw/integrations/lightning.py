@@ -14,8 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from ..warehouse.temperature import has_temperature, set_temperature
 from .core import Recipe, host, plans_by_part, plans_of, refuse_other, repeat
 
-__all__ = ["ConvertedModule", "KernelWarehouse"]
-
 _KEY = "kernelwarehouse"
 
 

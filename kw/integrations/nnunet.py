@@ -24,8 +24,6 @@ host("nnunetv2", "2.8")
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights  # noqa: E402
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 
-__all__ = ["KernelWarehouse", "nnUNetTrainerKW", "nnUNetTrainerKWAnnealed"]
-
 
 class KernelWarehouse:
     """First base of a trainer: ``class Mine(KernelWarehouse, nnUNetTrainer_250epochs)``.

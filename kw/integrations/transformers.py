@@ -18,8 +18,6 @@ from ..warehouse.attention import KernelAttention, _restore_one_hot
 from ..warehouse.temperature import find_warehouses, has_temperature
 from .core import Recipe, host, plans_by_part, refuse_other, repeat
 
-__all__ = ["KernelWarehouse", "convert"]
-
 _TYPE = "kernelwarehouse"
 hf = host("transformers", "5.24")
 quantizers, settings = hf.quantizers, hf.utils.quantization_config

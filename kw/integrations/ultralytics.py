@@ -41,15 +41,6 @@ except ImportError as error:
 if not (8, 4, 190) <= tuple(map(int, re.findall(r"\d+", __version__)[:3])) < (8, 5):
     raise ImportError(f"{_NEEDS}; this is {__version__}")
 
-__all__ = [
-    "ClassificationTrainer",
-    "DetectionTrainer",
-    "DynamicConv",
-    "PoseTrainer",
-    "SegmentationTrainer",
-    "trainer",
-]
-
 _VARIABLE = "KW_ULTRALYTICS_RECIPE"
 # Ends the first name in a converted network's yaml, so that a trainer that would build the static
 # network from it, and load what fits, stops at this message.

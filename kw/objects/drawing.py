@@ -10,8 +10,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .run_lengths import segmentation_mask
 
-__all__ = ["class_colour", "contact_sheet", "draw_annotations", "draw_objects", "side_by_side"]
-
 _READABLE = 480  # the least longer side of a picture, pixels
 _OPACITY = 0.45  # of masks
 # Easy to tell apart on dark and light images, and bright enough for black text.

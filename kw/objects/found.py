@@ -15,8 +15,6 @@ from ..data.reading import MAX_PIXELS, Picture, read_image
 from .drawing import draw_objects
 from .run_lengths import mask_areas, segmentation_mask
 
-__all__ = ["Detector", "Found", "coco_file", "coco_results"]
-
 
 class Found(NamedTuple):
     """The detections in a picture, by falling score."""

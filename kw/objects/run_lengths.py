@@ -9,14 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-__all__ = [
-    "decompress",
-    "encode_masks",
-    "import_evaluator",
-    "mask_areas",
-    "segmentation_mask",
-]
-
 _PIXELS = 2**25  # of masks that are compressed at a time
 
 

@@ -22,8 +22,6 @@ from ..warehouse.ops.layout import lies_channels_last
 from ..warehouse.ops.library import convolve, convolve_each
 from .spectrum import scaled_inverse
 
-__all__ = ["Operands", "assemble", "convolve_assembled"]
-
 
 class Operands(NamedTuple):
     """What kernels are assembled from.

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from ..warehouse import KernelShape, KWLinear
 from .mixture import MixtureAttention, MixtureConv2d, MixtureLayer, silence
 
-__all__ = ["CondConv2d", "CondLinear"]
-
 
 class Routing(MixtureAttention):
     """Gates of K kernels ("experts") from a pooled input, one linear map."""

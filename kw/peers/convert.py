@@ -53,8 +53,6 @@ from .kerneldna import DNAConv2d, SharedKernel, share_kernels
 from .mixture import MixtureLayer
 from .odconv import ODConv2d
 
-__all__ = ["Method", "convert"]
-
 Layers = dict[str, nn.Module]
 PeerLayer = MixtureLayer | DNAConv2d
 Makers = dict[str, type[PeerLayer]]

@@ -20,8 +20,6 @@ from ..warehouse import KernelShape
 from ..warehouse.attention import BranchLinear
 from .mixture import MixtureAttention, MixtureConv2d, initialise, logit_scale, silence
 
-__all__ = ["DyConv2d"]
-
 
 class SqueezeSoftmax(MixtureAttention):
     """Coefficients of K kernels that compete; ``max(int(I * reduction), 1)`` hidden units."""

@@ -27,8 +27,6 @@ from torch import Tensor
 from ..warehouse import KernelShape
 from .mixture import Attentions, AxisAttention, MixtureConv2d, logit_scale, scaled, silence
 
-__all__ = ["ODConv2d", "OmniAttention"]
-
 
 class OmniAttention(AxisAttention):
     """The four attentions of a layer.

@@ -17,8 +17,6 @@ from ..config.loading import read_config
 from .runs import Run
 from .settings import as_option
 
-__all__ = ["Study", "load_study"]
-
 
 @dataclass
 class _Variant:

@@ -21,8 +21,6 @@ from ..training.interruption import on_signals
 from .runs import Run, RunError, State, find_state, locked, note_jobs, reason, record
 from .settings import differences, read_settings, resolved_text
 
-__all__ = ["LAUNCHERS", "command_for", "run_all", "submit", "unfinished"]
-
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("none", "torchrun", "slurm")
 

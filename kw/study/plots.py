@@ -10,8 +10,6 @@ from typing import Any
 from ..evaluation import Run
 from ..pictures.style import new_figure, save
 
-__all__ = ["Curve", "Dot", "plot_curves", "plot_dots", "run_curve"]
-
 
 @dataclass(frozen=True)
 class Curve:

@@ -18,8 +18,6 @@ from .runs import Run
 from .scale import Scale, epochs_scaled
 from .settings import as_option, read_settings
 
-__all__ = ["CONFIGS", "Reproduction"]
-
 CONFIGS = configs()
 _WEIGHTS = "model.backbone.weights"
 

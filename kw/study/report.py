@@ -19,8 +19,6 @@ from .published import CONFIGS, Reproduction
 from .runs import Run, State, find_state
 from .settings import differences, read_settings
 
-__all__ = ["RowReport", "collect", "overview", "write_report"]
-
 _NONE = "-"
 _RECALLED = "?"
 _SAME_DATA = 0.99  # of an epoch's images; the last incomplete batch is left out

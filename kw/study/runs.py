@@ -17,17 +17,6 @@ from typing import Any
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.saving import write_json
 
-__all__ = [
-    "Run",
-    "RunError",
-    "State",
-    "find_state",
-    "locked",
-    "note_jobs",
-    "reason",
-    "record",
-]
-
 # A tool's message about a mistake, or an exception. torchrun adds one of its own after either.
 _ERRORS = (re.compile("error: "), re.compile(r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"))
 _EPOCHS = re.compile(r"^epochs\s*[:=]\s*(\d+)\s*$", re.MULTILINE)

@@ -15,8 +15,6 @@ from ..config import ConfigError
 from ..config.loading import read_config
 from ..errors import valid_names
 
-__all__ = ["FULL", "Scale", "epochs_scaled", "read_scale"]
-
 _RULE_KEYS = {"when", "set", "data"}
 # Settings that recipes count in epochs.
 _IN_EPOCHS = ("schedule.warmup_epochs", "schedule.milestones", "temperature_epochs")

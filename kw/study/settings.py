@@ -12,8 +12,6 @@ from typing import Any
 from ..config import ConfigError, load_config, to_dict, to_yaml
 from ..config.tree import flat_settings, show
 
-__all__ = ["as_option", "differences", "read_settings", "resolved_text"]
-
 # The machine's concern, or that of the log; prefixes of dotted keys.
 _NEUTRAL = (
     "data.root",

@@ -22,21 +22,6 @@ from ..evaluation.report import around
 from .files import Study
 from .plots import Curve, plot_curves
 
-__all__ = [
-    "STARTED",
-    "binomial_error",
-    "describe_study",
-    "join_earlier",
-    "name_of",
-    "plot_study",
-    "read_earlier",
-    "read_started",
-    "read_summary",
-    "render_page",
-    "study_table",
-    "summarise_run",
-]
-
 Summary = Mapping[str, Any]
 _DIGITS = 4
 _CONDITIONS = ("command", "machine", "versions", "code")

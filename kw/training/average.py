@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["MovingAverage", "local"]
-
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; all of one that is not sharded."""

@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..torch_private import uncompiled
 
-__all__ = ["find_origin"]
-
 
 def find_origin(
     model: Any,

@@ -23,19 +23,6 @@ from ..errors import EXIT_MISSING, MissingProcess, one_line
 from ..torch_private import BatchNorm
 from .presence import Presence, set_place, watched
 
-__all__ = [
-    "LAUNCHERS",
-    "Process",
-    "average_batch_norm",
-    "batch_norm_buffers",
-    "find_process",
-    "from_all",
-    "from_first",
-    "host_barrier",
-    "hosts",
-    "process_group",
-]
-
 LAUNCHERS = ("none", "pytorch", "slurm")
 NCCL_MARGIN = timedelta(minutes=1)
 _hosts: Any = None

@@ -19,8 +19,6 @@ from ..pictures.outcomes import draw_confusion, draw_reliability
 from ..pictures.samples import read_images
 from ..pictures.style import save, to_pixels
 
-__all__ = ["SHOWN", "write_csv", "write_figures"]
-
 SHOWN = 24
 """Mistakes on the contact sheet."""
 _LISTED = 1000  # mistakes in the table

@@ -16,8 +16,6 @@ from torch.optim import SGD, Optimizer
 from ..errors import UserError
 from ..torch_private import copy_all, overflow, step_unless
 
-__all__ = ["FiniteGuard", "NonFiniteError", "Skipped"]
-
 
 class NonFiniteError(UserError):
     """A run was stopped because too many updates were not finite."""

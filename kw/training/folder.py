@@ -18,8 +18,6 @@ from .logs import logger
 from .presence import set_place
 from .saving import checkpoints, newest_whole
 
-__all__ = ["find_checkpoint", "held"]
-
 LOCK = "run.lock"
 _T = TypeVar("_T")
 

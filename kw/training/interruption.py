@@ -17,8 +17,6 @@ import torch.distributed as dist
 
 from .distributed import Process, hosts
 
-__all__ = ["Agreement", "Signals", "on_signals"]
-
 
 @contextmanager
 def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:

@@ -20,8 +20,6 @@ from ..config.loading import parse_config
 from ..config.tree import flat_settings
 from ..warehouse.warehouse import earlier_order, names_now
 
-__all__ = ["layout_fault", "number_as_now", "resume_fault", "settings_changed"]
-
 
 def layout_fault(checkpoint: Mapping[Any, Any]) -> str | None:
     """A fault of the parts that every reader uses; parts may be missing."""

@@ -18,8 +18,6 @@ from ..config import ConfigError
 from ..config.tree import flat_settings
 from ..registry import LOGGERS
 
-__all__ = ["LoggedRun", "Logger", "build_loggers"]
-
 
 @dataclass(frozen=True)
 class LoggedRun:

@@ -12,8 +12,6 @@ from tqdm import tqdm
 from .distributed import Process, from_first
 from .presence import log_to
 
-__all__ = ["close_log", "logger", "open_log"]
-
 logger = logging.getLogger("kw")
 _FORMAT = logging.Formatter(
     "%(asctime)s - %(levelname)s - %(message)s", datefmt="%Y/%m/%d %H:%M:%S"

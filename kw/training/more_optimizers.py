@@ -11,8 +11,6 @@ from timm.optim import get_optimizer_class, list_optimizers
 from ..errors import one_line
 from ..registry import OPTIMIZERS
 
-__all__: list[str] = []
-
 _OTHER = {"Optimizer", "LBFGS", "SparseAdam"}  # no optimizer; need a closure, sparse gradients
 
 

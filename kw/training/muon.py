@@ -28,8 +28,6 @@ from torch import nn
 from ..registry import OPTIMIZERS
 from ..warehouse import KWLayer
 
-__all__ = ["Muon"]
-
 _MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -50,15 +50,6 @@ from .run_pictures import network_name
 from .saving import checkpoints
 from .trained import choose_weights, load_trained
 
-__all__ = [
-    "picture_attention",
-    "picture_cam",
-    "picture_cells",
-    "picture_classes",
-    "picture_history",
-    "picture_kernels",
-]
-
 _CHUNK = 32  # images of a forward pass
 
 

@@ -25,8 +25,6 @@ from .checkpoint import CheckpointError, refuse_other_classes
 from .logs import logger
 from .trained import load_trained
 
-__all__ = ["Teacher", "build_loss", "build_teacher", "check_labels", "check_sizes"]
-
 
 def check_labels(config: Config, listing: Listing) -> None:
     """Refuse labels of another kind than the run's metrics, which decide what is right.

@@ -18,8 +18,6 @@ from ..registry import OPTIMIZERS
 from ..torch_private import BatchOrInstanceNorm
 from ..warehouse import KWLayer
 
-__all__ = ["build_optimizer", "decayed_by_layer"]
-
 OPTIMIZERS["adamw"] = torch.optim.AdamW
 OPTIMIZERS["sgd"] = torch.optim.SGD
 

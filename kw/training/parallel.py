@@ -35,18 +35,6 @@ from .average import MovingAverage
 from .distributed import Process
 from .logs import logger
 
-__all__ = [
-    "across_processes",
-    "backward_order",
-    "distribute",
-    "gathered",
-    "release",
-    "shard",
-    "sharded_modules",
-    "whole_norm",
-    "wrap_ddp",
-]
-
 
 def across_processes(model: nn.Module, config: DistributedConfig, process: Process) -> nn.Module:
     """A model on its device; in DDP where several processes hold all of it."""

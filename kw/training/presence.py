@@ -27,8 +27,6 @@ import torch.distributed as dist
 
 from ..errors import EXIT_MISSING, MissingProcess, one_line
 
-__all__ = ["Beat", "Presence", "is_of_communication", "log_to", "set_place", "watched"]
-
 _GLOO = re.compile(
     r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Connection refused"
     r"|Application timeout caused pair closure|Broken pipe|Socket closed"

@@ -47,20 +47,6 @@ from .presence import set_place
 from .task import Task, headline
 from .trainer import Trainer, set_seed
 
-__all__ = [
-    "build_hooks",
-    "build_preprocessor",
-    "build_trainer",
-    "check_devices",
-    "evaluate",
-    "evaluate_weights",
-    "find_checkpoint",
-    "prepare",
-    "set_contraction",
-    "start",
-    "train",
-]
-
 
 def train(
     config: Config,

@@ -19,14 +19,6 @@ from .distributed import find_process
 from .run import build_preprocessor
 from .schedule import Schedule
 
-__all__ = [
-    "network_name",
-    "picture_batch",
-    "picture_schedules",
-    "schedule_curves",
-    "training_batch",
-]
-
 
 def network_name(config: Config) -> str:
     """The network in words: ``"KernelWarehouse 4x resnet18"``."""

@@ -16,16 +16,6 @@ from torch import Tensor
 from .checkpoint import CheckpointError, find_damage, replacing, save_checkpoint
 from .logs import logger
 
-__all__ = [
-    "Checkpoints",
-    "checkpoint_name",
-    "checkpoints",
-    "copied",
-    "link",
-    "newest_whole",
-    "write_json",
-]
-
 _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?\.pth")
 
 

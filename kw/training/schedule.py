@@ -16,8 +16,6 @@ from ..config.run_schema import RunConfig, ScheduleConfig
 from ..registry import SCHEDULES
 from ..warehouse import annealed_temperature
 
-__all__ = ["Moment", "Schedule"]
-
 
 @dataclass(frozen=True)
 class Moment:

@@ -32,8 +32,6 @@ from .task import Metrics
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["fault_logs", "placed_state", "resume", "run_state"]
-
 
 def run_state(
     trainer: Trainer, metrics: Metrics | None = None, is_best: bool = False

@@ -20,8 +20,6 @@ from .distributed import Process, process_group
 from .objective import check_labels
 from .run import build_preprocessor, check_devices, evaluate, evaluate_weights, prepare
 
-__all__ = ["Testing", "evaluate_checkpoint", "evaluate_checkpoints"]
-
 
 @dataclass(frozen=True)
 class Testing:

@@ -17,15 +17,6 @@ from ..models.build import build_network, check_network
 from .checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
 from .saving import checkpoints
 
-__all__ = [
-    "WEIGHTS",
-    "Trained",
-    "choose_weights",
-    "detector_config",
-    "load_trained",
-    "trained_file",
-]
-
 WEIGHTS = ("auto", "model", "ema")
 
 

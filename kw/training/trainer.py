@@ -40,8 +40,6 @@ from .task import Metrics, Task, headline
 if TYPE_CHECKING:
     from .hooks import Hook, LoggerHook
 
-__all__ = ["Trainer", "Updater", "set_seed"]
-
 
 def set_seed(seed: int) -> None:
     """Seed the generators of Python, numpy and torch."""

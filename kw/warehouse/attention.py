@@ -23,17 +23,6 @@ from .ops.precision import coefficient_type
 from .partition import CellSlice
 from .sharded import placed_like
 
-__all__ = [
-    "ATTENTION_FUNCTIONS",
-    "EPS",
-    "LOGITS",
-    "BranchLinear",
-    "KernelAttention",
-    "full_precision",
-    "normalise",
-    "own_and_other",
-]
-
 ATTENTION_FUNCTIONS.register()(contrasting)
 
 

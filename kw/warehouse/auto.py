@@ -28,8 +28,6 @@ from .probe import Use, probe
 from .sharing import Candidate, share
 from .warehouse import WarehouseSettings
 
-__all__ = ["MAX_STEM_LAYERS", "MIN_CHANNELS", "AutoReport", "auto_plan"]
-
 MIN_CHANNELS = 8  # a layer that reads or writes fewer makes or reads a map
 MAX_STEM_LAYERS = 4
 

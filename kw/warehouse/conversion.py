@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "KeptWarehouse", "count_parameters", "guard_saving", "thawed"]
-
 
 @dataclass(frozen=True)
 class KeptWarehouse:

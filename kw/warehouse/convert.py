@@ -33,8 +33,6 @@ from .probe import arguments, evaluating
 from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseDict, WarehouseSettings, accept_earlier_names
 
-__all__ = ["convert", "drop_unused_warehouses", "resolve_plan", "set_backend"]
-
 
 @dataclass
 class _Group:

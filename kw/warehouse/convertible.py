@@ -17,19 +17,6 @@ from .partition import KernelShape
 from .same import KWConv2dSame
 from .warehouse import Warehouse
 
-__all__ = [
-    "arguments_of",
-    "check_network",
-    "dynamic_layer",
-    "kernel_layers",
-    "kernel_shape",
-    "register_convertible",
-    "replace_layers",
-    "shared_places",
-    "succeed",
-    "why_static",
-]
-
 # By qualified name, so that libraries need not be imported. Exact classes: a subclass may compute
 # something else, for instance with standardised weights.
 _COUNTERPARTS: dict[str, type[KWConvNd] | type[KWLinear]] = {

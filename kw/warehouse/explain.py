@@ -14,8 +14,6 @@ from .ops.device import DeviceProfile
 from .ops.selection import Prediction
 from .probe import arguments
 
-__all__ = ["LayerChoice", "explain", "explain_on"]
-
 
 @dataclass(frozen=True)
 class LayerChoice:

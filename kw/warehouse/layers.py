@@ -25,8 +25,6 @@ from .pooling import pool
 from .start import keep_kernels
 from .warehouse import Warehouse, WarehouseSettings
 
-__all__ = ["KWConv1d", "KWConv2d", "KWConv3d", "KWConvNd", "KWLayer", "KWLinear"]
-
 Size = int | Sequence[int]
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 

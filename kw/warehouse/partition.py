@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["CellSlice", "KernelShape", "Partition", "WarehousePartition", "partition_kernels"]
-
 
 @dataclass(frozen=True)
 class KernelShape:

@@ -21,8 +21,6 @@ from typing import Any
 
 from .warehouse import WarehouseSettings
 
-__all__ = ["Plan", "Rule", "nearest"]
-
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The valid names nearest to a wrong name, for the end of a message."""

@@ -18,8 +18,6 @@ from ..registry import PLANS
 from .plan import Plan, Rule
 from .warehouse import WarehouseSettings
 
-__all__ = ["PLANS"]
-
 
 def _resnet(*static: str) -> Plan:
     """One warehouse a stage with all its 3x3 and 1x1 convolutions.

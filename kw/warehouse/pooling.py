@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..torch_private import is_traced
 
-__all__ = ["pool"]
-
 
 def pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Global average over positions, in float32 at least: ``[B, I]``."""

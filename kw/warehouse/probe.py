@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Use", "arguments", "default_example", "evaluating", "probe"]
-
 _BATCH = 3  # unlike 2 and 4, seldom the size of another axis
 
 

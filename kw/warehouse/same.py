@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .layers import KWConv2d
 
-__all__ = ["KWConv2dSame"]
-
 
 class KWConv2dSame(KWConv2d):
     """:class:`KWConv2d` whose output has ``ceil(size / stride)`` positions along every axis.

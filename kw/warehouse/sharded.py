@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_sharded", "placed_like", "whole_like"]
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``; without the half second of its import."""

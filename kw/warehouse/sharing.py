@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from .partition import KernelShape, partition_kernels
 from .warehouse import WarehouseSettings
 
-__all__ = ["MAX_BLOCKS", "MAX_CELLS", "MIN_CELLS", "Candidate", "share"]
-
 MAX_BLOCKS = 32  # blocks of channels that a kernel is cut into; ResNet50's shortcuts have 32
 MAX_CELLS = 512  # of a warehouse at ratio 1
 MIN_CELLS = 4  # the minimum for mixing; ConvNeXt's 2x2 downsampling has a warehouse of 4

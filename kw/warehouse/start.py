@@ -37,8 +37,6 @@ from .ops.assembly import to_blocks
 from .partition import Partition
 from .warehouse import Warehouse
 
-__all__ = ["exact_kernel", "keep_kernels", "kernel_blocks"]
-
 _ROUNDS, _ENOUGH = 10, 1e-2
 """Alternating least squares stop after this many rounds, or when a round lowers the error by less
 than this share."""

@@ -15,16 +15,6 @@ from torch import nn
 from .attention import KernelAttention
 from .warehouse import Warehouse, WarehouseDict
 
-__all__ = [
-    "anneal",
-    "annealed_temperature",
-    "find_warehouses",
-    "fold_temperature",
-    "get_temperature",
-    "has_temperature",
-    "set_temperature",
-]
-
 
 def find_warehouses(model: nn.Module) -> list[Warehouse]:
     """Every warehouse that a layer of the model uses, each once; in the plan's order, where the

@@ -22,17 +22,6 @@ from .ops.rounded import RoundedCells
 from .partition import KernelShape, partition_kernels
 from .sharded import is_sharded, placed_like, whole_like
 
-__all__ = [
-    "STARTS",
-    "Warehouse",
-    "WarehouseDict",
-    "WarehouseSettings",
-    "accept_earlier_names",
-    "earlier_order",
-    "names_now",
-    "with_names_now",
-]
-
 STARTS = ("keep", "paper")
 
 _Value = TypeVar("_Value")

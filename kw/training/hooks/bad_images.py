@@ -14,8 +14,6 @@ from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
 
-__all__ = ["INSTEAD", "BadImageHook"]
-
 INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
 
 

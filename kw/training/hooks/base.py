@@ -10,8 +10,6 @@ from torch import Tensor
 from ..task import Metrics
 from ..trainer import Trainer
 
-__all__ = ["Hook"]
-
 
 class Hook:
     """Subclass it and write the methods that are needed; hooks are called in their order.

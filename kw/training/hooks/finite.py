@@ -17,8 +17,6 @@ from ..trainer import Trainer
 from .base import Hook
 from .log import write_line
 
-__all__ = ["FiniteHook"]
-
 
 class FiniteHook(Hook):
     """Reads the guard's counts when a log line is due (:class:`kw.training.finite.FiniteGuard`).

@@ -22,8 +22,6 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["LogHook", "write_line"]
-
 
 class LogHook(Hook):
     """Sums losses on the device and reads them when a line is due: no update waits for the device.

@@ -15,8 +15,6 @@ from ..logs import logger as log
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["LoggerHook"]
-
 
 class LoggerHook(Hook):
     """All loggers of a run: ``trainer.board`` in the main process. A resumed run gets the external

@@ -29,8 +29,6 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["PictureHook"]
-
 
 class PictureHook(Hook):
     """Draws after the first epoch, every few epochs and the last; in the main process alone.

@@ -13,8 +13,6 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["ProgressHook"]
-
 
 class ProgressHook(Hook):
     """One bar an epoch: updates, the time that is left of it, and the best score so far."""

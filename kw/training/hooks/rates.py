@@ -14,8 +14,6 @@ from ..logs import logger
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["RatesHook"]
-
 
 class RatesHook(Hook):
     """Gives every process the rates of the first one, and a resumed run those that it began with.

@@ -10,8 +10,6 @@ from ..task import Metrics, headline
 from ..trainer import Trainer
 from .base import Hook
 
-__all__ = ["EarlyStopping"]
-
 
 @HOOKS.register("early_stopping")
 class EarlyStopping(Hook):

@@ -11,8 +11,6 @@ from .device import current_gpu
 from .timing import draw_operands
 from .trials import Trials, attempt, difference, fault, tolerance
 
-__all__ = ["Admission", "bucket", "deviations"]
-
 OUTPUT = "output"
 GRADIENTS = ("gradient of the input", "gradient of the coefficients", "gradient of the cells")
 

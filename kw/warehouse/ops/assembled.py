@@ -23,8 +23,6 @@ from .library import (
 )
 from .spec import ConvSpec
 
-__all__ = ["Assembled", "is_cpu_2d", "kernel_numel"]
-
 GROUPED = 1.2
 """Measured time of a grouped convolution of all samples, relative to an ordinary convolution."""
 

@@ -16,19 +16,6 @@ from .contraction import Needs
 from .matmul import accumulate, float32_matmul, matmul
 from .spec import ConvSpec
 
-__all__ = [
-    "BlockGradients",
-    "assemble",
-    "even_chunks",
-    "join",
-    "mix",
-    "sample_chunks",
-    "scratch_bytes",
-    "to_blocks",
-    "to_kernels",
-    "to_taps",
-]
-
 # Scratch memory of a chunk, in bytes. On CPU glibc maps fresh pages for every tensor beyond 32 MiB,
 # and clearing them takes longer than the work; smaller chunks read the cells more often. With 512
 # channels at 7x7, batch 8, 32 MiB and 100 MiB were slower than this, by up to a half and to twice.

@@ -22,8 +22,6 @@ from .triton_conv import TritonConv
 from .triton_depthwise import TritonDepthwise
 from .triton_on_chip import TritonOnChip
 
-__all__ = ["BACKENDS", "CONTRACTIONS", "YARDSTICKS", "selector"]
-
 YARDSTICKS: dict[str, Callable[[Tensor, Tensor, Tensor, ConvSpec], Tensor]] = {
     "reference": conv_reference,
     "grouped": conv_grouped,

@@ -51,8 +51,6 @@ from .pointwise import (
 from .spec import ConvSpec
 from .windows import fold, gather, scatter, unfold
 
-__all__ = ["Bmm", "conv_bmm", "to_space", "unfold_taps"]
-
 LEAST_ROWS = 32
 
 

@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cache_folder", "locked"]
-
 
 def cache_folder() -> Path:
     """``$KW_CACHE_DIR``; else ``kernelwarehouse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.

@@ -21,8 +21,6 @@ from .cache import cache_folder
 from .device import DeviceProfile, estimated_profile
 from .timing import machine_name
 
-__all__ = ["calibration_file", "device_profile", "write_calibration"]
-
 log = logging.getLogger(__name__)
 
 

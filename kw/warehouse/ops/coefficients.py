@@ -21,8 +21,6 @@ from .device import current_gpu
 from .trials import Trials, attempt, difference, fault, tolerance
 from .triton_launch import interpreted, kernel_module
 
-__all__ = ["EPS", "annealed", "contrasting", "fused_coefficients", "is_fused", "trials"]
-
 EPS = 1e-3
 """Added to the denominator of the contrasting and the rectified function."""
 _TILE = 2048  # values of a program: 16 of each of its threads

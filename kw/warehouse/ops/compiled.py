@@ -28,8 +28,6 @@ from pathlib import Path
 
 from .cache import cache_folder
 
-__all__ = ["CompileError", "compiler", "library"]
-
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
 SECONDS = 120

@@ -17,16 +17,6 @@ from torch import Tensor
 from .spec import ConvSpec
 from .summing import GradientSum
 
-__all__ = [
-    "Contraction",
-    "Cost",
-    "Gradients",
-    "Needs",
-    "Problem",
-    "SummingContraction",
-    "check_operands",
-]
-
 Needs = tuple[bool, bool, bool]
 """Whether the gradients of the input, of the coefficients and of the cells are needed."""
 

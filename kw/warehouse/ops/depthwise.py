@@ -17,8 +17,6 @@ from .layout import channels_last, lies_channels_last
 from .library import LARGE_KERNEL, RELAYOUT_MACS, slowdown
 from .spec import ConvSpec
 
-__all__ = ["Depthwise"]
-
 # Values of a sample from which a separate call (0.1 ms) is faster: in the forward pass and for
 # small kernels, and for gradients of large kernels. Measured with oneDNN on two cores, batch 8;
 # shifting and adding K times was slower everywhere.

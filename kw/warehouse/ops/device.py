@@ -12,8 +12,6 @@ import torch
 from .contraction import Cost
 from .precision import allows_tf32
 
-__all__ = ["DeviceProfile", "current_gpu", "estimated_profile", "is_capturing"]
-
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

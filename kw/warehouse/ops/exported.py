@@ -42,8 +42,6 @@ from .bmm import conv_bmm, to_space, unfold_taps
 from .library import conv_grouped
 from .spec import ConvSpec
 
-__all__ = ["conv_exported", "exported_for"]
-
 MIXED = 1.3
 """Multiply-adds on mixed inputs that take as long as one multiply-add on assembled kernels."""
 

@@ -28,8 +28,6 @@ from .precision import as_convolutions_round
 from .spec import ConvSpec
 from .summing import anchor_of, sum_of
 
-__all__ = ["contract", "differentiable", "may_share"]
-
 
 def contract(
     x: Tensor,

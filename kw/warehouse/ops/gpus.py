@@ -10,8 +10,6 @@ import torch
 
 from .device import DeviceProfile
 
-__all__ = ["GPUS", "Gpu", "gpu_of"]
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["channels_last", "empty", "laid_out", "lies_channels_last"]
-
 
 def lies_channels_last(x: Tensor) -> bool:
     """Whether ``[B, C, *space]`` lies in memory as ``[B, *space, C]`` and not as it is written."""

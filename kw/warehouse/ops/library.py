@@ -13,18 +13,6 @@ from torch import Tensor
 from .assembly import assemble
 from .spec import ConvSpec
 
-__all__ = [
-    "LARGE_KERNEL",
-    "RELAYOUT_MACS",
-    "conv_backward",
-    "conv_grouped",
-    "convolve",
-    "convolve_backward",
-    "convolve_each",
-    "convolve_each_backward",
-    "slowdown",
-]
-
 RELAYOUT_MACS = 4
 """Multiply-adds outside of matrix products that take as long as moving one value elsewhere: from
 channels last to channels first, from a block to its place in a kernel (0.5 ns on two cores)."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ...torch_private import onednn_linear
 
-__all__ = ["accumulate", "batch_matmul", "float32_matmul", "matmul"]
-
 Product = Callable[[Tensor, Tensor], Tensor]
 
 # Multiply-adds below which the call costs more than the arithmetic.

@@ -30,8 +30,6 @@ from .matmul import batch_matmul, matmul
 from .spec import ConvSpec
 from .windows import gather, scatter, wide
 
-__all__ = ["MixInputs"]
-
 
 class MixInputs(Contraction):
     """Mix shifted inputs by small products, then one product with the cells, some at a time."""

@@ -24,8 +24,6 @@ from .layout import empty, lies_channels_last
 from .spec import ConvSpec
 from .summing import GradientSum
 
-__all__ = ["Native"]
-
 log = logging.getLogger(__name__)
 
 _POSITIONS = 1 << 28  # times taps: entries of four bytes in the tables of make_phases (common.h)

@@ -22,17 +22,6 @@ from .layout import empty, laid_out
 from .matmul import batch_matmul
 from .spec import ConvSpec
 
-__all__ = [
-    "gradient_of_slices",
-    "is_direct",
-    "lie",
-    "pointwise",
-    "pointwise_slices",
-    "transposed",
-    "with_stride",
-    "without_stride",
-]
-
 _ALWAYS_COPY = ("cpu",)
 """Device types whose products of parts of a kernel take longer than copying it does: on two AVX-512
 cores up to 1.7 times."""

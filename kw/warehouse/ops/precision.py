@@ -25,17 +25,6 @@ from torch import Tensor
 
 from ...errors import valid_names
 
-__all__ = [
-    "ASSEMBLY_PRECISIONS",
-    "allows_tf32",
-    "as_convolutions_round",
-    "assembly_precision",
-    "coefficient_type",
-    "compute_types",
-    "matmul_precision",
-    "set_assembly_precision",
-]
-
 ASSEMBLY_PRECISIONS = ("autocast", "float32")
 _assembly = ASSEMBLY_PRECISIONS[0]
 _lock = threading.Lock()

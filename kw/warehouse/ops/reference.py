@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .spec import ConvSpec
 
-__all__ = ["assemble_reference", "conv_reference"]
-
 
 def assemble_reference(alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Tensor:
     """One sample's kernel ``[O, I / g, k_1 .. k_d]`` from its coefficients ``[m, n]``."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .device import is_capturing
 
-__all__ = ["RoundedCells"]
-
 
 class RoundedCells:
     """The latest rounded copy of one warehouse's cells.

@@ -25,8 +25,6 @@ from .device import DeviceProfile, current_gpu, is_capturing
 from .precision import allows_tf32
 from .timing import TimingCache, time_contraction
 
-__all__ = ["MODES", "Prediction", "Selector"]
-
 MODES = ("model", "measure", "off")
 _CANDIDATES = 3.0
 """Back ends predicted within this factor of the fastest are timed."""

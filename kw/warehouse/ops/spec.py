@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..partition import Partition
 
-__all__ = ["ConvSpec"]
-
 
 @dataclass(frozen=True)
 class ConvSpec:

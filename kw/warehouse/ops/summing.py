@@ -27,8 +27,6 @@ from torch import Tensor, nn
 
 from ...torch_private import backward_pass, in_function_transform, runs_in_this_pass
 
-__all__ = ["GradientSum", "anchor_of", "forget_anchor", "sum_of"]
-
 _anchors: dict[int, weakref.ref[Tensor]] = {}
 
 

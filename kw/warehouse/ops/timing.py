@@ -21,8 +21,6 @@ from .layout import laid_out
 from .precision import as_convolutions_round
 from .spec import ConvSpec
 
-__all__ = ["Operands", "TimingCache", "draw_operands", "machine_name", "time_contraction"]
-
 _ROUNDS = 5
 
 

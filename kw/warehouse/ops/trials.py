@@ -23,8 +23,6 @@ from ...errors import one_line
 from .device import is_capturing
 from .precision import allows_tf32
 
-__all__ = ["DeviceLostError", "Trials", "attempt", "difference", "fault", "tolerance"]
-
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .spec import ConvSpec
 
-__all__ = ["Tap", "fold", "gather", "scatter", "tap_slices", "unfold", "wide"]
-
 Tap = tuple[tuple[slice, ...], tuple[slice, ...]]
 """Output positions that a tap serves, and the input positions that it reads for them."""
 
