@@ -91,7 +91,7 @@ def test_the_whole_path(
     monkeypatch.setattr(subprocess, "Popen", Forked)
     options = ["imagenet_300ep", "--scale", "tiny", "--work-dir", tmp_path]
     options += ["--rows", "resnet18", "kw_resnet18_1x"]
-    settings = ["epochs=1", "total_batch_size=16", "batch_size=16", "checkpoint.updates=2"]
+    settings = ["epochs=1", "total_batch_size=48", "batch_size=48", "checkpoint.updates=2"]
     settings += ["data.workers=0", "data.input_size=16", "model.timm_args.channels=[8,8,16,16]"]
     settings += ["model.timm_args.layers=[1,1,1,1]"]
     run = [*options, "--run", "--cfg-options", *settings]
