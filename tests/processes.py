@@ -6,13 +6,19 @@ tools as well is what tests/test_launchers.py is for.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ from kills import free_port
 from kw.cli import main
 from kw.training.distributed import process_group
 
-__all__ = ["call", "in_processes"]
+__all__ = ["Forked", "call", "in_processes"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,3 +132,67 @@ def _tool(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+class Forked(subprocess.Popen):
+    """Takes the place of ``subprocess.Popen``: ``python ARGUMENTS...`` is a fork of this process.
+
+    For programs that are started by what is tested, where a new interpreter would import for
+    seconds what is here. Other programs are started as ever.
+    """
+
+    def __init__(self, args: Sequence[Any], **settings: Any) -> None:
+        if args[0] == sys.executable:
+            words = [str(word) for word in args[1:]]
+            settings["preexec_fn"] = partial(_python, words, settings.get("env"))
+        super().__init__(args, **settings)
+
+
+def _python(words: list[str], environment: Mapping[str, str] | None) -> None:
+    """What the interpreter would do with these words; does not return."""
+    status = 1
+    try:
+        atexit._clear()
+        _forget_pipes()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        torch.set_num_threads(1)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        if words[:2] == ["-m", "kw"]:
+            sys.argv = words[1:]
+            main()
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def _forget_pipes() -> None:
+    """Close the pipes that a new program would not inherit: whoever waits for them goes on."""
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        try:
+            pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+            if pipe and not os.get_inheritable(descriptor):
+                os.close(descriptor)
+        except OSError:
+            pass  # the listing's own

@@ -188,7 +188,8 @@ def test_tool_checks_every_file_first(tool, capsys, tmp_path: Path):
 @pytest.mark.parametrize("training", [False, True])
 def test_torchs_counter_sees_dynamic_convolutions(device: str, training: bool) -> None:
     """Forward and backward, whatever back end does them; the static network's come three times."""
-    config = load_config("configs/imagenet/resnet18/kw_resnet18_4x.yaml", ["data.input_size=64"])
+    options = ["data.input_size=64", "model.timm_args.channels=[32,64,128,256]"]
+    config = load_config("configs/imagenet/resnet18/kw_resnet18_4x.yaml", options)
     cost = analyze(config)
     with torch.device(device):
         network = build_network(config.model).train(training)

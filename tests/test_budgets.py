@@ -302,26 +302,25 @@ class Unlaunched:
         return lambda *args, **options: None
 
 
-@pytest.mark.parametrize("gpu", ["a100", "h100", "rtx4090"])
 @pytest.mark.parametrize("name", breadth([*MODELS, "kw_mobilenetv2_100_1x"], ["kw_resnet50_1x"]))
-def test_no_layout_changes_at_small_sizes(
-    name: str, gpu: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_layout_changes_at_small_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what would be chosen on a GPU for channels-last images, run on the CPU."""
     monkeypatch.delitem(CONTRACTIONS, "nothing")
     for module in (triton_kernels, triton_depthwise_kernels):
         for kernel in module.__all__:
             monkeypatch.setattr(module, kernel, Unlaunched())
-    profile = GPUS[gpu].profile()
-    chosen = set()
+    profiles = {gpu: GPUS[gpu].profile() for gpu in ("a100", "h100", "rtx4090")}
+    chosen: dict[str, set[str]] = {gpu: set() for gpu in profiles}
     for spec, cells, size in layers_of(name):
         for training in (False, True):
             there = Problem(spec, cells, 128, size, torch.bfloat16, "cuda", training, True)
-            best = selector.predict(there, profile)[0].name
-            operands = draw_operands(replace(there, batch=2, device="cpu"))
-            with LayoutChanges({operands.x.shape, operands.grad.shape}) as changes:
-                image = operands.run(CONTRACTIONS[best])[0]
-            assert changes.found == [], best
-            assert image.is_contiguous(memory_format=torch.channels_last), best
-            chosen.add(best)
-    assert chosen & {"triton", "triton_depthwise"}
+            best = {gpu: selector.predict(there, profiles[gpu])[0].name for gpu in profiles}
+            for each in set(best.values()):  # run once, whichever GPUs it is chosen on
+                operands = draw_operands(replace(there, batch=2, device="cpu"))
+                with LayoutChanges({operands.x.shape, operands.grad.shape}) as changes:
+                    image = operands.run(CONTRACTIONS[each])[0]
+                assert changes.found == [], each
+                assert image.is_contiguous(memory_format=torch.channels_last), each
+            for gpu, each in best.items():
+                chosen[gpu].add(each)
+    assert all(names & {"triton", "triton_depthwise"} for names in chosen.values()), chosen

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_backends.py"
 CurveSettings, compare, deviations, force_where_possible, output_errors, start = itemgetter(
     "CurveSettings", "compare", "deviations", "force_where_possible", "output_errors", "start"
 )(runpy.run_path(str(SCRIPT), run_name="read"))
-SHORT = CurveSettings(steps=6, batch=8, size=32)
+SHORT = CurveSettings(steps=6, batch=4, size=32)
 
 
 @pytest.mark.parametrize(

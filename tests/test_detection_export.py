@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 import mmcv
 import onnx
 from PIL import Image
+from processes import Forked
 
 import kw
 from kw.data import BadImageError
@@ -247,12 +247,16 @@ def test_a_file_is_written_and_used_without_mmdetection(
 
     tool("tools/predict.py", run, coco / "val", "--json", tmp_path / "run.json", "--score", "0.1")
     program = (
-        "import sys; sys.modules.update(mmdet=None, mmcv=None); sys.argv[0] = 'kw'\n"
+        "import sys\n"
+        "for name in list(sys.modules):\n"
+        "    if name.startswith(('kw.detection', 'mmdet', 'mmcv')):\n"
+        "        del sys.modules[name]\n"
+        "sys.modules.update(mmdet=None, mmcv=None); sys.argv[0] = 'kw'\n"
         "from kw.cli import main; main()"
     )
     arguments = ["predict", file, coco / "val", "--score", "0.1", "--pictures", tmp_path / "found"]
     arguments += ["--json", tmp_path / "file.json"]
-    subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True)
+    assert Forked([sys.executable, "-c", program, *arguments]).wait(120) == 0
     assert len(list((tmp_path / "found").iterdir())) == 5
     expected, found = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("run", "file"))
     assert found["images"] == expected["images"]

@@ -30,6 +30,9 @@ from kw.training.schedule import Schedule
 from kw.training.trainer import Trainer, Updater
 
 CPU = Process(0, 1, torch.device("cpu"))
+# Two dynamic layers, where each takes a compiler a second.
+FIRST = {"match": r"layer1\..*conv\d", "warehouse": "first"}
+FEW = {"plan": {"rules": [FIRST]}, "norm": "layer", "start": "paper"}
 
 
 def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"channels_last": True},
-        {"compile": True, "ema": {"decay": 0.9}, "epochs": 2},
+        {"compile": True, "ema": {"decay": 0.9}, "epochs": 2, "model__kernel_warehouse": FEW},
         {"optimizer": {"name": "sgd", "lr": 0.01, "nesterov": True, "clip_grad": 1.0}},
         {"model__kernel_warehouse": None, "temperature_epochs": 0, "label_smoothing": 0.1},
         {"model__timm_args": {"channels": [8, 8, 16, 16]}, "ema": {"decay": 0.9}},

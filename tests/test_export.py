@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,13 @@ XNNPACK = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("case", XNNPACK)
+@pytest.mark.parametrize(
+    ("case", "batch"),
+    breadth(
+        product(XNNPACK, (1, 3)),
+        [*((case, 3) for case in XNNPACK), ("groups", 1), ("cells span space", 1)],
+    ),
+)
 def test_the_form_for_xnnpack_is_the_definition(case: str, batch: int) -> None:
     torch.manual_seed(0)
     layer = XNNPACK[case]().eval().requires_grad_(False)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from kills import free_port
+from processes import Forked
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -432,7 +432,7 @@ def test_two_processes(settings: dict[str, Any], images: Path, tmp_path: Path) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = [
-        subprocess.Popen(
+        Forked(
             [sys.executable, "-c", TWO, str(tmp_path)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=ROOT,

