@@ -69,9 +69,8 @@ class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
         if self.recipe.anneal and not hasattr(given["train_dataloader"].dataset, "__len__"):
             raise ValueError("anneal is in epochs, but the training data has no length")
         plans = plans_by_part(model)
-        if (
-            _TYPE in state.stateful_callbacks
-        ):  # of a checkpoint: the part of its state for callbacks
+        # What a checkpoint has of its callbacks.
+        if _TYPE in state.stateful_callbacks:
             refuse_other(state.stateful_callbacks[_TYPE], plans)
         elif state.global_step:
             say("the checkpoint does not say how its model was converted: it is not compared")
