@@ -61,7 +61,7 @@ def assemble(operands: Operands, group: Tensor, spec: ConvSpec) -> Tensor:
         dense = dense * spatial[:, None, :, None]
     scale = alpha.gather(1, group.flatten().expand(alpha.shape[0], -1))
     matrix = scaled_inverse(parts, scale, in_ * width)  # [B, k O, k I / g]
-    filters = matrix.view(len(matrix), out, height, in_, width).transpose(3, 4)
+    filters = matrix.view(matrix.shape[0], out, height, in_, width).transpose(3, 4)
     # In this order the product is laid out as the first factor.
     kernels = dense.unflatten(2, (height, width)) * filters
     return kernels.permute(0, 1, 4, 2, 3)

@@ -49,7 +49,7 @@ def spectrum_parts(coefficients: Tensor) -> Tensor:
 def scaled_inverse(parts: Tensor, scale: Tensor, columns: int) -> Tensor:
     """Inverse transform ``[B, R, C]`` of Fourier coefficients (:func:`spectrum_parts`) that are
     scaled for every sample, by ``[B, R (C // 2 + 1) 2]``, equal at (u, v) and (-u, -v)."""
-    spectrum = (parts.flatten() * scale).view(len(scale), *parts.shape)
+    spectrum = (parts.flatten() * scale).view(scale.shape[0], *parts.shape)
     size = (parts.shape[0], columns)
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, norm="ortho")
 
