@@ -8,6 +8,7 @@ from networks import chain, narrow_resnet, plan_of
 from torch import nn
 
 from kw import convert
+from kw.registry import PLANS
 from kw.warehouse import (
     KWConv2d,
     Plan,
@@ -257,3 +258,11 @@ def test_a_single_layer_cannot_be_converted():
 def test_plans_of_wrong_form_are_refused(plan: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(nn.Sequential(nn.Conv2d(4, 4, 3)), plan)
+
+
+def test_a_plans_whole_number_is_a_number_like_another():
+    """mobilenetv2_4x sets a ratio of 4; another one may be a fraction."""
+    settings = PLANS["mobilenetv2_4x"].settings
+    assert settings.with_overrides({"cell_num_ratio": 0.5}, "convert").cell_num_ratio == 0.5
+    with pytest.raises(ValueError, match="cell_num_ratio is 'four', expected a number"):
+        settings.with_overrides({"cell_num_ratio": "four"}, "convert")

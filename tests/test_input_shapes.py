@@ -240,7 +240,11 @@ def test_tools(run: tuple[Any, Path], kind: str, tool: Any, tmp_path: Path, caps
     assert len(found["images"]) == 3
     assert not found["unreadable"]
     tool("kw inspect backends", file, "--batch-size", 2)
+    capsys.readouterr()
     tool("kw benchmark loading", file, "--images", 16)
+    # Images in memory are augmented in batches, which AugMix cannot do.
+    is_refused = "host: not measured" in capsys.readouterr().out
+    assert is_refused == str(config.data.auto_augment).startswith("augmix")
     torch.manual_seed(0)
     static = build_network(replace(config.model, kernel_warehouse=None))
     torch.save(static.state_dict(), tmp_path / "static.pth")

@@ -3,7 +3,6 @@
 kw benchmark loading configs/tiny_imagenet/resnet18/resnet18.yaml
 """
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config import Config, load_config
-from ..config.data_schema import MemoryConfig
+from ..config import Config, ConfigError, load_config
 from ..data import BatchPreprocessor, Loader, open_training, stop_workers
+from ..errors import one_line
 from ..evaluation import render_table
 from .tool import ToolParser, add_config_options, device, number
 
@@ -30,17 +29,23 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = load_config(args.config, args.cfg_options)
     header = ("images from", "opened in (s)", "images/s", "images/s of processor time")
-    rows = []
+    rows, refused = [], []
     for name, memory in (
-        ("files", None),
-        ("memory of the device", MemoryConfig(place="device")),
-        ("memory of the host", MemoryConfig(place="host")),
+        ("files", "null"),
+        ("memory of the device", "{place: device}"),
+        ("memory of the host", "{place: host}"),
     ):
-        data = dataclasses.replace(config.data, memory=memory)
-        rows.append((name, *_measure(dataclasses.replace(config, data=data), args)))
+        options = [*args.cfg_options, f"data.memory={memory}"]
+        try:
+            rows.append((name, *_measure(load_config(args.config, options), args)))
+        except ConfigError as error:
+            if memory == "null":
+                raise
+            refused.append(f"{name}: not measured, {one_line(error)}")
     print(render_table(header, rows))
+    for reason in refused:
+        print(reason)
 
 
 def _measure(config: Config, args: Any) -> tuple[str, str, str]:

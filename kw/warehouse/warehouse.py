@@ -66,12 +66,12 @@ class WarehouseSettings:
             ValueError: an unknown setting or a value of another type; the message names ``source``
                 and the nearest valid setting.
         """
-        known = [f.name for f in fields(self)]
-        for key in overrides:
+        known = {f.name: type(f.default) for f in fields(self)}
+        for key, value in overrides.items():
             if key not in known:
                 valid = valid_names(key, known)
                 raise ValueError(f"{source}: unknown warehouse setting {key!r}{valid}")
-            kind, value = type(getattr(self, key)), overrides[key]
+            kind = known[key]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number if kind is float else isinstance(value, kind)):
                 expected = {float: "a number", str: "a string", bool: "true or false"}[kind]
