@@ -176,7 +176,7 @@ def targets() -> list[dict[str, torch.Tensor]]:
     return [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks} for _ in range(2)]
 
 
-RANDOM = torch.Generator().manual_seed(0)  # random networks find nothing in some images
+RANDOM = torch.Generator().manual_seed(1)  # with these images every detector finds something
 IMAGES = [torch.rand(3, *size, generator=RANDOM) for size in ((60, 80), (70, 50), (49, 51))]
 DETECTORS = [
     *("frozen", "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
