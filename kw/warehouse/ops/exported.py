@@ -219,10 +219,11 @@ def _padded(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _columns(x: Tensor, spec: ConvSpec, size: Sequence[int]) -> Callable[[tuple[int, ...]], Tensor]:
-    """The padded input ``[B, C, *size]``, of which every tap reads each stride-th position, cut
-    along the last axis to what a tap reads: cut once for all taps that differ in other axes alone.
+    """What a tap reads of the input ``[B, C, *input size]``, as a function of the tap: cut to the
+    output's size along the last axis, along the others still whole.
 
-    Strides become axes, which need no slices with steps.
+    Taps that differ only in the other axes share one cut. Strides become axes, which need no slices
+    with steps.
     """
     x, stride, dims = _padded(x, spec), spec.stride, len(spec.stride)
     if any(s > 1 for s in stride):
@@ -256,8 +257,8 @@ def _cut(x: Tensor, spec: ConvSpec, size: Sequence[int], axis: int, tap: int) ->
 def _sum_of_taps(
     part: Callable[[int, tuple[int, ...]], Tensor], spec: ConvSpec, size: Sequence[int]
 ) -> Tensor:
-    """The sum of every tap's part, which is cut along the last axis; along the others, sums are
-    cut, of which there are fewer."""
+    """The sum of all taps' parts. A part is cut along the last axis only; along the others the sums
+    are cut, because there are fewer of them."""
     kernel = spec.partition.kernel
     number = {tap: k for k, tap in enumerate(_taps(spec))}
 
