@@ -373,8 +373,9 @@ def test_handover_across_several_stages():
 
 def test_what_is_imported():
     """In an interpreter of its own: converting a plain network, by a plan or ``auto``, imports no
-    other library of ours; configurations load where there is no timm; COCO's figures and
-    annotations need no mmdetection."""
+    other library of ours; configurations load where there is no timm; timm may be imported after
+    this, also where somebody has only asked whether it is there, and knows our networks; COCO's
+    figures and annotations need no mmdetection."""
     code = (
         "import sys\n"
         "from kw import convert, set_temperature\n"
@@ -390,9 +391,17 @@ def test_what_is_imported():
         "from kw.config import load_config\n"
         f"print(load_config({str(RESNET18)!r}).epochs)\n"
         "del sys.modules['timm']\n"
+        "from importlib.util import find_spec\n"
+        "assert find_spec('timm')\n"
+        "from timm.models import resnet\n"
+        "import timm, torch\n"
+        "assert not any('kw' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "assert 'mmengine' not in sys.modules\n"
+        "with torch.device('meta'):\n"
+        "    print(type(timm.create_model('kw_resnet18_1d4x', num_classes=10)).__name__)\n"
         "import kw.detection.evaluation, kw.detection.annotations\n"
         "print(sorted({'mmdet', 'mmcv', 'faster_coco_eval'} & set(sys.modules)))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["1 [] True", "300", "[]"]
+    assert run.stdout.splitlines() == ["1 [] True", "300", "ResNet", "[]"]

@@ -85,14 +85,15 @@ def test_train_test_predict(run: Any, images: Path) -> None:
     assert str(run.folder / "venv") in listed  # not the checkout's
     settings = [f"data.root={images}", "model.num_classes=4", "data.workers=0", "epochs=1"]
     settings += ["temperature_epochs=0.5", "schedule.warmup_epochs=0"]
-    run("train", MODEL, "--set", *settings, "--set", "total_batch_size=16", "batch_size=16")
-    results = json.loads((run.folder / "work_dirs" / MODEL / "results.json").read_text())
-    assert results["images"] == 19
-    # One process for two commands: most of a command's time goes into its imports.
+    # One process for three commands: most of a command's time goes into its imports.
+    train = ["train", MODEL, "--set", *settings, "total_batch_size=16", "batch_size=16"]
     test, predict = ["test", f"work_dirs/{MODEL}"], ["predict", f"work_dirs/{MODEL}"]
     predict.append(str(images / "val/cat/0.png"))
-    code = f"from kw.cli import main\nmain({test})\nprint('then')\nmain({predict})\n"
-    tested, found = run("-c", code, program=run.python).split("then\n")
+    each = "\nprint('then')\n".join(f"main({words})" for words in (train, test, predict))
+    code = f"from kw.cli import main\n{each}\n"
+    _, tested, found = run("-c", code, program=run.python).split("then\n")
+    results = json.loads((run.folder / "work_dirs" / MODEL / "results.json").read_text())
+    assert results["images"] == 19
     assert f"top1         {results['top1']:.4f}" in tested
     assert any(name in found for name in ("bird", "cat", "dog", "fish"))
 
