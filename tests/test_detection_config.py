@@ -16,10 +16,13 @@ from torch import nn
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
+from mmengine import Config
+
 from kw.config import ConfigError
 from kw.data import DataError
 from kw.detection import load_detector_config
 from kw.detection.detector import build_detector, has_masks, lr_scales
+from kw.detection.origins import installed_path
 from kw.detection.sets import trained_classes
 from kw.warehouse import KWLayer
 
@@ -187,6 +190,26 @@ def test_mmdetections_own_configurations_serve_as_bases(tmp_path: Path) -> None:
     detector: Any = build_detector(config.model, ["a", "b"])
     assert detector.bbox_head.num_classes == 2
     assert not has_masks(detector)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rtmdet/rtmdet-ins_tiny_8xb32-300e_coco", "mask2former/mask2former_r50_8xb2-lsj-50e_coco"],
+)
+def test_heads_that_find_boxes_and_masks_alike(name: str) -> None:
+    """Of which mmdetection's ``with_mask`` is false, and Mask2Former counts classes as "things"."""
+    path = Path(installed_path("mmdet"), ".mim/configs", f"{name}.py")
+    model = Config.fromfile(path, lazy_import=False).model.to_dict()
+    model["backbone"]["init_cfg"] = None
+    detector = build_detector(model, ["a", "b"])
+    assert has_masks(detector)
+    head = detector.panoptic_head if "mask2former" in name else detector.bbox_head
+    assert head.num_classes == 2
+    if "mask2former" in name:
+        assert head.class_weight == [1, 1, 0.1]
+        model["panoptic_head"]["num_stuff_classes"] = 53
+        with pytest.raises(ConfigError, match=r"panoptic_head\.num_stuff_classes = 53: expected 0"):
+            build_detector(model, ["a", "b"])
 
 
 def test_a_network_is_looked_for_beside_the_file_that_names_it(file: Path, tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def _to_float32(module: nn.Module, inputs: Any, maps: Sequence[Tensor]) -> tuple
 
 def has_masks(detector: Any) -> bool:
     """Whether the detector predicts instance masks."""
-    return bool(getattr(detector, "with_mask", False)) or hasattr(detector, "mask_head")
+    # The heads of RTMDet-Ins and Mask2Former show by their loss alone that they do.
+    by_loss = any(hasattr(part, "loss_mask") for part in detector.modules())
+    return by_loss or bool(getattr(detector, "with_mask", False))
 
 
 def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]:
@@ -126,7 +128,7 @@ def lr_scales(detector: Any, decay: LayerDecayConfig | None) -> dict[str, float]
 
 
 def _with_classes(settings: Any, classes: int, key: str) -> Any:
-    """Set ``num_classes`` of the heads, except for region proposals, which have no classes; a
+    """Set the number of classes of the heads, except for region proposals, which have none; a
     message names the numbers that are replaced, but COCO's, which mmdetection's files have."""
     if isinstance(settings, list):
         return [_with_classes(item, classes, f"{key}[{i}]") for i, item in enumerate(settings)]
@@ -134,10 +136,16 @@ def _with_classes(settings: Any, classes: int, key: str) -> Any:
         return settings
     made = {}
     for name, value in settings.items():
-        if name == "num_classes":
+        if name in ("num_classes", "num_things_classes"):
             if value not in (classes, COCO):
                 say(f"{key}.{name} = {value!r} is not used: the data have {classes} categories")
             made[name] = classes
+        elif name == "num_stuff_classes" and value != 0:
+            raise ConfigError(f"{key}.{name} = {value!r}: expected 0: the data have objects alone")
+        elif name == "class_weight" and isinstance(value, list):
+            # Mask2Former's: all alike, and one for no object.
+            is_of_coco = value == value[:1] * COCO + value[-1:]
+            made[name] = value[:1] * classes + value[-1:] if is_of_coco else value
         elif name in ("backbone", "rpn_head"):
             made[name] = value
         else:
