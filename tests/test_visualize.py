@@ -215,6 +215,18 @@ def test_maps_are_cam_before_a_linear_classifier() -> None:
     assert class_maps(network, x).classes.tolist() == logits.argmax(1).tolist()
 
 
+def test_maps_of_a_network_whose_channels_are_last() -> None:
+    sizes = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    sizes |= {"img_size": 64, "window_size": 2, "num_classes": 5}
+    network: Any = timm.create_model("swin_tiny_patch4_window7_224", **sizes).eval()
+    network.norm = nn.Identity()  # so that the mean and the classifier follow the last stage
+    x, classes = torch.randn(2, 3, 64, 64), torch.tensor([3, 0])
+    with torch.no_grad():
+        features = network.forward_features(x)  # [B, h, w, c]
+    expected = torch.einsum("bhwc,bc->bhw", features, network.head.fc.weight[classes]).relu() / 4
+    assert torch.allclose(class_maps(network, x, classes, least=2).maps, expected, atol=1e-5)
+
+
 BACKBONES = {
     "mobilenetv2_050": ("mobilenetv2_1x", 64, {}),
     "convnext_atto": ("convnext_tiny", 64, {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}),

@@ -100,7 +100,7 @@ def _stages(network: Any) -> list[str]:
 def _positions(network: Any, product: Tensor) -> Tensor | None:
     """Sums over channels, ``[B, h, w]``; None for what has no positions."""
     if product.ndim == 4:
-        return product.sum(1)
+        return product.sum(-1 if getattr(network, "output_fmt", "NCHW") == "NHWC" else 1)
     if product.ndim != 3:
         return None
     tokens = product[:, getattr(network, "num_prefix_tokens", 0) :].sum(2)  # [B, N]
