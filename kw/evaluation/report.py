@@ -17,7 +17,7 @@ from ..errors import UserError
 _Keys = Mapping[str, tuple[type, ...]]
 _RESULTS: _Keys = {"params": (int,), "weights": (str,)}
 _LINE: _Keys = {"mode": (str,), "epoch": (int,), "iter": (int,)}
-_TRAIN: _Keys = {"seconds": (int, float), "loss": (int, float)}
+_TRAIN: _Keys = {"seconds": (int, float), "loss": (type(None), int, float)}
 _FIGURE = (int, float)
 
 

@@ -37,7 +37,7 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
         evaluation (of the average of weights, where there is one), ``best_top1`` and
         ``best_epoch``, ``temperature`` at the last update (null where there is none), ``hours`` of
         training without evaluation, and ``curve``: per epoch ``train_loss`` (mean over the epoch)
-        and the evaluation's ``top1``, ``top5``, ``loss``.
+        and the evaluation's ``top1``, ``top5``, ``loss``. A loss that was not finite is null.
 
     Raises:
         ReportError: no such run, or one without an evaluation.
@@ -171,7 +171,6 @@ def study_table(summary: Summary) -> str:
     for row, runs in by_row.items():
         values = [run["top1"] for run in runs]
         each = f"{_standard_error(values)} ({', '.join(format(value, '.2f') for value in values)})"
-        train = fmean(run["curve"][-1]["train_loss"] for run in runs)
         rows.append(
             (
                 row,
@@ -180,8 +179,8 @@ def study_table(summary: Summary) -> str:
                 "" if runs is base else _difference(runs, base),
                 f"{_mean(runs, 'top5'):.2f}",
                 f"{_mean(runs, 'best_top1'):.2f}",
-                f"{train:.3f}",
-                f"{_mean(runs, 'loss'):.3f}",
+                _loss([run["curve"][-1]["train_loss"] for run in runs]),
+                _loss([run["loss"] for run in runs]),
                 f"{sum(run['hours'] for run in runs):.2f}",
             )
         )
@@ -208,6 +207,11 @@ def _difference(runs: Sequence[Summary], base: Sequence[Summary]) -> str:
 
 def _mean(runs: Sequence[Summary], key: str) -> float:
     return fmean(run[key] for run in runs)
+
+
+def _loss(values: Sequence[Any]) -> str:
+    """Their mean; "-" where one of them is null."""
+    return "-" if None in values else f"{fmean(values):.3f}"
 
 
 def render_page(text: str, summaries: Iterable[tuple[str, Summary]]) -> str:
@@ -277,16 +281,21 @@ def _counted(number: int, what: str) -> str:
 
 
 def plot_study(summary: Summary, path: Path) -> None:
-    """Training loss and test top-1 over epochs, one line a row (the mean of its seeds).
+    """Training loss and test top-1 over epochs, one line a row: the mean of its seeds, where all
+    have one.
 
     Raises:
         PictureError: matplotlib is missing, or the file cannot be written.
     """
     curves = []
     for row, runs in _by_row(summary).items():
-        epochs = [*zip(*(run["curve"] for run in runs), strict=True)]
+        epochs = [*zip(*(run["curve"] for run in runs), strict=False)]  # some may stop early
         loss, score = (
-            [(same[0]["epoch"], fmean(point[key] for point in same)) for same in epochs]
+            [
+                (same[0]["epoch"], fmean(values))
+                for same in epochs
+                if None not in (values := [point[key] for point in same])
+            ]
             for key in ("train_loss", "top1")
         )
         curves.append(Curve(row, loss, score))
