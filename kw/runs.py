@@ -108,7 +108,8 @@ def train(
         ConfigError: a key is unknown or has a wrong value; otherwise as :func:`kw.training.train`.
     """
     # JSON is valid YAML; other values are passed as text, and fail the check of types.
-    options = [f"{k}={json.dumps(v, default=str)}" for k, v in flat_settings(keys).items() if k]
+    flat = flat_settings(keys).items()
+    options = [f"{k}={json.dumps(v, default=str, ensure_ascii=False)}" for k, v in flat if k]
     settings, package = load_run(config, options)
     folder = Path("work_dirs", Path(config).stem) if work_dir is None else work_dir
     figures: dict[str, float | None] = package.train(

@@ -163,6 +163,11 @@ def test_what_may_change_a_result_is_compared() -> None:
     assert differences(weights, {"model": {"backbone": {"weights": "b.pth"}}}) == []
     gone = differences(weights, {"model": {"backbone": {"weights": None}}})
     assert gone == ["model.backbone.weights 'a.pth' -> null"]
+    # Files may lie elsewhere; a name is that of other weights.
+    named = {"model": {"weights": "timm:a1_in1k"}}
+    for other in ("timm:a2_in1k", "mine.pth"):
+        (found,) = differences(named, {"model": {"weights": other}})
+        assert found == f"model.weights 'timm:a1_in1k' -> {other!r}"
 
 
 @pytest.mark.parametrize(

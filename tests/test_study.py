@@ -21,11 +21,13 @@ from kw.evaluation import ReportError
 from kw.models import build_network
 from kw.models.complexity import analyze
 from kw.study.files import load_study
+from kw.study.settings import as_option
 from kw.study.summary import (
     binomial_error,
     describe_study,
     join_earlier,
     name_of,
+    plot_study,
     read_earlier,
     render_page,
     study_table,
@@ -213,6 +215,15 @@ def continuing(study: Path) -> None:
     study.write_text(yaml.safe_dump(content))
 
 
+def test_names_of_folders_reach_the_runs_as_they_are(study: Path) -> None:
+    continuing(study)
+    home = Path("runs #2: \N{GRINNING FACE}")
+    *_, run = load_study(study, [as_option("data.root", str(home))], home).runs
+    config = load_config(run.config, run.options, check_model_name=False)
+    assert config.data.root == str(home)
+    assert config.model.weights == str(home / "static_seed3" / "last.pth")
+
+
 @pytest.mark.slow
 def test_a_row_whose_start_failed_is_left_out(
     study: Path, tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
@@ -390,6 +401,26 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert (found["top1"], found["top5"], found["loss"]) == (50.0, 80.0, 1.5)
     assert (found["best_top1"], found["best_epoch"]) == (50.0, 2)
     assert [point["top1"] for point in found["curve"]] == [10.0, 50.0]
+
+
+def test_a_loss_that_was_not_finite_leaves_the_rest(tmp_path: Path) -> None:
+    """Logs have it as null, and a study's table and curves are drawn without it."""
+    lines: list[dict[str, Any]] = []
+    for epoch, loss in enumerate([3.0, None], 1):
+        at = {"epoch": epoch, "iter": epoch}
+        lines.append({"mode": "train", **at, "seconds": 1.0, "loss": loss})
+        figures = {"top1": 40.0, "top5": 90.0, "loss": loss, "images": 10}
+        lines.append({"mode": "val", **at, **figures})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    results = {"params": 7, "weights": "model", "top1": 40.0}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = summarise_run(tmp_path, "row", 0)
+    assert [point["train_loss"] for point in found["curve"]] == [3.0, None]
+    (line,) = study_table({"runs": [found]}).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")][-4:-2] == ["-", "-"]
+    # A run that stopped early has fewer points.
+    other = {**found, "seed": 1, "curve": found["curve"][:1]}
+    plot_study({"runs": [found, other]}, tmp_path / "curves.svg")
 
 
 def test_the_page_of_results_is_up_to_date(tool: Tool) -> None:

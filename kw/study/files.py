@@ -91,7 +91,8 @@ def load_study(
             own, needs = [*row_options, f"seed={seed}"], None
             if variant.continues is not None:
                 before = home / f"{variant.continues}_seed{seed}"
-                own, needs = [*own, f"model.weights={before / 'last.pth'}"], before / "finished"
+                weights = as_option("model.weights", str(before / "last.pth"))
+                own, needs = [*own, weights], before / "finished"
             of_seed.append(Run(row, seed, home, f"{row}_seed{seed}", config, tuple(own), needs))
     every = tuple(chain.from_iterable(runs.values()))
     rows = tuple(dict.fromkeys(run.row for run in every))

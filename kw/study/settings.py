@@ -67,7 +67,8 @@ def _load(path: Path, options: Iterable[str]) -> Any:
 
 def as_option(key: str, value: Any) -> str:
     """A setting as ``--cfg-options`` takes it."""
-    return f"{key}={json.dumps(value)}"  # YAML's flow style contains JSON
+    # YAML's flow style contains JSON, but for the pairs of escapes of a character like an emoji.
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def differences(
@@ -85,11 +86,18 @@ def differences(
     found = []
     for key in dict.fromkeys((*sides[0], *sides[1])):
         old, new = (_plain(side.get(key, _ABSENT)) for side in sides)
-        is_moved = key in _WEIGHTS and (old in (None, _ABSENT)) == (new in (None, _ABSENT))
+        is_moved = key in _WEIGHTS and _kind(old) == _kind(new)
         is_neutral = key.startswith(_NEUTRAL) or is_moved or (key == "seed" and not seed)
         if old != new and not is_neutral:
             found.append(f"{key} {_shown(old)} -> {_shown(new)}")
     return found
+
+
+def _kind(weights: Any) -> Any:
+    """What weights are by another name too: nothing, a file; else a name of timm or the hub."""
+    if weights in (None, _ABSENT):
+        return None
+    return weights if str(weights).partition(":")[0] in ("timm", "hf-hub") else "file"
 
 
 def _plain(value: Any) -> Any:
