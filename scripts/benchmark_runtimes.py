@@ -3,10 +3,10 @@
 
 python scripts/benchmark_runtimes.py configs/imagenet/resnet18/kw_resnet18_1x.yaml --batch 1 8
 
-The static network is the configuration without ``model.kernel_warehouse``. Both have random weights
-and are exported for one batch and size. Rounds are interleaved; a round counts the processor
-seconds of the process on one thread, which other programs change little. The ratio is the median of
-the rounds' with its quartiles. int8 is calibrated on noise: it is for times only.
+The static network is the configuration without ``model.kernel_warehouse`` or ``model.peer``. Both
+have random weights and are exported for one batch and size. Rounds are interleaved; a round counts
+the processor seconds of the process on one thread, which other programs change little. The ratio is
+the median of the rounds' with its quartiles. int8 is calibrated on noise: it is for times only.
 """
 
 import runpy
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kw.benchmark.conditions import BenchmarkError
 from kw.cli import ToolParser, output_file, run_tool
 from kw.cli.tool import add_options, number, save_json
-from kw.config import load_config
+from kw.config import Config, load_config
 from kw.deploy import ExportError, Source, load
 from kw.deploy.export import Job, Options, check_target
 from kw.evaluation import render_table
@@ -46,9 +47,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for path in args.configs:
         config = load_config(path, args.cfg_options)
-        plain = replace(config.model, kernel_warehouse=None)
-        static = replace(config, model=plain, temperature_epochs=0.0)
-        sources = [random_source(each, Path(path).stem) for each in (static, config)]
+        pair = static_twin(config), config
+        sources = [random_source(each, Path(path).stem) for each in pair]
         for batch in args.batch:
             images = torch.randn(batch, config.data.channels, *config.data.shape)
             runs: dict[tuple[str, str], list[Any]] = {}
@@ -80,6 +80,14 @@ def main() -> None:
         for row in rows
     ]
     print(render_table(header, cells))
+
+
+def static_twin(config: Config) -> Config:
+    """The configuration of the static network, or a BenchmarkError if it is one already."""
+    plain = replace(config.model, kernel_warehouse=None, peer=None)
+    if plain == config.model:
+        raise BenchmarkError(f"{plain.name} is a static network: name configurations of others")
+    return replace(config, model=plain, temperature_epochs=0.0)
 
 
 def _ready(source: Source, path: Path, images: torch.Tensor) -> torch.nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from kw.benchmark.results import Measured, Result, read_results, spread_of, writ
 from kw.benchmark.run import run_case
 from kw.benchmark.steps import TrainingStep, build_step
 from kw.benchmark.timing import Slow, interleave, iterations_for, warm_up
+from kw.config import load_config
 from kw.config.run_schema import OptimizerConfig
+from kw.models import build_network
 from kw.warehouse import KWLayer
 
 DEMO = "configs/demo/kw_resnet18_1x.yaml"
@@ -285,8 +288,8 @@ def test_memory_is_the_same_in_a_process_apart(monkeypatch: pytest.MonkeyPatch) 
         assert network.memory["beyond"] > static.memory["beyond"] > 0
     assert isinstance(apart, memory_of.Memory)
     assert auto.memory["beyond"] == apart.beyond
-    refused = memory_of.measure_here(layer, "depthwise", c)
-    assert refused.startswith("unavailable: back end 'depthwise'")  # type: ignore[union-attr]
+    with pytest.raises(BenchmarkError, match="unavailable: back end 'depthwise'"):
+        run_case(Case((layer,)), c, ["depthwise"])
 
 
 def test_layers() -> None:
@@ -335,6 +338,13 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BenchmarkError, match="no GPU"):
         run_case(case, conditions(device="cuda"))
 
+    # An input that is too small for the static network is a mistake, in every mode.
+    monkeypatch.setattr(memory_of, "measure_apart", memory_of.measure_here)
+    layer = Case((parse_layer("in=8,out=8,size=7,kernel=5,padding=0"),))
+    for mode in ("train", "memory"):
+        with pytest.raises(BenchmarkError, match=r"the static network: unavailable: .*[Kk]ernel"):
+            run_case(layer, conditions(mode, input_size=2))
+
     # Memory that runs out, and an iteration that takes too long, are findings.
     def warm_up_badly(step: object) -> int:
         backend = next((m.backend for m in step.network.modules() if isinstance(m, KWLayer)), None)
@@ -355,6 +365,16 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("kw.benchmark.timing.LIMIT_SECONDS", -1.0)
     with pytest.raises(Slow):
         warm_up(build_step(case.sources[0], "static", conditions()))
+
+
+def test_the_static_network_of_a_runtime_is_static() -> None:
+    """Of a peer, too; and a static one is not compared with itself."""
+    script = runpy.run_path("scripts/benchmark_runtimes.py", run_name="read")
+    peer = load_config("configs/imagenet/resnet18/resnet18_odconv4x_100ep.yaml")
+    found = script["static_twin"](peer)
+    assert not any(isinstance(m, KWLayer) for m in build_network(found.model).modules())
+    with pytest.raises(BenchmarkError, match="static network"):
+        script["static_twin"](found)
 
 
 def test_render_makes_the_same_page_from_files(tmp_path: Path) -> None:

@@ -139,7 +139,11 @@ def peak_beyond(events: Iterable[Event], start: float, kept: Mapping[int, int]) 
 
 
 def measure_here(source: Source, backend: str, conditions: Conditions) -> Memory | str:
-    """Follow the first training steps of a network; or in words, why there is no measurement."""
+    """Follow the first training steps of a network; or in words, that there is too little memory.
+
+    Raises:
+        ValueError: the back end cannot do one of the layers.
+    """
     torch.set_num_threads(conditions.threads)
     try:
         step = build_step(source, backend, conditions)
@@ -147,8 +151,6 @@ def measure_here(source: Source, backend: str, conditions: Conditions) -> Memory
         return measure_step(step)
     except torch.OutOfMemoryError:
         return "out of memory"
-    except ValueError as error:
-        return f"unavailable: {error}"
 
 
 def _kept(tensors: Iterable[Tensor]) -> dict[int, int]:

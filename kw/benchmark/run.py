@@ -91,9 +91,14 @@ def _begin(variant: Variant, result: Result) -> Measured:
 def _measure_memory(variants: Sequence[Variant], result: Result) -> None:
     for variant in variants:
         measured = _begin(variant, result)
-        found = memory_of.measure_apart(variant.source, variant.backend, result.conditions)
+        try:
+            found = memory_of.measure_apart(variant.source, variant.backend, result.conditions)
+        except (ValueError, AssertionError, RuntimeError) as error:
+            found = _refusal(variant, error)
         if isinstance(found, str):
             measured.problem = found
+            if variant.backend == STATIC:
+                return
         else:
             measured.memory = asdict(found)
 
@@ -112,11 +117,7 @@ def _measure_time(variants: Sequence[Variant], result: Result) -> None:
         except Slow as error:
             measured.problem = f"too slow: {error}"
         except (ValueError, AssertionError, RuntimeError) as error:
-            # A back end that refuses raises ValueError; other errors of dynamic networks are bugs.
-            # An input that the static network refuses, with any error, is the user's mistake.
-            if variant.backend != STATIC and not isinstance(error, ValueError):
-                raise
-            measured.problem = f"unavailable: {error}"
+            measured.problem = _refusal(variant, error)
         if measured.problem is not None:
             print(f"  {measured.problem}", flush=True)
             if variant.backend == STATIC:
@@ -131,6 +132,15 @@ def _measure_time(variants: Sequence[Variant], result: Result) -> None:
         measured.seconds = {
             part: [round(times[i], 9) for times in rounds] for i, part in enumerate(parts)
         }
+
+
+def _refusal(variant: Variant, error: Exception) -> str:
+    """In words, that a network is not measured; or the error again, if it is a bug."""
+    # A back end that refuses raises ValueError; other errors of dynamic networks are bugs.
+    # An input that the static network refuses, with any error, is the user's mistake.
+    if variant.backend != STATIC and not isinstance(error, ValueError):
+        raise error
+    return f"unavailable: {error}"
 
 
 def _release(conditions: Conditions) -> None:
