@@ -143,7 +143,7 @@ def test_a_folder_and_cocos_formats(
 
     capsys.readouterr()
     listed = tmp_path / "found.json"
-    one = coco / "train" / "train_0.png"
+    one = coco / "val" / ".." / "train" / "train_0.png"
     call(tool, work_dir / "best.pth", coco / "val", one, "--json", listed, "--score", "0.001")
     assert "objects, score 0.001 and above" in capsys.readouterr().out
     found = json.loads(listed.read_text())
@@ -236,7 +236,7 @@ def test_files_that_cannot_be_read_and_wrong_arguments(
 
 
 def test_pictures_beside_the_truth(
-    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each picture is of its own image, though one cannot be read and all have one stem."""
     _, work_dir = run
@@ -269,6 +269,18 @@ def test_pictures_beside_the_truth(
             large = upright.resize((upright.width * scale, upright.height * scale), 0)
             drawn = np.asarray(picture)[-large.height :, : large.width]
             assert (drawn == np.asarray(large)).mean() > 0.99
+    # A mask that cannot be drawn costs a picture, or nothing where masks are not looked for.
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5]]
+    file.write_text(json.dumps(content))
+    unchecked = load_detector_config(
+        work_dir / "config.py", [f"data.root={coco}", "data.check=false"]
+    )
+    for masks, first in ((True, "cam2"), (False, "cam0")):
+        monkeypatch.setattr("kw.detection.predictor.has_masks", lambda _, found=masks: found)
+        given = config if not masks else unchecked
+        written = write_pictures(given, work_dir / "best.pth", tmp_path / "out", images=1)
+        assert written[0] == tmp_path / "out" / first / "1.png"
+    assert "its annotations do not fit it (ValueError: cannot reshape" in caplog.text
     for each in content["images"]:
         (coco / "val" / each["file_name"]).write_bytes(b"no image")
     with pytest.raises(DataError, match="none of its images can be read"):

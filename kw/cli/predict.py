@@ -149,10 +149,10 @@ def find_objects(args: argparse.Namespace, detector: Detector) -> None:
 
 def _found(paths: list[str]) -> list[tuple[Path, str]]:
     """Files, and their names below the common folder of all paths."""
-    given = [Path(path).absolute() for path in paths]
+    given = [Path(os.path.abspath(path)) for path in paths]  # without ".."
     root = os.path.commonpath([path if path.is_dir() else path.parent for path in given])
-    files = dict.fromkeys(find_images(paths))
-    return [(file, file.absolute().relative_to(root).as_posix()) for file in files]
+    files = {Path(os.path.abspath(file)): file for file in find_images(paths)}
+    return [(file, place.relative_to(root).as_posix()) for place, file in files.items()]
 
 
 def _listed(args: argparse.Namespace, content: dict[str, Any]) -> list[tuple[Path, str]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..config import ConfigError
 from ..data import BadImageError, DataError
-from ..errors import OutOfMemory, say
+from ..errors import OutOfMemory, one_line, say
 from ..objects.drawing import contact_sheet, draw_annotations, side_by_side
 from .annotations import ids_of, load_annotations
 from .sets import check_test_annotations, trained_classes
@@ -37,8 +37,8 @@ def write_pictures(
         checkpoint: a file that training wrote; its moving average where it has one.
         out: folder for the pictures, which have the names of their images
             (:func:`picture_names`), and for ``sheet.png``.
-        images: number of pictures, of the first test images that can be read; a message names
-            the others.
+        images: number of pictures, of the first test images that can be read and drawn; a message
+            names the others.
         score: detections below this score are left out.
 
     Returns:
@@ -62,7 +62,9 @@ def write_pictures(
     objects = defaultdict(list)
     for each in truth["annotations"]:
         if each["category_id"] in names_of:
-            objects[each["image_id"]].append(each)
+            # Masks that the detector does not find are not checked either.
+            shown = each if predictor.has_masks else {**each, "segmentation": None}
+            objects[each["image_id"]].append(shown)
     files = [Path(data.root, data.val_images, image["file_name"]) for image in truth["images"]]
     names = picture_names([image["file_name"] for image in truth["images"]])
     refuse_overwriting(out, names, files, [Path(data.root, data.val_images)])
@@ -77,14 +79,18 @@ def write_pictures(
         except (BadImageError, OutOfMemory) as error:
             say(str(error))
             continue
-        annotated = draw_annotations(picture, objects[image["id"]], names_of)
+        try:
+            annotated = draw_annotations(picture, objects[image["id"]], names_of)
+        except (KeyError, TypeError, ValueError) as error:
+            say(f"{file}: its annotations do not fit it ({one_line(error)})")
+            continue
         pair = side_by_side(predictor.draw(picture, found), annotated, TITLES)
         paths.append(folder / name)
         save_picture(pair, paths[-1])
         pair.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH))
         sheet.append(pair)
     if not sheet:
-        raise DataError(f"{data.val_annotations}: none of its images can be read")
+        raise DataError(f"{data.val_annotations}: none of its images can be read and drawn")
     paths.append(folder / "sheet.png")
     save_picture(contact_sheet(sheet), paths[-1])
     return paths
