@@ -19,6 +19,7 @@ from torch import nn
 
 from kw import convert
 from kw.config import ConfigError, config_from_mapping, load_config
+from kw.peers.odconv import ODConv2d
 from kw.pictures import (
     PictureError,
     assembled_kernels,
@@ -162,6 +163,26 @@ def test_kernels_are_those_of_the_definition() -> None:
         assert torch.allclose(kernel, torch.stack(expected), atol=1e-6)
     assert difference(kernels["3"][0], kernels["3"][0]) == 0
     assert difference(torch.tensor([3.0, 0]), torch.tensor([0, 3.0])) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("kernels", [1, 3])
+def test_kernels_of_odconv_have_all_its_factors(kernels: int) -> None:
+    """A convolution with the kernel of an image is what the layer computes for it."""
+    torch.manual_seed(0)
+    odconv = {"kernels": kernels, "bias": False}
+    network = nn.Sequential(
+        ODConv2d(8, 16, 3, padding=1, groups=2, **odconv),
+        ODConv2d(16, 16, 1, **odconv),
+        ODConv2d(16, 16, 3, padding=1, groups=16, **odconv),
+    ).eval()
+    x = torch.randn(2, 8, 9, 9)
+    found = assembled_kernels(network, x, ["0", "1", "2"])
+    with torch.no_grad():
+        for layer, kernel in zip(network, found.values(), strict=True):
+            settings = {"padding": kernel.shape[-1] // 2, "groups": layer.groups}
+            y = [nn.functional.conv2d(x[i : i + 1], kernel[i], **settings) for i in range(2)]
+            x = layer(x)
+            assert torch.allclose(torch.cat(y), x, atol=1e-5)
 
 
 @pytest.mark.parametrize(

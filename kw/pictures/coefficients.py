@@ -97,6 +97,21 @@ def outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
+def attentions(
+    network: nn.Module, images: Tensor, names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """What the attention of layers gives, by their names; otherwise as :func:`coefficients`."""
+    attentions = {
+        name: module.attention
+        for name, module in network.named_modules()
+        if isinstance(module, KWLayer) and module.is_mixture and (names is None or name in names)
+    }
+    with evaluating(network), outputs(attentions) as seen:
+        # Not __call__: a network that network.compile() has compiled calls no hooks.
+        network.forward(images)
+    return seen
+
+
 def coefficients(
     network: nn.Module, images: Tensor, names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
@@ -112,17 +127,9 @@ def coefficients(
     Returns:
         ``[B, m, n]`` by name of the layer, float32, on that device.
     """
-    attentions = {
-        name: module.attention
-        for name, module in network.named_modules()
-        if isinstance(module, KWLayer) and module.is_mixture and (names is None or name in names)
-    }
-    with evaluating(network), outputs(attentions) as seen:
-        # Not __call__: a network that network.compile() has compiled calls no hooks.
-        network.forward(images)
     return {
         name: (found if isinstance(found, Tensor) else found.alpha).float()  # ODConv's has more
-        for name, found in seen.items()
+        for name, found in attentions(network, images, names).items()
     }
 
 

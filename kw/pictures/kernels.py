@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..warehouse import KWLayer
 from ..warehouse.ops.assembly import assemble
-from .coefficients import coefficients
+from .coefficients import attentions
 from .style import SIGNED, add_bar, new_figure, shorten, show_image, signed_limit
 
 if TYPE_CHECKING:
@@ -37,12 +37,21 @@ def assembled_kernels(
     Returns:
         ``[B, O, I, k_1 .. k_d]`` by name, float32.
     """
-    alpha = coefficients(network, images, names)
+    found = attentions(network, images, names)
     kernels = {}
     for name in names:
-        layer = network.get_submodule(name)
+        layer, given = network.get_submodule(name), found[name]
         assert isinstance(layer, KWLayer)
-        kernels[name] = assemble(alpha[name], layer.warehouse.cells.float(), layer.spec).cpu()
+        alpha = given if isinstance(given, Tensor) else given.alpha
+        kernel = assemble(alpha.float(), layer.warehouse.cells.float(), layer.spec)
+        if not isinstance(given, Tensor):  # ODConv's, which scales input and output as well
+            out, into = kernel.shape[1:3]
+            of_group = given.channel.float().view(len(kernel), -1, 1, into)  # [B, g, 1, I]
+            channel = of_group.expand(-1, -1, out // of_group.shape[1], -1).reshape(-1, out, into)
+            kernel = kernel * channel[..., None, None]
+            if given.filter is not None:
+                kernel = kernel * given.filter.float()[:, :, None, None, None]
+        kernels[name] = kernel.cpu()
     return kernels
 
 
