@@ -248,6 +248,7 @@ def test_no_average_and_no_classes(run: Path, tmp_path: Path) -> None:
     saved = load_checkpoint(run / "best.pth")
     del saved["ema_state_dict"], saved["meta"]["classes"]
     save_checkpoint(saved, tmp_path / "epoch_2.pth")
+    (tmp_path / "config.py").write_text("1 / 0  # of another project: no detector's\n")
     classifier = kw.load(tmp_path)
     assert classifier.classes == ["0", "1", "2", "3"]
     assert classifier.description.weights == "model"
