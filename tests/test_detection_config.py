@@ -102,6 +102,8 @@ def test_a_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> None
     assert config.run.optimizer.lr == 3e-3
     assert config.test_pipeline[1]["scale"] == (64, 64)
     assert config.train_pipeline[2]["prob"] == 0.25
+    home = load_detector_config(file, ["data.root=~/coco"])  # as a classifier's
+    assert home.run.data.root == str(Path.home() / "coco")
     resolved = tmp_path / "config.py"
     resolved.write_text(config.to_python())
     again = load_detector_config(resolved)

@@ -152,6 +152,7 @@ def load_detector_config(
         {name: content[name] for name in _OF_RUN if name in content}, "", origins, Origin(path)
     )
     run = check_tree(merge(tree, given), SCHEMA)
+    run.data.root = os.path.expanduser(run.data.root)
     _resolve_network(content, path, None)
     model = content["model"]
     if run.data.max_detections is not None:
