@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -106,6 +107,28 @@ def test_versions_that_do_not_go_together(installation: Path, version: str) -> N
     (installation / "mmcv/version.py").write_text(f"__version__ = '{version}'\n")
     with pytest.raises(ImportError, match=rf"< 2\.2\.0, found {version}.*kernelwarehouse\[detect"):
         bind()
+
+
+@pytest.mark.slow
+def test_a_pair_that_does_not_go_together_stops_detectors_alone(installation: Path) -> None:
+    for package in ("mmcv", "mmdet"):
+        (installation / package / "__init__.py").touch()
+    (installation / "mmcv/version.py").write_text("__version__ = '2.2.0'\n")
+    program = """
+from kw import detection
+from kw.detection.annotations import load_annotations
+print("annotations")
+detection.load_detector_config
+"""
+    path = f"{installation}{os.pathsep}{Path(__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "annotations\n"
+    assert "takes mmcv >= 2.0.0rc4, < 2.2.0, found 2.2.0" in done.stderr
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from their modules.
 """
 
 from importlib.util import find_spec as _find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..lazy import lazily
 from .ops import bind
@@ -29,10 +29,14 @@ __all__ = [
     "write_pictures",
 ]
 
+_misfit: ImportError | None = None
 if _find_spec("mmcv") is not None and _find_spec("mmdet") is not None:
-    bind()
+    try:
+        bind()
+    except ImportError as error:  # annotations and exported files do without
+        _misfit = error
 
-__getattr__ = lazily(
+_parts = lazily(
     __name__,
     {
         "backbone": "Backbone",
@@ -42,3 +46,9 @@ __getattr__ = lazily(
         "run": "evaluate_checkpoint train",
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    if _misfit is not None and name in __all__:
+        raise _misfit
+    return _parts(name)
