@@ -538,6 +538,23 @@ def test_batches_are_those_of_training(recipe: dict[str, Any], tmp_path: Path) -
         training_batch(config, 1, 5)
 
 
+def test_a_title_says_how_many_images_there_are(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kw.training import network_pictures
+
+    titles = []
+
+    def draw(layers: Any, use: Any, title: str) -> Any:
+        titles.append(title)
+        return draw_cells(layers, use, title)
+
+    monkeypatch.setattr(network_pictures, "draw_cells", draw)
+    config, out = load_config(run_dir / "config.yaml"), tmp_path / "cells.png"
+    network_pictures.picture_cells(config, run_dir / "best.pth", out, layers="layer1.*", images=99)
+    assert titles[0].endswith(", 19 test images")
+
+
 KINDS = [
     "attention {run} --images 4 --layers layer1.*",
     "attention {config} {run}/best.pth --images 12 --over classes --layers layer4.*",

@@ -109,11 +109,14 @@ class _Shown:
             with autocast(self.config.precision, self.device.type):
                 yield coefficients(self.network, self.prepare(batch), names), batch["labels"]
 
+    def spaced(self, count: int) -> list[int]:
+        """Places of so many test images, evenly over the set; of all where there are fewer."""
+        return spaced(len(test_images(self.config)), count)
+
     def over_images(
-        self, layers: Sequence[DynamicLayer], count: int
+        self, layers: Sequence[DynamicLayer], indices: Sequence[int]
     ) -> Iterator[dict[str, Tensor]]:
-        """The same of so many test images, without the labels."""
-        indices = spaced(len(test_images(self.config)), count)
+        """The same without the labels."""
         return (alpha for alpha, _ in self.coefficients(layers, indices))
 
     def own_images(self, files: Sequence[str | Path]) -> tuple[Tensor, Tensor, list[str]]:
@@ -128,9 +131,9 @@ def picture_attention(
 ) -> list[LayerMeasure]:
     """Mean coefficients over test images; returns those of the layers in numbers."""
     shown = _Shown(config, checkpoint)
-    chosen = shown.layers(layers)
-    parts = list(shown.over_images(chosen, images))
-    title = f"mean coefficients: {shown.title}, {images} test images"
+    chosen, indices = shown.layers(layers), shown.spaced(images)
+    parts = list(shown.over_images(chosen, indices))
+    title = f"mean coefficients: {shown.title}, {len(indices)} test images"
     save(draw_attention(chosen, cell_use(parts), title), out)
     return [
         measure_layer(layer, torch.cat([alpha[layer.name].cpu() for alpha in parts]))
@@ -143,9 +146,9 @@ def picture_cells(
 ) -> None:
     """Which cells the layers use."""
     shown = _Shown(config, checkpoint)
-    chosen = shown.layers(layers)
-    use = cell_use(shown.over_images(chosen, images))
-    save(draw_cells(chosen, use, f"use of cells: {shown.title}, {images} test images"), out)
+    chosen, indices = shown.layers(layers), shown.spaced(images)
+    use = cell_use(shown.over_images(chosen, indices))
+    save(draw_cells(chosen, use, f"use of cells: {shown.title}, {len(indices)} test images"), out)
 
 
 def picture_classes(
@@ -239,7 +242,7 @@ def picture_history(
     names = list(dict.fromkeys(layer.warehouse for layer in layers))
     if warehouse is not None and warehouse not in names:
         raise PictureError(f"--warehouse {warehouse!r}: expected one of {', '.join(names)}")
-    snapshots = []
+    snapshots, indices = [], shown.spaced(images)
     for file in files:
         state = load_checkpoint(file)
         network, meta = shown.network, state.get("meta", {})
@@ -247,7 +250,8 @@ def picture_history(
         tau = get_temperature(network) if has_temperature(network) else None
         if meta.get("epoch") is None:
             raise CheckpointError(f"{file}: meta.epoch is missing: expected what training writes")
-        snapshots.append(Snapshot(meta["epoch"], tau, cell_use(shown.over_images(layers, images))))
+        use = cell_use(shown.over_images(layers, indices))
+        snapshots.append(Snapshot(meta["epoch"], tau, use))
     kept = f"{len(files)} checkpoints of {work_dir.absolute().name}"
-    title = f"{network_name(config)}, {kept}, {images} test images"
+    title = f"{network_name(config)}, {kept}, {len(indices)} test images"
     save(draw_history(layers, snapshots, warehouse or names[0], title), out)
