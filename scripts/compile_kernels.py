@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kw.cli import ToolParser, output_file, run_tool
-from kw.cli.tool import save_json
+from kw.cli.tool import precision, save_json
 from kw.evaluation import render_table
 from kw.models import PAPER_MODELS
 from kw.warehouse import KernelShape, KWLayer, partition_kernels
@@ -306,7 +306,8 @@ def main() -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--models", default="kw_*", help="pattern of names (default: %(default)s)")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    names = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtypes", nargs="+", type=precision, choices=names, default=names)
     parser.add_argument("--on-chip", action="store_true", help="the on-chip kernel as well")
     parser.add_argument("--few", action="store_true", help="a few layers in bfloat16")
     parser.add_argument("--json", type=output_file, metavar="FILE")

@@ -151,6 +151,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("kw_benchmark_exports {place}/images none.pth", ["none.pth", "no such file or folder"]),
     ("kw_benchmark_exports {place}/folder none.pth", ["folder"]),
     ("compile_kernels.py --targets sm_1", ["--targets", "invalid choice: 'sm_1'"]),
+    ("compile_kernels.py --dtypes fp64", ["--dtypes", "invalid choice: 'fp64'"]),
     ("compare_loading.py none", ["none", "expected a folder with train/"]),
     ("compare_loading.py . --images 0", ["--images: '0': expected an integer >= 1"]),
     ("check_exports.py none.yaml", ["none.yaml", "no such file"]),
