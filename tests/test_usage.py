@@ -274,8 +274,10 @@ def test_photos_that_lie(coco: Path) -> None:
 def test_pipelines(coco: Path, old: str, new: str, message: str) -> None:
     text = detector_text(coco)
     assert text.count(old) == 1
+    run = coco.parent / "run"
     with pytest.raises((ConfigError, DataError), match=message):
-        train(config_of(coco, *EPOCH, "data.check=false", replace=(old, new)), coco.parent / "run")
+        train(config_of(coco, *EPOCH, "data.check=false", replace=(old, new)), run)
+    assert not (run / "log.jsonl").exists()  # before anything is trained
 
 
 @pytest.mark.parametrize(

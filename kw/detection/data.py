@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine.dataset import pseudo_collate
@@ -232,7 +233,7 @@ def build_eval_loader(
     """The test images of one process; each image belongs to one process. Arguments as above.
 
     Raises:
-        ConfigError: a transform of ``test_pipeline`` does not exist.
+        ConfigError: a transform of ``test_pipeline`` does not exist, or the samples lack something.
         DataError: the annotation file cannot be read.
     """
     run, data = config.run, config.run.data
@@ -240,7 +241,21 @@ def build_eval_loader(
     batch_size = run.eval_batch_size or run.batch_size
     sampler = EvalBatchSampler(len(dataset), batch_size, rank, world_size)
     samples = Samples(dataset, run.seed, data.bad_images, data.exif_orientation == "apply")
+    _try_one(samples)
     return build_loader(samples, sampler, data.workers, pseudo_collate)
+
+
+def _try_one(samples: Samples) -> None:
+    """Read a test image: what the transforms lack is said now, not after an epoch."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)  # threads that start here would be missing in forked loader processes
+    try:
+        for index in range(min(len(samples), _TRIES)):
+            with contextlib.suppress(BadImageError):
+                samples.read(index, (0, index))
+                break
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _listed(file: Path, classes: Sequence[str], data: CocoDataConfig) -> Usage:
