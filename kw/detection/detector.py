@@ -134,7 +134,7 @@ def _with_classes(settings: Any, classes: int, key: str) -> Any:
         return [_with_classes(item, classes, f"{key}[{i}]") for i, item in enumerate(settings)]
     if not isinstance(settings, dict):
         return settings
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in settings.items():
         if name in ("num_classes", "num_things_classes"):
             if value not in (classes, COCO):
