@@ -12,6 +12,7 @@ from ..config import ConfigError
 from ..config.loading import read_option
 from ..config.names import configs
 from ..config.tree import flat_settings
+from ..data.walk import is_hidden
 from ..errors import UserError
 from ..evaluation import PaperRow, PaperTable
 from .runs import Run
@@ -152,8 +153,8 @@ class Reproduction:
 
 
 def _count_classes(root: Path) -> int:
-    """Folders of ``root/train``."""
-    found = [f for f in (root / "train").glob("*") if f.is_dir()]
+    """Folders of ``root/train`` that training takes for classes."""
+    found = [f for f in (root / "train").glob("*") if f.is_dir() and not is_hidden(f.name)]
     if not found:
         raise ConfigError(f"data.root {root}: expected a folder train/ with one folder per class")
     return len(found)
