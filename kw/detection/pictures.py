@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..config import ConfigError
 from ..data import BadImageError, DataError
-from ..errors import OutOfMemory, one_line, say
+from ..errors import OutOfMemory, one_line, say, writing
 from ..objects.drawing import contact_sheet, draw_annotations, side_by_side
 from .annotations import ids_of, load_annotations
 from .sets import check_test_annotations, trained_classes
@@ -145,8 +145,5 @@ def refuse_overwriting(
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, in a new folder if necessary; a DataError says why it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, DataError):
         picture.save(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DataError
-from ..errors import say
+from ..errors import say, writing
 from .annotations import Report, category_ids, check_annotations, ids_of, load_annotations
 from .schema import CocoDataConfig
 
@@ -120,8 +120,6 @@ def write_subset(
         "images": chosen,
         "annotations": [each for each in content["annotations"] if each["image_id"] in ids],
     }
-    try:
+    with writing(Path(target), DataError):
         Path(target).write_text(json.dumps(part))
-    except OSError as error:
-        raise DataError(f"{target}: {error.strerror}") from error
     return part
