@@ -322,6 +322,10 @@ def test_schedule_curves(settings: dict[str, Any]) -> None:
     assert curves.lr[:2] == [0.002, 0.002]  # half an epoch of warm-up is one update here
     assert curves.lr[-1] == pytest.approx(1e-6 + 0.001999 * 0.5 * (1 + np.cos(np.pi * 6 / 7)))
     assert curves.marks == {"warm-up ends": 0.5, "temperature is 0": 1}
+    # How long updates take in epochs, nobody knows without the data.
+    settings["schedule"] = {"warmup_updates": 500}
+    curves = schedule_curves(config_from_mapping(settings), updates=2)
+    assert (curves.lr[0], list(curves.marks)) == (0.002, ["temperature is 0"])
     settings.update(temperature_epochs=0, schedule={"name": "step", "milestones": [2, 3]})
     curves = schedule_curves(config_from_mapping(settings), updates=1)
     assert curves.temperature is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def picture_batch(config: Config, out: Path, *, epoch: int, update: int) -> None
 
 def schedule_curves(config: RunConfig, updates: int = 100) -> Curves:
     """What a run sets before each update, and when that changes its course. The curves over epochs
-    hardly depend on the number of updates in one, so that no data are needed."""
-    schedule = Schedule(config, updates)
+    hardly depend on the number of updates in one, so that no data are needed; a warm-up that is
+    counted in updates would, and is left out."""
+    in_epochs = replace(config.schedule, warmup_updates=0)
+    schedule = Schedule(replace(config, schedule=in_epochs), updates)
     # A long run needs no more points than a picture has.
     step = max(schedule.total_updates // 20_000, 1)
     steps = range(0, schedule.total_updates, step)
@@ -105,4 +108,6 @@ def picture_schedules(config: RunConfig, out: Path, *, title: str) -> None:
     Raises:
         PictureError: ``out`` cannot be written, or matplotlib is missing.
     """
+    if config.schedule.warmup_updates:
+        title += f"; not drawn: warm-up of {config.schedule.warmup_updates} updates"
     save(draw_schedules(schedule_curves(config), title), out)
