@@ -57,50 +57,53 @@ def class_maps(
     Raises:
         PictureError: the network has no ``feature_info``, or no stage has a gradient.
     """
-    names = _stages(network)
-    stages = {name: network.get_submodule(name) for name in names}
+    channels = _stages(network)
+    stages = {name: network.get_submodule(name) for name in channels}
     with evaluating(network), outputs(stages) as seen:
         # Where parameters are frozen, features have gradients through the images.
-        logits = network.forward(images.detach().clone().requires_grad_(True))
+        images = images.detach().clone().requires_grad_(True)
+        logits = network.forward(images)
         if classes is None:
             classes = logits.argmax(1)
         score = logits.gather(1, classes[:, None]).sum()
-        gradients = torch.autograd.grad(score, list(seen.values()), allow_unused=True)
+        found = {name: each for name, each in seen.items() if isinstance(each, Tensor)}
+        gradients = torch.autograd.grad(score, [images, *found.values()], allow_unused=True)[1:]
     maps: list[tuple[str, Tensor]] = []
-    for (name, features), gradient in zip(seen.items(), gradients, strict=True):
+    for (name, features), gradient in zip(found.items(), gradients, strict=True):
         if gradient is None:
             continue
-        product = _positions(network, gradient * features.detach())
+        product = _positions(network, gradient * features.detach(), channels[name])
         if product is not None and bool(product.any()):
             maps.append((name, product))
     if not maps:
         raise PictureError(
-            f"{type(network).__name__}: none of its stages ({', '.join(names)}) has a map with a "
-            "gradient"
+            f"{type(network).__name__}: none of its stages ({', '.join(channels)}) has a map with "
+            "a gradient"
         )
     fine = [each for each in maps if min(each[1].shape[1:]) >= least]
-    name, found = fine[-1] if fine else max(maps, key=lambda each: each[1][0].numel())
+    name, best = fine[-1] if fine else max(maps, key=lambda each: each[1][0].numel())
     probabilities = logits.detach().float().softmax(1).gather(1, classes[:, None])[:, 0]
-    return ClassMaps(name, found.relu().float().cpu(), classes.cpu(), probabilities.cpu())
+    return ClassMaps(name, best.relu().float().cpu(), classes.cpu(), probabilities.cpu())
 
 
-def _stages(network: Any) -> list[str]:
+def _stages(network: Any) -> dict[str, int]:
+    """Channels of the stages by the names of their modules."""
     info = getattr(network, "feature_info", None) or ()
-    names = [each["module"] for each in info]
     modules = dict(network.named_modules())
-    names = [name for name in names if name in modules]
-    if not names:
+    channels = {each["module"]: each["num_chs"] for each in info if each["module"] in modules}
+    if not channels:
         raise PictureError(
             f"{type(network).__name__} does not tell its stages (timm's feature_info): expected a "
             "timm network"
         )
-    return names
+    return channels
 
 
-def _positions(network: Any, product: Tensor) -> Tensor | None:
+def _positions(network: Any, product: Tensor, channels: int) -> Tensor | None:
     """Sums over channels, ``[B, h, w]``; None for what has no positions."""
-    if product.ndim == 4:
-        return product.sum(-1 if getattr(network, "output_fmt", "NCHW") == "NHWC" else 1)
+    if product.ndim == 4:  # channels are first, or last
+        is_last = product.shape[1] != channels == product.shape[3]
+        return product.sum(3 if is_last else 1)
     if product.ndim != 3:
         return None
     tokens = product[:, getattr(network, "num_prefix_tokens", 0) :].sum(2)  # [B, N]
