@@ -52,6 +52,17 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return CASES[request.param]
 
 
+def test_a_swin_takes_images_of_any_size_if_it_is_told_to() -> None:
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    name = "swin_tiny_patch4_window7_224"
+    with pytest.raises(ConfigError, match=r"a Swin with \{strict_img_size: false\}"):
+        Backbone({"name": name, "timm_args": sizes})
+    backbone = Backbone({"name": name, "timm_args": {**sizes, "strict_img_size": False}})
+    maps = backbone(torch.randn(1, 3, 96, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(16 << i, 24 >> i, 16 >> i) for i in range(4)]
+    assert backbone.strides == [4, 8, 16, 32]
+
+
 def test_maps_are_those_of_the_classifier(settings: dict[str, Any], tmp_path: Path) -> None:
     """Of any image size, at batch 1, with weights of a checkpoint of other classes."""
     torch.manual_seed(0)

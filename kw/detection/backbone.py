@@ -207,7 +207,7 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"model.backbone.network: {name} does not take images of any size ({error}); "
                 "a vision transformer does with timm_args: {dynamic_img_size: true, "
-                "dynamic_img_pad: true}"
+                "dynamic_img_pad: true}, a Swin with {strict_img_size: false}"
             ) from error
         finally:
             for handle in handles:
