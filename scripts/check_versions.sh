@@ -29,6 +29,10 @@ if [[ $# -eq 0 ]]; then
     for python in python3.1{0..3}; do
         "$python" --version >/dev/null 2>&1 && pythons+=("$python")
     done
+    if [[ ${#pythons[@]} -eq 0 ]]; then
+        echo "$(basename "$0"): no python3.10 to python3.13 here: name an interpreter" >&2
+        exit 2
+    fi
     [[ $versions == lowest ]] && pythons=("${pythons[@]:0:1}")
 fi
 read -ra tests <<<"${TESTS:-tests/test_partition.py tests/test_layers.py tests/test_convert.py \

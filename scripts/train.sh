@@ -34,7 +34,10 @@ fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[[ -x $python ]] || python=$(command -v "${PYTHON:-python3}")
+if [[ ! -x $python ]] && ! python=$(command -v "${PYTHON:-python3}"); then
+    echo "$(basename "$0"): PYTHON=${PYTHON:-python3}: no such interpreter" >&2
+    exit 2
+fi
 
 config=$1
 shift

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,11 +153,16 @@ def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path
     [
         (["scripts/train.sh"], {}, "usage:"),
         (["scripts/train.sh", "c.yaml"], {"NODES": "2"}, "needs RENDEZVOUS"),
+        (["scripts/train.sh", "c.yaml"], {"PYTHON": "none"}, "PYTHON=none: no such interpreter"),
+        (["scripts/check_versions.sh", "tested"], {"PATH": "{tools}"}, "name an interpreter"),
         (["scripts/train.slurm"], {}, "sbatch --array"),
         (["scripts/train.slurm", "c.yaml"], {"SLURM_ARRAY_TASK_ID": "3"}, "array job 3, but 1"),
     ],
 )
-def test_usage(command: list[str], variables: dict[str, str], message: str) -> None:
+def test_usage(command: list[str], variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name in ("bash", "basename", "dirname"):  # where there is no Python
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    variables = {key: value.format(tools=tmp_path) for key, value in variables.items()}
     done = subprocess.run(
         command, cwd=ROOT, env={**ENVIRONMENT, **variables}, capture_output=True, text=True
     )
