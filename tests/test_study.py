@@ -17,7 +17,7 @@ from processes import Forked
 from torch import nn
 
 from kw.config import Config, ConfigError, config_from_mapping, load_config
-from kw.evaluation import ReportError
+from kw.evaluation import ReportError, read_run
 from kw.models import build_network
 from kw.models.complexity import analyze
 from kw.study.files import load_study
@@ -403,7 +403,9 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert [point["top1"] for point in found["curve"]] == [10.0, 50.0]
 
 
-def test_a_loss_that_was_not_finite_leaves_the_rest(tmp_path: Path) -> None:
+def test_a_loss_that_was_not_finite_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logs have it as null, and a study's table and curves are drawn without it."""
     lines: list[dict[str, Any]] = []
     for epoch, loss in enumerate([3.0, None], 1):
@@ -415,6 +417,8 @@ def test_a_loss_that_was_not_finite_leaves_the_rest(tmp_path: Path) -> None:
     results = {"params": 7, "weights": "model", "top1": 40.0}
     (tmp_path / "results.json").write_text(json.dumps(results))
     found = summarise_run(tmp_path, "row", 0)
+    monkeypatch.chdir(tmp_path)
+    assert read_run(".").name == tmp_path.name
     assert [point["train_loss"] for point in found["curve"]] == [3.0, None]
     (line,) = study_table({"runs": [found]}).splitlines()[2:]
     assert [cell.strip() for cell in line.split("|")][-4:-2] == ["-", "-"]

@@ -87,7 +87,7 @@ def read_run(work_dir: str | Path, figures: Sequence[str] = ("top1",)) -> Run:
     log = _read_lines(work_dir / "log.jsonl", _LINE, {"train": _TRAIN, "val": evaluated})
     if not any(line["mode"] == "train" for line in log):
         raise ReportError(f"{work_dir / 'log.jsonl'} has no line of training")
-    return Run(work_dir.name, results, log)
+    return Run(work_dir.absolute().name, results, log)
 
 
 def _read_lines(
