@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,20 @@ from coco_set import detector_text, write_coco_set
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
+from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub
+from mmengine.structures import InstanceData
 from PIL import Image
 from processes import call, in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from kw.config import ConfigError
 from kw.data import DataError
 from kw.detection import evaluate_checkpoint, load_detector_config, train, write_pictures
 from kw.detection.data import Samples, build_train_loader
-from kw.detection.evaluation import FIGURES
+from kw.detection.evaluation import FIGURES, CocoEvaluator
+from kw.detection.run import evaluate_detector
 from kw.detection.sets import class_names, write_subset
 from kw.training import CheckpointError, load_checkpoint
 
@@ -218,6 +223,42 @@ def test_a_part_of_a_set(coco: Path, tmp_path: Path) -> None:
     assert {each["image_id"] for each in part["annotations"]} == {100, 101, 102}
     with pytest.raises(DataError, match="has 7 images with objects, fewer than 8"):
         write_subset(source, target, 8)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_boxes_that_are_not_finite_are_wrong(
+    coco: Path, caplog: pytest.LogCaptureFixture, bad: float
+) -> None:
+    """And the run goes on. Behind one of them the right one has half of the precision."""
+    truth = json.loads((coco / "annotations" / "instances_val.json").read_text())
+    truth["annotations"] = truth["annotations"][:1]
+    (each,) = truth["annotations"]
+    file = coco / "annotations" / "one.json"
+    file.write_text(json.dumps(truth))
+    left, top, width, height = each["bbox"]
+    right = [left, top, left + width, top + height]
+    evaluator = CocoEvaluator(file)
+    label = evaluator.classes.index(
+        next(c["name"] for c in truth["categories"] if c["id"] == each["category_id"])
+    )
+
+    class Detector(nn.Linear):
+        def val_step(self, batch: Any) -> list[Any]:
+            found = InstanceData(
+                bboxes=torch.tensor([[0, 0, bad, bad], right]),
+                scores=torch.tensor([0.9, 0.8]),
+                labels=torch.tensor([label, label]),
+            )
+            return [DetDataSample(metainfo={"img_id": each["image_id"]}, pred_instances=found)]
+
+    class OneBatch(list[Any]):
+        batch_sampler = SimpleNamespace(indices=[0])
+
+    loader: Any = OneBatch([{}])
+    caplog.set_level("INFO", "kw")
+    figures = evaluate_detector(Detector(1, 1), loader, evaluator, "fp32")
+    assert figures["bbox_mAP"] == pytest.approx(0.5)
+    assert "1 detections with a box or a score that is not finite count as wrong" in caplog.text
 
 
 def test_pictures(file: Path, trained: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Predictor(Detector):
 
     @torch.no_grad()
     def find(self, picture: Picture, score: float = 0.0) -> Found:
-        """The detections in one picture, see :meth:`predict`."""
+        """The detections in one picture, see :meth:`predict`; a box that is not finite is none."""
         sample: Any = {"img_path": picture, "img_id": 0}
         name = picture if isinstance(picture, (str, Path)) else "a picture"
         with memory_for(lambda: [name]):
@@ -93,7 +93,8 @@ class Predictor(Detector):
             check_sample(sample, _PIPELINE)
             (found,) = self.detector.test_step(pseudo_collate([sample]))
             objects = found.pred_instances
-            objects = objects[objects.scores >= score]
+            finite = objects.bboxes.isfinite().all(1)
+            objects = objects[finite & (objects.scores >= score)]
             objects = objects[objects.scores.argsort(descending=True, stable=True)]
             masks = encode_masks(objects.masks) if self.has_masks else None
         height, width = found.ori_shape

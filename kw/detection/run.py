@@ -133,7 +133,7 @@ def evaluate_detector(
     detector.eval()
     device = next(detector.parameters()).device
     model: Any = detector
-    seen = 0
+    seen = strange = 0
     for batch in loader:
         with memory_for(lambda: map(_name, batch["data_samples"])):  # noqa: B023 -- called inside
             with autocast(precision, device.type):
@@ -142,11 +142,17 @@ def evaluate_detector(
                 found = sample.pred_instances
                 masks = found.masks if "masks" in found else None
                 boxes, scores = found.bboxes.float(), found.scores.float()
+                endless = ~(boxes.isfinite().all(1) & scores.isfinite())
+                strange += int(endless.sum())
+                # They overlap nothing. Heads that have learnt little may give some.
+                boxes, scores = boxes.masked_fill(endless[:, None], 0), scores.nan_to_num(0, 0, 0)
                 evaluator.add(sample.img_id, boxes, scores, found.labels, masks)
                 seen += 1
     detector.train(training)
     host_barrier("at the end of an evaluation, computing its figures")
     figures = evaluator.compute()
+    if strange := sum(from_all(strange)):
+        say(f"{strange:,} detections with a box or a score that is not finite count as wrong")
     sampler: Any = loader.batch_sampler
     if left_out := sum(from_all(len(sampler.indices) - seen)):
         figures["unreadable_images"] = float(left_out)
