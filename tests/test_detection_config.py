@@ -214,6 +214,28 @@ def test_heads_that_find_boxes_and_masks_alike(name: str) -> None:
             build_detector(model, ["a", "b"])
 
 
+@pytest.mark.filterwarnings("ignore:.*not used, from mmdetection")
+def test_base_files_whose_variables_have_names_of_a_run(file: Path) -> None:
+    """RTMDet's has a string ``checkpoint``, which is no setting of checkpoints."""
+    text = "_base_ = ['mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py']\n"
+    rest = file.read_text().partition("data = dict(")
+    file.write_text(f"{text}data = dict({rest[2]}")
+    config = load_detector_config(file, ["checkpoint.keep=7"])
+    assert (config.run.checkpoint.keep, config.run.checkpoint.interval) == (7, 1)
+    file.write_text(f"{file.read_text()}checkpoint = 'mine'\n")
+    with pytest.raises(ConfigError, match=r"detector\.py:\d+: checkpoint = 'mine': expected a map"):
+        load_detector_config(file)
+
+
+def test_shared_branches_are_shared_from_the_start() -> None:
+    """Or a checkpoint of DDQ would have names that a new detector does not take."""
+    path = Path(installed_path("mmdet"), ".mim/configs/ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py")
+    model = Config.fromfile(path, lazy_import=False).model.to_dict()
+    model["backbone"]["init_cfg"] = None
+    detector = build_detector(model, ["a", "b"])
+    assert detector.decoder.aux_reg_branches is detector.bbox_head.aux_reg_branches
+
+
 def test_a_network_is_looked_for_beside_the_file_that_names_it(file: Path, tmp_path: Path) -> None:
     """Not beside a file elsewhere that inherits from it."""
     text = file.read_text()

@@ -144,6 +144,8 @@ def load_detector_config(
     ]
     if problems:
         raise ConfigError(*problems)
+    if "checkpoint" not in origins and isinstance(content.get("checkpoint"), str):
+        del content["checkpoint"]  # of mmdetection's RTMDet, for the weights of its backbone
     unused = [name for name in content if name not in (*_OF_MMDET, *_OF_RUN, "custom_imports")]
     if unused:
         message = f"{path}: not used, from mmdetection's base files: {', '.join(unused)}"

@@ -47,6 +47,10 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         raise ConfigError(f"model: mmdetection cannot build it: {one_line(error)}") from error
     if isinstance(detector.backbone, Backbone):
         _check_channels(settings, detector.backbone)
+    head = getattr(detector, "bbox_head", None)
+    if hasattr(head, "aux_reg_branches"):
+        # DDQ does so in its first training step: its checkpoints have names that a new one lacks.
+        detector.decoder.aux_reg_branches = head.aux_reg_branches
     detector._dump_init_info = lambda: None  # it logs a line for every parameter
     detector.init_weights()
     del detector._dump_init_info
