@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -265,6 +266,17 @@ def test_a_lock_outlives_its_holder_with_its_child(tmp_path: Path) -> None:
     child.kill()
     child.wait()
     assert find_state(run).kind == "not run"
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_in(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("kw.study.runs.fcntl.flock", refuse)
+    with locked(run):
+        assert find_state(run).kind == "not run"
 
 
 def test_the_last_error_is_found(tmp_path: Path) -> None:

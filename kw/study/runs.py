@@ -96,6 +96,8 @@ def locked(run: Run) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{run.work_dir}: another process is running it") from None
+        except OSError:  # the file system has no locks, which the training says
+            pass
         yield descriptor
     finally:
         os.close(descriptor)
