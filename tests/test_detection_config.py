@@ -170,6 +170,7 @@ def test_mistakes_are_named(file: Path, text: str, options: list[str], message: 
         (["model.rpn_head.type=Nothing"], "Nothing"),
         (["model.roi_head.bbox_head.chanels=3"], "chanels"),
         (["model.backbone.frozen=3"], "frozen"),
+        (["model.neck.init_cfg={type: Pretrained, checkpoint: no.pth}"], "no.pth can not be found"),
     ],
 )
 def test_a_detector_that_cannot_be_built(file: Path, options: list[str], message: str) -> None:

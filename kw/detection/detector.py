@@ -41,19 +41,20 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
     settings = _with_classes(copy.deepcopy(model), len(classes), "model")
     try:
         detector = MODELS.build(ConfigDict(settings))
+        if isinstance(detector.backbone, Backbone):
+            _check_channels(settings, detector.backbone)
+        head = getattr(detector, "bbox_head", None)
+        if hasattr(head, "aux_reg_branches"):
+            # DDQ does so in its first training step: its checkpoints have names that a new one
+            # lacks.
+            detector.decoder.aux_reg_branches = head.aux_reg_branches
+        detector._dump_init_info = lambda: None  # it logs a line for every parameter
+        detector.init_weights()
+        del detector._dump_init_info
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # mmdetection raises any kind for wrong settings
+    except Exception as error:  # of any kind, for wrong settings and files that it cannot load
         raise ConfigError(f"model: mmdetection cannot build it: {one_line(error)}") from error
-    if isinstance(detector.backbone, Backbone):
-        _check_channels(settings, detector.backbone)
-    head = getattr(detector, "bbox_head", None)
-    if hasattr(head, "aux_reg_branches"):
-        # DDQ does so in its first training step: its checkpoints have names that a new one lacks.
-        detector.decoder.aux_reg_branches = head.aux_reg_branches
-    detector._dump_init_info = lambda: None  # it logs a line for every parameter
-    detector.init_weights()
-    del detector._dump_init_info
     detector.dataset_meta = {"classes": tuple(classes)}
     return detector
 
