@@ -401,6 +401,12 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert (found["top1"], found["top5"], found["loss"]) == (50.0, 80.0, 1.5)
     assert (found["best_top1"], found["best_epoch"]) == (50.0, 2)
     assert [point["top1"] for point in found["curve"]] == [10.0, 50.0]
+    # The average came with the second epoch, when the run was resumed.
+    for key in ("ema_top1", "ema_top5", "ema_loss"):
+        del lines[1][key]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [point["epoch"] for point in summarise_run(tmp_path, "row", 0)["curve"]] == [2]
+    assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0)]
 
 
 def test_a_loss_that_was_not_finite_leaves_the_rest(

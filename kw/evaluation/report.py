@@ -43,7 +43,8 @@ class Run:
         """``(epoch, value)`` of a logged figure; the mean over an epoch's lines."""
         points: dict[int, list[float]] = {}
         for line in self.log:
-            if line["mode"] == mode and line[key] is not None:  # null: not one finite value
+            # Null: not one finite value. Absent: before there was an average.
+            if line["mode"] == mode and line.get(key) is not None:
                 points.setdefault(line["epoch"], []).append(line[key])
         return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
 

@@ -44,7 +44,8 @@ def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
     """
     run = read_run(folder)
     training = [line for line in run.log if line["mode"] == "train"]
-    evaluations = [line for line in run.log if line["mode"] == "val"]
+    judged = f"{run.judged_by}top1"  # absent before there was an average
+    evaluations = [line for line in run.log if line["mode"] == "val" and judged in line]
     if not evaluations:
         raise ReportError(f"{folder / 'log.jsonl'} has no evaluation")
     losses = dict(run.curve("train", "loss"))
