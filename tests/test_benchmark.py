@@ -377,7 +377,7 @@ def test_the_static_network_of_a_runtime_is_static() -> None:
         script["static_twin"](found)
 
 
-def test_render_makes_the_same_page_from_files(tmp_path: Path) -> None:
+def test_render_makes_the_same_page_from_files(tmp_path: Path, tool) -> None:
     pytest.importorskip("matplotlib")
     folder, page = tmp_path / "benchmarks", tmp_path / "benchmarks.md"
     results = [
@@ -404,12 +404,17 @@ def test_render_makes_the_same_page_from_files(tmp_path: Path) -> None:
     render_page(folder, read_results(folder), page)
     assert page.read_text() == text
     assert written[0].read_bytes() == picture
+    folder = folder.rename(tmp_path / "v1.2")
+    page.rename(tmp_path / "v1.2.md")
+    tool("tools/benchmark.py", "--render", folder)
+    assert "](v1.2/resnet18-cpu.svg)" in (tmp_path / "v1.2.md").read_text()
 
     with pytest.raises(BenchmarkError, match="no files"):
         read_results(tmp_path)
-    (folder / "benchmark-x.json").write_text("{}")
-    with pytest.raises(BenchmarkError, match=r"benchmark-x\.json"):
-        read_results(folder)
+    for content in ("{}", "[]"):
+        (folder / "benchmark-x.json").write_text(content)
+        with pytest.raises(BenchmarkError, match=r"benchmark-x\.json is no benchmark result"):
+            read_results(folder)
 
 
 @pytest.mark.parametrize(

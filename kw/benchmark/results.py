@@ -155,6 +155,6 @@ def read_results(folder: Path) -> list[Result]:
     for path in paths:
         try:
             results.append(Result.from_dict(json.loads(path.read_text())))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BenchmarkError(f"{path} is no benchmark result: {error!r}") from error
     return results

@@ -93,8 +93,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.render is not None:
-        page = args.render.with_suffix(".md")
-        for path in render_page(args.render, read_results(args.render), page):
+        folder = args.render if args.render.name else args.render.absolute()  # of "."
+        page = folder.with_name(f"{folder.name}.md")
+        for path in render_page(folder, read_results(folder), page):
             print(path)
         return
     cases = load_cases(args.configs, args.layer)
