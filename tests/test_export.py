@@ -345,7 +345,7 @@ def test_a_file_that_differs_is_not_left(
 ) -> None:
     """A network that computes something else than the written file is found out; in less precision,
     where the difference is no rounding."""
-    target = tmp_path / "net.safetensors"
+    target = tmp_path / "net[1].safetensors"  # which is no pattern
 
     class Shifting(nn.Module):
         """Computes one thing and saves another."""

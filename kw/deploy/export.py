@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -211,11 +212,11 @@ def export(
             notes += ("onnxscript's optimizer changes the result: written without it",)
         # A hash may follow the stem.
         final = target.with_name(target.stem + written.name.removeprefix(partial.stem))
-        for beside in target.parent.glob(f"{partial.stem}.bin"):  # OpenVINO's weights
+        if (beside := partial.with_suffix(".bin")).exists():  # OpenVINO's weights
             os.replace(beside, target.with_suffix(".bin"))
         os.replace(written, final)
     finally:
-        for left in target.parent.glob(f"{partial.stem}*"):
+        for left in target.parent.glob(f"{escape(partial.stem)}*"):
             left.unlink()
     seconds = time.perf_counter() - begin
     notes += tuple(
