@@ -63,6 +63,15 @@ def test_a_swin_takes_images_of_any_size_if_it_is_told_to() -> None:
     assert backbone.strides == [4, 8, 16, 32]
 
 
+def test_networks_without_drop_path_take_no_rate_of_it() -> None:
+    settings = {"name": "repvit_m0_9", "num_classes": 3}
+    assert Backbone(settings).strides == [4, 8, 16, 32]
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'drop_path_rate'"):
+        Backbone(settings, drop_path_rate=0.1)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'distilation'"):
+        Backbone({**settings, "timm_args": {"distilation": False}})
+
+
 def test_maps_are_those_of_the_classifier(settings: dict[str, Any], tmp_path: Path) -> None:
     """Of any image size, at batch 1, with weights of a checkpoint of other classes."""
     torch.manual_seed(0)

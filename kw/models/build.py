@@ -159,16 +159,23 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
         ) from error
 
 
+def _created(config: ModelConfig, **rates: float) -> nn.Module:
+    """timm's network; one without dropout or drop path takes no rate of it, not even 0."""
+    sizes: dict[str, Any] = {"num_classes": config.num_classes, **rates}
+    try:
+        return timm.create_model(config.name, **sizes, **config.timm_args)
+    except TypeError as error:
+        text = str(error)
+        known = {key: rate for key, rate in rates.items() if rate > 0 or key not in text}
+        if len(known) == len(rates) or "unexpected keyword" not in text:
+            raise
+    return _created(config, **known)
+
+
 def _static_network(config: ModelConfig) -> nn.Module:
     """timm's network, with the stem and the drop path that the configuration asks for."""
     try:
-        network = timm.create_model(
-            config.name,
-            num_classes=config.num_classes,
-            drop_rate=config.drop_rate,
-            drop_path_rate=config.drop_path_rate,
-            **config.timm_args,
-        )
+        network = _created(config, drop_rate=config.drop_rate, drop_path_rate=config.drop_path_rate)
     except MemoryError:
         raise
     except Exception as error:  # errors of a network that is given unknown arguments
