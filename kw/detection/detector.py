@@ -43,7 +43,7 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         detector = MODELS.build(ConfigDict(settings))
         if isinstance(detector.backbone, Backbone):
             _check_channels(settings, detector.backbone)
-        head = getattr(detector, "bbox_head", None)
+        head: Any = getattr(detector, "bbox_head", None)
         if hasattr(head, "aux_reg_branches"):
             # DDQ does so in its first training step: its checkpoints have names that a new one
             # lacks.
