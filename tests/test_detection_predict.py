@@ -335,6 +335,13 @@ def test_images_are_not_drawn_over(
     call(tool, work_dir, photos / "a" / "val_0.png", "--pictures", photos / "a", status=2)
     assert "val_0.png is one of the images" in capsys.readouterr().err
     assert (photos / "a" / "val_0.png").read_bytes() == before
+    # Around two folders pictures would come into both.
+    cameras = [tmp_path / "cameras" / name for name in "ab"]
+    for camera in cameras:
+        camera.mkdir(parents=True)
+        (camera / "1.jpg").write_bytes(before)
+    call(tool, work_dir, *cameras, "--pictures", tmp_path / "cameras", status=2)
+    assert f"{cameras[0] / '1.png'} lies in {cameras[0]}, which holds" in capsys.readouterr().err
     config = load_detector_config(work_dir / "config.py")
     with pytest.raises(DataError, match="which holds the images"):
         write_pictures(config, work_dir / "best.pth", coco / "val")

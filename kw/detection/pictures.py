@@ -135,11 +135,14 @@ def refuse_overwriting(
         DataError: a picture would be one of the images, or in one of the folders.
     """
     target = Path(out).resolve()
-    for folder in folders:
-        if folder.is_dir() and target.is_relative_to(folder.resolve()):
-            raise DataError(f"{out} lies in {folder}, which holds the images: choose another")
+    pictures = [target / name for name in names]
+    for folder in filter(Path.is_dir, folders):
+        inside = [each for each in (target, *pictures) if each.is_relative_to(folder.resolve())]
+        if inside:
+            what = out if inside[0] == target else inside[0]
+            raise DataError(f"{what} lies in {folder}, which holds the images: choose another")
     images = {file.resolve() for file in files}
-    if written := sorted(images.intersection(target / name for name in names)):
+    if written := sorted(images.intersection(pictures)):
         raise DataError(f"{written[0]} is one of the images: choose another folder")
 
 
