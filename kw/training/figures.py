@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data import ImageFolder
-from ..errors import UserError
+from ..errors import writing
 from ..evaluation.outcomes import Outcomes, calibration, class_hits, confusion, worst
 from ..evaluation.sets import TestSet, readable
 from ..pictures.batches import draw_batch
@@ -114,11 +115,5 @@ def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     Raises:
         UserError: it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(head)
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(chain([head], rows))
