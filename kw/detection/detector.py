@@ -45,8 +45,7 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
             _check_channels(settings, detector.backbone)
         head: Any = getattr(detector, "bbox_head", None)
         if hasattr(head, "aux_reg_branches"):
-            # DDQ does so in its first training step: its checkpoints have names that a new one
-            # lacks.
+            # As DDQ itself does when it trains: its checkpoints have names that it lacks before.
             detector.decoder.aux_reg_branches = head.aux_reg_branches
         detector._dump_init_info = lambda: None  # it logs a line for every parameter
         detector.init_weights()
