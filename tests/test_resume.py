@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.optim import build_optimizer
-from kw.training.saving import checkpoint_name, checkpoints, newest_whole
+from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole
 from kw.warehouse.warehouse import earlier_order
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +141,21 @@ def test_a_full_disk_costs_nothing_that_was_there(
     assert [path.name for path in left] == ["epoch_1.pth", "epoch_2.pth"]
     assert all(find_damage(path) is None for path in left)
     assert not list((tmp_path / "end").glob("*.partial"))
+
+
+@pytest.mark.parametrize("values", [10, 100_000])
+def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
+    """The system refuses to write on: torch then raises an error of its own."""
+    written = Checkpoints(tmp_path, keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        written.write({"state_dict": {"a": torch.zeros(values)}}, tmp_path / "epoch_1.pth")
+        with pytest.raises(CheckpointError, match="epoch_1.pth|File too large"):
+            written.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -69,7 +69,12 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         OSError: it could not be written; an earlier file is kept.
     """
     with replacing(path) as partial, open(partial, "wb") as file:
-        torch.save(dict(checkpoint), file)
+        try:
+            torch.save(dict(checkpoint), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of the disk, beneath one of torch's own
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     with suppress(OSError):  # so that the rename survives a power failure

@@ -75,7 +75,7 @@ class Checkpoints:
     def __init__(self, work_dir: Path, keep: int) -> None:
         self.work_dir = work_dir
         self.keep = keep
-        self._failure: OSError | None = None  # of the last write
+        self._failure: Exception | None = None  # of the last write
         self._thread: threading.Thread | None = None
 
     def _wait(self) -> None:
@@ -94,7 +94,7 @@ class Checkpoints:
             try:
                 save_checkpoint(copy, path)
                 self.name(path, best)
-            except OSError as error:
+            except Exception as error:  # nobody else would hear of it
                 self._failure = error
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
