@@ -244,6 +244,32 @@ def test_evaluation_is_that_of_files(held: Settings, damaged: Path, world_size: 
             assert all(torch.equal(one[key], other[key]) for key in ("images", "labels", "indices"))
 
 
+@pytest.mark.parametrize("opened", [open_training, open_validation])
+def test_a_bad_file_may_be_listed_twice(
+    held: Settings, damaged: Path, opened: Callable[..., Loader]
+) -> None:
+    """Neither line has the image, nor the label, of what is held in its place."""
+    files = sorted(path.relative_to(damaged) for path in damaged.glob("train/*/*.png"))
+    lines = [f"{file},{file.parts[1]}" for file in files]
+    bad = next(line for line in lines if line.startswith("train/cat/3.png"))
+    for split in ("train", "val"):
+        (damaged / f"{split}.csv").write_text("\n".join(["file,label", *lines, bad, ""]))
+    table = {"root": str(damaged), "dataset": "csv", "bad_images": {"max_fraction": 0.1}}
+    from_memory, from_files = (
+        opened(configured(held, memory=memory, **table), CPU, 0, 1)
+        for memory in (held["data"]["memory"], None)
+    )
+    for epoch in range(3):
+        found, expected = (
+            [b["labels"].tolist() for b in batches(loader, epoch)]
+            if opened is open_training
+            else [b["labels"].tolist() for b in loader]
+            for loader in (from_memory, from_files)
+        )
+        assert found == expected
+    assert len(from_memory.faults.take()) == 1
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 

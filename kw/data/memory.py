@@ -134,10 +134,13 @@ def hold_in_memory(
     if isinstance(sampler, TrainBatchSampler):
         in_order = EvalBatchSampler(len(folder), _DECODED_AT_ONCE)
     decoding = build_loader(folder, in_order, workers, partial(_alike, folder, shape))
+    found: list[BadImage] = []
+    # A log names a file once; the file may be listed more than once.
+    decoding.faults.record = found.extend  # type: ignore[method-assign, assignment]
     with deaths_explained(decoding):
         for batch in decoding:
             held[rows[batch["indices"]].to(place)] = batch["images"].to(place)
-    bad = {fault.image: fault for fault in decoding.faults.take()}
+    bad = {fault.image: fault for fault in found}
     loader = Loader(
         MemoryImages(folder, held, rows, device, augment, bad),
         batch_sampler=sampler,
@@ -145,7 +148,7 @@ def hold_in_memory(
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
     loader.faults = FaultLog(len(folder), folder.bad_images)
-    loader.faults.record(bad.values())
+    loader.faults.record(found)
     return loader
 
 
