@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -70,6 +71,45 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     found, left_out = names_of(tmp_path / "set")
     assert found == ["a.png", "beside/b.png"]
     assert left_out == {"links back": 2}
+
+
+def test_links_that_lead_to_one_another(tmp_path: Path) -> None:
+    """Each folder has a link to the other: every image is found once."""
+    picture(tmp_path / "set" / "a.png")
+    picture(tmp_path / "other" / "b.png")
+    (tmp_path / "set" / "there").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "set")
+    assert names_of(tmp_path / "set") == (["a.png", "there/b.png"], {"links back": 1})
+
+
+def test_a_link_to_the_folder_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside the images, not around them."""
+    picture(tmp_path / "set" / "a.png")
+    picture(tmp_path / "here" / "b.png")
+    (tmp_path / "set" / "there").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_images([Path("../set")]) == [Path("../set/a.png"), Path("../set/there/b.png")]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images would be missing, on this process alone perhaps."""
+    for name in ("x/a.png", "x/sub/b.png", "y/c.png"):
+        picture(tmp_path / "train" / name)
+    scan = os.scandir
+
+    def fails(path: Any) -> Any:
+        if Path(path).name == "sub":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    for listed in (lambda: check_data_root(tmp_path, 2, ["train"]), lambda: find_images([tmp_path])):
+        with pytest.raises(OSError, match=r"Input/output error: .*train/x/sub"):
+            listed()
 
 
 @pytest.mark.parametrize("ending", IMAGE_EXTENSIONS)

@@ -13,7 +13,7 @@ IMAGE_EXTENSIONS = (
 )
 """Endings that are taken for images; the format is read from the content."""
 
-_OF_SYSTEMS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN")
+_OF_SYSTEMS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 """Folders that storage devices, archives and desktops leave beside images."""
 
 
@@ -35,13 +35,18 @@ def walk_images(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
     Args:
         folder: where to look.
         left_out: what is not taken is counted here, by kind.
+
+    Raises:
+        OSError: a folder cannot be read: part of the images would be missing.
     """
     counted: Counter[str] = Counter() if left_out is None else left_out
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = Path(os.path.realpath(place))
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         for name in list(folders):
             path = Path(place, name)
-            back = path.is_symlink() and here.is_relative_to(os.path.realpath(path))
+            back = path.is_symlink() and any(
+                Path(os.path.realpath(around)).is_relative_to(os.path.realpath(path))
+                for around in path.parents[: len(path.parts) - len(folder.parts)]
+            )
             if is_hidden(name) or back:
                 folders.remove(name)
                 counted["links back" if back else "hidden folders"] += 1
@@ -53,6 +58,10 @@ def walk_images(folder: Path, left_out: Counter[str] | None = None) -> Iterator[
                 ending = os.path.splitext(name)[1].lower()
                 kind = f"*{ending}" if ending else "files without an ending"
                 counted["hidden files" if is_hidden(name) else kind] += 1
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def describe(left_out: Counter[str]) -> str:
