@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kw.evaluation.outcomes import Outcomes, calibration, class_hits, confusion,
 from kw.evaluation.sets import TestSet, readable
 from kw.pictures.outcomes import most_confused
 from kw.training.distributed import Process
+from kw.training.figures import write_csv
 
 
 def random_outcomes(images: int = 203, classes: int = 9) -> tuple[Any, Any, Any]:
@@ -47,6 +49,11 @@ def direct_ece(confidence: list[float], right: list[bool], bins: int) -> float:
             mean = sum(confidence[i] for i in inside) / len(inside)
             error += len(inside) / len(confidence) * abs(accuracy - mean)
     return 100 * error
+
+
+def test_names_in_tables_may_be_no_text(tmp_path: Path) -> None:
+    write_csv(tmp_path / "mistakes.csv", ["file"], [[os.fsdecode(b"caf\xe9.jpg")]])
+    assert (tmp_path / "mistakes.csv").read_bytes() == b"file\r\ncaf\xe9.jpg\r\n"
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])

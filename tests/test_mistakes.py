@@ -248,6 +248,12 @@ def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "report" in said.splitlines()[-1]
 
 
+def test_a_name_that_is_no_text_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a file is called ends no command whose work is done."""
+    run_tool(lambda: print(os.fsdecode(b"caf\xe9.jpg")))
+    assert capsys.readouterr().out == "caf\\udce9.jpg\n"
+
+
 def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended_by(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
 

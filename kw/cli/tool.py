@@ -8,6 +8,7 @@ work; 130 where it was interrupted. ``--debug`` shows the traceback of a mistake
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -182,6 +183,8 @@ def save_json(content: dict[str, Any] | list[Any], path: Path) -> None:
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool and answer what goes wrong; see the head of this module."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of other encodings
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

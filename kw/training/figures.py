@@ -115,5 +115,9 @@ def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     Raises:
         UserError: it cannot be written.
     """
-    with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
+    with (
+        writing(path),
+        # Names that are not UTF-8 are written as the bytes that they are.
+        open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows(chain([head], rows))
