@@ -100,6 +100,8 @@ def test_null_replaces_a_mapping_and_a_mapping_null(tmp_path: Path) -> None:
         ("ema.decay=0.5", "ema.decay", 0.5),
         ("data.root=/a=b", "data.root", "/a=b"),
         ("data.root='3'", "data.root", "3"),
+        (r'data.root="/\ud83d\ude00"', "data.root", "/\U0001f600"),  # as JSON writes it
+        (r'data.root="/\udce9"', "data.root", "/\udce9"),
         ("model.timm_args={in_chans: 3}", "model.timm_args", {"in_chans": 3}),
     ],
 )

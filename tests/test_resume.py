@@ -151,7 +151,7 @@ def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         written.write({"state_dict": {"a": torch.zeros(values)}}, tmp_path / "epoch_1.pth")
-        with pytest.raises(CheckpointError, match="epoch_1.pth|File too large"):
+        with pytest.raises(CheckpointError, match="File too large"):
             written.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

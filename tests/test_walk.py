@@ -107,7 +107,10 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", fails)
-    for listed in (lambda: check_data_root(tmp_path, 2, ["train"]), lambda: find_images([tmp_path])):
+    for listed in (
+        lambda: check_data_root(tmp_path, 2, ["train"]),
+        lambda: find_images([tmp_path]),
+    ):
         with pytest.raises(OSError, match=r"Input/output error: .*train/x/sub"):
             listed()
 

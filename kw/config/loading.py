@@ -124,7 +124,11 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return Entry([self._entry(loader, item, key).plain() for item in node.value], origin)
         try:
-            return Entry(loader.construct_object(node), origin)
+            value = loader.construct_object(node)
+            if isinstance(value, str):  # JSON writes characters beyond 16 bits as two
+                halves = value.encode("utf-16-le", "surrogatepass")
+                value = halves.decode("utf-16-le", "surrogatepass")
+            return Entry(value, origin)
         except (ValueError, KeyError, IndexError):  # an explicit tag that the text does not fit
             self._problem(node, key, f"{node.value!r} is no {node.tag.replace(_TAG, '!!')}")
             return Entry(None, origin)
