@@ -338,3 +338,25 @@ def test_loading_is_measured(
         "memory of the host",
     ]
     assert all(float(line.split("|")[3].replace(",", "")) > 0 for line in lines[2:])
+
+
+def test_loading_from_files_is_told_though_memory_refuses(
+    settings: Settings,
+    unequal: Path,
+    tmp_path: Path,
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings["data"]["root"] = str(unequal)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    threads = torch.get_num_threads()
+    tool("kw benchmark loading", path, "--images", 32)
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:3]] == ["files"]
+    assert [line.split(": ")[0] for line in lines[3:]] == [
+        "memory of the device",
+        "memory of the host",
+    ]
+    assert all("images have different sizes" in line for line in lines[3:])

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, load_config
 from ..data import BatchPreprocessor, Loader, open_training, stop_workers
-from ..errors import one_line
+from ..errors import UserError, one_line
 from ..evaluation import render_table
 from .tool import ToolParser, add_config_options, device, number
 
@@ -39,7 +39,7 @@ def main() -> None:
         options = [*args.cfg_options, f"data.memory={memory}"]
         try:
             rows.append((name, *_measure(load_config(args.config, options), args)))
-        except ConfigError as error:
+        except UserError as error:  # such as images of different sizes
             if memory == "null":
                 raise
             refused.append(f"{name}: not measured, {one_line(error)}")
