@@ -219,6 +219,28 @@ def export(run: Path, target: Path, coco: Path, **settings: Any) -> Any:
     return export_detector(predictor, "small", target, sorted((coco / "val").iterdir()), **settings)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("export {name} {file} {folder}/a.onnx --precision int8", "exported in fp32"),
+        ("inspect annotations {name} --set data.root={folder}", "instances_train2017.json"),
+    ],
+)
+def test_a_configuration_has_a_name(
+    words: str, said: str, tmp_path: Path, tool: Any, capsys: Any
+) -> None:
+    """As every command takes it."""
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "a.pth")
+    places = {"name": "mask_rcnn_kw_resnet50_1x", "file": tmp_path / "a.pth", "folder": tmp_path}
+    command, *rest = words.format(**places).split()
+    if command == "inspect":
+        command = f"{command} {rest.pop(0)}"
+    with pytest.raises(SystemExit):
+        tool(f"kw {command}", *rest)
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+
+
 @pytest.mark.long
 def test_a_file_is_written_and_used_without_mmdetection(
     runs: Any, coco: Path, tmp_path: Path, tool: Any, capsys: Any

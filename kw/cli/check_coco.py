@@ -12,6 +12,7 @@ errors (there may be warnings), otherwise 2.
 import argparse
 from collections.abc import Iterator
 
+from ..config.names import config_file
 from ..data import DataError
 from ..detection.annotations import check_annotations
 from ..detection.findings import Report
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Report]:
-    if len(args.sets) == 1 and args.sets[0].endswith(".py"):
+    if len(args.sets) == 1 and config_file(args.sets[0]).suffix == ".py":
         config, _ = load_run(args.sets[0], args.cfg_options)
         masks = config.reads_masks and not args.no_masks
         yield from check_sets(config.run.data, masks, args.read_images)

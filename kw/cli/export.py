@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..config.names import config_file
 from ..deploy import ExportError, export, find_images, read_source
 from ..deploy.export import Options, check_target, read_some
 from ..deploy.quantize import CALIBRATION
@@ -66,8 +67,9 @@ def main() -> None:
         args.checkpoint = None
     if not args.targets:
         parser.error("the following arguments are required: TARGET")
-    args.config, args.checkpoint = run_of(args.config, args.checkpoint)
-    if Path(args.config).suffix == ".py":
+    config, args.checkpoint = run_of(args.config, args.checkpoint)
+    args.config = config_file(config)
+    if args.config.suffix == ".py":
         export_detectors(args)
         return
     if args.nms is not None:
