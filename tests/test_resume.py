@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +22,17 @@ import yaml
 from breadth import breadth
 from kills import compare, differences, run_with_kills
 from kills import settings as killed_settings
-from processes import Forked
+from processes import Forked, in_processes
 from test_parts import as_earlier
 
 from kw.config import config_from_mapping
 from kw.errors import EXIT_INTERRUPTED, Interrupted
 from kw.models import build_network
-from kw.training import CheckpointError, load_checkpoint, train
+from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
+from kw.training.distributed import Process
 from kw.training.optim import build_optimizer
+from kw.training.run import build_trainer as trainer_of
 from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole
 from kw.warehouse.warehouse import earlier_order
 
@@ -175,6 +179,27 @@ def test_minutes(settings: dict[str, Any], tmp_path: Path) -> None:
     train(config_from_mapping(settings), tmp_path)
     names = {path.name for path in checkpoints(tmp_path)}
     assert {f"epoch_0_update_{i}.pth" for i in (1, 2, 3)} <= names
+
+
+def on_a_clock(process: Process, settings: dict[str, Any], work_dir: Path) -> None:
+    """A run whose clock goes on by a minute whenever it is looked at."""
+    minutes = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 60 * next(minutes), perf_counter=time.perf_counter)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "time", clock)
+        trainer_of(config_from_mapping(settings), work_dir, process).run()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_minutes_count_anew_after_a_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, processes: int
+) -> None:
+    """Several processes agree on one, an update later, and write it once."""
+    settings |= {"total_batch_size": 4, "batch_size": 2, "epochs": 1}
+    settings["checkpoint"] = {"minutes": 3.5, "keep": 99}
+    in_processes(on_a_clock, processes, settings, tmp_path)
+    found = [int(path.stem.split("_")[-1]) for path in checkpoints(tmp_path)[:-1]]
+    assert found == ([4, 8, 12] if processes == 1 else [5, 10, 15])
 
 
 def test_training_does_not_wait_for_the_disk(

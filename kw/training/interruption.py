@@ -77,7 +77,8 @@ class Agreement:
         if self._pending is not None:
             self._pending.wait()
             heard = bool(self._word[0]), bool(self._word[1])
-        self._word = torch.tensor([save, stop], dtype=torch.uint8)
+        # What was heard is done now, and not asked for again.
+        self._word = torch.tensor([save and not heard[0], stop], dtype=torch.uint8)
         self._pending = dist.all_reduce(
             self._word, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
