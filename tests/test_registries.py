@@ -256,6 +256,24 @@ class Counting(Hook):
         self.count = state["count"]
 
 
+class Stopping(Hook):
+    def after_epoch(self, trainer: Any, metrics: Any) -> None:
+        trainer.stops = trainer.epoch == 2
+
+
+def test_a_run_that_is_stopped_after_an_epoch(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last epoch is tested and kept, though neither was due."""
+    monkeypatch.setitem(HOOKS, "stopping", Stopping)
+    settings |= {"epochs": 5, "eval_interval": 5, "hooks": {"stopping": {}}}
+    settings["checkpoint"] = {"interval": 5}
+    figures = train(config_from_mapping(settings), tmp_path)
+    kept = load_checkpoint(tmp_path / "epoch_2.pth")["meta"]
+    assert (kept["epoch"], kept["metrics"]) == (2, figures)
+    assert json.loads((tmp_path / "results.json").read_text())["top1"] == figures["top1"]
+
+
 def test_hooks_of_another_number_of_processes(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,8 +266,11 @@ class Trainer:
             if self.epoch % self.config.eval_interval == 0 or is_last:
                 metrics = self.evaluate()
             self.save_epoch(metrics)
+            is_last = self.is_finished or self.stops
             for hook in self.hooks:
                 hook.after_epoch(self, metrics)
+            if self.stops and not is_last:
+                self.save_epoch(metrics or self.evaluate())
         self.checkpoints.finish()
         for hook in self.hooks:
             hook.after_training(self)
