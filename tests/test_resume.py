@@ -33,7 +33,7 @@ from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
-from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole
+from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole, write_json
 from kw.warehouse.warehouse import earlier_order
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +179,13 @@ def test_minutes(settings: dict[str, Any], tmp_path: Path) -> None:
     train(config_from_mapping(settings), tmp_path)
     names = {path.name for path in checkpoints(tmp_path)}
     assert {f"epoch_0_update_{i}.pth" for i in (1, 2, 3)} <= names
+
+
+def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
+    figures = {"top1": 25.0, "loss": float("nan"), "all": [float("-inf"), {"a": float("inf")}]}
+    write_json(figures, tmp_path / "results.json")
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written == {"top1": 25.0, "loss": None, "all": [None, {"a": None}]}
 
 
 def on_a_clock(process: Process, settings: dict[str, Any], work_dir: Path) -> None:

@@ -136,6 +136,11 @@ class Checkpoints:
 
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically; a number that is not finite, which is no JSON, as null."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        text = json.dumps(finite, indent=2)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text + "\n")
