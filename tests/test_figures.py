@@ -166,6 +166,18 @@ def written(tool: Any, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tmp_path / "figures", json.loads(results.read_text())
 
 
+def test_a_process_on_its_own_tells_its_results(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine that some queue has called the second of its job."""
+    run, results = write_run(tmp_path / "run"), tmp_path / "results.json"
+    for label, name in enumerate(CLASSES):
+        write_grey(run / "data/val" / name / "0.png", label)
+    monkeypatch.setenv("RANK", "1")
+    tool("kw test", run, "--json", results)
+    assert json.loads(results.read_text())["top1"] == 100
+
+
 def rows_of(file: Path) -> list[dict[str, str]]:
     with open(file, newline="", encoding="utf-8") as opened:
         return list(csv.DictReader(opened))

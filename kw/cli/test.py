@@ -75,7 +75,7 @@ def main() -> None:
     if args.set_root is not None and args.name is None:
         parser.error(f"--set-root: of which set? --set {', '.join(SETS)}")
     results = evaluate(args, runs_of(args.config, args.checkpoints))
-    if os.environ.get("RANK", "0") != "0":
+    if args.launcher != "none" and os.environ["RANK"] != "0":
         return
     show(results)
     if args.json is not None:
