@@ -482,3 +482,5 @@ def test_a_set_of_which_nothing_can_be_read(
     broken = replace(run, data=replace(run.data, root=str(root)))
     with pytest.raises(DataError, match=r"19 of 19 images cannot be read, more than the 1"):
         evaluate_checkpoint(broken, tmp_path / "run/last.pth")
+    with pytest.raises(DataError, match=r"19 of 19 images cannot be read, more than the 1"):
+        train(replace(broken, epochs=1, temperature_epochs=0), tmp_path / "again")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..config import ConfigError, to_yaml
 from ..config.run_schema import ContractionConfig, RunConfig
@@ -216,7 +215,7 @@ def build_hooks(config: RunConfig) -> list[Hook]:
 def evaluate(
     network: nn.Module,
     preprocess: nn.Module,
-    loader: DataLoader[Any],
+    loader: Loader,
     precision: str,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     outcomes: Outcomes | None = None,
@@ -238,6 +237,7 @@ def evaluate(
 
     Raises:
         ConfigError: two metrics give a figure of one name.
+        DataError: not one image can be read.
     """
     device = next(network.parameters()).device
     counts: list[Metric] = [METRICS.find(n)(device, **a) for n, a in (metrics or {}).items()]
@@ -257,7 +257,12 @@ def evaluate(
         outcomes.gather()
     figures: dict[str, float | None] = {}
     for each in counts:
-        found = each.compute()
+        try:
+            found = each.compute()
+        except ValueError as error:  # not one image can be read
+            loader.faults.merge(loader.faults.take())
+            loader.faults.check()
+            raise DataError(str(error)) from error
         twice = [name for name in found if name in figures or name.startswith("ema_")]
         if twice:  # ema_ is put before the figures of the moving average
             raise ConfigError(f"metrics: another name than {twice[0]!r}, which is taken")
@@ -293,13 +298,7 @@ def evaluate_weights(
             if key in state:
                 load_network(network, state[key], str(checkpoint))
                 set_place("in the evaluation")
-                try:
-                    found = measure()
-                except ValueError as error:  # not one image can be read
-                    loader.faults.merge(loader.faults.take())
-                    loader.faults.check()
-                    raise DataError(str(error)) from error
-                metrics.update({prefix + name: value for name, value in found.items()})
+                metrics.update({prefix + name: value for name, value in measure().items()})
         for _, path, reason in loader.faults.merge(loader.faults.take()):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
         loader.faults.check()
