@@ -31,6 +31,7 @@ from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
+from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
 from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole, write_json
@@ -231,6 +232,18 @@ def test_training_does_not_wait_for_the_disk(
         one, other = load_checkpoint(path), load_checkpoint(tmp_path / "slow" / path.name)
         for key, value in one["state_dict"].items():
             assert torch.equal(value, other["state_dict"][key]), (path.name, key)
+
+
+def test_handlers_that_are_not_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Python runs inside of another program: they cannot be put back."""
+    put, before = signal.signal, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: put(number, handler) and None)
+    try:
+        with Signals().watched():
+            pass
+    finally:
+        put(signal.SIGTERM, before)
+        put(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
