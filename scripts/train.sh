@@ -10,7 +10,7 @@ Starts torchrun with tools/train.py CONFIG --launcher pytorch --resume: a new ru
 checkpoint yet, else the run goes on from the newest whole one. Relative paths start in the folder
 that it is called in.
 
-    PROCESSES     processes on this machine (default: its GPUs, or 1)
+    PROCESSES     processes on this machine (default: the GPUs that PyTorch sees, or 1)
     NODES         machines, e.g. 4, or a range for elastic training, e.g. 2:4 (default 1)
     RENDEZVOUS    host:port that all machines can reach; needed for several (any of them will do)
     JOB           name that the machines of one job share (default: the configuration's name)
@@ -41,8 +41,9 @@ fi
 
 config=$1
 shift
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
+# nvidia-smi would also list GPUs that CUDA_VISIBLE_DEVICES leaves out, and none of AMD's.
+count='import torch; print(max(torch.cuda.device_count(), 1))'
+processes=${PROCESSES:-$("$python" -c "$count")}
 nodes=${NODES:-1}
 name=$(basename "${config%.*}")
 

@@ -93,6 +93,27 @@ def test_relative_paths_are_the_callers(tmp_path: Path) -> None:
     assert done.stdout.endswith(ending)
 
 
+def test_a_process_for_each_gpu_that_may_be_used(tmp_path: Path) -> None:
+    """Two that PyTorch sees, of eight that the driver lists."""
+    scripts = {
+        "python": 'if [[ $1 == -c ]]; then echo 2; else echo "$@"; fi',
+        "nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i; done",
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PROCESSES"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.sh", "c.yaml"],
+        env={**environment, **path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert " --nproc-per-node 2 " in done.stdout
+
+
 def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Popen[str]:
     """The job's script with stand-ins for slurm's commands, which note how they were called."""
     commands = tmp_path / "bin"
