@@ -31,6 +31,7 @@ from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
+from kw.training.folder import find_checkpoint
 from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
@@ -108,6 +109,19 @@ def test_resume_takes_the_newest_whole_file(
     assert str(newest) in said[0]
     train(config_from_mapping(settings), run_dir, resume=True)
     assert find_damage(newest) is None
+
+
+def test_later_checkpoints_are_told_of(
+    settings: dict[str, Any], run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that goes back to one in between and is killed goes on from the last of them."""
+    process = Process(0, 1, torch.device("cpu"))
+    *_, earlier, last = checkpoints(run_dir)
+    for path in (last, run_dir / "last.pth", earlier):
+        assert find_checkpoint(str(path), run_dir, process) == path
+        said = f"{last.name} stays in {run_dir}" in caplog.text
+        assert said == (path == earlier)
+    assert find_checkpoint(True, run_dir, process) == last
 
 
 def test_no_whole_file_is_an_error(settings: dict[str, Any], run_dir: Path) -> None:

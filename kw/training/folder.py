@@ -83,7 +83,13 @@ def find_checkpoint(resume: bool | str | Path, work_dir: Path, process: Process)
         CheckpointError: all of its checkpoints are damaged.
     """
     if not isinstance(resume, bool):
-        return Path(resume)
+        path, found = Path(resume), checkpoints(work_dir)
+        if path.exists() and any(path.samefile(earlier) for earlier in found[:-1]):
+            logger.warning(
+                f"{path}: {found[-1].name} stays in {work_dir}, and --resume alone goes on from it "
+                "until this run has passed it; move later checkpoints away to leave them behind"
+            )
+        return path
     set_place("looking for a checkpoint to resume from")
     # Other processes may see another state of a shared disk.
     return _on_first(process, lambda: _newest(resume, work_dir))
