@@ -161,8 +161,13 @@ def test_csv_tables(folder: Path, tmp_path: Path) -> None:
             for i, (path, label) in enumerate(zip(plain.files, plain.labels, strict=True)):
                 table.writerow([i, path, plain.classes[label]])
         same(samples(data(tmp_path, dataset="csv"), split), samples(data(folder), split))
-    (tmp_path / "classes.txt").write_text("ä\na\nb c\n", encoding="utf-8")
-    assert list(list_split(data(tmp_path, dataset="csv"), "val").labels) == [1, 1, 2, 2, 0, 0]
+    config = data(tmp_path, dataset="csv")
+    for encoding in ("utf-8", "utf-8-sig"):  # with a mark at its start, as editors write it
+        (tmp_path / "classes.txt").write_text("ä\na\nb c\n", encoding=encoding)
+        assert list(list_split(config, "val").labels) == [1, 1, 2, 2, 0, 0]
+    (tmp_path / "classes.txt").write_text("ä\na\nb c\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"classes\.txt is no text in UTF-8"):
+        list_split(config, "val")
 
 
 def test_images_of_several_classes(folder: Path, tmp_path: Path) -> None:

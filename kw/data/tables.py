@@ -158,7 +158,11 @@ def _classes(root: Path) -> list[str] | None:
     file = root / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text("utf-8").split("\n") if line.strip()]
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _check_pattern(key: str, pattern: str) -> None:
