@@ -25,7 +25,7 @@ from kills import settings as killed_settings
 from processes import Forked, in_processes
 from test_parts import as_earlier
 
-from kw.config import config_from_mapping
+from kw.config import ConfigError, config_from_mapping
 from kw.errors import EXIT_INTERRUPTED, Interrupted
 from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train, trainer
@@ -36,6 +36,7 @@ from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
 from kw.training.saving import Checkpoints, checkpoint_name, checkpoints, newest_whole, write_json
+from kw.training.trained import trained_file
 from kw.warehouse.warehouse import earlier_order
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,27 @@ def test_later_checkpoints_are_told_of(
         said = f"{last.name} stays in {run_dir}" in caplog.text
         assert said == (path == earlier)
     assert find_checkpoint(True, run_dir, process) == last
+
+
+@pytest.mark.parametrize("left", [["best.pth", "last.pth"], ["last.pth"], ["best.pth"]])
+def test_a_run_whose_epochs_were_deleted_is_a_run(
+    settings: dict[str, Any], tmp_path: Path, left: list[str]
+) -> None:
+    """It is neither written over nor begun anew."""
+    config = config_from_mapping(changed(settings, epochs=1, checkpoint={"keep": 1}))
+    figures = train(config, tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        if path.name not in left:
+            path.unlink()
+    with pytest.raises(ConfigError, match=rf"holds a run already \({left[-1]}\)"):
+        train(config, tmp_path)
+    assert trained_file(tmp_path).name == left[0]
+    longer = config_from_mapping(changed(settings, checkpoint={"keep": 1}))
+    train(longer, tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["mode"] == "val"] == [1, 2]
+    assert lines[4]["top1"] == figures["top1"]
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"best.pth", "last.pth", "epoch_2.pth"}
 
 
 def test_no_whole_file_is_an_error(settings: dict[str, Any], run_dir: Path) -> None:

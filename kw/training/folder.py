@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError
 from .distributed import Process, from_first
 from .logs import logger
 from .presence import set_place
-from .saving import checkpoints, newest_whole
+from .saving import checkpoints, newest_whole, remaining
 
 LOCK = "run.lock"
 _T = TypeVar("_T")
@@ -111,7 +111,7 @@ def _on_first(process: Process, work: Callable[[], _T]) -> _T:
 
 
 def _newest(resume: bool, work_dir: Path) -> Path | None:
-    found = checkpoints(work_dir)
+    found = remaining(work_dir)
     if not found:
         return None
     if not resume:

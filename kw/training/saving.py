@@ -35,9 +35,15 @@ def checkpoints(work_dir: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+def remaining(work_dir: Path) -> list[Path]:
+    """:func:`checkpoints`; where those were deleted, ``best.pth`` and ``last.pth``."""
+    links = [work_dir / "best.pth", work_dir / "last.pth"]
+    return checkpoints(work_dir) or [path for path in links if path.is_file()]
+
+
 def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose checksums agree; ``report`` gets a line on each newer one."""
-    for path in reversed(checkpoints(work_dir)):
+    for path in reversed(remaining(work_dir)):
         fault = find_damage(path, ours=True)
         if fault is None:
             return path

@@ -15,7 +15,7 @@ from ..hub import WEIGHTS as EXPORTED
 from ..hub import is_hub_name, weights_file
 from ..models.build import build_network, check_network
 from .checkpoint import CheckpointError, load_checkpoint, load_network, named_classes
-from .saving import checkpoints
+from .saving import remaining
 
 WEIGHTS = ("auto", "model", "ema")
 
@@ -91,7 +91,7 @@ def trained_file(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     best = path / "best.pth"
-    found = [best] if best.is_file() else checkpoints(path)[-1:]
+    found = [best] if best.is_file() else remaining(path)[-1:]
     found = found or [file for file in [path / EXPORTED] if file.is_file()]
     if not found:
         raise CheckpointError(
