@@ -7,8 +7,8 @@ written, and the program ends with status 75.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,30 +18,34 @@ import torch.distributed as dist
 from .distributed import Process, hosts
 
 
+@contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While inside, SIGTERM and SIGINT call a function.
+
+    In another thread than the main one, signals cannot be watched and are left as they are.
+    """
+    try:
+        before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            if earlier is not None:  # one that is not Python's cannot be set from here
+                signal.signal(number, earlier)
+
+
 class Signals:
     """Remembers that the process was asked to end."""
 
     def __init__(self) -> None:
         self.name: str | None = None  # of the signal that came
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once.
-
-        In another thread than the main one, signals cannot be watched and are left as they are.
-        """
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        try:
-            before = {number: signal.signal(number, self._note) for number in numbers}
-        except ValueError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, earlier in before.items():
-                if earlier is not None:  # one that is not Python's cannot be set from here
-                    signal.signal(number, earlier)
+    def watched(self) -> AbstractContextManager[None]:
+        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once."""
+        return on_signals(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None and number == signal.SIGINT:
