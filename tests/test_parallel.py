@@ -4,6 +4,7 @@ changes what is trained."""
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kw.config import ConfigError, config_from_mapping
 from kw.models import ImageClassifier
 from kw.training import load_checkpoint, train
 from kw.training.average import local
-from kw.training.distributed import Process
+from kw.training.distributed import Process, from_all, process_group
 from kw.training.parallel import (
     backward_order,
     release,
@@ -111,6 +112,24 @@ def check_layout(process: Process) -> None:
 
 def test_buckets_are_laid_out_before_the_first_update() -> None:
     in_processes(check_layout, 2)
+
+
+def check_group(process: Process) -> None:
+    for error in (None, ConfigError("no such run")):
+        with suppress(ConfigError), process_group("pytorch", 2.0) as again:
+            assert [other.rank for other in from_all(again)] == list(range(process.world_size))
+            if error is not None:
+                raise error
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total == process.world_size
+        assert from_all(process.rank) == list(range(process.world_size))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_group_of_the_callers_is_left(world: int) -> None:
+    """A run within a program that has joined its processes itself."""
+    in_processes(check_group, world)
 
 
 def check_micro_steps(process: Process) -> None:

@@ -99,9 +99,10 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
         yield process
         return
     timeout = timedelta(minutes=timeout_minutes)
+    before, joins = _hosts, not dist.is_initialized()  # else in a group of the caller's
     try:
         with ExitStack() as stack:
-            if not dist.is_initialized():
+            if joins:
                 launcher_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
                 keeper = None if launcher_keeps else 0
                 store = _connect(timeout, keeper, listens=process.rank == keeper)
@@ -131,9 +132,9 @@ def process_group(launcher: str, timeout_minutes: float) -> Iterator[Process]:
             timer.start()
         raise
     finally:
-        _hosts = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        own, _hosts = _hosts, before
+        if dist.is_initialized() and (joins or own is not before):
+            dist.destroy_process_group(None if joins else own)
         # A finished run keeps its groups in reference cycles (DistributedDataParallel's). A thread
         # of gloo takes the interpreter's lock to free the tensors of a call. If it does so while
         # the interpreter shuts down, the process aborts and its exit status is lost (torch 2.15).
