@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -268,6 +269,17 @@ def test_a_bad_file_may_be_listed_twice(
         )
         assert found == expected
     assert len(from_memory.faults.take()) == 1
+
+
+def test_pictures_of_a_run(held: Settings, tmp_path: Path) -> None:
+    """They are of single images, and change nothing."""
+    runs = [tmp_path / name for name in ("with", "without")]
+    for work_dir, pictures in zip(runs, ({"images": 4}, None), strict=True):
+        train(configured({**held, "pictures": pictures}), work_dir)
+    one, other = (load_checkpoint(work_dir / "last.pth")["state_dict"] for work_dir in runs)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    events = EventAccumulator(str(runs[0] / "tensorboard"), {"images": 0}).Reload()
+    assert len(events.Images("pictures/attention")) == len(events.Images("pictures/batch")) == 2
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ class MemoryImages(TolerantDataset):
     def path(self, index: int) -> os.PathLike[str] | str:
         return self.folder.path(index)
 
+    def read(self, index: int, key: tuple[int, ...]) -> Any:
+        """One image, from its file: a process may hold a share of them alone."""
+        return self.folder.read(index, key)
+
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Any]:
         """The batch of these keys; torch's loader calls this method."""
         chosen = torch.tensor([self._readable(key) for key in keys])
