@@ -17,7 +17,13 @@ from test_engine import CPU, changed, run
 
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
-from kw.training import CheckpointError, build_trainer, evaluate_checkpoint, load_checkpoint
+from kw.training import (
+    CheckpointError,
+    build_trainer,
+    evaluate_checkpoint,
+    load_checkpoint,
+    train,
+)
 from kw.training.folder import held
 from kw.training.layout import settings_changed
 from kw.training.network_pictures import picture_classes
@@ -56,6 +62,17 @@ def test_a_folder_is_one_runs(settings: dict[str, Any], tmp_path: Path, end: str
     with held(tmp_path, CPU):
         assert (tmp_path / "run.lock").exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_users_folder(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell has replaced ``~`` where Python is given the name; data.root has it too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(config_from_mapping(changed(settings, epochs=1, temperature_epochs=0)), "~/run")
+    assert (tmp_path / "run" / "last.pth").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_an_error_lets_go_of_the_folder(settings: dict[str, Any], tmp_path: Path) -> None:

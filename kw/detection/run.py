@@ -57,7 +57,7 @@ def train(
     Raises:
         DataError: the data have errors; the message has all that were found.
     """
-    folder = Path(work_dir)
+    folder = Path(work_dir).expanduser()
     return start(config.run, folder, launcher, lambda p: build_trainer(config, folder, p, resume))
 
 

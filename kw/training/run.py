@@ -75,7 +75,7 @@ def train(
         NonFiniteError: too many updates were not finite.
         MissingProcess: another process died, hangs or never came.
     """
-    folder = Path(work_dir)
+    folder = Path(work_dir).expanduser()
     return start(config, folder, launcher, lambda p: build_trainer(config, folder, p, resume))
 
 
