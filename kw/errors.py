@@ -16,22 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "EXIT_MISSING",
-    "Interrupted",
-    "MissingProcess",
-    "OutOfMemory",
-    "UserError",
-    "answer",
-    "did_you_mean",
-    "memory_for",
-    "one_line",
-    "say",
-    "valid_names",
-    "writing",
-]
-
 _logger = logging.getLogger("kw")
 
 EXIT_INTERRUPTED = 75

@@ -133,7 +133,7 @@ def test_nothing_waits_for_the_device() -> None:
     batch |= {name: batch[name].to("meta") for name in ("images", "labels")}
     preprocess = BatchPreprocessor(all_augmentations(), 10, 0.1, channels_last=True).to("meta")
     for step in range(20):
-        images, targets = preprocess(batch, training=True, key=(step,))
+        images, targets = preprocess({**batch, "key": (step,)}, training=True)
     assert images.is_meta
     assert images.shape == (8, 3, SIZE, SIZE)
     assert targets.shape == (8, 10)
@@ -148,16 +148,16 @@ def test_on_a_gpu_nothing_is_waited_for_and_choices_depend_on_the_key() -> None:
     state = torch.cuda.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first = preprocess(batch, training=True, key=(1,))
+        first = preprocess({**batch, "key": (1,)}, training=True)
         torch.randn(3, device="cuda")
-        second = preprocess(batch, training=True, key=(1,))
+        second = preprocess({**batch, "key": (1,)}, training=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not torch.equal(state, torch.cuda.get_rng_state())
     state = torch.cuda.get_rng_state()
-    preprocess(batch, training=True, key=(1,))
+    preprocess({**batch, "key": (1,)}, training=True)
     assert torch.equal(state, torch.cuda.get_rng_state())
 
 

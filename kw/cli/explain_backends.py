@@ -14,14 +14,13 @@ from ..config import load_config
 from ..evaluation import render_table
 from ..models import build_network, check_network
 from ..training import set_contraction
+from ..training.precision import DTYPES
 from ..training.run import uses_channels_last
 from ..warehouse import LayerChoice, explain
 from ..warehouse.explain import explain_on
 from ..warehouse.ops.gpus import GPUS
 from ..warehouse.ops.selection import Prediction
 from .tool import ToolParser, add_config_options, device, number
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def milliseconds(costs: Sequence[Prediction]) -> dict[str, str]:

@@ -83,18 +83,14 @@ class BatchPreprocessor(nn.Module):
                 num_classes=num_classes,
             )
 
-    def forward(
-        self, batch: dict[str, Any], training: bool, key: tuple[int, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: dict[str, Any], training: bool) -> tuple[Tensor, Tensor]:
         """Move, normalise and, in training, augment, erase and mix.
 
         Args:
-            batch: from a loader; ``images`` is uint8 [B, N, H, W], or float32 in units of
-                bytes, and is not changed.
+            batch: from a loader; ``images`` is uint8 [B, N, H, W], or float32 in units of bytes,
+                and is not changed. Its ``key``, unique in the run, seeds its random choices; an
+                image's own those of a policy.
             training: whether to augment, erase, mix and smooth.
-            key: seeds this batch's random choices. Default: the batch's own ``key``, its epoch and
-                first index, which is unique in the run. A policy's choices are seeded for each
-                image by its own key.
 
         Returns:
             Images, float32 [B, N, H, W], in training those of ``data.progressive`` smaller, and
@@ -120,8 +116,7 @@ class BatchPreprocessor(nn.Module):
         if self.config.progressive is not None:
             images = self._resized(images, training_size(self.config, batch["key"][0]))
         if self.erasing is not None or self.mixup is not None:
-            key = key or batch["key"]
-            with seeded("batch", self.seed, *key, device=device):
+            with seeded("batch", self.seed, *batch["key"], device=device):
                 return self._augment(images, labels)
         return images, self._targets(labels)
 

@@ -30,23 +30,12 @@ import torch
 from torch import nn
 
 from ..errors import one_line
-from ..models.weights import CheckpointError, find_damage, refuse_other, why_unread
+from ..models.weights import CheckpointError as CheckpointError
+from ..models.weights import find_damage as find_damage
+from ..models.weights import refuse_other, why_unread
 from ..warehouse.sharded import placed_like
 from ..warehouse.warehouse import with_names_now
 from .layout import layout_fault
-
-__all__ = [
-    "CheckpointError",
-    "find_damage",
-    "load_checkpoint",
-    "load_network",
-    "named_classes",
-    "refuse_other_classes",
-    "replacing",
-    "restore_rng_state",
-    "rng_state",
-    "save_checkpoint",
-]
 
 
 @contextmanager

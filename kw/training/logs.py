@@ -53,7 +53,8 @@ def open_log(work_dir: Path, process: Process) -> None:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
         _level = logging.NOTSET
-    if not any(map(_is_console, logging.getLogger().handlers)):
+    streams = [getattr(each, "stream", None) for each in logging.getLogger().handlers]
+    if sys.stdout not in streams and sys.stderr not in streams:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if process.is_main else logging.ERROR)
         _handlers.append(console)
@@ -62,10 +63,6 @@ def open_log(work_dir: Path, process: Process) -> None:
     for handler in _handlers:
         handler.setFormatter(_FORMAT)
         logger.addHandler(handler)
-
-
-def _is_console(handler: logging.Handler) -> bool:
-    return getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
 
 
 def close_log() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager[Any]:
     """The context of forward and loss: autocast to bf16 or fp16, or none for fp32."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
