@@ -504,3 +504,15 @@ def test_the_command(
     raw = tmp_path / "again.zip"
     tool("kw pack", out, raw, "--dataset", "zip", "--format", "raw", "--workers", 0)
     assert list(list_split(data(raw), "val").labels) == [0, 0, 1, 1, 2, 2]
+    more = tmp_path / "more.zip"
+    tool("kw pack", folder / "train", more, "--dataset-args", "{validation: 3e-1}", "--workers", 0)
+    assert "9 train, 4 val images" in capsys.readouterr().out
+    for wrong, said in (
+        ("{validation: x}", "expected its argument 'validation' to be float"),
+        ("{validation: [", "not valid"),
+        ("validation", "expected a mapping"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            tool("kw pack", folder / "train", tmp_path / "none.zip", "--dataset-args", wrong)
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err

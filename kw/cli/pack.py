@@ -9,9 +9,8 @@ kw pack --check imagenet-256.zip
 
 from pathlib import Path
 
-import yaml
-
 from ..config.data_schema import DataConfig
+from ..config.loading import read_option
 from ..data.listing import list_split
 from ..data.packing import FORMATS, Packing, check_packed, pack
 from ..data.reading import DataError
@@ -25,9 +24,7 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, help="the file to write, NAME.zip")
     parser.add_argument("--check", type=Path, metavar="FILE", help="check a packed set's checksums")
     parser.add_argument("--dataset", choices=list(DATASETS), default="folder")
-    parser.add_argument(
-        "--dataset-args", type=yaml.safe_load, default={}, metavar="YAML", help="{key: value}"
-    )
+    parser.add_argument("--dataset-args", default="{}", metavar="YAML", help="{key: value}")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="train val")
     parser.add_argument(
         "--format", choices=FORMATS, default="jpeg", help="jpeg; raw: pixels; keep: files as is"
@@ -53,7 +50,8 @@ def main() -> None:
         parser.error("expected ROOT and OUT, or --check FILE")
     if args.out.suffix != ".zip":
         parser.error(f"{args.out}: expected a name that ends with .zip")
-    data = DataConfig(root=args.root, dataset=args.dataset, dataset_args=args.dataset_args)
+    given = read_option(f"dataset_args={args.dataset_args}").plain()
+    data = DataConfig(root=args.root, dataset=args.dataset, **given)
     listings = {split: list_split(data, split) for split in args.splits}
     packing = Packing(args.format, args.side, args.quality, args.exif == "apply")
     bad = pack(listings, Path(args.root), args.out, packing, args.workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from kw.data.reading import DataError
 from kw.data.seeding import derive_seed
 from kw.data.walk import IMAGE_EXTENSIONS, describe, is_hidden, is_image, walk_images
 from kw.errors import say
-from kw.registry import DATASETS
+from kw.registry import DATASETS, argument_fault
 
 _LAYOUT = "expected train/ and val/, each with one folder of images per class"
 _ARCHIVES = {".zip": "zip", ".tar": "tar"}
@@ -114,10 +113,9 @@ def list_split(data: DataConfig, split: str) -> Listing:
     if kind == "folder" and root.suffix.lower() in _ARCHIVES and root.expanduser().is_file():
         kind = _ARCHIVES[root.suffix.lower()]
     function, args = DATASETS.find(kind), data.dataset_args
-    try:
-        inspect.signature(function).bind(root, split, **args)
-    except TypeError as error:
-        raise DataError(f"data.dataset_args {args} of data.dataset {kind}: {error}") from error
+    fault = argument_fault(function, args, 2) if isinstance(args, dict) else "a mapping"
+    if fault:
+        raise DataError(f"data.dataset_args {args} of data.dataset {kind}: expected {fault}")
     found = function(root, split, **args)
     where = f"data.dataset {kind!r}, {split}"
     if not len(found.files) or len(found.files) != len(found.labels):

@@ -21,7 +21,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -142,12 +142,14 @@ def _counts(root: Path, sizes: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-main = partial(
-    run_writer,
-    prepare,
-    "tiny-imagenet-100: {train} training and {val} validation images of "
-    f"{CLASSES} classes in {{root}}",
-)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see :func:`kw.data.whole_folder.run_writer`."""
+    return run_writer(
+        prepare,
+        "tiny-imagenet-100: {train} training and {val} validation images of "
+        f"{CLASSES} classes in {{root}}",
+        arguments,
+    )
 
 
 if __name__ == "__main__":
