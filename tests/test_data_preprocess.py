@@ -77,7 +77,7 @@ def test_cutmix_share_is_the_area_kept() -> None:
     batch["labels"] = torch.tensor([3, 7])
     config = make_config(cutmix=1.0)
     clean, _ = BatchPreprocessor(config, 10)(batch, training=False)
-    images, targets = BatchPreprocessor(config, 10)(batch, training=True, key=(4,))
+    images, targets = BatchPreprocessor(config, 10)({**batch, "key": (4,)}, training=True)
     kept = (images[0] == clean[0]).all(dim=0)
     assert torch.equal(images[0][:, ~kept], clean[1][:, ~kept])
     assert 0 < kept.float().mean() < 1
@@ -111,10 +111,10 @@ def test_random_choices_depend_on_seed_and_key_alone() -> None:
     batch = make_batch(8)
     preprocess = BatchPreprocessor(all_augmentations(), 10, 0.1, seed=1)
 
-    def run(key: tuple[int, ...] = (), seed: int = 1) -> torch.Tensor:
+    def run(key: tuple[int, ...] = batch["key"], seed: int = 1) -> torch.Tensor:
         torch.rand(3)
         other = BatchPreprocessor(all_augmentations(), 10, 0.1, seed=seed)
-        return (preprocess if seed == 1 else other)(batch, training=True, key=key)[1]
+        return (preprocess if seed == 1 else other)({**batch, "key": key}, training=True)[1]
 
     assert torch.equal(run((1, 2)), run((1, 2)))
     assert not torch.equal(run((1, 2)), run((1, 3)))
