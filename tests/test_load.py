@@ -15,6 +15,7 @@ from deployment import CLASSES, SETTINGS, write_checkpoint
 from PIL import Image
 
 import kw
+from kw.config import ConfigError, to_yaml
 from kw.config.data_schema import DataConfig
 from kw.data import BatchPreprocessor, ImageFolder, build_transform
 from kw.deploy import ExportError, export, read_source
@@ -23,6 +24,7 @@ from kw.deploy.description import InputRange
 from kw.deploy.export import Options
 from kw.deploy.source import figures_of, without_places
 from kw.errors import UserError
+from kw.training import load_trained
 from kw.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -51,6 +53,16 @@ def test_ready_for_use(run: Path) -> None:
     assert torch.equal(found[0], found[2])
     own = kw.load(run, weights="model").network.state_dict()["fc.weight"]
     assert not torch.equal(own, state["fc.weight"])
+
+
+def test_settings_are_of_a_file(run: Path) -> None:
+    """Of a checkpoint's own configuration, or one that is there already, they would be lost."""
+    own = load_trained(run).config
+    for config in (None, own):
+        with pytest.raises(ConfigError, match=r"options data\.root=new: expected the file"):
+            load_trained(run, config, ["data.root=new"])
+    (run / "config.yaml").write_text(to_yaml(own))
+    assert load_trained(run, run / "config.yaml", ["data.root=new"]).config.data.root == "new"
 
 
 def test_images_are_prepared_as_in_evaluation(run: Path, images: Path) -> None:

@@ -54,7 +54,7 @@ def load_trained(
     Args:
         checkpoint: see :func:`trained_file`.
         config: the configuration or its file; left out, the checkpoint's own.
-        options: ``key=value`` settings over the configuration file's.
+        options: ``key=value`` settings over the configuration file's; for another there are none.
         weights: see :func:`choose_weights`.
         device: where the network goes.
 
@@ -62,6 +62,11 @@ def load_trained(
         CheckpointError: it cannot be read, is of another model, or lacks what is asked for.
         ConfigError: the configuration is wrong.
     """
+    options = list(options)
+    if options and (config is None or isinstance(config, Config)):
+        raise ConfigError(
+            f"options {', '.join(options)}: expected a configuration's file beside them"
+        )
     file = trained_file(checkpoint)
     saved = load_checkpoint(file)
     meta = saved.get("meta", {})
