@@ -13,9 +13,18 @@ from typing import NoReturn
 
 from ..errors import did_you_mean
 from ..version import __version__
-from .tool import ToolParser, run_tool
+from .tool import ToolParser, add_config_options, number, output_file, run_tool
 
-__all__ = ["COMMANDS", "ToolParser", "command_of", "main", "run_tool"]
+__all__ = [
+    "COMMANDS",
+    "ToolParser",
+    "add_config_options",
+    "command_of",
+    "main",
+    "number",
+    "output_file",
+    "run_tool",
+]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train and evaluate a classifier or a detector"),
