@@ -64,9 +64,7 @@ def load_trained(
     """
     options = list(options)
     if options and (config is None or isinstance(config, Config)):
-        raise ConfigError(
-            f"options {', '.join(options)}: expected a configuration's file beside them"
-        )
+        raise ConfigError(f"options {', '.join(options)}: expected the file that they change")
     file = trained_file(checkpoint)
     saved = load_checkpoint(file)
     meta = saved.get("meta", {})
