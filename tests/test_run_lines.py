@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,3 +104,32 @@ def test_each_split_is_listed_once(
     assert built.train_loader.dataset.path(0) == Path(
         settings["data"]["root"], "train", "bird", "0.png"
     )
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace as Some
+import torch
+from kw.training.distributed import Process
+from kw.training.logs import logger, open_log
+from kw.training.trainer import Trainer
+
+process, folder = Process(0, 1, torch.device("cpu")), Path(sys.argv[1])
+task = Some(config_name="config.yaml", config_text="name: \\u0142ania\\n")
+run = Some(task=task, process=process, work_dir=folder, is_finished=False, resume_from=None)
+Trainer.load(run)
+open_log(folder, process)
+logger.info("class \\u0142ania")
+"""
+
+
+def test_files_are_utf8_wherever_they_are_written(tmp_path: Path) -> None:
+    """They are read as UTF-8, on this machine or another one."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", WRITES, str(tmp_path)]
+    done = subprocess.run(words, env={**os.environ, **locale}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "config.yaml").read_text("utf-8") == "name: łania\n"
+    (log,) = tmp_path.glob("*/*.log")
+    assert "class łania\n" in log.read_text("utf-8")

@@ -39,7 +39,7 @@ def config_names(pattern: str = "*") -> dict[str, Path]:
     for file in sorted([*configs().rglob("*.yaml"), *configs().rglob("*.py")]):
         inside = file.relative_to(configs()).parts
         # Bases, scales and studies (which have rows and seeds) are no configurations of a run.
-        if inside[0] not in _RUNS or "_base_" in inside or _STUDY.search(file.read_text()):
+        if inside[0] not in _RUNS or "_base_" in inside or _STUDY.search(file.read_text("utf-8")):
             continue
         name = f"{_RUNS[inside[0]]}{file.stem}"
         if fnmatch(name, pattern):

@@ -59,7 +59,7 @@ def open_log(work_dir: Path, process: Process) -> None:
         console.setLevel(logging.INFO if process.is_main else logging.ERROR)
         _handlers.append(console)
     if process.is_main:
-        _handlers.append(_File(path, delay=True))
+        _handlers.append(_File(path, encoding="utf-8", delay=True))
     for handler in _handlers:
         handler.setFormatter(_FORMAT)
         logger.addHandler(handler)

@@ -345,7 +345,7 @@ class Presence:
         message = "; ".join([*missing.values(), end])
         left = set(range(self.world_size)) - set(missing)
         if self.log is not None and self.rank == min(left, default=None):
-            with suppress(OSError), open(self.log, "a") as file:
+            with suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y/%m/%d %H:%M:%S')} - ERROR - {message}\n")
         return message
 

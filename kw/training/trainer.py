@@ -372,7 +372,7 @@ class Trainer:
         path = self.work_dir / self.task.config_name
         # A finished run keeps what it was trained with.
         if self.process.is_main and not (self.is_finished and path.exists()):
-            path.write_text(self.task.config_text)
+            path.write_text(self.task.config_text, encoding="utf-8")
 
     def save_epoch(self, metrics: Metrics | None) -> None:
         """A checkpoint after an epoch, if it is the best so far, is due, or is the last."""
