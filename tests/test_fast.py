@@ -17,6 +17,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from kw.config import ConfigError, config_from_mapping
 from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
+from kw.data.channels import Reader
 from kw.data.dataset import ImageFolder, Samples
 from kw.data.fast import DecodeError, draw_box, open_fast
 from kw.data.loader import build_loader, collate
@@ -157,6 +158,26 @@ def test_boxes_are_timms(
         random.seed(seed)
         expected = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
         assert draw_box(size, scale, ratio, random.Random(seed)) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_no_part_of_a_tiny_picture_is_empty(
+    size: tuple[int, int], channels: int, tmp_path: Path
+) -> None:
+    """timm draws parts without a pixel: black with Pillow, an error of torch's for tensors."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    grey = Image.new("RGB" if channels == 3 else "RGBA", size, (90,) * channels)
+    grey.save(tmp_path / "train/a" / ("0.jpg" if channels == 3 else "0.png"))
+    data = DataConfig(root=str(tmp_path), input_size=4, channels=channels)
+    transform = build_transform(data, True)
+    fast = build_fast_transform(data, True)
+    for with_fast in [None, fast] if channels == 3 else [None]:
+        dataset = ImageFolder(
+            tmp_path, "train", transform, training=True, reader=Reader.of(data), fast=with_fast
+        )
+        for epoch in range(40):
+            assert dataset[epoch, 0].image.unique().tolist() == [90]
 
 
 def test_the_crop_and_mirroring_leave_the_generators_alone(folder: Path) -> None:

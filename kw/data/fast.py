@@ -165,6 +165,7 @@ class FastRandomCrop:
 
     def _cut(self, picture: Picture, draw: Any, generator: torch.Generator, out: Tensor) -> None:
         box = draw_box(picture.size, self.crop.scale, self.crop.ratio, draw)
+        box = not_empty(box, picture.size)
         resize_bytes(_tensor(picture.part(box, self.size)), self.interpolation, out)
         # As torchvision draws it.
         if self.mirror > 0 and float(torch.rand(1, generator=generator)) < self.mirror:
@@ -197,6 +198,13 @@ def draw_box(
     elif width / height > ratio[1]:
         wide = round(height * ratio[1])
     return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def not_empty(box: Box, size: tuple[int, int]) -> Box:
+    """A part of one pixel at least: timm draws empty ones of pictures of a few pixels. ``size`` is
+    the picture's width and height."""
+    (top, left, tall, wide), (width, height) = box, size
+    return min(top, height - 1), min(left, width - 1), max(tall, 1), max(wide, 1)
 
 
 class FastMiddle:

@@ -9,7 +9,7 @@ Normalisation, random erasing and mixing work on the batch, on the device: see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms import functional as F
 
 from kw.config.data_schema import DataConfig
-from kw.data.fast import FastMiddle, FastRandomCrop, FastTransform
+from kw.data.fast import Box, FastMiddle, FastRandomCrop, FastTransform, not_empty
 from kw.registry import TRANSFORMS
 
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
@@ -57,6 +58,7 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
         resize, *rest = test.transforms
         return Compose([_ResizeMiddle(resize, height, config.interpolation), *rest])
     cut, policy, to_tensor = training_steps(config)
+    cut[0].get_params = _draw_part
     if config.augments_on_device:
         policy = []
     for op in policy_operations(policy):
@@ -64,6 +66,13 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
             op.aug_fn = _posterize
     first = [TRANSFORMS.find(name)(**args) for name, args in config.transforms.items()]
     return Compose([*first, *cut, *policy, *to_tensor, *clip])
+
+
+def _draw_part(image: Any, scale: Sequence[float], ratio: Sequence[float]) -> Box:
+    """timm's random part of an image, as it draws it, but never an empty one."""
+    _, height, width = F.get_dimensions(image)
+    part = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+    return not_empty(part, (width, height))
 
 
 class _CutLong:
