@@ -277,6 +277,12 @@ def test_hugging_face(hub: None, folder: Path) -> None:
         list_split(wrong, "val")
 
 
+def test_a_row_without_a_label(hub: None) -> None:
+    sys.modules["datasets"].load_dataset("x/y")["validation"].rows[1]["label"] = None
+    with pytest.raises(DataError, match="label None: expected a place among 3 classes"):
+        list_split(data(Path("x/y"), dataset="huggingface"), "val")
+
+
 def test_hugging_face_runs_no_code(hub: None) -> None:
     code = {"args": {"trust_remote_code": True}}
     for root, args in (("x/y", code), ("pandas", {"args": {"data_files": "x.pkl"}})):

@@ -259,7 +259,7 @@ def list_hub(
         for row, chosen in zip(labels, rows, strict=True):
             row[list(chosen)] = True
     else:
-        labels = [int(each) for each in labels]
+        labels = [each if each is None else int(each) for each in labels]  # None is none of them
     encoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     rows = _RowNames(f"{name}, {split}", len(encoded))
     return Listing(_Column(encoded, image, rows), labels, list(kind.names), rows)
