@@ -125,9 +125,8 @@ class _Reader:
             return Entry([self._entry(loader, item, key).plain() for item in node.value], origin)
         try:
             value = loader.construct_object(node)
-            if isinstance(value, str):  # JSON writes characters beyond 16 bits as two
-                halves = value.encode("utf-16-le", "surrogatepass")
-                value = halves.decode("utf-16-le", "surrogatepass")
+            if isinstance(value, str):  # JSON escapes characters beyond 16 bits in two halves
+                value = value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
             return Entry(value, origin)
         except (ValueError, KeyError, IndexError):  # an explicit tag that the text does not fit
             self._problem(node, key, f"{node.value!r} is no {node.tag.replace(_TAG, '!!')}")
