@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -388,6 +389,15 @@ def test_other_pictures_have_their_panels() -> None:
     assert "first 32 of 33" in drawn.get_suptitle()
     assert len(draw_partition().axes) == 4
     assert len(draw_mixing().axes) == 3 * 2 + 1 + 5
+
+
+@pytest.mark.parametrize("name", ["cost $x_$", "5$ + 10$", os.fsdecode(b"caf\xe9")])
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    """What stands between two dollars is no formula, and a name may be no text."""
+    pictures = np.zeros((1, 8, 8, 3), np.uint8)
+    drawn = to_tensor(draw_batch(pictures, [name], name))
+    assert not torch.equal(drawn, to_tensor(draw_batch(pictures, [""], name)))
+    assert not torch.equal(drawn, to_tensor(draw_batch(pictures, [name], "")))
 
 
 @pytest.mark.parametrize("count", [1, 3, 32])

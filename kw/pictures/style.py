@@ -66,13 +66,18 @@ def wrap(text: str, inches: float, size: int = 8, most: int = 2) -> str:
     lines = textwrap.wrap(text, columns)
     if len(lines) > most:
         lines[most - 1 :] = [lines[most - 1][: columns - 3] + "..."]
-    return "\n".join(lines)
+    return _as_it_is("\n".join(lines))
 
 
 def shorten(name: str, inches: float) -> str:
     """A file's name in one line; of one that does not fit, the end."""
     columns = _columns(inches, 8)
-    return name if len(name) <= columns else "..." + name[3 - columns :]
+    return _as_it_is(name if len(name) <= columns else "..." + name[3 - columns :])
+
+
+def _as_it_is(name: str) -> str:
+    """A name for matplotlib, which takes what is between two ``$`` for a formula."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def _columns(inches: float, size: int) -> int:
