@@ -39,7 +39,9 @@ def hold(folder: Path, pipe: Connection) -> None:
 
 
 @pytest.mark.parametrize("end", ["asked", "killed"])
-def test_a_folder_is_one_runs(settings: dict[str, Any], tmp_path: Path, end: str) -> None:
+def test_a_folder_is_one_runs(
+    settings: dict[str, Any], tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     other = context.Process(target=hold, args=(tmp_path, there))
@@ -51,6 +53,9 @@ def test_a_folder_is_one_runs(settings: dict[str, Any], tmp_path: Path, end: str
         for resume in (False, True):
             with pytest.raises(ConfigError, match=message):
                 run(settings, tmp_path, resume=resume)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as torchrun sets it
+        with pytest.raises(ConfigError, match=f"{message}.+ train together with --launcher pytor"):
+            run(settings, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
     finally:
         if end == "killed":

@@ -55,9 +55,11 @@ def _lock(work_dir: Path) -> int | None:
         except (BlockingIOError, PermissionError):
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
+            remedy = "wait for it to end, or choose another folder"
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                remedy += "; processes of one torchrun train together with --launcher pytorch"
             raise ConfigError(
-                f"--work-dir {work_dir} is in use by a run ({holder}); wait for it to end, or "
-                "choose another folder"
+                f"--work-dir {work_dir} is in use by a run ({holder}); {remedy}"
             ) from None
         except OSError as error:
             os.close(handle)
