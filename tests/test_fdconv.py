@@ -264,6 +264,16 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
+def test_a_layer_trains_after_inference():
+    layer = build("3x3", kernels=2, dtype=torch.float64)
+    x = torch.randn(2, 6, 23, 19, dtype=torch.float64)  # a size that no other test has
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), expected)
+
+
 def test_no_images_give_no_outputs():
     layer = build("3x3")
     y = layer(inputs(0).requires_grad_())

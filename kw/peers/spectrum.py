@@ -136,6 +136,7 @@ def _basis(size: int, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # training reads it, too
 def _fixed_basis(size: int) -> Tensor:
     return _waves(size, torch.device("cpu"), torch.float64)
 
