@@ -308,6 +308,7 @@ def test_zero_kernels_are_kept():
     ("batches", "message"),
     [
         ([], "at least one batch"),
+        ([torch.empty(0, 8, 3, 3).double()], "at least one batch"),
         (torch.randn(2, 8, 3, 3), r"is a tensor; expected several batches"),
         ([(torch.randn(2, 8, 3, 3).double(), torch.zeros(2))], "without labels"),
         ([torch.randn(2, 8, 3, 3)], "does not take a batch of .2, 8, 3, 3"),
