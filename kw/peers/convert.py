@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
 from ..registry import PEERS
@@ -39,6 +38,7 @@ from ..warehouse.conversion import KeptWarehouse
 from ..warehouse.convertible import (
     arguments_of,
     check_network,
+    computed_part,
     kernel_shape,
     replace_layers,
     shared_places,
@@ -220,12 +220,11 @@ def _sharing(
 
 def _counterpart(name: str, module: nn.Module, method: Method, title: str) -> type[PeerLayer]:
     """The class of the layer that replaces this one; a ValueError: it cannot be converted."""
-    weight = module._parameters.get("weight")
-    computed = is_parametrized(module) or not isinstance(weight, nn.Parameter)
+    computed = computed_part(module)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
     if computed or cls is None:
         known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
-        reason = "with a computed weight" if computed else f"a {type(module).__name__}"
+        reason = f"with a computed {computed}" if computed else f"a {type(module).__name__}"
         raise ValueError(
             f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
             "not their subclasses); leave it static by 'layers', a regular expression on names"
