@@ -269,7 +269,7 @@ def test_a_layer_trains_after_inference():
     x = torch.randn(2, 6, 23, 19, dtype=torch.float64)  # a size that no other test has
     with torch.inference_mode():
         expected = layer(x)
-    y = layer(x)
+    y = layer(x.requires_grad_())
     y.sum().backward()
     torch.testing.assert_close(y.detach(), expected)
 
