@@ -114,7 +114,7 @@ def _file(arguments: dict[str, Any]) -> str | None:
         if overlay.get(key):
             raise ValueError(f"pretrained_cfg_overlay has {key!r}; give weights as 'file'")
     config: Any = arguments.get("pretrained_cfg")
-    source = config if isinstance(config, dict) else vars(config) if config else {}
+    source = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     named = overlay.get("file") or source.get("file")
     if named is None and source.get("hf_hub_id"):
         return str(weights_file(PREFIX + source["hf_hub_id"], arguments.get("cache_dir")))
