@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -337,6 +338,43 @@ def _assert_dynamic_layers_are_stored_in_8_bits(graph: Any, network: nn.Module) 
     products = [node for node in graph.node if node.op_type == "MatMul"]
     assert products
     assert all(written.get(each) != "DequantizeLinear" for node in products for each in node.input)
+
+
+def test_exports_of_one_stem_leave_each_other_alone(source: Any, tmp_path: Path) -> None:
+    """Another process may be writing ``net[1].onnx`` into the folder, or ``net1.pt2``."""
+    target = tmp_path / "net[1].pt2"
+
+    def write(job: Any) -> Path:
+        for beside in (".onnx", ".bin", "-int8.onnx"):
+            job.path.with_name(job.path.stem + beside).write_bytes(b"of this one")
+        for name in ("net[1].onnx", "net1.pt2"):
+            (tmp_path / f".{name}.partial{Path(name).suffix}").write_bytes(b"of another one")
+        job.path.write_bytes(b"file")
+        return job.path  # type: ignore[no-any-return]
+
+    def load(_: Path) -> nn.Module:
+        return source.network  # type: ignore[no-any-return]
+
+    exporter = Exporter(write, load=load)
+    with patch.dict(EXPORTERS.entries, {".pt2": exporter}):
+        export(source, target, Options(), with_card=False)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"net[1].pt2", "net[1].bin", ".net[1].onnx.partial.onnx", ".net1.pt2.partial.pt2"}
+
+
+def test_an_onnx_file_goes_to_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[Any] = []
+    both = ["CPUExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *_, providers: asked.append(providers)
+    )
+    for device in ("cpu", "cuda", "cuda:1"):
+        with pytest.raises(AttributeError):  # no session
+            OnnxNetwork(tmp_path / "net.onnx", device)
+    assert asked == [[(both[0], {})], [(both[1], {})], [(both[1], {"device_id": "1"})]]
+    with pytest.raises(ExportError, match="onnxruntime has no MPSExecutionProvider here.*use cpu"):
+        OnnxNetwork(tmp_path / "net.onnx", "mps")
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])
