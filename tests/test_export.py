@@ -80,6 +80,9 @@ XNNPACK = {
     "depthwise, unlike axes": lambda: KWConv2d(
         8, 8, (3, 5), (2, 1), padding=(1, 3), dilation=(1, 2), groups=8, start="paper"
     ),
+    "depthwise, two filters a channel": lambda: KWConv2d(
+        4, 8, 3, 2, padding=1, groups=4, start="paper"
+    ),
     "unlike axes": lambda: KWConv2d(6, 8, (3, 2), padding=(2, 1), dilation=(2, 1), start="paper"),
     "stride 2, unlike axes": lambda: KWConv2d(6, 8, (3, 2), (1, 2), padding=(2, 1), start="paper"),
     "pointwise, stride 2": lambda: KWConv2d(8, 12, 1, 2, start="paper"),
