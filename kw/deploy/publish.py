@@ -179,7 +179,7 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
 
     config, data = description.config, description.config.data
     network: Any = source.network
-    settings = network.pretrained_cfg
+    settings = getattr(network, "pretrained_cfg", None) or {}  # not of every user's network
     images = {
         "input_size": [data.channels, *data.shape],
         "fixed_input_size": bool(settings.get("fixed_input_size")),
@@ -197,7 +197,7 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     content: dict[str, Any] = {
         "architecture": name,
         "num_classes": config.model.num_classes,
-        "num_features": network.num_features,
+        "num_features": getattr(network, "num_features", None),
         "label_names": description.classes,
         "model_args": arguments,
         "pretrained_cfg": images,

@@ -139,6 +139,8 @@ def kernelwarehouse(
         own = {key: arguments.pop(key) for key in _OWN if key in arguments}
         if num_classes > 0:
             own["num_classes"] = num_classes
+        if arguments.get("in_chans") == model.get("timm_args", {}).get("in_chans", 3):
+            del arguments["in_chans"]  # which timm adds, and a user's network may not take
         config = _network_config({**model, **own}, arguments)
         network: Any = build_network(without_sources(config))
         if file is not None:
