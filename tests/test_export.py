@@ -380,6 +380,14 @@ def test_an_onnx_file_goes_to_the_device_that_is_asked_for(tmp_path: Path, monke
         OnnxNetwork(tmp_path / "net.onnx", "mps")
 
 
+def test_a_single_image_calibrates(source: Any, tmp_path: Path) -> None:
+    images = [torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)]
+    options = Options("int8", fixed_size=True)
+    written = export(source, tmp_path / "net.onnx", options, images, with_card=False)
+    assert written.real is not None
+    assert written.real.images == 1
+
+
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])
 def test_a_file_that_differs_is_not_left(
     source: Any, precision: str, shift: float, tmp_path: Path
