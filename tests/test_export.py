@@ -380,12 +380,14 @@ def test_an_onnx_file_goes_to_the_device_that_is_asked_for(tmp_path: Path, monke
         OnnxNetwork(tmp_path / "net.onnx", "mps")
 
 
-def test_a_single_image_calibrates(source: Any, tmp_path: Path) -> None:
-    images = [torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)]
+@pytest.mark.slow
+def test_few_images_calibrate(source: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 40, 40), np.uint8)) for _ in range(3)]
     options = Options("int8", fixed_size=True)
     written = export(source, tmp_path / "net.onnx", options, images, with_card=False)
     assert written.real is not None
-    assert written.real.images == 1
+    assert written.real.images == 3
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])
