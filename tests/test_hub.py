@@ -237,6 +237,19 @@ def test_timm_loads_every_classifier(hub: Hub, kind: str, tmp_path: Path) -> Non
     assert (prepare(picture) - expected).abs().max() < 0.02
 
 
+def test_a_run_is_not_written_over_itself(published: Files, tmp_path: Path) -> None:
+    """A folder of kw pull is a run, and was written here before."""
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    run.mkdir(), empty.mkdir()
+    for name, data in published.items():
+        (run / name).write_bytes(data)
+    with pytest.raises(UserError, match="has the run itself: expected another folder"):
+        write_folder(run, empty / "../run", Plan("me/tiny"))
+    with pytest.raises(UserError, match=r"no \*.pth there"):
+        write_folder(empty, run, Plan("me/tiny"))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == published
+
+
 @register_model
 def bare_network(
     pretrained: bool = False,

@@ -88,17 +88,20 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     new, empty or was written here before; returns what the user should know, a sentence each.
 
     Raises:
-        HubError: the folder has other files.
+        HubError: the folder has other files, or is the run's own.
         UserError: the run cannot be read, or the written file computes something else.
     """
+    checkpoint = trained_file(run)
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.samefile(checkpoint.parent):
+        raise HubError(f"{folder}: has the run itself: expected another folder")
     there = {path.name for path in folder.iterdir()}
     if there and (not {CONFIG, WEIGHTS} <= there or there - {*DATA, PROGRAM}):
         other = min(there - {*DATA, PROGRAM} or there)
         raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
     for name in there:
         (folder / name).unlink()
-    about_results = _results(trained_file(run), folder)
+    about_results = _results(checkpoint, folder)
     if detector_config(run) is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
