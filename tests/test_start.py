@@ -587,5 +587,13 @@ def test_settings_that_cannot_be(setting, message):
         KWConv2d(4, 4, 3, **setting)
 
 
+def test_a_single_cell_needs_more_than_the_least_firmness():
+    """At 0.001 its coefficient is 0: no cell times it is the kernel."""
+    with pytest.raises(ValueError, match=r"firmness is 0.001; .* above 0.001 for a single cell"):
+        KWConv2d(8, 8, 1, firmness=0.001)
+    assert KWConv2d(8, 8, 1, firmness=0.0011)(torch.randn(2, 8, 3, 3)).isfinite().all()
+    assert KWConv2d(8, 8, 3, firmness=0.001)(torch.randn(2, 8, 3, 3)).isfinite().all()
+
+
 def test_plans_leave_the_start_to_the_user():
     assert {plan.settings.start for plan in PLANS.values()} == {"keep"}
