@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from breadth import breadth
 from deployment import CLASSES, SETTINGS, random_source, randomise, write_checkpoint
@@ -19,6 +20,7 @@ from torch import nn
 
 import kw
 from kw.config import config_from_mapping
+from kw.config.schema import ModelConfig
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.description import InputRange
 from kw.deploy.export import Exporter, Options, check_target
@@ -280,6 +282,23 @@ def test_a_network_of_one_size_is_exported_at_that_size(
     assert why in written.notes[0]
     with pytest.raises(ValueError, match=r"the file takes \[B, 3, 32, 32\]"):
         kw.load(written.path)(torch.zeros(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "least", "why"),
+    [
+        ("dla46_c", 224, None, "it refuses 233 x 66"),  # sums of maps of unlike sizes
+        ("inception_v3", 299, None, "it refuses 64 x 64"),  # kernels that do not fit
+        ("crossvit_tiny_240", 240, 34, ""),  # several maps
+    ],
+)
+def test_sizes_that_a_network_refuses_are_not_open(
+    name: str, side: int, least: int | None, why: str
+) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=4).eval()
+    inputs, reason = input_range(network, ModelConfig(name, num_classes=4), side)
+    assert (inputs.size, inputs.least, reason) == (side, least, why)
 
 
 @pytest.fixture(scope="module")
