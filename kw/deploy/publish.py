@@ -93,12 +93,12 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     """
     checkpoint = trained_file(run)
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(checkpoint.parent):
-        raise HubError(f"{folder}: has the run itself: expected another folder")
     there = {path.name for path in folder.iterdir()}
     if there and (not {CONFIG, WEIGHTS} <= there or there - {*DATA, PROGRAM}):
         other = min(there - {*DATA, PROGRAM} or there)
         raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
+    if folder.samefile(checkpoint.parent):
+        raise HubError(f"{folder}: has the run itself: expected another folder")
     for name in there:
         (folder / name).unlink()
     about_results = _results(checkpoint, folder)
