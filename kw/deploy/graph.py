@@ -174,8 +174,8 @@ def _least(network: nn.Module, reduction: int, channels: int) -> int:
         deepest = features(torch.empty(1, channels, reduction + 1, reduction + 1, device="meta"))
     except Exception:  # any network's way to refuse a size
         return 2 * reduction
-    has_two = isinstance(deepest, Tensor) and min(deepest.shape[2:]) >= 2
-    return reduction + 1 if has_two else 2 * reduction
+    is_map = isinstance(deepest, Tensor)  # some networks give several
+    return reduction + 1 if is_map and min(deepest.shape[2:]) >= 2 else 2 * reduction
 
 
 def _reduction(network: nn.Module) -> int:

@@ -25,7 +25,7 @@ same shape to share a kernel with; which ones the authors take is not known here
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,11 @@ def convert(
             )
     if any(isinstance(module, KWLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has dynamic layers already; convert a static one")
-    candidates = dict(_candidates(model))
+    candidates: Layers = {  # in module order, those that cannot be converted among them
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
     if layers is None:
         names = chosen.choose(model, candidates)
     else:
@@ -163,13 +167,6 @@ def convert(
         shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
         say(f"kept of every layer's kernel: {shares}")
     return model
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and linear layers in module order, those that cannot be converted among them."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            yield name, module
 
 
 def _matching(layers: str, model: nn.Module, candidates: Layers) -> list[str]:

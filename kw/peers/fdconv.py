@@ -52,8 +52,6 @@ from .assembled import Operands, convolve_assembled
 from .mixture import Attentions, AxisAttention, MixtureConv2d, modulation, scaled, silence
 from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
 
-__all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
-
 
 class KernelModulation(AxisAttention):
     """Kernel spatial modulation, and the factors of the n groups of frequencies."""

@@ -182,7 +182,7 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
     if groups > 1:
         kernels = kernels.transpose(1, 2)
     in_ = kernels.shape[-1]
-    if taps > 1 and all(s == 1 for s in spec.stride):
+    if taps > 1 and spec.has_no_stride:
         products = torch.bmm(
             kernels.reshape(batch * groups, -1, in_), x.reshape(-1, in_, x[0, 0].numel())
         )
