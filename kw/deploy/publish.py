@@ -91,13 +91,13 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
         HubError: the folder has other files, or is the run's own.
         UserError: the run cannot be read, or the written file computes something else.
     """
-    checkpoint = trained_file(run)
     folder.mkdir(parents=True, exist_ok=True)
     there = {path.name for path in folder.iterdir()}
     if there and (not {CONFIG, WEIGHTS} <= there or there - {*DATA, PROGRAM}):
         other = min(there - {*DATA, PROGRAM} or there)
         raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
-    if folder.samefile(checkpoint.parent):
+    checkpoint = trained_file(run)
+    if checkpoint.parent.exists() and folder.samefile(checkpoint.parent):
         raise HubError(f"{folder}: has the run itself: expected another folder")
     for name in there:
         (folder / name).unlink()
