@@ -84,13 +84,13 @@ def main(arguments: list[str] | None = None) -> float:
             scaler.update()
             average.update_parameters(model)
             recipe.set_temperature(now, average)  # it averages buffers; this one is set
-        accuracy = evaluate(average, device)
-        print(f"epoch {epoch}: loss {loss.item():.3f}, accuracy of the average {accuracy:.1%}")
+        found = f"loss {loss.item():.3f}, accuracy of the average {evaluate(average, device):.1%}"
+        print(f"epoch {epoch}: {found}")
         if args.out:
             state = {"model": model, "average": average, "optimizer": optimizer}
             content = {name: part.state_dict() for name, part in state.items()}
             torch.save({**content, "epoch": epoch + 1, "plans": plans_of(model)}, args.out)
-    return accuracy
+    return evaluate(average, device)
 
 
 @torch.inference_mode()

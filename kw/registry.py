@@ -38,24 +38,6 @@ if TYPE_CHECKING:
     from .warehouse.ops.contraction import Contraction
     from .warehouse.plan import Plan
 
-__all__ = [
-    "ATTENTION_FUNCTIONS",
-    "CONTRACTIONS",
-    "DATASETS",
-    "EXPORTERS",
-    "HOOKS",
-    "LOGGERS",
-    "LOSSES",
-    "METRICS",
-    "OPTIMIZERS",
-    "PEERS",
-    "PLANS",
-    "SCHEDULES",
-    "TRANSFORMS",
-    "Registry",
-    "argument_fault",
-    "takes",
-]
 
 T = TypeVar("T")
 E = TypeVar("E")

@@ -64,6 +64,7 @@ CASES = {
     ),
     "2d many cells": Case((3, 3), (5, 5), settings={"cell_num_ratio": 4}),
     "2d few cells": Case((2, 2), (5, 5), settings={"cell_num_ratio": 0.5, **HALVES}),
+    "2d one filter": Case((3, 3), (7, 5), channels=(4, 1), padding=1),
     "2d one sample": Case((3, 3), (7, 5), padding=1, batch=1),
     "2d grouped": Case((3, 3), (7, 5), stride=2, padding=1, groups=2, settings=HALVES),
     "2d grouped whole cells": Case((3, 3), (7, 5), groups=2, settings=WHOLE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from networks import plan_of
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from kw import convert, set_temperature
 from kw.warehouse import (
@@ -258,6 +260,12 @@ def tokens_first(layer, x):
             "tested",
             "no parameter but computed",
         ),
+        (
+            prune.random_unstructured(nn.Conv2d(128, 128, 1), "weight", 0.5),
+            lambda conv, x: conv(x) if x.sum().item() < 1e9 else x,  # not on the meta device
+            "tested",
+            "the weight is no parameter but computed",
+        ),
     ],
 )
 def test_refused_with_the_reason(layer, call, names, reason):
@@ -272,6 +280,13 @@ def test_refused_with_the_reason(layer, call, names, reason):
     assert names in str(caught[0].message)
     assert reason in str(caught[0].message)
     assert net(IMAGES).shape == (2, 4)
+
+
+def test_reasons_are_said_once():
+    layers = nn.Sequential(*(nn.utils.spectral_norm(nn.Conv2d(128, 128, 1)) for _ in range(2)))
+    net = Net(layers)
+    net(IMAGES)  # the weights are results of a computation now
+    assert report_of(net).refusals().startswith("  tested.* (2): the weight is no parameter")
 
 
 def test_what_holds_for_one_block_holds_for_all():
@@ -306,6 +321,13 @@ def test_examples_of_several_arguments():
 
     assert report_of(Scaled(), {"x": IMAGES, "flag": True, "scale": 2}).warehouses == STAGES
     assert report_of(Scaled(), (IMAGES, True)).warehouses == STAGES
+
+    class Named(Net):
+        def forward(self, pair):
+            return super().forward(pair.left + pair.right)
+
+    pair = namedtuple("Pair", "left right")(IMAGES, IMAGES)
+    assert report_of(Named(), {"pair": pair}).warehouses == STAGES
 
 
 def test_networks_whose_forward_needs_values():

@@ -81,7 +81,7 @@ def test_little_scratch_changes_nothing(op, case, scratch, monkeypatch):
 
 
 SOME = ("1d even kernel, stride, dilation", "2d", "2d one sample", "2d grouped", "2d depthwise")
-SOME += ("2d depthwise multiplier", "2d pointwise", "2d whole cells", "3d")
+SOME += ("2d depthwise multiplier", "2d pointwise", "2d one filter", "2d whole cells", "3d")
 some_possible = pytest.mark.parametrize(
     ("op", "case"),
     [

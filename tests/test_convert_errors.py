@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from networks import chain, narrow_resnet, plan_of
 from torch import nn
+from torch.nn.utils import prune
 
-from kw import convert
+from kw import convert, peers
 from kw.registry import PLANS
 from kw.warehouse import (
     KWConv2d,
@@ -111,16 +114,22 @@ def test_unconvertible_type(layer, kind):
 
 
 @pytest.mark.parametrize(
-    "normalise",
-    [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],
-    ids=["parametrized", "hooked"],
+    ("compute", "part"),
+    [
+        (nn.utils.parametrizations.weight_norm, "weight"),
+        (nn.utils.spectral_norm, "weight"),
+        (partial(prune.random_unstructured, name="bias", amount=0.5), "bias"),
+    ],
+    ids=["parametrized", "hooked", "pruned"],
 )
-def test_weight_that_is_computed(normalise):
-    """Converting would silently drop what computes it."""
-    model = chain(nn.Conv2d(4, 4, 1), normalise(nn.Conv2d(4, 4, 1)))
-    with pytest.raises(ValueError, match="weight of layer 'b' is no parameter") as error:
+def test_parts_that_are_computed(compute, part):
+    """Converting would silently drop what computes them."""
+    model = chain(nn.Conv2d(4, 4, 1), compute(nn.Conv2d(4, 4, 1)))
+    with pytest.raises(ValueError, match=f"{part} of layer 'b' is no parameter") as error:
         convert(model, plan_of(("[ab]", "w")))
     assert "remove that first" in str(error.value)
+    with pytest.raises(ValueError, match=f"layer 'b' is with a computed {part}"):
+        peers.convert(model, "dyconv", layers="[ab]")
     assert type(model.a) is nn.Conv2d
 
 

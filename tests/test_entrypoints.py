@@ -244,6 +244,12 @@ def test_other_ways_to_name_weights_are_refused(key: str) -> None:
         timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay={key: "x"})
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_tag_of_timms_weights_is_refused_by_timm(pretrained: bool) -> None:
+    with pytest.raises(RuntimeError, match=rf"Invalid pretrained tag .a1_in1k. for {SMALL}"):
+        timm.create_model(f"{SMALL}.a1_in1k", pretrained=pretrained)
+
+
 def test_the_papers_start_by_name() -> None:
     with torch.device("meta"):
         settings = timm.create_model(SMALL, start="paper").warehouses["layer1"].settings

@@ -8,9 +8,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from breadth import breadth
 from deployment import CLASSES, SETTINGS, random_source, randomise, write_checkpoint
@@ -18,6 +20,7 @@ from torch import nn
 
 import kw
 from kw.config import config_from_mapping
+from kw.config.schema import ModelConfig
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.description import InputRange
 from kw.deploy.export import Exporter, Options, check_target
@@ -78,6 +81,9 @@ XNNPACK = {
     "depthwise, stride 2": lambda: KWConv2d(8, 8, 3, 2, padding=1, groups=8, start="paper"),
     "depthwise, unlike axes": lambda: KWConv2d(
         8, 8, (3, 5), (2, 1), padding=(1, 3), dilation=(1, 2), groups=8, start="paper"
+    ),
+    "depthwise, two filters a channel": lambda: KWConv2d(
+        4, 8, 3, 2, padding=1, groups=4, start="paper"
     ),
     "unlike axes": lambda: KWConv2d(6, 8, (3, 2), padding=(2, 1), dilation=(2, 1), start="paper"),
     "stride 2, unlike axes": lambda: KWConv2d(6, 8, (3, 2), (1, 2), padding=(2, 1), start="paper"),
@@ -278,6 +284,23 @@ def test_a_network_of_one_size_is_exported_at_that_size(
         kw.load(written.path)(torch.zeros(1, 3, 48, 48))
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "least", "why"),
+    [
+        ("dla46_c", 224, None, "it refuses 233 x 66"),  # sums of maps of unlike sizes
+        ("inception_v3", 299, None, "it refuses 64 x 64"),  # kernels that do not fit
+        ("crossvit_tiny_240", 240, 34, ""),  # several maps
+    ],
+)
+def test_sizes_that_a_network_refuses_are_not_open(
+    name: str, side: int, least: int | None, why: str
+) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=4).eval()
+    inputs, reason = input_range(network, ModelConfig(name, num_classes=4), side)
+    assert (inputs.size, inputs.least, reason) == (side, least, why)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = write_checkpoint(tmp_path_factory.mktemp("run") / "best.pth", SETTINGS)
@@ -337,6 +360,53 @@ def _assert_dynamic_layers_are_stored_in_8_bits(graph: Any, network: nn.Module) 
     products = [node for node in graph.node if node.op_type == "MatMul"]
     assert products
     assert all(written.get(each) != "DequantizeLinear" for node in products for each in node.input)
+
+
+def test_exports_of_one_stem_leave_each_other_alone(source: Any, tmp_path: Path) -> None:
+    """Another process may be writing ``net[1].onnx`` into the folder, or ``net1.pt2``."""
+    target = tmp_path / "net[1].pt2"
+
+    def write(job: Any) -> Path:
+        for beside in (".onnx", ".bin", "-int8.onnx"):
+            job.path.with_name(job.path.stem + beside).write_bytes(b"of this one")
+        for name in ("net[1].onnx", "net1.pt2"):
+            (tmp_path / f".{name}.partial{Path(name).suffix}").write_bytes(b"of another one")
+        job.path.write_bytes(b"file")
+        return job.path  # type: ignore[no-any-return]
+
+    def load(_: Path) -> nn.Module:
+        return source.network  # type: ignore[no-any-return]
+
+    exporter = Exporter(write, load=load)
+    with patch.dict(EXPORTERS.entries, {".pt2": exporter}):
+        export(source, target, Options(), with_card=False)
+    others = {".net[1].onnx.partial.onnx", ".net1.pt2.partial.pt2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"net[1].pt2", "net[1].bin", *others}
+
+
+def test_an_onnx_file_is_run_where_it_is_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[Any] = []
+    both = ["CPUExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *_, providers: asked.append(providers)
+    )
+    for device in ("cpu", "cuda", "cuda:1"):
+        with pytest.raises(AttributeError):  # no session
+            OnnxNetwork(tmp_path / "net.onnx", device)
+    assert asked == [[(both[0], {})], [(both[1], {})], [(both[1], {"device_id": "1"})]]
+    with pytest.raises(ExportError, match=r"has no MPSExecutionProvider here.*use cpu"):
+        OnnxNetwork(tmp_path / "net.onnx", "mps")
+
+
+@pytest.mark.slow
+def test_few_images_calibrate(source: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 40, 40), np.uint8)) for _ in range(3)]
+    options = Options("int8", fixed_size=True)
+    written = export(source, tmp_path / "net.onnx", options, images, with_card=False)
+    assert written.real is not None
+    assert written.real.images == 3
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])

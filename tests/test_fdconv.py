@@ -264,6 +264,31 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
+def test_a_layer_trains_after_inference():
+    layer = build("3x3", kernels=2, dtype=torch.float64)
+    x = torch.randn(2, 6, 23, 19, dtype=torch.float64)  # a size that no other test has
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), expected)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_groups_are_there_after_the_meta_device(loads):
+    layer = build("3x3")
+    with torch.device("meta"):
+        empty = FDConv2d(6, 8, 3, padding=1, kernels=5).eval()
+    empty.to_empty(device="cpu")
+    empty.group.fill_(0)  # what the memory holds
+    if loads:
+        empty.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(empty(inputs(2)), layer(inputs(2)))
+    else:
+        empty(inputs(2))
+    assert torch.equal(empty.group, layer.group)
+
+
 def test_no_images_give_no_outputs():
     layer = build("3x3")
     y = layer(inputs(0).requires_grad_())

@@ -22,7 +22,8 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from PIL import Image
 from safetensors.torch import save
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
+from timm.models import register_model
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kw
@@ -234,6 +235,50 @@ def test_timm_loads_every_classifier(hub: Hub, kind: str, tmp_path: Path) -> Non
     expected = ours.normalise(ours.read(picture)[None])[0]
     assert prepare(picture).shape == expected.shape
     assert (prepare(picture) - expected).abs().max() < 0.02
+
+
+def test_a_run_is_not_written_over_itself(published: Files, tmp_path: Path) -> None:
+    """A folder of kw pull is a run, and was written here before."""
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    run.mkdir(), empty.mkdir()
+    for name, data in published.items():
+        (run / name).write_bytes(data)
+    with pytest.raises(UserError, match="has the run itself: expected another folder"):
+        write_folder(run, empty / "../run", Plan("me/tiny"))
+    with pytest.raises(UserError, match=r"no \*.pth there"):
+        write_folder(empty, run, Plan("me/tiny"))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == published
+
+
+@register_model
+def bare_network(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    num_classes: int = 1,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """A user's, with none of the attributes of timm's networks, and few of their arguments."""
+    convolutions = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)]
+    return nn.Sequential(
+        *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+    )
+
+
+def test_a_users_network_is_published(tmp_path: Path) -> None:
+    dynamic = {"plan": {"rules": [{"match": "[12]", "warehouse": "all"}]}, "start": "paper"}
+    model = {"name": "bare_network", "timm_args": {}, "kernel_warehouse": dynamic}
+    write_checkpoint(tmp_path / "best.pth", settings_with(model=model))
+    write_folder(tmp_path / "best.pth", tmp_path / "out", Plan("me/bare"))
+    content = json.loads((tmp_path / "out/config.json").read_text())
+    assert content["architecture"] == "kernelwarehouse"
+    ours = kw.load(tmp_path / "best.pth")
+    images = noise(ours)
+    local = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    for theirs in (kw.load(tmp_path / "out"), local):
+        torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-6)
 
 
 def test_without_network(

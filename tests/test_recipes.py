@@ -22,7 +22,7 @@ import kw
 import kw.peers
 from kw.config import ConfigError, config_from_mapping, load_config, to_dict
 from kw.config.schema import ClassifierOptimizerConfig
-from kw.models.depth import layer_rates
+from kw.models.depth import frozen_parameters, layer_rates
 from kw.registry import OPTIMIZERS
 from kw.training import CheckpointError, build_trainer, load_checkpoint
 from kw.training.average import MovingAverage
@@ -116,6 +116,14 @@ def test_networks_of_unknown_depth_are_refused(
     config = config_from_mapping(changed(settings, optimizer__layer_decay=0.5))
     with pytest.raises(ConfigError, match=r"layer_decay = 0.5: ResNet has no group_matcher.*set 1"):
         build_trainer(config, tmp_path, CPU)
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "inception_v3", "coat_tiny"])
+def test_stages_that_timm_does_not_give_are_refused(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    with pytest.raises(ValueError, match="has no stem and blocks: its stages are not known"):
+        frozen_parameters(network, 1)
 
 
 # --- the moving average's warm-up -------------------------------------------------------------

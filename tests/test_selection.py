@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from kw import peers
 from kw.config import ConfigError
 from kw.config.run_schema import ContractionConfig
 from kw.training import set_contraction
@@ -186,6 +187,19 @@ def test_explain_shows_what_is_forced():
     first, second = explain(net, torch.zeros(2, 3, 5, 7))
     assert (first.forward, first.backward, first.problem) == ("grouped", "grouped", None)
     assert (second.forward, second.backward) == ("bmm", "bmm")
+
+
+@pytest.mark.parametrize("method", ["odconv", "fdconv", "kerneldna"])
+def test_explain_gives_no_layer_the_back_end_of_another(method):
+    """A pointwise ODConv layer of one kernel, FDConv and KernelDNA compute without back ends."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)).eval()
+    settings = {"kernels": 2} if method == "fdconv" else {}
+    peers.convert(net, method, layers="1|2", announce=False, **settings)
+    net[0] = KWConv2d(3, 8, 3).eval()
+    own, *others = explain(net, torch.zeros(2, 3, 5, 7))
+    assert own.problem.spec.partition.kernel == (3, 3)
+    for choice in others:
+        assert (choice.forward, choice.backward, choice.problem) == ("none", "none", None)
 
 
 def test_explain_wants_dynamic_layers():

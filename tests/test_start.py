@@ -308,6 +308,7 @@ def test_zero_kernels_are_kept():
     ("batches", "message"),
     [
         ([], "at least one batch"),
+        ([torch.empty(0, 8, 3, 3).double()], "at least one batch"),
         (torch.randn(2, 8, 3, 3), r"is a tensor; expected several batches"),
         ([(torch.randn(2, 8, 3, 3).double(), torch.zeros(2))], "without labels"),
         ([torch.randn(2, 8, 3, 3)], "does not take a batch of .2, 8, 3, 3"),
@@ -584,6 +585,14 @@ def test_settings_that_cannot_be(setting, message):
         kw.convert(narrow_resnet(), "resnet18", **setting)
     with pytest.raises(ValueError, match=message):
         KWConv2d(4, 4, 3, **setting)
+
+
+def test_a_single_cell_needs_more_than_the_least_firmness():
+    """At 0.001 its coefficient is 0: no cell times it is the kernel."""
+    with pytest.raises(ValueError, match=r"firmness is 0.001; .* above 0.001 for a single cell"):
+        KWConv2d(8, 8, 1, firmness=0.001)
+    assert KWConv2d(8, 8, 1, firmness=0.0011)(torch.randn(2, 8, 3, 3)).isfinite().all()
+    assert KWConv2d(8, 8, 3, firmness=0.001)(torch.randn(2, 8, 3, 3)).isfinite().all()
 
 
 def test_plans_leave_the_start_to_the_user():

@@ -358,7 +358,9 @@ def test_the_example_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         for part in ("model", "average"):
             state = saved[part]
             assert {float(v) for k, v in state.items() if k.endswith("temperature")} == {tau}
-    assert "epoch 1" in capsys.readouterr().out
+    assert "epoch 1: loss" in (printed := capsys.readouterr().out)
+    found = main([*small, "--epochs", "2", "--resume", str(file)])  # nothing is left to train
+    assert printed.endswith(f"accuracy of the average {found:.1%}\n")
 
 
 @pytest.mark.slow

@@ -258,6 +258,17 @@ def test_torchvisions_other_networks_are_refused(tmp_path: Path) -> None:
         start_network(config(name="mobilenetv3_small_100", timm_args={}, weights=str(path)).model)
 
 
+@pytest.mark.parametrize("name", ["ghostnet_050", "hrnet_w18_small"])
+def test_networks_that_take_no_drop_path(name: str) -> None:
+    """Many of timm's families; they say so in two ways."""
+    settings = {"name": name, "timm_args": {}, "kernel_warehouse": {"plan": "auto"}}
+    with torch.device("meta"):
+        network = start_network(config(**settings).model)
+    assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 5)
+    with pytest.raises(ConfigError, match=r"timm cannot build it.*drop_path_rate"):
+        start_network(config(**settings, drop_path_rate=0.1).model)
+
+
 def test_a_network_without_a_classifier_leaves_the_files(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "kw")
     torch.save(static().state_dict(), tmp_path / "static.pth")

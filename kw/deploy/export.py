@@ -196,7 +196,7 @@ def export(
     least = None if options.fixed_size or exporter.fixed else inputs.least
     inputs = replace(inputs, least=least, batch=batch, precision=options.precision)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    partial = target.with_name(f".{target.name}.partial{target.suffix}")
     description = replace(source.description, input=inputs, config=without_places(config))
     job = Job(source, inputs, description, partial, images)
     try:

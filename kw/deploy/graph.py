@@ -76,6 +76,11 @@ def input_range(
         return inputs, (
             f"its deepest feature map has one position there, and sizes can be open from {least} on"
         )
+    for sides in ((least, least), (height + 9, least + 2)):  # those that are verified
+        try:
+            check_network(network, config, sides)
+        except ConfigError:
+            return inputs, f"it refuses {sides[0]} x {sides[1]}"
     return replace(inputs, least=least), ""
 
 
@@ -165,8 +170,12 @@ def _least(network: nn.Module, reduction: int, channels: int) -> int:
     features = getattr(copy.deepcopy(network).to("meta"), "forward_features", None)
     if features is None:
         return 2 * reduction
-    deepest = features(torch.empty(1, channels, reduction + 1, reduction + 1, device="meta"))
-    return reduction + 1 if min(deepest.shape[2:]) >= 2 else 2 * reduction
+    try:
+        deepest = features(torch.empty(1, channels, reduction + 1, reduction + 1, device="meta"))
+    except Exception:  # any network's way to refuse a size
+        return 2 * reduction
+    is_map = isinstance(deepest, Tensor)  # some networks give several
+    return reduction + 1 if is_map and min(deepest.shape[2:]) >= 2 else 2 * reduction
 
 
 def _reduction(network: nn.Module) -> int:

@@ -119,7 +119,7 @@ class OnnxNetwork(nn.Module):
 
     Args:
         path: the file.
-        device: ``"cpu"``, or ``"cuda"`` with onnxruntime-gpu.
+        device: ``"cpu"``; or ``"cuda"``, ``"cuda:N"`` with onnxruntime-gpu.
 
     Raises:
         ExportError: onnxruntime is missing, refuses the file, or has no such device.
@@ -128,18 +128,18 @@ class OnnxNetwork(nn.Module):
     def __init__(self, path: Path, device: str = "cpu") -> None:
         super().__init__()
         runtime = needs("onnxruntime")
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[
-            device.partition(":")[0]
-        ]
-        if provider not in runtime.get_available_providers():
+        kind, _, number = device.partition(":")
+        provider = f"{kind.upper()}ExecutionProvider"
+        if kind not in ("cpu", "cuda") or provider not in runtime.get_available_providers():
             raise ExportError(
                 f"{path}: onnxruntime has no {provider} here; install onnxruntime-gpu, or use cpu"
             )
+        which = {"device_id": number} if number else {}
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = runtime.InferenceSession(path, options, providers=[provider])
+            self.session = runtime.InferenceSession(path, options, providers=[(provider, which)])
         except Exception as error:
             raise ExportError(f"{path}: onnxruntime refuses it: {one_line(error)}") from error
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)

@@ -88,7 +88,7 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     new, empty or was written here before; returns what the user should know, a sentence each.
 
     Raises:
-        HubError: the folder has other files.
+        HubError: the folder has other files, or is the run's own.
         UserError: the run cannot be read, or the written file computes something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,9 +96,12 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
     if there and (not {CONFIG, WEIGHTS} <= there or there - {*DATA, PROGRAM}):
         other = min(there - {*DATA, PROGRAM} or there)
         raise HubError(f"{folder}: has other files ({other}): expected a new or empty folder")
+    checkpoint = trained_file(run)
+    if checkpoint.parent.exists() and folder.samefile(checkpoint.parent):
+        raise HubError(f"{folder}: has the run itself: expected another folder")
     for name in there:
         (folder / name).unlink()
-    about_results = _results(trained_file(run), folder)
+    about_results = _results(checkpoint, folder)
     if detector_config(run) is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
@@ -179,7 +182,7 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
 
     config, data = description.config, description.config.data
     network: Any = source.network
-    settings = network.pretrained_cfg
+    settings = getattr(network, "pretrained_cfg", None) or {}  # not of every user's network
     images = {
         "input_size": [data.channels, *data.shape],
         "fixed_input_size": bool(settings.get("fixed_input_size")),
@@ -197,7 +200,7 @@ def _classifier(run: str | Path, folder: Path, plan: Plan) -> tuple[dict[str, An
     content: dict[str, Any] = {
         "architecture": name,
         "num_classes": config.model.num_classes,
-        "num_features": network.num_features,
+        "num_features": getattr(network, "num_features", None),
         "label_names": description.classes,
         "model_args": arguments,
         "pretrained_cfg": images,

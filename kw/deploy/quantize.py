@@ -61,7 +61,7 @@ def quantize(
         if node.op_type in _KINDS and node.input[1] not in static
     ]
     target = path.with_name(f"{path.stem}-int8.onnx")
-    batch = description.input.batch or _BATCH
+    batch = description.input.batch or min(_BATCH, len(images))
     try:
         with quiet():
             tool.quantize_static(

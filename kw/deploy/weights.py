@@ -28,9 +28,8 @@ def write_weights(state: dict[str, Tensor], description: Description, path: Path
 
     # Copies: safetensors refuses tensors that share memory.
     content = save({k: v.clone().contiguous() for k, v in state.items()}, description.to_strings())
-    name = _HASHED.sub(".safetensors", path.name)
     digest = hashlib.sha256(content).hexdigest()[:DIGITS]
-    target = path.with_name(f"{name.removesuffix('.safetensors')}-{digest}.safetensors")
+    target = path.with_name(f"{path.stem}-{digest}.safetensors")
     target.write_bytes(content)
     return target
 

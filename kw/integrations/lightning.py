@@ -57,7 +57,8 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
                 :func:`kw.convert` refuses.
         """
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-        if not {*kinds} & {"SingleDeviceStrategy", "DDPStrategy"}:
+        whole = {"SingleDeviceStrategy", "DDPStrategy"}
+        if not {*kinds} & whole or "DeepSpeedStrategy" in kinds:  # whose base is DDP's
             raise ValueError(f"{kinds[0]}: layers share their cells, which it splits; use 'ddp'")
         module.configure_model()  # does nothing unless the user has written one
         network = self._network(module)

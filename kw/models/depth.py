@@ -35,7 +35,10 @@ def parameter_places(network: nn.Module) -> dict[str, Place]:
     Raises:
         ValueError: the network does not give its stages.
     """
-    groups: Mapping[str, Any] = _matcher(network)(coarse=False)
+    groups: Any = _matcher(network)(coarse=False)
+    if not isinstance(groups, Mapping) or not {"stem", "blocks"} <= groups.keys():
+        name = type(network).__name__
+        raise ValueError(f"{name}'s group_matcher has no stem and blocks: its stages are not known")
     found = {name: _match(name, groups) for name, _ in network.named_parameters()}
     _place_warehouses(network, found)
     stages = sorted({place.stage for place in found.values()} - {-1})

@@ -114,7 +114,7 @@ def _file(arguments: dict[str, Any]) -> str | None:
         if overlay.get(key):
             raise ValueError(f"pretrained_cfg_overlay has {key!r}; give weights as 'file'")
     config: Any = arguments.get("pretrained_cfg")
-    source = config if isinstance(config, dict) else vars(config) if config else {}
+    source = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     named = overlay.get("file") or source.get("file")
     if named is None and source.get("hf_hub_id"):
         return str(weights_file(PREFIX + source["hf_hub_id"], arguments.get("cache_dir")))
@@ -139,6 +139,8 @@ def kernelwarehouse(
         own = {key: arguments.pop(key) for key in _OWN if key in arguments}
         if num_classes > 0:
             own["num_classes"] = num_classes
+        if arguments.get("in_chans") == model.get("timm_args", {}).get("in_chans", 3):
+            del arguments["in_chans"]  # which timm adds, and a user's network may not take
         config = _network_config({**model, **own}, arguments)
         network: Any = build_network(without_sources(config))
         if file is not None:

@@ -25,12 +25,11 @@ same shape to share a kernel with; which ones the authors take is not known here
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
 from ..registry import PEERS
@@ -39,6 +38,7 @@ from ..warehouse.conversion import KeptWarehouse
 from ..warehouse.convertible import (
     arguments_of,
     check_network,
+    computed_part,
     kernel_shape,
     replace_layers,
     shared_places,
@@ -128,7 +128,11 @@ def convert(
             )
     if any(isinstance(module, KWLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has dynamic layers already; convert a static one")
-    candidates = dict(_candidates(model))
+    candidates: Layers = {  # in module order, those that cannot be converted among them
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
     if layers is None:
         names = chosen.choose(model, candidates)
     else:
@@ -163,13 +167,6 @@ def convert(
         shares = ", ".join(f"{name} {100 * (part or 0):.1f}%" for name, part in parts.items())
         say(f"kept of every layer's kernel: {shares}")
     return model
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and linear layers in module order, those that cannot be converted among them."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            yield name, module
 
 
 def _matching(layers: str, model: nn.Module, candidates: Layers) -> list[str]:
@@ -220,12 +217,11 @@ def _sharing(
 
 def _counterpart(name: str, module: nn.Module, method: Method, title: str) -> type[PeerLayer]:
     """The class of the layer that replaces this one; a ValueError: it cannot be converted."""
-    weight = module._parameters.get("weight")
-    computed = is_parametrized(module) or not isinstance(weight, nn.Parameter)
+    computed = computed_part(module)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
     if computed or cls is None:
         known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
-        reason = "with a computed weight" if computed else f"a {type(module).__name__}"
+        reason = f"with a computed {computed}" if computed else f"a {type(module).__name__}"
         raise ValueError(
             f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
             "not their subclasses); leave it static by 'layers', a regular expression on names"

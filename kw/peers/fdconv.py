@@ -38,6 +38,7 @@ The network begins as the static one where it is converted: all factors are 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -50,8 +51,6 @@ from ..warehouse.start import exact_kernel
 from .assembled import Operands, convolve_assembled
 from .mixture import Attentions, AxisAttention, MixtureConv2d, modulation, scaled, silence
 from .spectrum import BANDS, frequency_groups, hartley, low_passes, spectrum_parts
-
-__all__ = ["FDConv2d", "FrequencyBands", "KernelModulation"]
 
 
 class KernelModulation(AxisAttention):
@@ -142,6 +141,7 @@ class FDConv2d(MixtureConv2d):
         out, in_, height, width = self.partition.kernel_shape
         self._matrix = (out * height, in_ * width)
         self.register_buffer("group", self._groups().to(**place), persistent=False)
+        self._lacks_groups = self.group.is_meta  # since it was there, and not filled since
         self.register_load_state_dict_post_hook(_restore_groups)
         self.bands: FrequencyBands | None = None
         if math.prod(self.kernel_size) > 1:
@@ -157,7 +157,14 @@ class FDConv2d(MixtureConv2d):
                 "static by 'layers'"
             ) from None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FDConv2d:
+        super()._apply(fn, recurse)
+        self._lacks_groups |= self.group.is_meta
+        return self
+
     def compute(self, x: Tensor) -> Tensor:
+        if self._lacks_groups:
+            _restore_groups(self)
         pooled = self.pooled(x)
         found = self.attention(pooled, None)
         if self.bands is not None:
@@ -199,7 +206,7 @@ class FDConv2d(MixtureConv2d):
 
 def _restore_groups(layer: FDConv2d, _incompatible_keys: object = None) -> None:
     """The groups follow from the shape, so they are not saved; a model built on the meta device has
-    none before its weights are loaded."""
+    none before its weights are loaded, or its first input."""
     device = layer.warehouse.cells.device
-    if layer.group.is_meta and device.type != "meta":
-        layer.group = layer._groups().to(device)
+    if layer._lacks_groups and device.type != "meta":
+        layer.group, layer._lacks_groups = layer._groups().to(device), False

@@ -37,8 +37,6 @@ from ..warehouse import KernelShape, KWConv2d, Warehouse, WarehouseSettings
 from ..warehouse.start import exact_kernel
 from .mixture import Attentions, AxisAttention, check_settings, modulation, scaled, silence
 
-__all__ = ["Adapter", "DNAConv2d", "SharedKernel", "share_kernels"]
-
 _ROUNDS = 20
 _LEAST = 0.02
 """The smallest factor of a fit: at 0 a sigmoid has no gradient."""

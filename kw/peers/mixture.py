@@ -31,21 +31,6 @@ from ..warehouse.attention import BranchLinear, full_precision, normalise
 from ..warehouse.plan import nearest
 from ..warehouse.start import kernel_blocks
 
-__all__ = [
-    "Attentions",
-    "AxisAttention",
-    "MixtureAttention",
-    "MixtureConv2d",
-    "MixtureLayer",
-    "PrivateKernels",
-    "check_settings",
-    "initialise",
-    "logit_scale",
-    "modulation",
-    "scaled",
-    "silence",
-]
-
 MAX_TEMPERATURE = 30.0
 
 NOISE = 0.1

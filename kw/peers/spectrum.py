@@ -14,15 +14,6 @@ from torch import Tensor
 from ..torch_private import is_traced
 from ..warehouse.ops import is_exporting
 
-__all__ = [
-    "BANDS",
-    "frequency_groups",
-    "hartley",
-    "low_passes",
-    "scaled_inverse",
-    "spectrum_parts",
-]
-
 BANDS = (16, 8, 4)
 """Bands of an image's spectrum in octaves, end at 1/16, 1/8, 1/4 cycles a pixel; then the rest."""
 
@@ -136,6 +127,7 @@ def _basis(size: int, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # training reads it, too
 def _fixed_basis(size: int) -> Tensor:
     return _waves(size, torch.device("cpu"), torch.float64)
 

@@ -124,9 +124,7 @@ class KernelAttention(nn.Module):
     """
 
     one_hot: Tensor | None
-    lacks_values = (
-        False  # whether ``one_hot`` was allocated on the meta device and not filled since
-    )
+    lacks_values = False  # whether ``one_hot`` was made on the meta device and not filled since
 
     def __init__(
         self,

@@ -124,7 +124,7 @@ def _usable_layers(model: nn.Module, example_input: Any, report: AutoReport) -> 
     watched: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if reason := why_static(name, module):
-            report.refused[name] = re.sub(r"layer '.*?' (?=is a )", "", reason.split("; ")[0])
+            report.refused[name] = re.sub(r"(of )?layer '.*?' (?=is )", "", reason.split("; ")[0])
         elif name in shared:
             report.refused[name] = "shares its weight with another place in the network"
         else:

@@ -177,6 +177,8 @@ def _input_squares(
             channels = -1 if isinstance(module, nn.Linear) else 1
             x: Tensor = next(iter((*args, *named.values())))
             rows = x.movedim(channels, -1).flatten(0, -2)
+            if len(rows) == 0:
+                return
             sums[name] = sums.get(name, 0) + rows.float().square().sum(0)
             counts[name] = counts.get(name, 0) + len(rows)
 

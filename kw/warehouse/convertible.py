@@ -76,11 +76,17 @@ def kernel_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, 
     }
 
 
+def computed_part(module: nn.Module) -> str | None:
+    """Which of a layer's weight and bias is no parameter; ``None``: those that it has are."""
+    parts = [part for part in ("weight", "bias") if module._parameters.get(part) is None]
+    return next((part for part in parts if getattr(module, part, None) is not None), None)
+
+
 def why_static(name: str, module: nn.Module) -> str | None:
     """Why a layer cannot be converted; ``None`` where it can."""
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if part := computed_part(module):
         return (
-            f"the weight of layer {name!r} is no parameter but computed (by weight or spectral "
+            f"the {part} of layer {name!r} is no parameter but computed (by weight or spectral "
             "normalisation, pruning, ...); remove that first, or keep the layer static"
         )
     if _qualified(type(module)) not in _COUNTERPARTS:

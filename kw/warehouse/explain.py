@@ -22,8 +22,8 @@ class LayerChoice:
     Attributes:
         layer: its name in the model.
         problem: its shapes, types and device; ``None`` for a yardstick, which the selector never
-            chooses.
-        forward: back end of the forward pass.
+            chooses, and for a layer that computes without back ends.
+        forward: back end of the forward pass; ``"none"`` for a layer without.
         backward: back end of the backward pass.
         forward_costs: predictions for the forward pass, fastest first.
         backward_costs: the same for the backward pass.
@@ -59,11 +59,12 @@ def explain(model: nn.Module, example_input: Any) -> list[LayerChoice]:
 
         def note(layer: nn.Module, _inputs: Any, _output: Any) -> None:
             assert isinstance(layer, KWLayer)
-            if layer.backend in YARDSTICKS:
-                choices.append(LayerChoice(names[layer], None, layer.backend, layer.backend))
+            if recorded:
+                choices.append(_choice(names[layer], *recorded[-1], layer.backend))
+                recorded.clear()  # of the backward pass, too
             else:
-                problem, forward = recorded[-1]
-                choices.append(_choice(names[layer], problem, forward, layer.backend))
+                only = layer.backend if layer.backend in YARDSTICKS else "none"
+                choices.append(LayerChoice(names[layer], None, only, only))
 
         hooks = [layer.register_forward_hook(note) for layer in names]
         try:

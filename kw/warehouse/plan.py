@@ -85,8 +85,7 @@ class Rule:
 
     @classmethod
     def from_mapping(cls, rule: Mapping[str, Any]) -> Rule:
-        """A rule from ``{match, warehouse | static: true, handover, optional,
-        ...settings}``.
+        """A rule from ``{match, warehouse | static: true, handover, optional, ...settings}``.
 
         Raises:
             ValueError: an unknown key, or neither or both of ``warehouse`` and ``static``.

@@ -178,6 +178,10 @@ def _run(
 def _copy(model: nn.Module, device: str | None = None) -> nn.Module:
     """A copy of a network; with a device, its tensors are allocated there only."""
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():  # a weight that is computed, which torch cannot copy
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone() if device is None else value.to(device)
     if device is not None:
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
@@ -227,5 +231,6 @@ def _to(value: Any, device: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _to(part, device) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_to(part, device) for part in value)
+        parts = [_to(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

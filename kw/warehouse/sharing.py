@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from .partition import KernelShape, partition_kernels
 from .warehouse import WarehouseSettings
@@ -68,7 +69,7 @@ def share(
         The names of the layers of each warehouse, and the layers that fit in none, each with the
         reason.
     """
-    layers = sorted(layers, key=_order)
+    layers = sorted(layers, key=attrgetter("order"))
     mean = sum(layer.weights for layer in layers) / max(len(layers), 1)
     splitter = _Splitter(settings, mean)
     warehouses: dict[str, list[str]] = {}
@@ -84,12 +85,8 @@ def share(
                 alone.setdefault(f"stages_{layer.kind}", []).append(layer)
                 if last:
                     rest[layer.shape.name] = obstacle
-        groups = {name: sorted(group, key=_order) for name, group in alone.items()}
+        groups = {name: sorted(group, key=attrgetter("order")) for name, group in alone.items()}
     return warehouses, rest
-
-
-def _order(layer: Candidate) -> int:
-    return layer.order
 
 
 def _stages(layers: Sequence[Candidate]) -> dict[str, list[Candidate]]:

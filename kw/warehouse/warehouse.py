@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import valid_names
-from .attention import KernelAttention
+from .attention import EPS, KernelAttention
 from .conversion import Conversion
 from .ops.rounded import RoundedCells
 from .partition import KernelShape, partition_kernels
@@ -121,11 +121,6 @@ class Warehouse(nn.Module):
                 f"warehouse {name!r}: start {settings.start!r} is unknown; choose one of "
                 f"{', '.join(map(repr, STARTS))}"
             )
-        if not 0.001 <= settings.firmness <= 1e6:
-            raise ValueError(
-                f"warehouse {name!r}: firmness is {settings.firmness}; expected a number from "
-                "0.001 to 1e6"
-            )
         self.name = name
         self.settings = settings
         self.shapes = tuple(shapes)
@@ -137,6 +132,11 @@ class Warehouse(nn.Module):
             spatial_partition=settings.spatial_partition,
             name=name,
         )
+        if not 0.001 <= settings.firmness <= 1e6 or settings.firmness * self.partition.cells <= EPS:
+            raise ValueError(
+                f"warehouse {name!r}: firmness is {settings.firmness}; expected a number from "
+                "0.001 to 1e6, above 0.001 for a single cell"
+            )
         cell_numel = torch.Size(self.partition.cell_shape).numel()
         cells = torch.empty(self.partition.cells, cell_numel, device=device, dtype=dtype)
         self.weight = nn.Parameter(cells)

@@ -92,7 +92,7 @@ def unfold_taps(x: Tensor, spec: ConvSpec) -> tuple[Tensor, torch.Size]:
     any convolution. Slices would compare sizes at every tap, over which tracing takes minutes.
     """
     channels, taps = spec.in_channels, math.prod(spec.partition.kernel)
-    if spec.is_pointwise and not any(spec.padding) and all(s == 1 for s in spec.stride):
+    if spec.is_pointwise and not any(spec.padding) and spec.has_no_stride:
         return x.flatten(2).unsqueeze(2), x.shape[2:]
     one_hot = torch.eye(taps, dtype=x.dtype, device=x.device)
     one_hot = one_hot.repeat(channels, 1).view(-1, 1, *spec.partition.kernel)
@@ -179,7 +179,7 @@ class Bmm(Contraction):
 
     def cost(self, problem: Problem) -> Cost:
         spec, each = problem.spec, problem.kernel_numel
-        folded = _is_folded(spec) and not spec.is_pointwise
+        folded = spec.has_no_stride and not spec.is_pointwise
         passes = 3 if problem.training else 1  # y; dX and dW
         products = 4 if problem.training else 1  # the kernels twice, d alpha, d cells
         scratch = _scratch(spec, problem.size, problem.training)
@@ -260,10 +260,6 @@ def _output_rows(y: Tensor, rows: slice, spec: ConvSpec) -> Tensor:
     return y.unflatten(1, (spec.partition.grid[1], -1))[:, :, rows]
 
 
-def _is_folded(spec: ConvSpec) -> bool:
-    return all(s == 1 for s in spec.stride)
-
-
 def _in_place(spec: ConvSpec) -> bool:
     part = spec.partition
     return part.grid[2] == 1 and spec.groups == 1 and math.prod(part.cell_kernel) == 1
@@ -274,8 +270,8 @@ def _scratch(spec: ConvSpec, size: Sequence[int], training: bool) -> int:
     out, in_, *kernel = spec.partition.kernel_shape
     kernel_numel = out * in_ * math.prod(kernel)
     if is_direct(spec):  # its inputs without those that a stride leaves out
-        taps = 0 if _is_folded(spec) else math.prod(spec.output_size(size)) * in_ * spec.groups
-    elif _is_folded(spec):
+        taps = 0 if spec.has_no_stride else math.prod(spec.output_size(size)) * in_ * spec.groups
+    elif spec.has_no_stride:
         taps = math.prod(size) * math.prod(kernel) * out
     else:
         taps = math.prod(spec.output_size(size)) * math.prod(kernel) * max(out, in_ * spec.groups)
@@ -319,7 +315,7 @@ def _forward(x: Tensor, taps: Tensor, spec: ConvSpec) -> Tensor:
         return pointwise(x, taps[:, 0], spec)
     _, count, out, in_ = taps.shape
     rows = _rows(x, spec)
-    if _is_folded(spec):
+    if spec.has_no_stride:
         rows = rows.reshape(len(rows), -1, in_)  # [b, Q, I]
         products = batch_matmul(rows, taps.reshape(len(taps), -1, in_).mT)  # [b, Q, K O]
         y = fold(products.view(len(rows), *size, count, out), spec, size)
@@ -336,7 +332,7 @@ def _backward_input(grad: Tensor, taps: Tensor, spec: ConvSpec, size: Sequence[i
         return pointwise(grad, taps[:, 0].mT, spec)
     _, count, out, in_ = taps.shape
     rows = _rows(grad, spec)
-    if _is_folded(spec):
+    if spec.has_no_stride:
         spread = unfold(rows, spec, size).view(len(rows), -1, count * out)  # [b, Q, K O]
         into = batch_matmul(spread, taps.reshape(len(taps), -1, in_))  # [b, Q, I]
         return _from_rows(into.view(len(rows), *size, in_), spec)
@@ -354,7 +350,7 @@ def _backward_taps(grad: Tensor, x: Tensor, spec: ConvSpec) -> Tensor:
     if is_direct(spec):
         rows, into = (t.movedim(-1, 1).flatten(2) for t in (rows, into))  # [b, C, P]
         return batch_matmul(into, rows.mT).unsqueeze(1)
-    if _is_folded(spec):
+    if spec.has_no_stride:
         spread = unfold(into, spec, size).view(len(into), -1, count * out)  # [b, Q, K O]
         taps = batch_matmul(spread.mT, rows.reshape(len(rows), -1, in_))  # [b, K O, I]
         return taps.view(-1, count, out, in_)

@@ -97,13 +97,14 @@ def _load() -> ctypes.CDLL:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / name
     # Who can write a file there can run code in this process (docs/security.md).
-    if not (
-        os.access(folder, os.W_OK) and _is_ours(folder) and (not path.exists() or _is_ours(path))
-    ):
-        path = Path(tempfile.mkdtemp(prefix="kernelwarehouse-")) / name  # for this process only
-    if not path.exists():
-        _compile(arguments, path)
-    return ctypes.CDLL(str(path))
+    is_there = os.access(path, os.R_OK)
+    if (_is_ours(path) if is_there else os.access(folder, os.W_OK)) and _is_ours(folder):
+        if not is_there:
+            _compile(arguments, path)
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="kernelwarehouse-") as own:  # for this process only
+        _compile(arguments, Path(own, name))
+        return ctypes.CDLL(str(Path(own, name)))
 
 
 def _is_ours(path: Path) -> bool:

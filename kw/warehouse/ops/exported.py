@@ -172,7 +172,7 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
     if part.grid[2] > 1 or each > 1:
         kernels = kernels.view(-1, *part.grid[1:], part.cell_out, part.cell_in, each)
         kernels = kernels.permute(0, 5, 1, 3, 2, 4)  # [B S, k, GO, c_out, GI, c_in]
-    if spec.is_depthwise:
+    if spec.is_depthwise and spec.out_channels == spec.in_channels:
         kernels = kernels.reshape(batch, taps, -1, *(1 for _ in size))
         column = _columns(x, spec, size)
         return _sum_of_taps(
@@ -182,7 +182,7 @@ def _conv_xnnpack(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec) -> Te
     if groups > 1:
         kernels = kernels.transpose(1, 2)
     in_ = kernels.shape[-1]
-    if taps > 1 and all(s == 1 for s in spec.stride):
+    if taps > 1 and spec.has_no_stride:
         products = torch.bmm(
             kernels.reshape(batch * groups, -1, in_), x.reshape(-1, in_, x[0, 0].numel())
         )

@@ -48,7 +48,13 @@ def _as_groups(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
 
 def convolve_each(x: Tensor, kernels: Tensor, spec: ConvSpec) -> Tensor:
     """Sample by sample, which keeps channels last."""
+    kernels = _laid_out(kernels, spec)
     return torch.cat([convolve(x[i : i + 1], kernels[i : i + 1], spec) for i in range(len(x))])
+
+
+def _laid_out(kernels: Tensor, spec: ConvSpec) -> Tensor:
+    # torch refuses gradients of a single filter that is not contiguous, beside such images.
+    return kernels.contiguous() if spec.out_channels == 1 else kernels
 
 
 def convolve_backward(
@@ -69,7 +75,7 @@ def convolve_each_backward(
     grad: Tensor, x: Tensor, kernels: Tensor, spec: ConvSpec, mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve_each`'s input and kernels, where the mask asks for them."""
-    ones = [slice(i, i + 1) for i in range(len(x))]
+    kernels, ones = _laid_out(kernels, spec), [slice(i, i + 1) for i in range(len(x))]
     parts = [convolve_backward(grad[i], x[i], kernels[i], spec, mask) for i in ones]
     into_x, into_kernels = (
         torch.cat([p for p in side if p is not None]) if wanted else None

@@ -60,7 +60,7 @@ def transposed(cells: Tensor, spec: ConvSpec) -> Tensor:
 
 def without_stride(x: Tensor, spec: ConvSpec) -> tuple[Tensor, ConvSpec]:
     """A pointwise layer without the positions that its stride leaves out, and its stride."""
-    if not is_direct(spec) or _has_no_stride(spec):
+    if not is_direct(spec) or spec.has_no_stride:
         return x, spec
     some = laid_out(x[_every(spec.stride)], x.stride(1) == 1)
     return some, replace(spec, stride=(1,) * len(spec.stride))
@@ -108,7 +108,3 @@ def pointwise(x: Tensor, matrices: Tensor, spec: ConvSpec, out: Tensor | None = 
     into = None if out is None else out.view(*out.shape[:2], -1)
     y = batch_matmul(matrices, columns, into)
     return y.view(len(x), -1, *size) if out is None else out
-
-
-def _has_no_stride(spec: ConvSpec) -> bool:
-    return all(s == 1 for s in spec.stride)

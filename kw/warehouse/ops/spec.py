@@ -46,6 +46,11 @@ class ConvSpec:
         return all(k == 1 for k in self.partition.kernel)
 
     @property
+    def has_no_stride(self) -> bool:
+        """Whether every stride is 1."""
+        return all(s == 1 for s in self.stride)
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether every output channel reads one input channel of several."""
         return self.groups > 1 and self.partition.kernel_shape[1] == 1
