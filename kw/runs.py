@@ -82,6 +82,13 @@ def runs_of(first: str, others: Sequence[str]) -> list[tuple[str | Path, Path]]:
     return [run_of(first, checkpoint) for checkpoint in others] or [run_of(first)]
 
 
+def default_folder(config: str | Path) -> Path:
+    """``work_dirs/`` and the configuration's name; of a run's own configuration, its folder."""
+    path = Path(config)
+    is_of_run = path.stem == "config" and (path.parent / "log.jsonl").is_file()
+    return path.parent if is_of_run else Path("work_dirs", path.stem)
+
+
 def train(
     config: str | Path,
     work_dir: str | Path | None = None,
@@ -94,8 +101,7 @@ def train(
 
     Args:
         config: a configuration file, or the name of one of this project's (``kw config --list``).
-        work_dir: where logs, checkpoints and results go; default ``work_dirs/`` and the
-            configuration's name.
+        work_dir: where logs, checkpoints and results go; default :func:`default_folder`'s.
         resume: ``True`` continues the newest checkpoint there; a path continues that file.
         launcher: ``"none"``, ``"pytorch"`` (torchrun) or ``"slurm"``.
         **keys: settings that override the file's, groups as mappings, or by dotted key:
@@ -111,7 +117,7 @@ def train(
     flat = flat_settings(keys).items()
     options = [f"{k}={json.dumps(v, default=str, ensure_ascii=False)}" for k, v in flat if k]
     settings, package = load_run(config, options)
-    folder = Path("work_dirs", Path(config).stem) if work_dir is None else work_dir
+    folder = default_folder(config) if work_dir is None else work_dir
     figures: dict[str, float | None] = package.train(
         settings, folder, resume=resume, launcher=launcher
     )

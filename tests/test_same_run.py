@@ -17,6 +17,7 @@ from test_engine import CPU, changed, run
 
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
+from kw.runs import train as train_by_name
 from kw.training import (
     CheckpointError,
     build_trainer,
@@ -78,6 +79,10 @@ def test_the_users_folder(
     train(config_from_mapping(changed(settings, epochs=1, temperature_epochs=0)), "~/run")
     assert (tmp_path / "run" / "last.pth").is_file()
     assert not (tmp_path / "~").exists()
+    # A run's own configuration is that run's, not one called "config".
+    train_by_name("run/config.yaml", resume=True, epochs=2)
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["meta"]["epoch"] == 2
+    assert not (tmp_path / "work_dirs").exists()
 
 
 def test_an_error_lets_go_of_the_folder(settings: dict[str, Any], tmp_path: Path) -> None:

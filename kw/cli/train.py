@@ -5,17 +5,17 @@ kw train configs/coco/mask_rcnn_kw_resnet50_1x.py
 torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
 """
 
-from pathlib import Path
-
-from ..runs import load_run
+from ..runs import default_folder, load_run
 from ..training.distributed import LAUNCHERS
 from .tool import ToolParser, add_config_options, output_folder
+
+_WORK_DIR = "default: work_dirs/CONFIG's name; of a run's own config.yaml or config.py, its folder"
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
     add_config_options(parser)
-    parser.add_argument("--work-dir", type=output_folder, help="default: work_dirs/CONFIG's name")
+    parser.add_argument("--work-dir", type=output_folder, help=_WORK_DIR)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -27,5 +27,5 @@ def main() -> None:
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
     args = parser.parse_args()
     config, task = load_run(args.config, args.cfg_options)
-    work_dir = args.work_dir or Path("work_dirs", Path(args.config).stem)
+    work_dir = args.work_dir or default_folder(args.config)
     task.train(config, work_dir, resume=args.resume, launcher=args.launcher)
