@@ -16,6 +16,7 @@ import yaml
 from processes import Forked
 from torch import nn
 
+from kw.cli import run_study
 from kw.config import Config, ConfigError, config_from_mapping, load_config
 from kw.evaluation import ReportError, read_run
 from kw.models import build_network
@@ -29,6 +30,7 @@ from kw.study.summary import (
     name_of,
     plot_study,
     read_earlier,
+    read_started,
     render_page,
     study_table,
     summarise_run,
@@ -256,6 +258,15 @@ def test_a_study_is_run_once_and_summarised(
     tool("kw study run", study, "--work-dir", runs)
     assert "converted_seed3: done already" in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")} == before
+    # What other code goes on with is noted with that code; here nothing is left to train.
+    monkeypatch.setattr(run_study, "describe_code", lambda: {"commit": "bbb", "dirty": True})
+    tool("kw study run", study, "--work-dir", runs)
+    assert "later" not in read_started(runs)["code"]
+    monkeypatch.setattr(run_study, "unfinished", iter)
+    monkeypatch.setattr(run_study, "run_all", lambda *_, **__: 0)
+    for _ in range(2):
+        tool("kw study run", study, "--work-dir", runs)
+    assert read_started(runs)["code"]["later"] == [{"commit": "bbb", "dirty": True}]
 
     summary_file, plot = docs / "results/small.json", tmp_path / "curves.svg"
     files = ("--json", summary_file, "--plot", plot)
@@ -286,6 +297,7 @@ def test_a_study_is_run_once_and_summarised(
     tool("scripts/render_results.py", "--root", docs, "--check")
     text = page.read_text()
     assert f" {results['params']:,} |" in text
+    assert "; later bbb with changes." in text
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
 

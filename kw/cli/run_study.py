@@ -13,8 +13,8 @@ import torch
 
 from ..benchmark.machine import describe_code, describe_machine, describe_versions
 from ..study.files import load_study
-from ..study.launch import run_all
-from ..study.summary import STARTED, name_of, read_earlier
+from ..study.launch import run_all, unfinished
+from ..study.summary import STARTED, name_of, read_earlier, read_started
 from .tool import ToolParser, add_options, number, output_folder, save_json
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         done = {name_of(run) for run in earlier["runs"]}
         runs = tuple(run for run in runs if run.name not in done)
         print(f"{len(study.runs) - len(runs)} of {len(study.runs)} runs are in {args.earlier}")
-    if not (study.home / STARTED).exists():
+    if not (study.home / STARTED).exists() or any(unfinished(runs)):
         _note(args, study.home / STARTED)
     status = run_all(runs, jobs=args.jobs, threads=args.threads)
     if status:
@@ -53,7 +53,15 @@ def main() -> None:
 
 
 def _note(args: Namespace, path: Path) -> None:
-    """Under what the runs were started, without local paths."""
+    """Under what the runs were started, without local paths; later, with which code they go on."""
+    code = describe_code()
+    if path.exists():
+        noted = read_started(path.parent)
+        commits = [noted["code"], *noted["code"].get("later", ())]
+        if all(code["commit"] != known["commit"] for known in commits):
+            noted["code"]["later"] = [*commits[1:], code]
+            save_json(noted, path)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = f"kw study run {args.study} --jobs {args.jobs} --threads {args.threads}"
     options = [option for option in args.cfg_options if not option.startswith("data.root=")]
@@ -63,6 +71,6 @@ def _note(args: Namespace, path: Path) -> None:
         "command": command,
         "machine": describe_machine(device),
         "versions": describe_versions(device),
-        "code": describe_code(),
+        "code": code,
     }
     save_json(noted, path)

@@ -26,7 +26,8 @@ Summary = Mapping[str, Any]
 _DIGITS = 4
 _CONDITIONS = ("command", "machine", "versions", "code")
 STARTED = "study.json"
-"""File in the folder of a study's runs: command, machine, versions and code of their start."""
+"""File in the folder of a study's runs: command, machine, versions and code of their start; code
+that they went on with is ``later`` there."""
 
 
 def summarise_run(folder: Path, row: str, seed: int) -> dict[str, Any]:
@@ -271,10 +272,15 @@ def _render(summary: Summary) -> str:
 def _conditions(part: Summary) -> str:
     machine, versions, code = (part[key] for key in ("machine", "versions", "code"))
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    later = ", ".join(map(_commit, code.get("later", ())))
     return (
         f"Machine: {machine.get('gpu') or machine['cpu']}, {_counted(machine['cores'], 'core')}. "
-        f"{known}. Commit {code['commit'] or 'unknown'}{' with changes' if code['dirty'] else ''}."
+        f"{known}. Commit {_commit(code)}{f'; later {later}' if later else ''}."
     )
+
+
+def _commit(code: Mapping[str, Any]) -> str:
+    return f"{code['commit'] or 'unknown'}{' with changes' if code['dirty'] else ''}"
 
 
 def _counted(number: int, what: str) -> str:
