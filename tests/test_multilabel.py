@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from breadth import breadth
 from conftest import SMALL, settings_of
 from PIL import Image
 from processes import in_processes
@@ -249,7 +250,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("memory", [None, {"place": "host"}])
+@pytest.mark.parametrize("memory", breadth([None, {"place": "host"}], [None]))
 def test_a_run(table: Path, memory: Any, tmp_path: Path) -> None:
     """From a table to results: the best epoch by its mean average precision, a bad image told."""
     (table / "val3.png").write_bytes(b"no image")

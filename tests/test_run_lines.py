@@ -124,6 +124,7 @@ logger.info("class \\u0142ania")
 """
 
 
+@pytest.mark.slow  # an interpreter of its own, whose locale is another
 def test_files_are_utf8_wherever_they_are_written(tmp_path: Path) -> None:
     """They are read as UTF-8, on this machine or another one."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from breadth import breadth
 
 from kw.config import ConfigError, config_from_mapping
 from kw.data import Loader, TrainBatchSampler, derive_seed, open_training
@@ -199,7 +200,10 @@ def test_copies_of_a_bad_file_are_replaced(settings: Settings, tmp_path: Path, m
     assert sorted(labels) == sorted(batch["labels"].tolist())
 
 
-@pytest.mark.parametrize("data", [{"repeats": 2, "mixup": 0.8}, {"sampling": "balanced"}])
+SAMPLED = [{"repeats": 2, "mixup": 0.8}, {"sampling": "balanced"}]
+
+
+@pytest.mark.parametrize("data", breadth(SAMPLED, SAMPLED[:1]))
 def test_a_resumed_run_is_the_same_to_the_bit(
     settings: Settings, tmp_path: Path, data: dict[str, Any]
 ) -> None:
