@@ -101,12 +101,12 @@ def attentions(
     network: nn.Module, images: Tensor, names: Collection[str] | None = None
 ) -> dict[str, Any]:
     """What the attention of layers gives, by their names; otherwise as :func:`coefficients`."""
-    attentions = {
+    branches = {
         name: module.attention
         for name, module in network.named_modules()
         if isinstance(module, KWLayer) and module.is_mixture and (names is None or name in names)
     }
-    with evaluating(network), outputs(attentions) as seen:
+    with evaluating(network), outputs(branches) as seen:
         # Not __call__: a network that network.compile() has compiled calls no hooks.
         network.forward(images)
     return seen
