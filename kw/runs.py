@@ -101,7 +101,8 @@ def train(
 
     Args:
         config: a configuration file, or the name of one of this project's (``kw config --list``).
-        work_dir: where logs, checkpoints and results go; default :func:`default_folder`'s.
+        work_dir: where logs, checkpoints and results go; default ``work_dirs/`` and the
+            configuration's name, or the folder of the run whose own configuration it is.
         resume: ``True`` continues the newest checkpoint there; a path continues that file.
         launcher: ``"none"``, ``"pytorch"`` (torchrun) or ``"slurm"``.
         **keys: settings that override the file's, groups as mappings, or by dotted key:
@@ -114,8 +115,7 @@ def train(
         ConfigError: a key is unknown or has a wrong value; otherwise as :func:`kw.training.train`.
     """
     # JSON is valid YAML; other values are passed as text, and fail the check of types.
-    flat = flat_settings(keys).items()
-    options = [f"{k}={json.dumps(v, default=str, ensure_ascii=False)}" for k, v in flat if k]
+    options = [f"{k}={json.dumps(v, default=str)}" for k, v in flat_settings(keys).items() if k]
     settings, package = load_run(config, options)
     folder = default_folder(config) if work_dir is None else work_dir
     figures: dict[str, float | None] = package.train(

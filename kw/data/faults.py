@@ -157,16 +157,17 @@ class FaultLog:
         self.size = size
         self.max_pixels = bad_images.max_pixels
         self.known: dict[str, BadImage] = {}  # by path
-        self._new: dict[str, BadImage] = {}  # of this process
+        # Of this process, by image: a file may be listed more than once.
+        self._new: dict[int, BadImage] = {}
 
     def record(self, faults: Iterable[BadImage]) -> None:
         """Add bad files that this process found."""
         for fault in faults:
             if fault.path not in self.known:
-                self._new[fault.path] = BadImage(*fault)
+                self._new[fault.image] = BadImage(*fault)
 
     def take(self) -> list[BadImage]:
-        """What this process found since the last call and was not known."""
+        """The images that this process found since the last call and whose files were not known."""
         new, self._new = self._new, {}
         return list(new.values())
 

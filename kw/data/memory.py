@@ -138,12 +138,10 @@ def hold_in_memory(
     if isinstance(sampler, TrainBatchSampler):
         in_order = EvalBatchSampler(len(folder), _DECODED_AT_ONCE)
     decoding = build_loader(folder, in_order, workers, partial(_alike, folder, shape))
-    found: list[BadImage] = []
-    # A log names a file once; the file may be listed more than once.
-    decoding.faults.record = found.extend  # type: ignore[method-assign, assignment]
     with deaths_explained(decoding):
         for batch in decoding:
             held[rows[batch["indices"]].to(place)] = batch["images"].to(place)
+    found = decoding.faults.take()
     bad = {fault.image: fault for fault in found}
     loader = Loader(
         MemoryImages(folder, held, rows, device, augment, bad),

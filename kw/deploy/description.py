@@ -58,6 +58,14 @@ class InputRange:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
+    def further_sides(self) -> tuple[tuple[int, int], ...]:
+        """Other heights and widths at which a file is tried, if it takes any: the least, and an
+        oblong one."""
+        if self.least is None:
+            return ()
+        return (self.least, self.least), (self.sides[0] + 9, self.least + 2)
+
+    @property
     def words(self) -> str:
         """``size`` for people: ``"224 x 224"``, height first."""
         return " x ".join(map(str, self.sides))

@@ -76,12 +76,13 @@ def input_range(
         return inputs, (
             f"its deepest feature map has one position there, and sizes can be open from {least} on"
         )
-    for sides in ((least, least), (height + 9, least + 2)):  # those that are verified
+    open_inputs = replace(inputs, least=least)
+    for sides in open_inputs.further_sides:
         try:
             check_network(network, config, sides)
         except ConfigError:
             return inputs, f"it refuses {sides[0]} x {sides[1]}"
-    return replace(inputs, least=least), ""
+    return open_inputs, ""
 
 
 def trace(graph: nn.Module, inputs: InputRange, runtime: str = "") -> ExportedProgram:

@@ -82,12 +82,8 @@ def random_images(inputs: InputRange, seed: int = 0) -> Iterator[Tensor]:
     batches = BATCHES if inputs.batch is None else (inputs.batch,)
     channels, (height, width) = inputs.channels, inputs.sides
     shapes = [(batch, channels, height, width) for batch in batches]
-    if inputs.least is not None:
-        some = batches[min(1, len(batches) - 1)]
-        shapes += [
-            (some, channels, inputs.least, inputs.least),
-            (some, channels, height + 9, inputs.least + 2),
-        ]
+    some = batches[min(1, len(batches) - 1)]
+    shapes += [(some, channels, *sides) for sides in inputs.further_sides]
     for shape in shapes:
         yield torch.randn(shape, generator=generator)
 

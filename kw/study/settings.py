@@ -67,8 +67,7 @@ def _load(path: Path, options: Iterable[str]) -> Any:
 
 def as_option(key: str, value: Any) -> str:
     """A setting as ``--cfg-options`` takes it."""
-    # YAML's flow style contains JSON, but for the pairs of escapes of a character like an emoji.
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={json.dumps(value)}"  # YAML's flow style contains JSON
 
 
 def differences(
