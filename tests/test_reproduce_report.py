@@ -159,6 +159,8 @@ def test_what_may_change_a_result_is_compared() -> None:
     run = {"seed": 4, "data": {"root": "b", "workers": 0}, "ema": {"decay": 0.9}, "list": (1, 2)}
     assert differences(shipped, run, seed=False) == ["ema null -> unset", "ema.decay unset -> 0.9"]
     assert differences(shipped, {**shipped, "seed": 4}) == ["seed 0 -> 4"]
+    seen = {"loggers": {"csv": {}}, "pictures": {"interval": 1}, "distributed.timeout_minutes": 3}
+    assert differences(shipped, {**shipped, **seen}) == []
     weights = {"model": {"backbone": {"weights": "a.pth"}}}
     assert differences(weights, {"model": {"backbone": {"weights": "b.pth"}}}) == []
     gone = differences(weights, {"model": {"backbone": {"weights": None}}})
