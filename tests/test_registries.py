@@ -92,12 +92,14 @@ def test_one_of_each_kind(own: Path) -> None:
     assert checkpoint["ranks"][0]["hooks"]["EarlyStopping"]["without"] <= 1
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["custom_imports"] == MODULES.split(",")
+    imports = [word for name in MODULES.split(",") for word in ("--import", name)]
     tested_again = tool(
-        own, "test.py", "work_dirs/mine/config.yaml", "work_dirs/mine/last.pth",
-        *(word for name in MODULES.split(",") for word in ("--import", name)),
-    )  # fmt: skip
+        own, "test.py", "work_dirs/mine/config.yaml", "work_dirs/mine/last.pth", *imports
+    )
     assert tested_again.returncode == 0, tested_again.stderr
     assert f"top1         {tested[-1]['top1']:.4f}" in tested_again.stdout
+    predicted = tool(own, "predict.py", "work_dirs/mine/last.pth", "data/table/1.png", *imports)
+    assert "| data/table/1.png |" in predicted.stdout, predicted.stderr
     exported = tool(
         own, "export.py", "work_dirs/mine/config.yaml", "work_dirs/mine/last.pth", "mine.exported",
         "--import", "my_format", "--batch", "2", "--fixed-size", allow="1",

@@ -408,7 +408,9 @@ def test_launchers_train_to_the_end(
         assert json.loads((folder / row / "results.json").read_text())["images"] > 0
 
 
-def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
+def test_commands(
+    full: Callable[..., Reproduction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = full("imagenet_300ep")
     (run,) = task.runs(task.table.row("resnet50"))
     line = shlex.join(command_for([run], "torchrun", 4))
@@ -420,6 +422,9 @@ def test_commands(full: Callable[..., Reproduction], tmp_path: Path) -> None:
     spaced = Reproduction(task.table, FULL, tmp_path / "a b")
     with pytest.raises(RunError, match="no path with spaces"):
         command_for(spaced.runs(task.table.row("resnet50")), "slurm", None)
+    monkeypatch.setattr("kw.config.imports.GIVEN", ["mine"])
+    for launcher in ("none", "torchrun", "slurm"):
+        assert "--import mine --work-dir " in shlex.join(command_for([run], launcher))
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])

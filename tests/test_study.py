@@ -252,8 +252,10 @@ def test_a_study_is_run_once_and_summarised(
     monkeypatch.setattr(subprocess, "Popen", Forked)
     continuing(study)
     runs, docs = tmp_path / "runs", tmp_path / "docs"
-    tool("kw study run", study, "--work-dir", runs, "--jobs", 2)
+    monkeypatch.setattr("kw.config.imports.GIVEN", [])
+    tool("kw study run", study, "--work-dir", runs, "--jobs", 2, "--import", "colorsys")
     assert "converted_seed3: finished in" in capfd.readouterr().out
+    assert " --import colorsys " in (runs / "converted_seed3/output.txt").read_text()
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pth")}
     tool("kw study run", study, "--work-dir", runs)
     assert "converted_seed3: done already" in capfd.readouterr().out

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("root", nargs="?", help="the data set, as data.root names it")
     parser.add_argument("out", nargs="?", type=Path, help="the file to write, NAME.zip")
     parser.add_argument("--check", type=Path, metavar="FILE", help="check a packed set's checksums")
-    parser.add_argument("--dataset", choices=list(DATASETS), default="folder")
+    parser.add_argument("--dataset", choices=DATASETS, default="folder")
     parser.add_argument("--dataset-args", default="{}", metavar="YAML", help="{key: value}")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="train val")
     parser.add_argument(

@@ -29,7 +29,7 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells 
 
 
 class ToolParser(argparse.ArgumentParser):
-    """A parser whose tool has ``--debug``, and whose mistakes look like all others.
+    """A tool's parser, with ``--debug`` and ``--import``; its mistakes look like all others.
 
     Args:
         doc: the tool's docstring, with examples; the help shows it as it is.
@@ -42,6 +42,13 @@ class ToolParser(argparse.ArgumentParser):
         # run_tool looks for it itself: a mistake may be found before there is a namespace.
         self.add_argument(
             "--debug", action="store_true", help="show the traceback of a mistake as well"
+        )
+        self.add_argument(
+            "--import",
+            dest="imports",
+            action=_Import,
+            metavar="MODULE",
+            help="import a module of your own first, which registers what the configuration names",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -69,9 +76,10 @@ def _as_setting(words: list[str]) -> str:
 class _Import(argparse.Action):
     # At once: the choices of other arguments may depend on it.
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
-        from ..config.imports import import_modules
+        from ..config.imports import GIVEN, import_modules
 
         import_modules([value], option or "--import")
+        GIVEN.append(value)
 
 
 def add_config_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -87,14 +95,7 @@ def add_config_options(parser: argparse.ArgumentParser, nargs: str | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--cfg-options`` and ``--import``."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action=_Import,
-        metavar="MODULE",
-        help="import a module of your own first, which registers what the configuration names",
-    )
+    """``--cfg-options``."""
     parser.add_argument(
         "--cfg-options",
         "--set",

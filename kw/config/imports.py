@@ -17,6 +17,8 @@ from ..errors import one_line
 from .tree import ConfigError, Entry, show
 
 ALLOW = "KW_CUSTOM_IMPORTS"
+GIVEN: list[str] = []
+"""The modules of ``--import``, which commands that this process starts are given as well."""
 
 
 def import_custom(root: Entry) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ..config import imports
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.interruption import on_signals
 from .runs import Run, RunError, State, find_state, locked, note_jobs, reason, record
@@ -37,6 +38,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
         RunError: the launcher's script is not here, or slurm's cannot use one of the paths.
     """
     python = f"PYTHON={sys.executable}"
+    given = [word for name in imports.GIVEN for word in ("--import", name)]
     if launcher == "slurm":
         home = runs[0].home.absolute()
         configs = [str(run.resolved.absolute()) for run in runs]
@@ -44,14 +46,15 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
             raise RunError(
                 f"--work-dir {runs[0].home}: scripts/train.slurm takes no path with spaces"
             )
-        words = ["env", python, f"OPTIONS=--work-dir {home}/{{name}}", "sbatch", "--parsable"]
+        into = " ".join([*given, f"--work-dir {home}/{{name}}"])
+        words = ["env", python, f"OPTIONS={into}", "sbatch", "--parsable"]
         words += ["--array", f"0-{len(runs) - 1}", "--job-name", home.name]
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
             words += ["--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
         return [*words, _script("train.slurm"), *configs]
     (run,) = runs
-    rest = [str(run.config.absolute()), "--work-dir", str(run.work_dir.absolute())]
+    rest = [str(run.config.absolute()), *given, "--work-dir", str(run.work_dir.absolute())]
     options = ["--cfg-options", *run.options] if run.options else []
     if launcher == "torchrun":
         processes = [] if gpus is None else [f"PROCESSES={gpus}"]
