@@ -1,6 +1,6 @@
 """Turn a checkpoint that the authors released into one of this project's.
 
-kw convert released released.pth configs/imagenet/resnet18/kw_resnet18_1x.yaml \
+kw convert released released.pth configs/imagenet/resnet18/kw_resnet18_1x.yaml \\
     kw_resnet18_1x.pth
 python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
 

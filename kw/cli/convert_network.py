@@ -1,6 +1,6 @@
 """Convert a trained static network: its checkpoint in, a converted network's checkpoint out.
 
-kw convert network configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \
+kw convert network configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \\
     --weights resnet18.safetensors --images data/imagenet/val
 python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
 

@@ -1,7 +1,7 @@
 """Export a trained classifier or detector to ONNX, OpenVINO, ExecuTorch and others; verified.
 
 kw export work_dirs/mask_rcnn_kw_resnet50_1x mask_rcnn.onnx
-kw export configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth \
+kw export configs/imagenet/resnet18/kw_resnet18_1x.yaml work_dirs/.../best.pth \\
     kw_resnet18_1x.onnx kw_resnet18_1x.pt2 kw_resnet18_1x.safetensors --images data/imagenet/val
 
 The name's end decides the format. Batch and image size are open where the network allows it, and

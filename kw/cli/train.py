@@ -2,7 +2,7 @@
 
 kw train configs/imagenet/resnet18/kw_resnet18_1x.yaml
 kw train configs/coco/mask_rcnn_kw_resnet50_1x.py
-torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
+torchrun --nproc-per-node 8 -m kw train CONFIG --launcher pytorch
 """
 
 from ..runs import default_folder, load_run

@@ -153,7 +153,7 @@ class Reader(NamedTuple):
         except ImportError as error:
             raise DataError(
                 f"{os.fspath(path)}: TIFF files of data.channels {self.channels}, data.pixels "
-                f"{self.pixels} need the package tifffile: pip install -e '.[tiff]'"
+                f"{self.pixels} need the package tifffile: pip install 'kernelwarehouse[tiff]'"
             ) from error
         try:
             with readable(path), tifffile.TiffFile(source) as file:

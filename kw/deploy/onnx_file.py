@@ -28,7 +28,7 @@ def needs(package: str) -> Any:
         if package in _EXTRAS:
             kind, extra, name = "such files need", package, _EXTRAS[package]
         raise ExportError(
-            f"{kind} the package {name}: pip install -e '.[{extra}]' ({one_line(error)})"
+            f"{kind} the package {name}: pip install 'kernelwarehouse[{extra}]' ({one_line(error)})"
         ) from error
 
 

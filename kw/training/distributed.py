@@ -59,7 +59,7 @@ def find_process(launcher: str) -> Process:
     if missing:
         raise ConfigError(
             f"--launcher {launcher}: {', '.join(missing)} not set; start the run as "
-            "torchrun --nproc-per-node GPUS tools/train.py CONFIG --launcher pytorch"
+            "torchrun --nproc-per-node GPUS -m kw train CONFIG --launcher pytorch"
         )
     wrong = [f"{key}={os.environ[key]!r}" for key in counts if not os.environ[key].isdecimal()]
     if wrong:
