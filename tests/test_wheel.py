@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kw.config.names import config_file, config_names
+from kw.study.files import load_study
 
 ROOT = Path(__file__).parents[1]
 MODEL = "demo_kw_resnet18_1x"
@@ -163,6 +164,21 @@ def test_every_configuration_has_a_name() -> None:
     assert config_file("kw_resnet18_1x") == ROOT / "configs/imagenet/resnet18/kw_resnet18_1x.yaml"
     assert config_file("finetune_kw_resnet18_1x").parent.name == "finetune"
     assert not {"demo_demo", "demo_demo_seeds"} & set(names)
+
+
+def test_paths_of_shipped_files_hold_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = "configs/demo/resnet18.yaml"
+    assert config_file(shipped) == ROOT / shipped
+    assert (
+        load_study("configs/demo/demo.yaml").runs[1].config
+        == ROOT / "configs/demo/kw_two_inks.yaml"
+    )
+    Path("configs/demo").mkdir(parents=True)
+    Path(shipped).touch()
+    assert config_file(shipped) == Path(shipped)  # one's own comes first
 
 
 def test_a_name_is_taken_wherever_a_configuration_is(

@@ -48,12 +48,16 @@ def config_names(pattern: str = "*") -> dict[str, Path]:
 
 
 def config_file(name: str | os.PathLike[str]) -> Path:
-    """A configuration's file, by its path or by the name of one of this project's.
+    """A configuration's file, by its path or by the name of one of this project's. A path
+    ``configs/...`` that is not there is this project's too.
 
     Raises:
         ConfigError: neither is there; the message has the nearest name.
     """
     path = Path(name)
+    ours = configs().parent / path
+    if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file():
+        return ours
     if path.suffix or path.is_file() or len(path.parts) > 1:
         return path  # reading it checks whether it is one
     known = config_names()

@@ -14,6 +14,7 @@ from ..config import load_config
 from ..config.checking import Schema, check_tree
 from ..config.fields import setting
 from ..config.loading import read_config
+from ..config.names import config_file
 from .runs import Run
 from .settings import as_option
 
@@ -66,7 +67,7 @@ def load_study(
     Raises:
         ConfigError: the study or one of its rows is wrong.
     """
-    path = Path(path)
+    path = config_file(path)
     home = Path("work_dirs", path.stem) if home is None else home
     file = check_tree(read_config(path), Schema(_StudyFile, _check_rows))
     shared = [as_option(*item) for item in file.options.items()] + [*options]
