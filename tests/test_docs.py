@@ -42,6 +42,7 @@ from kw.cli import ToolParser, command_of
 from kw.config import ConfigError
 from kw.errors import UserError
 from kw.runs import load_run
+from kw.study.files import load_study
 from kw.warehouse import KWLayer
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -106,6 +107,8 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     if program in ("python", "torchrun", "kw"):
         if program == "kw":
             words = ["kw", *words]
+        if words[:3] == ["kw", "study", "run"] and command.block.page.stem != "results":
+            load_study(words[3])  # results.md has records of earlier files
         if program == "torchrun":
             from torch.distributed.run import get_args_parser
 
@@ -219,6 +222,7 @@ def add_written_files(recorder: Recorder) -> None:
         ("python tools/train.py configs/demo/resnet18.yaml --work-folder x", "SystemExit"),
         ("python tools/train.py configs/demo/resnet19.yaml", "ConfigError"),
         ("python tools/train.py configs/demo/resnet18.yaml --cfg-options epoch=3", "ConfigError"),
+        ("kw study run configs/demo/nowhere.yaml", "ConfigError"),
         ("make everything", "AssertionError"),
         ("pip install '.[all]'", "AssertionError"),
         ("scripts/prepare_coco.sh --verify data/coco", "AssertionError"),
