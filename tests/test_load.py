@@ -230,7 +230,7 @@ def empty_folder(run: Path, tmp_path: Path) -> Path:
 
 MISTAKES = {
     "none": (lambda run, tmp_path: tmp_path / "no.pth", "no.pth: no such file or folder; expected"),
-    "folder": (empty_folder, r"expected a work directory of tools/train.py"),
+    "folder": (empty_folder, r"expected a work directory of kw train"),
     "suffix": (text("a.h5"), r"expected a work directory .*, found '.h5'"),
     "damaged": (damaged, "is damaged: its SHA-256 begins with"),
     "cut off": (renamed, "cannot be read as safetensors"),

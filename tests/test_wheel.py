@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -164,6 +165,13 @@ def test_every_configuration_has_a_name() -> None:
     assert config_file("kw_resnet18_1x") == ROOT / "configs/imagenet/resnet18/kw_resnet18_1x.yaml"
     assert config_file("finetune_kw_resnet18_1x").parent.name == "finetune"
     assert not {"demo_demo", "demo_demo_seeds"} & set(names)
+
+
+def test_messages_name_what_an_installed_package_has() -> None:
+    for path in ROOT.glob("kw/**/*.py"):
+        if path.name not in ("page.py", "summary.py"):  # marks of files that were written before
+            found = re.search(r"\btools/\w+\.py|pip install -e", path.read_text("utf-8"))
+            assert found is None, f"{path}: {found}"
 
 
 def test_paths_of_shipped_files_hold_in_any_folder(

@@ -13,7 +13,7 @@ from .tool import ToolParser, number, output_file, save_json
 def main() -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("root", metavar="DATA", help="a folder with val/<class>/*")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="as for tools/predict.py")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as for kw predict")
     parser.add_argument("--batch-size", type=number(int, 1, 65536), default=32, metavar="N")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write results to FILE")
     args = parser.parse_args()

@@ -2,10 +2,10 @@
 
 kw convert released released.pth configs/imagenet/resnet18/kw_resnet18_1x.yaml \\
     kw_resnet18_1x.pth
-python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
+kw test configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
 
 A source may hold the network (model) and a moving average of it (ema). --weights says which of them
-the target gets: "all" keeps both, as a training run of this project does, and tools/test.py reports
+the target gets: "all" keeps both, as a training run of this project does, and kw test reports
 the average first; "model" and "ema" keep one, as the target's only weights.
 """
 

@@ -2,7 +2,7 @@
 
 kw convert network configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth \\
     --weights resnet18.safetensors --images data/imagenet/val
-python tools/test.py configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
+kw test configs/imagenet/resnet18/kw_resnet18_1x.yaml kw_resnet18_1x.pth
 
 Prints what every warehouse kept, and how far the outputs are from the static network's. Below a
 budget of 1 kernels are kept in part; every other one of --images then says which part matters, and

@@ -5,7 +5,7 @@ kw predict work_dirs/mine photos/ --score 0.3 --pictures found --json found.json
 kw predict work_dirs/mine test2017/ --annotations image_info_test-dev2017.json \\
     --json results.json
 
-MODEL is a work directory or checkpoint of tools/train.py, or a file of tools/export.py. Files that
+MODEL is a work directory or checkpoint of kw train, or a file of kw export. Files that
 cannot be read are skipped and listed at the end; the status is 2 only if none could be read.
 
 A detector's --json is an annotation file in COCO's format whose annotations have scores; with

@@ -63,7 +63,7 @@ def main() -> None:
         raise RunError(
             f"{table.name}: there is nothing to train: the rows have no configuration"
             if table.kind != "latency"
-            else f"{table.name} is not trained: tools/benchmark.py measures latency"
+            else f"{table.name} is not trained: kw benchmark networks measures latency"
         )
     if args.run or args.dry_run:
         data = task.prepare_data()

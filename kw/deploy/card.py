@@ -48,7 +48,7 @@ classifier = kw.load("{name}")
 classifier.predict(["image.jpg"], k=5)
 ```
 
-    python tools/predict.py {name} image.jpg folder/
+    kw predict {name} image.jpg folder/
 
 {other}"""
 _OTHER = {
@@ -146,7 +146,7 @@ def _training(description: Description, notes: list[str]) -> dict[str, object]:
         if name in description.metrics:
             rows[f"{unit}, in the run's evaluation"] = f"{description.metrics[name]:.4g}"
     if not description.metrics:
-        rows["accuracy"] = "the checkpoint holds none; measure it: tools/test.py"
+        rows["accuracy"] = "the checkpoint holds none; measure it: kw test"
     return rows | ({"notes": "; ".join(notes)} if notes else {})
 
 

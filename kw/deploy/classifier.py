@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..objects.found import Detector
 
 FORMATS = (".pth", ".safetensors", ".onnx", ".pt2", ".xml", ".pte")
-_EXPECTED = f"a work directory of tools/train.py, a file {', '.join(FORMATS)}, or hf-hub:user/model"
+_EXPECTED = f"a work directory of kw train, a file {', '.join(FORMATS)}, or hf-hub:user/model"
 
 
 class Prediction(NamedTuple):
@@ -184,7 +184,7 @@ def load(
     image, of a detector a ``Found`` (:mod:`kw.detection`).
 
     Args:
-        path: a checkpoint of tools/train.py or its work directory; or a ``.safetensors``,
+        path: a checkpoint of kw train or its work directory; or a ``.safetensors``,
             ``.onnx``, ``.pt2``, ``.xml`` (OpenVINO) or ``.pte`` (ExecuTorch) file of kw export; or
             a folder of ``kw pull``, or its name on the Hugging Face Hub,
             ``"hf-hub:user/model[@revision]"``. ``.pt2`` and ``.pte`` files, and the ``config.py``

@@ -143,7 +143,7 @@ class Description:
             )
         if texts.get(MARK) != VERSION:
             raise ExportError(
-                f"{source}: holds no description of a classifier, as tools/export.py writes it "
+                f"{source}: holds no description of a classifier, as kw export writes it "
                 f"(metadata {MARK!r}: expected {VERSION!r}, found {texts.get(MARK)!r})"
             )
         try:

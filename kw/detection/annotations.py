@@ -69,7 +69,7 @@ def load_annotations(
             near = difflib.get_close_matches(table, content, 1)
             hint = f"; did it mean {near[0]!r}?" if near else f"; it has {some(list(content))}"
             if table == "annotations" and not near:
-                hint += ": tools/predict.py takes images that are not annotated"
+                hint += ": kw predict takes images that are not annotated"
             raise _Unusable("structure", f"{file} lacks {table!r}{hint}")
         rows = content[table]
         if not isinstance(rows, list):
@@ -100,7 +100,7 @@ def category_ids(content: Mapping[str, Any], file: str) -> dict[str, int]:
         what = "categories of the same name or id"
         raise DataError(
             f"{file} has {what}: rename one, or give the objects of both one category_id "
-            "(tools/check_coco.py lists them)"
+            "(kw inspect annotations lists them)"
         )
     return dict(sorted(named.items(), key=lambda pair: pair[1]))
 

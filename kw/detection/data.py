@@ -178,7 +178,7 @@ class LoadImage(BaseTransform):
         if None not in said and said != image.size:
             raise DataError(
                 f"{path}: read as {image.width} x {image.height} pixels, the annotation file says "
-                f"{said[0]} x {said[1]}: its objects would lie elsewhere; tools/check_coco.py "
+                f"{said[0]} x {said[1]}: its objects would lie elsewhere; kw inspect annotations "
                 "lists such images and what helps (data.exif_orientation, the file's sizes)"
             )
         pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # BGR, as OpenCV's
@@ -207,7 +207,7 @@ def build_train_loader(
     file = Path(data.root, data.train_annotations)
     usage = _listed(file, classes, data)
     if not usage.used:
-        raise DataError(f"{file}: nothing to train on: {usage}; tools/check_coco.py lists them")
+        raise DataError(f"{file}: nothing to train on: {usage}; kw inspect annotations lists them")
     filters = {"filter_empty_gt": not data.keep_empty, "min_size": data.min_size}
     dataset = _build(config, True, classes, filter_cfg=filters)
     if usage.reasons:
@@ -266,7 +266,7 @@ def _listed(file: Path, classes: Sequence[str], data: CocoDataConfig) -> Usage:
         return Usage.of(content["annotations"], names, sizes, min_size=data.min_size)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{file} cannot be read: {one_line(error)}; tools/check_coco.py lists what is wrong"
+            f"{file} cannot be read: {one_line(error)}; kw inspect annotations lists what is wrong"
         ) from error
 
 

@@ -260,7 +260,7 @@ def _read_truth(
         images = {image_id: number for number, image_id in enumerate(sorted(ids), 1)}
         categories = {each: number for number, each in enumerate(sorted(category_ids), 1)}
         if len(images) < len(ids):
-            raise DataError(f"{file} names an image id twice; tools/check_coco.py lists them")
+            raise DataError(f"{file} names an image id twice; kw inspect annotations lists them")
         keys = ("height", "width") if masks else ()
         sizes = {each["id"]: {key: each[key] for key in keys} for each in content["images"]}
         annotations: list[dict[str, Any]] = []
@@ -283,7 +283,7 @@ def _read_truth(
         what = f"lacks {error}" if isinstance(error, KeyError) else f"has a wrong value ({error})"
         raise DataError(
             f"{file} cannot be evaluated against: an image or an annotation {what}; "
-            "tools/check_coco.py lists what is wrong"
+            "kw inspect annotations lists what is wrong"
         ) from error
     numbered = {
         "images": [{"id": images[each], **sizes[each]} for each in sizes],

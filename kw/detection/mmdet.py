@@ -54,7 +54,7 @@ class CocoDataset(_CocoDataset):
             raise
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             what = f"{self.ann_file} cannot be read: {one_line(error)}"
-            raise DataError(f"{what}; tools/check_coco.py lists what is wrong") from error
+            raise DataError(f"{what}; kw inspect annotations lists what is wrong") from error
         return found
 
     def filter_data(self) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def _reads_annotations(step: Any) -> bool:
 
 
 def load(model: str | Path, device: str = "cpu", weights: str = "auto") -> Predictor:
-    """The trained detector of a run, a work directory of ``tools/train.py`` or a checkpoint in it;
+    """The trained detector of a run, a work directory of ``kw train`` or a checkpoint in it;
     otherwise as :class:`Predictor`.
 
     Its ``config.py`` is run as a program: load only folders that you trust.

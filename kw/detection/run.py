@@ -207,7 +207,7 @@ def _evaluator(config: DetectorConfig, classes: list[str], masks: bool) -> CocoE
     if not (in_image := evaluator.objects):
         raise DataError(
             f"{file}: no object to evaluate against (of {', '.join(classes[:5])}; crowds do not "
-            "count); tools/predict.py takes images that are not annotated"
+            "count); kw predict takes images that are not annotated"
         )
     most = min([most, *detection_limits(config.model)])
     if beyond := {i: n for i, n in in_image.items() if n > most}:
@@ -231,7 +231,7 @@ def _check_data(check: Callable[[], list[Report]], process: Process) -> None:
             for report in reports:
                 if not report.errors and report.warnings:
                     told = [f"{each.count:,} {each.text}" for each in report.warnings]
-                    say(f"{report.annotations_file} (tools/check_coco.py): {'; '.join(told)}")
+                    say(f"{report.annotations_file} (kw inspect annotations): {'; '.join(told)}")
         except DataError as error:
             wrong = str(error)
     if wrong := from_first(wrong):

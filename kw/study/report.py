@@ -86,7 +86,7 @@ def overview(task: Reproduction, rows: Sequence[PaperRow]) -> str:
         if not runs:
             why = "no configuration: published only"
             if table.kind == "latency":
-                why = "not trained: tools/benchmark.py measures latency"
+                why = "not trained: kw benchmark networks measures latency"
             lines.append(f"{row.model:{longest}}  {why}; {published}")
         for run in runs:
             name = f"{row.model}-seed{run.seed}" if run.seed else row.model

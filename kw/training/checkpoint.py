@@ -98,10 +98,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {why_unread(error)}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
-            f"checkpoint {path}: expected a mapping with 'state_dict', as tools/train.py writes it"
+            f"checkpoint {path}: expected a mapping with 'state_dict', as kw train writes it"
         )
     if (fault := layout_fault(checkpoint)) is not None:
-        raise CheckpointError(f"checkpoint {path}: {fault}, as tools/train.py writes it")
+        raise CheckpointError(f"checkpoint {path}: {fault}, as kw train writes it")
     return checkpoint
 
 

@@ -109,7 +109,7 @@ def resume(trainer: Trainer, path: Path) -> dict[str, Any]:
 def _restore(trainer: Trainer, checkpoint: dict[str, Any], source: str) -> None:
     if "optimizer" not in checkpoint:
         raise CheckpointError(
-            f"{source} holds weights alone: it can be evaluated (tools/test.py), not resumed"
+            f"{source} holds weights alone: it can be evaluated (kw test), not resumed"
         )
     meta = checkpoint["meta"]
     done, per_epoch = meta["iter"], trainer.updates_per_epoch

@@ -97,9 +97,7 @@ def trained_file(path: str | Path) -> Path:
     found = [best] if best.is_file() else remaining(path)[-1:]
     found = found or [file for file in [path / EXPORTED] if file.is_file()]
     if not found:
-        raise CheckpointError(
-            f"{path}: expected a work directory of tools/train.py; no *.pth there"
-        )
+        raise CheckpointError(f"{path}: expected a work directory of kw train; no *.pth there")
     return found[0]
 
 
