@@ -110,7 +110,7 @@ def convert(
     fitted = [g for g in groups.values() if g.settings.cell_num_ratio < 1 and _keeps(g)]
     squares = {} if batches is None or not fitted else _input_squares(model, fitted, batches)
     if batches is not None and not fitted and announce:
-        say("batches are not used: no budget is below 1 with start 'keep'")
+        say("no images are fitted to: no warehouse has a budget below 1 and start 'keep'")
     outcome: dict[str, KeptWarehouse] = {}
     for group in groups.values():
         shapes = [kernel_shape(name, module) for name, module in group.layers]
