@@ -510,3 +510,12 @@ def test_the_tool_writes_all_formats_and_cards(
     said = capsys.readouterr()
     assert "before annealing had ended" in said.err
     assert ("written without it" in "".join(said)) == again
+
+
+def test_a_run_is_called_by_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "birds"
+    run.mkdir()
+    (run / "config.yaml").write_text(json.dumps(SETTINGS))
+    checkpoint = write_checkpoint(run / "best.pth", SETTINGS)
+    for config in (None, run / "config.yaml"):
+        assert read_source(checkpoint, config).description.model == "birds"

@@ -101,7 +101,7 @@ def ready(network: nn.Module) -> nn.Module:
 
 def _name(config: str | Path | None, path: Path, settings: Config) -> str:
     """Its name: that of its configuration file or work directory."""
-    if config is not None:
+    if config is not None and Path(config).stem != "config":  # which is a work directory's own
         return Path(config).stem
     return path.absolute().parent.name or settings.model.name
 
