@@ -184,6 +184,8 @@ def test_paths_of_shipped_files_hold_in_any_folder(
         load_study("configs/demo/demo.yaml").runs[1].config
         == ROOT / "configs/demo/kw_two_inks.yaml"
     )
+    Path("mine.yaml").write_text(f"rows: [{shipped}]")
+    assert load_study("mine.yaml").runs[0].config == ROOT / shipped
     Path("configs/demo").mkdir(parents=True)
     Path(shipped).touch()
     assert config_file(shipped) == Path(shipped)  # one's own comes first

@@ -77,7 +77,7 @@ def load_study(
         said.insert(0, f"temperature_epochs={file.temperature_epochs} (rows that anneal)")
     for name in file.rows:
         variant = file.variants.get(name) or _Variant(name)
-        config = path.parent / variant.config
+        config = config_file(path.parent / variant.config)
         row = name if name in file.variants else config.stem
         further = [as_option(*item) for item in variant.options.items()]
         row_options = [*shared, *further]
