@@ -483,7 +483,7 @@ def test_a_detector_starts_from_its_classifier(full: Callable[..., Reproduction]
         (["imagenet_300ep", "--seeds", "0"], "expected an integer >= 1"),
         (["imagenet_300ep", "--run", "--cfg-options", "epoch=3"], "did you mean epochs?"),
         (["imagenet_300ep", "--run", "--launcher", "slurm"], "there is no sbatch here"),
-        (["latency_batch128", "--run"], "tools/benchmark.py measures latency"),
+        (["latency_batch128", "--run"], "kw benchmark networks measures latency"),
         (["imagenet_resnet18_100ep", "--rows", "*_dcd", "--run"], "nothing to train"),
     ],
 )

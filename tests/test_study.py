@@ -423,6 +423,26 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0)]
 
 
+def test_runs_of_a_kind_are_compared(
+    tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for score, value in (("top1", 50.0), ("mAP", 40.0), ("bbox_mAP", 0.25)):
+        run, at = tmp_path / score, {"epoch": 1, "iter": 1}
+        run.mkdir()
+        lines = [{"mode": "train", **at, "seconds": 1.0, "loss": 3.0}, {"mode": "val", **at}]
+        lines[1] |= {score: value}
+        (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        results = {"params": 7, "weights": "model", score: value}
+        (run / "results.json").write_text(json.dumps(results))
+        tool("kw study compare", run, "--plot", tmp_path / "curves.svg")
+    said = capfd.readouterr().out
+    for shown in (" top-1 (%) ", " 50.00 ", " mAP (%) ", " 40.00 ", " box AP (%) ", " 25.00 "):
+        assert shown in said
+    with pytest.raises(SystemExit):
+        tool("kw study compare", tmp_path / "bbox_mAP", tmp_path / "top1")
+    assert "top1 is judged by top-1 (%)" in capfd.readouterr().err
+
+
 def test_a_loss_that_was_not_finite_leaves_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

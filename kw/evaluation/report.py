@@ -154,15 +154,18 @@ def around(text: str, begin: str, end: str) -> tuple[str, str]:
     return text[: text.index(begin) + len(begin)], text[text.index(end) :]
 
 
-def summary_table(runs: Sequence[Run]) -> str:
-    """Model, parameters in millions, top-1 of the best epoch in percent, seconds per epoch."""
+def summary_table(
+    runs: Sequence[Run], score: str = "top1", name: str = "top-1 (%)", scale: float = 1
+) -> str:
+    """Model, parameters in millions, score of the best epoch, seconds per epoch; ``score`` is its
+    key, called ``name``, and ``scale`` leads from its unit to the table's."""
     rows = [
         (
             run.name,
             f"{run.results['params'] / 1e6:.2f}M",
-            f"{run.results['top1']:.2f}",
+            f"{scale * run.results[score]:.2f}",
             f"{run.seconds_per_epoch:.1f}",
         )
         for run in runs
     ]
-    return render_table(("model", "parameters", "top-1 (%)", "seconds per epoch"), rows)
+    return render_table(("model", "parameters", name, "seconds per epoch"), rows)
