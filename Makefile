@@ -58,6 +58,9 @@ $(DEMO)/kw_resnet18_1x/best.pth: | install
 pictures: install
 	PYTHON=$(BIN)/python scripts/make_pictures.sh
 
+# Compiled modules are kept, whatever the environment says: processes of tests import them again.
+test test-slow coverage: export PYTHONDONTWRITEBYTECODE =
+
 test: install
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
