@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from kw.cli import main
+from kw.config import config_from_mapping
 from kw.config.schema import ModelConfig
 from kw.models import build
 
@@ -73,6 +75,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+imported = len(sys.modules)
+
+
+def pytest_runtest_teardown() -> None:
+    """Those of what a test has imported, too: mmengine collects for every set that it reads."""
+    global imported
+    if len(sys.modules) != imported:
+        imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     """The process ends with nothing left."""
     gc.unfreeze()
@@ -110,6 +124,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root, "train", (16, 16, 16, 16), seed=0)
     write_images(root, "val", (5, 5, 5, 4), seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def one_epoch(
+    images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, float | None]]:
+    """A run of ``settings`` with one epoch, and its figures; tests go on in copies of it."""
+    from kw.training import train
+
+    folder = tmp_path_factory.mktemp("one_epoch") / "run"
+    return folder, train(config_from_mapping({**settings_of(images), "epochs": 1}), folder)
+
+
+@pytest.fixture
+def begun(one_epoch: tuple[Path, Any], tmp_path: Path) -> Path:
+    """``tmp_path``, a copy of that run."""
+    return Path(shutil.copytree(one_epoch[0], tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture
