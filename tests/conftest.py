@@ -21,25 +21,7 @@ from torch import nn
 
 from kw.cli import main
 from kw.config import config_from_mapping
-from kw.config.schema import ModelConfig
-from kw.models import build
 
-
-def tried_once(check: Callable[..., None]) -> Callable[..., None]:
-    """``check_network``, which takes as long as two updates, for each network until it passes."""
-    passed = set()
-
-    @functools.wraps(check)
-    def tried(network: nn.Module, config: ModelConfig, input_size: Any) -> None:
-        key = repr(network), repr(config), str(input_size)
-        if key not in passed:
-            check(network, config, input_size)
-            passed.add(key)
-
-    return tried
-
-
-build.check_network = tried_once(build.check_network)
 # Choices of back ends are those of a machine that nobody has measured.
 os.environ["KW_CALIBRATION"] = "0"
 # The networks of tests are tiny: threads would only wait for one another.
@@ -69,9 +51,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+def tried_once(check: Callable[..., None]) -> Callable[..., None]:
+    """``check_network``, which takes as long as two updates, for each network until it passes."""
+    passed: set[tuple[str, ...]] = set()
+
+    @functools.wraps(check)
+    def tried(network: nn.Module, config: Any, input_size: Any) -> None:
+        key = repr(network), repr(config), str(input_size)
+        if key not in passed:
+            check(network, config, input_size)
+            passed.add(key)
+
+    return tried
+
+
 def pytest_collection_finish() -> None:
     """Collections of garbage in tests leave the million objects of the imports out."""
+    if build := sys.modules.get("kw.models.build"):
+        check, once = build.check_network, tried_once(build.check_network)
+        for names in [getattr(module, "__dict__", {}) for module in sys.modules.values()]:
+            if names.get("check_network") is check:
+                names["check_network"] = once
     gc.freeze()
+    gc.set_threshold(3_000)  # of Python's 700
     gc.enable()
 
 

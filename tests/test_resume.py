@@ -98,14 +98,6 @@ def run_dir(settings: dict[str, Any], saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path, dirs_exist_ok=True))
 
 
-@pytest.fixture(scope="module")
-def one_epoch(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run of one epoch, of which one checkpoint is kept, and its figures."""
-    folder = tmp_path_factory.mktemp("one_epoch") / "run"
-    settings = changed(settings_of(images), epochs=1, checkpoint={"keep": 1})
-    return folder, train(config_from_mapping(settings), folder)
-
-
 @pytest.mark.parametrize("damage", breadth(["cut", "empty", "bit", "start"], ["cut", "bit"]))
 def test_resume_takes_the_newest_whole_file(
     settings: dict[str, Any], run_dir: Path, damage: str
@@ -146,24 +138,22 @@ def test_later_checkpoints_are_told_of(
 
 @pytest.mark.parametrize("left", [["best.pth", "last.pth"], ["last.pth"], ["best.pth"]])
 def test_a_run_whose_epochs_were_deleted_is_a_run(
-    settings: dict[str, Any], one_epoch: tuple[Path, Any], tmp_path: Path, left: list[str]
+    settings: dict[str, Any], one_epoch: tuple[Path, Any], begun: Path, left: list[str]
 ) -> None:
     """It is neither written over nor begun anew."""
     config = config_from_mapping(changed(settings, epochs=1, checkpoint={"keep": 1}))
-    figures = one_epoch[1]
-    shutil.copytree(one_epoch[0], tmp_path, dirs_exist_ok=True)
-    for path in tmp_path.glob("*.pth"):
+    for path in begun.glob("*.pth"):
         if path.name not in left:
             path.unlink()
     with pytest.raises(ConfigError, match=rf"holds a run already \({left[-1]}\)"):
-        train(config, tmp_path)
-    assert trained_file(tmp_path).name == left[0]
+        train(config, begun)
+    assert trained_file(begun).name == left[0]
     longer = config_from_mapping(changed(settings, checkpoint={"keep": 1}))
-    train(longer, tmp_path, resume=True)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    train(longer, begun, resume=True)
+    lines = [json.loads(line) for line in (begun / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["mode"] == "val"] == [1, 2]
-    assert lines[4]["top1"] == figures["top1"]
-    assert {path.name for path in tmp_path.glob("*.pth")} == {"best.pth", "last.pth", "epoch_2.pth"}
+    assert lines[4]["top1"] == one_epoch[1]["top1"]
+    assert {path.name for path in begun.glob("*.pth")} == {"best.pth", "last.pth", "epoch_2.pth"}
 
 
 def test_no_whole_file_is_an_error(settings: dict[str, Any], run_dir: Path) -> None:
@@ -219,19 +209,13 @@ def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_best_is_named_after_a_kill_in_between(
-    settings: dict[str, Any], one_epoch: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:
     """Killed after a best epoch was written, and before it was named."""
-    shutil.copytree(one_epoch[0], tmp_path, dirs_exist_ok=True)
     for name in ("best.pth", "last.pth", "results.json"):
-        (tmp_path / name).unlink()
-    same = changed(settings, epochs=1, checkpoint={"keep": 1})
-    train(config_from_mapping(same), tmp_path, resume=True)
-    best = load_checkpoint(tmp_path / "best.pth")
-    assert (
-        best["meta"]["epoch"] == json.loads((tmp_path / "results.json").read_text())["epoch"] == 1
-    )
+        (begun / name).unlink()
+    train(config_from_mapping(changed(settings, epochs=1)), begun, resume=True)
+    best = load_checkpoint(begun / "best.pth")
+    assert best["meta"]["epoch"] == json.loads((begun / "results.json").read_text())["epoch"] == 1
 
 
 def test_minutes(settings: dict[str, Any], tmp_path: Path) -> None:

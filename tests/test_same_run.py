@@ -152,10 +152,9 @@ def test_an_optimizers_settings_are_those_of_the_configuration(
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optimizer"][key] == value
 
 
-def test_other_groups_of_parameters_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    run(changed(settings, epochs=1), tmp_path)
+def test_other_groups_of_parameters_are_refused(settings: dict[str, Any], begun: Path) -> None:
     with pytest.raises(CheckpointError, match=r"other groups of parameters \(.*attention_lr"):
-        run(changed(settings, epochs=2, optimizer__attention_lr=3), tmp_path, resume=True)
+        run(changed(settings, epochs=2, optimizer__attention_lr=3), begun, resume=True)
 
 
 def test_what_differs_between_settings() -> None:
@@ -172,17 +171,15 @@ def test_what_differs_between_settings() -> None:
     assert settings_changed(*detectors) == ["- epochs = 3", "+ epochs = 4"]
 
 
-def test_a_finished_run_keeps_its_configuration(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings = changed(settings, epochs=1)
-    metrics = run(settings, tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "last.pth")}
-    run(changed(settings, seed=5), tmp_path, resume=True)
-    assert {name: (tmp_path / name).read_bytes() for name in files} == files
-    assert "1 epochs are done" in log_text(tmp_path)
-    assert "nothing is trained" in log_text(tmp_path)
-    run(changed(settings, seed=5, epochs=2), tmp_path, resume=True)
-    assert "seed: 0 -> 5" in log_text(tmp_path)
-    assert "seed: 5" in (tmp_path / "config.yaml").read_text()
+def test_a_finished_run_keeps_its_configuration(settings: dict[str, Any], begun: Path) -> None:
+    files = {name: (begun / name).read_bytes() for name in ("config.yaml", "last.pth")}
+    run(changed(settings, epochs=1, seed=5), begun, resume=True)
+    assert {name: (begun / name).read_bytes() for name in files} == files
+    assert "1 epochs are done" in log_text(begun)
+    assert "nothing is trained" in log_text(begun)
+    metrics = run(changed(settings, seed=5, epochs=2), begun, resume=True)
+    assert "seed: 0 -> 5" in log_text(begun)
+    assert "seed: 5" in (begun / "config.yaml").read_text()
     assert metrics["images"] == 19
 
 
@@ -205,15 +202,14 @@ def test_an_epoch_of_other_updates_is_refused(
 
 
 @pytest.fixture
-def trained(settings: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path]:
+def trained(settings: dict[str, Any], begun: Path) -> tuple[dict[str, Any], Path]:
     """A run, and settings for its pictures with the first class's folder renamed."""
-    run(changed(settings, epochs=1), tmp_path / "run")
-    root = tmp_path / "renamed"
+    root = begun / "renamed"
     shutil.copytree(settings["data"]["root"], root)
     for split in ("train", "val"):
         first = min((root / split).iterdir())
         first.rename(first.with_name("zebra"))
-    return changed(settings, data__root=str(root)), tmp_path / "run" / "last.pth"
+    return changed(settings, data__root=str(root)), begun / "last.pth"
 
 
 def test_other_classes_are_refused(trained: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

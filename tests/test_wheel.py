@@ -87,6 +87,7 @@ def test_train_test_predict(run: Any, images: Path) -> None:
     assert str(run.folder / "venv") in listed  # not the checkout's
     settings = [f"data.root={images}", "model.num_classes=4", "data.workers=0", "epochs=1"]
     settings += ["temperature_epochs=0.5", "schedule.warmup_epochs=0"]
+    settings.append("model.timm_args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}")
     # One process for three commands: most of a command's time goes into its imports.
     train = ["train", MODEL, "--set", *settings, "total_batch_size=16", "batch_size=16"]
     test, predict = ["test", f"work_dirs/{MODEL}"], ["predict", f"work_dirs/{MODEL}"]
