@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from kw.warehouse import KernelShape, partition_kernels
-from kw.warehouse.ops import ConvSpec
+from kw.warehouse.ops import ConvSpec, Problem
+
+
+def problem(channels=64, size=14, kernel=3, batch=8, ratio=1.0, **rest) -> Problem:
+    warehouse = partition_kernels(
+        [KernelShape(channels, channels, (kernel, kernel))], cell_num_ratio=ratio
+    )
+    spec = ConvSpec(warehouse.layers[0], (1, 1), (kernel // 2,) * 2, (1, 1))
+    return Problem(spec, warehouse.cells, batch, (size, size), **rest)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_selection import problem
+from convolutions import problem
 from torch import nn
 
 from kw.warehouse import KWConv2d

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from convolutions import problem
 from processes import in_processes
 from test_admission import Compiled, wrong_cells
-from test_selection import problem
 from torch import nn
 
 from kw.benchmark import doctor

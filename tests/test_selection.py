@@ -9,25 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from convolutions import problem
 from torch import nn
 
 from kw import peers
 from kw.config import ConfigError
 from kw.config.run_schema import ContractionConfig
 from kw.training import set_contraction
-from kw.warehouse import KernelShape, KWConv2d, explain, partition_kernels, set_backend
-from kw.warehouse.ops import CONTRACTIONS, ConvSpec, Cost, Problem, assembly_precision, selector
+from kw.warehouse import KWConv2d, explain, set_backend
+from kw.warehouse.ops import CONTRACTIONS, Cost, assembly_precision, selector
 from kw.warehouse.ops.contraction import Contraction
 from kw.warehouse.ops.device import DeviceProfile
 from kw.warehouse.ops.selection import Selector
-
-
-def problem(channels=64, size=14, kernel=3, batch=8, ratio=1.0, **rest) -> Problem:
-    warehouse = partition_kernels(
-        [KernelShape(channels, channels, (kernel, kernel))], cell_num_ratio=ratio
-    )
-    spec = ConvSpec(warehouse.layers[0], (1, 1), (kernel // 2,) * 2, (1, 1))
-    return Problem(spec, warehouse.cells, batch, (size, size), **rest)
 
 
 class Fake(Contraction):

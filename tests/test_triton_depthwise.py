@@ -11,8 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from breadth import breadth
-from convolutions import CASES, HALVES, WHOLE, Case
-from test_selection import problem
+from convolutions import CASES, HALVES, WHOLE, Case, problem
 from triton_checks import (
     INTERPRETED,
     compare,
