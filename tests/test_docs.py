@@ -310,12 +310,12 @@ def before_data() -> dict[str, Any]:
 BEFORE: dict[str, Callable[[], dict[str, Any]]] = {"README": before_readme, "data": before_data}
 
 
-def narrow(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def narrow(create: Callable[..., nn.Module], **more: Any) -> Callable[..., nn.Module]:
     """Layers and names of a ResNet are the page's, its widths are not."""
 
     def build(name: str, **settings: Any) -> nn.Module:
         if "resnet" in name:
-            settings["channels"] = [16, 16, 32, 32]
+            settings |= {"channels": [16, 16, 32, 32], **more}
         return create(name, **settings)
 
     return build
@@ -325,7 +325,8 @@ def test_converting_md(tmp_path, process_group, monkeypatch):
     page = ROOT / "docs" / "converting.md"
     # What is traced is the same, and no compiler is needed.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(timm, "create_model", narrow(timm.create_model))
+    shallow = narrow(timm.create_model, layers=[1, 1, 1, 1])
+    monkeypatch.setattr(timm, "create_model", shallow)
     batch = (torch.randn(4, 3, 64, 64), torch.randint(10, (4,)))
     names = {"loader": [batch] * 2, "epochs": 1, "path": tmp_path / "model.pth"}
     names["__name__"] = "converting"
