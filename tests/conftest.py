@@ -80,6 +80,7 @@ def pytest_collection_finish() -> None:
 imported = len(sys.modules)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Those of what a test has imported, too: mmengine collects for every set that it reads."""
     global imported
