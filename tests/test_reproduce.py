@@ -397,7 +397,7 @@ def test_launchers_train_to_the_end(
         *rows,
     ]
     settings = [f"data.root={images}", "epochs=1", "data.workers=0"]
-    settings += ["total_batch_size=8", "batch_size=4", "model.timm_args.channels=[8,8,16,16]"]
+    settings += ["total_batch_size=8", "batch_size=4"]
     call(*options, "--run", "--launcher", launcher, "--gpus", processes, "--cfg-options", *settings)
     folder = tmp_path / "tiny/imagenet_resnet18_100ep"
     table = call(*options)
