@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -38,8 +39,9 @@ def runs_in_this_pass(node: Any) -> bool:
 
 
 def in_function_transform() -> bool:
-    """Whether code runs under ``torch.func.vmap``, ``grad`` and their like."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether code runs under ``torch.func.vmap``, ``grad`` and their like, or where tensors may
+    carry derivatives forward (``torch.autograd.forward_ad``)."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def is_traced() -> bool:

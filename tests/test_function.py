@@ -7,11 +7,13 @@ import torch
 from breadth import breadth
 from convolutions import CASES, Case
 from torch import nn
+from torch.autograd import forward_ad
 
 from kw.warehouse import KWConv2d, KWLinear
 from kw.warehouse.ops import (
     CONTRACTIONS,
     Problem,
+    assemble,
     assembly_precision,
     dynamic_conv,
     selector,
@@ -226,3 +228,55 @@ def test_cuda_graph_replays_the_layer():
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(y, layer(x))
+
+
+# --- other ways to differentiate ------------------------------------------------------------------
+
+
+def transformed():
+    """Transforms of a function of one tensor, at ``x`` in the direction ``t``."""
+
+    def dual(f, x, t):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, t))).tangent
+
+    return {
+        "jvp": lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+        "dual": dual,
+        "vjp": lambda f, x, t: torch.func.vjp(f, x)[1](f(t))[0],
+        "jacrev": lambda f, x, t: torch.func.jacrev(f)(x),
+        "jacfwd": lambda f, x, t: torch.func.jacfwd(f)(x),
+        "vmap": lambda f, x, t: torch.func.vmap(f)(torch.stack([x, t])),
+    }
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("backend", ["auto", "bmm"])
+@pytest.mark.parametrize("way", transformed())
+def test_transforms_give_what_they_give_of_plain_operators(way, backend, frozen):
+    """Back ends compute outside of autograd: what has derivatives or batches of its own must not
+    reach them, or those are lost without a word."""
+    torch.manual_seed(0)
+    layer = KWConv2d(8, 8, 3, padding=1, start="paper").eval().requires_grad_(not frozen)
+    x, t = torch.randn(2, 2, 8, 6, 6)
+
+    def plain(x):
+        alpha = layer.attention(x.mean((2, 3)), layer.warehouse.temperature)
+        kernels = assemble(alpha, layer.warehouse.cells, layer.spec)
+        return layer.spec.conv(x.flatten(0, 1)[None], kernels.flatten(0, 1), 2).view(2, 8, 6, 6)
+
+    layer.set_backend(backend)
+    expected = transformed()[way](plain, x, t)
+    torch.testing.assert_close(transformed()[way](layer, x, t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_gradients_do_not_follow_a_later_autocast():
+    """As those of static layers: the precision is that of the forward pass."""
+    x, alpha, cells, spec = inputs(SPATIAL, torch.float32)
+    found = []
+    for enabled in (False, True):
+        y = dynamic_conv(x, alpha, cells, spec)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (into,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(into.square().sum(), cells)[0])
+    torch.testing.assert_close(*found)

@@ -62,7 +62,9 @@ def test_backward_passes() -> None:
 def test_transforms_and_modes() -> None:
     inside: list[bool] = []
     torch.func.vmap(lambda t: inside.append(private.in_function_transform()) or t)(torch.ones(2))
-    assert inside == [True]
+    with torch.autograd.forward_ad.dual_level():
+        inside.append(private.in_function_transform())
+    assert inside == [True, True]
     assert not private.in_function_transform()
     assert not private.dispatch_modes()
     with FlopCounterMode(display=False):

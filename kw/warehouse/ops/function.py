@@ -2,7 +2,8 @@
 
 Under ``torch.compile`` it is an operator of ``torch.library``: one node instead of the selector's
 branches (one graph, no breaks), and CUDA graphs capture what the chosen back end launches.
-Otherwise a ``torch.autograd.Function``, whose calls are cheaper, runs the same two functions.
+Otherwise a ``torch.autograd.Function``, whose calls are cheaper, runs the same two functions. Under
+``torch.func`` and in forward mode it is plain operators.
 
 The back end is chosen at run time from real shapes. The backward pass may use another one, because
 it needs no intermediate results of the forward pass.
@@ -10,9 +11,8 @@ it needs no intermediate results of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ def contract(
     Returns:
         ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
     """
+    if not torch.compiler.is_compiling() and in_function_transform():
+        check_operands(x, alpha, cells, spec)
+        with _outside_autocast(x):
+            return conv_bmm(x, alpha, cells, spec)
     if torch.compiler.is_compiling() or not _is_plain(x) or _is_counted():
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
@@ -193,8 +197,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, alpha, cells = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        compute = partial(conv_bmm, spec=ConvSpec.decode(ctx.spec))
-        found = differentiable(compute, (x, alpha, cells), needs, grad)
+        found = _differentiable((x, alpha, cells), ConvSpec.decode(ctx.spec), needs, grad)
         return *found, None, None
     op = torch.ops.kw.dynamic_conv_backward
     results = op(grad, x, alpha, cells, ctx.spec, ctx.backend, list(needs))
@@ -260,8 +263,7 @@ class _DynamicConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             if ctx.cells is not None:
                 cells = ctx.cells.to(cells.dtype)
-            compute = partial(conv_bmm, spec=ctx.spec)
-            found = differentiable(compute, (x, alpha, cells), needs, grad)
+            found = _differentiable((x, alpha, cells), ctx.spec, needs, grad)
         else:
             found = _run_backward(grad, x, alpha, cells, ctx.spec, ctx.backend, needs, ctx.anchor)
         dx, dalpha, dcells = found
@@ -270,17 +272,16 @@ class _DynamicConv(torch.autograd.Function):
         return dx, dalpha, dcells, None, None, None, None
 
 
-def differentiable(
-    compute: Callable[..., Tensor],
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grad: Tensor,
+def _differentiable(
+    tensors: tuple[Tensor, ...], spec: ConvSpec, needs: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``compute(*tensors)`` that can be differentiated again (``create_graph``)."""
+    """Gradients of the operands that can be differentiated again (``create_graph``)."""
     # Aliases, because coefficients depend on the input: only this function's own gradient counts.
-    aliases = [None if t is None else t.view_as(t) for t in tensors]
-    wanted = [t for t, needed in zip(aliases, needs, strict=True) if t is not None and needed]
-    found = iter(torch.autograd.grad(compute(*aliases), wanted, grad, create_graph=True))
+    x, alpha, cells = aliases = [t.view_as(t) for t in tensors]
+    wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed]
+    with _outside_autocast(x):
+        y = conv_bmm(x, alpha, cells, spec)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...torch_private import backward_pass, in_function_transform, runs_in_this_pass
+from ...torch_private import backward_pass, runs_in_this_pass
 
 _anchors: dict[int, weakref.ref[Tensor]] = {}
 
@@ -89,14 +89,12 @@ def anchor_of(cells: Tensor) -> Tensor | None:
     """The input without values, ``[0]``, that connects layers to the common node of the cells.
 
     Shared by all graphs that exist. ``None`` where gradients are not summed here: of tensors
-    that autograd does not keep a gradient for, on other devices than CPUs and GPUs, or under a
-    function transform.
+    that autograd does not keep a gradient for, or on other devices than CPUs and GPUs.
     """
     if (
         type(cells) is not nn.Parameter
         or not (cells.requires_grad and cells.is_contiguous())
         or cells.device.type not in ("cpu", "cuda")
-        or in_function_transform()
     ):
         return None
     key = id(cells)
