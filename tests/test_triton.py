@@ -29,6 +29,7 @@ from kw.warehouse.ops import ConvSpec, triton_conv, triton_launch, triton_on_chi
 from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
+from kw.warehouse.ops.triton_depthwise import TritonDepthwise
 from kw.warehouse.ops.triton_tiles import Tiles
 from kw.warehouse.partition import Partition
 
@@ -43,6 +44,7 @@ SMALL = {
     "whole cells": Case((2, 2), (5, 4), (18, 20), batch=2, settings={**WHOLE, **HALVES}),
     "stride beyond kernel": Case((2, 1), (7, 7), (20, 18), stride=3, padding=(1, 0), batch=2),
     "dilation shares the stride": Case((3, 3), (9, 8), stride=2, dilation=2, padding=2, batch=1),
+    "as many taps as bits": Case((32,), (40,), (4, 6), padding=3, batch=1),
     "aligned pointwise": Case((1, 1), (4, 8), (32, 16), batch=2, settings=HALVES),
 }
 SMALLEST_TILES = Tiles(16, 16, 16, 4, 2)
@@ -236,6 +238,16 @@ def test_refuses_offsets_that_32_bits_do_not_hold(size):
     assert small.input_numel * 1000 < 1 << 31
     assert "2^31" in TritonConv().refusal(replace(small, size=size))
     assert "2^31" in triton_on_chip.TritonOnChip().refusal(replace(small, size=size))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_refuses_more_taps_than_bits(groups):
+    """It would read where no tap meets the input."""
+    backend = TritonConv() if groups == 1 else TritonDepthwise()
+    case = Case((33,), (64,), (4, 4), groups=groups)
+    assert backend.refusal(problem(case)).endswith("up to 32 positions along an axis, not of 33")
+    if TRITON:
+        assert backend.refusal(problem(replace(case, kernel=(32,)))) is None
 
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton")

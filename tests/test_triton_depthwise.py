@@ -31,6 +31,7 @@ DEPTHWISE = {
     ),
     "2d whole cells": Case((3, 3), (6, 5), (18, 18), padding=1, groups=18, batch=3, settings=WHOLE),
     "2d seven taps": Case((7, 7), (5, 6), (4, 4), padding=3, groups=4, batch=2),
+    "1d as many taps as bits": Case((32,), (40,), (4, 4), padding=3, groups=4, batch=1),
     "2d stride beyond kernel": Case((2, 1), (7, 7), (4, 4), stride=3, padding=(1, 0), groups=4),
     "2d many channels": Case((3, 3), (3, 4), (70, 70), padding=1, groups=70, batch=2),
     "3d": Case((2, 3, 1), (4, 5, 3), (5, 5), (1, 2, 1), (1, 0, 0), groups=5, batch=2),

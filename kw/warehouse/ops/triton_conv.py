@@ -31,6 +31,9 @@ LEAST_ROWS = 16
 _OFFSETS = 1 << 31
 """Offsets within a sample and its kernel have 32 bits in the kernels; those of samples have 64."""
 
+_TAPS = 32
+"""Positions of a kernel along an axis: those that meet the input are bits of one number."""
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -204,6 +207,8 @@ def refusal_of_kernels(problem: Problem) -> str | None:
         return f"computes in {known}, not {str(problem.dtype).removeprefix('torch.')}"
     if len(problem.size) > launch.AXES:
         return f"does up to {launch.AXES} spatial axes, not {len(problem.size)}"
+    if (taps := max(problem.spec.partition.kernel)) > _TAPS:
+        return f"does kernels of up to {_TAPS} positions along an axis, not of {taps}"
     if max(problem.input_numel, problem.output_numel, problem.kernel_numel) >= _OFFSETS:
         return "does samples and kernels of fewer than 2^31 values"
     if problem.device == "cuda" and torch.cuda.is_available():
