@@ -30,7 +30,7 @@ from kw.warehouse.ops.contraction import Problem
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.ops.triton_conv import TritonConv
 from kw.warehouse.ops.triton_depthwise import TritonDepthwise
-from kw.warehouse.ops.triton_tiles import Tiles
+from kw.warehouse.ops.triton_tiles import Tiles, tiles_of_convolution, tiles_of_gradient
 from kw.warehouse.partition import Partition
 
 # The interpreter is slow: two samples at most, and not the case of forty-nine taps.
@@ -280,6 +280,17 @@ def test_chunks_cover_everything_within_the_scratch(scratch):
         assert size <= scratch or (samples.stop - samples.start, rows.stop - rows.start) <= (1, 16)
     assert (seen == 1).all()
     assert (len(chunks) == 1) == (scratch >= 6 * 40 * row)
+
+
+@pytest.mark.parametrize("rule", [tiles_of_convolution, tiles_of_gradient])
+def test_tiles_fit_into_the_shared_memory_of_small_gpus(rule):
+    """Compute capability 8.6, 8.9 and 12.0 have 99 KB; compilers keep all stages but one there."""
+    sizes = (16, 24, 32, 64, 96, 192, 384, 1024, 3136)
+    for batch, itemsize in itertools.product((1, 4, 16, 32, 64, 128, 1024), (2, 4)):
+        for sides in itertools.product(sizes, repeat=3):
+            tiles = rule(batch, *sides, itemsize)
+            stage = (tiles.rows + tiles.columns) * tiles.inner * itemsize
+            assert (tiles.stages - 1) * stage <= 99 << 10, (batch, sides, tiles)
 
 
 def test_cost_counts_what_is_assembled(monkeypatch):

@@ -56,8 +56,9 @@ def tiles_of_convolution(
     """Tiles of :func:`~.triton_kernels.convolve`."""
     rows, columns = _tile((64, 128, 256), batch, positions, channels, itemsize)
     step = _step(inner, 128 // itemsize)  # 128 bytes: a row of a swizzled operand
-    large = rows * columns >= 128 * 128
-    return Tiles(rows, columns, step, 8 if large else 4, 3 if large else 4)
+    # All stages but one are in shared memory, of which the smallest GPUs have 99 KB.
+    warps, stages = 8 if rows * columns >= 128 * 128 else 4, 3 if rows + columns >= 256 else 4
+    return Tiles(rows, columns, step, warps, stages)
 
 
 def tiles_of_gradient(
