@@ -135,6 +135,18 @@ def test_a_wrong_gradient_of_the_cells_bans_the_backward_pass_alone():
     assert "gradient of the cells" in chooser.admission.ban(compiled, problem(8, training=True))
 
 
+class InRows(Compiled):
+    """Reads coefficients as if they lay as they are written."""
+
+    def _forward(self, x, alpha, cells, spec):
+        in_rows = alpha.as_strided(alpha.shape, torch.empty(alpha.shape).stride())
+        return super()._forward(x, in_rows, cells, spec)
+
+
+def test_coefficients_lie_in_a_trial_as_the_attention_leaves_them():
+    assert selector_of(InRows()).choose(problem(8)) is LIBRARY
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_is_no_fault(dtype):
     compiled = Compiled()

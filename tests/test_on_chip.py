@@ -140,6 +140,21 @@ def test_forced_on_a_network():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@runs_kernels
+def test_coefficients_of_any_strides():
+    """As the fused kernel leaves them, where neither cells nor samples are padded."""
+    case = Case((2, 2), (3, 3), (4, 4), batch=8, settings={"cell_num_ratio": 4})
+    *tensors, spec = case.make()
+    x, alpha, cells = (t.detach().to(DEVICE, torch.float32) for t in tensors)
+    assert len(cells) == tiles_on_chip(9, len(cells), 4).all_cells
+    backend, other = TritonOnChip(), alpha.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    y = backend.forward(x, alpha, cells, spec)
+    assert torch.equal(backend.forward(x, other, cells, spec), y)
+    needs = (True, False, False)
+    into = [backend.backward(y, x, each, cells, spec, needs)[0] for each in (alpha, other)]
+    assert torch.equal(*into)
+
+
 LATE = {
     "3x3": Case((3, 3), (7, 7), (512, 512), padding=1, batch=20),
     "strided": Case((3, 3), (14, 14), (256, 512), 2, 1, batch=8),

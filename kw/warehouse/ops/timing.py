@@ -106,6 +106,7 @@ def draw_operands(problem: Problem) -> Operands:
     grad = draw(problem.batch, problem.spec.out_channels, *problem.spec.output_size(problem.size))
     x, grad = (laid_out(t, problem.channels_last) for t in (x, grad))
     alpha = (alpha / problem.cells**0.5).to(torch.promote_types(torch.float32, cells.dtype))
+    alpha = alpha.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # as fused_coefficients' lie
     return Operands(x, alpha, cells, grad, problem.spec, problem.training)
 
 

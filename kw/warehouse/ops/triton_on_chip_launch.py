@@ -64,7 +64,9 @@ def pad_coefficients(alpha: Tensor, dtype: torch.dtype) -> Tensor:
     cells, so that they are aligned."""
     batch, _, cells = alpha.shape
     tiles = tiles_on_chip(1, cells, dtype.itemsize)
-    return F.pad(alpha.to(dtype), (0, tiles.all_cells - cells, 0, 0, 0, -batch % tiles.samples))
+    missing = tiles.all_cells - cells, -batch % tiles.samples
+    # What lacks nothing is not copied, and need not lie in rows.
+    return F.pad(alpha.to(dtype), (0, missing[0], 0, 0, 0, missing[1])).contiguous()
 
 
 def convolve_on_chip(mixture: Mixture, x: Tensor, y: Tensor) -> None:
