@@ -219,6 +219,18 @@ def test_refuses_what_it_cannot_do():
     assert "float64" in refusal(problem(dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": 700}, {"channels": 1, "size": 3000}, {"batch": 1 << 21, "cells": 128}],
+    ids=["samples of a program", "in runs of channels", "coefficients"],
+)
+def test_refuses_offsets_that_32_bits_do_not_hold(changes):
+    """A sample and its kernel have fewer than 2^31 values: ``triton`` takes them."""
+    large = problem(**changes)
+    assert max(large.input_numel, large.kernel_numel) < 1 << 31
+    assert "does eight samples" in TritonOnChip().refusal(large)
+
+
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_refuses_compilers_that_crash(monkeypatch):
     monkeypatch.setattr("kw.warehouse.ops.triton_on_chip._triton", lambda: (3, 2))

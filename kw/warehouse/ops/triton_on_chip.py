@@ -65,6 +65,12 @@ class TritonOnChip(Contraction):
             return f"keeps tiles of up to {ON_CHIP_CELLS} cells on chip, not of {problem.cells}"
         if problem.cells_dtype not in (None, problem.dtype):
             return "mixes in the type of the input, not in float32 under 16 bit"
+        part, tiles = problem.spec.partition, tiles_on_chip(64, problem.cells, problem.itemsize)
+        sides = ((problem.input_numel, part.cell_in), (problem.output_numel, part.cell_out))
+        values = max(n // width * _up(width, tiles.inner) for n, width in sides)
+        rows = _up(problem.batch, tiles.samples) * part.mixtures
+        if tiles.samples * values >= 1 << 30 or rows * tiles.all_cells >= 1 << 31:
+            return "does eight samples, and coefficients, of fewer than 2^31 values (padded)"
         if is_amd():
             return "is for NVIDIA's GPUs; AMD's have too little shared memory"
         reason = self.through_memory.refusal(problem)
@@ -73,7 +79,7 @@ class TritonOnChip(Contraction):
         if _triton() < _TRITON:
             return "needs Triton {}.{}, not {}.{}".format(*_TRITON, *_triton())
         if torch.cuda.is_available():
-            wanted = tiles_on_chip(64, problem.cells, problem.itemsize).shared(problem.itemsize)
+            wanted = tiles.shared(problem.itemsize)
             device = torch.cuda.get_device_properties(torch.cuda.current_device())
             there = getattr(device, "shared_memory_per_block_optin", _SHARED)
             if wanted > there:
