@@ -169,6 +169,17 @@ def test_threads_share_the_setting_and_restore_it() -> None:
     assert getattr(torch.backends.cuda.matmul, name) == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch >= 2.9")
+def test_products_still_follow_the_setting_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(type="cuda"))
+    for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+        monkeypatch.setattr(place, "fp32_precision", "none")  # as the setting for everything
+    for value in ("tf32", "ieee"):
+        monkeypatch.setattr(torch.backends, "fp32_precision", value)
+        with precision.as_convolutions_round(x):
+            assert torch.backends.cuda.matmul.fp32_precision == value
+
+
 @pytest.fixture
 def newer_setting() -> Any:
     """Torch's newer interface, after which it refuses to be read through the older one."""

@@ -69,14 +69,20 @@ def as_convolutions_round(x: Tensor) -> Iterator[None]:
     is_new = hasattr(torch.backends.cudnn, "conv")
     name, values = ("fp32_precision", ("ieee", "tf32")) if is_new else ("allow_tf32", (False, True))
     products: Any = torch.backends.cuda.matmul
+
+    def put(value: Any) -> None:
+        # What is set there no longer follows torch.backends.fp32_precision.
+        if getattr(products, name) != value:
+            setattr(products, name, value)
+
     with _lock:  # threads share the setting: the last one restores what the first one found
         _before.append(getattr(products, name))
-        setattr(products, name, values[allows_tf32("cuda")])
+        put(values[allows_tf32("cuda")])
     try:
         yield
     finally:
         with _lock:
-            setattr(products, name, _before.pop())
+            put(_before.pop())
 
 
 def matmul_precision() -> str:
