@@ -169,17 +169,6 @@ def test_threads_share_the_setting_and_restore_it() -> None:
     assert getattr(torch.backends.cuda.matmul, name) == before
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch >= 2.9")
-def test_products_still_follow_the_setting_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    x: Any = SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(type="cuda"))
-    for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
-        monkeypatch.setattr(place, "fp32_precision", "none")  # as the setting for everything
-    for value in ("tf32", "ieee"):
-        monkeypatch.setattr(torch.backends, "fp32_precision", value)
-        with precision.as_convolutions_round(x):
-            assert torch.backends.cuda.matmul.fp32_precision == value
-
-
 @pytest.fixture
 def newer_setting() -> Any:
     """Torch's newer interface, after which it refuses to be read through the older one."""
@@ -199,6 +188,20 @@ def test_torchs_newer_setting_does_no_harm(newer_setting: None) -> None:
     assert not precision.allows_tf32("cuda")
     assert describe_versions("cpu")["float32_matmul_precision"] == "tf32"
     KWConv2d(4, 4, 3)(torch.randn(2, 4, 5, 5)).sum().backward()
+
+
+def test_products_still_follow_the_setting_for_everything(newer_setting: None) -> None:
+    everything: Any = torch.backends
+    x: Any = SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(type="cuda"))
+    everything.cudnn.conv.fp32_precision = everything.cuda.matmul.fp32_precision = "none"
+    try:
+        for value in ("tf32", "ieee"):
+            everything.fp32_precision = value
+            assert everything.cuda.matmul.fp32_precision == value
+            with precision.as_convolutions_round(x):
+                assert everything.cuda.matmul.fp32_precision == value
+    finally:
+        everything.fp32_precision = "none"
 
 
 # --- kw doctor --------------------------------------------------------------------------------
