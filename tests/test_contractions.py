@@ -15,7 +15,7 @@ from kw.warehouse.ops.assembled import Assembled
 from kw.warehouse.ops.bmm import Bmm, conv_bmm
 from kw.warehouse.ops.contraction import Contraction, Problem
 from kw.warehouse.ops.depthwise import Depthwise
-from kw.warehouse.ops.matmul import accumulate, batch_matmul, float32_matmul, matmul
+from kw.warehouse.ops.matmul import _onednn, accumulate, batch_matmul, float32_matmul, matmul
 from kw.warehouse.ops.mix_inputs import MixInputs
 from kw.warehouse.ops.reference import conv_reference
 from kw.warehouse.partition import Partition
@@ -331,3 +331,17 @@ def test_products(shape, dtype):
         accumulate(total[:, :columns], left(a)[0], right(b)[0])
         torch.testing.assert_close(total[:, :columns].to(dtype), expected[0] + 1, **tolerance)
         assert (total[:, columns:] == 1).all()
+
+
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64], ids=str)
+def test_products_do_not_depend_on_torchs_defaults(default):
+    there = _onednn() is not None
+    _onednn.cache_clear()
+    is_type = isinstance(default, torch.dtype)
+    (torch.set_default_dtype if is_type else torch.set_default_device)(default)
+    try:
+        assert (_onednn() is not None) == there
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        _onednn.cache_clear()

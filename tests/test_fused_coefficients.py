@@ -233,6 +233,19 @@ def test_the_trial_finds_no_fault():
             assert max(found.values()) < limit
 
 
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64], ids=str)
+def test_a_trial_does_not_depend_on_torchs_defaults(default, monkeypatch, caplog):
+    with_faults(monkeypatch, spoiled())
+    is_type = isinstance(default, torch.dtype)
+    operand = operands(2, 3, 4, 0.4)
+    (torch.set_default_dtype if is_type else torch.set_default_device)(default)
+    try:
+        assert is_fused(*operand, torch.float32), caplog.text
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize(
     ("launch", "words"),
     [

@@ -98,13 +98,14 @@ def deviations(
         DeviceLostError: the device cannot be used any more.
         Exception: what a compiler, a driver or a library raises.
     """
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, mixtures, cells + 1, generator=generator).to(device)
-    grad = torch.randn(3, mixtures, cells, generator=generator).to(device, dtype)
+    float32: Any = {"dtype": torch.float32, "device": device}  # torch's defaults may be others
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(3, mixtures, cells + 1, generator=generator, **float32)
+    grad = torch.randn(3, mixtures, cells, generator=generator, **float32).to(dtype)
     one_hot = temperature = None
     if is_annealed:
-        one_hot = torch.eye(cells, device=device)[torch.arange(mixtures, device=device) % cells]
-        temperature = torch.tensor(0.3, device=device)
+        one_hot = torch.eye(cells, **float32)[torch.arange(mixtures, device=device) % cells]
+        temperature = torch.tensor(0.3, **float32)
 
     def run() -> tuple[Tensor, Tensor]:
         alpha, kept = launch(logits, one_hot, temperature, dtype)

@@ -97,8 +97,9 @@ def _onednn() -> Product | None:
     if product is None:
         return None
     try:
-        a = torch.arange(6.0).view(2, 3)
-        b = torch.arange(12.0).view(3, 4) - 5
+        # Whatever torch's default type and device are.
+        a = torch.arange(6, dtype=torch.float32, device="cpu").view(2, 3)
+        b = torch.arange(12, dtype=torch.float32, device="cpu").view(3, 4) - 5
         right = all(
             torch.equal(product(left, other), a @ b)
             for left in (a, a.t().contiguous().t())
