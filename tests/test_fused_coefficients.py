@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -231,6 +232,28 @@ def test_the_trial_finds_no_fault():
         for is_annealed in (True, False):
             found = deviations(5, 27, is_annealed, dtype, DEVICE)
             assert max(found.values()) < limit
+
+
+def test_a_trial_is_made_on_the_device_of_the_logits(monkeypatch):
+    """Which need not be the current one."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(1)
+        yield
+        current.pop()
+
+    def launch(*operands):
+        seen.append(current[-1])
+        return spoiled()(*operands)
+
+    with_faults(monkeypatch, launch)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(room, "current_gpu", lambda device: current[-1])
+    assert is_fused(*operands(2, 3, 4, 0.4), torch.float32)
+    ((*_, gpu),) = room.trials._admitted
+    assert (gpu, seen) == (1, [1])
 
 
 @pytest.mark.parametrize("default", [torch.device("meta"), torch.float64], ids=str)

@@ -59,8 +59,8 @@ def is_fused(
         return True
     mixtures, width = logits.shape[1:]
     is_annealed = one_hot is not None and temperature is not None
-    return bool(
-        trials.admits(
+    with torch.cuda.device_of(logits):
+        admitted = trials.admits(
             (_sizes(width)[1], is_annealed, dtype, current_gpu("cuda")),
             "cuda",
             lambda: fault(
@@ -70,7 +70,7 @@ def is_fused(
             "the kernel of attention coefficients",
             lambda: f"{width - 1} cells, {mixtures} mixtures, {dtype}",
         )
-    )
+    return bool(admitted)
 
 
 def _is_supported(logits: Tensor) -> bool:
