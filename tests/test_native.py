@@ -287,6 +287,13 @@ def test_library_is_compiled_once(fresh, backend, monkeypatch):
     assert compiled.library()._name == str(path)
 
 
+def test_the_cache_may_be_the_present_folder(fresh, backend, monkeypatch, tmp_path):
+    """The loader takes a name without a folder for a library of the system."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KW_CACHE_DIR", ".")
+    assert Path(compiled.library()._name).parent == tmp_path
+
+
 def test_openmp_runtime_is_the_one_torch_brought(backend):
     """Two of them would start twice as many threads as there are cores."""
     library = compiled.library()

@@ -14,9 +14,8 @@ def cache_folder() -> Path:
 
     A user without a home, as in containers, gets a folder below the temporary one.
     """
-    given = os.environ.get("KW_CACHE_DIR")
-    if given:
-        return Path(given)
+    if given := os.environ.get("KW_CACHE_DIR"):
+        return Path(given).absolute()  # libraries without a folder are looked for elsewhere
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "kernelwarehouse"
     try:
