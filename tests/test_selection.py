@@ -124,6 +124,46 @@ def test_measured_once_kept_in_a_file_and_read_by_others(fakes, tmp_path, monkey
     assert [fakes.contractions[name].calls for name in "ab"] == counted
 
 
+def test_times_of_back_ends_that_are_none_here_are_passed_over(fakes, tmp_path, monkeypatch):
+    """Another process had a compiler, or Triton, or a setting that this one has not."""
+    monkeypatch.setenv("KW_CACHE_DIR", str(tmp_path))
+    fakes.mode = "measure"
+    fakes.choose(problem(8, 4, batch=2))
+    (path,) = tmp_path.glob("timings-*.json")
+    ((key, own),) = json.loads(path.read_text()).items()
+    path.write_text(json.dumps({key: {**own, "a": 2.0, "b": 1.0, "c": 0.1}}))
+    other = Selector(fakes.contractions, fallback="a")
+    other.mode = "measure"
+    assert other.choose(problem(8, 4, batch=2)).name == "b"
+    path.write_text(json.dumps({key: {"c": 0.1}}))
+    third = Selector(fakes.contractions, fallback="b")
+    third.mode = "measure"
+    assert third.choose(problem(8, 4, batch=2)).name == "a"  # the predicted one
+
+
+def test_times_are_those_of_the_threads_and_of_the_precision(fakes, tmp_path, monkeypatch):
+    monkeypatch.setenv("KW_CACHE_DIR", str(tmp_path))
+    measured = []
+    times = {"a": 1.0, "b": 2.0}
+    monkeypatch.setattr(
+        "kw.warehouse.ops.selection.time_contraction", lambda *_: measured.append(1) or times
+    )
+    fakes.mode = "measure"
+    case, threads = problem(8, 4, batch=2), torch.get_num_threads()
+    try:
+        for count in (threads, threads + 1, threads):
+            torch.set_num_threads(count)
+            fakes.choose(case)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(measured) == 2
+    for allowed in (True, False, True):
+        monkeypatch.setattr("kw.warehouse.ops.selection.allows_tf32", lambda _, a=allowed: a)
+        monkeypatch.setattr("kw.warehouse.ops.timing.allows_tf32", lambda _, a=allowed: a)
+        fakes.choose(replace(case, batch=16))
+    assert len(measured) == 4
+
+
 def test_a_broken_cache_file_is_measured_anew(fakes, tmp_path, monkeypatch):
     monkeypatch.setenv("KW_CACHE_DIR", str(tmp_path))
     fakes.mode = "measure"

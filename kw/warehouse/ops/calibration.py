@@ -8,8 +8,6 @@ file is the same.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -19,7 +17,7 @@ import torch
 
 from .cache import cache_folder
 from .device import DeviceProfile, estimated_profile
-from .timing import machine_name
+from .timing import machine_name, versions
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +52,7 @@ def write_calibration(device: str, profile: DeviceProfile) -> Path:
 
 def calibration_file(device: str) -> Path:
     """Where the profile of a type of device is kept, whether there is one or not."""
-    return cache_folder() / f"calibration-{machine_name(device)}-{_versions()}.json"
-
-
-@functools.cache
-def _versions() -> str:
-    """Triton's version and this version of the back ends."""
-    try:
-        triton = importlib.metadata.version("triton").replace(".", "-")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for source in sorted([*folder.glob("*.py"), *folder.glob("cpp/*")]):
-        digest.update(source.read_bytes())
-    return f"triton-{triton}-{digest.hexdigest()[:12]}"
+    return cache_folder() / f"calibration-{machine_name(device)}-{versions()}.json"
 
 
 @functools.cache

@@ -12,7 +12,8 @@ Forward and backward pass are chosen separately, since they share only the layer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -203,11 +204,10 @@ class Selector:
             return likely[0], is_final
         return self._measure(replace(problem, batch=bucket(problem.batch)), likely), is_final
 
-    def _measure(self, problem: Problem, names: Iterable[str]) -> str:
+    def _measure(self, problem: Problem, names: Sequence[str]) -> str:
         def measure() -> dict[str, float]:
             contractions = {name: self.contractions[name] for name in names}
             return time_contraction(contractions, problem)
 
-        times = self.timings.get(problem, measure)
-        known = {name: seconds for name, seconds in times.items() if name in self.contractions}
-        return min(known, key=lambda name: known[name]) if known else self.fallback
+        times = self.timings.get(problem, measure)  # another process may have had other candidates
+        return min(names, key=lambda name: times.get(name, math.inf))

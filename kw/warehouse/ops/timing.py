@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,37 +21,37 @@ from torch import Tensor
 from .cache import cache_folder, locked
 from .contraction import Contraction, Problem
 from .layout import laid_out
-from .precision import as_convolutions_round
+from .precision import allows_tf32, as_convolutions_round
 from .spec import ConvSpec
 
 _ROUNDS = 5
 
 
 class TimingCache:
-    """Times by shape, in one JSON file for a kind of device and a version of torch.
+    """Times by shape, in one JSON file for a kind of device and the versions of what computes.
 
     A process that needs a time holds the file's lock while it measures, so that the others wait
     and then choose as it did.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Problem, dict[str, float]] = {}
+        self._known: dict[tuple[Path, str], dict[str, float]] = {}
 
     def get(self, problem: Problem, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Seconds by back end; ``measure`` is called where nobody has measured yet."""
-        if problem not in self._known:
-            self._known[problem] = self._from_file(problem, measure)
-        return self._known[problem]
+        path = cache_folder() / f"timings-{machine_name(problem.device)}-{versions()}.json"
+        place = path, _key(problem)
+        if place not in self._known:
+            self._known[place] = self._from_file(*place, measure)
+        return self._known[place]
 
     def _from_file(
-        self, problem: Problem, measure: Callable[[], dict[str, float]]
+        self, path: Path, key: str, measure: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        path = cache_folder() / f"timings-{machine_name(problem.device)}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".lock")):
                 times = _read(path)
-                key = _key(problem)
                 if key not in times:
                     times[key] = measure()
                     partial = path.with_suffix(f".{os.getpid()}")
@@ -149,12 +152,27 @@ def machine_name(device: str) -> str:
     return "-".join(words).lower()
 
 
+@functools.cache
+def versions() -> str:
+    """Triton's version and this version of the back ends."""
+    try:
+        triton = importlib.metadata.version("triton").replace(".", "-")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.py"), *folder.glob("cpp/*")]):
+        digest.update(source.read_bytes())
+    return f"triton-{triton}-{digest.hexdigest()[:12]}"
+
+
 def _key(problem: Problem) -> str:
     code = "-".join(map(str, problem.spec.encode()))
     size = "x".join(map(str, problem.size))
     phase = "backward" if problem.training else "forward"
     layout = "channels_last" if problem.channels_last else "contiguous"
     types = str(problem.dtype) + (f"/{problem.cells_dtype}" if problem.cells_dtype else "")
+    types += " tf32" if problem.dtype == torch.float32 and allows_tf32(problem.device) else ""
     return f"{code} n{problem.cells} b{problem.batch} {size} {types} {layout} {phase}"
 
 
