@@ -164,16 +164,18 @@ def test_times_are_those_of_the_threads_and_of_the_precision(fakes, tmp_path, mo
     assert len(measured) == 4
 
 
-def test_a_broken_cache_file_is_measured_anew(fakes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ['{"cut off', "[]", '{"KEY": 3}', '{"KEY": {"a": []}}'])
+def test_a_broken_cache_file_is_measured_anew(content, fakes, tmp_path, monkeypatch):
     monkeypatch.setenv("KW_CACHE_DIR", str(tmp_path))
     fakes.mode = "measure"
     fakes.choose(problem(8, 4, batch=2))
     (path,) = tmp_path.glob("timings-*.json")
-    path.write_text('{"cut off')
+    (key,) = json.loads(path.read_text())
+    path.write_text(content.replace("KEY", key))
     other = Selector(fakes.contractions, fallback="a")
     other.mode = "measure"
     assert other.choose(problem(8, 4, batch=2)).name in "ab"
-    assert json.loads(path.read_text())
+    assert set(json.loads(path.read_text())[key]) == {"a", "b"}
 
 
 def test_no_place_to_write_is_no_error(fakes, tmp_path, monkeypatch):

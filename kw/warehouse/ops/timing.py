@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,9 +175,9 @@ def _key(problem: Problem) -> str:
     return f"{code} n{problem.cells} b{problem.batch} {size} {types} {layout} {phase}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or cut off by a crash: measured anew
+        return {key: {n: float(t) for n, t in times.items()} for key, times in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged
         return {}
-    return found if isinstance(found, dict) else {}
