@@ -275,6 +275,10 @@ def test_what_cannot_work_is_refused(tmp_path):
     long = KernelWarehouse(Recipe(PLAN, anneal=4))
     with pytest.raises(ValueError, match="anneal is 4 epochs; the run has 2"):
         trainer(tmp_path, long, max_epochs=2).fit(Plain(), data())
+    for settings in ({"max_steps": 19}, {"max_steps": 7, "accumulate_grad_batches": 3}):
+        with pytest.raises(ValueError, match=r"anneal is 4 epochs; the run has 3\.[58]"):
+            trainer(tmp_path, long, max_epochs=-1, **settings).fit(Plain(), data())
+    trainer(tmp_path, long, max_epochs=-1, max_steps=20).fit(Plain(), data())
     kept = Plain()
     kw.convert(kept.model, PLAN)
     with pytest.raises(ValueError, match="at temperature 0, but annealing starts at 1"):

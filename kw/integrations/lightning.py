@@ -81,6 +81,11 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
         epochs = trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else float("inf")
         self.recipe.check(epochs, None if goes_on else module)
 
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        updates = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        if 0 <= trainer.max_steps and updates < float("inf"):
+            self.recipe.check(trainer.max_steps / updates)
+
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
         if self.recipe.anneal and batches == float("inf"):
