@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from test_selection import problem
 
 from kw.warehouse import explain
 from kw.warehouse.ops import pointwise, selector
@@ -71,6 +72,15 @@ def regret(problems: list[Any], guessed: DeviceProfile, true: DeviceProfile) -> 
     return chosen / least
 
 
+@pytest.mark.parametrize(("name", "is_old"), [("t4", True), ("a100", False), ("mi300x", False)])
+def test_a_gpu_that_is_not_here_refuses_as_it_would(name: str, is_old: bool) -> None:
+    for dtype in (torch.float32, torch.float16):
+        case = problem(64, 28, batch=32, device="cuda", dtype=dtype)
+        found = {each.name: each for each in selector.predict(case, GPUS[name].profile())}
+        assert ("capability 8.0" in found["triton"].refusal) == is_old
+        assert (found["triton"].seconds is None) == is_old
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_unknown_gpus_get_rates_that_cost_little(name: str, layers: dict[str, list[Any]]) -> None:
     """One that has no data sheet here, of which torch does not say clocks and memory."""
@@ -84,7 +94,7 @@ def possible(gpu: str, problem: Problem) -> dict[str, float]:
     return {
         each.name: each.seconds
         for each in selector.predict(problem, GPUS[gpu].profile())
-        if each.seconds is not None and not (gpu == "t4" and "triton" in each.name)
+        if each.seconds is not None
     }
 
 

@@ -59,7 +59,7 @@ class DeviceProfile:
     def to_json(self) -> dict[str, Any]:
         """Numbers and texts that :meth:`from_json` reads."""
         return {
-            "multiply_adds_a_second": {_name(t): rate for t, rate in self.dense.items()},
+            "multiply_adds_a_second": {type_name(t): rate for t, rate in self.dense.items()},
             "tf32": self.tf32,
             "outside_of_products": self.slow,
             "bytes_a_second": self.bandwidth,
@@ -79,7 +79,7 @@ class DeviceProfile:
         try:
             rates = found["multiply_adds_a_second"]
             return cls(
-                {t: float(rates[_name(t)]) for t in _DTYPES if _name(t) in rates},
+                {t: float(rates[type_name(t)]) for t in _DTYPES if type_name(t) in rates},
                 float(found["outside_of_products"]),
                 float(found["bytes_a_second"]),
                 float(found["seconds_a_call"]),
@@ -92,7 +92,8 @@ class DeviceProfile:
             raise ValueError(f"not the rates of a device: {error!r}") from error
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """As a configuration names it: ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .device import DeviceProfile
+from .device import DeviceProfile, type_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Gpu:
         dense = {torch.bfloat16: half, torch.float16: half, torch.float32: 0.7 * per_clock * 128}
         dense[torch.float64] = per_clock * 32
         slow, bandwidth = 0.3 * per_clock * 128, 0.8 * self.bandwidth
-        return DeviceProfile(dense, slow, bandwidth, launch=4e-6, tf32=half / 2)
+        bans: dict[str, str] = {}
+        if (0, 0) < self.capability < (8, 0):  # which the back ends find where they are
+            kernels = itertools.product(("triton", "triton_depthwise", "on_chip"), dense)
+            reason = "needs a device of compute capability 8.0"
+            bans = {f"{name} {type_name(dtype)}": reason for name, dtype in kernels}
+        return DeviceProfile(dense, slow, bandwidth, launch=4e-6, tf32=half / 2, bans=bans)
 
 
 GPUS = {
