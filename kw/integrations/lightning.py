@@ -83,7 +83,7 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         updates = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        if 0 <= trainer.max_steps and updates < float("inf"):
+        if trainer.max_steps >= 0 and updates < float("inf"):
             self.recipe.check(trainer.max_steps / updates)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
