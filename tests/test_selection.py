@@ -78,6 +78,13 @@ def test_predictions_are_sorted_and_refusals_last(fakes):
     assert forward[-1].refusal == "is for Tuesdays"
 
 
+def test_images_of_ever_new_sizes_take_no_ever_growing_memory(fakes, monkeypatch):
+    monkeypatch.setattr("kw.warehouse.ops.selection._MOST_CHOICES", 4)
+    for size in range(3, 20):
+        assert fakes.choose(problem(size=size)).name == "a"
+        assert len(fakes._chosen) <= 4
+
+
 def test_forced_and_refused(fakes):
     assert fakes.choose(problem(), "b").name == "b"
     with pytest.raises(ValueError, match="back end 'c' cannot do this: is for Tuesdays"):

@@ -27,6 +27,8 @@ from .precision import allows_tf32
 from .timing import TimingCache, time_contraction
 
 MODES = ("model", "measure", "off")
+_MOST_CHOICES = 1 << 16
+"""Choices that are remembered: of a network of 50 layers, for hundreds of sizes of images."""
 _CANDIDATES = 3.0
 """Back ends predicted within this factor of the fastest are timed."""
 
@@ -134,6 +136,8 @@ class Selector:
             name, is_final = self._plan(problem)
             chosen = self.contractions[name]
             if is_final:
+                if len(self._chosen) >= _MOST_CHOICES:
+                    self._chosen.clear()
                 self._chosen[key] = chosen
         self._record(problem, chosen.name)
         return chosen
