@@ -23,8 +23,6 @@ from .spec import ConvSpec
 from .triton_launch import Chunk
 from .triton_tiles import tiles_of_convolution
 
-__all__ = ["TritonConv", "columns_of", "refusal_of_kernels"]
-
 LEAST_ROWS = 16
 """Fewest rows of a chunk (the narrowest tile of channels); below it, samples are divided."""
 

@@ -20,8 +20,6 @@ from .layout import channels_last, empty
 from .spec import ConvSpec
 from .triton_conv import refusal_of_kernels
 
-__all__ = ["TritonDepthwise"]
-
 _WARPS = 4
 _COPIES = 3
 """Blocks, taps, and in the backward pass the gradients of the taps."""

@@ -22,8 +22,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["convolve", "convolve_flat", "kernel_gradient", "kernel_gradient_flat"]
-
 
 @triton.jit
 def _within(q, size):

@@ -21,31 +21,6 @@ from .precision import allows_tf32
 from .spec import ConvSpec
 from .triton_tiles import Tiles, tiles_of_convolution, tiles_of_gradient
 
-__all__ = [
-    "AXES",
-    "Axis",
-    "Chunk",
-    "arithmetic",
-    "compiler_options",
-    "convolve",
-    "convolve_transposed",
-    "forward_axes",
-    "in_units",
-    "interpreted",
-    "is_amd",
-    "is_plain",
-    "kernel_gradient",
-    "kernel_module",
-    "pad",
-    "pad_axes",
-    "positions_of",
-    "reaches_all",
-    "shift",
-    "taps_of",
-    "transposed_axes",
-    "written_positions",
-]
-
 AXES = 3
 
 

@@ -23,8 +23,6 @@ from .triton_launch import is_amd, reaches_all
 from .triton_on_chip_launch import Mixture
 from .triton_tiles import ON_CHIP_CELLS, tiles_on_chip
 
-__all__ = ["TritonOnChip"]
-
 _SHARED = 99 << 10
 """Bytes of shared memory for a program where torch does not say: those of the smallest GPUs."""
 

@@ -25,8 +25,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["convolve_on_chip"]
-
 
 @triton.jit
 def _cell_tile(

@@ -29,8 +29,6 @@ from .triton_launch import (
 )
 from .triton_tiles import OnChipTiles, tiles_on_chip
 
-__all__ = ["Mixture", "convolve_on_chip", "convolve_on_chip_transposed", "pad_coefficients"]
-
 
 class Mixture(NamedTuple):
     """The operands of mixing: coefficients ``[B, m, n padded]``, cells as columns

@@ -9,15 +9,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-__all__ = [
-    "ON_CHIP_CELLS",
-    "OnChipTiles",
-    "Tiles",
-    "tiles_of_convolution",
-    "tiles_of_gradient",
-    "tiles_on_chip",
-]
-
 
 @dataclass(frozen=True)
 class Tiles:
