@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,24 @@ def test_a_trial_leaves_no_trace():
     state = torch.get_rng_state()
     assert selector_of(Compiled()).choose(problem(8)).name == "compiled"
     assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_trials_in_threads_leave_no_trace():
+    """As those of several GPUs: each restores what the process had before any of them."""
+    entered = threading.Event()
+
+    def second():
+        with room._poisoned_memory():
+            entered.set()
+            time.sleep(0.1)  # beyond the first one's end, if nobody waits
+
+    thread = threading.Thread(target=second)
+    with room._poisoned_memory():
+        thread.start()
+        entered.wait(0.05)
+    thread.join()
+    assert entered.is_set()
     assert not torch.are_deterministic_algorithms_enabled()
 
 

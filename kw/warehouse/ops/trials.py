@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 1e-2
 _ATTEMPTS = 3
+_lock = threading.Lock()
 
 
 class DeviceLostError(RuntimeError):
@@ -166,12 +168,13 @@ def _synchronise(device: str) -> None:
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """New memory holds NaN, so that values that a kernel does not write show."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    """New memory holds NaN, so that values that a kernel does not write show; in one thread at a
+    time, since the settings are the process's."""
     memory: Any = torch.utils.deterministic  # its setting is a property of the module
-    fill = memory.fill_uninitialized_memory
-    with warnings.catch_warnings():
+    with _lock, warnings.catch_warnings():
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        fill = memory.fill_uninitialized_memory
         warnings.simplefilter("ignore")  # of operators that are not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = True
