@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import triton_launch as launch
-from .assembly import GPU_SCRATCH
+from .assembly import GPU_SCRATCH, even_chunks
 from .contraction import Contraction, Cost, Gradients, Needs, Problem
 from .layout import channels_last, empty
 from .matmul import float32_matmul, matmul
@@ -97,8 +97,7 @@ class TritonConv(Contraction):
                 dx.zero_()
         if need_cells:
             kind = torch.float32 if len(by_sample) > 1 else cells.dtype
-            new = torch.empty_like if len(x) else torch.zeros_like
-            dcolumns = new(columns, dtype=kind)
+            dcolumns = torch.empty_like(columns, dtype=kind)
         dalpha = torch.zeros_like(alpha, dtype=torch.float32) if need_alpha else None
         with torch.cuda.device_of(x):
             for samples in by_sample:
@@ -192,7 +191,7 @@ class TritonConv(Contraction):
         rows = part.cell_out
         while rows > least and rows * row * samples > self.scratch:
             rows = -(-rows // 2)
-        return _cut(batch, samples), _cut(part.cell_out, rows)
+        return even_chunks(batch, samples), even_chunks(part.cell_out, rows)
 
 
 def refusal_of_kernels(problem: Problem) -> str | None:
@@ -215,10 +214,6 @@ def refusal_of_kernels(problem: Problem) -> str | None:
             return f"needs a device of compute capability 8.0, not {major}.{minor}"
     found = launch.kernel_module()
     return found if isinstance(found, str) else None
-
-
-def _cut(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _span(rows: slice, columns: Tensor, spec: ConvSpec) -> slice:

@@ -20,6 +20,8 @@ import triton.language as tl
 
 from .triton_kernels import _SIZES, _valid_taps, _within
 
+__all__ = ["depthwise", "depthwise_gradient"]
+
 
 @triton.jit(do_not_specialize=_SIZES)
 def depthwise(

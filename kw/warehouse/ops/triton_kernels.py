@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+__all__ = ["convolve", "convolve_flat", "kernel_gradient", "kernel_gradient_flat"]
+
 
 @triton.jit
 def _within(q, size):
