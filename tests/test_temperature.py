@@ -73,10 +73,12 @@ def test_temperature_through_wrappers(wrap):
 
 def test_annealing_is_refused_where_it_would_be_wrong():
     network = timm.create_model("resnet10t")
-    kept = kw.convert(copy.deepcopy(network), "auto", start="keep")
-    with pytest.raises(ValueError, match=r"start 'keep'.*temperature 0 only"):
-        anneal(kept, 4)
-    assert get_temperature(kept) == 0
+    in_part = {"start": "paper", "warehouses": {"stage2_dense": {"start": "keep"}}}
+    for start in ({"start": "keep"}, in_part):
+        kept = kw.convert(copy.deepcopy(network), "auto", **start)
+        with pytest.raises(ValueError, match=r"start 'keep'.*temperature 0 only"):
+            anneal(kept, 4)
+        assert get_temperature(kept) == 0
     fresh = anneal(kw.convert(network, "auto", start="paper"), 4)
     with pytest.raises(ValueError, match="anneals already"):
         anneal(fresh, 8)
@@ -200,10 +202,11 @@ def test_copies_that_train_count_for_themselves():
     model = anneal(small(), 4)
     first, second = copy.deepcopy(model), copy.deepcopy(model)
     assert taus(first, 2) == taus(second, 2) == [1, 0.75]
+    assert taus(model, 1) == [1]
     second.eval()(images())
     assert get_temperature(second) == 0.75
-    again = pickle.loads(pickle.dumps(second))
-    assert taus(again, 1) == taus(second, 1) == [0.5]
+    further = [copy.deepcopy(second), pickle.loads(pickle.dumps(second)), second]
+    assert [taus(each, 1) for each in further] == [[0.5]] * 3
 
 
 def test_passes_of_a_compiled_network():

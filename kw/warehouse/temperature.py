@@ -134,8 +134,8 @@ def anneal(model: nn.Module, passes: int) -> nn.Module:
     if any(isinstance(hook, _Annealing) for hook in model._forward_pre_hooks.values()):
         raise ValueError(f"{type(model).__name__} anneals already: call anneal once")
     index = getattr(model, "warehouses", None)
-    plans = index.plans if isinstance(index, WarehouseDict) else ()
-    if any(plan.get("start") == "keep" for plan in plans):
+    own = index.values() if isinstance(index, WarehouseDict) else ()
+    if any(warehouse.settings.start == "keep" for warehouse in own):
         raise ValueError(
             f"{type(model).__name__} was converted with start 'keep', whose network is the static "
             "one at temperature 0 only; convert it with start='paper', or do not anneal"
