@@ -17,14 +17,16 @@ from torch.nn.utils import prune
 
 from kw import convert, set_temperature
 from kw.warehouse import (
+    KernelShape,
     KWConv2d,
     KWConv2dSame,
     KWLayer,
     KWLinear,
+    WarehouseSettings,
     auto_plan,
     register_convertible,
 )
-from kw.warehouse.sharing import MAX_BLOCKS, MAX_CELLS, MIN_CELLS
+from kw.warehouse.sharing import MAX_BLOCKS, MAX_CELLS, MIN_CELLS, Candidate, share
 
 
 class Net(nn.Module):
@@ -148,6 +150,34 @@ def test_layers_alone_in_their_stage_share_across_stages():
     blocks = [nn.Conv2d(a, b, 1, 2) for a, b in pairwise(widths)]
     report = report_of(nn.Sequential(nn.Conv2d(3, 16, 1), *blocks))
     assert report.warehouses == {"stages_dense": ["1", "2", "3"]}
+
+
+def shared(count, *kinds, positions=(49,)):
+    """Names of warehouses and numbers of their layers, of so many layers of each width and side of
+    the kernel, with these positions in turn."""
+    shapes = [
+        KernelShape(w, w, (k, k), name=f"{w}.{k}.{i}") for w, k in kinds for i in range(count)
+    ]
+    turns = len(positions)
+    layers = [Candidate(s, "dense", i, positions[i % turns]) for i, s in enumerate(shapes)]
+    warehouses, _ = share(layers, WarehouseSettings())
+    return {name: len(names) for name, names in warehouses.items()}
+
+
+def test_bounds_are_reached_and_not_passed():
+    """Sharing stays as it is: a checkpoint of an auto-converted network fits that sharing alone."""
+    assert shared(MIN_CELLS - 1, (128, 1)) == {}
+    assert shared(MIN_CELLS, (128, 1)) == {"stage1_dense": MIN_CELLS}
+    whole = MAX_CELLS // 4  # layers of four cells
+    assert shared(whole, (128, 2)) == {"stage1_dense": whole}
+    halves = {"stage1_dense_a": whole // 2 + 1, "stage1_dense_b": whole // 2}
+    assert shared(whole + 1, (128, 2)) == halves
+    # Of splits that leave nothing static, that into fewest warehouses: not that by three widths.
+    kinds = [(width, side) for width in (128, 256, 384) for side in (1, 2)]
+    assert shared(8, *kinds) == {"stage1_dense_k1x1": 24, "stage1_dense_k2x2": 24}
+    # A class token begins no stage.
+    stages = {"stage1_dense": 4, "stage2_dense": 8}
+    assert shared(12, (128, 1), positions=(256, 64, 65)) == stages
 
 
 # --- left static --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from kw.data.seeding import seeded
 from kw.data.transforms import build_transform
 from kw.models import build_model
 from kw.models.build import start_network
+from kw.models.weights import CheckpointError
 from kw.pictures.style import to_pixels
 
 SMALL = {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}
@@ -476,6 +477,13 @@ def test_first_layers_for_rgb_are_adapted(
     told = [line for line in caplog.messages if "first layer's weights" in line]
     assert len(told) == 1
     assert f"for 3 channels, are taken for {channels}" in told[0]
+
+
+def test_first_layers_for_other_channels_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "static.pth"
+    torch.save(build_model(settings_of(2)).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight is \[64, 2, 7, 7\]"):
+        build_model(settings_of(4, {"weights": str(path)}))
 
 
 def test_converted_weights_are_adapted(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_a_run_of_three_classes_is_loaded_for_others(
         assert not caplog.text
     else:
         assert ("classifier is not used" if classes == 0 else "small random") in caplog.text
+    if classes > 3:
+        assert not model.get_classifier().bias.any()
+        assert 0 < model.get_classifier().weight.std() < 0.02
 
 
 @pytest.mark.parametrize("classes", [1000, 10])

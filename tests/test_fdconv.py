@@ -24,7 +24,7 @@ from test_peers import (
 from torch import nn
 
 import kw
-from kw.peers import FDConv2d, assembled
+from kw.peers import FDConv2d, assembled, fdconv
 from kw.peers.spectrum import BANDS, frequency_groups, hartley, low_passes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -164,6 +164,13 @@ def test_groups_are_disjoint_equal_and_ordered(rows, columns, number):
             assert group[u, 0, 0] == group[-u % rows, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("channels", "length"), [(1, 1), (6, 1), (16, 3), (64, 3), (256, 5), (512, 5), (2048, 7)]
+)
+def test_the_local_branch_is_as_long_as_eca_nets(channels, length):
+    assert fdconv.local_length(channels) == length
+
+
 def test_groups_of_one_frequency_are_refused():
     assert len(frequency_groups(4, 4, 10).unique()) == 10
     with pytest.raises(ValueError, match="kernels is 11, but the kernel has 10 frequencies"):
@@ -277,9 +284,9 @@ def test_a_layer_trains_after_inference():
 @pytest.mark.parametrize("loads", [True, False])
 def test_groups_are_there_after_the_meta_device(loads):
     layer = build("3x3")
-    with torch.device("meta"):
+    with torch.device("meta" if loads else "cpu"):
         empty = FDConv2d(6, 8, 3, padding=1, kernels=5).eval()
-    empty.to_empty(device="cpu")
+    empty.to("meta").to_empty(device="cpu")
     empty.group.fill_(0)  # what the memory holds
     if loads:
         empty.load_state_dict(layer.state_dict())

@@ -125,6 +125,9 @@ def test_the_share_that_is_kept_is_said_layer_by_layer(caplog):
         wanted = static.get_submodule(name).weight
         error = (wanted - kernel_of(layer)).square().sum() / wanted.square().sum()
         assert said[name] == pytest.approx(100 * float(1 - error), abs=0.06)
+        if isinstance(layer.attention, kerneldna.Adapter):  # none is where a sigmoid has no slope
+            for head in (layer.attention.channel_fc, layer.attention.filter_fc):
+                assert 0.009 < head.bias.sigmoid().min() <= head.bias.sigmoid().max() < 0.91
     assert {said[name] for name in ("layer1.0.conv2", "layer4.0.conv2")} == {100}
 
 
@@ -194,6 +197,13 @@ def test_autocast_and_training():
         (narrow_resnet, {"layers": "fc"}, "'fc' is a Linear.*only nn.Conv2d"),
         (narrow_resnet, {"kernels": 0}, "kernels is 0"),
         (narrow_resnet, {"reduction": -1}, "reduction is -1"),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1).half()
+            ),
+            {},
+            "'1' and others of its shape lie on several devices",
+        ),
     ],
 )
 def test_mistakes_leave_the_model_alone(model, arguments, message):

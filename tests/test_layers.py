@@ -97,12 +97,14 @@ def test_state_dict_keys():
 
 
 @norms
-@pytest.mark.parametrize("way", ["to_empty", "assign", "reset", "copies"])
+@pytest.mark.parametrize("way", ["to_empty", "assign", "reset", "copies", "moved"])
 @torch.no_grad()
 def test_built_on_the_meta_device(norm, way):
     source = disturb(small(norm=norm, cell_num_ratio=2)).eval()
-    with torch.device("meta"):
+    with torch.device("cpu" if way == "moved" else "meta"):
         model = small(norm=norm, cell_num_ratio=2).eval()
+    if way == "moved":
+        model.to("meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
     if way == "assign":
         model.load_state_dict(source.state_dict(), assign=True)
@@ -112,7 +114,7 @@ def test_built_on_the_meta_device(norm, way):
             buffer.fill_(7)  # what memory may hold
     if way == "to_empty":
         model.load_state_dict(source.state_dict())
-    if way == "copies":  # as Hugging Face loads timm's networks
+    if way in ("copies", "moved"):  # as Hugging Face loads timm's networks
         for target, value in zip(
             model.state_dict().values(), source.state_dict().values(), strict=True
         ):

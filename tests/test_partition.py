@@ -172,7 +172,7 @@ def test_random_fractions_end_exactly(period):
     assert taken == list(range(partition.cells))
 
 
-@pytest.mark.parametrize("ratio", [1.5, 0.3, 0.75, 2 / 3, 2.5, 1.0001, 0.33])
+@pytest.mark.parametrize("ratio", [1.5, 0.3, 0.75, 2 / 3, 2.5, 1.0001, 0.33, 0.333333])
 def test_ratio_that_cannot_be_exact_is_refused(ratio):
     with pytest.raises(ValueError, match="1 / integer") as error:
         partition_kernels(STAGE, cell_num_ratio=ratio, name="layer1")

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,10 @@ def test_states(
     if last:
         (run.work_dir / "epoch_3.pth").touch()
     assert str(find_state(run)) == expected
+    # What it needs matters until it has begun.
+    needy = replace(run, needs=tmp_path / "none")
+    waits = f"waits: for {needy.needs}"
+    assert str(find_state(needy)) == (waits if evaluated is None else expected)
 
 
 def test_a_lock_outlives_its_holder_with_its_child(tmp_path: Path) -> None:

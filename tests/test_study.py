@@ -402,7 +402,7 @@ def test_a_run_that_never_evaluated_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
-    for epoch, (own, average) in enumerate([(40.0, 10.0), (30.0, 50.0)], 1):
+    for epoch, (own, average) in enumerate([(40.0, 10.0), (30.0, 50.0), (20.0, 50.0)], 1):
         figures = {"top1": own, "top5": 90.0, "loss": 2.0}
         figures |= {"ema_top1": average, "ema_top5": 80.0, "ema_loss": 1.5}
         at = {"epoch": epoch, "iter": epoch}
@@ -413,14 +413,14 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(results))
     found = summarise_run(tmp_path, "row", 0)
     assert (found["top1"], found["top5"], found["loss"]) == (50.0, 80.0, 1.5)
-    assert (found["best_top1"], found["best_epoch"]) == (50.0, 2)
-    assert [point["top1"] for point in found["curve"]] == [10.0, 50.0]
+    assert (found["best_top1"], found["best_epoch"]) == (50.0, 2)  # the first
+    assert [point["top1"] for point in found["curve"]] == [10.0, 50.0, 50.0]
     # The average came with the second epoch, when the run was resumed.
     for key in ("ema_top1", "ema_top5", "ema_loss"):
         del lines[1][key]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [point["epoch"] for point in summarise_run(tmp_path, "row", 0)["curve"]] == [2]
-    assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0)]
+    assert [point["epoch"] for point in summarise_run(tmp_path, "row", 0)["curve"]] == [2, 3]
+    assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0), (3, 50.0)]
 
 
 def test_runs_of_a_kind_are_compared(

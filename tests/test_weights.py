@@ -19,6 +19,7 @@ from torch import nn
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.models import start_network
+from kw.models.freezing import hold_frozen
 from kw.models.weights import CheckpointError, load_start, read_weights
 from kw.training import train
 
@@ -317,6 +318,9 @@ def test_freezing(caplog: Any) -> None:
     # layer1's cells are layer1's alone; of layer2's, layer3's first convolutions use some.
     assert "layer2.0.conv2.warehouse.weight" in left
     assert "layer2.0.conv2.warehouse.weight (3 of its 5 layers)" in caplog.text
+    # Dropout of layer2 is off all the same.
+    hold_frozen(network.train())
+    assert (network.layer2[0].training, network.layer3[0].training) == (False, True)
     branches = start_network(config(kernel_warehouse=dynamic, freeze=[r".*\.attention"]).model)
     assert sum(name.endswith(".warehouse.weight") for name in trains(branches)) == 4
     cells = start_network(config(kernel_warehouse=dynamic, freeze=[r".*\.warehouse"]).model)

@@ -54,7 +54,7 @@ def synchronised(network: nn.Module) -> nn.Module:
 
 def _count_once(network: nn.Module) -> None:
     for module in network.modules():
-        if isinstance(module, BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNorm):
             module.register_forward_pre_hook(_leave_statistics)
             # Also where the pass is cut short, once all that was asked for is there.
             module.register_forward_hook(_take_statistics, always_call=True)

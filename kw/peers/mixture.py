@@ -70,9 +70,7 @@ class MixtureAttention(nn.Module):
 
     def forward(self, pooled: Tensor, temperature: Tensor | None) -> Any:
         with full_precision(pooled):
-            pooled = pooled.to(self.fc.weight.dtype)
-            # A copy, since the buffer may change before the backward pass reads it.
-            return self.attend(pooled, None if temperature is None else temperature.clone())
+            return self.attend(pooled.to(self.fc.weight.dtype), temperature)
 
     def attend(self, pooled: Tensor, tau: Tensor | None) -> Any:
         """Coefficients and factors by the pooled input ``[B, I]``."""
