@@ -22,8 +22,11 @@ from kw.config.run_schema import BadImagesConfig
 from kw.data.batch_augment import BatchAugment
 from kw.data.channels import Reader
 from kw.data.dataset import UNREADABLE, ImageFolder
+from kw.data.faults import BadImage, FaultLog
+from kw.data.loader import build_loader
 from kw.data.preprocess import BatchPreprocessor
 from kw.data.reading import BadImageError, read_image
+from kw.data.samplers import EvalBatchSampler
 from kw.data.seeding import seeded
 from kw.data.transforms import build_transform
 from kw.models import build_model
@@ -234,12 +237,20 @@ def test_wrong_tiffs(array: Any, options: Any, reason: str, tmp_path: Path) -> N
 def test_tiffs_that_end_too_early(compression: Any, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     whole, path = io.BytesIO(), tmp_path / "image.tif"
-    tifffile.imwrite(whole, noise(40, 40, 5), photometric="minisblack", compression=compression)
+    options: dict[str, Any] = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(whole, noise(40, 40, 5), **options, compression=compression)
     content = whole.getvalue()
     for length in (6, 60, len(content) // 2, len(content) - 9):
         path.write_bytes(content[:length])
         with pytest.raises(BadImageError):
             Reader(5)(path)
+    log = FaultLog(1, BadImagesConfig(), Reader(5))
+    log.merge([BadImage(0, str(path), "it ends too early")])
+    log.load_state_dict(log.state_dict())
+    assert len(log.known) == 1
+    path.write_bytes(content)  # repaired, before the run is resumed
+    log.load_state_dict(log.state_dict())
+    assert not log.known
 
 
 def test_arrays_of_another_kind() -> None:
@@ -272,6 +283,10 @@ def test_a_file_of_other_channels_is_a_bad_image(tmp_path: Path) -> None:
     assert delivered.sample.label == UNREADABLE
     assert torch.equal(delivered.sample.image, torch.zeros(4, 32, 32, dtype=torch.uint8))
     assert dataset[0, 0].image.shape == (4, 32, 32)
+    log = build_loader(dataset, EvalBatchSampler(3, 3), 0).faults
+    log.merge(delivered.faults)
+    log.load_state_dict(log.state_dict())  # reads it again, as it is read here
+    assert [*log.known] == [str(wrong)]
 
 
 # Transforms

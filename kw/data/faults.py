@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -149,13 +150,16 @@ def collate_faults(collate: Callable[[list[Any]], Any], samples: list[Any]) -> A
 
 
 class FaultLog:
-    """The bad files that are known, each once, of a data set of ``size`` images."""
+    """The bad files that are known, each once, of a data set of ``size`` images, read by
+    ``reader``; left out, as RGB."""
 
-    def __init__(self, size: int, bad_images: BadImagesConfig) -> None:
+    def __init__(
+        self, size: int, bad_images: BadImagesConfig, reader: Callable[[str], Any] | None = None
+    ) -> None:
         # Rounded up, so that one bad file does not stop a run on a small set.
         self.allowed = math.ceil(bad_images.max_fraction * size)
         self.size = size
-        self.max_pixels = bad_images.max_pixels
+        self.reader = reader or partial(read_image, max_pixels=bad_images.max_pixels)
         self.known: dict[str, BadImage] = {}  # by path
         # Of this process, by image: a file may be listed more than once.
         self._new: dict[int, BadImage] = {}
@@ -204,7 +208,7 @@ class FaultLog:
         if not os.path.exists(path):
             return False
         try:
-            read_image(path, self.max_pixels)
+            self.reader(path)
         except BadImageError:
             return True
         return False

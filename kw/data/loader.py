@@ -95,7 +95,7 @@ def build_loader(
         # which would make the model's random choices depend on how often data was loaded.
         generator=torch.Generator(),
     )
-    loader.faults = FaultLog(len(dataset), dataset.bad_images)
+    loader.faults = FaultLog(len(dataset), dataset.bad_images, getattr(dataset, "reader", None))
     return loader
 
 
