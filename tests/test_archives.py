@@ -213,8 +213,8 @@ def test_one_folder_divided_by_a_seed(folder: Path) -> None:
     root = folder / "train"
     (root / "README").touch()
 
-    def divided(seed: int) -> dict[str, Listing]:
-        args = {"validation": 0.3, "split_seed": seed}
+    def divided(seed: int, validation: float = 0.3) -> dict[str, Listing]:
+        args = {"validation": validation, "split_seed": seed}
         return list_splits(data(root, dataset_args=args), 3)
 
     found = divided(0)
@@ -225,6 +225,11 @@ def test_one_folder_divided_by_a_seed(folder: Path) -> None:
     assert [str(p) for p in divided(0)["val"].files] == [str(p) for p in found["val"].files]
     others = {tuple(map(str, divided(seed)["val"].files)) for seed in range(8)}
     assert len(others) > 4
+    # Classes of four images each do not lose the same ones, and none loses all.
+    listed = [str(path) for path in list_split(data(folder), "train").files]
+    lost = [[listed.index(str(p)) for p in divided(seed)["val"].files[2:]] for seed in range(8)]
+    assert len({second - first for first, second in lost}) > 1
+    assert np.bincount(divided(0, 0.99)["train"].labels).tolist() == [1, 1, 1]
     with pytest.raises(DataError, match="fraction between 0 and 1"):
         list_split(data(root, dataset_args={"validation": 2.0}), "train")
 

@@ -19,7 +19,7 @@ from kw.config.data_schema import DataConfig
 from kw.config.run_schema import BadImagesConfig
 from kw.data.channels import Reader
 from kw.data.dataset import ImageFolder, Samples
-from kw.data.fast import DecodeError, draw_box, open_fast
+from kw.data.fast import DecodeError, Pixels, draw_box, open_fast
 from kw.data.loader import build_loader, collate
 from kw.data.reading import BadImageError, DataError, read_image
 from kw.data.samplers import TrainBatchSampler
@@ -215,6 +215,14 @@ def test_what_pillow_has_to_read(kind: str, tmp_path: Path) -> None:
     path.write_bytes(OTHERS[kind]())
     assert open_fast(path, 100_000, upright=True) is None
     assert open_fast(tmp_path / "missing", MAX, upright=True) is None
+
+
+def test_very_long_pictures_are_pillows() -> None:
+    """It resizes their middle alone; eight times as long as wide is not very long."""
+    fast = build_fast_transform(DataConfig(root="", input_size=24), False)
+    out = torch.empty(3, 24, 24, dtype=torch.uint8)
+    for size, is_taken in (((10, 80), True), ((10, 81), False), ((81, 10), False)):
+        assert fast(Pixels(np.zeros((*size, 3), np.uint8)), ("image",), out) == is_taken
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)

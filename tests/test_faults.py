@@ -111,6 +111,16 @@ def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
     assert read_image(path).getpixel((0, 0)) == (255, 100, 0)
 
 
+def test_twelve_bits_of_grey() -> None:
+    """White is 4095, in the 16 bits that Pillow gives."""
+    pixels = int("".join(f"{level:012b}" for level in (0, 1000, 2048, 4095)), 2).to_bytes(6, "big")
+    # Width, height, bits, no compression, black is 0, where they begin, channels, rows, bytes.
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 6}
+    entries = b"".join(struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = struct.pack("<2sHI", b"II", 42, 14) + pixels + struct.pack("<H", 9) + entries + bytes(4)
+    assert np.asarray(read_image(tiff))[0, :, 0].tolist() == [0, 62, 128, 255]
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(kind: str, orientation: int, tmp_path: Path) -> None:
