@@ -97,6 +97,11 @@ def test_counts() -> None:
     accuracy.update(torch.from_numpy(logits), torch.from_numpy(labels))
     assert matrix.trace() / len(labels) == pytest.approx(accuracy.compute()["top1"] / 100)
     assert hits.any(1).mean() == pytest.approx(accuracy.compute()["top5"] / 100)
+    # Images that cannot be read are wrong, and have no loss.
+    before = accuracy.compute()
+    accuracy.update(torch.from_numpy(logits), torch.full_like(torch.from_numpy(labels), -1))
+    after = accuracy.compute()
+    assert (after["top1"], after["loss"]) == pytest.approx((before["top1"] / 2, before["loss"]))
 
 
 def test_images_of_several_labels_count_once_for_each() -> None:
