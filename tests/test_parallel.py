@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.distributed as dist
 from breadth import breadth
-from kills import compare, free_port, kill, log_of, start
+from kills import compare, differences, free_port, kill, log_of, start
 from kills import settings as killed_settings
 from networks import images, small
 from processes import in_processes
@@ -300,6 +300,15 @@ def test_killed_and_resumed_is_never_interrupted(
     kill(processes)
     run(config, killed, world)
     assert compare(tmp_path / "whole", killed) == []
+    state = load_checkpoint(killed / "last.pth")
+    first, *others = state["ranks"]
+    for own in others:  # other drop paths, and from an epoch's end on the same statistics
+        assert differences(own["rng"]["torch"], first["rng"]["torch"])
+        assert not differences(own["norms"], first["norms"])
+    statistics = [name for name in state["state_dict"] if "running_" in name]
+    averages = {name: state["ema_state_dict"][name] for name in statistics}
+    assert statistics
+    assert not differences(averages, {name: state["state_dict"][name] for name in statistics})
 
 
 def check_materialised(process: Process) -> None:
