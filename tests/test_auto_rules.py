@@ -26,6 +26,8 @@ from kw.warehouse import (
     auto_plan,
     register_convertible,
 )
+from kw.warehouse.auto import _stem
+from kw.warehouse.probe import Use
 from kw.warehouse.sharing import MAX_BLOCKS, MAX_CELLS, MIN_CELLS, Candidate, share
 
 
@@ -227,10 +229,29 @@ def test_gates_stay_static(gate):
     assert not report.refused
 
 
+@pytest.mark.parametrize(
+    ("width", "kernel", "reason"),
+    [
+        (7, 1, "fewer than 8 channels"),
+        (8, 1, "would mix fewer than 4 cells"),
+        (128, 4, "works on pooled features"),
+    ],
+)
+def test_maps_and_poolings_stay_static(width, kernel, reason):
+    net = Net(nn.Conv2d(128, width, kernel), lambda layer, x: (layer(x), x)[1])
+    assert report_of(net).left["tested"].startswith(reason)  # it gets 4 x 4 pixels
+
+
 def test_a_deep_stem_stays_static_as_a_whole():
     net = Net()
     net.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.Conv2d(64, 64, 3, padding=1))
     assert report_of(net).left["stem.1"] == "stem"
+
+
+@pytest.mark.parametrize(("inside", "layers", "found"), [(4, 16, 4), (5, 20, 1), (4, 15, 1)])
+def test_a_stem_is_four_layers_and_a_quarter_at_most(inside, layers, found):
+    names = [f"{'stem' if i < inside else 'body'}.{i}" for i in range(layers)]
+    assert _stem({name: Use(i, 1) for i, name in enumerate(names)}) == set(names[:found])
 
 
 def test_classifier_by_timms_name():
@@ -366,8 +387,15 @@ def test_networks_whose_forward_needs_values():
     assert "tested" in report_of(net).warehouses["stage2_dense"]
 
 
-def test_the_network_is_not_touched():
-    net = Net(nn.Conv2d(128, 128, 1), lambda conv, x: conv(x) if x.sum().item() < 1e9 else x)
+@pytest.mark.parametrize("needs_values", [True, False])
+def test_the_network_is_not_touched(needs_values):
+    """Nor are random numbers, whichever it draws."""
+
+    def call(conv, x):
+        least = x.square().sum().item() if needs_values else 0
+        return conv(x) if torch.rand(()).item() > -1 - least else x
+
+    net = Net(nn.Conv2d(128, 128, 1), call)
     net.stage1.eval()
     before = copy.deepcopy(net.state_dict())
     modes = [module.training for module in net.modules()]

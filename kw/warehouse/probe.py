@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,10 +167,7 @@ def _run(
         if isinstance(weight := module._parameters.get("weight"), Tensor):
             owners[id(weight)] = use
     model.eval()
-    with ExitStack() as stack:
-        if all(device.type == "cpu" for device in {t.device for t in _tensors((args, kwargs))}):
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_WeightReads(owners, running))
+    with torch.random.fork_rng(devices=[]), _WeightReads(owners, running):
         model(*args, **kwargs)
     return uses
 
