@@ -187,7 +187,8 @@ def test_hooks_are_kept():
         model[0].register_forward_hook(lambda *_, **__: seen.append("after"), with_kwargs=True),
         model[0].register_full_backward_hook(lambda *_: seen.append("backward")),
     ]
-    convert(model, plan_of(("0", "w")))
+    model[0].register_state_dict_pre_hook(lambda *_: pytest.fail("it expects a weight"))
+    convert(model, plan_of(("0", "w"))).state_dict()
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
     model(x).sum().backward()
     assert seen == ["before", "after", "backward"]

@@ -204,6 +204,17 @@ def test_inputs_decide_what_is_kept():
     assert difference(model[0](dead), static[0](dead)) < 0.9
 
 
+def test_inputs_count_by_their_mean_over_positions():
+    """Layers of large images count no more than others."""
+    levels, found = torch.randn(5, 8, 1, 1).double(), []
+    for side in (2, 6):
+        model, plan = halved(rules=[{"match": "[02]", "warehouse": "all"}])
+        model.insert(1, nn.AdaptiveAvgPool2d(1))
+        images = levels.expand(-1, -1, side, side)
+        found.append(kw.convert(model, plan, batches=[images])(images))
+    torch.testing.assert_close(*found)
+
+
 def test_inputs_of_grouped_layers_count_by_group():
     model = nn.Sequential(nn.Conv2d(16, 16, 1, groups=2), nn.Conv2d(16, 16, 1, groups=2)).double()
     torch.manual_seed(0)
