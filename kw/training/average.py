@@ -35,6 +35,11 @@ class MovingAverage:
         averages = [local(parameter) for parameter in self.network.parameters()]
         current = [local(parameter) for parameter in trained.parameters()]
         get_ema_multi_avg_fn(self.kept(updates_before))(averages, current, None)
+        self.copy_buffers(trained)
+
+    @torch.no_grad()
+    def copy_buffers(self, trained: nn.Module) -> None:
+        """Take the trained network's buffers, as they are."""
         for average, buffer in zip(self.network.buffers(), trained.buffers(), strict=True):
             average.copy_(buffer)
 

@@ -157,10 +157,6 @@ def _restore_process(
     restore_rng_state(own["rng"], process.device)
     for buffer, value in zip(_statistics(trainer), own["norms"], strict=True):
         buffer.copy_(value)
-    if trainer.average is not None:  # it copies buffers after each update
-        buffers = dict(trainer.task.network.named_buffers())
-        for name, buffer in trainer.average.network.named_buffers():
-            buffer.copy_(buffers[name])
     _restore_hooks(trainer, own)
 
 

@@ -296,7 +296,7 @@ class Trainer:
         host_barrier(f"at the end of epoch {self.epoch + 1}")
         average_batch_norm(self.model)
         if self.average is not None:
-            average_batch_norm(self.average.network)
+            self.average.copy_buffers(self.task.network)
         self.epoch += 1
 
     def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
