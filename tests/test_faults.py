@@ -386,6 +386,10 @@ def test_a_run_goes_on_and_tells(settings: dict[str, Any], broken: Path, tmp_pat
         again = evaluate_checkpoint(config, work_dir / "last.pth")
     assert again["top1"] == metrics["ema_top1"]
     assert again["unreadable_images"] == 1
+    resumed = build_trainer(config, work_dir, Process(0, 1, torch.device("cpu")), resume=True)
+    resumed.load()
+    assert len(resumed.train_loader.faults.known) == 4
+    assert len(resumed.val_loader.faults.known) == 1
     config.data.bad_images.policy = "raise"
     with pytest.raises(DataError, match=r"val/cat/2.png"):
         evaluate_checkpoint(config, work_dir / "last.pth")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +224,24 @@ def test_minutes(settings: dict[str, Any], tmp_path: Path) -> None:
     train(config_from_mapping(settings), tmp_path)
     names = {path.name for path in checkpoints(tmp_path)}
     assert {f"epoch_0_update_{i}.pth" for i in (1, 2, 3)} <= names
+
+
+def test_a_score_that_never_rises(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Zero is one, the first of equal ones is the best, the last epoch is evaluated. The average
+    begins after two updates, here an epoch each."""
+    settings |= {"epochs": 3, "eval_interval": 2, "total_batch_size": 64, "batch_size": 64}
+    settings["ema"] = {"decay": 0.5}
+    process = Process(0, 1, torch.device("cpu"))
+    built = trainer_of(config_from_mapping(settings), tmp_path, process)
+    built.task = replace(built.task, evaluate=lambda _: {"top1": 0.0})
+    built.run()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["top1"], results["epoch"]) == (0, 2)
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [line["epoch"] for line in lines if line["mode"] == "val"] == [2, 3]
+    states = [load_checkpoint(tmp_path / f"epoch_{epoch}.pth") for epoch in (2, 3)]
+    apart = [bool(differences(each["ema_state_dict"], each["state_dict"])) for each in states]
+    assert apart == [False, True]
 
 
 def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:

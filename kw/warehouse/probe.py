@@ -153,7 +153,7 @@ def _run(
                 called.append(use)
             use.calls += 1
             batched = x.dim() > 1 if space is None else x.dim() == len(space) + 2
-            use.by_sample &= batched and len(x) == len(output) == batch
+            use.by_sample &= batched and len(x) == batch
             axes = slice(1, -1) if space is None else slice(2, None)
             use.positions = math.prod(x.shape[axes])
             use.positions_out = math.prod(output.shape[axes])
