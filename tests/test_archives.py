@@ -266,7 +266,8 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = {"image": None, "label": SimpleNamespace(names=list(plain.classes))}
     module: Any = ModuleType("datasets")
     module.Image = lambda decode: SimpleNamespace(decode=decode)
-    module.load_dataset = lambda name, **args: {"validation": _FakeSet(rows, features)}
+    splits = {"test": _FakeSet(rows[:1], features), "validation": _FakeSet(rows, features)}
+    module.load_dataset = lambda name, **args: splits
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
@@ -275,7 +276,7 @@ def test_hugging_face(hub: None, folder: Path) -> None:
     found = list_split(config, "val")
     assert (found.names or [])[2] == "somebody/something, val, row 2"
     same(samples(config, "val"), samples(data(folder), "val"))
-    with pytest.raises(DataError, match=r"no split train; it has validation"):
+    with pytest.raises(DataError, match=r"no split train; it has test, validation"):
         list_split(config, "train")
     wrong = data(Path("x/y"), dataset="huggingface", dataset_args={"label": "cls"})
     with pytest.raises(DataError, match="no column 'cls'"):

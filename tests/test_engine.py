@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.data import DataError
+from kw.peers import DyConv2d
 from kw.training import CheckpointError, build_trainer, evaluate_checkpoint, load_checkpoint, train
 from kw.training.distributed import Process, find_process
 from kw.training.optim import build_optimizer
@@ -312,7 +314,12 @@ def test_schedule(settings: dict[str, Any]) -> None:
     rates = [schedule.lr(u) for u in (0, 14, 15, 30, 45)]
     assert rates == pytest.approx([2e-3, 2e-3, 2e-4, 2e-5, 2e-6])
     # A number of updates, of a small set's run at most a tenth; epochs where they say more.
-    for epochs, per_epoch, expected in ((0.0, 7329, 500), (0.0, 20, 20), (3.0, 20, 60)):
+    for epochs, per_epoch, expected in (
+        (0.0, 7329, 500),
+        (0.0, 20, 20),
+        (3.0, 20, 60),
+        (4.35, 100, 435),
+    ):
         warm = {"warmup_epochs": epochs, "warmup_updates": 500}
         config = config_from_mapping(changed(settings, schedule=warm, **changes))
         schedule = Schedule(config, updates_per_epoch=per_epoch)
@@ -334,6 +341,15 @@ def test_decay_spares_vectors_and_biases(settings: dict[str, Any]) -> None:
         names[id(p)] for p in decayed["params"]
     }
     assert {"fc.bias", "bn1.weight"} <= {names[id(p)] for p in exempt["params"]}
+    norms = replace(config.optimizer, exempt_from_decay="norm")
+    decayed, exempt = build_optimizer(network, norms, CPU.device).param_groups
+    assert {"bn1.weight", "bn1.bias"} <= {names[id(p)] for p in exempt["params"]}
+    assert "fc.bias" in {names[id(p)] for p in decayed["params"]}
+    layer = DyConv2d(4, 8, 3)  # with a bias for each kernel
+    assert layer.bias is not None
+    *_, exempt = build_optimizer(nn.Sequential(layer), config.optimizer, CPU.device).param_groups
+    assert layer.bias.ndim == 2
+    assert id(layer.bias) in map(id, exempt["params"])
 
 
 def test_mistakes_are_told(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
 from kw.training.folder import find_checkpoint
+from kw.training.hooks import Hook
 from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
@@ -242,6 +243,29 @@ def test_a_score_that_never_rises(settings: dict[str, Any], tmp_path: Path) -> N
     states = [load_checkpoint(tmp_path / f"epoch_{epoch}.pth") for epoch in (2, 3)]
     apart = [bool(differences(each["ema_state_dict"], each["state_dict"])) for each in states]
     assert apart == [False, True]
+
+
+class Asked(Hook):
+    def after_update(self, trainer: trainer.Trainer, losses: Any) -> None:
+        if trainer.update == 2:
+            trainer.signals.name = "SIGTERM"
+
+
+def test_asked_to_end_in_the_last_update_of_an_epoch(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The epoch's evaluation is made when the run goes on."""
+    settings |= {"epochs": 2, "total_batch_size": 32, "batch_size": 32}
+    config = config_from_mapping(settings)
+    built = trainer_of(config, tmp_path, Process(0, 1, torch.device("cpu")))
+    built.hooks.append(Asked())
+    with pytest.raises(Interrupted, match=r"epoch_0_update_2\.pth"):
+        built.run()
+    train(config, tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [(line["mode"], line["epoch"], line["iter"]) for line in lines]
+    updates = [("train", 1, 1), ("train", 1, 2), ("train", 2, 3), ("train", 2, 4)]
+    assert found == [*updates[:2], ("val", 1, 2), *updates[2:], ("val", 2, 4)]
 
 
 def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
