@@ -22,9 +22,11 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kw.config import config_from_mapping
+from kw.config.run_schema import OptimizerConfig
 from kw.training import NonFiniteError, build_trainer, load_checkpoint
 from kw.training.diagnosis import find_origin
 from kw.training.distributed import Process
+from kw.training.optim import build_optimizer
 from kw.training.trainer import Trainer, Updater
 
 CPU = Process(0, 1, torch.device("cpu"))
@@ -115,6 +117,23 @@ def test_a_skipped_update_changes_nothing(
     assert_equal(with_it.state(), without.state())
     assert all(value.isfinite().all() for value in with_it.state()[0].values())
     assert with_it.updater.guard.read() == (2, 0, 2)
+
+
+def test_momenta_that_are_dampened_begin_with_the_first_gradient() -> None:
+    """Also where the first update is skipped: torch's fused SGD would keep what memory held."""
+    config = OptimizerConfig(name="sgd", lr=0.1, args={"dampening": 0.5})
+    without, with_it, torchs = Updates(), Updates(), Updates()
+    for each in (without, with_it):
+        each.updater.optimizer = build_optimizer(each.network, config, CPU.device)
+    torchs.updater.optimizer = SGD(
+        torchs.network.parameters(), lr=0.1, momentum=config.momentum, dampening=0.5
+    )
+    with_it.run(-1, images_of_nan)
+    for seed in (1, 2):
+        for each in (without, with_it, torchs):
+            each.run(seed)
+    assert_equal(with_it.state(), without.state())
+    torch.testing.assert_close(without.network.state_dict(), torchs.network.state_dict())
 
 
 def test_updates_are_as_without_the_guard() -> None:

@@ -41,7 +41,7 @@ def build_optimizer(
         config: the optimizer's settings.
         device: of the parameters; on CPU and CUDA the fused form of AdamW and SGD is used: it
             makes no temporary copies of the parameters, and needs no synchronisation to skip an
-            update. SGD of sharded parameters has none.
+            update. SGD of sharded parameters, or with dampening, has none.
         lr_scales: factor on the learning rate by name of the parameter; 1 where there is none. A
             group's stands in its ``lr_scale``, which the schedule multiplies by.
 
@@ -96,8 +96,12 @@ def build_optimizer(
         )
     ]
     fused = True if device.type in ("cpu", "cuda") else None
-    if config.name == "sgd" and any(isinstance(p, DTensor) for p in network.parameters()):
-        fused = False  # torch has no fused SGD of sharded parameters
+    if config.name == "sgd" and (
+        config.args.get("dampening") or any(isinstance(p, DTensor) for p in network.parameters())
+    ):
+        # torch has no fused SGD of sharded parameters; with dampening, the fused one that skips its
+        # first update leaves momenta as memory is found.
+        fused = False
     own: dict[str, Any] = {}
     if config.name == "adamw":
         own = {"betas": tuple(config.betas), "eps": config.eps, "fused": fused}
