@@ -149,7 +149,7 @@ def hold_in_memory(
         collate_fn=dict,  # the batch as it is
         generator=torch.Generator(),  # see kw.data.loader.build_loader
     )
-    loader.faults = FaultLog(len(folder), folder.bad_images, folder.reader)
+    loader.faults = FaultLog(len(folder), folder.bad_images, folder.reader.__call__)
     loader.faults.record(found)
     return loader
 
