@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -326,6 +327,17 @@ def test_settings_come_from_the_nearest_place():
         ("softmax", 32, 1),
         ("rectified", 16, 3),
     ]
+
+
+def test_a_rule_without_settings_joins_a_warehouse_as_it_is():
+    rules = [
+        {"match": "a", "warehouse": "x", "reduction": np.float64(0.5)},
+        {"match": "b", "warehouse": "x"},
+    ]
+    model = convert(chain(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1)), {"rules": rules})
+    assert [layer.attention.fc1.out_features for layer in (model.a, model.b)] == [32, 32]
+    (plan,) = model.warehouses.plans  # of plain types, which YAML takes
+    assert type(plan["rules"][0]["reduction"]) is float
 
 
 def test_settings_of_one_warehouse_take_effect():

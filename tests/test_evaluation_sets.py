@@ -285,6 +285,14 @@ def test_real_labels_that_do_not_fit(labels: str, expected: str, val: Path, tmp_
         open_set("real", tmp_path, CLASSES, lambda: listing)
 
 
+def test_real_images_of_one_number(val: Path, tmp_path: Path) -> None:
+    write_grey(val / CLASSES[0] / "ILSVRC2012_val_00000001.png", 1)
+    (tmp_path / "real.json").write_text(json.dumps(REAL))
+    listing = list_folders(val.parent, "val")
+    with pytest.raises(DataError, match="a second of that number"):
+        open_set("real", tmp_path, CLASSES, lambda: listing)
+
+
 def test_classes_of_other_names(tool: Any, run: Path, tmp_path: Path, capfd: Any) -> None:
     write_grey(tmp_path / "a" / CLASSES[0] / "0.png", 0)
     write_run(run, [f"animal {i}" for i in range(12)])
