@@ -147,8 +147,12 @@ def _check_conversion(config: Config, expect: Expect) -> None:
         return
     if dynamic is not None:
         expected = "0 below a budget of 1 for start: keep, which holds at temperature 0 alone"
-        right = dynamic.start == "paper" or (dynamic.cell_num_ratio or 1) >= 1
-        expect(right, expected, "temperature_epochs", f"{key}.start")
+        for name, own in {"": dynamic, **dynamic.warehouses}.items():
+            start = own.start or dynamic.start
+            ratio = own.cell_num_ratio or dynamic.cell_num_ratio or 1
+            where = f" (warehouse {name})" if name else ""
+            right = start == "paper" or ratio >= 1
+            expect(right, expected + where, "temperature_epochs", f"{key}.start")
     elif peer is not None:
         expected = f"0 for {peer.method}, whose attention has no temperature"
         right = peer.method not in _WITHOUT_TEMPERATURE
