@@ -142,6 +142,15 @@ def test_temperature_and_averages_follow_the_formula(tmp_path, every):
         assert loaded == pytest.approx(taus)
 
 
+def test_a_run_that_is_stopped_while_it_anneals_says_so(tmp_path, capsys):
+    class Stop(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = True
+
+    trainer(tmp_path, KernelWarehouse(Recipe(PLAN, anneal=2)), Stop()).fit(Plain(), data())
+    assert "ended at temperature" in capsys.readouterr().err
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Also in the middle of an epoch, with an average; the second run converts by itself."""
 

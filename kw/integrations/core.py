@@ -120,6 +120,14 @@ class Recipe:
                 set_temperature(model, tau)
         return tau
 
+    def end(self, model: nn.Module) -> None:
+        """After a run: say so where it ended before the annealing, by its own clock or a hook."""
+        if self.anneal and has_temperature(model) and (tau := get_temperature(model)) >= 0.01:
+            say(
+                f"training has ended at temperature {tau:.2f}, before {self.anneal:g} epochs of "
+                f"annealing: coefficients still hold {tau:.0%} of the one-hot start; train on"
+            )
+
 
 def plans_of(model: nn.Module) -> list[dict[str, Any]]:
     """The plans by which a network was converted, for the host's checkpoint: JSON's types alone."""

@@ -102,7 +102,9 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
         for average in _averages(trainer, module) if self.temperature is not None else ():
             set_temperature(average, self.temperature)  # type: ignore[arg-type]
 
-    on_train_end = on_validation_start
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.on_validation_start(trainer, module)
+        self.recipe.end(module)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         self.on_validation_start(trainer, module)

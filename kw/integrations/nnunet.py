@@ -115,6 +115,11 @@ class KernelWarehouse:
         result: dict[str, Any] = super().train_step(batch)  # type: ignore[misc]
         return result
 
+    def on_train_end(self) -> None:
+        super().on_train_end()  # type: ignore[misc]
+        me: Any = self
+        self.recipe.end(me.network)
+
 
 class nnUNetTrainerKW(KernelWarehouse, nnUNetTrainer):
     """Starts as the static network and is dynamic from the first update."""

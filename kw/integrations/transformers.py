@@ -80,6 +80,9 @@ class KernelWarehouse(hf.TrainerCallback):  # type: ignore[name-defined]
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.recipe.set_temperature(state.epoch or 0, given["model"])
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.recipe.end(given["model"])
+
 
 @quantizers.register_quantization_config(_TYPE)
 class _Plans(settings.QuantizationConfigMixin):  # type: ignore[name-defined]

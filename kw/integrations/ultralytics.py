@@ -183,6 +183,8 @@ class _Dynamic(BaseTrainer):
                 network = getattr(network, "student_model", network)  # a teacher keeps its own
                 self.recipe.set_temperature(done, network, self.ema.ema if self.ema else None)
             self._batch += 1
+        if event == "on_train_end":
+            self.recipe.end(unwrap_model(self.model))
         super().run_callbacks(event)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
