@@ -207,8 +207,8 @@ def test_missing_keys_come_with_examples(tmp_path: Path) -> None:
                     "warehouses": {"stage2_dense": {"start": "keep", "cell_num_ratio": 0.5}},
                 },
             },
-            "temperature_epochs = 5.0: expected 0 below a budget of 1 for start: keep, which holds "
-            "at temperature 0 alone (warehouse stage2_dense); model.kernel_warehouse.start = 'paper'",
+            "expected 0 below a budget of 1 for start: keep, which holds at temperature 0 alone "
+            "(warehouse stage2_dense); model.kernel_warehouse.start = 'paper'",
         ),
         (
             {"temperature_epochs": 5, "model.peer": {"method": "condconv"}},
