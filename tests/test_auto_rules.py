@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import namedtuple
-from itertools import pairwise
 
 import pytest
 import timm
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks import plan_of
 from timm.layers import Conv2dSame
+from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -28,6 +29,7 @@ from kw.warehouse import (
 )
 from kw.warehouse.auto import _stem
 from kw.warehouse.probe import Use
+from kw.warehouse.same import same_padding
 from kw.warehouse.sharing import MAX_BLOCKS, MAX_CELLS, MIN_CELLS, Candidate, share
 
 
@@ -149,7 +151,7 @@ def test_widths_without_a_common_divisor_are_split():
 
 def test_layers_alone_in_their_stage_share_across_stages():
     widths = [16, 32, 64, 128]
-    blocks = [nn.Conv2d(a, b, 1, 2) for a, b in pairwise(widths)]
+    blocks = [nn.Conv2d(a, b, 1, 2) for a, b in itertools.pairwise(widths)]
     report = report_of(nn.Sequential(nn.Conv2d(3, 16, 1), *blocks))
     assert report.warehouses == {"stages_dense": ["1", "2", "3"]}
 
@@ -464,6 +466,11 @@ def test_same_padding_is_timms(size, kernel, stride, dilation, groups):
     conv.weight.copy_(cells.view(-1, *conv.weight.shape[:2]).permute(1, 2, 0).view_as(conv.weight))
     x = torch.randn(2, 4, *size)
     torch.testing.assert_close(layer(x), conv(x))
+
+
+def test_same_padding_of_every_size_is_timms():
+    for axis in itertools.product(range(1, 40), range(1, 8), range(1, 9), (1, 2, 3)):
+        assert same_padding(*axis) == max(get_same_padding(*axis), 0), axis
 
 
 def test_same_padding_takes_no_padding():

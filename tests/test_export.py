@@ -16,6 +16,7 @@ import timm
 import torch
 from breadth import breadth
 from deployment import CLASSES, SETTINGS, random_source, randomise, write_checkpoint
+from timm.layers import Conv2dSame
 from torch import nn
 
 import kw
@@ -299,6 +300,18 @@ def test_sizes_that_a_network_refuses_are_not_open(
         network = timm.create_model(name, num_classes=4).eval()
     inputs, reason = input_range(network, ModelConfig(name, num_classes=4), side)
     assert (inputs.size, inputs.least, reason) == (side, least, why)
+
+
+def test_sizes_of_tensorflows_padding_have_no_maximum() -> None:
+    """Each multiplied the time of tracing: an EfficientNet with open sizes was never done."""
+    network = nn.Sequential(*(Conv2dSame(4, 4, 3, stride=2) for _ in range(3)), Conv2dSame(4, 4, 4))
+    kw.convert(network, {"rules": [{"match": "[12]", "warehouse": "w"}]})
+    network.num_features = 4
+    graph = Graph(network.eval())
+    traced = trace(graph, InputRange(32, channels=4, least=17))
+    assert not [node for node in traced.graph.nodes if "max" in str(node.target)]
+    images = torch.randn(2, 4, 35, 50)
+    torch.testing.assert_close(traced.module()(images), graph(images))
 
 
 @pytest.fixture(scope="module")

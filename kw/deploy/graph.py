@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from ..errors import one_line
 from ..models.build import check_network, in_channels
 from ..torch_private import trace_errors
 from ..warehouse import KWLayer, fold_temperature, ops
+from ..warehouse.same import same_padding
 from .description import Description, ExportError, InputRange
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -106,7 +108,9 @@ def traced(
     ``torch.export``; messages call it ``name``, otherwise as :func:`trace`."""
     export = partial(torch.export.export, graph, example, dynamic_shapes=shapes)
     try:
-        with quiet(), ops.exported_for(runtime):
+        # timm's formula has a maximum a layer: tracing an EfficientNet took minutes.
+        timms = patch("timm.layers.padding.get_same_padding", same_padding)
+        with quiet(), ops.exported_for(runtime), timms:
             try:
                 return export()
             except trace_errors():

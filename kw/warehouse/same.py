@@ -14,6 +14,19 @@ from torch import Tensor
 from .layers import KWConv2d
 
 
+def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> int:
+    """Zeros that an axis of ``size`` positions lacks for ``ceil(size / stride)`` outputs.
+
+    Without a maximum where none is needed, and without the size at stride 1: in a traced graph the
+    sizes of all layers before stand in it, and what compares them takes minutes.
+    """
+    reach = (kernel - 1) * dilation + 1 - stride
+    if stride == 1:
+        return reach
+    missing = reach + -size % stride
+    return missing if reach >= 0 else max(missing, 0)
+
+
 class KWConv2dSame(KWConv2d):
     """:class:`KWConv2d` whose output has ``ceil(size / stride)`` positions along every axis.
 
@@ -36,9 +49,7 @@ class KWConv2dSame(KWConv2d):
 
     def pad(self, x: Tensor) -> Tensor:
         sides: list[int] = []
-        axes = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        for size, kernel, stride, dilation in axes:
-            outputs = -(-size // stride)
-            missing = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        for axis in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            missing = same_padding(*axis)
             sides = [missing // 2, missing - missing // 2, *sides]  # F.pad begins with the last
         return F.pad(x, sides)
