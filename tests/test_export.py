@@ -21,6 +21,7 @@ from torch import nn
 
 import kw
 from kw.config import config_from_mapping
+from kw.config.names import name_of_config
 from kw.config.schema import ModelConfig
 from kw.deploy import ExportError, export, read_source
 from kw.deploy.description import InputRange
@@ -532,3 +533,4 @@ def test_a_run_is_called_by_its_folder(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(run / "best.pth", SETTINGS)
     for config in (None, run / "config.yaml"):
         assert read_source(checkpoint, config).description.model == "birds"
+    assert name_of_config("configs/kw_resnet18_1x.yaml") == "kw_resnet18_1x"

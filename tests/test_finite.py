@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kw.config import config_from_mapping
+from kw.config import ConfigError, config_from_mapping
 from kw.config.run_schema import OptimizerConfig
 from kw.training import NonFiniteError, build_trainer, load_checkpoint
 from kw.training.diagnosis import find_origin
@@ -134,6 +134,9 @@ def test_momenta_that_are_dampened_begin_with_the_first_gradient() -> None:
             each.run(seed)
     assert_equal(with_it.state(), without.state())
     torch.testing.assert_close(without.network.state_dict(), torchs.network.state_dict())
+    config.args["fused"] = True
+    with pytest.raises(ConfigError, match=r"fused SGD with dampening .* leave out fused"):
+        build_optimizer(without.network, config, CPU.device)
 
 
 def test_updates_are_as_without_the_guard() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import load_config
+from ..config.names import name_of_config
 from ..config.run_schema import OptimizerConfig
 from ..config.schema import Config
 from ..errors import valid_names
@@ -218,7 +218,7 @@ def load_cases(configs: Sequence[str], layers: Sequence[str] = ()) -> list[Case]
                 f"{path} is of a static network; name converted ones: the static network without "
                 "model.kernel_warehouse is always measured beside them"
             )
-        sources.append(NetworkSource(Path(path).stem, config))
+        sources.append(NetworkSource(name_of_config(path), config))
     sources += map(parse_layer, layers)
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):

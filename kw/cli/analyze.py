@@ -7,9 +7,9 @@ takes; assembling the kernels and the attention branches come on top of it.
 """
 
 from dataclasses import asdict
-from pathlib import Path
 
 from ..config import load_config
+from ..config.names import name_of_config
 from ..evaluation import render_table
 from ..models.complexity import Complexity, WarehouseSize, analyze
 from .tool import ToolParser, add_options, output_file, save_json
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     # All files are checked before the first network is built.
     loaded = [(path, load_config(path, args.cfg_options)) for path in args.configs]
-    found = [(path, Path(path).stem, analyze(config)) for path, config in loaded]
+    found = [(path, name_of_config(path), analyze(config)) for path, config in loaded]
     print("For one image: multiply-adds of the static network, of assembling kernels, of attention")
     print(render_table(COSTS, [(name, *_costs(cost)) for _, name, cost in found]))
     for _, name, cost in found:

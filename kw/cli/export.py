@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..config.names import config_file
+from ..config.names import config_file, name_of_config
 from ..deploy import ExportError, export, find_images, read_source
 from ..deploy.export import Options, check_target, read_some
 from ..deploy.quantize import CALIBRATION
@@ -111,8 +111,7 @@ def export_detectors(args: argparse.Namespace) -> None:
     shown = args.images or [str(Path(data.root, data.val_images))]
     if not args.images and not Path(shown[0]).is_dir():
         raise ExportError(f"{shown[0]}: no such folder; name pictures to verify with by --images")
-    name = Path(args.config).stem
-    name = Path(args.checkpoint).absolute().parent.name if name == "config" else name
+    name = name_of_config(args.config)
     for target in args.targets:
         files = islice(find_images(shown), 100)  # some may show nothing
         written = export_detector(

@@ -47,6 +47,12 @@ def config_names(pattern: str = "*") -> dict[str, Path]:
     return found
 
 
+def name_of_config(path: str | os.PathLike[str]) -> str:
+    """What a configuration is called: its file, or its folder where it is a run's ``config``."""
+    path = Path(path).absolute()
+    return path.parent.name if path.stem == "config" else path.stem
+
+
 def config_file(name: str | os.PathLike[str]) -> Path:
     """A configuration's file, by its path or by the name of one of this project's. A path
     ``configs/...`` that is not there is this project's too.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..config.names import name_of_config
 from ..config.tree import rebuilt
 from ..models.build import without_sources
 from ..training.trained import load_trained
@@ -101,8 +102,8 @@ def ready(network: nn.Module) -> nn.Module:
 
 def _name(config: str | Path | None, path: Path, settings: Config) -> str:
     """Its name: that of its configuration file or work directory."""
-    if config is not None and Path(config).stem != "config":  # which is a work directory's own
-        return Path(config).stem
+    if config is not None:
+        return name_of_config(config)
     return path.absolute().parent.name or settings.model.name
 
 

@@ -102,6 +102,11 @@ def build_optimizer(
         # torch has no fused SGD of sharded parameters; with dampening, the fused one that skips its
         # first update leaves momenta as memory is found.
         fused = False
+        if config.args.get("fused") and config.args.get("dampening"):
+            raise ConfigError(
+                "optimizer.args: fused SGD with dampening begins with uninitialised momenta where "
+                "its first update is skipped; leave out fused"
+            )
     own: dict[str, Any] = {}
     if config.name == "adamw":
         own = {"betas": tuple(config.betas), "eps": config.eps, "fused": fused}
