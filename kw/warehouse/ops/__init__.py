@@ -63,6 +63,8 @@ def dynamic_conv(
         cells: ``[n, c_out * c_in * cell_kernel]``.
         spec: partition, stride, padding, dilation, groups.
         backend: one of :data:`BACKENDS`, or ``"auto"``: the selector's choice for these shapes.
+            Under ``torch.func`` and in forward mode plain operators take its place, which store a
+            kernel for each sample.
         rounded: gives the cells in a type of 16 bit (:class:`~.rounded.RoundedCells`); without it
             they are rounded for this call.
 

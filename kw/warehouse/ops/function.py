@@ -49,7 +49,8 @@ def contract(
             They are computed with; gradients are those of ``cells``, in their dtype.
 
     Returns:
-        ``[B, O, *output space]``, laid out as the input: contiguous or channels last.
+        ``[B, O, *output space]``, laid out as the input: contiguous or channels last. Under
+        ``torch.func`` and in forward mode: by plain operators, without a back end, contiguous.
     """
     if not torch.compiler.is_compiling() and in_function_transform():
         check_operands(x, alpha, cells, spec)
