@@ -14,11 +14,12 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import PIL
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torchvision.transforms import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms import functional as F
 
@@ -26,6 +27,7 @@ from kw.config.data_schema import DataConfig
 from kw.data.fast import Box, FastMiddle, FastRandomCrop, FastTransform, not_empty
 from kw.registry import TRANSFORMS
 
+_PILLOW = int(PIL.__version__.partition(".")[0])
 _LONG = 8  # times the shorter side: of longer images only the middle is resized
 
 
@@ -53,6 +55,8 @@ def build_transform(config: DataConfig, training: bool) -> Compose:
             crop_pct=config.test_crop_ratio,
             normalize=False,
         )
+        # Up to 1.0.30 timm's transform of sizes that are not square is always bilinear.
+        test.transforms[0].interpolation = str_to_interp_mode(config.interpolation)
         if height != width or not config.are_pictures:
             return Compose([_CutLong(height / width), *test.transforms, *clip])
         resize, *rest = test.transforms
@@ -170,8 +174,8 @@ class _ResizeMiddle:
         part = image.crop(
             (edges[0], 0, edges[1], short) if is_wide else (0, edges[0], short, edges[1])
         )
-        # Each step rounds to whole numbers: first the one that Pillow 12 would take first.
-        horizontal_first = whole[0] * image.height <= image.width * whole[1]
+        # Each step rounds to whole numbers: first the one that Pillow would take first.
+        horizontal_first = _PILLOW < 12 or whole[0] * image.height <= image.width * whole[1]
         for horizontal in (horizontal_first, not horizontal_first):
             count, start_at, end_at = size, 0.0, float(short)
             if horizontal == is_wide:

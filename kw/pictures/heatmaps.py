@@ -66,7 +66,7 @@ def draw_bands(axes: Any, bands: Sequence[Band], limit: float, cmap: str = SIGNE
             vmin=-limit if cmap == SIGNED else 0,
             vmax=limit,
             aspect="auto",
-            interpolation="nearest" if boxes else "auto",
+            interpolation="nearest" if boxes else None,
             extent=(0, cells, top + band.height, top),
         )
         own = band.own.stop - band.own.start

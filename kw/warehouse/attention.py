@@ -279,8 +279,8 @@ class KernelAttention(nn.Module):
 def full_precision(pooled: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast: a branch computes in the type of its weights."""
     device = pooled.device.type
-    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
-    return torch.autocast(device, enabled=False) if has_autocast else nullcontext()
+    # The meta device has no autocast.
+    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
 
 
 def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:

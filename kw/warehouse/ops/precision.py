@@ -93,16 +93,22 @@ def matmul_precision() -> str:
         return str(torch.backends.cuda.matmul.fp32_precision)
 
 
+def autocast_type(device: str) -> torch.dtype | None:
+    """The type that autocast computes in on a kind of device; None where it is off."""
+    # The meta device has none. torch.amp.is_autocast_available says so, but earlier versions of
+    # torch.compile cannot trace it.
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
+
+
 def compute_types(x: Tensor, cells: Tensor) -> tuple[Tensor, torch.dtype]:
     """The input in the type of the contraction, and the type that the cells take.
 
     Raises:
         ValueError: they differ, and autocast is off.
     """
-    device = x.device.type
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_type(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
         # A model in 16 bit has no float32 cells.
         return x.to(dtype), cells.dtype if _assembly == "float32" else dtype
     if x.dtype != cells.dtype:
@@ -119,7 +125,5 @@ def coefficient_type(device: str) -> torch.dtype:
 
     Gradients of coefficients are sums over whole kernels, for which float16's range is too small.
     """
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return torch.float32
-    is_rounded = _assembly == "autocast" and torch.get_autocast_dtype(device) == torch.bfloat16
+    is_rounded = _assembly == "autocast" and autocast_type(device) == torch.bfloat16
     return torch.bfloat16 if is_rounded else torch.float32
