@@ -133,6 +133,24 @@ def test_parts_that_are_computed(compute, part):
     assert type(model.a) is nn.Conv2d
 
 
+def doubled(layer):
+    """As adapters and offloading wrap a layer."""
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def test_a_layer_whose_forward_method_is_replaced():
+    """The layer in its place would not compute what the method does."""
+    model = chain(nn.Conv2d(4, 4, 1), doubled(nn.Conv2d(4, 4, 1)))
+    message = refusal(model, plan_of(("[ab]", "w")))
+    for fact in ("forward method of layer 'b' is replaced", "remove that first"):
+        assert fact in message
+    with pytest.raises(ValueError, match="layer 'b' is a Conv2d whose forward method is replaced"):
+        peers.convert(model, "dyconv", layers="[ab]")
+    assert type(model.a) is nn.Conv2d
+
+
 def test_static_rule_too_late():
     rules = [{"match": "[ab]", "warehouse": "w"}, {"match": "b", "static": True}]
     message = refusal(chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), {"rules": rules})

@@ -39,6 +39,7 @@ from ..warehouse.convertible import (
     arguments_of,
     check_network,
     computed_part,
+    has_other_forward,
     kernel_shape,
     replace_layers,
     shared_places,
@@ -219,9 +220,10 @@ def _counterpart(name: str, module: nn.Module, method: Method, title: str) -> ty
     """The class of the layer that replaces this one; a ValueError: it cannot be converted."""
     computed = computed_part(module)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
-    if computed or cls is None:
+    if computed or cls is None or has_other_forward(module):
         known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
         reason = f"with a computed {computed}" if computed else f"a {type(module).__name__}"
+        reason += " whose forward method is replaced" if has_other_forward(module) else ""
         raise ValueError(
             f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
             "not their subclasses); leave it static by 'layers', a regular expression on names"

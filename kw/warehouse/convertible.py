@@ -82,12 +82,23 @@ def computed_part(module: nn.Module) -> str | None:
     return next((part for part in parts if getattr(module, part, None) is not None), None)
 
 
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether this very layer has a forward method that is not its class's, as adapters and
+    offloading give it one: the layer in its place would not compute the same."""
+    return not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+
+
 def why_static(name: str, module: nn.Module) -> str | None:
     """Why a layer cannot be converted; ``None`` where it can."""
     if part := computed_part(module):
         return (
             f"the {part} of layer {name!r} is no parameter but computed (by weight or spectral "
             "normalisation, pruning, ...); remove that first, or keep the layer static"
+        )
+    if has_other_forward(module):
+        return (
+            f"the forward method of layer {name!r} is replaced (by an adapter, offloading, ...); "
+            "remove that first, or keep the layer static"
         )
     if _qualified(type(module)) not in _COUNTERPARTS:
         return (
