@@ -15,6 +15,7 @@ from .conversion import Conversion, KeptWarehouse, count_parameters, guard_savin
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
 from .same import KWConv2dSame
+from .sharded import is_sharded
 from .warehouse import Warehouse
 
 # By qualified name, so that libraries need not be imported. Exact classes: a subclass may compute
@@ -129,12 +130,19 @@ def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be converted now, or at all.
 
     Raises:
-        ValueError: under ``torch.inference_mode``, or the network is written for quantisation in
-            eager mode: it has a stub or a layer of ``torch.ao``.
+        ValueError: under ``torch.inference_mode``; DDP or FSDP has it already; or the network is
+            written for quantisation in eager mode: it has a stub or a layer of ``torch.ao``.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError("FSDP has sharded the network; convert it first, then shard it")
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "DistributedDataParallel averages the gradients of the parameters that it was given"
+                " alone; convert the network first, then wrap it"
+            )
         if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
             raise ValueError(
                 f"{type(model).__name__} is written for quantisation in eager mode ({name!r} is a "
