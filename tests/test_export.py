@@ -423,6 +423,15 @@ def test_few_images_calibrate(source: Any, tmp_path: Path) -> None:
     assert written.real.images == 3
 
 
+def test_a_network_too_large_for_one_onnx_file_is_refused(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 1000)
+    with pytest.raises(ExportError, match=r"2 GiB at most .*fp16, as .pt2 or as .safetensors"):
+        export(source, tmp_path / "net.onnx", Options(batch=1, fixed_size=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])
 def test_a_file_that_differs_is_not_left(
     source: Any, precision: str, shift: float, tmp_path: Path
