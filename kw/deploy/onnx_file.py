@@ -150,6 +150,12 @@ class OnnxNetwork(nn.Module):
             self.session = runtime.InferenceSession(path, options, providers=[(provider, which)])
         except Exception as error:
             raise ExportError(f"{path}: onnxruntime refuses it: {one_line(error)}") from error
+        if provider not in self.session.get_providers():
+            # It computes on the CPU then, and logs why: microsoft/onnxruntime issue 23372.
+            raise ExportError(
+                f"{path}: onnxruntime cannot start its {provider}: the CUDA and cuDNN that it was "
+                "built for are not found; install them, or use cpu"
+            )
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def forward(self, images: Tensor) -> Tensor:
