@@ -91,10 +91,10 @@ def convert(
     The converted network begins as the static one: its outputs are the same at every temperature
     (:meth:`kw.peers.mixture.MixtureLayer.keep`). Only ``kerneldna`` cannot keep it: the children
     keep what a least-squares fit to their parent's kernel holds, which is said layer by layer.
-    New parameters take the device and dtype of the old ones; biases are kept. The temperature, of
-    methods that have one, is that of :func:`kw.set_temperature`. One line says what was done
-    (logger ``kw``, or stderr). A model is converted as a whole or, when anything is refused, left
-    as it was.
+    New parameters take the device and dtype of the old ones, and train where those were frozen,
+    which is said; biases are kept. The temperature, of methods that have one, is that of
+    :func:`kw.set_temperature`. One line says what was done (logger ``kw``, or stderr). A model is
+    converted as a whole or, when anything is refused, left as it was.
 
     Args:
         model: any network with the names of timm's; with others, give ``layers``.

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
 from .same import KWConv2dSame
@@ -219,6 +219,8 @@ def replace_layers(
     method: str | None = None,
 ) -> Conversion:
     """Put layers in the place of those with their names, and say what the conversion did."""
+    old = {name: model.get_submodule(name) for name in layers}
+    frozen = [name for name in old if not old[name].get_parameter("weight").requires_grad]
     before = count_parameters(model)
     static = tuple(name for name in kernel_layers(model) if name not in layers)
     for name, layer in layers.items():
@@ -229,6 +231,8 @@ def replace_layers(
     conversion = Conversion(kind, before, after, warehouses, static, method, meta)
     if announce:
         say(str(conversion))
+        if frozen:
+            say(thawed(frozen))
     return conversion
 
 
