@@ -46,8 +46,13 @@ def in_function_transform() -> bool:
 
 def is_traced() -> bool:
     """Whether code is compiled, traced or transformed, so that plain operators have to be seen."""
-    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded()
     return compiled or in_function_transform()
+
+
+def is_recorded() -> bool:
+    """Whether ``make_fx`` records operators: its graph lacks what other code does."""
+    return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in dispatch_modes())
 
 
 def dispatch_modes() -> Sequence[Any]:

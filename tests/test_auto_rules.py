@@ -335,6 +335,22 @@ def test_refused_with_the_reason(layer, call, names, reason):
     assert net(IMAGES).shape == (2, 4)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_fast_path_of_torchs_encoder_layer(fast, monkeypatch):
+    """In evaluation it reads the weights of its linear layers, so that a network which had trained
+    failed in its first evaluation. Where the path is off, they are called."""
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", fast)
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    net = Net(layer, lambda layer, x: layer(x.flatten(2).mT).mT).eval()
+    expected = net(IMAGES)
+    with pytest.warns(UserWarning, match="cannot be converted"):
+        convert(net, "auto", IMAGES)
+    assert isinstance(net.tested.linear1, KWLinear) == (not fast)
+    torch.testing.assert_close(net(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(net(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_reasons_are_said_once():
     layers = nn.Sequential(*(nn.utils.spectral_norm(nn.Conv2d(128, 128, 1)) for _ in range(2)))
     net = Net(layers)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from networks import chain, narrow_resnet, plan_of
+from timm.layers import Conv2dSame
 from torch import nn
 
 from kw import convert, get_temperature, set_temperature
@@ -169,6 +170,36 @@ def test_geometry_and_bias_are_kept(conv):
     conv.weight.copy_(cells.view(-1, *conv.weight.shape[:2]).permute(1, 2, 0).view_as(conv.weight))
     x = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(model(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    ("conv", "later"),
+    [
+        (nn.Conv2d(4, 8, 3, 2, 1), {"dilation": (2, 2), "padding": (2, 2), "stride": (1, 1)}),
+        (nn.Conv2d(4, 8, 3, padding=1), {"padding_mode": "circular"}),
+        (nn.Conv2d(4, 8, (4, 2), padding="same"), {"padding": (1, 0), "stride": 2}),
+        (nn.Conv1d(4, 8, 3, groups=2), {"dilation": 2}),
+        (Conv2dSame(4, 8, 3, 2), {"stride": (1, 1), "dilation": (2, 2)}),
+    ],
+)
+@pytest.mark.parametrize("duplicate", [lambda m: m, copy.deepcopy])
+@torch.no_grad()
+def test_geometry_may_be_set_later(conv, later, duplicate):
+    """Networks for segmentation take strides out of a backbone in this way; it had no effect."""
+    conv = copy.deepcopy(conv)
+    (layer,) = model = duplicate(convert(nn.Sequential(copy.deepcopy(conv)), plan_of(("0", "w"))))
+    for name, value in later.items():
+        for module in (conv, layer):
+            setattr(module, name, value)
+    x = torch.randn(2, 4, 9, 8) if conv.weight.ndim == 4 else torch.randn(2, 4, 9)
+    torch.testing.assert_close(model(x), conv(x))
+
+
+def test_geometry_that_cannot_be_is_refused_later_too():
+    layer = KWConv2d(4, 8, 3, padding="same")
+    for name, value in {"stride": 2, "padding_mode": "mirror", "dilation": (1, 1, 1)}.items():
+        with pytest.raises(ValueError, match=r"same|mirror|one size per axis"):
+            setattr(copy.deepcopy(layer), name, value)
 
 
 def test_bias_is_the_same_parameter():

@@ -6,8 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from networks import chain, narrow_resnet, plan_of
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from kw import convert, peers
@@ -131,6 +134,38 @@ def test_parts_that_are_computed(compute, part):
     with pytest.raises(ValueError, match=f"layer 'b' is with a computed {part}"):
         peers.convert(model, "dyconv", layers="[ab]")
     assert type(model.a) is nn.Conv2d
+
+
+def doubled(layer):
+    """As adapters and offloading wrap a layer."""
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def test_a_layer_whose_forward_method_is_replaced():
+    """The layer in its place would not compute what the method does."""
+    model = chain(nn.Conv2d(4, 4, 1), doubled(nn.Conv2d(4, 4, 1)))
+    message = refusal(model, plan_of(("[ab]", "w")))
+    for fact in ("forward method of layer 'b' is replaced", "remove that first"):
+        assert fact in message
+    with pytest.raises(ValueError, match="layer 'b' is a Conv2d whose forward method is replaced"):
+        peers.convert(model, "dyconv", layers="[ab]")
+    assert type(model.a) is nn.Conv2d
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_a_network_that_is_distributed_already(wrap, tmp_path):
+    """Nothing would average the gradients of the new parameters."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = wrap(chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)))
+        with pytest.raises(ValueError, match=r"convert (it|the network) first"):
+            convert(model, plan_of((r"(module\.)?[ab]", "w")))
+        with pytest.raises(ValueError, match=r"convert (it|the network) first"):
+            peers.convert(model, "odconv")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_static_rule_too_late():

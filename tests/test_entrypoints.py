@@ -226,14 +226,15 @@ def test_pretrained_takes_timms_weights(
 
     def hub(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
         if pretrained and not name.startswith("kw_"):
-            asked.append(name)
+            asked.append((name, kwargs.get("cache_dir")))
             pretrained = False
             torch.manual_seed(5)
         return create(name, pretrained=pretrained, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", hub)
-    model = timm.create_model("kw_resnet18_1x", pretrained=True, num_classes=7, **NARROW).eval()
-    assert asked == ["resnet18"]
+    given = {"num_classes": 7, "cache_dir": "weights", **NARROW}
+    model = timm.create_model("kw_resnet18_1x", pretrained=True, **given).eval()
+    assert asked == [("resnet18", "weights")]
     assert "the classifier of 7 classes starts afresh" in caplog.text
     torch.manual_seed(5)
     static = create("resnet18", num_classes=7, **NARROW).eval()

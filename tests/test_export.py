@@ -402,11 +402,21 @@ def test_an_onnx_file_is_run_where_it_is_asked_for(tmp_path: Path, monkeypatch: 
     asked: list[Any] = []
     both = ["CPUExecutionProvider", "CUDAExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
-    monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda *_, providers: asked.append(providers)
-    )
-    for device in ("cpu", "cuda", "cuda:1"):
-        with pytest.raises(AttributeError):  # no session
+
+    class Session:
+        """Of a machine without CUDA's libraries: onnxruntime takes the CPU instead."""
+
+        def __init__(self, *_: Any, providers: Any) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return both[:1]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(AttributeError, match="get_modelmeta"):
+        OnnxNetwork(tmp_path / "net.onnx", "cpu")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ExportError, match=r"cannot start its CUDAExecutionProvider.*use cpu"):
             OnnxNetwork(tmp_path / "net.onnx", device)
     assert asked == [[(both[0], {})], [(both[1], {})], [(both[1], {"device_id": "1"})]]
     with pytest.raises(ExportError, match=r"has no MPSExecutionProvider here.*use cpu"):
@@ -421,6 +431,15 @@ def test_few_images_calibrate(source: Any, tmp_path: Path) -> None:
     written = export(source, tmp_path / "net.onnx", options, images, with_card=False)
     assert written.real is not None
     assert written.real.images == 3
+
+
+def test_a_network_too_large_for_one_onnx_file_is_refused(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 1000)
+    with pytest.raises(ExportError, match=r"2 GiB at most .*fp16, as .pt2 or as .safetensors"):
+        export(source, tmp_path / "net.onnx", Options(batch=1, fixed_size=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.01), ("fp16", 100)])

@@ -11,6 +11,7 @@ import timm
 import torch
 from breadth import breadth
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kw
 from kw.warehouse import KWConv2d, KWLinear
@@ -89,3 +90,24 @@ def test_dynamic_quantisation_of_other_layers() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(network, kinds, dtype=torch.qint8)
     expected = network(images)
     assert (quantised(images) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("method", [None, "condconv", "odconv", "fdconv"])
+def test_a_graph_of_make_fx_computes_what_the_network_does(method: str | None) -> None:
+    """Compiled code left no trace in it: the outputs of dynamic layers were memory as found."""
+    torch.manual_seed(0)
+    network: Any = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(2)))
+    if method is None:
+        kw.convert(network, {"rules": [{"match": "[01]", "warehouse": "w"}], "start": "paper"})
+    else:
+        kw.peers.convert(network, method, layers="[01]", start="paper", kernels=4)
+    images, others = torch.randn(2, 2, 32, 14, 14)
+    graph = make_fx(network.eval())(images)
+    torch.testing.assert_close(graph(others), network(others))
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(network(x).square().sum(), x)[0]
+
+    recorded = make_fx(gradient)(images.requires_grad_())
+    expected = gradient(others.requires_grad_())
+    assert (recorded(others) - expected).abs().max() < 1e-5 * expected.abs().max()

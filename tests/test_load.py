@@ -273,6 +273,8 @@ def test_figures_are_of_the_chosen_weights() -> None:
     meta = {"metrics": {"mAP": 0.5, "ema_mAP": 1, "mAP_s": None, "ema_mAP_l": 0.25}}
     assert figures_of(meta, "model") == {"mAP": 0.5}
     assert figures_of(meta, "ema") == {"mAP": 1.0, "mAP_l": 0.25}
+    diverged = {"metrics": {"top1": 0.1, "loss": float("nan"), "f1": float("inf")}}
+    assert figures_of(diverged, "model") == {"top1": 0.1}  # NaN is no JSON, which other tools read
     assert figures_of({}, "ema") == figures_of({"metrics": "?"}, "model") == {}
 
 

@@ -155,6 +155,34 @@ def test_a_part_trains_compiled(name) -> None:
     assert all(p.grad is not None for p in part.parameters())
 
 
+class Doubled(nn.Module):
+    def forward(self, cells: Tensor) -> Tensor:
+        return 2 * cells
+
+
+def test_cells_that_are_parametrized_are_trained_and_saved() -> None:
+    """Cells that another module computes have their parameter there, below the warehouse."""
+    network, x = converted(resnet), IMAGES
+    warehouse = network.layer1[0].conv1.warehouse
+    cells = warehouse.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(warehouse, "weight", Doubled())
+    (own,) = warehouse.parameters()
+    torch.testing.assert_close(warehouse.cells, 2 * cells)
+    assert sum(parameter is own for parameter in network.parameters()) == 1
+    names = dict(network.named_parameters(remove_duplicate=False))
+    assert sum(parameter is own for parameter in names.values()) == 1
+    network(x).square().sum().backward()
+    assert own.grad is not None
+    assert own.grad.any()
+
+    other = converted(resnet, seed=7)
+    nn.utils.parametrize.register_parametrization(
+        other.layer1[0].conv1.warehouse, "weight", Doubled()
+    )
+    other.load_state_dict(network.state_dict())
+    torch.testing.assert_close(other(x), network(x))
+
+
 @each_network
 @torch.no_grad()
 def test_states_hold_each_tensor_once_and_go_back(build) -> None:

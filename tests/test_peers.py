@@ -535,6 +535,18 @@ def test_one_line_says_what_was_done(start, caplog):
     assert ("replaced by random ones" in line) == (start == "paper")
 
 
+@every_network
+def test_frozen_layers_that_train_are_said(method, caplog):
+    network = narrow_resnet()
+    network.layer4.requires_grad_(False)
+    with caplog.at_level("INFO", logger="kw"):
+        kw.peers.convert(network, method, layers=r"layer[34]\.1\.conv[12]")
+    assert caplog.messages[1] == (
+        "2 layers were frozen and train now (layer4.1.conv1, layer4.1.conv2); "
+        "freeze after the conversion"
+    )
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 

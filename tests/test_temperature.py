@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
 
 import pytest
 import timm
@@ -175,6 +176,20 @@ def test_passes_anneal():
     model.eval()(images())
     assert taus(model, 6) == [1, 0.75, 0.5, 0.25, 0, 0]
     fold_temperature(model).train()(images())
+
+
+def test_passes_of_replicas_are_refused(monkeypatch):
+    """nn.DataParallel's replicas end with the pass: the network itself would stay at 1."""
+    monkeypatch.setattr(
+        sys.modules["torch.nn.parallel.replicate"],
+        "_broadcast_coalesced_reshape",  # which takes GPUs
+        lambda tensors, devices, detach: [[t * 1 for t in tensors] for _ in devices],
+    )
+    model = anneal(small(), 4)
+    first, second = torch.nn.parallel.replicate(model, [0, 1])
+    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+        first(images())
+    second.eval()(images())
 
 
 def test_passes_go_on_after_a_state_is_loaded():

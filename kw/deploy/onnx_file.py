@@ -63,9 +63,10 @@ def write_program(
         names: of inputs, outputs and open axes, as for ``torch.onnx.export``.
 
     Raises:
-        ExportError: the graph has no counterpart in ONNX.
+        ExportError: the graph has no counterpart in ONNX, or is larger than one file may be.
     """
     import onnx
+    from google.protobuf.message import EncodeError
 
     try:
         with quiet():
@@ -84,9 +85,16 @@ def write_program(
         raise ExportError(f"{path}: PyTorch cannot write it as ONNX: {one_line(error)}") from error
     _drop_traces(model)
     model.producer_name, model.producer_version = "kernelwarehouse", __version__
-    onnx.checker.check_model(model)
     add_description(model, description)
-    path.write_bytes(model.SerializeToString())
+    try:
+        content = model.SerializeToString()
+        onnx.checker.check_model(content)
+    except (EncodeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: one ONNX file holds 2 GiB at most ({one_line(error)}); a classifier may be "
+            "written with --precision fp16, as .pt2 or as .safetensors"
+        ) from error
+    path.write_bytes(content)
 
 
 def add_description(model: Any, description: Any) -> None:
@@ -142,6 +150,12 @@ class OnnxNetwork(nn.Module):
             self.session = runtime.InferenceSession(path, options, providers=[(provider, which)])
         except Exception as error:
             raise ExportError(f"{path}: onnxruntime refuses it: {one_line(error)}") from error
+        if provider not in self.session.get_providers():
+            # It computes on the CPU then, and logs why: microsoft/onnxruntime issue 23372.
+            raise ExportError(
+                f"{path}: onnxruntime cannot start its {provider}: the CUDA and cuDNN that it was "
+                "built for are not found; install them, or use cpu"
+            )
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,11 +110,13 @@ def _name(config: str | Path | None, path: Path, settings: Config) -> str:
 
 def figures_of(meta: Mapping[str, Any], weights: str) -> dict[str, float]:
     """Figures of these weights, ``"model"`` or ``"ema"``, in the last evaluation of a checkpoint's
-    run, by name."""
+    run, by name; those that are finite, as JSON has no others."""
     found = meta.get("metrics")
     prefix = "ema_" if weights == "ema" else ""
     return {
         name.removeprefix(prefix): float(value)
         for name, value in (found.items() if isinstance(found, Mapping) else ())
-        if name.startswith("ema_") == bool(prefix) and isinstance(value, int | float)
+        if name.startswith("ema_") == bool(prefix)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
     }

@@ -79,7 +79,12 @@ def _entrypoint(name: str, released: PaperModel) -> Callable[..., nn.Module]:
 
         def converted(**arguments: Any) -> nn.Module:
             from_hub = pretrained and file is None
-            network: Any = timm.create_model(released.backbone, pretrained=from_hub, **arguments)
+            network: Any = timm.create_model(
+                released.backbone,
+                pretrained=from_hub,
+                cache_dir=kwargs.get("cache_dir"),  # which build_model_with_cfg does not pass on
+                **arguments,
+            )
             if from_hub and network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
                 say(f"{name}: the classifier of {network.num_classes} classes starts afresh")
             if state is not None and not has_all:

@@ -39,6 +39,7 @@ from ..warehouse.convertible import (
     arguments_of,
     check_network,
     computed_part,
+    has_other_forward,
     kernel_shape,
     replace_layers,
     shared_places,
@@ -90,10 +91,10 @@ def convert(
     The converted network begins as the static one: its outputs are the same at every temperature
     (:meth:`kw.peers.mixture.MixtureLayer.keep`). Only ``kerneldna`` cannot keep it: the children
     keep what a least-squares fit to their parent's kernel holds, which is said layer by layer.
-    New parameters take the device and dtype of the old ones; biases are kept. The temperature, of
-    methods that have one, is that of :func:`kw.set_temperature`. One line says what was done
-    (logger ``kw``, or stderr). A model is converted as a whole or, when anything is refused, left
-    as it was.
+    New parameters take the device and dtype of the old ones, and train where those were frozen,
+    which is said; biases are kept. The temperature, of methods that have one, is that of
+    :func:`kw.set_temperature`. One line says what was done (logger ``kw``, or stderr). A model is
+    converted as a whole or, when anything is refused, left as it was.
 
     Args:
         model: any network with the names of timm's; with others, give ``layers``.
@@ -219,9 +220,10 @@ def _counterpart(name: str, module: nn.Module, method: Method, title: str) -> ty
     """The class of the layer that replaces this one; a ValueError: it cannot be converted."""
     computed = computed_part(module)
     cls = {nn.Conv2d: method.conv, nn.Linear: method.linear}.get(type(module))
-    if computed or cls is None:
+    if computed or cls is None or has_other_forward(module):
         known = "nn.Conv2d and nn.Linear" if method.linear else "nn.Conv2d"
         reason = f"with a computed {computed}" if computed else f"a {type(module).__name__}"
+        reason += " whose forward method is replaced" if has_other_forward(module) else ""
         raise ValueError(
             f"{title}: layer {name!r} is {reason}, which cannot be converted (only {known} can, "
             "not their subclasses); leave it static by 'layers', a regular expression on names"

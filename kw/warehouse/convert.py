@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import say
 from .auto import auto_plan
-from .conversion import KeptWarehouse, thawed
+from .conversion import KeptWarehouse
 from .convertible import (
     check_network,
     dynamic_layer,
@@ -130,12 +130,6 @@ def convert(
         outcome[group.name] = KeptWarehouse(len(members), mixtures, warehouse.partition.cells, kept)
         layers.update(zip((name for name, _ in group.layers), members, strict=True))
 
-    frozen = [
-        name
-        for group in groups.values()
-        for name, module in group.layers
-        if not module.get_parameter("weight").requires_grad
-    ]
     conversion = replace_layers(model, layers, outcome, announce)
     if present is None:
         model.warehouses = warehouses  # type: ignore[assignment]  # an index, not a module
@@ -145,8 +139,6 @@ def convert(
         warehouses = present
     warehouses.plans = (*warehouses.plans, resolved.to_mapping())
     warehouses.conversion = conversion
-    if announce and frozen:
-        say(thawed(frozen))
     return model
 
 

@@ -11,10 +11,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
-from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving
+from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
 from .same import KWConv2dSame
+from .sharded import is_sharded
 from .warehouse import Warehouse
 
 # By qualified name, so that libraries need not be imported. Exact classes: a subclass may compute
@@ -82,12 +83,23 @@ def computed_part(module: nn.Module) -> str | None:
     return next((part for part in parts if getattr(module, part, None) is not None), None)
 
 
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether this very layer has a forward method that is not its class's, as adapters and
+    offloading give it one: the layer in its place would not compute the same."""
+    return not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+
+
 def why_static(name: str, module: nn.Module) -> str | None:
     """Why a layer cannot be converted; ``None`` where it can."""
     if part := computed_part(module):
         return (
             f"the {part} of layer {name!r} is no parameter but computed (by weight or spectral "
             "normalisation, pruning, ...); remove that first, or keep the layer static"
+        )
+    if has_other_forward(module):
+        return (
+            f"the forward method of layer {name!r} is replaced (by an adapter, offloading, ...); "
+            "remove that first, or keep the layer static"
         )
     if _qualified(type(module)) not in _COUNTERPARTS:
         return (
@@ -118,12 +130,19 @@ def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be converted now, or at all.
 
     Raises:
-        ValueError: under ``torch.inference_mode``, or the network is written for quantisation in
-            eager mode: it has a stub or a layer of ``torch.ao``.
+        ValueError: under ``torch.inference_mode``; DDP or FSDP has it already; or the network is
+            written for quantisation in eager mode: it has a stub or a layer of ``torch.ao``.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("convert under torch.inference_mode makes weights that cannot be trained")
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError("FSDP has sharded the network; convert it first, then shard it")
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "DistributedDataParallel averages the gradients of the parameters that it was given"
+                " alone; convert the network first, then wrap it"
+            )
         if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
             raise ValueError(
                 f"{type(model).__name__} is written for quantisation in eager mode ({name!r} is a "
@@ -200,6 +219,8 @@ def replace_layers(
     method: str | None = None,
 ) -> Conversion:
     """Put layers in the place of those with their names, and say what the conversion did."""
+    old = {name: model.get_submodule(name) for name in layers}
+    frozen = [name for name in old if not old[name].get_parameter("weight").requires_grad]
     before = count_parameters(model)
     static = tuple(name for name in kernel_layers(model) if name not in layers)
     for name, layer in layers.items():
@@ -210,6 +231,8 @@ def replace_layers(
     conversion = Conversion(kind, before, after, warehouses, static, method, meta)
     if announce:
         say(str(conversion))
+        if frozen:
+            say(thawed(frozen))
     return conversion
 
 

@@ -242,27 +242,39 @@ class KWConvNd(KWLayer):
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> None:
-        if padding_mode not in _PADDING_MODES:
-            modes = ", ".join(map(repr, _PADDING_MODES))
-            raise ValueError(f"padding_mode {padding_mode!r} is unknown; choose one of {modes}")
         kernel = self._per_axis(kernel_size)
         shape = KernelShape(out_channels, in_channels, kernel, groups, name)
         super().__init__(shape, bias, warehouse, slot, settings, device, dtype)
-        dilations = self._per_axis(dilation)
-        strides = self._per_axis(stride)
-        sides = self._padding_sides(padding, kernel, dilations, strides)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.groups = kernel, groups
+        self.stride, self.dilation = self._per_axis(stride), self._per_axis(dilation)
+        self.padding, self.padding_mode = padding, padding_mode
+        self._lay_out()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # What dilates a backbone sets these of its layers, as it sets those of torch's.
+        if name in ("stride", "padding", "dilation", "padding_mode") and "_spec" in self.__dict__:
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Take stride, padding, dilation and padding mode as they are now."""
+        if self.padding_mode not in _PADDING_MODES:
+            modes = ", ".join(map(repr, _PADDING_MODES))
+            raise ValueError(
+                f"padding_mode {self.padding_mode!r} is unknown; choose one of {modes}"
+            )
+        dilations, strides = self._per_axis(self.dilation), self._per_axis(self.stride)
+        sides = self._padding_sides(self.padding, self.kernel_size, dilations, strides)
         symmetric = all(low == high for low, high in sides)
         # Padding that the back ends do not support is applied before the convolution.
         self._pad_before: tuple[int, ...] | None = None
-        if padding_mode != "zeros" or not symmetric:
+        if self.padding_mode != "zeros" or not symmetric:
             self._pad_before = tuple(p for side in reversed(sides) for p in side)
             sides = [(0, 0)] * self.dims
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = kernel, strides, dilations
-        self.padding, self.padding_mode, self.groups = padding, padding_mode, groups
-        self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
+        self._pad_mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         self._spec = ConvSpec(
-            self.partition, strides, tuple(low for low, _ in sides), dilations, groups
+            self.partition, strides, tuple(low for low, _ in sides), dilations, self.groups
         )
 
     @property

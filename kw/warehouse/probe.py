@@ -120,10 +120,41 @@ class _WeightReads(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         for tensor in _tensors((args, kwargs or {})):
-            use = self.owners.get(id(tensor))
-            if use is not None and not any(use is other for other in self.running):
-                use.read = True
+            if use := self.owners.get(id(tensor)):
+                use.read |= not any(use is other for other in self.running)
         return func(*args, **(kwargs or {}))
+
+
+def _watched(kind: Any, use: Use, batch: int, running: list[Use], called: list[Use]) -> Any:
+    """A layer's class that records its use.
+
+    Not by hooks: nn.TransformerEncoderLayer has a fast path that reads weights of layers without.
+    """
+
+    class Watched(kind):
+        @property
+        def weight(self) -> Any:
+            use.read |= not any(use is other for other in running)
+            return self._parameters["weight"]
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            running.append(use)
+            output = super().forward(*args, **kwargs)
+            running.pop()
+            x = next(iter(_tensors((args, kwargs))))
+            if not use.calls:
+                use.order = len(called)
+                called.append(use)
+            use.calls += 1
+            space = getattr(self, "kernel_size", None)  # a convolution: channels come second
+            batched = x.dim() > 1 if space is None else x.dim() == len(space) + 2
+            use.by_sample &= batched and len(x) == batch
+            axes = slice(1, -1) if space is None else slice(2, None)
+            use.positions = math.prod(x.shape[axes])
+            use.positions_out = math.prod(output.shape[axes])
+            return output
+
+    return Watched
 
 
 @torch.no_grad()
@@ -139,33 +170,11 @@ def _run(
     called: list[Use] = []
     owners: dict[int, Use] = {}
 
-    def watch(module: nn.Module, use: Use) -> None:
-        space = getattr(module, "kernel_size", None)  # a convolution: channels come second
-
-        def before(_module: nn.Module, _args: Any) -> None:
-            running.append(use)
-
-        def after(_module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            running.pop()
-            x = next(iter(_tensors((inputs, named))))
-            if not use.calls:
-                use.order = len(called)
-                called.append(use)
-            use.calls += 1
-            batched = x.dim() > 1 if space is None else x.dim() == len(space) + 2
-            use.by_sample &= batched and len(x) == batch
-            axes = slice(1, -1) if space is None else slice(2, None)
-            use.positions = math.prod(x.shape[axes])
-            use.positions_out = math.prod(output.shape[axes])
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after, with_kwargs=True)
-
     for name, use in uses.items():
         module = model.get_submodule(name)
-        watch(module, use)
         if isinstance(weight := module._parameters.get("weight"), Tensor):
             owners[id(weight)] = use
+        module.__class__ = _watched(type(module), use, batch, running, called)
     model.eval()
     with torch.random.fork_rng(devices=[]), _WeightReads(owners, running):
         model(*args, **kwargs)

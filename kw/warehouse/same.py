@@ -6,8 +6,6 @@ is defined for stride 1 only and does not depend on the input.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,8 +37,8 @@ class KWConv2dSame(KWConv2d):
         ValueError: another ``padding``, or a ``padding_mode`` other than zeros.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _lay_out(self) -> None:
+        super()._lay_out()
         if any(self.spec.padding) or self._pad_before is not None:
             raise ValueError(
                 f"KWConv2dSame pads by its input's size; give padding 0, not {self.padding!r} "
@@ -49,7 +47,9 @@ class KWConv2dSame(KWConv2d):
 
     def pad(self, x: Tensor) -> Tensor:
         sides: list[int] = []
-        for axis in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+        for axis in zip(
+            x.shape[2:], self.kernel_size, self.spec.stride, self.spec.dilation, strict=True
+        ):
             missing = same_padding(*axis)
             sides = [missing // 2, missing - missing // 2, *sides]  # F.pad begins with the last
         return F.pad(x, sides)

@@ -127,7 +127,8 @@ def anneal(model: nn.Module, passes: int) -> nn.Module:
 
     Raises:
         ValueError: ``passes`` is no integer from 1; the model has no KernelWarehouse layer, was
-            converted with ``start="keep"``, or anneals already.
+            converted with ``start="keep"``, or anneals already; in the forward pass,
+            ``nn.DataParallel``.
     """
     if not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes is {passes!r}; expected a number of forward passes, 1 or more")
@@ -161,6 +162,11 @@ class _Annealing:
         if not temperatures:
             return  # folded
         if module.training and torch.is_grad_enabled():
+            if getattr(module, "_is_replica", False):
+                raise ValueError(
+                    "anneal: nn.DataParallel runs replicas of the network, which does not keep "
+                    "their temperature; use DistributedDataParallel, or call set_temperature"
+                )
             if self.done is None:
                 self.done = round((1 - float(temperatures[0])) * self.passes) + 1
             set_temperature(module, annealed_temperature(self.done, self.passes))

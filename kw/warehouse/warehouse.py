@@ -204,14 +204,12 @@ class Warehouse(nn.Module):
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Itself, once per traversal, also with ``remove_duplicate=False``.
+        """Itself and what parametrizes its cells, once per traversal, also with
+        ``remove_duplicate=False``.
 
         Otherwise ``torch.func.functional_call`` would treat the cells as tied weights.
         """
-        memo = set() if memo is None else memo
-        if self not in memo:
-            memo.add(self)
-            yield prefix, self
+        return super().named_modules(memo, prefix, remove_duplicate=True)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the cells once per state dict, although several layers register them."""
