@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..data import (
     TolerantDataset,
     TrainBatchSampler,
     build_loader,
+    derive_seed,
     read_image,
     seeded,
 )
@@ -72,6 +73,7 @@ class Samples(TolerantDataset):
         self._pipeline = "train_pipeline" if self.training else "test_pipeline"
         self._masks = masks
         steps[:] = with_our_reading(steps, bad_images.max_pixels, upright, self._pipeline)
+        self._with_generators = list(_with_generators(steps))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,6 +90,8 @@ class Samples(TolerantDataset):
             DataError: they fail or keep dropping it.
         """
         with seeded("detection", self.seed, *key):
+            for part in self._with_generators:
+                part.set_random_seed(derive_seed("detection", self.seed, *key))
             # A random crop may miss every object: try another crop of the same image.
             for _ in range(_TRIES if self.training else 1):
                 try:
@@ -108,6 +112,16 @@ class Samples(TolerantDataset):
             f"{self.path(index)}: {self._pipeline} {drops} {tries}: loosen what filters "
             "(FilterAnnotations, random crops), or remove the image"
         )
+
+
+def _with_generators(step: Any) -> Iterator[Any]:
+    """The parts of transforms that draw from generators of their own, as Albumentations does."""
+    if hasattr(step, "set_random_seed"):
+        yield step
+    elif isinstance(step, (list, tuple, BaseTransform)):
+        parts = vars(step).values() if isinstance(step, BaseTransform) else step
+        for part in parts:
+            yield from _with_generators(part)
 
 
 def with_our_reading(
