@@ -208,6 +208,21 @@ def test_the_average_that_is_taken_is_said(tmp_path: Path, caplog: Any) -> None:
     assert "moving average ('ema_state_dict')" in caplog.text
 
 
+def test_mmengine_has_the_average_under_the_other_name(tmp_path: Path) -> None:
+    """Its hook exchanges the two: https://github.com/open-mmlab/mmengine/pull/266"""
+    hooks = pytest.importorskip("mmengine.hooks", reason="needs mmengine")
+    from mmengine.model import ExponentialMovingAverage
+
+    average = static(seed=2)
+    content = {
+        "state_dict": static().state_dict(),
+        "ema_state_dict": ExponentialMovingAverage(average).state_dict(),
+    }
+    hooks.EMAHook()._swap_ema_state_dict(content)
+    torch.save(content, tmp_path / "weights.pth")
+    assert close(logits(started(tmp_path / "weights.pth")), logits(average))
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
