@@ -34,7 +34,7 @@ from ..data import (
 from ..errors import UserError, one_line, say
 from .annotations import ids_of, load_annotations
 from .config import DetectorConfig
-from .mmdet import CocoDataset, register_all_modules
+from .mmdet import CocoDataset, RandomShift, Rotate, register_all_modules
 from .schema import CocoDataConfig
 from .usage import Usage
 
@@ -55,7 +55,7 @@ class Samples(TolerantDataset):
         masks: whether training needs masks.
 
     Raises:
-        ConfigError: a transform mixes several images.
+        ConfigError: a transform mixes several images, or does not move masks as it moves images.
     """
 
     def __init__(
@@ -73,7 +73,10 @@ class Samples(TolerantDataset):
         self._pipeline = "train_pipeline" if self.training else "test_pipeline"
         self._masks = masks
         steps[:] = with_our_reading(steps, bad_images.max_pixels, upright, self._pipeline)
-        self._with_generators = list(_with_generators(steps))
+        parts = list(_parts(steps))
+        self._with_generators = [part for part in parts if hasattr(part, "set_random_seed")]
+        if masks:
+            _refuse_misplaced_masks(parts, self._pipeline)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -114,14 +117,29 @@ class Samples(TolerantDataset):
         )
 
 
-def _with_generators(step: Any) -> Iterator[Any]:
-    """The parts of transforms that draw from generators of their own, as Albumentations does."""
-    if hasattr(step, "set_random_seed"):
+def _parts(step: Any) -> Iterator[Any]:
+    """Transforms, those inside of them, and Albumentations, which draws from generators of its
+    own."""
+    if isinstance(step, BaseTransform) or hasattr(step, "set_random_seed"):
         yield step
-    elif isinstance(step, (list, tuple, BaseTransform)):
-        parts = vars(step).values() if isinstance(step, BaseTransform) else step
-        for part in parts:
-            yield from _with_generators(part)
+    inside = vars(step).values() if isinstance(step, BaseTransform) else step
+    if isinstance(step, (list, tuple, BaseTransform)):
+        for part in inside:
+            yield from _parts(part)
+
+
+def _refuse_misplaced_masks(parts: Sequence[Any], pipeline: str) -> None:
+    """Refuse what moves images and boxes, and masks otherwise or not at all."""
+    polygons = any(not getattr(part, "poly2mask", True) for part in parts)
+    for part in parts:
+        if isinstance(part, RandomShift):
+            raise ConfigError(f"{pipeline}: RandomShift moves boxes, but not masks: leave it out")
+        if isinstance(part, Rotate) and polygons:
+            # https://github.com/open-mmlab/mmdetection/issues/11758
+            raise ConfigError(
+                f"{pipeline}: Rotate turns polygons about a corner, but images about their centre: "
+                "load masks by LoadAnnotations with poly2mask=True"
+            )
 
 
 def with_our_reading(
