@@ -86,6 +86,7 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: channels of the maps.
         strides: pixels of the image per position of the maps.
+        classifier: what a classifier's weights that it starts from are called; otherwise None.
 
     Raises:
         ConfigError: the network cannot be built, has no such maps or no stages to freeze.
@@ -120,6 +121,7 @@ class Backbone(nn.Module):
             built = start_network(config, resumes=resumes)
         else:
             built = _started(config, weights, out_indices)
+        self.classifier = None if weights is None or weights.prefix else weights.source
         self.network = built
         if not hasattr(self.network, "forward_intermediates"):
             raise ConfigError(f"model.backbone.network: timm's {config.name} has no feature maps")

@@ -23,7 +23,8 @@ COCO = 80  # categories
 
 
 def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
-    """Build a detector with fresh heads.
+    """Build a detector with fresh heads. A message says where a backbone that starts from a
+    classifier's weights gets other pixels than classifiers do.
 
     Args:
         model: settings for mmdetection's registry; ``num_classes`` of all heads is replaced.
@@ -43,6 +44,8 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         detector = MODELS.build(ConfigDict(settings))
         if isinstance(detector.backbone, Backbone):
             _check_channels(settings, detector.backbone)
+            if (source := detector.backbone.classifier) is not None:
+                _compare_pixels(source, detector.data_preprocessor)
         head: Any = getattr(detector, "bbox_head", None)
         if hasattr(head, "aux_reg_branches"):
             # As DDQ itself does when it trains: its checkpoints have names that it lacks before.
@@ -155,6 +158,19 @@ def _with_classes(settings: Any, classes: int, key: str) -> Any:
         else:
             made[name] = _with_classes(value, classes, f"{key}.{name}")
     return made
+
+
+def _compare_pixels(source: str, preprocessor: Any) -> None:
+    """Several of mmdetection's models, RTMDet and YOLOX among them, take BGR or bytes."""
+    std = preprocessor.std.min() if getattr(preprocessor, "_enable_normalize", False) else 1
+    is_rgb = getattr(preprocessor, "_channel_conversion", False)
+    if not is_rgb or std < 2:
+        say(
+            f"{source}: classifiers are trained on RGB of unit deviation, and model."
+            f"data_preprocessor gives {'RGB' if is_rgb else 'BGR'}{', not divided' * (std < 2)}: "
+            "set it to what the weights were trained with, ImageNet's mean=[123.675, 116.28, "
+            "103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True for most"
+        )
 
 
 def _check_channels(settings: dict[str, Any], backbone: Backbone) -> None:
