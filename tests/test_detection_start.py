@@ -159,9 +159,9 @@ def test_the_backbone_computes_what_the_static_network_did(
     ("base", "found"),
     [
         ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco", None),
-        ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco", "BGR, not divided"),
-        ("rtmdet/rtmdet_tiny_8xb32-300e_coco", "BGR"),
-        ("yolox/yolox_tiny_8xb8-300e_coco", "BGR, not divided"),
+        ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco", r"BGR with mean=\[10.*std=\[1.0, 1.0, 1.0\]"),
+        ("rtmdet/rtmdet_tiny_8xb32-300e_coco", r"BGR with mean=\[103.*std=\[57"),
+        ("yolox/yolox_tiny_8xb8-300e_coco", r"BGR with mean=\[0.0, .*std=\[1.0, 1.0, 1.0\]"),
     ],
 )
 def test_pixels_that_a_classifier_does_not_know_are_said(
@@ -178,8 +178,26 @@ def test_pixels_that_a_classifier_does_not_know_are_said(
         caplog.clear()
         model["backbone"]["weights"] = start
         build_detector(model, CLASSES)
-        says = f"{weights}: classifiers are trained on RGB of unit deviation, and .* gives {found}: "
+        says = rf"{weights}: trained on RGB with mean=\[123.675, .*most.*gives {found}"
         assert bool(re.search(says, caplog.text)) is (start is not None and found is not None)
+
+
+@pytest.mark.parametrize(("value", "is_said"), [(127.5, False), (116.28, True)])
+def test_timms_weights_know_their_pixels(
+    value: float, is_said: bool, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = timm.create_model("resnet18", **NARROW, layers=[1, 1, 1, 1])
+    weights = hub("timm:a1_in1k")(static, tmp_path, monkeypatch)
+    known = timm.get_pretrained_cfg("resnet18.a1_in1k")
+    half = dataclasses.replace(known, mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", {"resnet18.a1_in1k": half}.get)
+    (tmp_path / "ours.py").write_text(detector_text(tmp_path))
+    model = load_detector_config(tmp_path / "ours.py").model
+    model["data_preprocessor"].update(mean=[value] * 3, std=[127.5] * 3)
+    model["backbone"]["weights"] = weights
+    build_detector(model, CLASSES)
+    says = r"timm:a1_in1k: trained on RGB with mean=\[127.5, 127.5, 127.5\], std=\[127.5, .*; model"
+    assert bool(re.search(says, caplog.text)) is is_said
 
 
 @pytest.mark.parametrize(
