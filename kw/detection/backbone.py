@@ -86,8 +86,8 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: channels of the maps.
         strides: pixels of the image per position of the maps.
-        classifier: of a classifier's weights that it starts from: what they are called, and
-            :attr:`StartWeights.pixels`; otherwise None.
+        classifier: of a classifier's weights that it starts from, source and pixels (see
+            :class:`StartWeights`); otherwise None.
 
     Raises:
         ConfigError: the network cannot be built, has no such maps or no stages to freeze.
