@@ -129,6 +129,36 @@ def test_what_an_image_looks_like_depends_on_its_key_alone(file: Path) -> None:
     assert int(colour.argmax()) == 2 - int(boxes.labels[0])  # BGR; red, green, blue
 
 
+class OwnGenerator:
+    """Albumentations' Compose: it draws from no generator but its own, of no seed at first."""
+
+    def __init__(self, transforms: Any, bbox_params: Any) -> None:
+        self.set_random_seed(None)
+
+    def set_random_seed(self, seed: int | None) -> None:
+        self.generator = np.random.default_rng(seed)
+
+    def __call__(self, image: Any, **others: Any) -> dict[str, Any]:
+        return {"image": image + self.generator.integers(256, dtype=np.uint8), **others}
+
+
+def test_transforms_with_generators_of_their_own_depend_on_the_key_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """https://github.com/albumentations-team/AlbumentationsX/issues/266"""
+    monkeypatch.setattr("mmdet.datasets.transforms.transforms.Compose", OwnGenerator)
+    albu = "{type: RandomApply, prob: 1, transforms: [{type: Albu, transforms: []}]}"
+    reads = "{type: LoadImageFromFile}, {type: LoadAnnotations, with_bbox: true}"
+    pipeline = f"train_pipeline=[{reads}, {albu}, {{type: PackDetInputs}}]"
+    config = load_detector_config(file, [pipeline])
+    found: list[Any] = []
+    for order in ((0, 1, 2), (2, 0, 1)):  # as in several processes, or a resumed run
+        samples: Any = build_train_loader(config, class_names(config.run.data), 0, 1).dataset
+        found.append({epoch: samples[epoch, 1]["inputs"] for epoch in order})
+    assert all(torch.equal(found[0][epoch], found[1][epoch]) for epoch in range(3))
+    assert len({int(image[0, 0, 0]) for image in found[0].values()}) > 1
+
+
 def test_micro_batches_of_one_aspect(file: Path) -> None:
     """Grouping moves images between the micro-batches of an update and no further."""
     orders = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.structures import InstanceData
 
@@ -28,6 +29,7 @@ from kw.detection import start as detection_start
 from kw.detection.backbone import Backbone
 from kw.detection.detector import build_detector
 from kw.detection.mmdet import MODELS, register_all_modules
+from kw.detection.origins import installed_path
 from kw.detection.start import start_detector
 from kw.detection.weights import read_detector
 from kw.training import CheckpointError
@@ -151,6 +153,51 @@ def test_the_backbone_computes_what_the_static_network_did(
     assert "classifier" not in told  # which a backbone has not
     if source is backbone_of_mmdetection:
         assert "105 tensors of the backbone are taken; not used here: neck 1" in told
+
+
+@pytest.mark.parametrize(
+    ("base", "found"),
+    [
+        ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco", None),
+        ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco", r"BGR with mean=\[10.*std=\[1.0, 1.0, 1.0\]"),
+        ("rtmdet/rtmdet_tiny_8xb32-300e_coco", r"BGR with mean=\[103.*std=\[57"),
+        ("yolox/yolox_tiny_8xb8-300e_coco", r"BGR with mean=\[0.0, .*std=\[1.0, 1.0, 1.0\]"),
+    ],
+)
+def test_pixels_that_a_classifier_does_not_know_are_said(
+    base: str, found: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """https://github.com/facebookresearch/maskrcnn-benchmark/issues/643: 58 mAP for 73"""
+    theirs = Config.fromfile(Path(installed_path("mmdet"), ".mim", "configs", f"{base}.py"))
+    (tmp_path / "ours.py").write_text(detector_text(tmp_path))
+    model = load_detector_config(tmp_path / "ours.py").model
+    model["data_preprocessor"] = {**theirs.model.data_preprocessor, "batch_augments": None}
+    static = timm.create_model("resnet18", **NARROW, layers=[1, 1, 1, 1])
+    weights = classifier_pth(static, tmp_path, None)
+    for start in (None, weights):
+        caplog.clear()
+        model["backbone"]["weights"] = start
+        build_detector(model, CLASSES)
+        says = rf"{weights}: trained on RGB with mean=\[123.675, .*most.*gives {found}"
+        assert bool(re.search(says, caplog.text)) is (start is not None and found is not None)
+
+
+@pytest.mark.parametrize(("value", "is_said"), [(127.5, False), (116.28, True)])
+def test_timms_weights_know_their_pixels(
+    value: float, is_said: bool, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = timm.create_model("resnet18", **NARROW, layers=[1, 1, 1, 1])
+    weights = hub("timm:a1_in1k")(static, tmp_path, monkeypatch)
+    known = timm.get_pretrained_cfg("resnet18.a1_in1k")
+    half = dataclasses.replace(known, mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", {"resnet18.a1_in1k": half}.get)
+    (tmp_path / "ours.py").write_text(detector_text(tmp_path))
+    model = load_detector_config(tmp_path / "ours.py").model
+    model["data_preprocessor"].update(mean=[value] * 3, std=[127.5] * 3)
+    model["backbone"]["weights"] = weights
+    build_detector(model, CLASSES)
+    says = r"timm:a1_in1k: trained on RGB with mean=\[127.5, 127.5, 127.5\], std=\[127.5, .*; model"
+    assert bool(re.search(says, caplog.text)) is is_said
 
 
 @pytest.mark.parametrize(

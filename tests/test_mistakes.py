@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import Forked
 
-from kw.cli import COMMANDS, run_tool
+from kw.cli import COMMANDS, ToolParser, run_tool
 from kw.data import DataError
 from kw.errors import UserError, answer
 
@@ -220,6 +220,21 @@ def test_every_tool_debugs(name: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_every_command_has_the_parser(module: str) -> None:
     assert "ToolParser(" in (ROOT / "kw/cli" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "rest"),
+    [("run --json f more", ["more"]), ("run more --json f -- -x", ["more", "-x"]), ("run", [])],
+)
+def test_options_may_stand_between_the_words_of_an_argument(line: str, rest: list[str]) -> None:
+    """argparse itself refuses the first: https://github.com/python/cpython/issues/59317"""
+    parser = ToolParser()
+    parser.add_argument("config")
+    parser.add_argument("others", nargs="*")
+    parser.add_argument("--json")
+    args = parser.parse_args(line.split())
+    assert (args.config, args.others) == ("run", rest)
+    assert args.json == ("f" if "--json" in line else None)
 
 
 def test_debug_shows_the_traceback(tool: Callable, capsys: pytest.CaptureFixture[str]) -> None:

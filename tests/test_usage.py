@@ -247,6 +247,17 @@ def test_photos_that_lie(coco: Path) -> None:
             "train_pipeline: Mosaic mixes several images",
         ),
         (
+            'dict(type="RandomFlip", prob=0.5)',
+            'dict(type="RandomShift")',
+            "train_pipeline: RandomShift moves boxes, but not masks",
+        ),
+        (
+            'dict(type="RandomFlip", prob=0.5)',
+            'dict(type="LoadAnnotations", with_mask=True, poly2mask=False), '
+            'dict(type="RandAugment", aug_num=1)',
+            r"train_pipeline: Rotate turns polygons about a corner.*poly2mask=True",
+        ),
+        (
             'dict(type="LoadAnnotations", with_bbox=True, with_mask=True),',
             "",
             "train_pipeline gives no bboxes, labels, masks: it needs LoadAnnotations with ",
@@ -278,6 +289,16 @@ def test_pipelines(coco: Path, old: str, new: str, message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         train(config_of(coco, *EPOCH, "data.check=false", replace=(old, new)), run)
     assert not (run / "log.jsonl").exists()  # before anything is trained
+
+
+def test_masks_are_turned_as_their_boxes_are(coco: Path) -> None:
+    turned = ('dict(type="RandomFlip", prob=0.5)', 'dict(type="Rotate", prob=1.0)')
+    config = config_of(coco, replace=turned)
+    samples: Any = build_train_loader(config, class_names(config.run.data), 0, 1, True).dataset
+    for index in range(len(samples)):
+        objects = samples[0, index]["data_samples"].gt_instances
+        boxes, hulls = objects.bboxes.tensor, objects.masks.get_bboxes("hbox").tensor
+        assert (boxes - hulls).abs().max() < 3
 
 
 @pytest.mark.parametrize(

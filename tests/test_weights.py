@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 import kw
 from kw.config import ConfigError, config_from_mapping
 from kw.models import start_network
+from kw.models.build import say_other_pixels
 from kw.models.freezing import hold_frozen
 from kw.models.weights import CheckpointError, load_start, read_weights
 from kw.training import train
@@ -206,6 +208,46 @@ def test_the_average_that_is_taken_is_said(tmp_path: Path, caplog: Any) -> None:
     torch.save({"state_dict": state, "ema_state_dict": state}, tmp_path / "weights.pth")
     started(tmp_path / "weights.pth")
     assert "moving average ('ema_state_dict')" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "known", "is_said"),
+    [
+        ("timm", 0.5, True),
+        ("timm:a1_in1k", 0.5, True),
+        ("timm", None, False),
+        ("file.pth", 0.5, False),
+    ],
+)
+def test_timms_weights_on_other_pixels_are_said(
+    weights: str, known: float | None, is_said: bool, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some of timm's weights, such as ViT's, the mean is not ImageNet's."""
+    caplog.set_level(logging.INFO, "kw")
+    cfg = timm.get_pretrained_cfg("resnet18")
+    if known is not None:
+        cfg = dataclasses.replace(cfg, mean=(known,) * 3, std=(known,) * 3)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", {"resnet18": cfg, "resnet18.a1_in1k": cfg}.get)
+    run = config(weights=weights)
+    say_other_pixels(run.model, run.data.mean, run.data.std)
+    said = f"model.weights {weights}: trained with data.mean [0.5, 0.5, 0.5] and data.std [0.5, "
+    assert (said in caplog.text) is is_said
+    assert is_said or not caplog.text
+
+
+def test_mmengine_has_the_average_under_the_other_name(tmp_path: Path) -> None:
+    """Its hook exchanges the two: https://github.com/open-mmlab/mmengine/pull/266"""
+    hooks = pytest.importorskip("mmengine.hooks", reason="needs mmengine")
+    from mmengine.model import ExponentialMovingAverage
+
+    average = static(seed=2)
+    content = {
+        "state_dict": static().state_dict(),
+        "ema_state_dict": ExponentialMovingAverage(average).state_dict(),
+    }
+    hooks.EMAHook()._swap_ema_state_dict(content)
+    torch.save(content, tmp_path / "weights.pth")
+    assert close(logits(started(tmp_path / "weights.pth")), logits(average))
 
 
 # --- what is refused -------------------------------------------------------------------------

@@ -216,6 +216,27 @@ def test_two_processes_share_temperature_and_weights(tmp_path):
     assert first[0] == pytest.approx(formula(2, epochs=2))
 
 
+def test_processes_that_train_copies_need_a_converted_module(tmp_path):
+    """Lightning loads what fits of their weights into the module, and says nothing of the rest."""
+
+    class Keep(lightning.Callback):
+        def on_train_end(self, trainer, module):
+            torch.save(module.state_dict(), tmp_path / "trained.pt")
+
+    def fit(module):
+        run = trainer(tmp_path, KernelWarehouse(recipe), Keep(), strategy="ddp_fork")
+        run.fit(module, data())
+
+    recipe, module = Recipe(PLAN, anneal=2), Plain()
+    with pytest.raises(Exception, match=r"copies in processes.*recipe\.convert"):
+        fit(module)
+    recipe.convert(module.model)
+    fit(module)
+    trained = torch.load(tmp_path / "trained.pt")
+    assert kw.get_temperature(module) == 0
+    assert all(torch.equal(value, trained[name]) for name, value in module.state_dict().items())
+
+
 def test_precision_and_compilation_change_nothing_else(tmp_path):
     losses = {}
     for how in ("", "bf16", "compiled network", "compiled module", "SWA"):

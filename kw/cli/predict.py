@@ -48,7 +48,9 @@ def main() -> None:
     of_classes.add_argument("--batch-size", type=number(int, 1, 65536), metavar="N", help="(32)")
     of_objects = parser.add_argument_group("of a detector")
     of_objects.add_argument(
-        "--score", type=number(float, 0, 1), help="leave out detections below this score (0.3)"
+        "--score",
+        type=number(float, 0, 1),
+        help="leave out detections below this score (0.3; in results for --annotations, none)",
     )
     of_objects.add_argument(
         "--out",
@@ -108,7 +110,9 @@ def find_objects(args: argparse.Namespace, detector: Detector) -> None:
     from ..detection.sets import result_ids
     from ..objects.found import coco_file, coco_results
 
-    score = 0.3 if args.score is None else args.score
+    shown = score = 0.3 if args.score is None else args.score
+    if args.annotations is not None and args.score is None:
+        score = 0.0  # for evaluation, of which any detection that is left out lowers the figures
     content, ids, categories = None, [], []
     if args.annotations is not None:
         content = load_annotations(args.annotations, ("images", "categories"))
@@ -136,7 +140,7 @@ def find_objects(args: argparse.Namespace, detector: Detector) -> None:
         named = [f"{n} {c}" for n, c in zip(counts, detector.classes, strict=True) if n]
         rows.append((str(file), ", ".join(named) or "nothing"))
         if args.pictures is not None:
-            save_picture(detector.draw(file, each), args.pictures / picture)
+            save_picture(detector.draw(file, each, shown), args.pictures / picture)
     if rows:
         print(render_table(("file", f"objects, score {score:g} and above"), rows))
     if args.json is not None:

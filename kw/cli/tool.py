@@ -51,6 +51,12 @@ class ToolParser(argparse.ArgumentParser):
             help="import a module of your own first, which registers what the configuration names",
         )
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but options may stand between the words of one argument."""
+        if self._subparsers is not None:
+            return super().parse_args(args, namespace)
+        return self.parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Answer a wrong command line; a setting that is given as an option is named."""
         if message.startswith("unrecognized arguments: "):

@@ -86,6 +86,8 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: channels of the maps.
         strides: pixels of the image per position of the maps.
+        classifier: of a classifier's weights that it starts from, source and pixels (see
+            :class:`StartWeights`); otherwise None.
 
     Raises:
         ConfigError: the network cannot be built, has no such maps or no stages to freeze.
@@ -120,6 +122,8 @@ class Backbone(nn.Module):
             built = start_network(config, resumes=resumes)
         else:
             built = _started(config, weights, out_indices)
+        of_classifier = weights is not None and not weights.prefix
+        self.classifier = (weights.source, weights.pixels) if weights and of_classifier else None
         self.network = built
         if not hasattr(self.network, "forward_intermediates"):
             raise ConfigError(f"model.backbone.network: timm's {config.name} has no feature maps")

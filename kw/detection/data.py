@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from ..data import (
     TolerantDataset,
     TrainBatchSampler,
     build_loader,
+    derive_seed,
     read_image,
     seeded,
 )
 from ..errors import UserError, one_line, say
 from .annotations import ids_of, load_annotations
 from .config import DetectorConfig
-from .mmdet import CocoDataset, register_all_modules
+from .mmdet import CocoDataset, RandomShift, Rotate, register_all_modules
 from .schema import CocoDataConfig
 from .usage import Usage
 
@@ -54,7 +55,7 @@ class Samples(TolerantDataset):
         masks: whether training needs masks.
 
     Raises:
-        ConfigError: a transform mixes several images.
+        ConfigError: a transform mixes several images, or does not move masks as it moves images.
     """
 
     def __init__(
@@ -72,6 +73,10 @@ class Samples(TolerantDataset):
         self._pipeline = "train_pipeline" if self.training else "test_pipeline"
         self._masks = masks
         steps[:] = with_our_reading(steps, bad_images.max_pixels, upright, self._pipeline)
+        parts = list(_parts(steps))
+        self._with_generators = [part for part in parts if hasattr(part, "set_random_seed")]
+        if masks:
+            _refuse_misplaced_masks(parts, self._pipeline)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,6 +93,8 @@ class Samples(TolerantDataset):
             DataError: they fail or keep dropping it.
         """
         with seeded("detection", self.seed, *key):
+            for part in self._with_generators:
+                part.set_random_seed(derive_seed("detection", self.seed, *key))
             # A random crop may miss every object: try another crop of the same image.
             for _ in range(_TRIES if self.training else 1):
                 try:
@@ -108,6 +115,31 @@ class Samples(TolerantDataset):
             f"{self.path(index)}: {self._pipeline} {drops} {tries}: loosen what filters "
             "(FilterAnnotations, random crops), or remove the image"
         )
+
+
+def _parts(step: Any) -> Iterator[Any]:
+    """Transforms, those inside of them, and Albumentations, which draws from generators of its
+    own."""
+    if isinstance(step, BaseTransform) or hasattr(step, "set_random_seed"):
+        yield step
+    inside = vars(step).values() if isinstance(step, BaseTransform) else step
+    if isinstance(step, (list, tuple, BaseTransform)):
+        for part in inside:
+            yield from _parts(part)
+
+
+def _refuse_misplaced_masks(parts: Sequence[Any], pipeline: str) -> None:
+    """Refuse what moves images and boxes, and masks otherwise or not at all."""
+    polygons = any(not getattr(part, "poly2mask", True) for part in parts)
+    for part in parts:
+        if isinstance(part, RandomShift):
+            raise ConfigError(f"{pipeline}: RandomShift moves boxes, but not masks: leave it out")
+        if isinstance(part, Rotate) and polygons:
+            # https://github.com/open-mmlab/mmdetection/issues/11758
+            raise ConfigError(
+                f"{pipeline}: Rotate turns polygons about a corner, but images about their centre: "
+                "load masks by LoadAnnotations with poly2mask=True"
+            )
 
 
 def with_our_reading(

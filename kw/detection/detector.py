@@ -6,8 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ..config import ConfigError
@@ -23,7 +25,8 @@ COCO = 80  # categories
 
 
 def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
-    """Build a detector with fresh heads.
+    """Build a detector with fresh heads. A message says where a backbone that starts from a
+    classifier's weights gets other pixels than classifiers do.
 
     Args:
         model: settings for mmdetection's registry; ``num_classes`` of all heads is replaced.
@@ -43,6 +46,8 @@ def build_detector(model: dict[str, Any], classes: Sequence[str]) -> Any:
         detector = MODELS.build(ConfigDict(settings))
         if isinstance(detector.backbone, Backbone):
             _check_channels(settings, detector.backbone)
+            if detector.backbone.classifier is not None:
+                _compare_pixels(*detector.backbone.classifier, detector.data_preprocessor)
         head: Any = getattr(detector, "bbox_head", None)
         if hasattr(head, "aux_reg_branches"):
             # As DDQ itself does when it trains: its checkpoints have names that it lacks before.
@@ -155,6 +160,24 @@ def _with_classes(settings: Any, classes: int, key: str) -> Any:
         else:
             made[name] = _with_classes(value, classes, f"{key}.{name}")
     return made
+
+
+def _compare_pixels(source: str, pixels: Any, preprocessor: Any) -> None:
+    """Several of mmdetection's models, RTMDet and YOLOX among them, take BGR or bytes."""
+    wanted = torch.tensor(pixels or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)) * 255
+    given = torch.tensor([[0.0] * 3, [1.0] * 3])
+    if getattr(preprocessor, "_enable_normalize", False):
+        given = torch.stack([preprocessor.mean.flatten(), preprocessor.std.flatten()])
+    is_rgb = getattr(preprocessor, "_channel_conversion", False)
+    is_other = pixels is not None and (given - wanted).abs().max() > 1
+    if not is_rgb or given[1].min() < 2 or is_other:
+        mean, std = ([round(value, 3) for value in row] for row in wanted.tolist())
+        say(
+            f"{source}: trained on RGB with mean={mean}, std={std}"
+            f"{'' if pixels else ', as most classifiers'}; model.data_preprocessor gives "
+            f"{'RGB' if is_rgb else 'BGR'} with mean={given[0].tolist()}, std={given[1].tolist()}: "
+            "set mean, std and bgr_to_rgb to what the weights know"
+        )
 
 
 def _check_channels(settings: dict[str, Any], backbone: Backbone) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..config.schema import ModelConfig
 from ..errors import say
-from ..models.build import read_start
+from ..models.build import pixels_of, read_start
 from ..models.weights import CheckpointError, read_weights
 
 _BACKBONE = "backbone."
@@ -38,6 +38,7 @@ class StartWeights:
         prefix: prefix of the backbone's names; empty for a classifier.
         classes: names of the detector's categories, if the file has them.
         caffe_style: in the file's network, blocks of three convolutions stride in the first one.
+        pixels: mean and deviation of the images that it was trained on, in [0, 1], if known.
     """
 
     source: str
@@ -45,6 +46,7 @@ class StartWeights:
     prefix: str = ""
     classes: tuple[str, ...] | None = None
     caffe_style: bool = False
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StartWeights:
         """No copy: settings are copied, but not the tensors in them."""
@@ -80,7 +82,8 @@ def read_backbone(weights: str, config: ModelConfig) -> StartWeights:
     source = f"model.backbone.weights {weights}"
     if weights.partition(":")[0] == "timm":
         wanted = replace(config, weights=weights)
-        return StartWeights(source, read_start(wanted, "model.backbone.weights"))
+        state = read_start(wanted, "model.backbone.weights")
+        return StartWeights(source, state, pixels=pixels_of(wanted))
     state = read_weights(weights)
     if not _is_detector(state):
         return StartWeights(source, state)

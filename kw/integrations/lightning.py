@@ -53,8 +53,8 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
         """Convert, in every stage: tests and predictions load checkpoints of converted networks.
 
         Raises:
-            ValueError: a strategy that splits parameters, an average that was made already, or what
-                :func:`kw.convert` refuses.
+            ValueError: a strategy that splits parameters or trains a copy of the module, an average
+                that was made already, or what :func:`kw.convert` refuses.
         """
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         whole = {"SingleDeviceStrategy", "DDPStrategy"}
@@ -64,6 +64,14 @@ class KernelWarehouse(*_callbacks()):  # type: ignore[misc]
         network = self._network(module)
         if has_temperature(network):
             return
+        launcher = type(trainer.strategy.launcher).__name__
+        if stage == "fit" and launcher == "_MultiProcessingLauncher":
+            # Lightning would load what fits into the module here, which stays static, and no word
+            # of it: https://github.com/Lightning-AI/pytorch-lightning/issues/14534
+            raise ValueError(
+                f"{kinds[0]} trains copies in processes that it starts, in notebooks for instance: "
+                "convert before fit, by recipe.convert(module.network), or use 'ddp' in a script"
+            )
         if _averages(trainer, module):
             raise ValueError("a callback has copied the static network; put KernelWarehouse first")
         example = module.example_input_array if self.example is None else self.example

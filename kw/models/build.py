@@ -16,7 +16,7 @@ from torch.func import functional_call
 from .. import peers
 from ..config import ConfigError, config_from_mapping, load_config
 from ..config.schema import ModelConfig, WarehouseConfig
-from ..errors import one_line
+from ..errors import one_line, say
 from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
 from ..warehouse import convert
@@ -157,6 +157,24 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
             f"{key} {config.weights!r}: timm cannot bring the weights of {wanted!r}: "
             f"{one_line(error)}; give a file instead"
         ) from error
+
+
+def pixels_of(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation, in [0, 1], of the images that timm's weights were trained on; None for
+    those of a file, which does not say."""
+    name, _, tag = str(config.weights).partition(":")
+    known = timm.get_pretrained_cfg(f"{config.name}.{tag}" if tag else config.name)
+    return None if name != "timm" or known is None else (tuple(known.mean), tuple(known.std))
+
+
+def say_other_pixels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say so where a network starts from weights that know images of another mean or deviation."""
+    trained = pixels_of(config)
+    if trained is not None and trained != (tuple(mean), tuple(std)) and in_channels(config) == 3:
+        say(
+            f"model.weights {config.weights}: trained with data.mean {list(trained[0])} and "
+            f"data.std {list(trained[1])}, and this run has {list(mean)} and {list(std)}"
+        )
 
 
 def _created(config: ModelConfig, **rates: float) -> nn.Module:

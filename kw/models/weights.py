@@ -63,7 +63,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # the type of error depends on where the file is damaged
         raise CheckpointError(f"weights {path}: cannot be read: {why_unread(error)}") from error
     inside = content if isinstance(content, dict) else {}
-    key = next((k for k in (*_AVERAGES, *_MODELS) if _has_tensors(inside.get(k))), None)
+    keys = [k for k in (*_AVERAGES, *_MODELS) if _has_tensors(inside.get(k))]
+    # mmengine exchanges the two when it saves: what counts steps are the model's own weights.
+    key = next((k for k in keys if k not in _AVERAGES or "steps" not in inside[k]), None)
     state = content if key is None else content[key]
     if not _has_tensors(state):
         raise CheckpointError(

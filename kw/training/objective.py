@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from ..config.schema import Config, DistillationConfig, ModelConfig
 from ..data import Listing
 from ..data.preprocess import training_size
 from ..errors import UserError
-from ..models.build import build_network, check_network, in_channels, read_start
+from ..models.build import build_network, check_network, in_channels, pixels_of, read_start
 from ..models.losses import balanced_weights, hard_distillation, soft_distillation
 from ..models.weights import load_start
 from ..registry import LOSSES
@@ -177,8 +176,4 @@ def _timm_network(model: ModelConfig) -> _Found:
     key = "distillation.weights"
     network = build_network(model)
     load_start(network, read_start(model, key), f"{key} {model.weights}", new_head=False)
-    name, _, tag = str(model.weights).partition(":")
-    known = timm.get_pretrained_cfg(f"{model.name}.{tag}" if tag else model.name)
-    if name != "timm" or known is None:
-        return network, model, None, ()
-    return network, model, known.mean, known.std
+    return network, model, *(pixels_of(model) or (None, ()))

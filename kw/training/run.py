@@ -26,6 +26,7 @@ from ..evaluation import Accuracy
 from ..evaluation.accuracy import Metric
 from ..evaluation.outcomes import Outcomes
 from ..models import ImageClassifier, check_network, start_network
+from ..models.build import say_other_pixels
 from ..models.recompute import synchronised
 from ..registry import HOOKS, METRICS
 from ..warehouse import KWLayer, set_backend
@@ -132,6 +133,8 @@ def build_trainer(
     set_seed(config.seed)
     # A checkpoint to go on from brings its own weights.
     network = start_network(config.model, resumes=resume_from is not None)
+    if resume_from is None:
+        say_other_pixels(config.model, config.data.mean, config.data.std)
     prepare(network, config, process)
     if config.sync_bn and process.world_size > 1:
         network = synchronised(network)
