@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,42 @@ def test_twelve_bits_of_grey() -> None:
     entries = b"".join(struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags.items())
     tiff = struct.pack("<2sHI", b"II", 42, 14) + pixels + struct.pack("<H", 9) + entries + bytes(4)
     assert np.asarray(read_image(tiff))[0, :, 0].tolist() == [0, 62, 128, 255]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiffs_as_they_are_meant(compression: Any, tmp_path: Path) -> None:
+    """16 bits of which 0 is white, which Pillow does not turn around (Pillow's pull request 6642);
+    colours in planes, of which it reads the wrong bytes."""
+    write = partial(pytest.importorskip("tifffile").imwrite, compression=compression)
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    grey = np.rint((65535 - values[..., :1].astype(float)) / 257).astype(np.uint8)
+    write(tmp_path / "white.tif", values[..., 0], photometric="miniswhite")
+    assert (np.asarray(read_image(tmp_path / "white.tif")) == grey).all()
+    planes, mixed = tmp_path / "planes.tif", tmp_path / "mixed.tif"
+    write(planes, values.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    write(mixed, values, photometric="rgb")
+    if compression is None:
+        for read in (read_image, read_header):
+            with pytest.raises(BadImageError, match="16 bits in planes, not compressed, which"):
+                read(planes)
+    else:
+        assert read_image(planes) == read_image(mixed)
+    write(tmp_path / "alpha.tif", np.uint8([[[50, 128]]]), extrasamples=["assocalpha"])
+    assert read_image(tmp_path / "alpha.tif").getpixel((0, 0)) == (99,) * 3  # 50 * 255 / 128
+
+
+@pytest.mark.parametrize("colours", [[0, 255], [255, 0], [0, 128]])
+def test_bmps_of_two_greys(colours: list[int], tmp_path: Path) -> None:
+    """Pillow takes eight bits a pixel for one where these are black and white, in this order."""
+    indices = np.random.default_rng(0).integers(0, 2, (9, 40), dtype=np.uint8)
+    image = Image.fromarray(indices, "P")
+    image.putpalette([level for level in colours for _ in "rgb"])
+    path = saved(image, tmp_path / "image.bmp")
+    if colours == [0, 255]:
+        with pytest.raises(BadImageError, match="black and white of several bits, which Pillow"):
+            read_image(path)
+        path = saved(image.convert("1"), path)  # one bit
+    assert (np.asarray(read_image(path))[..., 0] == np.array(colours)[indices]).all()
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])

@@ -26,6 +26,7 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit: 512 MiB of RGB."""
 
 _ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284  # TIFF's tags
 _EMPTY = "the file is empty"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -196,6 +197,22 @@ def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -
     if image.mode in ("I", "F") and not is_16_bit(image):
         reason = f"32-bit pixels (mode {image.mode}), of which nothing says what is white"
         raise BadImageError.of(path, reason)
+    if reason := _misread(image):
+        raise BadImageError.of(path, f"{reason}, which Pillow misreads: store it as PNG")
+
+
+def _misread(image: Image.Image) -> str | None:
+    """What Pillow takes for other pixels than the file's, without an error (Pillow 13)."""
+    codec, *_, args = next(iter(getattr(image, "tile", ())), ("", None))
+    tags: Any = getattr(image, "tag_v2", {})
+    if codec == "raw" and tags.get(_PLANES) == 2 and 16 in tags.get(_BITS, ()):
+        return "colours of 16 bits in planes, not compressed"
+    # Its rows have more bytes than those of one bit a pixel.
+    if codec and image.format == "BMP" and image.mode == "1":
+        return (
+            None if args[1] == (image.width + 31) // 32 * 4 else "black and white of several bits"
+        )
+    return None
 
 
 def is_16_bit(image: Image.Image) -> bool:
@@ -209,16 +226,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if is_16_bit(image):
         # Pillow clips at 255. White is 65535 in PNG; its PPM reader scales to the same.
         grey = np.asarray(image, dtype=np.float64) * (255 / white_of(image))
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            grey = 255 - grey  # 0 is white; of 8 bits Pillow sees to it
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "RGBa":
-        image = image.convert("RGBA")  # undoes the multiplication by alpha
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())  # undoes the multiplication by alpha
     return image.convert("RGB")
 
 
 def white_of(image: Image.Image) -> int:
     """The largest value of 16-bit grey: TIFF stores 12 bits as well."""
     tags: Any = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))
+    bits = tags.get(_BITS, (16,))
     return 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
 
 
