@@ -94,6 +94,20 @@ def test_a_damaged_tar_file_is_refused(tmp_path: Path) -> None:
             listed(tmp_path / "set.tar")
 
 
+def test_tar_files_written_one_after_another_are_refused(tmp_path: Path) -> None:
+    """The standard library, and tar without -i, end with the first."""
+    parts = [
+        to_tar(tmp_path / f"{name}.tar", [(f"train/{name}/1.jpg", jpeg(1))]).read_bytes()
+        for name in "ab"
+    ]
+    (tmp_path / "set.tar").write_bytes(parts[0] + bytes(2**21))
+    assert greys(listed(tmp_path / "set.tar")) == [1]
+    for room in (0, 2**21):
+        (tmp_path / "set.tar").write_bytes(parts[0] + bytes(room) + parts[1])
+        with pytest.raises(DataError, match=r"set\.tar: more follows its end after 1 files"):
+            listed(tmp_path / "set.tar")
+
+
 def test_a_tar_file_with_holes_is_refused(tmp_path: Path) -> None:
     member = tarfile.TarInfo("train/a/1.bmp")
     member.pax_headers = {"GNU.sparse.map": "0,512", "GNU.sparse.size": "99999"}
