@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from kw.data.listing import Listing, list_split
 from kw.errors import UserError
 from kw.models.losses import bce
 from kw.registry import DATASETS, HOOKS, METRICS, Registry, argument_fault
-from kw.training import build_trainer, load_checkpoint, train
+from kw.training import CheckpointError, build_trainer, load_checkpoint, train
 from kw.training.checkpoint import save_checkpoint
 from kw.training.distributed import Process
 from kw.training.hooks import Hook
@@ -257,6 +258,36 @@ class Counting(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
+
+
+class Figures:
+    """Numbers as scikit-learn and torchmetrics give them."""
+
+    def __init__(self, device: Any) -> None: ...
+
+    def update(self, logits: Any, labels: Any) -> None: ...
+
+    def compute(self) -> Any:
+        return {"double": np.float64(0.5), "single": np.float32(0.25), "tensor": torch.tensor(2)}
+
+
+def test_figures_that_are_not_python_s(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a checkpoint runs no code, not even NumPy's (pytorch/pytorch issue 138985)."""
+    monkeypatch.setitem(METRICS, "figures", Figures)
+    monkeypatch.setitem(HOOKS, "counting", Counting)
+    monkeypatch.setattr(Counting, "state_dict", lambda hook: {"count": np.int64(hook.count)})
+    settings |= {"metrics": {"figures": {}}, "hooks": {"counting": {}}, "epochs": 1}
+    train(config_from_mapping({**settings, "temperature_epochs": 0}), tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "last.pth")
+    found = {name: checkpoint["meta"]["metrics"][name] for name in ("double", "single", "tensor")}
+    assert found == {"double": 0.5, "single": 0.25, "tensor": 2}
+    assert checkpoint["ranks"][0]["hooks"]["Counting"] == {"count": 1}
+    monkeypatch.setattr(Counting, "state_dict", lambda hook: {"each": [np.zeros(3)]})
+    settings = {**settings, "temperature_epochs": 0, "epochs": 2}
+    with pytest.raises(CheckpointError, match=r"Counting\['each'\]\[0\] is of type ndarray"):
+        train(config_from_mapping(settings), tmp_path, resume=True)
 
 
 class Stopping(Hook):

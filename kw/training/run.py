@@ -269,7 +269,8 @@ def evaluate(
         twice = [name for name in found if name in figures or name.startswith("ema_")]
         if twice:  # ema_ is put before the figures of the moving average
             raise ConfigError(f"metrics: another name than {twice[0]!r}, which is taken")
-        figures.update(found)
+        # Metrics of others may give numbers of NumPy or torch.
+        figures |= {n: v.item() if hasattr(v, "item") else v for n, v in found.items()}
     return figures
 
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError, find_damage, replacing, save_checkpoint
 from .logs import logger
 
+_PLAIN = (bool, int, float, str, bytes, set, type(None), torch.dtype, torch.device)
 _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?\.pth")
 
 
@@ -51,14 +54,27 @@ def newest_whole(work_dir: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def copied(state: Any) -> Any:
-    """A state with all tensors copied to host memory, which training does not write to."""
+def copied(state: Any, name: str = "state") -> Any:
+    """A state with all tensors copied to host memory, which training does not write to, and NumPy's
+    numbers as Python's, which can be read without running code.
+
+    Raises:
+        CheckpointError: it holds something else than tensors and plain types; ``name`` is what the
+            message calls the state.
+    """
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
+    if isinstance(state, np.generic):
+        return state.item()
     if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
+        return {key: copied(value, f"{name}[{key!r}]") for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [copied(value) for value in state]
+        return [copied(value, f"{name}[{place}]") for place, value in enumerate(state)]
+    if type(state) not in _PLAIN:
+        raise CheckpointError(
+            f"{name} is of type {type(state).__name__}, which no checkpoint can hold: expected "
+            "tensors, numbers, text, lists and mappings"
+        )
     return state
 
 

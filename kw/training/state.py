@@ -42,7 +42,7 @@ def run_state(
     own = {
         "rng": rng_state(process.device),
         "norms": [buffer.cpu() for buffer in _statistics(trainer)],
-        "hooks": {name: copied(state) for name, state in states.items() if state},
+        "hooks": {name: copied(state, name) for name, state in states.items() if state},
     }
     checkpoint = {
         "meta": {
