@@ -147,6 +147,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"loss": {"name": "bse"}}, "did you mean 'bce'"),
     ({"loss": {"args": {"gamma": 1}}}, "loss.args = .*for cross_entropy: no 'gamma'"),
     ({"optimizer": {"name": "lam", "lr": 1}}, "optimizer.name = 'lam': .*did you mean 'lamb'"),
+    ({"optimizer": {"name": "adahessian", "lr": 1}}, "optimizer 'adahessian' is unknown"),
     ({"optimizer": {"name": "lamb", "lr": 1, "args": {"lr": 1}}}, "no lr among them"),
     ({"optimizer": {"name": "adamw", "lr": 1, "args": {"eps": 1}}}, "no eps among them"),
     ({"optimizer": {"name": "adam", "lr": 1, "args": {"beta": 1}}}, "did you mean 'betas'"),

@@ -11,7 +11,8 @@ from timm.optim import get_optimizer_class, list_optimizers
 from ..errors import one_line
 from ..registry import OPTIMIZERS
 
-_OTHER = {"Optimizer", "LBFGS", "SparseAdam"}  # no optimizer; need a closure, sparse gradients
+# No optimizer; need a closure, sparse gradients, second derivatives.
+_OTHER = {"Optimizer", "LBFGS", "SparseAdam", "adahessian"}
 
 
 def _missing(error: Exception) -> Callable[..., Any]:
@@ -30,7 +31,7 @@ for _name, _class in vars(torch.optim).items():
     if is_optimizer and _name not in _OTHER:
         OPTIMIZERS.entries.setdefault(_name.lower(), _class)
 for _known in map(str, list_optimizers()):
-    if _known not in OPTIMIZERS.entries:
+    if _known not in {*OPTIMIZERS.entries, *_OTHER}:
         try:
             OPTIMIZERS[_known] = get_optimizer_class(_known)
         except Exception as error:  # of a library that is not installed; timm asserts or raises
