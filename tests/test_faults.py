@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import in_processes
 
 from kw.config import config_from_mapping
 from kw.config.data_schema import DataConfig
@@ -43,6 +44,7 @@ from kw.data import (
 from kw.data.reading import read_header
 from kw.training import build_trainer, evaluate_checkpoint, load_checkpoint, train
 from kw.training.distributed import Process
+from kw.training.run import evaluate_weights
 
 CPU = Process(0, 1, torch.device("cpu"))
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -438,6 +440,27 @@ def test_a_run_stops_beyond_the_bound(
     with pytest.raises(DataError, match=r"\d of 64 images cannot be read, more than the 1 that"):
         train(with_data(settings, broken), tmp_path / "run")
     assert (tmp_path / "run" / "bad_images.txt").exists()
+
+
+def test_the_bound_is_on_all_processes_together(broken: Path) -> None:
+    """One bad file in each process's share, of which the set may have one."""
+    (broken / "val/bird/0.png").write_bytes(b"")
+    (broken / "val/bird/1.png").write_bytes(b"")
+    (broken / "val/cat/2.png").write_bytes((broken / "val/cat/1.png").read_bytes())
+
+    def share(process: Process) -> None:
+        images = folder(broken, "val", max_fraction=0.05)
+        loader = build_loader(images, EvalBatchSampler(len(images), 4, process.rank, 2), 0)
+        network = torch.nn.Linear(1, 1)
+
+        def measure() -> dict[str, float]:
+            return {"images": sum(len(batch["labels"]) for batch in loader)}
+
+        state = {"state_dict": network.state_dict()}
+        with pytest.raises(DataError, match="2 of 19 images cannot be read, more than the 1 that"):
+            evaluate_weights(network, state, "a.pth", loader, measure)
+
+    in_processes(share, 2)
 
 
 def test_a_bad_test_image_is_wrong(images: Path, broken: Path) -> None:

@@ -33,7 +33,7 @@ from ..warehouse import KWLayer, set_backend
 from ..warehouse.ops import selector, set_assembly_precision
 from ..warehouse.probe import evaluating
 from .checkpoint import load_network
-from .distributed import Process, host_barrier, process_group
+from .distributed import Process, from_all, host_barrier, process_group
 from .folder import find_checkpoint, held
 from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, ProgressHook, RatesHook
 from .hooks.bad_images import INSTEAD
@@ -303,8 +303,11 @@ def evaluate_weights(
                 load_network(network, state[key], str(checkpoint))
                 set_place("in the evaluation")
                 metrics.update({prefix + name: value for name, value in measure().items()})
-        for _, path, reason in loader.faults.merge(loader.faults.take()):
+        own = loader.faults.take()
+        for _, path, reason in loader.faults.merge(own):
             warnings.warn(f"cannot read {path}: {reason}; {INSTEAD['val']}", stacklevel=2)
+        for share in from_all(own):  # the bound is on those of all processes
+            loader.faults.merge(share)
         loader.faults.check()
     epoch = state.get("meta", {}).get("epoch")
     return {**headline(metrics), "epoch": epoch, "checkpoint": str(checkpoint)}
