@@ -3,8 +3,10 @@ changes what is trained."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import kw
 from kw.config import ConfigError, config_from_mapping
+from kw.data import DataError
 from kw.models import ImageClassifier
 from kw.training import load_checkpoint, train
 from kw.training.average import local
@@ -361,3 +364,24 @@ def test_what_cannot_be_sharded(
     settings.update({key: value, "distributed": {"strategy": "fsdp"}})
     with pytest.raises(ConfigError, match=f"{key}.*(bf16|choose one|null)"):
         train(config_from_mapping(settings), tmp_path)
+
+
+def test_processes_with_other_images_do_not_begin(
+    images: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A copy that lacks an image, which moves all that follow it, or has one in another class."""
+    for name in ("less", "moved"):
+        shutil.copytree(images, tmp_path / name)
+    (tmp_path / "less/train/bird/0.png").unlink()
+    moved = tmp_path / "moved/val/cat/2.png"
+    moved.rename(moved.parents[1] / "dog/99.png")
+    roots = [(images, "less", "1 lists 63 images of train, process 0 lists 64, or other")]
+    roots += [(images, "moved", "1 lists 19 images of val, process 0 lists 19, or other labels")]
+
+    def begin(process: Process, *roots: Path, expected: str = "") -> None:
+        settings["data"]["root"] = str(roots[process.rank])
+        with pytest.raises(DataError, match=expected):
+            train(config_from_mapping(settings), tmp_path / "run", launcher="pytorch")
+
+    for first, other, expected in roots:
+        in_processes(partial(begin, expected=expected), 2, first, tmp_path / other)

@@ -3,7 +3,8 @@ adds to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..config.schema import Config, DistillationConfig, ModelConfig
-from ..data import Listing
+from ..data import DataError, Listing
 from ..data.preprocess import training_size
 from ..errors import UserError
 from ..models.build import build_network, check_network, in_channels, pixels_of, read_start
@@ -21,7 +22,9 @@ from ..models.losses import balanced_weights, hard_distillation, soft_distillati
 from ..models.weights import load_start
 from ..registry import LOSSES
 from .checkpoint import CheckpointError, refuse_other_classes
+from .distributed import from_all
 from .logs import logger
+from .presence import set_place
 from .trained import load_trained
 
 
@@ -43,6 +46,25 @@ def check_labels(config: Config, listing: Listing) -> None:
             f"metrics.multilabel: data.dataset {config.data.dataset!r} has images of one class "
             "each; leave the metric out"
         )
+
+
+def check_same(listings: Mapping[str, Listing]) -> None:
+    """Refuse images that another process lists otherwise, such as an incomplete copy on the disk of
+    its machine: places in a list are dealt out to processes. A collective call.
+
+    Raises:
+        DataError: on all processes.
+    """
+    set_place("comparing its images with those of other processes")
+    for split, listing in listings.items():
+        labels = np.ascontiguousarray(listing.labels)
+        found = from_all((len(labels), hashlib.blake2b(labels).hexdigest()))
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise DataError(
+                    f"data.root: process {rank} lists {other[0]:,} images of {split}, process 0 "
+                    f"lists {found[0][0]:,}, or other labels; give all machines the same images"
+                )
 
 
 def check_sizes(network: nn.Module, model: ModelConfig, config: Config) -> None:

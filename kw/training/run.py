@@ -39,7 +39,7 @@ from .hooks import BadImageHook, FiniteHook, Hook, LoggerHook, LogHook, Progress
 from .hooks.bad_images import INSTEAD
 from .hooks.pictures import PictureHook
 from .logs import close_log, open_log
-from .objective import build_loss, build_teacher, check_labels, check_sizes
+from .objective import build_loss, build_teacher, check_labels, check_same, check_sizes
 from .optim import build_optimizer, decayed_by_layer
 from .parallel import distribute
 from .precision import autocast
@@ -125,6 +125,7 @@ def build_trainer(
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
     check_labels(config, listings["train"])
+    check_same(listings)
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 

@@ -17,7 +17,7 @@ from ..evaluation.views import TTA, Views
 from ..models import build_network
 from .checkpoint import CheckpointError, load_checkpoint, named_classes, refuse_other_classes
 from .distributed import Process, process_group
-from .objective import check_labels
+from .objective import check_labels, check_same
 from .run import build_preprocessor, check_devices, evaluate, evaluate_weights, prepare
 
 
@@ -99,6 +99,7 @@ def evaluate_checkpoints(
             check_devices(config, process)
             state = load_checkpoint(checkpoint)
             test_set = _open(config, state, checkpoint, testing)
+            check_same({test_set.name: test_set.listing})
             sizes: list[int | list[int]] = [*testing.sizes] or [config.data.input_size]
             for size in sizes:
                 found.append(_evaluate(config, state, checkpoint, test_set, testing, size, process))
