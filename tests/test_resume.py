@@ -36,6 +36,7 @@ from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
 from kw.training.folder import find_checkpoint
 from kw.training.hooks import Hook
+from kw.training.hooks.log import write_line
 from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
 from kw.training.run import build_trainer as trainer_of
@@ -209,6 +210,24 @@ def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it has no room for comes later, in its order."""
+    log, (soft, hard) = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_line(tmp_path, "train", 1, 1, {"loss": 0.5})
+    before = log.read_bytes()
+    try:
+        for room in (10, 0):  # half a line, none
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
+            write_line(tmp_path, "train", 1, 3 if room == 0 else 2, {"loss": 0.5})
+            assert log.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    write_line(tmp_path, "val", 1, 4, {"top1": 1.0})
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [1, 2, 3, 4]
+    assert caplog.text.count("no room for a line") == 2
 
 
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:

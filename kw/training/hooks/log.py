@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -21,6 +22,8 @@ from ..logs import logger
 from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
+
+_waiting: dict[Path, bytes] = {}  # lines that a full disk had no room for, by file
 
 
 class LogHook(Hook):
@@ -164,14 +167,30 @@ def _describe(trainer: Trainer) -> Iterator[str]:
 
 
 def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
-    """Add a line to ``log.jsonl``; for the main process."""
-    with open(work_dir / "log.jsonl", "a") as file:
-        file.write(json.dumps({"mode": mode, "epoch": epoch, "iter": update, **values}) + "\n")
+    """Add a line to ``log.jsonl``; for the main process. A full disk does not end the run: a line
+    that it has no room for is written with a later one."""
+    path = work_dir / "log.jsonl"
+    line = json.dumps({"mode": mode, "epoch": epoch, "iter": update, **values}) + "\n"
+    _waiting[path] = _waiting.get(path, b"") + line.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            is_whole = file.write(_waiting[path]) == len(_waiting[path])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            is_whole = False
+        if is_whole:
+            del _waiting[path]
+        else:
+            file.truncate(end)
+            logger.error(f"{path}: no room for a line; it is written with a later one")
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
     """Drop what a resumed run makes again, and a line that was cut off in the writing; so many
     updates are done, and so many epochs with their evaluations."""
+    _waiting.pop(path, None)
     if not path.exists():
         return
     kept = []
