@@ -68,7 +68,8 @@ class MultiLabel:
                 "metrics.multilabel: expected a row of 0 and 1 for each image, found one class; "
                 "leave the metric out"
             )
-        self._kept.append((logits.float(), labels.to(torch.int8)))
+        # Copied: CUDA graphs write a network's next logits into the same memory.
+        self._kept.append((logits.to(torch.float32, copy=True), labels.to(torch.int8)))
 
     def compute(self) -> dict[str, float | None]:
         """Reduce over all processes and read: a collective call.
