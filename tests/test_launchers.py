@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from kills import compare, free_port, run_with_kills
 from kills import settings as killed_settings
+
+from kw.config import ConfigError
+from kw.training.distributed import Process, find_process
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -189,3 +193,30 @@ def test_usage(command: list[str], variables: dict[str, str], message: str, tmp_
     )
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "seen", "device"),
+    [(5, 8, 5), (5, 1, 0), (2, 2, 0)],  # all of the machine's; its own alone; those of a socket
+)
+def test_gpus_that_slurm_shows_a_process(
+    place: int, seen: int, device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --gpus-per-task 1 each process sees one GPU, its number 0 (mila-docs, 245)."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "")  # and as before afterwards
+    given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": str(place)}
+    given |= {"SLURM_STEP_TASKS_PER_NODE": "4,8(x2)", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for key, value in {**given, "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(key, value)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    expected = torch.device("cuda", device)
+    assert find_process("slurm") == Process(13, 20, expected)
+    assert chosen == [expected]
+    assert os.environ["LOCAL_WORLD_SIZE"] == "8"  # who share the machine's memory
+    if seen == 1:
+        with pytest.raises(ConfigError, match="process 5 of this machine has no GPU: it has 1;"):
+            find_process("pytorch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -67,10 +68,13 @@ def find_process(launcher: str) -> Process:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _CPU
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if launcher == "slurm":  # it may show a process its own GPUs alone (--gpus-per-task)
+            local_rank %= count
+        if local_rank >= count:
             raise ConfigError(
-                f"process {local_rank} of this machine has no GPU: it has "
-                f"{torch.cuda.device_count()}; lower --nproc-per-node"
+                f"process {local_rank} of this machine has no GPU: it has {count}; lower "
+                "--nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -233,6 +237,8 @@ def _translate_slurm() -> None:
         if source not in os.environ:
             raise ConfigError(f"--launcher slurm: {source} is not set; start the run with srun")
         os.environ[key] = os.environ[source]
+    if each := re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        os.environ["LOCAL_WORLD_SIZE"] = max(each, key=int)  # of 8(x2),4
     if "MASTER_ADDR" not in os.environ:
         hosts = subprocess.run(
             ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
