@@ -83,7 +83,7 @@ def logged(settings: dict[str, Any]) -> dict[str, Any]:
         "tensorboard": {},
         "wandb": {"project": "p", "tags": ["a"]},
         "mlflow": {"experiment": "e", "tracking_uri": "here"},
-        "trackio": {"project": "t"},
+        "trackio": {"project": "t", "name": "taken"},
     }
     # Of one epoch or of two: the first is the same.
     schedule = {"name": "step", "milestones": [0.5]}
@@ -122,7 +122,7 @@ def test_services_are_told_and_a_resumed_run_is_the_same(
     [(text, name, _)] = calls("mlflow.log_text")
     assert (text, name) == ((work_dir / "config.yaml").read_text(), "config.yaml")
     [(begun,)] = calls("trackio.init")
-    assert begun.keys() == {"project", "config"}
+    assert begun.keys() == {"project", "name", "config"}
 
     run({**logged, "epochs": 2}, work_dir, resume=True)
     second = calls("wandb.init")[1][0]
@@ -130,7 +130,7 @@ def test_services_are_told_and_a_resumed_run_is_the_same(
     assert calls("start_run")[1] == ({"run_id": "m1"},)
     assert len(calls("mlflow.log_params")) == 1
     again = calls("trackio.init")[1][0]
-    assert (again["name"], again["resume"]) == ("t1", "allow")
+    assert (begun["name"], again["name"], again["resume"]) == ("taken", "t1", "allow")
 
     expected = written(work_dir)
     assert [update for update, _ in expected] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]

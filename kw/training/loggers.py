@@ -204,10 +204,10 @@ class Trackio(Logger):
         import trackio
 
         self._trackio: Any = trackio
-        ours: dict[str, Any] = {"config": run.settings}
-        if self.run_id is not None:
-            ours |= {"name": self.run_id, "resume": "allow"}
-        self.run_id = trackio.init(**{**ours, **self._args}).name
+        given = {"config": run.settings, **self._args}
+        if self.run_id is not None:  # the name that it got, where another run had the one asked for
+            given |= {"name": self.run_id, "resume": "allow"}
+        self.run_id = trackio.init(**given).name
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         self._trackio.log(dict(values), step=update)
