@@ -35,7 +35,8 @@ def write_result(task: Reproduction, model: str, seed: int, top1: Sequence[float
     lines: list[dict[str, Any]] = []
     for n, value in enumerate(top1, 1):
         line = {"epoch": n, "iter": UPDATES * n}
-        lines.append({"mode": "train", **line, "seconds": 900.0, "loss": 3.0 / n})
+        half = {**line, "iter": UPDATES * n - UPDATES // 2}
+        lines.append({"mode": "train", **half, "seconds": 900.0, "loss": 3.0 / n})
         lines.append({"mode": "train", **line, "seconds": 900.0, "loss": 1.0 / n})
         lines.append({"mode": "val", **line, "top1": value, "top5": 90.0, "images": 50000})
     (run.work_dir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

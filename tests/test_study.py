@@ -423,6 +423,27 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0), (3, 50.0)]
 
 
+def test_an_epoch_s_mean_weighs_lines_by_their_updates(tmp_path: Path) -> None:
+    lines = [  # epochs of 12 updates, a line every 5 of them and after the last
+        {"mode": "train", "epoch": epoch, "iter": update, "seconds": 1.0, "loss": loss}
+        for epoch, update, loss in [
+            (1, 5, 4.0),
+            (1, 10, 3.0),
+            (1, 12, 1.0),
+            (2, 17, None),
+            (2, 22, 2.0),
+            (2, 24, 0.6),
+        ]
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "results.json").write_text(
+        json.dumps({"params": 7, "weights": "model", "top1": 1.0})
+    )
+    first, second = read_run(tmp_path).curve("train", "loss")
+    assert first == (1, pytest.approx((5 * 4 + 5 * 3 + 2 * 1) / 12))
+    assert second == (2, pytest.approx((5 * 2 + 2 * 0.6) / 7))  # of lines with a finite loss
+
+
 def test_runs_of_a_kind_are_compared(
     tmp_path: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
 ) -> None:

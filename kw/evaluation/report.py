@@ -40,13 +40,20 @@ class Run:
     log: list[dict[str, Any]]
 
     def curve(self, mode: str, key: str) -> list[tuple[int, float]]:
-        """``(epoch, value)`` of a logged figure; the mean over an epoch's lines."""
-        points: dict[int, list[float]] = {}
+        """``(epoch, value)`` of a logged figure; the mean over the updates of an epoch."""
+        points: dict[int, list[tuple[float, int]]] = {}
+        before = 0
         for line in self.log:
+            if line["mode"] != mode:
+                continue
+            updates, before = line["iter"] - before, line["iter"]  # an epoch's last line has fewer
             # Null: not one finite value. Absent: before there was an average.
-            if line["mode"] == mode and line.get(key) is not None:
-                points.setdefault(line["epoch"], []).append(line[key])
-        return [(epoch, sum(values) / len(values)) for epoch, values in sorted(points.items())]
+            if line.get(key) is not None:
+                points.setdefault(line["epoch"], []).append((line[key], updates))
+        return [
+            (epoch, sum(v * n for v, n in lines) / sum(n for _, n in lines))
+            for epoch, lines in sorted(points.items())
+        ]
 
     @property
     def judged_by(self) -> str:
