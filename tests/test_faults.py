@@ -142,6 +142,10 @@ def test_tiffs_as_they_are_meant(compression: Any, tmp_path: Path) -> None:
                 read(planes)
     else:
         assert read_image(planes) == read_image(mixed)
+    palette = np.arange(768, dtype=np.uint16).reshape(3, 256) % 256  # of 8 bits: black to Pillow
+    write(tmp_path / "eight.tif", grey[..., 0], photometric="palette", colormap=palette)
+    with pytest.raises(BadImageError, match="a palette of 8 bits, not 16, which Pillow misreads"):
+        read_image(tmp_path / "eight.tif")
     write(tmp_path / "alpha.tif", np.uint8([[[50, 128]]]), extrasamples=["assocalpha"])
     assert read_image(tmp_path / "alpha.tif").getpixel((0, 0)) == (99,) * 3  # 50 * 255 / 128
 
@@ -157,6 +161,11 @@ def test_bmps_of_two_greys(colours: list[int], tmp_path: Path) -> None:
         with pytest.raises(BadImageError, match="black and white of several bits, which Pillow"):
             read_image(path)
         path = saved(image.convert("1"), path)  # one bit
+    assert (np.asarray(read_image(path))[..., 0] == np.array(colours)[indices]).all()
+    whole = saved(image, path).read_bytes()
+    runs = [b"".join(bytes([1, index]) for index in row) + b"\0\0" for row in indices[::-1]]
+    start = int.from_bytes(whole[10:14], "little")
+    path.write_bytes(whole[:30] + b"\1" + whole[31:start] + b"".join(runs) + b"\0\1")
     assert (np.asarray(read_image(path))[..., 0] == np.array(colours)[indices]).all()
 
 

@@ -26,7 +26,7 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit: 512 MiB of RGB."""
 
 _ORIENTATION = 0x0112
-_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284  # TIFF's tags
+_BITS, _PHOTOMETRIC, _PLANES, _PALETTE = 258, 262, 284, 320  # TIFF's tags
 _EMPTY = "the file is empty"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -205,13 +205,13 @@ def _misread(image: Image.Image) -> str | None:
     """What Pillow takes for other pixels than the file's, without an error (Pillow 13)."""
     codec, *_, args = next(iter(getattr(image, "tile", ())), ("", None))
     tags: Any = getattr(image, "tag_v2", {})
+    if image.mode == "P" and 0 < max(tags.get(_PALETTE, (0,))) < 256:
+        return "a palette of 8 bits, not 16"
     if codec == "raw" and tags.get(_PLANES) == 2 and 16 in tags.get(_BITS, ()):
         return "colours of 16 bits in planes, not compressed"
-    # Its rows have more bytes than those of one bit a pixel.
-    if codec and image.format == "BMP" and image.mode == "1":
-        return (
-            None if args[1] == (image.width + 31) // 32 * 4 else "black and white of several bits"
-        )
+    row = (image.width + 31) // 32 * 4  # bytes, of one bit a pixel
+    if codec == "raw" and image.format == "BMP" and image.mode == "1" and args[1] != row:
+        return "black and white of several bits"
     return None
 
 
