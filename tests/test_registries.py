@@ -26,11 +26,13 @@ from kw.data import DataError
 from kw.data.listing import Listing, list_split
 from kw.errors import UserError
 from kw.models.losses import bce
-from kw.registry import DATASETS, HOOKS, METRICS, Registry, argument_fault
+from kw.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, Registry, argument_fault
 from kw.training import CheckpointError, build_trainer, load_checkpoint, train
 from kw.training.checkpoint import save_checkpoint
 from kw.training.distributed import Process
 from kw.training.hooks import Hook
+from kw.training.parallel import gathered
+from kw.training.saving import copied
 from kw.training.task import Metrics
 from kw.training.trainer import Trainer
 
@@ -289,6 +291,16 @@ def test_figures_that_are_not_python_s(
     settings = {**settings, "temperature_epochs": 0, "epochs": 2}
     with pytest.raises(CheckpointError, match=r"Counting\['each'\]\[0\] is of type ndarray"):
         train(config_from_mapping(settings), tmp_path, resume=True)
+
+
+def test_random_numbers_of_an_optimizer_go_on(tmp_path: Path) -> None:
+    """timm's Kron keeps the state of Python's generator, which takes tuples alone
+    (Lightning-AI/pytorch-lightning issue 9400)."""
+    first, second = (OPTIMIZERS.find("kron")([torch.ones(2, 2)]) for _ in range(2))
+    first.rng.random()
+    torch.save(copied(gathered(first.state_dict(), keep=True)), tmp_path / "state.pth")
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert second.rng.random() == first.rng.random()
 
 
 class Stopping(Hook):

@@ -194,5 +194,6 @@ def gathered(state: Any, keep: bool) -> Any:
     if isinstance(state, Mapping):
         return {key: gathered(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [gathered(value, keep) for value in state]
+        values = (gathered(value, keep) for value in state)
+        return tuple(values) if isinstance(state, tuple) else list(values)
     return state

@@ -68,8 +68,9 @@ def copied(state: Any, name: str = "state") -> Any:
         return state.item()
     if isinstance(state, Mapping):
         return {key: copied(value, f"{name}[{key!r}]") for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [copied(value, f"{name}[{place}]") for place, value in enumerate(state)]
+    if isinstance(state, (list, tuple)):  # generators take the tuples alone that they gave
+        values = (copied(value, f"{name}[{place}]") for place, value in enumerate(state))
+        return tuple(values) if isinstance(state, tuple) else list(values)
     if type(state) not in _PLAIN:
         raise CheckpointError(
             f"{name} is of type {type(state).__name__}, which no checkpoint can hold: expected "
