@@ -326,6 +326,13 @@ def test_what_does_not_work_on_batches_is_refused(
         checked(run, **data)
 
 
+def test_a_filter_that_pillow_does_not_rotate_with_is_refused(run: Settings) -> None:
+    in_loaders: Settings = {"augment_on": "cpu", "memory": None, "interpolation": "lanczos"}
+    with pytest.raises(ConfigError, match="expected bicubic, bilinear or nearest beside data"):
+        checked(run, **in_loaders)
+    checked(run, **in_loaders, auto_augment=None)
+
+
 def test_an_unknown_operation_of_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def swirl(image: Image.Image, **_: Any) -> Image.Image:
         return image
