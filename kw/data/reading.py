@@ -197,13 +197,14 @@ def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -
     if image.mode in ("I", "F") and not is_16_bit(image):
         reason = f"32-bit pixels (mode {image.mode}), of which nothing says what is white"
         raise BadImageError.of(path, reason)
-    if reason := _misread(image):
-        raise BadImageError.of(path, f"{reason}, which Pillow misreads: store it as PNG")
+    if misread := _misread(image):
+        raise BadImageError.of(path, f"{misread}, which Pillow misreads: store it as PNG")
 
 
 def _misread(image: Image.Image) -> str | None:
     """What Pillow takes for other pixels than the file's, without an error (Pillow 13)."""
-    codec, *_, args = next(iter(getattr(image, "tile", ())), ("", None))
+    tiles: Any = getattr(image, "tile", None) or [("", None)]
+    codec, *_, args = tiles[0]
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode == "P" and 0 < max(tags.get(_PALETTE, (0,))) < 256:
         return "a palette of 8 bits, not 16"

@@ -262,7 +262,7 @@ def evaluate(
     figures: dict[str, float | None] = {}
     for each in counts:
         try:
-            found = each.compute()
+            found: Mapping[str, Any] = each.compute()
         except ValueError as error:  # not one image can be read
             loader.faults.merge(loader.faults.take())
             loader.faults.check()
