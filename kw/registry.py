@@ -207,10 +207,11 @@ def takes(entry: Callable[..., object], name: str) -> bool:
 
 def _hints(entry: Callable[..., object]) -> dict[str, object]:
     made = vars(entry).get("__init__", entry) if isinstance(entry, type) else entry
-    try:
-        return typing.get_type_hints(made)
-    except (NameError, TypeError):  # a type that is imported for type checkers only
+    try:  # not typing's, which on Python 3.10 writes `float | None` otherwise beside a default
+        parameters = inspect.signature(made, eval_str=True).parameters.values()
+    except (NameError, TypeError, ValueError):  # a type that is imported for type checkers only
         return {}
+    return {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
 
 
 def _fits(value: object, hint: object) -> bool:

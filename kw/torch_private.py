@@ -50,6 +50,12 @@ def is_traced() -> bool:
     return compiled or in_function_transform()
 
 
+def exports() -> bool:
+    """Whether ``torch.export`` traces. ``torch.compiler.is_exporting`` of torch 2.9 is true as well
+    while ``torch.compile`` does."""
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def is_recorded() -> bool:
     """Whether ``make_fx`` records operators: its graph lacks what other code does."""
     return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in dispatch_modes())

@@ -179,12 +179,13 @@ def tested(tool: Callable[..., None], tmp_path: Path) -> Callable[..., Any]:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A stand-in that huggingface_hub takes for the hub (a ``Hub``), and a cache of its own."""
     from hub_server import TOKEN, running_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with running_hub() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # earlier versions read it from the second
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server

@@ -150,14 +150,14 @@ def test_contractions_round_as_convolutions_may(monkeypatch: pytest.MonkeyPatch)
 def test_threads_share_the_setting_and_restore_it() -> None:
     """As backward passes of several GPUs do; a tensor that says it is on one stands in."""
     x: Any = SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(type="cuda"))
-    name = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
-    before, met = getattr(torch.backends.cuda.matmul, name), threading.Barrier(3)
+    products: Any = torch.backends.cuda.matmul
+    before, met = products.fp32_precision, threading.Barrier(3)
 
     def contract(seconds: float) -> None:
         with precision.as_convolutions_round(x):
             met.wait()
             time.sleep(seconds)
-            found.append(getattr(torch.backends.cuda.matmul, name))
+            found.append(products.fp32_precision)
 
     found: list[Any] = []
     threads = [threading.Thread(target=contract, args=(n / 50,)) for n in (1, 3, 2)]
@@ -165,15 +165,13 @@ def test_threads_share_the_setting_and_restore_it() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found in (["tf32"] * 3, [True] * 3)
-    assert getattr(torch.backends.cuda.matmul, name) == before
+    assert found == ["tf32"] * 3
+    assert products.fp32_precision == before
 
 
 @pytest.fixture
 def newer_setting() -> Any:
     """Torch's newer interface, after which it refuses to be read through the older one."""
-    if not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("torch >= 2.9")
     places: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [place.fp32_precision for place in places]
     places[0].fp32_precision, places[1].fp32_precision = "ieee", "tf32"

@@ -166,7 +166,8 @@ def test_every_form_is_the_definition(build: Any, shape: Any, form: str, monkeyp
             return inner(*args)
 
         monkeypatch.setattr(exported, name, spy)
-    batch = {0: torch.export.Dim("batch")}
+    # With a bound: earlier versions of torch find one, beyond which grouped sizes are no int32.
+    batch = {0: torch.export.Dim("batch", max=10_000)}
     program = torch.export.export(layer, (torch.randn(3, *shape),), dynamic_shapes=(batch,))
     assert used == [form]
     layer.set_backend("reference")
@@ -219,6 +220,8 @@ def test_onnxruntime_computes_what_pytorch_does(batch: int | None, tmp_path: Pat
             torch.testing.assert_close(written(images), network(images), atol=1e-5, rtol=1e-5)
 
 
+# torch.export of earlier versions adds conditions on open sizes, which its programs check.
+EXPORTS_OPEN_SIZES = torch.__version__ >= "2.15"
 MODELS: dict[str, dict[str, Any]] = {
     "kw low rank": {
         "kernel_warehouse": {"plan": "resnet18", "nonlocal_basis_ratio": 0.25, "start": "paper"}
@@ -253,7 +256,8 @@ def test_temperature_is_folded(kind: str) -> None:
     program = trace(Graph(network), inputs)
     kept = [*program.state_dict, *program.constants]
     assert not [name for name in kept if "temperature" in name or "one_hot" in name]
-    images = torch.randn(2, 3, 40, 57 if inputs.least else 40)
+    is_open = inputs.least is not None and EXPORTS_OPEN_SIZES
+    images = torch.randn(2, 3, 40, 57 if is_open else 40)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images), network(images), atol=1e-4, rtol=1e-4)
     assert fold_temperature(network) is network
@@ -291,7 +295,8 @@ def test_a_network_of_one_size_is_exported_at_that_size(
     [
         ("dla46_c", 224, None, "it refuses 233 x 66"),  # sums of maps of unlike sizes
         ("inception_v3", 299, None, "it refuses 64 x 64"),  # kernels that do not fit
-        ("crossvit_tiny_240", 240, 34, ""),  # several maps
+        # Several maps.
+        ("crossvit_tiny_240", 240, 34 if EXPORTS_OPEN_SIZES else 64, ""),
     ],
 )
 def test_sizes_that_a_network_refuses_are_not_open(
@@ -303,6 +308,7 @@ def test_sizes_that_a_network_refuses_are_not_open(
     assert (inputs.size, inputs.least, reason) == (side, least, why)
 
 
+@pytest.mark.skipif(not EXPORTS_OPEN_SIZES, reason="an earlier version of torch")
 def test_sizes_of_tensorflows_padding_have_no_maximum() -> None:
     """Each multiplied the time of tracing: an EfficientNet with open sizes was never done."""
     network = nn.Sequential(*(Conv2dSame(4, 4, 3, stride=2) for _ in range(3)), Conv2dSame(4, 4, 4))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.utils
 import numpy as np
 import pytest
 import timm
@@ -287,12 +288,18 @@ def test_without_network(
     hub.put("me/tiny", published)
     images = noise(online := kw.load("hf-hub:me/tiny"))
     asked = len(hub.asked)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def set_offline(value: bool) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", value)
+        # Earlier versions read it when a session begins.
+        getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
+
+    set_offline(True)
     assert torch.equal(kw.load("hf-hub:me/tiny")(images), online(images))
     with pytest.raises(UserError, match=r"me/other: the hub cannot be reached.*HF_HUB_OFFLINE"):
         kw.load("hf-hub:me/other")
     assert len(hub.asked) == asked
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    set_offline(False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers
     assert torch.equal(kw.load("hf-hub:me/tiny")(images), online(images))
     with pytest.raises(UserError, match=r"cannot be reached.*check the network"):

@@ -24,7 +24,7 @@ AMD = {"mi250x": "gfx90a:sramecc+:xnack-", "mi300x": "gfx942:sramecc+:xnack-"}
 
 
 def properties(name: str, shown: str, full: bool) -> Any:
-    """What torch says of a GPU; up to 2.6 without clocks and the memory's width."""
+    """What torch says of a GPU; not always its clocks and the memory's width."""
     gpu = GPUS[name]
     major, minor = gpu.capability
     found = SimpleNamespace(name=shown, major=major, minor=minor, multi_processor_count=gpu.units)

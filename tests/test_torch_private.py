@@ -100,6 +100,20 @@ def test_overflow_of_a_scaler(value: float) -> None:
     assert scale.item() == 8.0
 
 
+def test_exports() -> None:
+    """True where torch.export traces, in either of its ways, and not where torch.compile does."""
+
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if private.exports() else x
+
+    x = torch.zeros(2)
+    assert torch.equal(Asks()(x), x)
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(x), x)
+    for strict in (True, False):
+        assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x + 1)
+
+
 def test_uncompiled() -> None:
     network = nn.Linear(2, 2)
     network.compile(backend="eager")

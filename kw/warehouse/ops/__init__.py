@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import valid_names
+from ...torch_private import exports
 from .assembly import assemble
 from .backends import BACKENDS, CONTRACTIONS, YARDSTICKS, selector
 from .contraction import Contraction, Cost, Problem, check_operands
@@ -120,6 +121,4 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
 
 def is_exporting() -> bool:
     """Whether an exporter traces, whose graph may contain standard operators only."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
-    exporting = asked is not None and asked()
-    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return exports() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()

@@ -50,12 +50,12 @@ def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a [M, K] @ b [K, N]`` with the result in float32 also where the matrices have 16 bit.
 
     For long sums: a GPU's library divides them among multiprocessors and may round every part to 16
-    bit. With torch up to 2.7 and on AMD's GPUs, whose libraries cannot, the result is converted. On
-    CPUs the operands are, some at a time, which takes longer than a product in 16 bit.
+    bit. On AMD's GPUs, whose libraries cannot, the result is converted. On CPUs the operands are,
+    some at a time, which takes longer than a product in 16 bit.
     """
     if a.dtype not in (torch.bfloat16, torch.float16):
         return matmul(a, b)
-    if a.device.type == "cuda" and _has_float32_results():
+    if a.device.type == "cuda" and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.device.type != "cpu":
         return matmul(a, b).float()
@@ -64,12 +64,6 @@ def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
         some = slice(start, start + PIECE)
         total += matmul(a[:, some].float(), b[some].float())
     return total
-
-
-@lru_cache(maxsize=1)
-def _has_float32_results() -> bool:
-    """Whether products of 16-bit matrices can have float32 results on this GPU."""
-    return torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -4,9 +4,9 @@ Settings trade accuracy for speed. Their effect on a network's output is measure
 ``scripts/compare_backends.py``, see docs/experiments.md.
 
 - On GPUs float32 products take inputs of 10 mantissa bits (TF32) where torch's convolutions may:
-  ``torch.backends.cudnn.conv.fp32_precision``, up to torch 2.8 ``torch.backends.cudnn.allow_tf32``.
-  Torch's default is that they may, and a dynamic convolution then costs and rounds as the static
-  one beside it. Matrix products of static linear layers follow another setting of torch.
+  ``torch.backends.cudnn.conv.fp32_precision``. Torch's default is that they may, and a dynamic
+  convolution then costs and rounds as the static one beside it. Matrix products of static linear
+  layers follow another setting of torch.
 - On CPUs ``torch.set_float32_matmul_precision`` counts, where the processor has such products.
 - :func:`set_assembly_precision` sets the type of assembly under autocast: ``"autocast"``,
   the default, rounds coefficients and cells to 16 bit before they are mixed; ``"float32"`` mixes
@@ -28,7 +28,7 @@ from ...errors import valid_names
 ASSEMBLY_PRECISIONS = ("autocast", "float32")
 _assembly = ASSEMBLY_PRECISIONS[0]
 _lock = threading.Lock()
-_before: list[Any] = []
+_before: list[str] = []
 
 
 def set_assembly_precision(precision: str) -> None:
@@ -51,12 +51,8 @@ def assembly_precision() -> str:
 
 def allows_tf32(device: str) -> bool:
     """Whether float32 products of contractions may be rounded to TF32 on a type of device."""
-    if device != "cuda":
-        return False
-    convolution = getattr(torch.backends.cudnn, "conv", None)  # torch >= 2.9
-    if convolution is None:
-        return bool(torch.backends.cudnn.allow_tf32)
-    return bool(convolution.fp32_precision == "tf32")
+    convolution: Any = torch.backends.cudnn.conv
+    return device == "cuda" and bool(convolution.fp32_precision == "tf32")
 
 
 @contextmanager
@@ -65,19 +61,16 @@ def as_convolutions_round(x: Tensor) -> Iterator[None]:
     if x.dtype != torch.float32 or x.device.type != "cuda":
         yield
         return
-    # The newer setting where there is one, since torch refuses to read the old one beside it.
-    is_new = hasattr(torch.backends.cudnn, "conv")
-    name, values = ("fp32_precision", ("ieee", "tf32")) if is_new else ("allow_tf32", (False, True))
     products: Any = torch.backends.cuda.matmul
 
-    def put(value: Any) -> None:
+    def put(value: str) -> None:
         # What is set there no longer follows torch.backends.fp32_precision.
-        if getattr(products, name) != value:
-            setattr(products, name, value)
+        if products.fp32_precision != value:
+            products.fp32_precision = value
 
     with _lock:  # threads share the setting: the last one restores what the first one found
-        _before.append(getattr(products, name))
-        put(values[allows_tf32("cuda")])
+        _before.append(products.fp32_precision)
+        put("tf32" if allows_tf32("cuda") else "ieee")
     try:
         yield
     finally:
