@@ -29,7 +29,7 @@ from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
 from .interruption import Agreement, Signals
-from .parallel import across_processes, release, sharded_modules, whole_norm
+from .parallel import across_processes, gather, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
 from .saving import Checkpoints, checkpoint_name
@@ -345,6 +345,7 @@ class Trainer:
             networks["ema_"] = self.average.network
         for prefix, network in networks.items():
             set_place(f"in the evaluation after epoch {self.epoch}")
+            gather(network)
             found = self.task.evaluate(network)
             release(network)
             metrics.update({prefix + name: value for name, value in found.items()})
