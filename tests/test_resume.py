@@ -29,13 +29,15 @@ from processes import Forked, in_processes
 from test_parts import as_earlier
 
 from kw.config import ConfigError, config_from_mapping
+from kw.config.run_schema import BadImagesConfig
+from kw.data.faults import BadImage, FaultLog
 from kw.errors import EXIT_INTERRUPTED, Interrupted
 from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
 from kw.training.folder import find_checkpoint
-from kw.training.hooks import Hook
+from kw.training.hooks import BadImageHook, Hook
 from kw.training.hooks.log import write_line
 from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
@@ -213,7 +215,14 @@ def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What it has no room for comes later, in its order."""
+    """What it has no room for comes later, in its order; the list of bad images with the log."""
+    faults = FaultLog(100, BadImagesConfig())
+    faults.record([BadImage(7, "a" * 200 + "\udcfe.png", "empty")])
+    faults.merge(faults.take())
+    loader, process = SimpleNamespace(faults=faults), Process(0, 1, torch.device("cpu"))
+    trainer: Any = SimpleNamespace(
+        process=process, work_dir=tmp_path, train_loader=loader, val_loader=loader
+    )
     log, (soft, hard) = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     write_line(tmp_path, "train", 1, 1, {"loss": 0.5})
     before = log.read_bytes()
@@ -222,12 +231,17 @@ def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptur
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
             write_line(tmp_path, "train", 1, 3 if room == 0 else 2, {"loss": 0.5})
             assert log.read_bytes() == before
+        BadImageHook().before_training(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     write_line(tmp_path, "val", 1, 4, {"top1": 1.0})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["iter"] for line in lines] == [1, 2, 3, 4]
-    assert caplog.text.count("no room for a line") == 2
+    assert caplog.text.count("no room for a line") == 6  # of all that wait
+    listed = (tmp_path / "bad_images.txt").read_bytes().splitlines()
+    assert listed == [
+        split + b"\t" + b"a" * 200 + b"\xfe.png\tempty" for split in (b"train", b"val")
+    ]
 
 
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:
