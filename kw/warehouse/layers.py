@@ -390,6 +390,8 @@ class KWLinear(KWLayer):
     def compute(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
+        if 0 in x.shape[1:-1]:  # samples without tokens need no kernels, as no samples do
+            return self.compute(x.reshape(0, x.shape[-1])).view(*x.shape[:-1], self.out_features)
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
         alpha = self.attention(pool(tokens, (1,)), self.warehouse.temperature)
         cells = self.warehouse.cells
