@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from breadth import breadth
 from coco_set import detector_text, write_coco_set
 from PIL import Image
+from processes import in_processes
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
@@ -27,6 +29,7 @@ from kw.detection.pictures import write_pictures
 from kw.detection.sets import class_names
 from kw.detection.usage import Usage, why_unused
 from kw.errors import OutOfMemory
+from kw.training.distributed import Process
 
 EPOCH = ["epochs=1", "schedule.milestones=[0.5]"]
 
@@ -315,6 +318,29 @@ def test_an_image_that_keeps_no_object_is_replaced(coco: Path) -> None:
     ]
     first, again = samples[0, 1], samples[0, 1]
     assert torch.equal(first["inputs"], again["inputs"])
+
+
+def test_machines_with_other_annotations_do_not_begin(coco: Path, trained: Any) -> None:
+    """A file that lacks an object, on one of them."""
+    other = coco.parent / "other"
+    shutil.copytree(coco, other)
+    content = change(other, "val")
+    content["annotations"].pop()
+    (other / "annotations/instances_val.json").write_text(json.dumps(content))
+    configs = [config_of(coco), config_of(other)]
+
+    def begin(process: Process) -> None:
+        config, run = configs[process.rank], coco.parent / "run"
+        for use in (
+            lambda: train(config, run, launcher="pytorch"),
+            lambda: evaluate_checkpoint(config, trained[0], launcher="pytorch"),
+        ):
+            with pytest.raises(
+                DataError, match=r"1 lists 5 images of \S*val.json, .* or other lab"
+            ):
+                use()
+
+    in_processes(begin, 2)
 
 
 def test_masks_are_turned_as_their_boxes_are(coco: Path) -> None:
