@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..torch_private import has_values
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
 from .pooling import pool
@@ -122,7 +123,7 @@ class KWLayer(nn.Module):
     def _begin(self) -> None:
         """Start as a static layer with a Kaiming-normal kernel (fan out, ReLU)."""
         settings, cells = self.warehouse.settings, self.warehouse.cells
-        if settings.start == "paper" or cells.is_meta:
+        if settings.start == "paper" or not has_values(cells):
             return
         shape = self.warehouse.partition.layers[0].kernel_shape
         kernel = torch.empty(shape, device=cells.device, dtype=cells.dtype)
