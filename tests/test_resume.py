@@ -23,7 +23,7 @@ import torch
 import yaml
 from breadth import breadth
 from conftest import settings_of
-from kills import compare, differences, run_with_kills
+from kills import compare, differences, log_of, run_with_kills
 from kills import settings as killed_settings
 from processes import Forked, in_processes
 from test_parts import as_earlier
@@ -185,12 +185,12 @@ def test_a_full_disk_costs_nothing_that_was_there(
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    settings["epochs"], failing = 3, {2}
+    settings["epochs"], failing = 3, {3}  # the first epoch is written twice
     train(config_from_mapping(settings), tmp_path / "once")
     assert [path.name for path in checkpoints(tmp_path / "once")] == ["epoch_1.pth", "epoch_3.pth"]
     assert "could not be written" in next((tmp_path / "once").glob("*/*.log")).read_text()
     written.clear()
-    failing = {3}
+    failing = {4}
     with pytest.raises(CheckpointError, match="No space left"):
         train(config_from_mapping(settings), tmp_path / "end")
     left = checkpoints(tmp_path / "end")
@@ -276,6 +276,37 @@ def test_a_score_that_never_rises(settings: dict[str, Any], tmp_path: Path) -> N
     states = [load_checkpoint(tmp_path / f"epoch_{epoch}.pth") for epoch in (2, 3)]
     apart = [bool(differences(each["ema_state_dict"], each["state_dict"])) for each in states]
     assert apart == [False, True]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_evaluation_that_fails_loses_no_epoch(
+    settings: dict[str, Any], tmp_path: Path, epochs: int
+) -> None:
+    """A metric's mistake shows after the first epoch: it is evaluated when the run goes on."""
+    config = config_from_mapping(settings | {"epochs": epochs})
+    train(config, tmp_path / "whole")
+    built = trainer_of(config, tmp_path / "failed", Process(0, 1, torch.device("cpu")))
+
+    def fail(network: torch.nn.Module) -> dict[str, float | None]:
+        raise ZeroDivisionError("of a metric")
+
+    built.task = replace(built.task, evaluate=fail)
+    with pytest.raises(ZeroDivisionError):
+        built.run()
+    built.checkpoints.finish()
+    found = train(config, tmp_path / "failed", resume=True)
+    assert compare(tmp_path / "whole", tmp_path / "failed") == []
+    assert found == load_checkpoint(tmp_path / "whole/last.pth")["meta"]["metrics"]
+    logs = [log_of(tmp_path / name) for name in ("whole", "failed")]
+    lines = [[(line["mode"], line["epoch"], line["iter"]) for line in log] for log in logs]
+    assert lines[0] == lines[1]
+    # Killed after the evaluation's line, before the checkpoint that has its figures.
+    state = load_checkpoint(tmp_path / "failed/last.pth")
+    state["meta"]["metrics"] = None
+    save_checkpoint(state, tmp_path / f"failed/epoch_{epochs}.pth")
+    train(config, tmp_path / "failed", resume=True)
+    again = [(line["mode"], line["epoch"], line["iter"]) for line in log_of(tmp_path / "failed")]
+    assert again == lines[0]
 
 
 class Asked(Hook):

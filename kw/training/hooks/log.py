@@ -53,7 +53,8 @@ class LogHook(Hook):
         self._anneals = has_temperature(trainer.task.network)
         self._trained = (0.0, 0)  # seconds and updates since this process started
         if trainer.process.is_main:
-            _forget_after(trainer.work_dir / "log.jsonl", trainer.update, trainer.epoch)
+            evaluated = trainer.epoch - trainer.unevaluated
+            _forget_after(trainer.work_dir / "log.jsonl", trainer.update, evaluated)
             for line in _describe(trainer):
                 logger.info(line)
 
