@@ -435,6 +435,13 @@ def test_a_run_goes_on_and_tells(settings: dict[str, Any], broken: Path, tmp_pat
         again = evaluate_checkpoint(config, work_dir / "last.pth")
     assert again["top1"] == metrics["ema_top1"]
     assert again["unreadable_images"] == 1
+    sound = tmp_path / "sound"  # calibration is of the images that can be read
+    shutil.copytree(broken, sound)
+    (sound / "val/cat/2.png").unlink()
+    without = evaluate_checkpoint(with_data(settings, sound), work_dir / "last.pth")
+    assert again["ece"] == pytest.approx(without["ece"])
+    assert (again["images"], without["images"]) == (19, 18)
+    config = with_data(settings, broken)
     resumed = build_trainer(config, work_dir, Process(0, 1, torch.device("cpu")), resume=True)
     resumed.load()
     assert len(resumed.train_loader.faults.known) == 4
