@@ -294,6 +294,7 @@ def test_an_evaluation_that_fails_loses_no_epoch(
     with pytest.raises(ZeroDivisionError):
         built.run()
     built.checkpoints.finish()
+    assert [path.name for path in checkpoints(tmp_path / "failed")] == ["epoch_1.pth"]
     found = train(config, tmp_path / "failed", resume=True)
     assert compare(tmp_path / "whole", tmp_path / "failed") == []
     assert found == load_checkpoint(tmp_path / "whole/last.pth")["meta"]["metrics"]
