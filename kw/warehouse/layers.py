@@ -125,8 +125,7 @@ class KWLayer(nn.Module):
         settings, cells = self.warehouse.settings, self.warehouse.cells
         if settings.start == "paper" or not has_values(cells):
             return
-        shape = self.warehouse.partition.layers[0].kernel_shape
-        kernel = torch.empty(shape, device=cells.device, dtype=cells.dtype)
+        kernel = cells.new_empty(self.warehouse.partition.layers[0].kernel_shape)
         nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         keep_kernels(self.warehouse, [self.attention], [kernel])
 
@@ -395,8 +394,7 @@ class KWLinear(KWLayer):
             return self.compute(x.reshape(0, x.shape[-1])).view(*x.shape[:-1], self.out_features)
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
         alpha = self.attention(pool(tokens, (1,)), self.warehouse.temperature)
-        cells = self.warehouse.cells
-        tokens = tokens.transpose(1, 2)
-        y = dynamic_conv(tokens, alpha, cells, self.spec, self.backend, self.rounded)
+        how = self.warehouse.cells, self.spec, self.backend, self.rounded
+        y = dynamic_conv(tokens.transpose(1, 2), alpha, *how)
         y = y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
