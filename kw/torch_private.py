@@ -68,6 +68,11 @@ def dispatch_modes() -> Sequence[Any]:
     return _get_current_dispatch_mode_stack()
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: neither on the meta device nor of ``FakeTensorMode``."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+
+
 # --- updates ----------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from kw.config import (
     reference,
     to_yaml,
 )
+from kw.config.names import config_file
 
 ROOT = Path(__file__).parents[1]
 RESNET18 = ROOT / "configs/imagenet/resnet18"
@@ -80,6 +81,22 @@ def test_later_bases_override_and_paths_are_relative_to_their_file(tmp_path: Pat
     path = write(tmp_path, minimal=MINIMAL_YAML, seed="seed: 7\nepochs: 99\n", child=child)
     config = load(path)
     assert (config.epochs, config.seed, config.batch_size) == (3, 7, 4)
+
+
+@pytest.mark.parametrize(
+    "base", ["kw_resnet18_1x", "configs/imagenet/resnet18/kw_resnet18_1x.yaml"]
+)
+def test_a_shipped_configuration_is_a_base(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what ``kw train`` takes; a file beside the configuration wins."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"_base_: {base}\nseed: 7\n")
+    theirs = load(config_file("kw_resnet18_1x"))
+    assert load(Path("mine.yaml")) == dataclasses.replace(theirs, seed=7)
+    Path(base).parent.mkdir(parents=True, exist_ok=True)
+    Path(base).write_text(MINIMAL_YAML.replace("resnet18", "resnet50"))
+    assert load(Path("mine.yaml")).model.name == "resnet50"
 
 
 def test_null_replaces_a_mapping_and_a_mapping_null(tmp_path: Path) -> None:

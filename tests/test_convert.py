@@ -14,8 +14,9 @@ import torch
 from networks import chain, narrow_resnet, plan_of
 from timm.layers import Conv2dSame
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kw import convert, get_temperature, set_temperature
+from kw import convert, get_temperature, peers, set_temperature
 from kw.warehouse import (
     PLANS,
     KWConv1d,
@@ -61,6 +62,21 @@ def test_resnet18_membership():
     assert len(dynamic) == sum(map(len, STAGES.values())) == 19
     assert type(model.conv1) is nn.Conv2d
     assert type(model.fc) is nn.Linear
+
+
+@pytest.mark.parametrize("plan", ["resnet18", "auto", "dyconv"])
+def test_converted_without_values(plan, capsys):
+    """As on the meta device: shapes alone, for estimates of memory before there is any."""
+    shapes = []
+    for mode in (FakeTensorMode(), torch.device("meta")):
+        with mode:
+            assert KWConv2d(8, 8, 3)(torch.zeros(2, 8, 9, 9)).shape == (2, 8, 7, 7)
+            model = narrow_resnet()
+            peers.convert(model, plan) if plan == "dyconv" else convert(model, plan)
+            assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+        assert "no weights yet" in capsys.readouterr().err
+        shapes.append({name: tuple(p.shape) for name, p in model.named_parameters()})
+    assert shapes[0] == shapes[1]
 
 
 def own_kernels(model):

@@ -193,7 +193,7 @@ def test_rates_fall_towards_the_stem() -> None:
         assert rates[cells] == max(rates[n] for n in rates if n.startswith(names[-1] + "."))
 
 
-def test_weights_fit_or_are_refused(tmp_path: Path) -> None:
+def test_weights_fit_or_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = build_network(kw.detection.backbone.read_network(network("resnet18")))
     state = whole.state_dict()
     average = {
@@ -206,6 +206,7 @@ def test_weights_fit_or_are_refused(tmp_path: Path) -> None:
     torch.testing.assert_close(own["conv1.weight"], average["conv1.weight"])
     assert {k for k in average if k not in own} == {"fc.weight", "fc.bias"}
     assert kw.get_temperature(backbone) == 0
+    assert f"weights {path}: was written at temperature 1, bef" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"another model"):
         Backbone(network("resnet18", converted=False), weights=str(path))
     with pytest.raises(CheckpointError, match="no such file"):

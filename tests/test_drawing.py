@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
+from kw.objects import drawing
 from kw.objects.drawing import (
     class_colour,
     contact_sheet,
@@ -172,6 +173,25 @@ def test_colours_of_classes_differ() -> None:
     first = np.array(colours[:10], int)
     distances = np.abs(first[:, None] - first[None]).sum(2) + 999 * np.eye(10, dtype=int)
     assert distances.min() > 90
+
+
+def test_names_of_other_scripts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow's own font has ASCII alone; without another, squares are drawn, with a message."""
+    found = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+
+    def drawn(*texts: str) -> list[bytes]:
+        boxes = [[100, 100, 200, 200]]
+        return [draw_objects(blank(), boxes, [0], [text]).tobytes() for text in texts]
+
+    for fonts, unlike in ((["none.ttf"], False), (["none.ttf", str(found)], True)):
+        monkeypatch.setattr(drawing, "_FONTS", fonts)
+        drawing._with_all.cache_clear()
+        for one, other in (("\u0448", "\u0449"), ("caf\u00e9", "caf\u00e8")):
+            assert (len({*drawn(one, other)}) == 2) == unlike
+        assert capsys.readouterr().err.count("names are drawn with squares") == (not unlike)
+    assert drawn("cat") == drawn("cat")
 
 
 def test_sheets() -> None:

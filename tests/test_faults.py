@@ -150,10 +150,11 @@ def test_tiffs_as_they_are_meant(compression: Any, tmp_path: Path) -> None:
     assert read_image(tmp_path / "alpha.tif").getpixel((0, 0)) == (99,) * 3  # 50 * 255 / 128
 
 
+@pytest.mark.parametrize("width", [40, 3])  # rows of 3 take 4 bytes, of eight bits or one
 @pytest.mark.parametrize("colours", [[0, 255], [255, 0], [0, 128]])
-def test_bmps_of_two_greys(colours: list[int], tmp_path: Path) -> None:
+def test_bmps_of_two_greys(colours: list[int], width: int, tmp_path: Path) -> None:
     """Pillow takes eight bits a pixel for one where these are black and white, in this order."""
-    indices = np.random.default_rng(0).integers(0, 2, (9, 40), dtype=np.uint8)
+    indices = np.random.default_rng(0).integers(0, 2, (9, width), dtype=np.uint8)
     image = Image.fromarray(indices, "P")
     image.putpalette([level for level in colours for _ in "rgb"])
     path = saved(image, tmp_path / "image.bmp")
@@ -434,6 +435,13 @@ def test_a_run_goes_on_and_tells(settings: dict[str, Any], broken: Path, tmp_pat
         again = evaluate_checkpoint(config, work_dir / "last.pth")
     assert again["top1"] == metrics["ema_top1"]
     assert again["unreadable_images"] == 1
+    sound = tmp_path / "sound"  # calibration is of the images that can be read
+    shutil.copytree(broken, sound)
+    (sound / "val/cat/2.png").unlink()
+    without = evaluate_checkpoint(with_data(settings, sound), work_dir / "last.pth")
+    assert again["ece"] == pytest.approx(without["ece"])
+    assert (again["images"], without["images"]) == (19, 18)
+    config = with_data(settings, broken)
     resumed = build_trainer(config, work_dir, Process(0, 1, torch.device("cpu")), resume=True)
     resumed.load()
     assert len(resumed.train_loader.faults.known) == 4

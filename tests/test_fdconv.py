@@ -22,6 +22,7 @@ from test_peers import (
     squashed,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import kw
 from kw.peers import FDConv2d, assembled, fdconv
@@ -294,6 +295,18 @@ def test_groups_are_there_after_the_meta_device(loads):
     else:
         empty(inputs(2))
     assert torch.equal(empty.group, layer.group)
+
+
+def test_multiply_adds_of_a_kernel():
+    """8 x 16 x 3 x 3 values: the 1-D convolution, as torch counts it, three factors, and a real
+    transform of 5/4 N log2 N."""
+    layer = FDConv2d(16, 8, 3, kernels=4).eval()
+    with FlopCounterMode(display=False) as counted:
+        layer.attention.local(torch.randn(1, 1, 16))
+    lines = counted.get_total_flops() / 2
+    assert lines == 1152 * 3
+    assert layer.assembly_macs == lines + 3 * 1152 + 14_644  # 1.25 * 1152 * 10.17
+    assert FDConv2d(16, 8, 1, kernels=4).assembly_macs == 128 * (3 + 3) + 1120  # 1.25 * 128 * 7
 
 
 def test_no_images_give_no_outputs():

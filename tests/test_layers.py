@@ -204,6 +204,27 @@ def test_no_samples_give_no_outputs(build, shape, norm, training):
     assert y.shape == layer(torch.randn(2, *shape[1:]))[:0].shape
 
 
+@every_layer
+@norms
+def test_samples_without_positions(build, shape, norm):
+    """No tokens give no outputs, as of nn.Linear; a convolution refuses them, as torch's do, and
+    keeps no statistics of them."""
+    layer = build(norm=norm).train()
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    if isinstance(layer, KWLinear):
+        x = torch.randn(2, 3, 0, shape[-1], requires_grad=True)
+        y = layer(x)
+        assert y.shape == (2, 3, 0, layer.out_features)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    else:
+        with pytest.raises(ValueError, match="has no positions"):
+            layer(torch.randn(*shape[:-1], 0))
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_batch_statistics_from_two_samples_on():
     layer = KWConv2d(4, 8, 3).train()
     layer(images(2))

@@ -37,13 +37,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ready_for_use(run: Path) -> None:
+def test_ready_for_use(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (weights,) = run.glob("*.safetensors")
     state = load_checkpoint(run / "best.pth")["ema_state_dict"]
     images = torch.randn(2, 3, 40, 40)
     found = []
     for path in (run, run / "best.pth", weights):
         classifier = kw.load(path)
+        told = "temperature 0.5, before annealing had ended; at 0 it is not what was evaluated"
+        assert capsys.readouterr().err.count(told) == (path != weights)
         assert classifier.classes == CLASSES
         assert not any(module.training for module in classifier.modules())
         assert kw.get_temperature(classifier.network) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,36 @@ def test_free_memory_is_between_nothing_and_all(monkeypatch: pytest.MonkeyPatch)
     assert 2**20 < alone < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_module._free_bytes(CPU) == pytest.approx(alone / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_control_groups_count(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch job's limit lies on a group around the process's; a container's on the outermost."""
+    left_by_groups = partial(memory_module._left_by_groups, tmp_path)
+    assert list(left_by_groups()) == []  # not Linux
+    monkeypatch.setattr(memory_module, "_left_by_groups", left_by_groups)
+    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    top = tmp_path / "sys/fs/cgroup" / ("memory" * (version == 1))
+    cache = "total_" * (version == 1)
+    for folder, limit in ((top, "max"), (top / "job", "9000"), (top / "job/task", 2**63)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, 7000), strict=True):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(
+            f"anon 1\n{cache}inactive_file 300\n{cache}active_file 40"
+        )
+    own = tmp_path / "proc/self/cgroup"
+    own.parent.mkdir(parents=True)
+    line = "4:memory:/job/task\n" if version == 1 else "0::/job/task\n"
+    own.write_text(f"9:name=systemd:/job\n{line}1:cpu:/\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory_module._free_bytes(CPU) == (9000 - 7000 + 300 + 40) / 2
+    own.write_text(line.replace("/job/task", "/of/the/host"))  # as a container without a namespace
+    assert memory_module._free_bytes(CPU) > 9000
+    (top / f"memory.{names[0]}").write_text("8000")
+    assert memory_module._free_bytes(CPU) == (8000 - 7000 + 300 + 40) / 2
 
 
 def test_a_bad_file_is_an_error_where_the_policy_says_so(held: Settings, damaged: Path) -> None:

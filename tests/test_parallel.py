@@ -283,6 +283,26 @@ def test_sharded_training_is_training(settings: dict[str, Any], tmp_path: Path) 
     assert largest_difference(*weights) < 1e-4
 
 
+def test_a_process_without_images_to_evaluate(
+    images: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Sharded, its weights are gathered all the same: others' passes need its part of them."""
+    for path in (images / "val").glob("[cd]*/0.png"):
+        shutil.copytree(images / "train" / path.parent.name, tmp_path / "train" / path.parent.name)
+        (tmp_path / "val" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "val" / path.parent.name)
+    settings["model"]["num_classes"] = 2
+    settings["data"]["root"] = str(tmp_path)
+    settings.update(epochs=1, total_batch_size=12, batch_size=4, ema={"decay": 0.5})
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        settings["distributed"] = {"strategy": strategy, "timeout_minutes": 0.2}
+        run(settings, tmp_path / strategy, 3)
+        found[strategy] = load_checkpoint(tmp_path / strategy / "last.pth")["meta"]["metrics"]
+    assert found["fsdp"]["images"] == found["fsdp"]["ema_images"] == 2
+    assert found["fsdp"] == pytest.approx(found["ddp"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("world", "strategy"), breadth([(2, "ddp"), (3, "ddp"), (2, "fsdp")], [(2, "ddp")])
 )

@@ -98,7 +98,7 @@ def test_a_run_has_the_rates(settings: dict[str, Any], tmp_path: Path) -> None:
     """They multiply the other factors, and the schedule multiplies by them."""
     settings = changed(settings, optimizer__layer_decay=0.5, optimizer__attention_lr=3.0)
     trainer = build_trainer(config_from_mapping(settings), tmp_path, CPU)
-    trainer._set_rates()
+    trainer._set_rates(trainer.update)
     names = {id(p): name for name, p in trainer.task.network.named_parameters()}
     groups = trainer.optimizer.param_groups
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}

@@ -203,6 +203,27 @@ def test_a_run_grows_its_images(
     assert_same_state(ends[0]["state_dict"], ends[1]["state_dict"])
 
 
+def test_a_teacher_sees_the_images_that_grow(
+    settings: dict[str, Any], begun: Path, tmp_path: Path
+) -> None:
+    """Those that its student sees, of each size, augmented alike."""
+    data = {**settings["data"], "progressive": {"start": 16, "epochs": 1}}
+    taught = {**settings, "data": data, "distillation": {"teacher": str(begun)}}
+    trainer = build_trainer(config_from_mapping(taught), tmp_path / "taught", CPU)
+    assert trainer.task.model.teacher is not None
+    seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
+    networks = {"teacher": trainer.task.model.teacher.network, "student": trainer.task.network}
+    for name, network in networks.items():
+        network.register_forward_pre_hook(
+            lambda module, args, own=seen[name]: (
+                own.append(args[0].clone()) if networks["student"].training else None
+            )
+        )
+    trainer.run()
+    assert [images.shape[-1] for images in seen["teacher"]] == [16] * 4 + [32] * 4
+    assert all(map(torch.equal, seen["teacher"], seen["student"]))
+
+
 def test_networks_of_one_size_do_not_grow(settings: dict[str, Any], tmp_path: Path) -> None:
     data = {**settings["data"], "progressive": {"start": 16, "epochs": 1}}
     args: dict[str, Any] = {"img_size": 32, "depth": 1, "embed_dim": 24}

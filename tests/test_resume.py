@@ -23,19 +23,21 @@ import torch
 import yaml
 from breadth import breadth
 from conftest import settings_of
-from kills import compare, differences, run_with_kills
+from kills import compare, differences, log_of, run_with_kills
 from kills import settings as killed_settings
 from processes import Forked, in_processes
 from test_parts import as_earlier
 
 from kw.config import ConfigError, config_from_mapping
+from kw.config.run_schema import BadImagesConfig
+from kw.data.faults import BadImage, FaultLog
 from kw.errors import EXIT_INTERRUPTED, Interrupted
 from kw.models import build_network
 from kw.training import CheckpointError, load_checkpoint, train, trainer
 from kw.training.checkpoint import find_damage, save_checkpoint
 from kw.training.distributed import Process
 from kw.training.folder import find_checkpoint
-from kw.training.hooks import Hook
+from kw.training.hooks import BadImageHook, Hook
 from kw.training.hooks.log import write_line
 from kw.training.interruption import Signals
 from kw.training.optim import build_optimizer
@@ -183,12 +185,12 @@ def test_a_full_disk_costs_nothing_that_was_there(
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    settings["epochs"], failing = 3, {2}
+    settings["epochs"], failing = 3, {3}  # the first epoch is written twice
     train(config_from_mapping(settings), tmp_path / "once")
     assert [path.name for path in checkpoints(tmp_path / "once")] == ["epoch_1.pth", "epoch_3.pth"]
     assert "could not be written" in next((tmp_path / "once").glob("*/*.log")).read_text()
     written.clear()
-    failing = {3}
+    failing = {4}
     with pytest.raises(CheckpointError, match="No space left"):
         train(config_from_mapping(settings), tmp_path / "end")
     left = checkpoints(tmp_path / "end")
@@ -213,7 +215,14 @@ def test_the_disk_itself_is_full(values: int, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What it has no room for comes later, in its order."""
+    """What it has no room for comes later, in its order; the list of bad images with the log."""
+    faults = FaultLog(100, BadImagesConfig())
+    faults.record([BadImage(7, "a" * 200 + "\udcfe.png", "empty")])
+    faults.merge(faults.take())
+    loader, process = SimpleNamespace(faults=faults), Process(0, 1, torch.device("cpu"))
+    trainer: Any = SimpleNamespace(
+        process=process, work_dir=tmp_path, train_loader=loader, val_loader=loader
+    )
     log, (soft, hard) = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     write_line(tmp_path, "train", 1, 1, {"loss": 0.5})
     before = log.read_bytes()
@@ -222,12 +231,17 @@ def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptur
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
             write_line(tmp_path, "train", 1, 3 if room == 0 else 2, {"loss": 0.5})
             assert log.read_bytes() == before
+        BadImageHook().before_training(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     write_line(tmp_path, "val", 1, 4, {"top1": 1.0})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["iter"] for line in lines] == [1, 2, 3, 4]
-    assert caplog.text.count("no room for a line") == 2
+    assert caplog.text.count("no room for a line") == 6  # of all that wait
+    listed = (tmp_path / "bad_images.txt").read_bytes().splitlines()
+    assert listed == [
+        split + b"\t" + b"a" * 200 + b"\xfe.png\tempty" for split in (b"train", b"val")
+    ]
 
 
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:
@@ -262,6 +276,38 @@ def test_a_score_that_never_rises(settings: dict[str, Any], tmp_path: Path) -> N
     states = [load_checkpoint(tmp_path / f"epoch_{epoch}.pth") for epoch in (2, 3)]
     apart = [bool(differences(each["ema_state_dict"], each["state_dict"])) for each in states]
     assert apart == [False, True]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_evaluation_that_fails_loses_no_epoch(
+    settings: dict[str, Any], tmp_path: Path, epochs: int
+) -> None:
+    """A metric's mistake shows after the first epoch: it is evaluated when the run goes on."""
+    config = config_from_mapping(settings | {"epochs": epochs})
+    train(config, tmp_path / "whole")
+    built = trainer_of(config, tmp_path / "failed", Process(0, 1, torch.device("cpu")))
+
+    def fail(network: torch.nn.Module) -> dict[str, float | None]:
+        raise ZeroDivisionError("of a metric")
+
+    built.task = replace(built.task, evaluate=fail)
+    with pytest.raises(ZeroDivisionError):
+        built.run()
+    built.checkpoints.finish()
+    assert [path.name for path in checkpoints(tmp_path / "failed")] == ["epoch_1.pth"]
+    found = train(config, tmp_path / "failed", resume=True)
+    assert compare(tmp_path / "whole", tmp_path / "failed") == []
+    assert found == load_checkpoint(tmp_path / "whole/last.pth")["meta"]["metrics"]
+    logs = [log_of(tmp_path / name) for name in ("whole", "failed")]
+    lines = [[(line["mode"], line["epoch"], line["iter"]) for line in log] for log in logs]
+    assert lines[0] == lines[1]
+    # Killed after the evaluation's line, before the checkpoint that has its figures.
+    state = load_checkpoint(tmp_path / "failed/last.pth")
+    state["meta"]["metrics"] = None
+    save_checkpoint(state, tmp_path / f"failed/epoch_{epochs}.pth")
+    train(config, tmp_path / "failed", resume=True)
+    again = [(line["mode"], line["epoch"], line["iter"]) for line in log_of(tmp_path / "failed")]
+    assert again == lines[0]
 
 
 class Asked(Hook):

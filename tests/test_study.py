@@ -21,6 +21,7 @@ from kw.config import Config, ConfigError, config_from_mapping, load_config
 from kw.evaluation import ReportError, read_run
 from kw.models import build_network
 from kw.models.complexity import analyze
+from kw.study import launch
 from kw.study.files import load_study
 from kw.study.settings import as_option
 from kw.study.summary import (
@@ -224,6 +225,43 @@ def test_names_of_folders_reach_the_runs_as_they_are(study: Path) -> None:
     config = load_config(run.config, run.options, check_model_name=False)
     assert config.data.root == str(home)
     assert config.model.weights == str(home / "static_seed3" / "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "told"),
+    [
+        ([75], 75, "static_seed3: interrupted; run the same command again"),
+        ([75], 75, "converted_seed3: left out, static_seed3 is not done"),
+        ([2], 1, "converted_seed3: left out, static_seed3 failed"),
+        ([0, 75], 75, "converted_seed3: interrupted; run the same command again"),
+        ([0, 0], 0, "converted_seed3: finished in"),
+    ],
+)
+def test_a_study_ends_with_its_runs_status(
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    ends: list[int],
+    status: int,
+    told: str,
+) -> None:
+    """A run that saved its work and left with 75 has not failed, and can be run again."""
+    continuing(study)
+    runs = load_study(study, home=tmp_path / "runs").runs
+    codes = iter(ends)
+
+    def command(chosen: Any, **_: Any) -> list[str]:
+        if not chosen[0].needs:
+            (chosen[0].work_dir / "last.pth").touch()
+        return ["sh", "-c", f"exit {next(codes)}"]
+
+    monkeypatch.setattr(launch, "command_for", command)
+    assert launch.run_all(runs) == status
+    assert told in "".join(capfd.readouterr())
+    assert next(codes, None) is None
+    if status == 75:
+        assert all(state.kind != "failed" for _, state in launch.unfinished(runs))
 
 
 @pytest.mark.slow

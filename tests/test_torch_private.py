@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kw import torch_private as private
@@ -36,6 +37,13 @@ def test_bases() -> None:
     assert all(issubclass(n, private.BatchNorm) for n in (nn.BatchNorm1d, nn.SyncBatchNorm))
     assert issubclass(nn.InstanceNorm2d, private.BatchOrInstanceNorm)
     assert not issubclass(nn.LayerNorm, private.BatchOrInstanceNorm)
+
+
+def test_values() -> None:
+    with FakeTensorMode():
+        assert not private.has_values(nn.Linear(2, 2).weight)
+    assert not private.has_values(torch.empty(2, device="meta"))
+    assert private.has_values(nn.Linear(2, 2).weight)
 
 
 def test_backward_passes() -> None:

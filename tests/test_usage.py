@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from breadth import breadth
 from coco_set import detector_text, write_coco_set
 from PIL import Image
+from processes import in_processes
 
 pytest.importorskip("mmdet", reason="the detection extra is not installed", exc_type=ImportError)
 
@@ -26,6 +29,7 @@ from kw.detection.pictures import write_pictures
 from kw.detection.sets import class_names
 from kw.detection.usage import Usage, why_unused
 from kw.errors import OutOfMemory
+from kw.training.distributed import Process
 
 EPOCH = ["epochs=1", "schedule.milestones=[0.5]"]
 
@@ -252,6 +256,11 @@ def test_photos_that_lie(coco: Path) -> None:
             "train_pipeline: RandomShift moves boxes, but not masks",
         ),
         (
+            '"RandomChoiceResize", ',
+            '"RandomChoiceResize", resize_type="FixScaleResize", ',
+            "train_pipeline: FixScaleResize rounds .* a row or column larger: use Resize",
+        ),
+        (
             'dict(type="RandomFlip", prob=0.5)',
             'dict(type="LoadAnnotations", with_mask=True, poly2mask=False), '
             'dict(type="RandAugment", aug_num=1)',
@@ -266,7 +275,7 @@ def test_photos_that_lie(coco: Path) -> None:
         (
             'dict(type="RandomFlip", prob=0.5)',
             'dict(type="FilterAnnotations", min_gt_bbox_wh=(999, 999))',
-            r"train_\d.png: train_pipeline left no object in 20 tries: loosen what filters",
+            r"train_\d.png: train_pipeline left no object in 20 tries, nor in those of other",
         ),
         (
             'dict(type="RandomFlip", prob=0.5)',
@@ -289,6 +298,49 @@ def test_pipelines(coco: Path, old: str, new: str, message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         train(config_of(coco, *EPOCH, "data.check=false", replace=(old, new)), run)
     assert not (run / "log.jsonl").exists()  # before anything is trained
+
+
+def test_an_image_that_keeps_no_object_is_replaced(coco: Path) -> None:
+    """By one that keeps some, the same each time: mmdetection takes another one as well."""
+    file = coco / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for each in content["annotations"]:
+        each["bbox"][2:] = (9, 9) if each["image_id"] == 101 else (20, 20)
+    file.write_text(json.dumps(content))
+    filters = 'dict(type="RandomFlip", prob=0.5), dict(type="FilterAnnotations", '
+    filters += "min_gt_bbox_wh=(15, 15))"
+    config = config_of(coco, replace=('dict(type="RandomFlip", prob=0.5)', filters))
+    samples: Any = build_train_loader(config, class_names(config.run.data), 0, 1).dataset
+    taken = [Path(samples[0, index]["data_samples"].img_path).name for index in range(7)]
+    assert "train_1.png" not in taken
+    assert [name for i, name in enumerate(taken) if i != 1] == [
+        f"train_{i}.png" for i in range(7) if i != 1
+    ]
+    first, again = samples[0, 1], samples[0, 1]
+    assert torch.equal(first["inputs"], again["inputs"])
+
+
+def test_machines_with_other_annotations_do_not_begin(coco: Path, trained: Any) -> None:
+    """A file that lacks an object, on one of them."""
+    other = coco.parent / "other"
+    shutil.copytree(coco, other)
+    content = change(other, "val")
+    content["annotations"].pop()
+    (other / "annotations/instances_val.json").write_text(json.dumps(content))
+    configs = [config_of(coco), config_of(other)]
+
+    def begin(process: Process) -> None:
+        config, run = configs[process.rank], coco.parent / "run"
+        for use in (
+            lambda: train(config, run, launcher="pytorch"),
+            lambda: evaluate_checkpoint(config, trained[0], launcher="pytorch"),
+        ):
+            with pytest.raises(
+                DataError, match=r"1 lists 5 images of \S*val.json, .* or other lab"
+            ):
+                use()
+
+    in_processes(begin, 2)
 
 
 def test_masks_are_turned_as_their_boxes_are(coco: Path) -> None:

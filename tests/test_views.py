@@ -131,6 +131,26 @@ def test_crops_that_are_all_the_same(run: Path, test: Any, capfd: Any) -> None:
     assert "all crops are the same; give a smaller --crop-ratio" in capfd.readouterr().err
 
 
+def test_crops_of_the_smallest_square(
+    run: Path, test: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side is size / ratio rounded down, as a plain test resizes: 8 / 0.88 is 9.09."""
+    for label, name in enumerate(CLASSES):
+        write_grey(run / "data/val" / name / "0.png", label, left=0)
+    sides: list[tuple[int, ...]] = []
+    forward = Views.forward
+    monkeypatch.setattr(
+        Views, "forward", lambda s, x: (sides.append(tuple(x.shape[2:])), forward(s, x))[1]
+    )
+    five, plain = test("--crop-ratio", 0.88, "--tta", "five"), test("--crop-ratio", 0.88)
+    assert set(sides[: len(sides) // 2]) == {(9, 9)}
+    assert set(sides[len(sides) // 2 :]) == {(8, 8)}
+    assert five["loss"] != plain["loss"]
+    with pytest.raises(SystemExit):
+        test("--crop-ratio", 0.9, "--tta", "five")  # 8.89
+    assert "resized to 8 and cropped to 8: all crops are the same" in capfd.readouterr().err
+
+
 def test_images_of_several_classes_have_no_views(test: Any, capfd: Any) -> None:
     settings = ("--set", "metrics={multilabel: {}}", "loss.name=bce")
     for option in (("--tta", "flip"), ("--set", "v2"), ("--figures", "figures")):

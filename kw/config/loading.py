@@ -6,8 +6,9 @@ takes the last of two equal keys.
 
 How files combine:
 
-- ``_base_`` (a file or a list of files, relative to the file that names them) is read first; later
-  bases override earlier ones, and the file itself overrides its bases.
+- ``_base_`` (a file or a list of files, relative to the file that names them; where there is none,
+  a configuration of this project, by its name or ``configs/...``) is read first; later bases
+  override earlier ones, and the file itself overrides its bases.
 - Mappings merge key by key. Everything else is replaced: lists as a whole, and ``null`` replaces a
   mapping.
 - A mapping with ``_delete_: true`` replaces the inherited one.
@@ -25,6 +26,7 @@ from typing import Any
 import yaml
 
 from ..errors import did_you_mean
+from .names import shipped
 from .tree import OPTIONS, ConfigError, Entry, Origin, join, merge, show
 
 BASE = "_base_"
@@ -226,6 +228,8 @@ def _read_file(
         base = own.pop(BASE)
         for name in _base_names(base):
             base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            if not os.path.exists(base_path) and (ours := shipped(name)):
+                base_path = str(ours)
             merged = merge(merged, _read_file(base_path, base.origin, (*chain, path), known))
     merged = merge(merged, Entry(own, Origin(path), tree.complete))
     known[os.path.realpath(path)] = merged

@@ -53,6 +53,15 @@ def name_of_config(path: str | os.PathLike[str]) -> str:
     return path.parent.name if path.stem == "config" else path.stem
 
 
+def shipped(name: str | os.PathLike[str]) -> Path | None:
+    """This project's configuration of a name, or of a path ``configs/...``, if it has one."""
+    path = Path(name)
+    if path.parts[:1] == ("configs",):
+        ours = configs().parent / path
+        return ours if ours.is_file() else None
+    return None if path.suffix or len(path.parts) > 1 else config_names().get(str(name))
+
+
 def config_file(name: str | os.PathLike[str]) -> Path:
     """A configuration's file, by its path or by the name of one of this project's. A path
     ``configs/...`` that is not there is this project's too.
@@ -61,15 +70,11 @@ def config_file(name: str | os.PathLike[str]) -> Path:
         ConfigError: neither is there; the message has the nearest name.
     """
     path = Path(name)
-    ours = configs().parent / path
-    if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file():
+    if not path.is_file() and (ours := shipped(name)):
         return ours
     if path.suffix or path.is_file() or len(path.parts) > 1:
         return path  # reading it checks whether it is one
-    known = config_names()
-    if str(name) in known:
-        return known[str(name)]
-    hint = did_you_mean(name, known, 3)
+    hint = did_you_mean(name, config_names(), 3)
     raise ConfigError(
         f"{name}: no such file, nor a configuration of that name{hint} (kw config --list)"
     )

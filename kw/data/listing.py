@@ -37,6 +37,12 @@ class Listing(NamedTuple):
     names: Sequence[str] | None = None
     """of the files, for messages; left out, their paths"""
 
+    @property
+    def identity(self) -> tuple[int, bytes]:
+        """The number of images, and what tells their labels from others."""
+        labels = np.asarray(self.labels)
+        return len(labels), labels.tobytes()
+
 
 @DATASETS.register("folder")
 def list_folders(

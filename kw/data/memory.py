@@ -12,8 +12,10 @@ epoch and the images in it, as there, not on the number of processes or on resum
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,9 +209,29 @@ def _free_bytes(place: torch.device) -> float:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024 / processes
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):  # not Linux: all of it
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *_left_by_groups()]) / processes
+
+
+def _left_by_groups(root: Path = Path("/")) -> Iterator[int]:
+    """What the limits of this process's control groups (v1 or v2) leave: a container's, a batch
+    job's. As in ``MemAvailable``, memory that holds files is free."""
+    with suppress(OSError):  # not Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            names = ("limit_in_bytes", "usage_in_bytes") if kind else ("max", "current")
+            cache = "total_" * bool(kind)
+            group = root / "sys/fs/cgroup" / kind / path.lstrip("/")
+            for folder in (group, *group.parents):  # limits are those of all groups around it
+                with suppress(OSError, ValueError, KeyError):  # no group, or no limit
+                    limit, used = (int((folder / f"memory.{n}").read_text()) for n in names)
+                    stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                    files = int(stat[f"{cache}inactive_file"]) + int(stat[f"{cache}active_file"])
+                    yield limit - used + files
 
 
 def _size(shape: torch.Size) -> str:

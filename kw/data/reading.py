@@ -204,15 +204,18 @@ def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -
 def _misread(image: Image.Image) -> str | None:
     """What Pillow takes for other pixels than the file's, without an error (Pillow 13)."""
     tiles: Any = getattr(image, "tile", None) or [("", None)]
-    codec, *_, args = tiles[0]
+    codec = tiles[0][0]
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode == "P" and 0 < max(tags.get(_PALETTE, (0,))) < 256:
         return "a palette of 8 bits, not 16"
     if codec == "raw" and tags.get(_PLANES) == 2 and 16 in tags.get(_BITS, ()):
         return "colours of 16 bits in planes, not compressed"
-    row = (image.width + 31) // 32 * 4  # bytes, of one bit a pixel
-    if codec == "raw" and image.format == "BMP" and image.mode == "1" and args[1] != row:
-        return "black and white of several bits"
+    if codec == "raw" and image.format == "BMP" and image.mode == "1":
+        file: Any = image
+        file.fp.seek(14)
+        size, *_, bits, _ = file.fp.read(16)
+        if size > 12 and bits > 1:  # a header of 12 bytes has no number of colours, which misleads
+            return "black and white of several bits"
     return None
 
 

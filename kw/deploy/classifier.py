@@ -19,6 +19,7 @@ from ..data.channels import Reader
 from ..data.preprocess import BatchPreprocessor
 from ..data.reading import Picture
 from ..data.transforms import build_transform
+from ..errors import say
 from ..hub import WEIGHTS, is_hub_name, weights_file
 from ..models.build import build_network, without_sources
 from ..training.checkpoint import load_network
@@ -212,6 +213,8 @@ def load(
     if suffix == ".pth":
         source = read_source(file, weights=weights)
         network, description = source.network, source.description
+        for note in source.notes:
+            say(note)
     elif suffix == ".safetensors":
         state, description = read_weights(file)
         network = build_network(without_sources(description.config.model))

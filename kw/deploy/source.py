@@ -50,7 +50,8 @@ def read_source(
     notes = []
     if has_temperature(network) and (tau := get_temperature(network)) > 0:
         notes.append(
-            f"{path.name} was written at temperature {tau:.3g}, before annealing had ended"
+            f"{path.name} was written at temperature {tau:.3g}, before annealing had ended; at 0 "
+            "it is not what was evaluated"
         )
     classes = found.classes
     if classes is None:

@@ -34,7 +34,7 @@ from ..data import (
 from ..errors import UserError, one_line, say
 from .annotations import ids_of, load_annotations
 from .config import DetectorConfig
-from .mmdet import CocoDataset, RandomShift, Rotate, register_all_modules
+from .mmdet import CocoDataset, FixScaleResize, RandomShift, Rotate, register_all_modules
 from .schema import CocoDataConfig
 from .usage import Usage
 
@@ -90,31 +90,38 @@ class Samples(TolerantDataset):
 
         Raises:
             BadImageError, ConfigError: it cannot be read; the transforms make no sample.
-            DataError: they fail or keep dropping it.
+            DataError: they fail, or keep dropping it and other images.
         """
         with seeded("detection", self.seed, *key):
             for part in self._with_generators:
                 part.set_random_seed(derive_seed("detection", self.seed, *key))
-            # A random crop may miss every object: try another crop of the same image.
-            for _ in range(_TRIES if self.training else 1):
-                try:
-                    sample = self.dataset.prepare_data(index)
-                except (UserError, MemoryError):
-                    raise
-                except Exception as error:  # of transforms of mmdetection or the user
-                    what = f"{self._pipeline} fails on it: {one_line(error)}"
-                    if not self.training:  # evaluation goes on without the image
-                        raise BadImageError.of(self.path(index), what) from error
-                    raise DataError(f"{self.path(index)}: {what}") from error
-                if sample is not None:
-                    check_sample(sample, self._pipeline, self.training, self._masks)
-                    return sample
-        drops = "left no object in" if self.training else "left out the image in"
-        tries = f"{_TRIES} tries" if self.training else "its only try"
+            # A random crop may miss every object: try another crop of the same image, then, as
+            # mmdetection does, other images.
+            others = [*self._candidates(key)][1:] if self.training else []
+            for each in (index, *others):
+                for _ in range(_TRIES if self.training else 1):
+                    sample = self._prepared(each)
+                    if sample is not None:
+                        check_sample(sample, self._pipeline, self.training, self._masks)
+                        return sample
+        drops = "left out the image in its only try"
+        if self.training:
+            drops = f"left no object in {_TRIES} tries, nor in those of other images"
         raise DataError(
-            f"{self.path(index)}: {self._pipeline} {drops} {tries}: loosen what filters "
+            f"{self.path(index)}: {self._pipeline} {drops}: loosen what filters "
             "(FilterAnnotations, random crops), or remove the image"
         )
+
+    def _prepared(self, index: int) -> Any:
+        try:
+            return self.dataset.prepare_data(index)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # of transforms of mmdetection or the user
+            what = f"{self._pipeline} fails on it: {one_line(error)}"
+            if not self.training:  # evaluation goes on without the image
+                raise BadImageError.of(self.path(index), what) from error
+            raise DataError(f"{self.path(index)}: {what}") from error
 
 
 def _parts(step: Any) -> Iterator[Any]:
@@ -134,6 +141,11 @@ def _refuse_misplaced_masks(parts: Sequence[Any], pipeline: str) -> None:
     for part in parts:
         if isinstance(part, RandomShift):
             raise ConfigError(f"{pipeline}: RandomShift moves boxes, but not masks: leave it out")
+        if isinstance(part, FixScaleResize) and part.keep_ratio:
+            raise ConfigError(
+                f"{pipeline}: FixScaleResize rounds the sizes of images down, but not those of "
+                "masks, which are a row or column larger: use Resize"
+            )
         if isinstance(part, Rotate) and polygons:
             # https://github.com/open-mmlab/mmdetection/issues/11758
             raise ConfigError(

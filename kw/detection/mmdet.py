@@ -13,11 +13,18 @@ bind()
 
 from mmdet.datasets import CocoDataset as _CocoDataset  # noqa: E402
 from mmdet.datasets.api_wrappers import COCO  # noqa: E402
-from mmdet.datasets.transforms import RandomShift, Rotate  # noqa: E402
+from mmdet.datasets.transforms import FixScaleResize, RandomShift, Rotate  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 from mmdet.utils import register_all_modules  # noqa: E402
 
-__all__ = ["MODELS", "CocoDataset", "RandomShift", "Rotate", "register_all_modules"]
+__all__ = [
+    "MODELS",
+    "CocoDataset",
+    "FixScaleResize",
+    "RandomShift",
+    "Rotate",
+    "register_all_modules",
+]
 
 
 class _Loaded(COCO):

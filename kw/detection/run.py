@@ -17,6 +17,7 @@ from ..training import load_checkpoint, set_contraction
 from ..training.distributed import Process, from_all, from_first, host_barrier, process_group
 from ..training.folder import find_checkpoint
 from ..training.logs import open_log
+from ..training.objective import check_same
 from ..training.optim import build_optimizer
 from ..training.parallel import distribute
 from ..training.precision import autocast
@@ -36,6 +37,7 @@ from .detector import (
     lr_scales,
 )
 from .evaluation import COCO_DETECTIONS, CocoEvaluator
+from .schema import CocoDataConfig
 from .sets import check_sets, check_test_annotations, class_names, trained_classes
 from .start import start_detector
 
@@ -70,7 +72,7 @@ def build_trainer(
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
     files = run.data.train_annotations, run.data.val_annotations
-    held = [load_annotations(Path(run.data.root, file)) for file in files]  # read once for all
+    held = _held(run.data, *files)
     classes = class_names(run.data)
     set_seed(run.seed)
     if resume_from is not None:  # it has all weights
@@ -175,7 +177,7 @@ def evaluate_checkpoint(
     state = load_checkpoint(checkpoint)
     with process_group(launcher, run.distributed.timeout_minutes) as process:
         check_devices(run, process)
-        held = load_annotations(Path(run.data.root, run.data.val_annotations))  # read once for all
+        held = _held(run.data, run.data.val_annotations)
         classes = trained_classes(state, run.data, f"checkpoint {checkpoint}")
         detector = build_detector(without_weights(config.model), classes)
         if run.precision != "fp32":
@@ -196,6 +198,13 @@ def evaluate_checkpoint(
             loader,
             lambda: evaluate_detector(detector, loader, evaluator, run.precision),
         )
+
+
+def _held(data: CocoDataConfig, *files: str) -> list[dict[str, Any]]:
+    """The content of annotation files, the same on all processes; held, it is read once for all."""
+    held = {file: load_annotations(Path(data.root, file)) for file in files}
+    check_same({f: (len(c["images"]), Path(data.root, f).read_bytes()) for f, c in held.items()})
+    return [*held.values()]
 
 
 def _evaluator(config: DetectorConfig, classes: list[str], masks: bool) -> CocoEvaluator:

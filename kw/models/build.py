@@ -19,7 +19,7 @@ from ..config.schema import ModelConfig, WarehouseConfig
 from ..errors import one_line, say
 from ..hub import is_hub_name, weights_file
 from ..torch_private import uncompiled
-from ..warehouse import convert
+from ..warehouse import convert, get_temperature, has_temperature
 from ..warehouse.probe import evaluating
 from .freezing import freeze
 from .recompute import recompute_blocks
@@ -90,6 +90,11 @@ def start_network(
     network = _convert(network, config, announce=not converted, batches=batches)
     if state is not None and converted:
         load_start(network, state, source, keep_head)
+        if has_temperature(network) and (tau := get_temperature(network)) > 0:
+            say(
+                f"{source}: was written at temperature {tau:.3g}, before annealing had ended; what "
+                "starts from it at another is not what was evaluated"
+            )
     return _for_training(network, config)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ..errors import say
 from .run_lengths import segmentation_mask
 
 _READABLE = 480  # the least longer side of a picture, pixels
 _OPACITY = 0.45  # of masks
+# Of Linux, macOS and Windows.
+_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
 # Easy to tell apart on dark and light images, and bright enough for black text.
 _COLOURS = (
     *("ff5252", "40c4ff", "ffd600", "69f05a", "e060ff"),
@@ -64,7 +69,7 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     for box, colour in zip(corners.tolist(), colours, strict=True):
         draw.rectangle(box, outline=colour, width=line)
-    font = _font(picture)
+    font = _font(picture, texts)
     height = _height(font)
     taken: list[Any] = []  # left, top, right of the texts
     for (left, top, right, bottom), colour, text in zip(
@@ -119,7 +124,7 @@ def side_by_side(
     left: Image.Image, right: Image.Image, titles: tuple[str, str], gap: int = 8
 ) -> Image.Image:
     """Two pictures in one row on white, each below its title."""
-    font = _font(left)
+    font = _font(left, titles)
     bar = _height(font) + 4
     starts = 0, max(left.width, int(font.getlength(titles[0]))) + gap
     width = starts[1] + max(right.width, int(font.getlength(titles[1])))
@@ -143,9 +148,29 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 2, gap: int = 8)
     return sheet
 
 
-def _font(picture: Image.Image) -> Any:
-    """Pillow's own font, in a size that is readable in a picture."""
-    return ImageFont.load_default(max(12, min(32, max(picture.size) // 36)))
+def _font(picture: Image.Image, texts: Sequence[str]) -> Any:
+    """A font that has the texts' characters, in a size that is readable in a picture."""
+    size = max(12, min(32, max(picture.size) // 36))
+    return _with_all(size, frozenset("".join("".join(texts).split())))
+
+
+@cache
+def _with_all(size: int, characters: frozenset[str]) -> Any:
+    """Pillow's own font, which has ASCII alone, or one of the system's that has the characters."""
+    own = ImageFont.load_default(size)
+    for name in (None, *_FONTS):
+        with suppress(OSError):  # the system does not have it
+            font = ImageFont.truetype(name, size) if name else own
+            unknown = bytes(font.getmask("\U0010fffd"))  # of no script
+            if all(bytes(font.getmask(each)) != unknown for each in characters):
+                return font
+    _say_squares(", ".join(_FONTS))
+    return own
+
+
+@cache
+def _say_squares(fonts: str) -> None:
+    say(f"pictures: names are drawn with squares: their characters are in none of {fonts}")
 
 
 def _height(font: Any) -> int:

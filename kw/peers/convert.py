@@ -33,6 +33,7 @@ from torch import nn
 
 from ..errors import say
 from ..registry import PEERS
+from ..torch_private import has_values
 from ..warehouse import KWLayer
 from ..warehouse.conversion import KeptWarehouse
 from ..warehouse.convertible import (
@@ -158,7 +159,7 @@ def convert(
     outcome = {}
     for name, layer in made.items():
         weight, kept = candidates[name].get_parameter("weight"), None
-        if start == "keep" and not weight.is_meta:
+        if start == "keep" and has_values(weight):
             kept = layer.keep(weight)
         cells = len(layer.warehouse.cells)
         outcome[name] = KeptWarehouse(1, layer.partition.mixtures, cells, kept)

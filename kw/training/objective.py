@@ -48,17 +48,19 @@ def check_labels(config: Config, listing: Listing) -> None:
         )
 
 
-def check_same(listings: Mapping[str, Listing]) -> None:
+def check_same(listed: Mapping[str, tuple[int, bytes]]) -> None:
     """Refuse images that another process lists otherwise, such as an incomplete copy on the disk of
     its machine: places in a list are dealt out to processes. A collective call.
+
+    Args:
+        listed: by split the number of images, and what tells their labels from others.
 
     Raises:
         DataError: on all processes.
     """
     set_place("comparing its images with those of other processes")
-    for split, listing in listings.items():
-        labels = np.asarray(listing.labels)
-        found = from_all((len(labels), hashlib.blake2b(labels.tobytes()).hexdigest()))
+    for split, (count, labels) in listed.items():
+        found = from_all((count, hashlib.blake2b(labels).hexdigest()))
         for rank, other in enumerate(found):
             if other != found[0]:
                 raise DataError(

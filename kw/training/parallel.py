@@ -173,6 +173,13 @@ def sharded_modules(network: nn.Module) -> list[FSDPModule]:
     return [module for module in network.modules() if isinstance(module, FSDPModule)]
 
 
+def gather(network: nn.Module) -> None:
+    """Before passes without backward, of which a process may have none: all parameters, which stay
+    until :func:`release`; a collective call for a sharded network."""
+    for module in sharded_modules(network):
+        module.unshard()
+
+
 def release(network: nn.Module) -> None:
     """After a forward pass without backward: each process keeps its part alone."""
     for module in sharded_modules(network):

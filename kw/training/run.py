@@ -125,7 +125,7 @@ def build_trainer(
     resume_from = find_checkpoint(resume, work_dir, process)
     listings = list_splits(config.data, config.model.num_classes)
     check_labels(config, listings["train"])
-    check_same(listings)
+    check_same({split: each.identity for split, each in listings.items()})
     where = (process.device, process.rank, process.world_size)
     train_loader = open_training(config, *where, listings["train"])
 

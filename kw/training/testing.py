@@ -99,7 +99,7 @@ def evaluate_checkpoints(
             check_devices(config, process)
             state = load_checkpoint(checkpoint)
             test_set = _open(config, state, checkpoint, testing)
-            check_same({test_set.name: test_set.listing})
+            check_same({test_set.name: test_set.listing.identity})
             sizes: list[int | list[int]] = [*testing.sizes] or [config.data.input_size]
             for size in sizes:
                 found.append(_evaluate(config, state, checkpoint, test_set, testing, size, process))

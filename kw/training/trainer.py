@@ -29,7 +29,7 @@ from .average import MovingAverage
 from .distributed import Process, average_batch_norm, host_barrier
 from .finite import FiniteGuard
 from .interruption import Agreement, Signals
-from .parallel import across_processes, release, sharded_modules, whole_norm
+from .parallel import across_processes, gather, release, sharded_modules, whole_norm
 from .precision import autocast
 from .presence import set_place
 from .saving import Checkpoints, checkpoint_name
@@ -168,6 +168,7 @@ class Trainer:
         last_metrics: of the last evaluation.
         board: the run's loggers, in the main process while training.
         resumed: ``meta`` of the checkpoint that the run goes on from.
+        unevaluated: whether that one was written before its epoch's evaluation, which is due.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ class Trainer:
         self.last_metrics: dict[str, float | None] = {}
         self.board: LoggerHook | None = None
         self.resumed: dict[str, Any] | None = None
+        self.unevaluated = False
         self._anneals = has_temperature(task.network)
         self._temperature: float | None = None
 
@@ -224,6 +226,11 @@ class Trainer:
     def is_finished(self) -> bool:
         """Whether all epochs are done."""
         return self.epoch >= self.config.epochs
+
+    @property
+    def is_due(self) -> bool:
+        """Whether an evaluation is due after the epoch that is done."""
+        return self.epoch % self.config.eval_interval == 0 or self.is_finished or self.stops
 
     @property
     def updates_of_epoch(self) -> int:
@@ -259,22 +266,31 @@ class Trainer:
         self._saved_at = time.monotonic()
         for hook in self.hooks:
             hook.before_training(self)
+        if self.unevaluated:
+            self._set_rates(self.update - 1)  # checkpoints have those of the last update
+            self.end_epoch()
         while not self.is_finished and not self.stops:
             self.train_epoch()
-            is_last = self.is_finished or self.stops
-            metrics: dict[str, float | None] | None = None
-            if self.epoch % self.config.eval_interval == 0 or is_last:
-                metrics = self.evaluate()
-            self.save_epoch(metrics)
-            is_last = self.is_finished or self.stops
-            for hook in self.hooks:
-                hook.after_epoch(self, metrics)
-            if self.stops and not is_last:
-                self.save_epoch(metrics or self.evaluate())
+            self.end_epoch()
         self.checkpoints.finish()
         for hook in self.hooks:
             hook.after_training(self)
         return self.last_metrics
+
+    def end_epoch(self) -> None:
+        """What follows the updates of an epoch: evaluation, checkpoint, hooks."""
+        metrics: dict[str, float | None] | None = None
+        if self.is_due:
+            # A metric that fails does so the first time: the epoch is not to be lost.
+            if not self.last_metrics and not self.unevaluated:
+                self._save(None, False, None)
+            metrics = self.evaluate()
+        self.save_epoch(metrics)
+        is_last = self.is_finished or self.stops
+        for hook in self.hooks:
+            hook.after_epoch(self, metrics)
+        if self.stops and not is_last:
+            self.save_epoch(metrics or self.evaluate())
 
     def train_epoch(self) -> None:
         """One pass over the training images, or what a resumed run has left of it."""
@@ -301,7 +317,7 @@ class Trainer:
 
     def run_update(self, index: int, batches: Iterator[Any]) -> dict[str, Tensor]:
         """The epoch's ``index``-th update (from 0); its losses, means over its micro-batches."""
-        self._set_rates()
+        self._set_rates(self.update)
         place = f"in update {index + 1} of epoch {self.epoch + 1}"
         sums: dict[str, Tensor] = {}
         self.batches = []
@@ -318,12 +334,12 @@ class Trainer:
             self.average.update(self.task.network, updates_before=self.update)
         return {name: value / self.updater.accumulation for name, value in sums.items()}
 
-    def _set_rates(self) -> None:
-        """Learning rate and temperature of the update that follows."""
-        lr = self.schedule.lr(self.update)
+    def _set_rates(self, update: int) -> None:
+        """Learning rate and temperature of an update."""
+        lr = self.schedule.lr(update)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        temperature = self.schedule.temperature(self.update)
+        temperature = self.schedule.temperature(update)
         if self._anneals and temperature != self._temperature:
             set_temperature(self.task.network, temperature)
             self._temperature = temperature
@@ -345,6 +361,7 @@ class Trainer:
             networks["ema_"] = self.average.network
         for prefix, network in networks.items():
             set_place(f"in the evaluation after epoch {self.epoch}")
+            gather(network)
             found = self.task.evaluate(network)
             release(network)
             metrics.update({prefix + name: value for name, value in found.items()})
@@ -363,6 +380,8 @@ class Trainer:
         """
         if self.resume_from is not None and self.resumed is None:
             self.resumed = resume(self, self.resume_from)
+            evaluated = self.resumed.get("metrics") is not None or self.updates_of_epoch > 0
+            self.unevaluated = not evaluated and self.is_due
             if self.process.is_main:
                 # The run may have been killed between writing a checkpoint and naming it.
                 meta = self.resumed

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import say
+from ..torch_private import has_values
 from .auto import auto_plan
 from .conversion import KeptWarehouse
 from .convertible import (
@@ -145,7 +146,7 @@ def convert(
 def _keeps(group: _Group) -> bool:
     """Whether the warehouse starts from the static kernels (not on the meta device)."""
     weight = group.layers[0][1].get_parameter("weight")
-    return group.settings.start == "keep" and not weight.is_meta
+    return group.settings.start == "keep" and has_values(weight)
 
 
 @torch.no_grad()

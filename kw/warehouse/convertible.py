@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import say
+from ..torch_private import has_values
 from .conversion import Conversion, KeptWarehouse, count_parameters, guard_saving, thawed
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWConvNd, KWLayer, KWLinear
 from .partition import KernelShape
@@ -226,7 +227,7 @@ def replace_layers(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     guard_saving(model)
-    after, meta = count_parameters(model), any(p.is_meta for p in model.parameters())
+    after, meta = count_parameters(model), not all(map(has_values, model.parameters()))
     kind = type(model).__name__
     conversion = Conversion(kind, before, after, warehouses, static, method, meta)
     if announce:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..torch_private import has_values
 from .ops import ConvSpec, check_backend, dynamic_conv
 from .partition import KernelShape
 from .pooling import pool
@@ -122,10 +123,9 @@ class KWLayer(nn.Module):
     def _begin(self) -> None:
         """Start as a static layer with a Kaiming-normal kernel (fan out, ReLU)."""
         settings, cells = self.warehouse.settings, self.warehouse.cells
-        if settings.start == "paper" or cells.is_meta:
+        if settings.start == "paper" or not has_values(cells):
             return
-        shape = self.warehouse.partition.layers[0].kernel_shape
-        kernel = torch.empty(shape, device=cells.device, dtype=cells.dtype)
+        kernel = cells.new_empty(self.warehouse.partition.layers[0].kernel_shape)
         nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         keep_kernels(self.warehouse, [self.attention], [kernel])
 
@@ -390,10 +390,11 @@ class KWLinear(KWLayer):
     def compute(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"KWLinear takes [batch, ..., features], got {list(x.shape)}")
+        if 0 in x.shape[1:-1]:  # samples without tokens need no kernels, as no samples do
+            return self.compute(x.reshape(0, x.shape[-1])).view(*x.shape[:-1], self.out_features)
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [B, N, I]
         alpha = self.attention(pool(tokens, (1,)), self.warehouse.temperature)
-        cells = self.warehouse.cells
-        tokens = tokens.transpose(1, 2)
-        y = dynamic_conv(tokens, alpha, cells, self.spec, self.backend, self.rounded)
+        how = self.warehouse.cells, self.spec, self.backend, self.rounded
+        y = dynamic_conv(tokens.transpose(1, 2), alpha, *how)
         y = y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -16,6 +16,8 @@ def pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     if is_traced():  # XNNPACK averages in this form only
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.to(wide).mean(dims, keepdim=True).flatten(1)
+    if 0 in x.shape[dims[0] :]:  # the average would be NaN, and BatchNorm would keep it
+        raise ValueError(f"an input of {list(x.shape)} has no positions: kernels follow from them")
     result: Tensor = _Pool.apply(x, dims)
     return result
 

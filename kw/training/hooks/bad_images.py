@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ...data.faults import BadImage
 from ..distributed import from_all, host_barrier
 from ..logs import logger
 from ..state import fault_logs
 from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
-from .log import write_line
+from .log import add_text, waiting, write_line
 
+LISTED = "bad_images.txt"
 INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
 
 
@@ -25,7 +27,11 @@ class BadImageHook(Hook):
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
-            _write_list(trainer)  # of this run, not of one that was here before
+            path = trainer.work_dir / LISTED
+            waiting.pop(path, None)  # of a run that was here before
+            path.unlink(missing_ok=True)
+            for split, log in fault_logs(trainer).items():
+                _list(trainer, split, log.known.values())
 
     def after_update(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
         if trainer.line_is_due:
@@ -53,20 +59,11 @@ class BadImageHook(Hook):
                 logger.warning(f"cannot read {shown}: {reason}; {INSTEAD[split]}")
                 line = {"split": split, "path": path, "reason": reason}
                 write_line(trainer.work_dir, "bad_image", epoch, trainer.update, line)
-            _write_list(trainer)
+            _list(trainer, split, new)
         log.check()
 
 
-def _write_list(trainer: Trainer) -> None:
-    """``bad_images.txt``: split, file and reason, with tabs between; no file if all are good."""
-    path = trainer.work_dir / "bad_images.txt"
-    lines = [
-        f"{split}\t{fault.path}\t{fault.reason}\n"
-        for split, log in fault_logs(trainer).items()
-        for fault in log.known.values()
-    ]
-    if lines:
-        # Names that are not UTF-8 are written as the bytes that they are.
-        path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-    else:
-        path.unlink(missing_ok=True)
+def _list(trainer: Trainer, split: str, faults: Iterable[BadImage]) -> None:
+    """Lines of ``bad_images.txt``: split, file and reason, with tabs between."""
+    if lines := [f"{split}\t{path}\t{reason}\n" for _, path, reason in faults]:
+        add_text(trainer.work_dir / LISTED, "".join(lines))

@@ -23,7 +23,7 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-_waiting: dict[Path, bytes] = {}  # lines that a full disk had no room for, by file
+waiting: dict[Path, bytes] = {}  # lines that a full disk had no room for, by file
 
 
 class LogHook(Hook):
@@ -53,7 +53,8 @@ class LogHook(Hook):
         self._anneals = has_temperature(trainer.task.network)
         self._trained = (0.0, 0)  # seconds and updates since this process started
         if trainer.process.is_main:
-            _forget_after(trainer.work_dir / "log.jsonl", trainer.update, trainer.epoch)
+            evaluated = trainer.epoch - trainer.unevaluated
+            _forget_after(trainer.work_dir / "log.jsonl", trainer.update, evaluated)
             for line in _describe(trainer):
                 logger.info(line)
 
@@ -167,30 +168,34 @@ def _describe(trainer: Trainer) -> Iterator[str]:
 
 
 def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[str, Any]) -> None:
-    """Add a line to ``log.jsonl``; for the main process. A full disk does not end the run: a line
-    that it has no room for is written with a later one."""
-    path = work_dir / "log.jsonl"
-    line = json.dumps({"mode": mode, "epoch": epoch, "iter": update, **values}) + "\n"
-    _waiting[path] = _waiting.get(path, b"") + line.encode()
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
+    """Add a line to ``log.jsonl``; for the main process."""
+    entry = {"mode": mode, "epoch": epoch, "iter": update, **values}
+    add_text(work_dir / "log.jsonl", json.dumps(entry) + "\n")
+
+
+def add_text(path: Path, text: str) -> None:
+    """Add lines to a file. A full disk does not end the run: what it has no room for is written
+    with a later line, of this file or another of its folder."""
+    # Names that are not UTF-8 are written as the bytes that they are.
+    waiting[path] = waiting.get(path, b"") + text.encode("utf-8", "surrogateescape")
+    for each in [each for each in waiting if each.parent == path.parent]:
         try:
-            is_whole = file.write(_waiting[path]) == len(_waiting[path])
+            with open(each, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(waiting[each]) < len(waiting[each]):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, "written in part")
+            del waiting[each]
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            is_whole = False
-        if is_whole:
-            del _waiting[path]
-        else:
-            file.truncate(end)
-            logger.error(f"{path}: no room for a line; it is written with a later one")
+            logger.error(f"{each}: no room for a line; it is written with a later one")
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
     """Drop what a resumed run makes again, and a line that was cut off in the writing; so many
     updates are done, and so many epochs with their evaluations."""
-    _waiting.pop(path, None)
+    waiting.pop(path, None)
     if not path.exists():
         return
     kept = []
