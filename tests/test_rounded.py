@@ -19,6 +19,7 @@ import kw  # noqa: F401 -- registers the models
 from kw.training.parallel import shard
 from kw.warehouse import KWConv2d, KWLinear, Warehouse
 from kw.warehouse.ops import set_assembly_precision
+from kw.warehouse.ops.rounded import RoundedCells
 
 CELLS = "warehouse.weight"
 BF16 = torch.autocast("cpu", torch.bfloat16)
@@ -145,6 +146,20 @@ def test_other_types_side_by_side():
     with half:
         assert torch.equal(net(x), expected)
     assert net(x).dtype == torch.float32
+
+
+def test_a_thread_gets_no_copy_of_another():
+    """Which may be in another type or stream, and not written yet."""
+    cells, shared = torch.ones(2, 2), RoundedCells()
+
+    class Interrupted(int):
+        """The number of a layer, in whose call another thread comes."""
+
+        def __hash__(self) -> int:
+            shared.get(cells, torch.float16, 0)
+            return 1
+
+    assert shared.get(cells, torch.bfloat16, Interrupted(1)).dtype == torch.bfloat16
 
 
 def test_gradients_of_gradients():
