@@ -55,6 +55,13 @@ def is_recorded() -> bool:
     return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in dispatch_modes())
 
 
+def is_watched() -> bool:
+    """Whether ``make_fx``, ``FlopCounterMode`` or selective checkpointing sees operators, not what
+    other code does; the last has to see the same ones in the backward pass."""
+    modes = ("FlopCounterMode", "_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    return is_recorded() or any(type(m).__name__.endswith(modes) for m in dispatch_modes())
+
+
 def dispatch_modes() -> Sequence[Any]:
     """The active ``TorchDispatchMode`` objects, the innermost last."""
     if not torch._C._len_torch_dispatch_stack():

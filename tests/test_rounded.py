@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import timm
@@ -13,7 +15,11 @@ from test_parallel import build, loss_of
 from test_summing import SHAPE, Chain, image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import kw  # noqa: F401 -- registers the models
 from kw.training.parallel import shard
@@ -135,6 +141,28 @@ def test_checkpointed_layers():
             y = checkpoint(lambda y, layer=layer: layer(y).tanh(), y, use_reentrant=False)
     for ours, theirs in zip(grads_of(net, y), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("saved", [("aten.mm", "aten.bmm"), ("kw.dynamic_conv",), ("",)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "bmm"])
+def test_selectively_checkpointed_layers(saved, backend):
+    """They do the same again in the backward pass, whatever other layers have rounded and summed
+    since: torch gives them the results of before, in order."""
+
+    def policy(context, op, *args, **kwargs):
+        kept = str(op).startswith(saved)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    net, x = Chain((backend,) * 3).eval(), image().requires_grad_()
+    for precision in (nullcontext(), BF16):
+        with precision:
+            plain, y = net(x), x
+            for layer in (*net.layers, net.layers[0]):
+                y = checkpoint(layer, y, use_reentrant=False, context_fn=contexts).tanh()
+        expected = grads_of(net, plain)
+        for ours, theirs in zip(grads_of(net, y), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_other_types_side_by_side():
