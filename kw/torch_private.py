@@ -46,20 +46,20 @@ def in_function_transform() -> bool:
 
 def is_traced() -> bool:
     """Whether code is compiled, traced or transformed, so that plain operators have to be seen."""
-    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded()
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched()
     return compiled or in_function_transform()
-
-
-def is_recorded() -> bool:
-    """Whether ``make_fx`` records operators: its graph lacks what other code does."""
-    return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in dispatch_modes())
 
 
 def is_watched() -> bool:
     """Whether ``make_fx``, ``FlopCounterMode`` or selective checkpointing sees operators, not what
-    other code does; the last has to see the same ones in the backward pass."""
-    modes = ("FlopCounterMode", "_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
-    return is_recorded() or any(type(m).__name__.endswith(modes) for m in dispatch_modes())
+    other code does; the last has to see the same ones again in the backward pass."""
+    return any(type(mode).__name__.endswith(_WATCHING) for mode in dispatch_modes())
+
+
+_WATCHING = (
+    *("ProxyTorchDispatchMode", "FlopCounterMode"),
+    *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"),
+)
 
 
 def dispatch_modes() -> Sequence[Any]:

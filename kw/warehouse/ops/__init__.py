@@ -120,6 +120,5 @@ def check_backend(name: str, spec: ConvSpec, cells: Tensor | None = None) -> Non
 
 def is_exporting() -> bool:
     """Whether an exporter traces, whose graph may contain standard operators only."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
-    exporting = asked is not None and asked()
-    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    traced = torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return traced or torch.compiler.is_exporting()
