@@ -53,13 +53,8 @@ def is_traced() -> bool:
 def is_watched() -> bool:
     """Whether ``make_fx``, ``FlopCounterMode`` or selective checkpointing sees operators, not what
     other code does; the last has to see the same ones again in the backward pass."""
-    return any(type(mode).__name__.endswith(_WATCHING) for mode in dispatch_modes())
-
-
-_WATCHING = (
-    *("ProxyTorchDispatchMode", "FlopCounterMode"),
-    *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"),
-)
+    watching = ("TorchDispatchMode", "FlopCounterMode")  # ends of names
+    return any(type(mode).__name__.endswith(watching) for mode in dispatch_modes())
 
 
 def dispatch_modes() -> Sequence[Any]:

@@ -141,8 +141,7 @@ def _compile(arguments: list[str], path: Path) -> None:
             if not os.access(path, os.R_OK):
                 os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -102,11 +102,9 @@ def _run_backward(
 ) -> Gradients:
     check_operands(x, alpha, cells, spec, grad)
     if len(x) == 0:
-        found = [
-            torch.zeros_like(t) if n else None
-            for t, n in zip((x, alpha, cells), needs, strict=True)
-        ]
-        return found[0], found[1], found[2]
+        operands = zip((x, alpha, cells), needs, strict=True)
+        dx, dalpha, dcells = (torch.zeros_like(t) if n else None for t, n in operands)
+        return dx, dalpha, dcells
     with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)
