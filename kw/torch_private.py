@@ -46,7 +46,7 @@ def in_function_transform() -> bool:
 
 def is_traced() -> bool:
     """Whether code is compiled, traced or transformed, so that plain operators have to be seen."""
-    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded()
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched()
     return compiled or in_function_transform()
 
 
@@ -56,9 +56,11 @@ def exports() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
-def is_recorded() -> bool:
-    """Whether ``make_fx`` records operators: its graph lacks what other code does."""
-    return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in dispatch_modes())
+def is_watched() -> bool:
+    """Whether ``make_fx``, ``FlopCounterMode`` or selective checkpointing sees operators, not what
+    other code does; the last has to see the same ones again in the backward pass."""
+    watching = ("TorchDispatchMode", "FlopCounterMode")  # ends of names
+    return any(type(mode).__name__.endswith(watching) for mode in dispatch_modes())
 
 
 def dispatch_modes() -> Sequence[Any]:

@@ -180,6 +180,22 @@ def test_without_memory_the_trial_comes_later(caplog):
     assert "no memory for its trial" in caplog.text
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_missing_file_of_a_shared_cache_bans_nothing(times, caplog):
+    """Unless it is missing again and again."""
+    errors = [FileNotFoundError(2, "No such file or directory", "convolve.cubin")] * times
+
+    def fault(results):
+        if errors:
+            raise errors.pop()
+        return results
+
+    compiled = Compiled(fault)
+    assert selector_of(compiled).choose(problem(8)) is (compiled if times < 3 else LIBRARY)
+    assert compiled.calls == 3
+    assert ("convolve.cubin" in caplog.text) == (times == 3)
+
+
 def test_during_the_capture_of_a_graph_nothing_is_tried(monkeypatch):
     compiled = Compiled()
     chooser = selector_of(compiled)

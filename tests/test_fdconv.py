@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -22,11 +23,16 @@ from test_peers import (
     squashed,
 )
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import kw
 from kw.peers import FDConv2d, assembled, fdconv
-from kw.peers.spectrum import BANDS, frequency_groups, hartley, low_passes
+from kw.peers.spectrum import BANDS, _fixed_basis, frequency_groups, hartley, low_passes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -326,3 +332,22 @@ def test_what_other_layers_take_is_refused():
         kw.set_temperature(layer, 0)
     with pytest.raises(ValueError, match="FDConv2d takes"):
         layer(torch.randn(6, 8, 8))
+
+
+def test_selectively_checkpointed():
+    """It does the same again in the backward pass, though the first pass has kept its waves."""
+
+    def policy(context, op, *args, **kwargs):
+        kept = str(op).startswith(("aten.mm", "aten.mul", "aten.convolution"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    layer, x = FDConv2d(8, 8, 3, padding=1).eval(), torch.randn(2, 8, 7, 9)
+    _fixed_basis.cache_clear()
+    found = []
+    for run in (partial(checkpoint, layer, use_reentrant=False, context_fn=contexts), layer):
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in layer.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())

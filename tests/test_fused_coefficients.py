@@ -74,17 +74,20 @@ def test_lies_as_assembly_reads_it():
 
 
 @runs_kernels
+@pytest.mark.parametrize("mixtures", [1, 4])
 @pytest.mark.parametrize("shape", ["expanded", "by cell", "transposed"])
-def test_gradients_of_any_layout(shape):
-    logits, one_hot, temperature = operands(3, 4, 6, 0.4)
+def test_gradients_of_any_layout(shape, mixtures):
+    """Transposed, the axis of one mixture has a stride of its own, and torch calls it contiguous
+    (https://github.com/pytorch/pytorch/issues/144711)."""
+    logits, one_hot, temperature = operands(3, mixtures, 6, 0.4)
     grads = {
-        "expanded": torch.randn(1, 1, 6).expand(3, 4, 6),
-        "by cell": torch.randn(6, 3, 4).permute(1, 2, 0),
-        "transposed": torch.randn(4, 3, 6).transpose(0, 1),
+        "expanded": torch.randn(1, 1, 6).expand(3, mixtures, 6),
+        "by cell": torch.randn(6, 3, mixtures).permute(1, 2, 0),
+        "transposed": torch.randn(mixtures, 3, 6).transpose(0, 1),
     }
     grad = grads[shape].to(DEVICE)
     found = []
-    for each in (grad, grad.contiguous()):
+    for each in (grad, grad.clone(memory_format=torch.contiguous_format)):
         leaf = logits.clone().requires_grad_()
         fused_coefficients(leaf, one_hot, temperature, torch.float32).backward(each)
         found.append(leaf.grad)

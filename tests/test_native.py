@@ -287,6 +287,27 @@ def test_library_is_compiled_once(fresh, backend, monkeypatch):
     assert compiled.library()._name == str(path)
 
 
+@pytest.mark.parametrize("function", [None, "link", "access"])
+def test_of_two_that_compile_at_once_the_first_stays(function, tmp_path, monkeypatch):
+    """Another machine may have loaded it from the same disk. One that this user cannot read does
+    not stay."""
+
+    def fails(*_):
+        raise PermissionError
+
+    if function == "link":
+        monkeypatch.setattr(os, "link", fails)
+    if function == "access":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    path, script = tmp_path / "native.so", tmp_path / "compiler"
+    for text in ("first", "second"):
+        script.write_text(f"#!/bin/sh\nprintf {text} >$2\n")
+        script.chmod(0o700)
+        compiled._compile([str(script)], path)
+    assert path.read_text() == ("second" if function == "access" else "first")
+    assert {p.name for p in tmp_path.iterdir()} == {"native.so", "compiler"}
+
+
 def test_the_cache_may_be_the_present_folder(fresh, backend, monkeypatch, tmp_path):
     """The loader takes a name without a folder for a library of the system."""
     monkeypatch.chdir(tmp_path)

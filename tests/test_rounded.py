@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import timm
@@ -13,12 +15,17 @@ from test_parallel import build, loss_of
 from test_summing import SHAPE, Chain, image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import kw  # noqa: F401 -- registers the models
 from kw.training.parallel import shard
 from kw.warehouse import KWConv2d, KWLinear, Warehouse
 from kw.warehouse.ops import set_assembly_precision
+from kw.warehouse.ops.rounded import RoundedCells
 
 CELLS = "warehouse.weight"
 BF16 = torch.autocast("cpu", torch.bfloat16)
@@ -136,6 +143,28 @@ def test_checkpointed_layers():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("saved", [("aten.mm", "aten.bmm"), ("kw.dynamic_conv",), ("",)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "bmm"])
+def test_selectively_checkpointed_layers(saved, backend):
+    """They do the same again in the backward pass, whatever other layers have rounded and summed
+    since: torch gives them the results of before, in order."""
+
+    def policy(context, op, *args, **kwargs):
+        kept = str(op).startswith(saved)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    net, x = Chain((backend,) * 3).eval(), image().requires_grad_()
+    for precision in (nullcontext(), BF16):
+        with precision:
+            plain, y = net(x), x
+            for layer in (*net.layers, net.layers[0]):
+                y = checkpoint(layer, y, use_reentrant=False, context_fn=contexts).tanh()
+        expected = grads_of(net, plain)
+        for ours, theirs in zip(grads_of(net, y), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_other_types_side_by_side():
     net, x = chain(), image()
     half = torch.autocast("cpu", torch.float16)
@@ -145,6 +174,20 @@ def test_other_types_side_by_side():
     with half:
         assert torch.equal(net(x), expected)
     assert net(x).dtype == torch.float32
+
+
+def test_a_thread_gets_no_copy_of_another():
+    """Which may be in another type or stream, and not written yet."""
+    cells, shared = torch.ones(2, 2), RoundedCells()
+
+    class Interrupted(int):
+        """The number of a layer, in whose call another thread comes."""
+
+        def __hash__(self) -> int:
+            shared.get(cells, torch.float16, 0)
+            return 1
+
+    assert shared.get(cells, torch.bfloat16, Interrupted(1)).dtype == torch.bfloat16
 
 
 def test_gradients_of_gradients():

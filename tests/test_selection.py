@@ -19,7 +19,7 @@ from kw.training import set_contraction
 from kw.warehouse import KWConv2d, explain, set_backend
 from kw.warehouse.ops import CONTRACTIONS, Cost, assembly_precision, selector
 from kw.warehouse.ops.contraction import Contraction
-from kw.warehouse.ops.device import DeviceProfile
+from kw.warehouse.ops.device import DeviceProfile, estimated_profile
 from kw.warehouse.ops.selection import Selector
 
 
@@ -89,6 +89,17 @@ def test_forced_and_refused(fakes):
     assert fakes.choose(problem(), "b").name == "b"
     with pytest.raises(ValueError, match="back end 'c' cannot do this: is for Tuesdays"):
         fakes.choose(problem(), "c")
+
+
+@pytest.mark.parametrize("mode", ["model", "measure"])
+def test_what_the_doctor_has_banned_is_used_where_nothing_is_left(fakes, mode):
+    """As on CPUs whose libraries are told to round (DNNL_DEFAULT_FPMATH_MODE)."""
+    fakes.mode = mode
+    rates = estimated_profile("cpu")
+    for banned, expected in (("a", "b"), ("b", "a"), ("ab", "b")):
+        bans = {f"{name} float32": "output is off by 4e-03" for name in banned}
+        fakes.use_profile("cpu", replace(rates, bans=bans))
+        assert fakes.choose(problem()).name == expected
 
 
 def test_off_takes_the_fallback(fakes):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from kw import torch_private as private
@@ -77,6 +78,11 @@ def test_transforms_and_modes() -> None:
     assert not private.dispatch_modes()
     with FlopCounterMode(display=False):
         assert any("FlopCounterMode" in type(m).__name__ for m in private.dispatch_modes())
+        assert private.is_watched()
+    for context in create_selective_checkpoint_contexts([]):
+        with context:
+            assert private.is_watched()
+    assert not private.is_watched()
 
 
 def test_many_tensors_at_once() -> None:

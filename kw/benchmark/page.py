@@ -109,11 +109,8 @@ def _memory(row: Row) -> list[str]:
 def _times(rows: Sequence[Row]) -> list[str]:
     """Of a network's parts, of which the last is all of it."""
     *parts, total = rows
-    found = [
-        _spread(total, "ms"),
-        "1" if total["backend"] == STATIC else _spread(total, "x_static"),
-    ]
-    found.append(_faster(total))
+    ratio = "1" if total["backend"] == STATIC else _spread(total, "x_static")
+    found = [_spread(total, "ms"), ratio, _faster(total)]
     if parts:
         found.append(" / ".join(_digits(part["ms_median"]) for part in parts))
         found.append(" / ".join(f"{part['x_static_median']:.2f}" for part in parts))

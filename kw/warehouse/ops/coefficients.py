@@ -183,16 +183,14 @@ def launch(
 
 def launch_gradient(grad: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor:
     """The gradient of the logits for ``grad [B, m, n]``."""
-    batch, mixtures, width = logits.shape
-    rows = batch * mixtures
-    if grad.stride(0) != mixtures * grad.stride(1):  # rows of one stride
-        grad = grad.contiguous()
+    rows, width = logits.shape[0] * logits.shape[1], logits.shape[-1]
+    grad = grad.flatten(0, 1)  # an axis of length 1 may have any stride, also where contiguous
     into = torch.empty_like(logits)
     per_program, columns = _sizes(width)
     kernels = _kernels()
     with torch.cuda.device_of(logits):
         kernels.coefficients_gradient[(-(-rows // per_program),)](
-            grad, logits, kept, into, rows, width - 1, grad.stride(1), grad.stride(2),
+            grad, logits, kept, into, rows, width - 1, *grad.stride(),
             EPS=EPS, ANNEALED=kept is not None, ROWS=per_program, CELLS=columns, num_warps=4,
         )  # fmt: skip
     return into

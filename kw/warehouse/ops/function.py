@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...torch_private import dispatch_modes, in_function_transform, is_recorded
+from ...torch_private import in_function_transform, is_watched
 from .backends import selector
 from .bmm import conv_bmm
 from .contraction import Gradients, Needs, Problem, SummingContraction, check_operands
@@ -56,7 +56,7 @@ def contract(
         check_operands(x, alpha, cells, spec)
         with _outside_autocast(x):
             return conv_bmm(x, alpha, cells, spec)
-    if torch.compiler.is_compiling() or not _is_plain(x) or _is_watched():
+    if torch.compiler.is_compiling() or not _is_plain(x) or is_watched():
         return torch.ops.kw.dynamic_conv(x, alpha, cells, spec.encode(), backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells)):
         return _DynamicConv.apply(x, alpha, cells, spec, backend, anchor_of(cells), rounded)
@@ -73,18 +73,12 @@ def may_share(x: Tensor, cells: Tensor) -> bool:
         and _is_plain(x)
         and not torch.compiler.is_compiling()
         and not in_function_transform()
-        and not _is_watched()
+        and not is_watched()
     )
 
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
-
-
-def _is_watched() -> bool:
-    """Whether torch's FlopCounterMode or make_fx is on: they see operators, not compiled code."""
-    modes = dispatch_modes()
-    return is_recorded() or any(type(m).__name__.endswith("FlopCounterMode") for m in modes)
 
 
 def _run(x: Tensor, alpha: Tensor, cells: Tensor, spec: ConvSpec, backend: str) -> Tensor:
@@ -108,11 +102,9 @@ def _run_backward(
 ) -> Gradients:
     check_operands(x, alpha, cells, spec, grad)
     if len(x) == 0:
-        found = [
-            torch.zeros_like(t) if n else None
-            for t, n in zip((x, alpha, cells), needs, strict=True)
-        ]
-        return found[0], found[1], found[2]
+        operands = zip((x, alpha, cells), needs, strict=True)
+        dx, dalpha, dcells = (torch.zeros_like(t) if n else None for t, n in operands)
+        return dx, dalpha, dcells
     with _settled(x):
         contraction = selector.choose(_problem(x, cells, spec, training=True), backend)
         arguments = (grad, x, alpha, cells, spec, needs)

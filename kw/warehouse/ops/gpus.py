@@ -74,8 +74,8 @@ A100 76, L4 202, RTX 4090 82, H100 160, B200 149."""
 def gpu_of(properties: Any) -> Gpu:
     """The figures of a device from what torch says of it, by rule where it does not.
 
-    Clocks and the memory's width are not always there, and a device may be newer than this file: a
-    rate that is a little wrong costs time, and never results.
+    Not every build of torch says clocks and the memory's width, and a device may be newer than this
+    file: a rate that is a little wrong costs time, and never results.
 
     Args:
         properties: of :func:`torch.cuda.get_device_properties`.

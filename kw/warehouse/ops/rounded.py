@@ -24,9 +24,8 @@ class RoundedCells:
     """
 
     def __init__(self) -> None:
-        self._copy: Tensor | None = None
-        self._state: tuple[Any, ...] = ()
-        self._users: set[int] = set()
+        # One value, since other threads may replace it at any moment: state, copy, users.
+        self._latest: tuple[tuple[Any, ...], Tensor, set[int]] | None = None
 
     @torch.no_grad()
     def get(self, cells: Tensor, dtype: torch.dtype, user: int) -> Tensor:
@@ -34,12 +33,11 @@ class RoundedCells:
         that asks."""
         if is_capturing(cells.device.type):  # a graph reads no memory that another one owns
             return cells.detach().to(dtype)
-        state = _state(cells, dtype)
-        if self._copy is None or state != self._state or user in self._users:
-            self._copy, self._state = cells.detach().to(dtype), state
-            self._users.clear()
-        self._users.add(user)
-        return self._copy
+        state, latest = _state(cells, dtype), self._latest
+        if latest is None or state != latest[0] or user in latest[2]:
+            self._latest = latest = state, cells.detach().to(dtype), set()
+        latest[2].add(user)
+        return latest[1]
 
 
 def _state(cells: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

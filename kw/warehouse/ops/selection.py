@@ -190,19 +190,17 @@ class Selector:
         better."""
         if self.mode == "off":
             return self.fallback, True
-        possible = [p for p in self.predict(problem) if p.seconds is not None]
-        assert possible[0].seconds is not None
-        limit = possible[0].seconds * _CANDIDATES
+        possible = [(p.seconds, p.name) for p in self.predict(problem) if p.seconds is not None]
         likely: list[str] = []
         is_final = True
-        for prediction in possible:
-            assert prediction.seconds is not None
-            if likely and (self.mode == "model" or prediction.seconds > limit):
+        for seconds, name in possible:
+            if likely and (self.mode == "model" or seconds > possible[0][0] * _CANDIDATES):
                 break
-            admitted = self.admission.admits(self.contractions[prediction.name], problem)
+            admitted = self.admission.admits(self.contractions[name], problem)
             if admitted:
-                likely.append(prediction.name)
+                likely.append(name)
             is_final = is_final and admitted is not None
+        likely = likely or [self.fallback]  # `kw doctor` may have found fault with all of them
         # Timing waits for the device.
         if len(likely) == 1 or is_capturing(problem.device):
             return likely[0], is_final

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +81,7 @@ class Trials:
         if is_capturing(device):
             return None
         try:
-            reason = trial()
+            reason = _tried(trial)
         except torch.OutOfMemoryError:
             self._without_memory[kind] += 1
             if self._without_memory[kind] < _ATTEMPTS:
@@ -103,6 +103,15 @@ class Trials:
                 name, about(), reason,
             )  # fmt: skip
         return False
+
+
+def _tried(trial: Callable[[], T]) -> T:
+    """A trial's result. Processes that compile at once, on one network's disk, find files of
+    Triton's cache missing now and then (https://github.com/triton-lang/triton/issues/11512)."""
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(OSError):
+            return trial()
+    return trial()
 
 
 def attempt(run: Callable[[], T], device: str, name: str, remedy: str) -> T:
