@@ -309,4 +309,6 @@ def test_one_process_logs(config: dict[str, Any], tmp_path: Path, start: Any) ->
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert "epoch 2/2" in (tmp_path / "0.out").read_text()
     for rank in (1, 2):
-        assert (tmp_path / f"{rank}.out").read_text() == run.said(rank) == ""
+        printed = (tmp_path / f"{rank}.out").read_text().splitlines()
+        assert not [line for line in printed if not line.startswith("[Gloo]")]  # torch 2.9's
+        assert run.said(rank) == ""

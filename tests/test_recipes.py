@@ -240,7 +240,8 @@ def test_a_muon_update_is_timms_of_each_matrix() -> None:
             assert p.grad is gradients[p]
             expected = torch.stack([own.detach() for own in apart[name]]).view(p.shape)
             if not found[name]:
-                torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)
+                # Steps of 0.5, of which a version of torch may round the last bit otherwise.
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=2**-22)
                 continue
             # timm computes in bf16, and products of stacked matrices sum in another order.
             step = 0.5 * 0.2 * max(apart[name][0].shape) ** 0.5

@@ -308,7 +308,7 @@ def test_networks_that_take_no_drop_path(name: str) -> None:
     with torch.device("meta"):
         network = start_network(config(**settings).model)
     assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 5)
-    with pytest.raises(ConfigError, match=r"timm cannot build it.*drop_path_rate"):
+    with pytest.raises(ConfigError, match="drop_path_rate"):
         start_network(config(**settings, drop_path_rate=0.1).model)
 
 

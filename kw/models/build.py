@@ -211,8 +211,8 @@ def _static_network(config: ModelConfig) -> nn.Module:
             set_small_stem(network, config.stem.stride, config.stem.pool)
         except ValueError as error:
             raise ConfigError(f"model.stem, model.name {config.name!r}: {error}") from error
-    if config.drop_path_decay == "constant" and config.drop_path_rate > 0:
-        _set_constant_drop_path(network, config)
+    if config.drop_path_rate > 0:
+        _set_drop_path(network, config)
     return network
 
 
@@ -287,18 +287,21 @@ def check_network(network: nn.Module, config: ModelConfig, input_size: int | Seq
         )
 
 
-def _set_constant_drop_path(network: nn.Module, config: ModelConfig) -> None:
-    """The same rate for every residual block, where timm's grows from zero with depth."""
+def _set_drop_path(network: nn.Module, config: ModelConfig) -> None:
+    """Refuse a network without drop path, which some of timm's take a rate of; where it is to be
+    constant, give every residual block the same rate, where timm's grows from zero with depth."""
     branches = [
         (module, name)
         for module in network.modules()
         for name in ("drop_path", "drop_path1", "drop_path2")  # a transformer's block has two
         if hasattr(module, name)
     ]
-    if not branches:
+    constant = config.drop_path_decay == "constant"
+    if not (branches if constant else any(isinstance(m, DropPath) for m in network.modules())):
         raise ConfigError(
-            f"model.drop_path_rate {config.drop_path_rate}, model.drop_path_decay 'constant': "
-            f"{config.name} has no residual blocks with drop path; set the rate to 0"
+            f"model.drop_path_rate {config.drop_path_rate}, model.drop_path_decay "
+            f"{config.drop_path_decay!r}: {config.name} has no residual blocks with drop path; set "
+            "the rate to 0"
         )
-    for block, name in branches:
+    for block, name in branches if constant else ():
         setattr(block, name, DropPath(config.drop_path_rate))
