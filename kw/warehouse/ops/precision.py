@@ -51,8 +51,8 @@ def assembly_precision() -> str:
 
 def allows_tf32(device: str) -> bool:
     """Whether float32 products of contractions may be rounded to TF32 on a type of device."""
-    convolution: Any = torch.backends.cudnn.conv
-    return device == "cuda" and bool(convolution.fp32_precision == "tf32")
+    cudnn: Any = torch.backends.cudnn
+    return device == "cuda" and bool(cudnn.conv.fp32_precision == "tf32")
 
 
 @contextmanager
