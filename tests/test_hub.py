@@ -129,6 +129,10 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
     main, own = repository.branches["main"], Plan("me/tiny@own", "model", "fp16", "mit")
     notes = write_folder(run / "last.pth", tmp_path / "one", own)
     assert len(notes) == 2  # of the temperature, and of results.json, which is left out
+    # Of this checkpoint, but of its average.
+    other = write_folder(run, tmp_path / "model", Plan("me/tiny", "model", licence="mit"))
+    assert "results.json of the run is of its 'ema' weights, not 'model': left out" in other
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == FILES[:4]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == FILES[:4]
     publish(tmp_path / "one", own)
     assert repository.branches["main"] == main
