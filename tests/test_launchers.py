@@ -16,6 +16,7 @@ import torch
 import yaml
 from kills import compare, free_port, run_with_kills
 from kills import settings as killed_settings
+from torch.distributed.launcher.api import LaunchConfig
 
 from kw.config import ConfigError
 from kw.training.distributed import Process, find_process
@@ -95,6 +96,32 @@ def test_relative_paths_are_the_callers(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path} -m torch.distributed.run ")
     ending = f" {ROOT}/tools/train.py mine/c.yaml --launcher pytorch --resume --work-dir out\n"
     assert done.stdout.endswith(ending)
+
+
+@pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torchrun of earlier versions has neither"
+)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_what_torchrun_does_on_signals(nohup: bool, tmp_path: Path) -> None:
+    """It leaves time to save, and under nohup its processes alone when the terminal is closed."""
+    found = tmp_path / "python"
+    code = (
+        "import sys; from torch.distributed import run; args = run.parse_args(sys.argv[3:]); "
+        "made, *_ = run.config_from_args(args); print(made.signals_to_handle, made.shutdown_timeout)"
+    )
+    found.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -c "{code}" "$@"\n')
+    found.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.sh", "c.yaml"],
+        env={**ENVIRONMENT, "PYTHON": str(found), "PROCESSES": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, (signal.SIG_DFL, signal.SIG_IGN)[nohup]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    signals, seconds = done.stdout.split()
+    handled = {"SIGTERM", "SIGINT", "SIGQUIT"} | ({"SIGHUP"} if not nohup else set())
+    assert (set(signals.split(",")), seconds) == (handled, "600")
 
 
 def test_a_process_for_each_gpu_that_may_be_used(tmp_path: Path) -> None:

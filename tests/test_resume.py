@@ -393,6 +393,19 @@ def test_handlers_that_are_not_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         put(signal.SIGTERM, before)
         put(signal.SIGINT, signal.default_int_handler)
+        put(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_nohup_keeps_a_run_when_its_terminal_is_closed() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = Signals()
+        with signals.watched():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.name == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
@@ -420,11 +433,14 @@ def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.S
     assert updates == list(range(1, 4 * settings["epochs"] + 1))
 
 
-@pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGINT]))
+@pytest.mark.parametrize(
+    "number", breadth([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], [signal.SIGINT, signal.SIGHUP])
+)
 def test_the_exit_status_says_so(
     settings: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As Ctrl-C does, and torchrun when it is told to end: all processes get the signal."""
+    """As Ctrl-C and a closed terminal do, and torchrun when it is told to end: all processes get
+    the signal."""
     settings["epochs"] = 500
     settings["data"]["workers"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
