@@ -284,6 +284,28 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert find_state(run).kind == "not run"
 
 
+def test_the_state_of_runs_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another user, or on a disk that is mounted to be read."""
+    run = run_in(tmp_path)
+    write_run(run, 3, 3)
+    with locked(run):
+        pass
+    record(run, 0)
+    put = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return put(path, flags, *rest, **more)
+
+    with locked(run):
+        monkeypatch.setattr("kw.study.runs.os.open", refuse)
+        assert find_state(run).kind == "running"
+    assert find_state(run).kind == "done"
+
+
 def test_the_last_error_is_found(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("error: of an earlier attempt\n")

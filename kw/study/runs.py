@@ -104,13 +104,13 @@ def locked(run: Run) -> Iterator[int]:
 
 
 def _is_held(run: Run) -> bool:
-    if not run.file("lock").exists():
-        return False
+    # Read alone: the runs may be another user's, or on a disk that cannot be written.
     try:
-        with locked(run):
-            return False
-    except RunError:
-        return True
+        with open(run.file("lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def record(run: Run, status: int, why: str = "") -> None:
