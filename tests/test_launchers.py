@@ -107,7 +107,8 @@ def test_what_torchrun_does_on_signals(nohup: bool, tmp_path: Path) -> None:
     found = tmp_path / "python"
     code = (
         "import sys; from torch.distributed import run; args = run.parse_args(sys.argv[3:]); "
-        "made, *_ = run.config_from_args(args); print(made.signals_to_handle, made.shutdown_timeout)"
+        "made, *_ = run.config_from_args(args); "
+        "print(made.signals_to_handle, made.shutdown_timeout)"
     )
     found.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -c "{code}" "$@"\n')
     found.chmod(0o755)

@@ -329,14 +329,17 @@ def test_slurm(
     commands = tmp_path / "bin"
     commands.mkdir()
     scripts = {
-        "sbatch": f'echo "$OPTIONS" "$@" >> {tmp_path}/submitted\necho "77;cluster"\n',
-        "squeue": f"cat {tmp_path}/queue\n",
+        "sbatch": f'echo "$OPTIONS" "$@" >> {tmp_path}/submitted\nenv > {tmp_path}/environment\n'
+        'echo "77;cluster"\n',
+        "squeue": f"cd {tmp_path}; cat queue; [ ! -e fault ] || ! cat fault >&2\n",
     }
     for name, body in scripts.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    queue = tmp_path / "queue"
+    monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")  # as in an interactive job
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    queue, fault = tmp_path / "queue", tmp_path / "fault"
     queue.write_text("77_0 RUNNING\n77_1 PENDING\n")
     options = ["imagenet_300ep", "--work-dir", tmp_path / "w"]
     options += ["--rows", "resnet18", "resnet50", "resnet50_dyconv4x"]
@@ -352,6 +355,8 @@ def test_slurm(
     assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
     words = (tmp_path / "submitted").read_text().split()
     assert words[:5] == ["--work-dir", f"{folder}/{{name}}", "--parsable", "--array", "0-1"]
+    environment = (tmp_path / "environment").read_text()
+    assert re.findall(r"^(SLURM_\w+)=", environment, re.MULTILINE) == ["SLURM_CONF"]
     configs = [Path(word) for word in words if word.endswith(".yaml")]
     assert [path.stem for path in configs] == ["resnet50", "resnet50_dyconv4x"]
     assert load_config(configs[0], check_model_name=False).data.root == str(images)
@@ -359,7 +364,11 @@ def test_slurm(
     assert "resnet50                  running;" in listed
     assert "resnet50_dyconv4x         queued;" in listed
     assert "nothing to submit" in call(*options, *slurm)
+    # A job that cannot be asked about may be there: it is not submitted a second time.
     queue.write_text("")
+    fault.write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    assert "resnet50: squeue does not say whether job 77_0 runs" in call(*options, *slurm, status=2)
+    fault.write_text("slurm_load_jobs error: Invalid job id specified\n")
     (folder / "launch/slurm-77_0.out").write_text("error: no such node\n")
     assert "resnet50                  failed: no such node;" in call(*options)
 

@@ -434,7 +434,8 @@ def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.S
 
 
 @pytest.mark.parametrize(
-    "number", breadth([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], [signal.SIGINT, signal.SIGHUP])
+    "number",
+    breadth([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]),
 )
 def test_the_exit_status_says_so(
     settings: dict[str, Any], tmp_path: Path, number: signal.Signals

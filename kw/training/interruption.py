@@ -1,7 +1,7 @@
 """Ending a run on a signal: all processes stop after the same update.
 
-A scheduler sends SIGTERM, a user presses Ctrl-C, a terminal that is closed sends SIGHUP. The current
-update is finished, a checkpoint is written, and the program ends with status 75.
+A scheduler sends SIGTERM, a user presses Ctrl-C, a terminal that is closed sends SIGHUP. The
+current update is finished, a checkpoint is written, and the program ends with status 75.
 """
 
 from __future__ import annotations
