@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -242,6 +243,22 @@ def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptur
     assert listed == [
         split + b"\t" + b"a" * 200 + b"\xfe.png\tempty" for split in (b"train", b"val")
     ]
+
+
+def test_a_disk_that_is_out_of_reach_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for update, number in enumerate((errno.ENOTCONN, errno.ESTALE), 1):
+        refused = OSError(number, os.strerror(number))
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", Mock(side_effect=refused))
+            write_line(tmp_path, "train", 1, update, {"loss": 0.5})
+    write_line(tmp_path, "train", 1, 3, {"loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [1, 2, 3]
+    assert "a line cannot be written (Transport endpoint is not connected); it is" in caplog.text
+    with pytest.raises(FileNotFoundError):  # of a folder that is gone
+        write_line(tmp_path / "gone", "train", 1, 4, {"loss": 0.5})
 
 
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:
