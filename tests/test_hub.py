@@ -153,6 +153,16 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
         publish(tmp_path / "one", Plan("me/tiny"), private=True)
 
 
+def test_who_may_see_a_new_repository_is_up_to_its_owner(
+    hub: Hub, published: Files, tmp_path: Path
+) -> None:
+    """An organisation's may be private without being asked."""
+    publish_files(published, tmp_path / "one", Plan("me/open"))
+    hub.private_by_default = True
+    publish_files(published, tmp_path / "two", Plan("firm/tiny"))
+    assert (hub.repositories["me/open"].private, hub.repositories["firm/tiny"].private) == (0, 1)
+
+
 def publish_files(files: Files, folder: Path, plan: Plan) -> str:
     folder.mkdir()
     for name, data in files.items():

@@ -143,7 +143,8 @@ def publish(folder: Path, plan: Plan, private: bool = False, message: str | None
                 )
         except RepositoryNotFoundError:
             pass
-        api.create_repo(repository, private=private, exist_ok=True)
+        # Not False, which would make public what the owner's settings keep private.
+        api.create_repo(repository, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
         try:
