@@ -175,6 +175,33 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({"SLURM_CPUS_PER_TASK": "8"}, "--wait=300 --cpus-per-task=8 py"), ({}, "--wait=300 py")],
+)
+def test_srun_is_told_how_many_processors_were_asked_for(
+    asked: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """It does not inherit them from sbatch: the loader's processes would share one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "bin/srun").chmod(0o755)
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.slurm", "c.yaml"],
+        env={
+            **environment,
+            **asked,
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "PYTHON": "py",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{expected} tools/train.py c.yaml --launcher slurm --resume" in done.stdout
+
+
 @pytest.mark.slow
 def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path) -> None:
     """And the second time it goes on where it stopped; an array's job takes its configuration."""
