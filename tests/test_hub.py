@@ -21,6 +21,7 @@ from deployment import CLASSES, SETTINGS, write_checkpoint
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants, snapshot_download
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import register_model
@@ -151,6 +152,13 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
         write_folder(run, run, own)
     with pytest.raises(UserError, match="me/tiny is there and public"):
         publish(tmp_path / "one", Plan("me/tiny"), private=True)
+
+
+def test_other_libraries_take_the_header(published: Files, tmp_path: Path) -> None:
+    """transformers and accelerate refuse a header that does not say whose tensors these are."""
+    (tmp_path / "model.safetensors").write_bytes(published["model.safetensors"])
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
 
 
 def test_who_may_see_a_new_repository_is_up_to_its_owner(
