@@ -152,8 +152,9 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
     commands.mkdir(exist_ok=True)
     scripts = {
         "srun": "while [[ $1 == --* ]]; do shift; done\n"
-        'export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\nexec "$@"\n',
-        "scontrol": f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued\n',
+        "export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\n"
+        'export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost\nexec "$@"\n',
+        "scontrol": f'echo "$@" >> {tmp_path}/requeued\n',
     }
     for name, body in scripts.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}")
@@ -165,7 +166,6 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
             "PATH": f"{commands}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": str(free_port()),
-            "SLURM_JOB_NODELIST": "here",
             **variables,
         },
         stdout=subprocess.PIPE,
@@ -251,6 +251,41 @@ def test_usage(command: list[str], variables: dict[str, str], message: str, tmp_
 
 
 @pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("here", "here"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("gpu-3,gpu-a[1-2]", "gpu-3"),
+        ("n[003-004,007],m", "n003"),
+        ("r[2,4]n[1-8]-ib,m[1-2]", "r2n1-ib"),
+    ],
+)
+def test_slurm_processes_meet_at_the_first_node_of_their_step(
+    nodes: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where scontrol is missing, as in containers (open-mmlab/mmcv#700)."""
+    monkeypatch.setenv("PATH", "")
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "")  # and as before afterwards
+    for key in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    ports = set()
+    for job, step in [(12000, 0), (12000, 1), (12001, 0), (19999, 0), (39998, 2)]:
+        monkeypatch.delenv("MASTER_ADDR")
+        monkeypatch.delenv("MASTER_PORT")
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        find_process("slurm")
+        assert os.environ["MASTER_ADDR"] == first
+        ports.add(int(os.environ["MASTER_PORT"]))
+    # Connections get theirs from 32768 on: https://github.com/NVIDIA/enroot/issues/243
+    assert len(ports) == 5
+    assert min(ports) >= 20000
+    assert max(ports) < 32768
+
+
+@pytest.mark.parametrize(
     ("place", "seen", "device"),
     [(5, 8, 5), (5, 1, 0), (2, 2, 0)],  # all of the machine's; its own alone; those of a socket
 )
@@ -262,7 +297,8 @@ def test_gpus_that_slurm_shows_a_process(
         monkeypatch.setenv(key, "")  # and as before afterwards
     given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": str(place)}
     given |= {"SLURM_STEP_TASKS_PER_NODE": "4,8(x2)", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
-    for key, value in {**given, "SLURM_JOB_ID": "7"}.items():
+    given |= {"SLURM_STEP_NODELIST": "here", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
+    for key, value in given.items():
         monkeypatch.setenv(key, value)
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from breadth import breadth
-from kills import free_port
 from processes import Forked
 
 from kw.config import ConfigError, load_config
@@ -391,16 +390,17 @@ QUEUE = {
     [[ $1 == --parsable ]] && shift || shift 2
 done
 for index in $(seq 0 "$last"); do
-    SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$index "$@" > "${output//%a/$index}" 2>&1
+    SLURM_JOB_ID=$$ SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$index \\
+        "$@" > "${output//%a/$index}" 2>&1
 done
 echo 77
 """,
     "squeue": "",
     "srun": """while [[ $1 == --* ]]; do shift; done
 export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0
+export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost
 exec "$@"
 """,
-    "scontrol": "echo 127.0.0.1",
 }
 
 
@@ -420,8 +420,6 @@ def test_launchers_train_to_the_end(
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "here")
     rows = ["resnet18"] if launcher == "torchrun" else ["resnet18", "resnet18_eca"]
     options = [
         "imagenet_resnet18_100ep",
