@@ -228,6 +228,19 @@ def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path
     assert "resumed" in output
 
 
+@pytest.mark.parametrize(("refuses", "status"), [(0, 0), (1, 75)])
+def test_a_job_that_slurm_does_not_put_back_has_failed(
+    refuses: int, status: int, tmp_path: Path
+) -> None:
+    """Where requeuing is disabled; else it, and what waits for it, would pass for trained."""
+    for name, ends in (("srun", 75), ("scontrol", refuses)):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nexit {ends}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = [ROOT / "scripts" / "train.slurm", "c.yaml"]
+    assert subprocess.run(command, env=environment, check=False).returncode == status
+
+
 @pytest.mark.parametrize(
     ("command", "variables", "message"),
     [
