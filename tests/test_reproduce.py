@@ -353,7 +353,8 @@ def test_slurm(
 
     assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
     words = (tmp_path / "submitted").read_text().split()
-    assert words[:5] == ["--work-dir", f"{folder}/{{name}}", "--parsable", "--array", "0-1"]
+    expected = f"--work-dir {folder}/{{name}} --parsable --export ALL --array 0-1"
+    assert words[:7] == expected.split()
     environment = (tmp_path / "environment").read_text()
     assert re.findall(r"^(SLURM_\w+)=", environment, re.MULTILINE) == ["SLURM_CONF"]
     configs = [Path(word) for word in words if word.endswith(".yaml")]

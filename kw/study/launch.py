@@ -48,6 +48,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
             )
         into = " ".join([*given, f"--work-dir {home}/{{name}}"])
         words = ["env", python, f"OPTIONS={into}", "sbatch", "--parsable"]
+        words += ["--export", "ALL"]  # SBATCH_EXPORT may be NONE, and PYTHON and OPTIONS missing
         words += ["--array", f"0-{len(runs) - 1}", "--job-name", home.name]
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
