@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
+# A notebook's, in which these commands may be started; $(VENV) does not have it.
+unexport MPLBACKEND
+
 .PHONY: help install demo demo-detection pictures test test-slow test-integrations coverage lint docs format bench clean
 
 help:

@@ -58,6 +58,10 @@ fi
 
 # A store of its own for every start: in a shared one, processes would look for dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Time to save after a signal, also for an evaluation that is finished first: torchrun gives 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+# Under nohup, torchrun would nevertheless end its processes when the terminal is closed.
+[[ -n $(trap -p HUP) ]] && export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
     --max-restarts "${RESTARTS:-3}" "${rendezvous[@]}" \
     "$root/tools/train.py" "$config" --launcher pytorch --resume "$@"

@@ -48,6 +48,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
+        self.private_by_default = False  # as an organisation may have it
 
     @property
     def url(self) -> str:
@@ -120,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             status = 409 if name in repositories else 200
-            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            private = bool(asked.get("private", self.server.private_by_default))
+            private = asked.get("visibility", "private" if private else "public") == "private"
             repositories.setdefault(name, Repository(private))
             return self.answer({"url": f"{self.server.url}/{name}", "id": name}, status)
         match = _MODEL.fullmatch(path)

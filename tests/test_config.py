@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kw.config import (
     ConfigError,
     config_from_mapping,
     load_config,
+    names,
     reference,
     to_yaml,
 )
@@ -228,6 +230,19 @@ def test_tool_answers_mistakes_with_status_2(
     assert "model.name = 'resnet81': expected the name of a timm model; did you mean " in err
     assert "'resnet18'" in err
     assert "seed = -1: expected an integer >= 0" in err
+
+
+def test_names_leave_out_what_systems_write_beside_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """macOS on a disk without its attributes, and Jupyter where a file was edited."""
+    before = names.config_names()
+    ours = Path(shutil.copytree(names.configs(), tmp_path / "configs"))
+    (ours / "demo/._resnet18.yaml").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X\xb0")
+    (ours / "demo/.ipynb_checkpoints").mkdir()
+    shutil.copy(next(ours.glob("demo/*.yaml")), ours / "demo/.ipynb_checkpoints/a-checkpoint.yaml")
+    monkeypatch.setattr(names, "configs", lambda: ours)
+    assert list(names.config_names()) == list(before)
 
 
 def test_tool_prints_the_reference_without_a_config(

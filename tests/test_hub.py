@@ -21,6 +21,7 @@ from deployment import CLASSES, SETTINGS, write_checkpoint
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants, snapshot_download
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import register_model
@@ -129,6 +130,10 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
     main, own = repository.branches["main"], Plan("me/tiny@own", "model", "fp16", "mit")
     notes = write_folder(run / "last.pth", tmp_path / "one", own)
     assert len(notes) == 2  # of the temperature, and of results.json, which is left out
+    # Of this checkpoint, but of its average.
+    other = write_folder(run, tmp_path / "model", Plan("me/tiny", "model", licence="mit"))
+    assert "results.json of the run is of its 'ema' weights, not 'model': left out" in other
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == FILES[:4]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == FILES[:4]
     publish(tmp_path / "one", own)
     assert repository.branches["main"] == main
@@ -147,6 +152,23 @@ def test_what_is_replaced_is_said_and_nothing_deleted(
         write_folder(run, run, own)
     with pytest.raises(UserError, match="me/tiny is there and public"):
         publish(tmp_path / "one", Plan("me/tiny"), private=True)
+
+
+def test_other_libraries_take_the_header(published: Files, tmp_path: Path) -> None:
+    """transformers and accelerate refuse a header that does not say whose tensors these are."""
+    (tmp_path / "model.safetensors").write_bytes(published["model.safetensors"])
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_who_may_see_a_new_repository_is_up_to_its_owner(
+    hub: Hub, published: Files, tmp_path: Path
+) -> None:
+    """An organisation's may be private without being asked."""
+    publish_files(published, tmp_path / "one", Plan("me/open"))
+    hub.private_by_default = True
+    publish_files(published, tmp_path / "two", Plan("firm/tiny"))
+    assert (hub.repositories["me/open"].private, hub.repositories["firm/tiny"].private) == (0, 1)
 
 
 def publish_files(files: Files, folder: Path, plan: Plan) -> str:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from kills import compare, free_port, run_with_kills
 from kills import settings as killed_settings
+from torch.distributed.launcher.api import LaunchConfig
 
 from kw.config import ConfigError
 from kw.training.distributed import Process, find_process
@@ -97,6 +98,33 @@ def test_relative_paths_are_the_callers(tmp_path: Path) -> None:
     assert done.stdout.endswith(ending)
 
 
+@pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torchrun of earlier versions has neither"
+)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_what_torchrun_does_on_signals(nohup: bool, tmp_path: Path) -> None:
+    """It leaves time to save, and under nohup its processes alone when the terminal is closed."""
+    found = tmp_path / "python"
+    code = (
+        "import sys; from torch.distributed import run; args = run.parse_args(sys.argv[3:]); "
+        "made, *_ = run.config_from_args(args); "
+        "print(made.signals_to_handle, made.shutdown_timeout)"
+    )
+    found.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -c "{code}" "$@"\n')
+    found.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.sh", "c.yaml"],
+        env={**ENVIRONMENT, "PYTHON": str(found), "PROCESSES": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, (signal.SIG_DFL, signal.SIG_IGN)[nohup]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    signals, seconds = done.stdout.split()
+    handled = {"SIGTERM", "SIGINT", "SIGQUIT"} | ({"SIGHUP"} if not nohup else set())
+    assert (set(signals.split(",")), seconds) == (handled, "600")
+
+
 def test_a_process_for_each_gpu_that_may_be_used(tmp_path: Path) -> None:
     """Two that PyTorch sees, of eight that the driver lists."""
     scripts = {
@@ -124,8 +152,9 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
     commands.mkdir(exist_ok=True)
     scripts = {
         "srun": "while [[ $1 == --* ]]; do shift; done\n"
-        'export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\nexec "$@"\n',
-        "scontrol": f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued\n',
+        "export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\n"
+        'export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost\nexec "$@"\n',
+        "scontrol": f'echo "$@" >> {tmp_path}/requeued\n',
     }
     for name, body in scripts.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}")
@@ -137,7 +166,6 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
             "PATH": f"{commands}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": str(free_port()),
-            "SLURM_JOB_NODELIST": "here",
             **variables,
         },
         stdout=subprocess.PIPE,
@@ -145,6 +173,33 @@ def slurm(tmp_path: Path, *arguments: object, **variables: str) -> subprocess.Po
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({"SLURM_CPUS_PER_TASK": "8"}, "--wait=300 --cpus-per-task=8 py"), ({}, "--wait=300 py")],
+)
+def test_srun_is_told_how_many_processors_were_asked_for(
+    asked: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """It does not inherit them from sbatch: the loader's processes would share one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "bin/srun").chmod(0o755)
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [ROOT / "scripts" / "train.slurm", "c.yaml"],
+        env={
+            **environment,
+            **asked,
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "PYTHON": "py",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{expected} tools/train.py c.yaml --launcher slurm --resume" in done.stdout
 
 
 @pytest.mark.slow
@@ -173,6 +228,19 @@ def test_slurm_puts_a_job_back_that_ran_out_of_time(config: Path, tmp_path: Path
     assert "resumed" in output
 
 
+@pytest.mark.parametrize(("refuses", "status"), [(0, 0), (1, 75)])
+def test_a_job_that_slurm_does_not_put_back_has_failed(
+    refuses: int, status: int, tmp_path: Path
+) -> None:
+    """Where requeuing is disabled; else it, and what waits for it, would pass for trained."""
+    for name, ends in (("srun", 75), ("scontrol", refuses)):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nexit {ends}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = [ROOT / "scripts" / "train.slurm", "c.yaml"]
+    assert subprocess.run(command, env=environment, check=False).returncode == status
+
+
 @pytest.mark.parametrize(
     ("command", "variables", "message"),
     [
@@ -196,6 +264,41 @@ def test_usage(command: list[str], variables: dict[str, str], message: str, tmp_
 
 
 @pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("here", "here"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("gpu-3,gpu-a[1-2]", "gpu-3"),
+        ("n[003-004,007],m", "n003"),
+        ("r[2,4]n[1-8]-ib,m[1-2]", "r2n1-ib"),
+    ],
+)
+def test_slurm_processes_meet_at_the_first_node_of_their_step(
+    nodes: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where scontrol is missing, as in containers (open-mmlab/mmcv#700)."""
+    monkeypatch.setenv("PATH", "")
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "")  # and as before afterwards
+    for key in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    ports = set()
+    for job, step in [(12000, 0), (12000, 1), (12001, 0), (19999, 0), (39998, 2)]:
+        monkeypatch.delenv("MASTER_ADDR")
+        monkeypatch.delenv("MASTER_PORT")
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        find_process("slurm")
+        assert os.environ["MASTER_ADDR"] == first
+        ports.add(int(os.environ["MASTER_PORT"]))
+    # Connections get theirs from 32768 on: https://github.com/NVIDIA/enroot/issues/243
+    assert len(ports) == 5
+    assert min(ports) >= 20000
+    assert max(ports) < 32768
+
+
+@pytest.mark.parametrize(
     ("place", "seen", "device"),
     [(5, 8, 5), (5, 1, 0), (2, 2, 0)],  # all of the machine's; its own alone; those of a socket
 )
@@ -207,7 +310,8 @@ def test_gpus_that_slurm_shows_a_process(
         monkeypatch.setenv(key, "")  # and as before afterwards
     given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": str(place)}
     given |= {"SLURM_STEP_TASKS_PER_NODE": "4,8(x2)", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
-    for key, value in {**given, "SLURM_JOB_ID": "7"}.items():
+    given |= {"SLURM_STEP_NODELIST": "here", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
+    for key, value in given.items():
         monkeypatch.setenv(key, value)
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -18,7 +18,7 @@ from kw.config import ConfigError, config_from_mapping
 from kw.registry import HOOKS, LOGGERS
 from kw.training import load_checkpoint
 from kw.training.hooks import Hook, LoggerHook
-from kw.training.loggers import Logger
+from kw.training.loggers import LoggedRun, Logger, TensorBoard
 
 CALLS: list[tuple[Any, ...]] = []
 
@@ -235,6 +235,18 @@ def test_a_service_that_fails_does_not_end_the_run(
     assert len(events.Images("pictures/cells")) == 1
     with pytest.raises(ConfigError, match=r"loggers.own does not start: OSError: no start"):
         run({**own, "loggers": {"own": {"fails": "start"}}}, tmp_path / "b")
+
+
+def test_a_run_that_begins_anew_hides_the_events_of_the_first_attempt(tmp_path: Path) -> None:
+    """One that was killed before its first checkpoint; its log begins anew as well."""
+    for values in ((1.0, 2.0, 3.0), (4.0,)):
+        board = TensorBoard()
+        board.start(LoggedRun(tmp_path, {}, "config.yaml", "", 0))
+        for update, value in enumerate(values, 1):
+            board.scalars({"train/loss": value}, update)
+        board.close(False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 4.0)]
 
 
 def test_one_process_logs(own: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from breadth import breadth
-from kills import free_port
 from processes import Forked
 
 from kw.config import ConfigError, load_config
@@ -284,6 +283,28 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert find_state(run).kind == "not run"
 
 
+def test_the_state_of_runs_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another user, or on a disk that is mounted to be read."""
+    run = run_in(tmp_path)
+    write_run(run, 3, 3)
+    with locked(run):
+        pass
+    record(run, 0)
+    put = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return put(path, flags, *rest, **more)
+
+    with locked(run):
+        monkeypatch.setattr("kw.study.runs.os.open", refuse)
+        assert find_state(run).kind == "running"
+    assert find_state(run).kind == "done"
+
+
 def test_the_last_error_is_found(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("error: of an earlier attempt\n")
@@ -307,14 +328,17 @@ def test_slurm(
     commands = tmp_path / "bin"
     commands.mkdir()
     scripts = {
-        "sbatch": f'echo "$OPTIONS" "$@" >> {tmp_path}/submitted\necho "77;cluster"\n',
-        "squeue": f"cat {tmp_path}/queue\n",
+        "sbatch": f'echo "$OPTIONS" "$@" >> {tmp_path}/submitted\nenv > {tmp_path}/environment\n'
+        'echo "77;cluster"\n',
+        "squeue": f"cd {tmp_path}; cat queue; [ ! -e fault ] || ! cat fault >&2\n",
     }
     for name, body in scripts.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    queue = tmp_path / "queue"
+    monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")  # as in an interactive job
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    queue, fault = tmp_path / "queue", tmp_path / "fault"
     queue.write_text("77_0 RUNNING\n77_1 PENDING\n")
     options = ["imagenet_300ep", "--work-dir", tmp_path / "w"]
     options += ["--rows", "resnet18", "resnet50", "resnet50_dyconv4x"]
@@ -329,7 +353,10 @@ def test_slurm(
 
     assert "job 77: resnet50, resnet50_dyconv4x" in call(*options, *slurm)
     words = (tmp_path / "submitted").read_text().split()
-    assert words[:5] == ["--work-dir", f"{folder}/{{name}}", "--parsable", "--array", "0-1"]
+    expected = f"--work-dir {folder}/{{name}} --parsable --export ALL --array 0-1"
+    assert words[:7] == expected.split()
+    environment = (tmp_path / "environment").read_text()
+    assert re.findall(r"^(SLURM_\w+)=", environment, re.MULTILINE) == ["SLURM_CONF"]
     configs = [Path(word) for word in words if word.endswith(".yaml")]
     assert [path.stem for path in configs] == ["resnet50", "resnet50_dyconv4x"]
     assert load_config(configs[0], check_model_name=False).data.root == str(images)
@@ -337,7 +364,11 @@ def test_slurm(
     assert "resnet50                  running;" in listed
     assert "resnet50_dyconv4x         queued;" in listed
     assert "nothing to submit" in call(*options, *slurm)
+    # A job that cannot be asked about may be there: it is not submitted a second time.
     queue.write_text("")
+    fault.write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    assert "resnet50: squeue does not say whether job 77_0 runs" in call(*options, *slurm, status=2)
+    fault.write_text("slurm_load_jobs error: Invalid job id specified\n")
     (folder / "launch/slurm-77_0.out").write_text("error: no such node\n")
     assert "resnet50                  failed: no such node;" in call(*options)
 
@@ -360,16 +391,17 @@ QUEUE = {
     [[ $1 == --parsable ]] && shift || shift 2
 done
 for index in $(seq 0 "$last"); do
-    SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$index "$@" > "${output//%a/$index}" 2>&1
+    SLURM_JOB_ID=$$ SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$index \\
+        "$@" > "${output//%a/$index}" 2>&1
 done
 echo 77
 """,
     "squeue": "",
     "srun": """while [[ $1 == --* ]]; do shift; done
 export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0
+export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost
 exec "$@"
 """,
-    "scontrol": "echo 127.0.0.1",
 }
 
 
@@ -389,8 +421,6 @@ def test_launchers_train_to_the_end(
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "here")
     rows = ["resnet18"] if launcher == "torchrun" else ["resnet18", "resnet18_eca"]
     options = [
         "imagenet_resnet18_100ep",

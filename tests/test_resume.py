@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -244,6 +245,22 @@ def test_a_full_disk_keeps_no_half_line(tmp_path: Path, caplog: pytest.LogCaptur
     ]
 
 
+def test_a_disk_that_is_out_of_reach_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for update, number in enumerate((errno.ENOTCONN, errno.ESTALE), 1):
+        refused = OSError(number, os.strerror(number))
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", Mock(side_effect=refused))
+            write_line(tmp_path, "train", 1, update, {"loss": 0.5})
+    write_line(tmp_path, "train", 1, 3, {"loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [1, 2, 3]
+    assert "a line cannot be written (Transport endpoint is not connected); it is" in caplog.text
+    with pytest.raises(FileNotFoundError):  # of a folder that is gone
+        write_line(tmp_path / "gone", "train", 1, 4, {"loss": 0.5})
+
+
 def test_best_is_named_after_a_kill_in_between(settings: dict[str, Any], begun: Path) -> None:
     """Killed after a best epoch was written, and before it was named."""
     for name in ("best.pth", "last.pth", "results.json"):
@@ -393,6 +410,19 @@ def test_handlers_that_are_not_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         put(signal.SIGTERM, before)
         put(signal.SIGINT, signal.default_int_handler)
+        put(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_nohup_keeps_a_run_when_its_terminal_is_closed() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = Signals()
+        with signals.watched():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.name == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
@@ -420,11 +450,15 @@ def test_asked_to_end(settings: dict[str, Any], tmp_path: Path, number: signal.S
     assert updates == list(range(1, 4 * settings["epochs"] + 1))
 
 
-@pytest.mark.parametrize("number", breadth([signal.SIGTERM, signal.SIGINT], [signal.SIGINT]))
+@pytest.mark.parametrize(
+    "number",
+    breadth([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]),
+)
 def test_the_exit_status_says_so(
     settings: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As Ctrl-C does, and torchrun when it is told to end: all processes get the signal."""
+    """As Ctrl-C and a closed terminal do, and torchrun when it is told to end: all processes get
+    the signal."""
     settings["epochs"] = 500
     settings["data"]["workers"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -660,3 +663,27 @@ def test_without_matplotlib(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(PictureError, match=r"pip install 'kernelwarehouse\[demo\]'"):
         build_trainer(config_from_mapping({**recipe, "pictures": {}}), Path("nowhere"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        # What a notebook sets for the processes that it starts, also in an environment without it.
+        ("MPLBACKEND", "not_here", "MPLBACKEND=not_here, which pictures do not need: unset it"),
+        ("MATPLOTLIBRC", "text.usetex: True", "matplotlibrc: text.usetex is on, .* to False"),
+    ],
+)
+def test_settings_of_matplotlib_that_refuse_pictures(
+    variable: str, value: str, said: str, tmp_path: Path
+) -> None:
+    if variable == "MATPLOTLIBRC":
+        (tmp_path / "matplotlibrc").write_text(value)
+        value = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", "from kw.pictures.style import check_matplotlib as c; c()"],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(f"PictureError: .*{said}", done.stderr)

@@ -33,6 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("deleted.py", "configs/demo/deleted.yaml"):  # as an earlier build has left them
+        (source / "build/lib/kw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / "build/lib/kw" / name).touch()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
     (built,) = folder.glob("*.whl")
@@ -78,6 +81,7 @@ def test_what_is_in_it(wheel: Path) -> None:
                  "configs/coco/mask_rcnn_kw_resnet50_1x.py", "py.typed"):  # fmt: skip
         assert f"kw/{file}" in names
     assert any(name.startswith("kw/warehouse/ops/cpp/") for name in names)
+    assert not [name for name in names if "deleted" in name]
     assert not any(name.startswith(("tests/", "tools/")) for name in names)
 
 

@@ -105,7 +105,8 @@ def _outlive_signals(worker: int) -> None:
     Ctrl-C and torchrun send signals to a whole group of processes, slurm to all that there are. The
     run then finishes an update, for which it needs images, and writes a checkpoint.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_run, name="signals", daemon=True).start()

@@ -101,7 +101,7 @@ def write_folder(run: str | Path, folder: Path, plan: Plan) -> list[str]:
         raise HubError(f"{folder}: has the run itself: expected another folder")
     for name in there:
         (folder / name).unlink()
-    about_results = _results(checkpoint, folder)
+    about_results = _results(checkpoint, folder, plan.weights)
     if detector_config(run) is None:
         content, text, notes = _classifier(run, folder, plan)
     else:
@@ -143,7 +143,8 @@ def publish(folder: Path, plan: Plan, private: bool = False, message: str | None
                 )
         except RepositoryNotFoundError:
             pass
-        api.create_repo(repository, private=private, exist_ok=True)
+        # Not False, which would make public what the owner's settings keep private.
+        api.create_repo(repository, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
         try:
@@ -282,8 +283,8 @@ def _front(content: dict[str, Any], plan: Plan) -> str:
     return str(data.to_yaml())
 
 
-def _results(checkpoint: Path, folder: Path) -> list[str]:
-    """Copy the run's results if they are the checkpoint's; a note if they are not."""
+def _results(checkpoint: Path, folder: Path, weights: str) -> list[str]:
+    """Copy the run's results if they are those of the checkpoint's ``weights``; a note if not."""
     try:
         results = json.loads((checkpoint.parent / RESULTS).read_text("utf-8"))
     except (OSError, ValueError):
@@ -291,5 +292,7 @@ def _results(checkpoint: Path, folder: Path) -> list[str]:
     of = Path(str(results.get("checkpoint"))).name if isinstance(results, dict) else ""
     if of != checkpoint.name:
         return [f"{RESULTS} of the run is of {of}, not of {checkpoint.name}: left out"]
+    if weights not in ("auto", judged := results.get("weights", weights)):
+        return [f"{RESULTS} of the run is of its {judged!r} weights, not {weights!r}: left out"]
     (folder / RESULTS).write_text(json.dumps({**results, "checkpoint": of}, indent=2), "utf-8")
     return []

@@ -18,6 +18,8 @@ from ..hub import sha256
 from .description import Description, ExportError
 
 DIGITS = 8
+FORMAT = {"format": "pt"}
+"""What transformers and accelerate expect in a header, if there is one."""
 _HASHED = re.compile(rf"-([0-9a-f]{{{DIGITS}}})\.safetensors$")
 
 
@@ -27,7 +29,8 @@ def write_weights(state: dict[str, Tensor], description: Description, path: Path
     from safetensors.torch import save
 
     # Copies: safetensors refuses tensors that share memory.
-    content = save({k: v.clone().contiguous() for k, v in state.items()}, description.to_strings())
+    header = {**FORMAT, **description.to_strings()}
+    content = save({k: v.clone().contiguous() for k, v in state.items()}, header)
     digest = hashlib.sha256(content).hexdigest()[:DIGITS]
     target = path.with_name(f"{path.stem}-{digest}.safetensors")
     target.write_bytes(content)

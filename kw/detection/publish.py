@@ -16,7 +16,7 @@ from ..deploy.card import page, table
 from ..deploy.description import DETECTION
 from ..deploy.graph import DTYPES
 from ..deploy.source import figures_of
-from ..deploy.weights import cast
+from ..deploy.weights import FORMAT, cast
 from ..hub import PROGRAM, RESULTS, WEIGHTS, split_name
 from ..training.checkpoint import load_checkpoint
 from ..training.trained import choose_weights, trained_file
@@ -43,7 +43,7 @@ def write_detector(
     about = {"of": chosen, "epoch": trained.meta.get("epoch"), "metrics": figures}
     parts = {"classes": trained.classes, "weights": about}
     header = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
-    header["task"] = DETECTION
+    header |= {"task": DETECTION, **FORMAT}
     save_file(tensors, folder / WEIGHTS, header)
     (folder / PROGRAM).write_text(trained.config.to_python(places=False), encoding="utf-8")
     detector = load(folder).detector  # refuses weights that do not fit

@@ -6,6 +6,7 @@ Colours: signed values in matplotlib's ``RdBu_r`` (red positive, blue negative, 
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -29,14 +30,26 @@ _DPI = 120
 
 
 def check_matplotlib() -> None:
-    """Refuse to draw without matplotlib, by :class:`PictureError`, before other work is done."""
+    """Refuse to draw without matplotlib, or with its LaTeX, by :class:`PictureError`, before other
+    work is done."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib as mpl
+        import matplotlib.figure
     except ImportError as error:
         raise PictureError(
             f"pictures need matplotlib, which cannot be imported ({error}): "
             "pip install 'kernelwarehouse[demo]'"
         ) from error
+    except ValueError as error:  # of a notebook that has started this process in another venv
+        raise PictureError(
+            f"matplotlib refuses MPLBACKEND={os.environ.get('MPLBACKEND')}, which pictures do not "
+            "need: unset it"
+        ) from error
+    if mpl.rcParams["text.usetex"]:
+        raise PictureError(
+            f"{mpl.matplotlib_fname()}: text.usetex is on, and labels have characters that LaTeX "
+            "takes for commands: set it to False"
+        )
 
 
 def check_output(path: Path) -> None:

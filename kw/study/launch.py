@@ -48,6 +48,7 @@ def command_for(runs: Sequence[Run], launcher: str = "none", gpus: int | None = 
             )
         into = " ".join([*given, f"--work-dir {home}/{{name}}"])
         words = ["env", python, f"OPTIONS={into}", "sbatch", "--parsable"]
+        words += ["--export", "ALL"]  # SBATCH_EXPORT may be NONE, and PYTHON and OPTIONS missing
         words += ["--array", f"0-{len(runs) - 1}", "--job-name", home.name]
         words += ["--output", f"{home}/launch/slurm-%A_%a.out"]
         if gpus is not None:
@@ -222,12 +223,16 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
             _say(f"{run.name}: {state}")
         else:
             chosen.setdefault(run.home, []).append(run)
+    # Of an interactive job, these would bind the new jobs' processes to its processors.
+    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith("SLURM_")}
     for own in chosen.values():
         command = command_for(own, "slurm", gpus)
         for run in own:
             run.resolved.parent.mkdir(parents=True, exist_ok=True)
-            run.resolved.write_text(resolved_text(run.config, run.options))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            run.resolved.write_text(resolved_text(run.config, run.options), "utf-8")
+        done = subprocess.run(
+            command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             raise RunError(f"sbatch refused ({done.returncode}): {done.stderr.strip()}")
         array = done.stdout.strip().split(";")[0]  # --parsable: JOB[;CLUSTER]

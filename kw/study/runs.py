@@ -104,13 +104,13 @@ def locked(run: Run) -> Iterator[int]:
 
 
 def _is_held(run: Run) -> bool:
-    if not run.file("lock").exists():
-        return False
+    # Read alone: the runs may be another user's, or on a disk that cannot be written.
     try:
-        with locked(run):
-            return False
-    except RunError:
-        return True
+        with open(run.file("lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def record(run: Run, status: int, why: str = "") -> None:
@@ -150,7 +150,11 @@ def note_jobs(runs: Sequence[Run], array: str) -> None:
 
 
 def _job(run: Run) -> tuple[str, Path | None]:
-    """Slurm's state of a run's last job, empty if it is not in the queue; the job's output."""
+    """Slurm's state of a run's last job, empty if it is not in the queue; the job's output.
+
+    Raises:
+        RunError: slurm does not answer; the job may be there.
+    """
     job = _object(_text(run.home / "launch" / "jobs.json")).get(run.name)
     if job is None:
         return "", None
@@ -160,12 +164,19 @@ def _job(run: Run) -> tuple[str, Path | None]:
     # -r: one line for each job of an array. squeue fails for jobs that slurm no longer knows.
     command = ["squeue", "-h", "-r", "-o", "%i %T", "-j", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        said = f"squeue does not say whether job {job} runs ({done.stderr.strip()}): try again"
+        raise RunError(f"{run.name}: {said}")
     found = re.search(rf"^\s*{job}\s+(\w+)", done.stdout, re.MULTILINE)
     return found[1] if found else "", output
 
 
 def find_state(run: Run, *, ours: bool = False) -> State:
-    """The state of a run, from its files, its lock (unless it is ``ours``) and slurm's queue."""
+    """The state of a run, from its files, its lock (unless it is ``ours``) and slurm's queue.
+
+    Raises:
+        RunError: slurm does not answer.
+    """
     epoch, epochs = _progress(run.work_dir)
     ended = _object(_text(run.file("json")))
     status, why = ended.get("status"), ended.get("why", "")

@@ -7,7 +7,6 @@ import gc
 import os
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -233,22 +232,19 @@ def _address() -> tuple[str, int]:
 def _translate_slurm() -> None:
     """Set torchrun's environment variables from srun's."""
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    for key, source in names.items():
+    for source in (*names.values(), "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"):
         if source not in os.environ:
             raise ConfigError(f"--launcher slurm: {source} is not set; start the run with srun")
-        os.environ[key] = os.environ[source]
+    os.environ.update({key: os.environ[source] for key, source in names.items()})
     if each := re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         os.environ["LOCAL_WORLD_SIZE"] = max(each, key=int)  # of 8(x2),4
-    if "MASTER_ADDR" not in os.environ:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # Jobs that share a node need different ports.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    # scontrol, which names the hosts too, is missing in containers: of n[3-4,7],m the first is n3.
+    hosts = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"])
+    os.environ.setdefault("MASTER_ADDR", hosts.split(",")[0])
+    # Jobs and steps that share a node need different ports, none of those (from 32768) that the
+    # system gives to connections.
+    place = 1009 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + place % 12000))
 
 
 _CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 """Ending a run on a signal: all processes stop after the same update.
 
-A scheduler sends SIGTERM, a user presses Ctrl-C. The current update is finished, a checkpoint is
-written, and the program ends with status 75.
+A scheduler sends SIGTERM, a user presses Ctrl-C, a terminal that is closed sends SIGHUP. The
+current update is finished, a checkpoint is written, and the program ends with status 75.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from .distributed import Process, hosts
 
 @contextmanager
 def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT call a function.
+    """While inside, SIGTERM, SIGINT and, unless nohup has it ignored, SIGHUP call a function.
 
     In another thread than the main one, signals cannot be watched and are left as they are.
     """
+    watched = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        watched.append(signal.SIGHUP)
     try:
-        before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+        before = {each: signal.signal(each, handler) for each in watched}
     except ValueError:
         yield
         return
@@ -44,7 +47,7 @@ class Signals:
         self.name: str | None = None  # of the signal that came
 
     def watched(self) -> AbstractContextManager[None]:
-        """While inside, SIGTERM and SIGINT are noted; a second SIGINT interrupts at once."""
+        """While inside, such signals are noted; a second SIGINT interrupts at once."""
         return on_signals(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

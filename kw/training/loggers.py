@@ -92,8 +92,8 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = str(run.work_dir / "tensorboard")
-        # What a resumed run makes again is hidden.
-        self._writer = SummaryWriter(folder, purge_step=run.update + 1 if run.update else None)
+        # What a run makes again is hidden, also one that was killed before its first checkpoint.
+        self._writer = SummaryWriter(folder, purge_step=run.update + 1)
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         for name, value in values.items():

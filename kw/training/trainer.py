@@ -250,7 +250,7 @@ class Trainer:
         """:meth:`train`, ending on a signal and stopping the loaders in any case.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
+            Interrupted: a signal to end came; a checkpoint is written.
         """
         try:
             with self.signals.watched(), deaths_explained(self.train_loader, self.val_loader):

@@ -23,7 +23,10 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-waiting: dict[Path, bytes] = {}  # lines that a full disk had no room for, by file
+waiting: dict[Path, bytes] = {}  # lines that could not be written, by file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of network disks and mounted clouds: https://github.com/googlecolab/colabtools/issues/3441
+_OUT_OF_REACH = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class LogHook(Hook):
@@ -174,8 +177,8 @@ def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[
 
 
 def add_text(path: Path, text: str) -> None:
-    """Add lines to a file. A full disk does not end the run: what it has no room for is written
-    with a later line, of this file or another of its folder."""
+    """Add lines to a file. A full disk, or one that is out of reach for a while, does not end the
+    run: they are then written with a later line, of this file or another of its folder."""
     # Names that are not UTF-8 are written as the bytes that they are.
     waiting[path] = waiting.get(path, b"") + text.encode("utf-8", "surrogateescape")
     for each in [each for each in waiting if each.parent == path.parent]:
@@ -187,9 +190,12 @@ def add_text(path: Path, text: str) -> None:
                     raise OSError(errno.ENOSPC, "written in part")
             del waiting[each]
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = "no room for a line"
+            if error.errno in _OUT_OF_REACH:
+                why = f"a line cannot be written ({error.strerror})"
+            elif error.errno not in _FULL:
                 raise
-            logger.error(f"{each}: no room for a line; it is written with a later one")
+            logger.error(f"{each}: {why}; it is written with a later one")
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
