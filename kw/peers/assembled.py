@@ -89,7 +89,8 @@ def convolve_assembled(x: Tensor, operands: Operands, group: Tensor, spec: ConvS
 
     if len(x) == 0:  # as static layers do; a detector's head may get no regions
         y = x.new_empty(0, spec.out_channels, *spec.output_size(x.shape[2:]))
-        return y + x.sum() + assemble(operands, group, spec).sum().to(x.dtype)
+        # No kernels: earlier versions of torch have no transform of no samples.
+        return y + sum(each.sum().to(x.dtype) for each in (x, *operands) if each is not None)
     each = _SCRATCH.get(x.device.type, 256 << 20) // (4 * math.prod(spec.partition.kernel_shape))
     alone = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     chunks = even_chunks(len(x), max(each, 1))

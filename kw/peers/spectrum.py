@@ -42,8 +42,6 @@ def scaled_inverse(parts: Tensor, scale: Tensor, columns: int) -> Tensor:
     scaled for every sample, by ``[B, R (C // 2 + 1) 2]``, equal at (u, v) and (-u, -v)."""
     spectrum = (parts.flatten() * scale).view(scale.shape[0], *parts.shape)
     size = (parts.shape[0], columns)
-    if not len(scale):  # which MKL's transform refuses in earlier versions of torch
-        return spectrum.flatten(1)[:, : math.prod(size)].unflatten(1, size)
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=size, norm="ortho")
 
 
