@@ -91,12 +91,13 @@ def test_later_bases_override_and_paths_are_relative_to_their_file(tmp_path: Pat
 def test_a_shipped_configuration_is_a_base(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what ``kw train`` takes; a file beside the configuration wins."""
+    """By what ``kw train`` takes; a file beside the configuration wins, and a run's folder not."""
     monkeypatch.chdir(tmp_path)
+    Path(base).mkdir(parents=True)
     Path("mine.yaml").write_text(f"_base_: {base}\nseed: 7\n")
     theirs = load(config_file("kw_resnet18_1x"))
     assert load(Path("mine.yaml")) == dataclasses.replace(theirs, seed=7)
-    Path(base).parent.mkdir(parents=True, exist_ok=True)
+    Path(base).rmdir()
     Path(base).write_text(MINIMAL_YAML.replace("resnet18", "resnet50"))
     assert load(Path("mine.yaml")).model.name == "resnet50"
 

@@ -189,7 +189,9 @@ def test_names_of_other_scripts(
         for one, other in (("\u0448", "\u0449"), ("caf\u00e9", "caf\u00e8")):
             assert (len({*drawn(one, other)}) == 2) == unlike
         assert capsys.readouterr().err.count("names are drawn with squares") == (not unlike)
-    assert drawn("cat") == drawn("cat")
+    drawing._with_all.cache_clear()
+    assert drawn("cat", "dog 7%") == drawn("cat", "dog 7%")
+    assert drawing._with_all.cache_info().misses == 1
 
 
 def test_sheets() -> None:

@@ -23,6 +23,7 @@ from test_peers import (
     squashed,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -332,6 +333,14 @@ def test_what_other_layers_take_is_refused():
         kw.set_temperature(layer, 0)
     with pytest.raises(ValueError, match="FDConv2d takes"):
         layer(torch.randn(6, 8, 8))
+
+
+def test_a_pass_of_shapes_alone_leaves_nothing():
+    layer = FDConv2d(8, 8, 3)
+    _fixed_basis.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.zeros(2, 8, 7, 9))
+    assert type(layer(torch.zeros(2, 8, 7, 9))) is torch.Tensor
 
 
 def test_selectively_checkpointed():

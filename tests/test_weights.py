@@ -217,6 +217,7 @@ def test_the_average_that_is_taken_is_said(tmp_path: Path, caplog: Any) -> None:
         ("timm:a1_in1k", 0.5, True),
         ("timm", None, False),
         ("file.pth", 0.5, False),
+        ("hf-hub:me/tiny", 0.5, False),
     ],
 )
 def test_timms_weights_on_other_pixels_are_said(
@@ -227,7 +228,8 @@ def test_timms_weights_on_other_pixels_are_said(
     cfg = timm.get_pretrained_cfg("resnet18")
     if known is not None:
         cfg = dataclasses.replace(cfg, mean=(known,) * 3, std=(known,) * 3)
-    monkeypatch.setattr(timm, "get_pretrained_cfg", {"resnet18": cfg, "resnet18.a1_in1k": cfg}.get)
+    found = {"resnet18": cfg, "resnet18.a1_in1k": cfg}  # timm refuses other tags, too
+    monkeypatch.setattr(timm, "get_pretrained_cfg", found.__getitem__)
     run = config(weights=weights)
     say_other_pixels(run.model, run.data.mean, run.data.std)
     said = f"model.weights {weights}: trained with data.mean [0.5, 0.5, 0.5] and data.std [0.5, "
@@ -310,6 +312,13 @@ def test_networks_that_take_no_drop_path(name: str) -> None:
     assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 5)
     with pytest.raises(ConfigError, match="drop_path_rate"):
         start_network(config(**settings, drop_path_rate=0.1).model)
+
+
+def test_drop_path_of_a_class_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(torchvision.ops.StochasticDepth(0.1, "row"))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: network)
+    settings = config(kernel_warehouse=None, drop_path_rate=0.1, drop_path_decay="linear")
+    assert start_network(settings.model) is network
 
 
 def test_a_network_without_a_classifier_leaves_the_files(tmp_path: Path, caplog: Any) -> None:

@@ -228,7 +228,7 @@ def _read_file(
         base = own.pop(BASE)
         for name in _base_names(base):
             base_path = os.path.normpath(os.path.join(os.path.dirname(path), name))
-            if not os.path.exists(base_path) and (ours := shipped(name)):
+            if not os.path.isfile(base_path) and (ours := shipped(name)):
                 base_path = str(ours)
             merged = merge(merged, _read_file(base_path, base.origin, (*chain, path), known))
     merged = merge(merged, Entry(own, Origin(path), tree.complete))

@@ -166,10 +166,11 @@ def read_start(config: ModelConfig, key: str = "model.weights") -> Mapping[str, 
 
 def pixels_of(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation, in [0, 1], of the images that timm's weights were trained on; None for
-    those of a file, which does not say."""
+    those of a file or of the hub, which do not say."""
     name, _, tag = str(config.weights).partition(":")
-    known = timm.get_pretrained_cfg(f"{config.name}.{tag}" if tag else config.name)
-    return None if name != "timm" or known is None else (tuple(known.mean), tuple(known.std))
+    wanted = f"{config.name}.{tag}" if tag else config.name
+    known = timm.get_pretrained_cfg(wanted) if name == "timm" else None
+    return None if known is None else (tuple(known.mean), tuple(known.std))
 
 
 def say_other_pixels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -297,7 +298,8 @@ def _set_drop_path(network: nn.Module, config: ModelConfig) -> None:
         if hasattr(module, name)
     ]
     constant = config.drop_path_decay == "constant"
-    if not (branches if constant else any(isinstance(m, DropPath) for m in network.modules())):
+    kinds = {type(module).__name__ for module in network.modules()}  # others have their own class
+    if not (branches if constant else kinds & {"DropPath", "StochasticDepth"}):
         raise ConfigError(
             f"model.drop_path_rate {config.drop_path_rate}, model.drop_path_decay "
             f"{config.drop_path_decay!r}: {config.name} has no residual blocks with drop path; set "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -151,10 +151,11 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 2, gap: int = 8)
 def _font(picture: Image.Image, texts: Sequence[str]) -> Any:
     """A font that has the texts' characters, in a size that is readable in a picture."""
     size = max(12, min(32, max(picture.size) // 36))
-    return _with_all(size, frozenset("".join("".join(texts).split())))
+    others = {each for each in "".join(texts) if not (each.isascii() or each.isspace())}
+    return _with_all(size, frozenset(others))
 
 
-@cache
+@lru_cache  # bounded: pictures of many classes have many sets
 def _with_all(size: int, characters: frozenset[str]) -> Any:
     """Pillow's own font, which has ASCII alone, or one of the system's that has the characters."""
     own = ImageFont.load_default(size)

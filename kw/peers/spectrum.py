@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..torch_private import is_traced
+from ..torch_private import has_values, is_traced
 from ..warehouse.ops import is_exporting
 
 BANDS = (16, 8, 4)
@@ -120,7 +120,7 @@ def _kept(size: int, limit: int) -> int:
 
 def _basis(size: int, like: Tensor) -> Tensor:
     """Orthonormal Fourier vectors ``[size, r]`` below the largest limit, by frequency."""
-    if is_exporting() or is_traced():  # what tracing makes must not be kept
+    if is_exporting() or is_traced() or not has_values(like):  # what these make must not be kept
         wide = torch.promote_types(like.dtype, torch.float32)
         return _waves(size, like.device, wide).to(like.dtype)
     return _fixed_basis(size).to(like)

@@ -87,7 +87,9 @@ def computed_part(module: nn.Module) -> str | None:
 def has_other_forward(module: nn.Module) -> bool:
     """Whether this very layer has a forward method that is not its class's, as adapters and
     offloading give it one: the layer in its place would not compute the same."""
-    return not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+    own = {n: f for n, f in vars(module).items() if n in ("forward", "_conv_forward")}
+    # One that was put back is that of the class, bound to the layer.
+    return any(f != getattr(type(module), n).__get__(module) for n, f in own.items())
 
 
 def why_static(name: str, module: nn.Module) -> str | None:
@@ -220,8 +222,7 @@ def replace_layers(
     method: str | None = None,
 ) -> Conversion:
     """Put layers in the place of those with their names, and say what the conversion did."""
-    old = {name: model.get_submodule(name) for name in layers}
-    frozen = [name for name in old if not old[name].get_parameter("weight").requires_grad]
+    frozen = [name for name in layers if not model.get_parameter(f"{name}.weight").requires_grad]
     before = count_parameters(model)
     static = tuple(name for name in kernel_layers(model) if name not in layers)
     for name, layer in layers.items():
