@@ -6,7 +6,7 @@ PyTorch changes one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,14 +60,8 @@ def is_watched() -> bool:
     """Whether ``make_fx``, ``FlopCounterMode`` or selective checkpointing sees operators, not what
     other code does; the last has to see the same ones again in the backward pass."""
     watching = ("TorchDispatchMode", "FlopCounterMode")  # ends of names
-    return any(type(mode).__name__.endswith(watching) for mode in dispatch_modes())
-
-
-def dispatch_modes() -> Sequence[Any]:
-    """The active ``TorchDispatchMode`` objects, the innermost last."""
-    if not torch._C._len_torch_dispatch_stack():
-        return ()
-    return _get_current_dispatch_mode_stack()
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__name__.endswith(watching) for mode in modes)
 
 
 def has_values(tensor: Tensor) -> bool:

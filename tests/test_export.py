@@ -27,7 +27,7 @@ from kw.deploy import ExportError, export, read_source
 from kw.deploy.description import InputRange
 from kw.deploy.export import Exporter, Options, check_target
 from kw.deploy.graph import Graph, input_range, trace
-from kw.deploy.onnx_file import OnnxNetwork, write_onnx
+from kw.deploy.onnx_file import OnnxNetwork, write_onnx, write_program
 from kw.models import build_network
 from kw.registry import EXPORTERS
 from kw.warehouse import (
@@ -443,8 +443,9 @@ def test_a_network_too_large_for_one_onnx_file_is_refused(
     source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 1000)
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     with pytest.raises(ExportError, match=r"2 GiB at most .*fp16, as .pt2 or as .safetensors"):
-        export(source, tmp_path / "net.onnx", Options(batch=1, fixed_size=True))
+        write_program(program, source.description, tmp_path / "net.onnx", False, {})
     assert list(tmp_path.iterdir()) == []
 
 

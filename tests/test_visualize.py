@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +47,7 @@ from kw.pictures.method import (
     example_coefficients,
 )
 from kw.pictures.samples import few_of_each, spaced
-from kw.pictures.style import to_pixels, to_tensor
+from kw.pictures.style import check_matplotlib, to_pixels, to_tensor
 from kw.training import build_trainer, load_checkpoint, train
 from kw.training.distributed import Process
 from kw.training.run_pictures import schedule_curves, training_batch
@@ -660,30 +658,18 @@ def test_a_static_network_gets_one_message(
 
 def test_without_matplotlib(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the run, not after its first epoch."""
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PictureError, match=r"pip install 'kernelwarehouse\[demo\]'"):
         build_trainer(config_from_mapping({**recipe, "pictures": {}}), Path("nowhere"), CPU)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "said"),
-    [
-        # What a notebook sets for the processes that it starts, also in an environment without it.
-        ("MPLBACKEND", "not_here", "MPLBACKEND=not_here, which pictures do not need: unset it"),
-        ("MATPLOTLIBRC", "text.usetex: True", "matplotlibrc: text.usetex is on, .* to False"),
-    ],
-)
-def test_settings_of_matplotlib_that_refuse_pictures(
-    variable: str, value: str, said: str, tmp_path: Path
-) -> None:
-    if variable == "MATPLOTLIBRC":
-        (tmp_path / "matplotlibrc").write_text(value)
-        value = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", "from kw.pictures.style import check_matplotlib as c; c()"],
-        env={**os.environ, variable: value},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert re.search(f"PictureError: .*{said}", done.stderr)
+def test_settings_of_matplotlib_that_refuse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    with pytest.raises(PictureError, match=r"text\.usetex is on, .* to False"):
+        check_matplotlib()
+    # What a notebook sets for the processes that it starts, also in an environment without it.
+    monkeypatch.setenv("MPLBACKEND", "not_here")
+    monkeypatch.delitem(sys.modules, "matplotlib")  # a new process reads it
+    with pytest.raises(PictureError, match=r"MPLBACKEND=not_here, .* do not need: unset it"):
+        check_matplotlib()
