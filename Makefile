@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 DETECTOR := configs/demo/mask_rcnn_kw_resnet18_1x
 
-# A notebook's, in which these commands may be started; $(VENV) does not have it.
+# A notebook sets it for the commands that it starts; $(VENV) may not have that back end.
 unexport MPLBACKEND
 
 .PHONY: help install demo demo-detection pictures test test-slow test-integrations coverage lint docs format bench clean

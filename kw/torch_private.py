@@ -51,8 +51,8 @@ def is_traced() -> bool:
 
 
 def exports() -> bool:
-    """Whether ``torch.export`` traces. ``torch.compiler.is_exporting`` of torch 2.9 is true as well
-    while ``torch.compile`` does."""
+    """Whether ``torch.export`` traces. ``torch.compiler.is_exporting`` of torch 2.9 is also true
+    where ``torch.compile`` does."""
     return bool(torch.compiler._is_exporting_flag)
 
 

@@ -174,7 +174,7 @@ def pixels_of(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 def say_other_pixels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Say so where a network starts from weights that know images of another mean or deviation."""
+    """Say so where a network starts from weights that were trained on other pixels."""
     trained = pixels_of(config)
     if trained is not None and trained != (tuple(mean), tuple(std)) and in_channels(config) == 3:
         say(

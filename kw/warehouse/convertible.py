@@ -133,7 +133,7 @@ def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be converted now, or at all.
 
     Raises:
-        ValueError: under ``torch.inference_mode``; DDP or FSDP has it already; or the network is
+        ValueError: under ``torch.inference_mode``; it is in DDP or FSDP already; or the network is
             written for quantisation in eager mode: it has a stub or a layer of ``torch.ao``.
     """
     if torch.is_inference_mode_enabled():
@@ -143,8 +143,8 @@ def check_network(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "DistributedDataParallel averages the gradients of the parameters that it was given"
-                " alone; convert the network first, then wrap it"
+                "DistributedDataParallel averages only the gradients of the parameters that it was "
+                "given; convert the network first, then wrap it"
             )
         if type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.")):
             raise ValueError(

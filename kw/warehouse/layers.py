@@ -253,7 +253,7 @@ class KWConvNd(KWLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # What dilates a backbone sets these of its layers, as it sets those of torch's.
+        # Code that dilates a backbone sets these, as it does in torch's layers.
         if name in ("stride", "padding", "dilation", "padding_mode") and "_spec" in self.__dict__:
             self._lay_out()
 

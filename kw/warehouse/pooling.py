@@ -17,7 +17,7 @@ def pool(x: Tensor, dims: tuple[int, ...]) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.to(wide).mean(dims, keepdim=True).flatten(1)
     if 0 in x.shape[dims[0] :]:  # the average would be NaN, and BatchNorm would keep it
-        raise ValueError(f"an input of {list(x.shape)} has no positions: kernels follow from them")
+        raise ValueError(f"an input of {list(x.shape)} has no positions to compute kernels from")
     result: Tensor = _Pool.apply(x, dims)
     return result
 

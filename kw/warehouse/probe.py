@@ -128,7 +128,8 @@ class _WeightReads(TorchFunctionMode):
 def _watched(kind: Any, use: Use, batch: int, running: list[Use], called: list[Use]) -> Any:
     """A layer's class that records its use.
 
-    Not by hooks: nn.TransformerEncoderLayer has a fast path that reads weights of layers without.
+    Not by hooks: beside any, nn.TransformerEncoderLayer does not take its fast path, which reads
+    weights.
     """
 
     class Watched(kind):

@@ -164,8 +164,8 @@ class _Annealing:
         if module.training and torch.is_grad_enabled():
             if getattr(module, "_is_replica", False):
                 raise ValueError(
-                    "anneal: nn.DataParallel runs replicas of the network, which does not keep "
-                    "their temperature; use DistributedDataParallel, or call set_temperature"
+                    "anneal: nn.DataParallel runs replicas of the network, whose temperature is "
+                    "lost after the pass; use DistributedDataParallel, or call set_temperature"
                 )
             if self.done is None:
                 self.done = round((1 - float(temperatures[0])) * self.passes) + 1

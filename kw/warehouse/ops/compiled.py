@@ -133,8 +133,8 @@ def _compile(arguments: list[str], path: Path) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line]
             why = lines[0] if lines else f"exit status {done.returncode}"
             raise CompileError(f"is not there: {arguments[0]} could not compile it, {why}")
-        # The first stays: a machine that has loaded it from a network's disk would crash where
-        # another one put its own there (https://github.com/sgl-project/sglang/pull/31725).
+        # The first stays: a machine that has loaded it from a shared disk would crash if another
+        # one replaced it (https://github.com/sgl-project/sglang/pull/31725).
         try:
             os.link(temporary, path)
         except OSError:  # there is one, or there are no hard links

@@ -106,8 +106,8 @@ class Trials:
 
 
 def _tried(trial: Callable[[], T]) -> T:
-    """A trial's result. Processes that compile at once, on one network's disk, find files of
-    Triton's cache missing now and then (https://github.com/triton-lang/triton/issues/11512)."""
+    """A trial's result. Processes that share Triton's cache and compile at once find files
+    missing now and then (https://github.com/triton-lang/triton/issues/11512)."""
     for _ in range(_ATTEMPTS - 1):
         with suppress(OSError):
             return trial()
