@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -671,5 +672,10 @@ def test_settings_of_matplotlib_that_refuse_pictures(monkeypatch: pytest.MonkeyP
     # What a notebook sets for the processes that it starts, also in an environment without it.
     monkeypatch.setenv("MPLBACKEND", "not_here")
     monkeypatch.delitem(sys.modules, "matplotlib")  # a new process reads it
-    with pytest.raises(PictureError, match=r"MPLBACKEND=not_here, .* do not need: unset it"):
+    with pytest.raises(PictureError, match=r"'not_here' .* for backend.*: unset MPLBACKEND"):
+        check_matplotlib()
+    with (
+        pytest.raises(PictureError, match=r"\(numpy.dtype size changed\): pip install"),
+        patch("builtins.__import__", side_effect=ValueError("numpy.dtype size changed")),
+    ):
         check_matplotlib()

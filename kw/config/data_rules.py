@@ -42,9 +42,7 @@ def check_data_rules(config: Config, expect: Callable[..., None]) -> None:
         expected = f"bilinear or bicubic beside data.auto_augment and {where}"
         expect(smooth, expected, "data.interpolation", where)
     elif policy is not None:
-        expected = (
-            "bicubic, bilinear or nearest beside data.auto_augment: Pillow rotates with these"
-        )
+        expected = "bicubic, bilinear or nearest beside data.auto_augment, which rotates images"
         expect(data.interpolation != "lanczos", expected, "data.interpolation", "data.auto_augment")
     if data.memory is not None:
         why = "they work on one image at a time, not on batches of tensors"

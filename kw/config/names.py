@@ -38,11 +38,10 @@ def config_names(pattern: str = "*") -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted([*configs().rglob("*.yaml"), *configs().rglob("*.py")]):
         inside = file.relative_to(configs()).parts
+        is_hidden = any(part.startswith(".") for part in inside)
         # Bases, scales and studies (which have rows and seeds) are no configurations of a run, nor
         # are hidden files: macOS's on disks of other systems, Jupyter's copies.
-        if inside[0] not in _RUNS or any(part.startswith(".") for part in inside):
-            continue
-        if _STUDY.search(file.read_text("utf-8")):
+        if is_hidden or inside[0] not in _RUNS or _STUDY.search(file.read_text("utf-8")):
             continue
         name = f"{_RUNS[inside[0]]}{file.stem}"
         if fnmatch(name, pattern):

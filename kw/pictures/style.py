@@ -35,15 +35,12 @@ def check_matplotlib() -> None:
     try:
         import matplotlib as mpl
         import matplotlib.figure
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: also of another NumPy's extensions
+        # A notebook sets it for the processes that it starts, also in another environment.
+        is_backend = "MPLBACKEND" in os.environ and "backend" in str(error)
+        remedy = "unset MPLBACKEND" if is_backend else "pip install 'kernelwarehouse[demo]'"
         raise PictureError(
-            f"pictures need matplotlib, which cannot be imported ({error}): "
-            "pip install 'kernelwarehouse[demo]'"
-        ) from error
-    except ValueError as error:  # of a notebook that has started this process in another venv
-        raise PictureError(
-            f"matplotlib refuses MPLBACKEND={os.environ.get('MPLBACKEND')}, which pictures do not "
-            "need: unset it"
+            f"pictures need matplotlib, which cannot be imported ({error}): {remedy}"
         ) from error
     if mpl.rcParams["text.usetex"]:
         raise PictureError(

@@ -259,20 +259,19 @@ class KWConvNd(KWLayer):
 
     def _lay_out(self) -> None:
         """Take stride, padding, dilation and padding mode as they are now."""
-        if self.padding_mode not in _PADDING_MODES:
+        mode = self.padding_mode
+        if mode not in _PADDING_MODES:
             modes = ", ".join(map(repr, _PADDING_MODES))
-            raise ValueError(
-                f"padding_mode {self.padding_mode!r} is unknown; choose one of {modes}"
-            )
+            raise ValueError(f"padding_mode {mode!r} is unknown; choose one of {modes}")
         dilations, strides = self._per_axis(self.dilation), self._per_axis(self.stride)
         sides = self._padding_sides(self.padding, self.kernel_size, dilations, strides)
         symmetric = all(low == high for low, high in sides)
         # Padding that the back ends do not support is applied before the convolution.
         self._pad_before: tuple[int, ...] | None = None
-        if self.padding_mode != "zeros" or not symmetric:
+        if mode != "zeros" or not symmetric:
             self._pad_before = tuple(p for side in reversed(sides) for p in side)
             sides = [(0, 0)] * self.dims
-        self._pad_mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        self._pad_mode = "constant" if mode == "zeros" else mode
         self._spec = ConvSpec(
             self.partition, strides, tuple(low for low, _ in sides), dilations, self.groups
         )

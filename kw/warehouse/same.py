@@ -47,9 +47,8 @@ class KWConv2dSame(KWConv2d):
 
     def pad(self, x: Tensor) -> Tensor:
         sides: list[int] = []
-        for axis in zip(
-            x.shape[2:], self.kernel_size, self.spec.stride, self.spec.dilation, strict=True
-        ):
+        geometry = self.kernel_size, self.spec.stride, self.spec.dilation
+        for axis in zip(x.shape[2:], *geometry, strict=True):
             missing = same_padding(*axis)
             sides = [missing // 2, missing - missing // 2, *sides]  # F.pad begins with the last
         return F.pad(x, sides)
