@@ -234,6 +234,8 @@ def write_run(run: Run, epochs: int, evaluated: int, more: Mapping[str, Any] | N
         (1, (2, "no images"), False, "failed at epoch 1 of 3: no images"),
         (None, (1, "no images"), False, "failed: no images"),
         (3, None, False, "interrupted at epoch 3 of 3"),  # killed before its last checkpoint
+        (3, None, None, "interrupted at epoch 3 of 3"),  # which is that before the evaluation
+        (3, (2, "bad images"), None, "failed at epoch 3 of 3: bad images"),
         (3, None, True, "done"),
         (3, (0, ""), False, "done"),  # its checkpoints were deleted
     ],
@@ -241,7 +243,7 @@ def write_run(run: Run, epochs: int, evaluated: int, more: Mapping[str, Any] | N
 def test_states(
     evaluated: int | None,
     outcome: tuple[int, str] | None,
-    last: bool,
+    last: bool | None,
     expected: str,
     tmp_path: Path,
 ) -> None:
@@ -250,8 +252,9 @@ def test_states(
         write_run(run, 3, evaluated)
     if outcome is not None:
         record(run, *outcome)
-    if last:
-        (run.work_dir / "epoch_3.pth").touch()
+    if last is not False:
+        metrics = {"top1": 50.0} if last else None
+        torch.save({"meta": {"metrics": metrics}}, run.work_dir / "epoch_3.pth")
     assert str(find_state(run)) == expected
     # What it needs matters until it has begun.
     needy = replace(run, needs=tmp_path / "none")
@@ -337,7 +340,7 @@ def test_slurm(
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")  # as in an interactive job
-    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_CLUSTERS", "mine")  # a user's own, which squeue follows as well
     queue, fault = tmp_path / "queue", tmp_path / "fault"
     queue.write_text("77_0 RUNNING\n77_1 PENDING\n")
     options = ["imagenet_300ep", "--work-dir", tmp_path / "w"]
@@ -356,7 +359,7 @@ def test_slurm(
     expected = f"--work-dir {folder}/{{name}} --parsable --export ALL --array 0-1"
     assert words[:7] == expected.split()
     environment = (tmp_path / "environment").read_text()
-    assert re.findall(r"^(SLURM_\w+)=", environment, re.MULTILINE) == ["SLURM_CONF"]
+    assert re.findall(r"^(SLURM_\w+)=", environment, re.MULTILINE) == ["SLURM_CLUSTERS"]
     configs = [Path(word) for word in words if word.endswith(".yaml")]
     assert [path.stem for path in configs] == ["resnet50", "resnet50_dyconv4x"]
     assert load_config(configs[0], check_model_name=False).data.root == str(images)

@@ -224,7 +224,8 @@ def submit(runs: Sequence[Run], gpus: int | None) -> int:
         else:
             chosen.setdefault(run.home, []).append(run)
     # Of an interactive job, these would bind the new jobs' processes to its processors.
-    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith("SLURM_")}
+    users = ("SLURM_CONF", "SLURM_CLUSTERS")
+    kept = {k: v for k, v in os.environ.items() if k in users or not k.startswith("SLURM_")}
     for own in chosen.values():
         command = command_for(own, "slurm", gpus)
         for run in own:

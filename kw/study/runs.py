@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import EXIT_INTERRUPTED, UserError
 from ..training.saving import write_json
@@ -150,11 +152,7 @@ def note_jobs(runs: Sequence[Run], array: str) -> None:
 
 
 def _job(run: Run) -> tuple[str, Path | None]:
-    """Slurm's state of a run's last job, empty if it is not in the queue; the job's output.
-
-    Raises:
-        RunError: slurm does not answer; the job may be there.
-    """
+    """Slurm's state of a run's last job, empty if it is not in the queue; the job's output."""
     job = _object(_text(run.home / "launch" / "jobs.json")).get(run.name)
     if job is None:
         return "", None
@@ -175,7 +173,7 @@ def find_state(run: Run, *, ours: bool = False) -> State:
     """The state of a run, from its files, its lock (unless it is ``ours``) and slurm's queue.
 
     Raises:
-        RunError: slurm does not answer.
+        RunError: slurm does not answer, and may have a job of the run.
     """
     epoch, epochs = _progress(run.work_dir)
     ended = _object(_text(run.file("json")))
@@ -183,8 +181,8 @@ def find_state(run: Run, *, ours: bool = False) -> State:
     if not ours and _is_held(run):
         return State("running", epoch, epochs)
     whole = epochs and epoch == epochs and (run.work_dir / "results.json").is_file()
-    saved = (run.work_dir / f"epoch_{epochs}.pth").is_file()
-    if run.finished.exists() or (whole and (saved or status == 0)):
+    last = run.work_dir / f"epoch_{epochs}.pth"
+    if run.finished.exists() or (whole and (status == 0 or _has_figures(last))):
         return State("done", epoch, epochs)
     job, output = _job(run)
     if job:
@@ -201,6 +199,14 @@ def find_state(run: Run, *, ours: bool = False) -> State:
     if output is not None:
         return State("failed", why=said or f"job ended; see {output}")
     return State("not run")
+
+
+def _has_figures(checkpoint: Path) -> bool:
+    """Whether it was written after its epoch's evaluation; one may have been written before."""
+    with suppress(Exception):  # there is none, or a damaged one
+        state = torch.load(checkpoint, "cpu", weights_only=True, mmap=True)  # reads no tensor
+        return state["meta"]["metrics"] is not None
+    return False
 
 
 def _progress(work_dir: Path) -> tuple[int, int]:
