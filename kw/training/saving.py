@@ -101,7 +101,8 @@ class Checkpoints:
         self._failure: Exception | None = None  # of the last write
         self._thread: threading.Thread | None = None
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait for the last checkpoint, written or not."""
         if self._thread is not None:
             self._thread.join()
 
@@ -110,7 +111,7 @@ class Checkpoints:
     ) -> None:
         """Copy a state of tensors and plain types, and write it in a thread; waits for the previous
         write. ``best``: the run's results, if this is its best checkpoint so far."""
-        self._wait()
+        self.wait()
         copy = copied(state)
 
         def work() -> None:
@@ -151,7 +152,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written.
         """
-        self._wait()
+        self.wait()
         if self._failure is not None:
             raise CheckpointError(
                 f"the last checkpoint could not be written to {self.work_dir}: {self._failure}"

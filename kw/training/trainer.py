@@ -247,7 +247,7 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float | None]:
-        """:meth:`train`, ending on a signal and stopping the loaders in any case.
+        """:meth:`train`, ending on a signal; waits for the last checkpoint in any case.
 
         Raises:
             Interrupted: a signal to end came; a checkpoint is written.
@@ -256,6 +256,7 @@ class Trainer:
             with self.signals.watched(), deaths_explained(self.train_loader, self.val_loader):
                 return self.train()
         finally:
+            self.checkpoints.wait()
             for hook in self.hooks:
                 hook.close(self)
 

@@ -13,9 +13,8 @@ from ..state import fault_logs
 from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
-from .log import add_text, waiting, write_line
+from .log import add_text, write_line
 
-LISTED = "bad_images.txt"
 INSTEAD = {"train": "another image takes its place", "val": "it counts as wrong"}
 
 
@@ -27,9 +26,7 @@ class BadImageHook(Hook):
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
-            path = trainer.work_dir / LISTED
-            waiting.pop(path, None)  # of a run that was here before
-            path.unlink(missing_ok=True)
+            (trainer.work_dir / "bad_images.txt").unlink(missing_ok=True)
             for split, log in fault_logs(trainer).items():
                 _list(trainer, split, log.known.values())
 
@@ -66,4 +63,4 @@ class BadImageHook(Hook):
 def _list(trainer: Trainer, split: str, faults: Iterable[BadImage]) -> None:
     """Lines of ``bad_images.txt``: split, file and reason, with tabs between."""
     if lines := [f"{split}\t{path}\t{reason}\n" for _, path, reason in faults]:
-        add_text(trainer.work_dir / LISTED, "".join(lines))
+        add_text(trainer.work_dir / "bad_images.txt", "".join(lines))

@@ -39,7 +39,7 @@ class Hook:
         """
 
     def after_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
-        """``trainer.epoch`` epochs are done; their checkpoint is not written yet."""
+        """No checkpoint has these figures yet; a resumed run may begin with an evaluation."""
 
     def after_epoch(self, trainer: Trainer, metrics: Metrics | None) -> None:
         """The epoch's checkpoint, where there is one, is being written.

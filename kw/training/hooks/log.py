@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from ..task import Metrics
 from ..trainer import Trainer
 from .base import Hook
 
-waiting: dict[Path, bytes] = {}  # lines that could not be written, by file
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_waiting: dict[Path, bytes] = {}  # lines that could not be written, by file
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of network disks and mounted clouds: https://github.com/googlecolab/colabtools/issues/3441
-_OUT_OF_REACH = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
+_PASSING |= {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class LogHook(Hook):
@@ -100,6 +101,12 @@ class LogHook(Hook):
             logger.warning(
                 f"best.pth is of an epoch at temperature {temperature:g}: annealing went on"
             )
+
+    def close(self, trainer: Trainer) -> None:
+        if _waiting:
+            with suppress(OSError):  # there is no later line
+                add_text(trainer.work_dir / "log.jsonl", "")
+            _waiting.clear()
 
     def _start_clock(self, trainer: Trainer) -> None:
         self._started, self._updates = time.perf_counter(), 0
@@ -178,30 +185,27 @@ def write_line(work_dir: Path, mode: str, epoch: int, update: int, values: dict[
 
 def add_text(path: Path, text: str) -> None:
     """Add lines to a file. A full disk, or one that is out of reach for a while, does not end the
-    run: they are then written with a later line, of this file or another of its folder."""
+    run: they are then written with a later line, of this file or another of its folder, or at the
+    end of the run."""
     # Names that are not UTF-8 are written as the bytes that they are.
-    waiting[path] = waiting.get(path, b"") + text.encode("utf-8", "surrogateescape")
-    for each in [each for each in waiting if each.parent == path.parent]:
+    _waiting[path] = _waiting.get(path, b"") + text.encode("utf-8", "surrogateescape")
+    for each in [each for each in _waiting if each.parent == path.parent]:
         try:
             with open(each, "ab", buffering=0) as file:
                 end = file.tell()
-                if file.write(waiting[each]) < len(waiting[each]):
+                if file.write(_waiting[each]) < len(_waiting[each]):
                     file.truncate(end)
-                    raise OSError(errno.ENOSPC, "written in part")
-            del waiting[each]
+                    raise OSError(errno.ENOSPC, "No space left for the whole line")
+            del _waiting[each]
         except OSError as error:
-            why = "no room for a line"
-            if error.errno in _OUT_OF_REACH:
-                why = f"a line cannot be written ({error.strerror})"
-            elif error.errno not in _FULL:
+            if error.errno not in _PASSING:
                 raise
-            logger.error(f"{each}: {why}; it is written with a later one")
+            logger.error(f"{each}: cannot be written now: {error.strerror}")
 
 
 def _forget_after(path: Path, update: int, epoch: int) -> None:
     """Drop what a resumed run makes again, and a line that was cut off in the writing; so many
     updates are done, and so many epochs with their evaluations."""
-    waiting.pop(path, None)
     if not path.exists():
         return
     kept = []
@@ -210,8 +214,8 @@ def _forget_after(path: Path, update: int, epoch: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        done = entry["epoch"] <= epoch if entry["mode"] == "val" else entry["iter"] <= update
-        if done:
+        of_evaluation = "val" in (entry["mode"], entry.get("split"))  # of a bad image
+        if entry["epoch"] <= epoch if of_evaluation else entry["iter"] <= update:
             kept.append(line + "\n")
     with replacing(path) as partial:
         partial.write_text("".join(kept))
