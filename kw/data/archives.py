@@ -38,8 +38,6 @@ INDEX = re.compile(rb"kw-pack 1 (\d+) (\d+) (\d+)")
 SETTINGS = "pack.json"
 """A packed set's first member: how it was packed."""
 
-_CHUNK = 2**20  # bytes, of what follows an archive's end
-
 _MAPPED = 128  # files at once: each takes a file handle, of which a process often has 1,024
 
 
@@ -227,7 +225,7 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DataError(f"{name}: cut or damaged after {len(files)} files; copy it again")
-    while rest := stream.read(_CHUNK):
+    while rest := stream.read(2**20):
         if rest.count(0) < len(rest):
             raise DataError(
                 f"{name}: more follows its end after {len(files)} files, as of archives written "

@@ -13,18 +13,11 @@ bind()
 
 from mmdet.datasets import CocoDataset as _CocoDataset  # noqa: E402
 from mmdet.datasets.api_wrappers import COCO  # noqa: E402
-from mmdet.datasets.transforms import FixScaleResize, RandomShift, Rotate  # noqa: E402
-from mmdet.registry import MODELS  # noqa: E402
-from mmdet.utils import register_all_modules  # noqa: E402
-
-__all__ = [
-    "MODELS",
-    "CocoDataset",
-    "FixScaleResize",
-    "RandomShift",
-    "Rotate",
-    "register_all_modules",
-]
+from mmdet.datasets.transforms import FixScaleResize as FixScaleResize  # noqa: E402
+from mmdet.datasets.transforms import RandomShift as RandomShift  # noqa: E402
+from mmdet.datasets.transforms import Rotate as Rotate  # noqa: E402
+from mmdet.registry import MODELS as MODELS  # noqa: E402
+from mmdet.utils import register_all_modules as register_all_modules  # noqa: E402
 
 
 class _Loaded(COCO):

@@ -71,8 +71,7 @@ def build_trainer(
     check_devices(run, process)
     open_log(work_dir, process)
     resume_from = find_checkpoint(resume, work_dir, process)
-    files = run.data.train_annotations, run.data.val_annotations
-    held = _held(run.data, *files)
+    held = _held(run.data, run.data.train_annotations, run.data.val_annotations)
     classes = class_names(run.data)
     set_seed(run.seed)
     if resume_from is not None:  # it has all weights

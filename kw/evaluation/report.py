@@ -43,9 +43,7 @@ class Run:
         """``(epoch, value)`` of a logged figure; the mean over the updates of an epoch."""
         points: dict[int, list[tuple[float, int]]] = {}
         before = 0
-        for line in self.log:
-            if line["mode"] != mode:
-                continue
+        for line in [each for each in self.log if each["mode"] == mode]:
             updates, before = line["iter"] - before, line["iter"]  # an epoch's last line has fewer
             # Null: not one finite value. Absent: before there was an average.
             if line.get(key) is not None:
