@@ -461,9 +461,17 @@ def test_a_run_with_an_average_is_judged_by_it(tmp_path: Path) -> None:
     assert read_run(tmp_path).curve("val", "ema_top1") == [(2, 50.0), (3, 50.0)]
 
 
-def test_an_epoch_s_mean_weighs_lines_by_their_updates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [0, 3])
+def test_an_epoch_s_mean_weighs_lines_by_their_updates(tmp_path: Path, before: int) -> None:
+    """Also of a run that went on in another folder, after some epochs."""
     lines = [  # epochs of 12 updates, a line every 5 of them and after the last
-        {"mode": "train", "epoch": epoch, "iter": update, "seconds": 1.0, "loss": loss}
+        {
+            "mode": "train",
+            "epoch": before + epoch,
+            "iter": 12 * before + update,
+            "seconds": 1.0,
+            "loss": loss,
+        }
         for epoch, update, loss in [
             (1, 5, 4.0),
             (1, 10, 3.0),
@@ -478,8 +486,9 @@ def test_an_epoch_s_mean_weighs_lines_by_their_updates(tmp_path: Path) -> None:
         json.dumps({"params": 7, "weights": "model", "top1": 1.0})
     )
     first, second = read_run(tmp_path).curve("train", "loss")
-    assert first == (1, pytest.approx((5 * 4 + 5 * 3 + 2 * 1) / 12))
-    assert second == (2, pytest.approx((5 * 2 + 2 * 0.6) / 7))  # of lines with a finite loss
+    assert first == (before + 1, pytest.approx((5 * 4 + 5 * 3 + 2 * 1) / 12))
+    # Of lines with a finite loss.
+    assert second == (before + 2, pytest.approx((5 * 2 + 2 * 0.6) / 7))
 
 
 def test_runs_of_a_kind_are_compared(

@@ -203,8 +203,7 @@ def _refuse(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -
 
 def _misread(image: Image.Image) -> str | None:
     """What Pillow takes for other pixels than the file's, without an error (Pillow 13)."""
-    tiles: Any = getattr(image, "tile", None) or [("", None)]
-    codec = tiles[0][0]
+    codec = (getattr(image, "tile", None) or [[""]])[0][0]
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode == "P" and 0 < max(tags.get(_PALETTE, (0,))) < 256:
         return "a palette of 8 bits, not 16"

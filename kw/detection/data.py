@@ -104,9 +104,8 @@ class Samples(TolerantDataset):
                     if sample is not None:
                         check_sample(sample, self._pipeline, self.training, self._masks)
                         return sample
-        drops = "left out the image in its only try"
-        if self.training:
-            drops = f"left no object in {_TRIES} tries, nor in those of other images"
+        drops = f"left no object in {_TRIES} tries, nor in those of other images"
+        drops = drops if self.training else "left out the image in its only try"
         raise DataError(
             f"{self.path(index)}: {self._pipeline} {drops}: loosen what filters "
             "(FilterAnnotations, random crops), or remove the image"

@@ -42,8 +42,11 @@ class Run:
     def curve(self, mode: str, key: str) -> list[tuple[int, float]]:
         """``(epoch, value)`` of a logged figure; the mean over the updates of an epoch."""
         points: dict[int, list[tuple[float, int]]] = {}
-        before = 0
-        for line in [each for each in self.log if each["mode"] == mode]:
+        lines = [line for line in self.log if line["mode"] == mode]
+        first = [line for line in lines if line["epoch"] == lines[0]["epoch"]]
+        # The log of a run that went on in another folder begins with a later epoch.
+        before = first[-1]["iter"] * (first[0]["epoch"] - 1) // first[0]["epoch"] if first else 0
+        for line in lines:
             updates, before = line["iter"] - before, line["iter"]  # an epoch's last line has fewer
             # Null: not one finite value. Absent: before there was an average.
             if line.get(key) is not None:
