@@ -268,7 +268,6 @@ class Trainer:
         for hook in self.hooks:
             hook.before_training(self)
         if self.unevaluated:
-            self._set_rates(self.update - 1)  # checkpoints have those of the last update
             self.end_epoch()
         while not self.is_finished and not self.stops:
             self.train_epoch()
@@ -381,6 +380,7 @@ class Trainer:
         """
         if self.resume_from is not None and self.resumed is None:
             self.resumed = resume(self, self.resume_from)
+            self._set_rates(self.update - 1)  # checkpoints have those of the last update
             evaluated = self.resumed.get("metrics") is not None or self.updates_of_epoch > 0
             self.unevaluated = not evaluated and self.is_due
             if self.process.is_main:
