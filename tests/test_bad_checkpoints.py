@@ -286,4 +286,4 @@ def test_sources_run_nothing_that_users_give() -> None:
                 assert name not in FORBIDDEN, f"{where}: {name}"
             is_yaml = name.endswith("Loader") and "yaml" in name
             assert not is_yaml or "Safe" in name, where
-    assert seen == 4
+    assert seen == 5

@@ -380,7 +380,7 @@ class Trainer:
         """
         if self.resume_from is not None and self.resumed is None:
             self.resumed = resume(self, self.resume_from)
-            self._set_rates(self.update - 1)  # checkpoints have those of the last update
+            self._set_rates(max(self.update - 1, 0))  # checkpoints have those of the last update
             evaluated = self.resumed.get("metrics") is not None or self.updates_of_epoch > 0
             self.unevaluated = not evaluated and self.is_due
             if self.process.is_main:
