@@ -361,6 +361,36 @@ def test_nobody_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     assert done.returncode == 141
 
 
+def test_a_terminal_that_is_closed_leaves_the_status() -> None:
+    """The last message has no place then: the status alone says that the run can go on."""
+    end = """
+from kw.cli import run_tool
+from kw.errors import Interrupted
+def main():
+    print("begun", flush=True)
+    sys.stdin.read()  # until the terminal is closed
+    raise Interrupted("SIGHUP", "epoch_1.pth")
+import sys, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+run_tool(main)
+"""
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", end],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    ) as process:
+        assert b"begun" in os.read(ours, 99)
+        os.close(theirs)
+        os.close(ours)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 75
+
+
 @pytest.mark.slow
 def test_one_message_of_several_processes() -> None:
     """The first to fail speaks; torchrun's own summary points to it."""

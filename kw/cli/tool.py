@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,9 +217,10 @@ def run_tool(main: Callable[[], None]) -> None:
 
 def _end(message: str, status: int) -> NoReturn:
     if _is_first_to_fail():
-        if status == _BUG or "--debug" in sys.argv:
-            traceback.print_exc()
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that is closed
+            if status == _BUG or "--debug" in sys.argv:
+                traceback.print_exc()
+            print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
