@@ -72,9 +72,10 @@ def config_file(name: str | os.PathLike[str]) -> Path:
         ConfigError: neither is there; the message has the nearest name.
     """
     path = Path(name)
-    if not path.is_file() and (ours := shipped(name)):
+    is_file = os.path.isfile(name)
+    if not is_file and (ours := shipped(name)):
         return ours
-    if path.suffix or path.is_file() or len(path.parts) > 1:
+    if path.suffix or is_file or len(path.parts) > 1:
         return path  # reading it checks whether it is one
     hint = did_you_mean(name, config_names(), 3)
     raise ConfigError(
