@@ -383,7 +383,11 @@ run_tool(main)
         stderr=theirs,
         start_new_session=True,
     ) as process:
-        assert b"begun" in os.read(ours, 99)
+        said = b""
+        while not said.endswith(
+            b"\n"
+        ):  # all of it: else the terminal is closed while it is written
+            said += os.read(ours, 99)
         os.close(theirs)
         os.close(ours)
         assert process.stdin is not None
