@@ -384,9 +384,7 @@ run_tool(main)
         start_new_session=True,
     ) as process:
         said = b""
-        while not said.endswith(
-            b"\n"
-        ):  # all of it: else the terminal is closed while it is written
+        while not said.endswith(b"\n"):  # else it is still being written
             said += os.read(ours, 99)
         os.close(theirs)
         os.close(ours)
