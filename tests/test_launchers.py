@@ -321,6 +321,11 @@ def test_gpus_that_slurm_shows_a_process(
     assert find_process("slurm") == Process(13, 20, expected)
     assert chosen == [expected]
     assert os.environ["LOCAL_WORLD_SIZE"] == "8"  # who share the machine's memory
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(place + 1))
+    assert find_process("slurm").device == expected
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(place))
+    with pytest.raises(ConfigError, match=rf"no GPU: it has {place}; lower --ntasks-per-node"):
+        find_process("slurm")
     if seen == 1:
         with pytest.raises(ConfigError, match="process 5 of this machine has no GPU: it has 1;"):
             find_process("pytorch")

@@ -67,15 +67,16 @@ def find_process(launcher: str) -> Process:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _CPU
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if launcher == "slurm":  # it may show a process its own GPUs alone (--gpus-per-task)
-            local_rank %= count
+        count = shown = torch.cuda.device_count()
+        option = "--nproc-per-node"
+        if launcher == "slurm":  # it may show a process some of the machine's GPUs only
+            count = int(os.environ.get("SLURM_GPUS_ON_NODE", local_rank + 1))
+            option = "--ntasks-per-node"
         if local_rank >= count:
             raise ConfigError(
-                f"process {local_rank} of this machine has no GPU: it has {count}; lower "
-                "--nproc-per-node"
+                f"process {local_rank} of this machine has no GPU: it has {count}; lower {option}"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank % shown)
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size(), device)
