@@ -203,8 +203,8 @@ def evaluate_checkpoint(
 def _held(data: CocoDataConfig, *files: str) -> list[dict[str, Any]]:
     """The content of annotation files, the same on all processes; held, it is read once for all."""
     held = {file: load_annotations(Path(data.root, file)) for file in files}
-    files = {file: sha256(Path(data.root, file)).encode() for file in held}
-    check_same({file: (len(held[file]["images"]), digest) for file, digest in files.items()})
+    digests = {file: sha256(Path(data.root, file)).encode() for file in held}
+    check_same({file: (len(held[file]["images"]), digests[file]) for file in held})
     return [*held.values()]
 
 
